@@ -1,0 +1,60 @@
+"""LayAlign: a frozen multilingual encoder and a frozen LLM, joined by an adapter and a layer-wise aligner.
+
+Importing this package needs plain torch; transformers is loaded with the first name that wants it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from layalign.errors import ArgumentError, BackendError, CheckpointError, DataError, LayAlignError
+
+if TYPE_CHECKING:
+    from layalign.attention import attach, detach
+    from layalign.config import LayAlignConfig
+    from layalign.model import LayAlignForCausalLM
+    from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
+    from layalign.packing import pack
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Adapter": "layalign.nn",
+    "EncoderAligner": "layalign.nn",
+    "GatedCrossAttention": "layalign.nn",
+    "LayAlignConfig": "layalign.config",
+    "LayAlignForCausalLM": "layalign.model",
+    "attach": "layalign.attention",
+    "detach": "layalign.attention",
+    "pack": "layalign.packing",
+}
+
+__all__ = [
+    "Adapter",
+    "ArgumentError",
+    "BackendError",
+    "CheckpointError",
+    "DataError",
+    "EncoderAligner",
+    "GatedCrossAttention",
+    "LayAlignConfig",
+    "LayAlignError",
+    "LayAlignForCausalLM",
+    "__version__",
+    "attach",
+    "detach",
+    "pack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'layalign' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,242 @@
+"""The gated term inside any Hugging Face decoder, through transformers' attention interface.
+
+For every base attention function ("sdpa", "eager", ...) a variant "layalign_<base>" is registered. It runs the base
+function and adds the gated cross-attention of the layer before the one output projection. The query it gets is the one
+self-attention uses, so no code here knows an architecture. The source states arrive as the keyword ``layalign_source``
+of the LLM's ``forward``; nothing is stored on the LLM but the name of its attention function.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from layalign.errors import ArgumentError
+from layalign.source import SourceStates
+
+PREFIX = "layalign_"
+
+
+@dataclass
+class AttachReport:
+    """What :func:`attach` or :func:`detach` did.
+
+    Attributes:
+        implementation: the attention function the model now uses.
+        attached: (layer index, module name) of every attention module that takes part.
+        skipped: (module name, reason) of every attention module that does not.
+    """
+
+    implementation: str
+    attached: list[tuple[int, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _base_function(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """transformers' function ``name``; "eager" is each architecture's own."""
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ArgumentError(f"llm: {type(module).__name__} has no eager_attention_forward; load the LLM with sdpa attention")
+
+
+def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def layalign_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        layalign_source: SourceStates | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        base = _base_function(base_name, module)
+        out, weights = base(module, query, key, value, attention_mask, **kwargs)
+        if layalign_source is not None:
+            out = layalign_source.attend(_layer_index(module), query, out, kwargs.get("scaling"))
+        return out, weights
+
+    return layalign_attention
+
+
+def register(base_name: str) -> str:
+    """Register the variant of attention function ``base_name`` with its mask and return the variant's name."""
+    name = PREFIX + base_name
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _variant(base_name))
+        if base_name in ALL_MASK_ATTENTION_FUNCTIONS:  # else transformers would hand over no mask at all
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base_name])
+    return name
+
+
+def _layer_index(module: nn.Module) -> int:
+    return int(module.layer_idx)  # type: ignore[arg-type]
+
+
+def attention_modules(llm: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    """Layer index -> (name, module) of the decoder's self-attention modules: those with a layer index and k, v maps."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in llm.named_modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and key_value_maps(module) is not None:
+            found.setdefault(_layer_index(module), (name, module))
+    return found
+
+
+def key_value_maps(attention: nn.Module) -> str | None:
+    """How ``attention`` makes its keys and values: "separate", "fused", "interleaved", or None when it is unknown."""
+    if isinstance(getattr(attention, "k_proj", None), nn.Module) and hasattr(attention, "v_proj"):
+        return "separate"  # Llama, Mistral, Qwen, Gemma, OLMo, ...
+    if hasattr(attention, "qkv_proj") or hasattr(attention, "c_attn"):
+        return "fused"  # Phi-3: [q | k | v] in one matrix; GPT-2 likewise
+    if hasattr(attention, "query_key_value"):
+        return "interleaved"  # GPT-NeoX: q, k, v side by side per head
+    return None
+
+
+def key_value_states(attention: nn.Module, key_state: Tensor, value_state: Tensor) -> tuple[Tensor, Tensor]:
+    """k_i and v_i: the LLM's own projections of the aligner's states, no rotation, as heads.
+
+    Args:
+        attention: the LLM layer's self-attention module; its projections are called as modules, so LoRA, quantised and
+            sharded weights work.
+        key_state, value_state: (B, S, D_l).
+
+    Returns:
+        key, value: (B, G, S, d).
+    """
+    kind = key_value_maps(attention)
+    size = _head_size(attention)
+    if kind == "separate":
+        key, value = attention.k_proj(key_state), attention.v_proj(value_state)
+    elif kind == "fused":
+        fused = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.c_attn
+        key_out, value_out = fused(key_state), fused(value_state)
+        width = (key_out.shape[-1] - _query_width(attention, size)) // 2
+        key, value = key_out[..., -2 * width : -width], value_out[..., -width:]
+    elif kind == "interleaved":
+        batch, length, _ = key_state.shape
+        key = attention.query_key_value(key_state).view(batch, length, -1, 3, size)[..., 1, :].flatten(2)
+        value = attention.query_key_value(value_state).view(batch, length, -1, 3, size)[..., 2, :].flatten(2)
+    else:
+        name = type(attention).__name__
+        raise ArgumentError(f"llm: {name} has no k_proj and v_proj, qkv_proj, c_attn or query_key_value to project with")
+    return _heads(key, size), _heads(value, size)
+
+
+def _heads(states: Tensor, size: int) -> Tensor:
+    return states.view(*states.shape[:-1], -1, size).transpose(1, 2)
+
+
+def _head_size(attention: nn.Module) -> int:
+    for name in ("head_dim", "head_size"):
+        if isinstance(getattr(attention, name, None), int):
+            return int(getattr(attention, name))
+    config: Any = attention.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _query_width(attention: nn.Module, size: int) -> int:
+    config: Any = attention.config
+    return int(config.num_attention_heads) * size
+
+
+def _swap_config(llm: PreTrainedModel, implementation: str) -> None:
+    """Give this instance its own copy of the config: other models may share the object."""
+    copies: dict[int, Any] = {}
+    for module in llm.modules():
+        config = getattr(module, "config", None)
+        if config is None or not hasattr(config, "_attn_implementation_internal"):
+            continue
+        if id(config) not in copies:
+            copies[id(config)] = copy.deepcopy(config)
+            copies[id(config)]._attn_implementation_internal = implementation
+        module.__dict__.setdefault("_layalign_config", config)
+        module.config = copies[id(config)]
+
+
+def is_attached(llm: nn.Module) -> bool:
+    """Whether :func:`attach` has been called on this instance."""
+    return "_layalign_config" in llm.__dict__
+
+
+def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = None) -> AttachReport:
+    """Let ``llm`` take the gated term: this instance only, no parameter added, state-dict keys unchanged.
+
+    Args:
+        llm: any decoder that goes through transformers' attention interface.
+        layers: the LLM layers that will attend; None for all.
+
+    Raises:
+        ArgumentError: the architecture does not go through the interface, or a layer has no attention to attach to.
+    """
+    if is_attached(llm):
+        raise ArgumentError("llm: expected an LLM that is not attached yet; call detach first")
+    if not getattr(llm, "_supports_attention_backend", False):
+        raise ArgumentError(
+            f"llm: {type(llm).__name__} does not go through transformers' attention interface, so no layer can attend"
+        )
+    found = attention_modules(llm)
+    wanted = sorted(found) if layers is None else list(layers)
+    missing = [layer for layer in wanted if layer not in found]
+    if missing:
+        raise ArgumentError(f"language_layers: expected layers among {sorted(found)}, got {missing}")
+    base = llm.config._attn_implementation or "sdpa"
+    report = AttachReport(implementation=register(base))
+    for layer, (name, _) in sorted(found.items()):
+        if layer in wanted:
+            report.attached.append((layer, name))
+        else:
+            report.skipped.append((name, "not among the language layers"))
+    _swap_config(llm, report.implementation)
+    return report
+
+
+def detach(llm: PreTrainedModel) -> AttachReport:
+    """Undo :func:`attach`: every module gets its own config object back.
+
+    Raises:
+        ArgumentError: the LLM is not attached.
+    """
+    if not is_attached(llm):
+        raise ArgumentError("llm: expected an attached LLM, this one is not")
+    for module in llm.modules():
+        if "_layalign_config" in module.__dict__:
+            module.config = module.__dict__.pop("_layalign_config")
+    report = AttachReport(implementation=llm.config._attn_implementation or "sdpa")
+    report.skipped = [(name, "detached") for _, (name, _) in sorted(attention_modules(llm).items())]
+    return report
+
+
+def is_reentrant(llm: nn.Module) -> bool:
+    """Whether ``llm`` uses re-entrant gradient checkpointing, which loses gradients of keyword tensors."""
+    if not llm.training:
+        return False
+    for module in llm.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            function: Any = getattr(module, "_gradient_checkpointing_func", None)
+            keywords = getattr(function, "keywords", None) or {}
+            if keywords.get("use_reentrant", True) and function is not None:
+                return True
+    return False
+
+
+def require_attended(llm: nn.Module, source: SourceStates) -> None:
+    """Fail when an LLM silently dropped the source: its layers do not pass keywords on to the attention function."""
+    missing = [layer for layer in source.layers if layer not in (source.seen or ())]
+    if missing:
+        raise ArgumentError(
+            f"llm: {type(llm).__name__} did not hand the source to its layers {missing}; "
+            "its forward does not pass keyword arguments on to the attention function"
+        )

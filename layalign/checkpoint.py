@@ -1,0 +1,155 @@
+"""Saving and loading: trained weights alone, with the names of the frozen parts, or everything."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from layalign import encoder as encoders
+from layalign.config import LayAlignConfig
+from layalign.errors import CheckpointError
+
+logger = logging.getLogger("layalign")
+
+WEIGHTS = "model.safetensors"
+OWN_PARTS = ("mapping.", "encoder_aligner.", "cross_attention.")
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Names of the weights that training changes: adapter, aligner, gates, and whatever else requires gradients."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return names | {name for name in model.state_dict() if name.startswith(OWN_PARTS)}
+
+
+def save(
+    model: Any,
+    save_all: Callable[..., None],
+    directory: Any,
+    save_frozen: bool,
+    state_dict: dict[str, Tensor] | None,
+    arguments: dict[str, Any],
+) -> None:
+    """Write ``model`` to ``directory``; see ``LayAlignForCausalLM.save_pretrained``."""
+    config: LayAlignConfig = model.config
+    unnamed = [part for part in ("encoder", "llm") if not getattr(config, f"{part}_name_or_path")]
+    if unnamed and not save_frozen:
+        logger.warning("saving the frozen parts too: the %s has no name to load it from again", " and ".join(unnamed))
+        save_frozen = True
+    config.frozen_saved = save_frozen
+    if save_frozen:
+        save_all(directory, state_dict=state_dict, **arguments)
+        return
+    if not arguments.get("is_main_process", True):
+        return
+    names = trained_names(model)
+    weights = {name: tensor for name, tensor in (state_dict or model.state_dict()).items() if name in names}
+    missing = sorted(names - set(weights))
+    if missing:
+        raise CheckpointError(f"state_dict: expected every trained weight, {missing[0]} is missing")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load(
+    cls: Any,
+    load_all: Callable[..., Any],
+    name_or_path: str,
+    positional: tuple[Any, ...],
+    arguments: dict[str, Any],
+) -> Any:
+    """Read what :func:`save` wrote; see ``LayAlignForCausalLM.from_pretrained``."""
+    hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
+    config = arguments.pop("config", None) or _read_config(name_or_path, hub)
+    parts = {key: arguments.pop(key, None) for key in ("encoder", "llm", "encoder_kwargs", "llm_kwargs")}
+    if config.frozen_saved and parts["encoder"] is None and parts["llm"] is None:
+        if "attn_implementation" in arguments:
+            config.llm_config._attn_implementation = arguments.pop("attn_implementation")
+        return load_all(name_or_path, *positional, config=config, **arguments)
+
+    common = {key: arguments.pop(key) for key in ("dtype", "device_map", "local_files_only") if key in arguments}
+    common.setdefault("dtype", "auto")
+    attention = {key: arguments.pop(key) for key in ("attn_implementation",) if key in arguments}
+    encoder, llm = parts["encoder"], parts["llm"]
+    if encoder is None:
+        encoder = encoders.load_encoder(config.encoder_name_or_path, **{**common, **(parts["encoder_kwargs"] or {})})
+    if llm is None:
+        llm = encoders.load_llm(config.llm_name_or_path, **{**common, **attention, **(parts["llm_kwargs"] or {})})
+    model = cls(config, encoder=encoders.encoder_part(encoder), llm=llm)
+    weights = _read_weights(name_or_path, hub)
+    _put_weights(model, weights, None if common["dtype"] == "auto" else common["dtype"])
+    return model.eval()
+
+
+def _read_config(name_or_path: str, hub: dict[str, Any]) -> LayAlignConfig:
+    try:
+        found, _ = LayAlignConfig.get_config_dict(name_or_path, **hub)
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{name_or_path}: no readable LayAlign checkpoint: {error}".splitlines()[0]) from error
+    if found.get("model_type") != LayAlignConfig.model_type:
+        raise CheckpointError(f"{name_or_path}: expected a layalign checkpoint, got {found.get('model_type')!r}")
+    return LayAlignConfig.from_dict(found)
+
+
+def _read_weights(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        return load_file(str(cached_file(name_or_path, WEIGHTS, **hub)))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{name_or_path}: cannot read {WEIGHTS}: {error}".splitlines()[0]) from error
+
+
+def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> None:
+    """Put the stored weights in, in their stored dtype unless one is asked for; each must fit, none may be missing."""
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    places = dict(model.named_parameters())
+    expected = {name for name in model.state_dict() if name.startswith(OWN_PARTS)}
+    missing, foreign = sorted(expected - set(weights)), sorted(set(weights) - set(places))
+    if missing or foreign:
+        problem = f"{missing[0]} is missing" if missing else f"the model has no {foreign[0]}"
+        raise CheckpointError(f"{WEIGHTS}: does not fit the model: {problem}")
+    for name, tensor in weights.items():
+        place = places[name]
+        if place.shape != tensor.shape:
+            shapes = f"expected {tuple(place.shape)}, got {tuple(tensor.shape)}"
+            raise CheckpointError(f"{WEIGHTS}: {name}: {shapes}")
+        device = _home(model, name, place)
+        place.data = tensor.to(device=device, dtype=dtype or tensor.dtype)
+
+
+def _home(model: Any, name: str, place: Tensor) -> torch.device:
+    """Own parts live with the LLM's embeddings, everything else stays where it is."""
+    return model.get_input_embeddings().weight.device if name.startswith(OWN_PARTS) else place.device
+
+
+def inject_lora(llm: PreTrainedModel, settings: Any) -> dict[str, Any]:
+    """Add a LoRA adapter to ``llm`` and return its settings as plain data."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise CheckpointError("lora: expected the package peft; install it with pip install 'layalign[lora]'") from error
+    lora = settings if isinstance(settings, LoraConfig) else LoraConfig(**_plain(settings))
+    llm.add_adapter(lora)
+    return _plain(lora.to_dict())
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON data, without what peft fills in by itself."""
+    derived = ("peft_type", "auto_mapping", "peft_version")
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
+    return {key: value for key, value in plain.items() if key not in derived and value is not None}

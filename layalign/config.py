@@ -1,0 +1,138 @@
+"""Configuration of a LayAlign model: the names and sizes of the frozen parts, and which layers meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from layalign.errors import ArgumentError
+from layalign.nn.aligner import STRUCTURES
+
+
+def _as_config(name: str, value: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig | None:
+    if value is None or isinstance(value, PretrainedConfig):
+        return value
+    if not isinstance(value, dict) or "model_type" not in value:
+        raise ArgumentError(f"{name}: expected a transformers configuration or its dict with a model_type")
+    return AutoConfig.for_model(**value)
+
+
+class LayAlignConfig(PretrainedConfig):
+    """Configuration of :class:`layalign.LayAlignForCausalLM`.
+
+    Args:
+        encoder_config, llm_config: configurations of the frozen parts (or their dicts).
+        encoder_name_or_path, llm_name_or_path: where their weights come from when only trained weights are saved.
+        encoder_layers: E indices into the encoder's ``hidden_states`` (0 is the embedding output). None: all but the
+            last, as published (0..23 of mT5-xl's 25).
+        language_layers: L indices of LLM layers that attend. None: all. []: neither aligner nor gates (adapter alone).
+        structure: "Linear" or "MLP", the projection behind the layer mix.
+        mask_encoder_padding: hide encoder padding from the cross-attention and number LLM positions without padding, so
+            that a sample does not depend on its batch neighbours. False reproduces the published numbers.
+        llm_bos_token_id: first token of the LLM's input. None: the LLM's own, or none if it has none.
+        source_token_id: id that fills the slots of the soft tokens in ``input_ids``. None: the LLM's pad, else eos, id.
+        lora: settings of a peft ``LoraConfig`` put on the LLM, or None.
+        frozen_saved: whether the checkpoint holds the frozen parts too.
+        impl: backend of the operations, "auto" by default.
+
+    Raises:
+        ArgumentError: a value is out of range; the message names it.
+    """
+
+    model_type = "layalign"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        encoder_config: dict[str, Any] | PretrainedConfig | None = None,
+        llm_config: dict[str, Any] | PretrainedConfig | None = None,
+        encoder_name_or_path: str | None = None,
+        llm_name_or_path: str | None = None,
+        encoder_layers: list[int] | None = None,
+        language_layers: list[int] | None = None,
+        structure: str = "Linear",
+        mask_encoder_padding: bool = True,
+        llm_bos_token_id: int | None = None,
+        source_token_id: int | None = None,
+        lora: dict[str, Any] | None = None,
+        frozen_saved: bool = False,
+        impl: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        self.encoder_config = _as_config("encoder_config", encoder_config)
+        self.llm_config = _as_config("llm_config", llm_config)
+        self.encoder_name_or_path = encoder_name_or_path
+        self.llm_name_or_path = llm_name_or_path
+        self.encoder_layers = None if encoder_layers is None else list(encoder_layers)
+        self.language_layers = None if language_layers is None else list(language_layers)
+        self.structure = structure
+        self.mask_encoder_padding = bool(mask_encoder_padding)
+        self.llm_bos_token_id = llm_bos_token_id
+        self.source_token_id = source_token_id
+        self.lora = lora
+        self.frozen_saved = frozen_saved
+        self.impl = impl
+        super().__init__(**kwargs)
+        if structure not in STRUCTURES:
+            raise ArgumentError(f"structure: expected one of {STRUCTURES}, got {structure!r}")
+        if self.encoder_config is not None:
+            self._resolve_encoder(self.encoder_config)
+        if self.llm_config is not None:
+            self._resolve_llm(self.llm_config.get_text_config(decoder=True))
+
+    def _resolve_encoder(self, config: PretrainedConfig) -> None:
+        count = number_of_layers(config) + 1  # hidden_states: the embedding output and one per layer
+        if self.encoder_layers is None:
+            self.encoder_layers = list(range(count - 1))
+        _check_layers("encoder_layers", self.encoder_layers, count, allow_empty=False)
+
+    def _resolve_llm(self, config: PretrainedConfig) -> None:
+        if self.language_layers is None:
+            self.language_layers = list(range(number_of_layers(config)))
+        _check_layers("language_layers", self.language_layers, number_of_layers(config), allow_empty=True)
+        if self.llm_bos_token_id is None:
+            self.llm_bos_token_id = _first(getattr(config, "bos_token_id", None))
+        if self.source_token_id is None:
+            candidates = (_first(getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
+            self.source_token_id = next((token for token in candidates if token is not None and token >= 0), 0)
+        if not 0 <= self.source_token_id < config.vocab_size:
+            raise ArgumentError(f"source_token_id: expected 0..{config.vocab_size - 1}, got {self.source_token_id}")
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """The LLM's text configuration: generation, caches and masks follow the LLM."""
+        if self.llm_config is None:
+            return self
+        return self.llm_config.get_text_config(decoder=True)
+
+
+def number_of_layers(config: PretrainedConfig) -> int:
+    """Layers of an encoder or decoder, whatever its configuration calls them."""
+    for name in ("encoder_layers", "num_hidden_layers", "num_layers", "n_layer"):
+        number = getattr(config, name, None)
+        if isinstance(number, int):
+            return number
+    raise ArgumentError(f"{type(config).__name__} does not say how many layers it has")
+
+
+def hidden_size(config: PretrainedConfig) -> int:
+    """Hidden size of an encoder or decoder, whatever its configuration calls it."""
+    for name in ("hidden_size", "d_model", "n_embd"):
+        number = getattr(config, name, None)
+        if isinstance(number, int):
+            return number
+    raise ArgumentError(f"{type(config).__name__} does not say its hidden size")
+
+
+def _first(token: Any) -> int | None:
+    return (token[0] if token else None) if isinstance(token, (list, tuple)) else token
+
+
+def _check_layers(name: str, layers: list[int], count: int, allow_empty: bool) -> None:
+    if not layers and not allow_empty:
+        raise ArgumentError(f"{name}: expected at least one layer, got none")
+    bad = [layer for layer in layers if not isinstance(layer, int) or not 0 <= layer < count]
+    if bad:
+        raise ArgumentError(f"{name}: expected indices in 0..{count - 1}, got {bad}")
+    if name == "language_layers" and len(set(layers)) != len(layers):
+        raise ArgumentError(f"{name}: expected each layer once, got {layers}")

@@ -1,0 +1,69 @@
+"""Loading the frozen parts, and reading all layers of any multilingual encoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding, PreTrainedModel
+
+from layalign.errors import ArgumentError
+
+
+def encoder_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder stack of an encoder-decoder, any other model as it is.
+
+    T5/mT5/UMT5 and M2M100/NLLB keep a stack that is a model of its own; XLM-R, BERT, ModernBERT and decoder-only models
+    are encoders themselves (what ``get_encoder`` finds there, if anything, lacks the embeddings).
+    """
+    found = model.get_encoder()
+    return found if isinstance(found, PreTrainedModel) else model
+
+
+def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """The encoder of a checkpoint; of a T5-like one only the encoder's weights are read."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in names if key in kwargs})
+    t5_like = config.model_type in ("t5", "mt5", "umt5")
+    auto = AutoModelForTextEncoding if t5_like else AutoModel
+    return encoder_part(auto.from_pretrained(name_or_path, **kwargs))
+
+
+def load_llm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """The causal language model of a checkpoint."""
+    return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+
+
+def encoder_from_config(config: Any) -> PreTrainedModel:
+    """An encoder with fresh weights, built from the configuration of the whole model it belongs to."""
+    return encoder_part(AutoModel.from_config(config))
+
+
+def encode(
+    encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """Run the encoder.
+
+    Args:
+        encoder: any transformers encoder, or decoder-only model used as one.
+        input_ids, attention_mask: (B, S) int64, padding on either side.
+        layers: E indices into ``hidden_states``.
+
+    Returns:
+        E hidden states (B, S, D_e) and the last hidden state (B, S, D_e).
+    """
+    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters())
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(encoder.forward).parameters else {}
+    with torch.set_grad_enabled(trains):
+        output = encoder(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **extra
+        )
+    hidden = output.hidden_states
+    if hidden is None or max(layers) >= len(hidden):
+        count = 0 if hidden is None else len(hidden)
+        raise ArgumentError(f"encoder_layers: expected indices below {count}, the encoder's layers, got {list(layers)}")
+    return [hidden[layer] for layer in layers], output.last_hidden_state
+

@@ -1,0 +1,34 @@
+"""The language-modelling loss, with logits only where a label stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layalign.packing import IGNORE_INDEX
+
+
+@contextmanager
+def only_rows(head: nn.Module, rows: Tensor) -> Iterator[None]:
+    """Within the block, ``head`` sees only the hidden states where ``rows`` (B, T) is true, as (1, N, D)."""
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][rows.to(args[0].device)][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def label_loss(logits: Tensor, targets: Tensor, divisor: Tensor | int | None) -> Tensor:
+    """Cross-entropy in fp32 over labelled positions, summed and divided by their number (or by ``divisor``)."""
+    targets = targets.to(logits.device).flatten()
+    total = F.cross_entropy(logits.flatten(0, -2).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    if divisor is None:
+        divisor = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return total / divisor

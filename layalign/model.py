@@ -1,0 +1,414 @@
+"""The whole model: frozen encoder, frozen LLM, and between them adapter, aligner and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from layalign import attention, checkpoint
+from layalign import encoder as encoders
+from layalign.config import LayAlignConfig, hidden_size
+from layalign.errors import ArgumentError
+from layalign.generation import SourceGenerationMixin
+from layalign.loss import label_loss, only_rows
+from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
+from layalign.packing import IGNORE_INDEX, pack, real_positions
+from layalign.source import SourceStates, bridge, get_source, put_source
+
+
+class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
+    """LayAlign over any transformers encoder and decoder.
+
+    Build it with :meth:`from_encoder_and_llm` or :meth:`from_pretrained`. Encoder and LLM are frozen; ``mapping``
+    (the adapter), ``encoder_aligner`` and the gates in ``cross_attention`` train.
+
+    Source: LayAlign, section 3; the parameter names are those of the published code.
+    """
+
+    config_class = LayAlignConfig
+    base_model_prefix = "llm"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values", "source_states"]
+
+    def __init__(
+        self, config: LayAlignConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__(config)
+        if config.encoder_config is None or config.llm_config is None:
+            raise ArgumentError("config: expected encoder_config and llm_config; see LayAlignConfig")
+        self.llm = AutoModelForCausalLM.from_config(config.llm_config) if llm is None else llm
+        self.encoder = encoders.encoder_from_config(config.encoder_config) if encoder is None else encoder
+        for part in (self.llm, self.encoder):
+            if llm is not None or encoder is not None:
+                for module in part.modules():
+                    module._is_hf_initialized = True  # type: ignore[assignment]  # post_init must not touch their weights
+        self._trainable_before = [p for part in (self.llm, self.encoder) for p in part.parameters() if p.requires_grad]
+        self.freeze()
+        if config.lora is not None:
+            self.add_lora(config.lora)
+
+        assert config.encoder_layers is not None and config.language_layers is not None
+        encoder_size, llm_size = hidden_size(config.encoder_config), hidden_size(config.get_text_config())
+        self.mapping = Adapter(encoder_size, llm_size)
+        self.encoder_aligner = None
+        if config.language_layers:
+            self.encoder_aligner = EncoderAligner(aligner_config(config, encoder_size, llm_size), impl=config.impl)
+        self.cross_attention = nn.ModuleList(GatedCrossAttention(config.impl) for _ in config.language_layers)
+        # A tuple, so that the LLM's modules do not appear a second time among this module's children.
+        self.attach_report = attention.attach(self.llm, config.language_layers)
+        found = attention.attention_modules(self.llm)
+        self._attentions = tuple(found[layer][1] for layer in config.language_layers)
+        self._source_reaches_layers = False
+        self.generation_config = self.llm.generation_config
+        self.post_init()
+
+    @classmethod
+    def from_encoder_and_llm(
+        cls,
+        encoder: PreTrainedModel | str,
+        llm: PreTrainedModel | str,
+        *,
+        encoder_kwargs: dict[str, Any] | None = None,
+        llm_kwargs: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> LayAlignForCausalLM:
+        """Join an encoder and an LLM with a fresh adapter, aligner and zero gates.
+
+        Args:
+            encoder: a transformers model (an encoder-decoder gives its encoder), or its name or path.
+            llm: a causal LM, or its name or path.
+            encoder_kwargs, llm_kwargs: for ``from_pretrained`` of a part given by name (dtype, device_map, ...).
+            **config: fields of :class:`LayAlignConfig`: encoder_layers, language_layers, structure, ...
+
+        Raises:
+            ArgumentError: a layer does not exist, or the LLM does not go through the attention interface.
+        """
+        if isinstance(encoder, str):
+            encoder = encoders.load_encoder(encoder, **(encoder_kwargs or {}))
+        if isinstance(llm, str):
+            llm = encoders.load_llm(llm, **(llm_kwargs or {}))
+        for name, part in (("encoder", encoder), ("llm", llm)):
+            if not isinstance(part, PreTrainedModel):
+                raise ArgumentError(f"{name}: expected a transformers model or its name, got {type(part).__name__}")
+        if llm.get_output_embeddings() is None:
+            raise ArgumentError(f"llm: expected a causal language model, got {type(llm).__name__}")
+        encoder = encoders.encoder_part(encoder)
+        for key, part in (("encoder_name_or_path", encoder), ("llm_name_or_path", llm)):
+            config.setdefault(key, part.config.name_or_path or None)
+        full = LayAlignConfig(encoder_config=encoder.config, llm_config=llm.config, **config)
+        model = cls(full, encoder=encoder, llm=llm)
+        like = llm.get_input_embeddings().weight
+        for part in (model.mapping, model.encoder_aligner, model.cross_attention):
+            if part is not None:
+                part.to(device=like.device)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load what :meth:`save_pretrained` wrote; frozen parts that were left out come from their own names.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub name.
+            encoder, llm: frozen parts already in memory, instead of loading them by name.
+            encoder_kwargs, llm_kwargs: further arguments for loading a frozen part by name.
+            **kwargs: as transformers' ``from_pretrained`` (dtype, device_map, attn_implementation, revision, ...).
+
+        Raises:
+            CheckpointError: the checkpoint is not one of ours, is damaged, or does not fit the model.
+        """
+        return checkpoint.load(cls, super().from_pretrained, str(pretrained_model_name_or_path), args, kwargs)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Any, *, save_frozen: bool = False, state_dict: dict[str, Tensor] | None = None, **kw: Any
+    ) -> None:
+        """Write the checkpoint.
+
+        Args:
+            save_directory: folder, made if needed.
+            save_frozen: also write encoder and LLM. By default only trained weights are written, with the names of the
+                frozen parts; a frozen part that has no name is written all the same, with a warning.
+            state_dict: weights to write instead of the model's own (distributed engines gather them).
+            **kw: as transformers' ``save_pretrained`` (with ``save_frozen``).
+        """
+        checkpoint.save(self, super().save_pretrained, save_directory, save_frozen, state_dict, kw)
+
+    # What trains
+
+    def freeze(self) -> None:
+        """Freeze encoder and LLM, as published."""
+        self.llm.requires_grad_(False)
+        self.encoder.requires_grad_(False)
+
+    def add_lora(self, settings: Any) -> None:
+        """Put LoRA on the LLM through peft; it trains and is saved with the rest.
+
+        Args:
+            settings: a peft ``LoraConfig`` or a dict of its fields.
+        """
+        self.config.lora = checkpoint.inject_lora(self.llm, settings)
+
+    def unwrap(self) -> PreTrainedModel:
+        """Give the LLM back as it was before: detached, its parameters trainable where they were."""
+        attention.detach(self.llm)
+        for parameter in self._trainable_before:
+            parameter.requires_grad_(True)
+        return self.llm
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Checkpoint the LLM's layers (the frozen encoder keeps no activations)."""
+        self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the LLM's activations again."""
+        self.llm.gradient_checkpointing_disable()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's."""
+        return self.llm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LLM's."""
+        return self.llm.get_output_embeddings()
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The frozen multilingual encoder."""
+        return self.encoder
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # As published: torch's own defaults, a zero boundary, zero gates.
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+        elif isinstance(module, Adapter):
+            nn.init.zeros_(module.end_boundary)
+        elif isinstance(module, GatedCrossAttention):
+            nn.init.zeros_(module.adaption_gate)
+
+    # The input
+
+    def pack(
+        self,
+        encoder_attention_mask: Tensor,
+        prompts: Sequence[Sequence[int]] | None = None,
+        targets: Sequence[Sequence[int]] | None = None,
+    ) -> dict[str, Tensor]:
+        """The LLM's input for a batch of sources: see :func:`layalign.packing.pack`; on the mask's device."""
+        return pack(
+            encoder_attention_mask.sum(dim=1).tolist(),
+            prompts,
+            targets,
+            bos_token_id=self.config.llm_bos_token_id,
+            source_token_id=self.config.source_token_id,
+            device=encoder_attention_mask.device,
+        )
+
+    def encode_source(
+        self, encoder_input_ids: Tensor, encoder_attention_mask: Tensor
+    ) -> tuple[Tensor, SourceStates]:
+        """Everything the LLM needs to know of the source, computed once per sequence.
+
+        Args:
+            encoder_input_ids, encoder_attention_mask: (B, S) int64.
+
+        Returns:
+            The adapter's soft tokens (B, S, D_l), and the source states of all language layers.
+        """
+        hidden, last = encoders.encode(
+            self.encoder, encoder_input_ids, encoder_attention_mask, self.config.encoder_layers
+        )
+        dtype = self.get_input_embeddings().weight.dtype
+        soft = self.mapping(last.to(self.mapping.mlp.linear1.weight.dtype)).to(dtype)
+        keys, values = [], []
+        if self.encoder_aligner is not None:
+            states = self.encoder_aligner.states(hidden).to(dtype)
+            for slot, module in enumerate(self._attentions):
+                key, value = attention.key_value_states(module, states[2 * slot], states[2 * slot + 1])
+                keys.append(key)
+                values.append(value)
+        mask = encoder_attention_mask.bool() if self.config.mask_encoder_padding else None
+        gated = tuple(self.cross_attention)
+        return soft, SourceStates(tuple(self.config.language_layers), tuple(keys), tuple(values), mask, gated)
+
+    def _begin(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        encoder_input_ids: Tensor,
+        encoder_attention_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, SourceStates]:
+        """(input_ids, attention_mask, inputs_embeds, source) of a new sequence; packs when there are no input ids."""
+        if encoder_attention_mask is None:
+            encoder_attention_mask = torch.ones_like(encoder_input_ids)
+        if encoder_input_ids.dim() != 2 or encoder_attention_mask.shape != encoder_input_ids.shape:
+            shapes = tuple(encoder_input_ids.shape), tuple(encoder_attention_mask.shape)
+            raise ArgumentError(f"encoder_input_ids, encoder_attention_mask: expected one shape (B, S), got {shapes}")
+        if input_ids is None:
+            packed = self.pack(encoder_attention_mask)
+            input_ids, attention_mask = packed["input_ids"], packed["attention_mask"]
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if input_ids.dim() != 2 or len(input_ids) != len(encoder_input_ids) or attention_mask.shape != input_ids.shape:
+            shapes = tuple(input_ids.shape), tuple(attention_mask.shape), tuple(encoder_input_ids.shape)
+            raise ArgumentError(
+                f"input_ids, attention_mask: expected (B, T) with the B of encoder_input_ids (B, S), got {shapes}"
+            )
+        soft, source = self.encode_source(encoder_input_ids, encoder_attention_mask)
+        embeds = self._place(soft, input_ids, attention_mask, encoder_attention_mask)
+        return input_ids, attention_mask, embeds, source
+
+    def _place(self, soft: Tensor, input_ids: Tensor, attention_mask: Tensor, source_mask: Tensor) -> Tensor:
+        """Token embeddings (B, T, D_l) with soft tokens and boundary in their slots, without a host sync."""
+        device = input_ids.device
+        lengths = source_mask.sum(dim=1, keepdim=True).to(device)  # (B, 1)
+        start = attention_mask.argmax(dim=1, keepdim=True) + (self.config.llm_bos_token_id is not None)
+        slot = torch.arange(input_ids.shape[1], device=device) - start  # (B, T): 0 is the first source token
+        is_slot = (slot >= 0) & (slot <= lengths)
+        if not torch.compiler.is_compiling():
+            self._check_packed(input_ids, attention_mask, is_slot, lengths)
+
+        # Real tokens first, in order, wherever the encoder's padding is; the boundary behind them all.
+        order = source_mask.bool().logical_not().to(torch.uint8).argsort(dim=1, stable=True).to(device)
+        index = torch.where(slot == lengths, soft.shape[1], slot.clamp(0, max(soft.shape[1] - 1, 0)))
+        order = F.pad(order, (0, 1), value=soft.shape[1]).gather(1, index)
+        boundary = self.mapping.get_embed().to(soft.dtype).expand(len(soft), 1, -1)
+        rows = torch.cat([soft, boundary], dim=1).to(device)
+        rows = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
+        return torch.where(is_slot[..., None], rows, self.get_input_embeddings()(input_ids))
+
+    def _check_packed(self, input_ids: Tensor, attention_mask: Tensor, is_slot: Tensor, lengths: Tensor) -> None:
+        good = (input_ids == self.config.source_token_id) & attention_mask.bool() | ~is_slot
+        whole = is_slot.sum(dim=1, keepdim=True) == lengths + 1
+        if not bool(good.all() & whole.all()):
+            raise ArgumentError(
+                "input_ids: expected [bos][one slot per encoder token][boundary slot][text] as model.pack lays it out; "
+                "the slots do not match encoder_attention_mask"
+            )
+
+    # Running
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_input_ids: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        source_states: SourceStates | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass of the LLM.
+
+        Args:
+            input_ids, attention_mask: (B, T) int64, packed (:meth:`pack`); left out, there is no text behind the source.
+            encoder_input_ids, encoder_attention_mask: (B, S) int64. Needed once per sequence; afterwards
+                ``past_key_values`` carries the source.
+            labels: (B, T) int64, -100 where nothing is predicted.
+            past_key_values: a transformers cache.
+            inputs_embeds, source_states: (B, T, D_l) and the source, instead of computing them (``generate`` does).
+            logits_to_keep: as in transformers. With ``labels`` and without this, logits are computed only where a
+                label stands and are not returned.
+            num_items_in_batch: divisor of the loss instead of the number of labels (gradient accumulation).
+            **kwargs: passed to the LLM.
+
+        Returns:
+            loss, logits (B, T, vocabulary), past_key_values, hidden_states, attentions.
+
+        Raises:
+            ArgumentError: shapes do not fit, the input is not packed, or there is no source.
+        """
+        source = source_states if source_states is not None else get_source(past_key_values)
+        if encoder_input_ids is not None:
+            input_ids, attention_mask, inputs_embeds, source = self._begin(
+                input_ids, attention_mask, encoder_input_ids, encoder_attention_mask
+            )
+        if source is None:
+            raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ArgumentError("input_ids: expected (B, T) token ids, got None")
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if position_ids is None and attention_mask is not None and self.config.mask_encoder_padding:
+            position_ids = real_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
+        if past_key_values is not None:
+            put_source(past_key_values, source)
+        if attention.is_reentrant(self.llm) and torch.is_grad_enabled():
+            inputs_embeds, source = bridge(inputs_embeds, source)
+        source.seen = None if self._source_reaches_layers else set()
+        inputs = dict(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache if labels is None else bool(use_cache),
+            layalign_source=source,
+            **kwargs,
+        )
+        output = self._run(inputs, labels, logits_to_keep, num_items_in_batch)
+        if source.seen is not None:
+            attention.require_attended(self.llm, source)
+            self._source_reaches_layers, source.seen = True, None
+        if output.past_key_values is not None:
+            put_source(output.past_key_values, source)
+        return output
+
+    def _run(
+        self, inputs: dict[str, Any], labels: Tensor | None, keep: int | Tensor | None, divisor: Tensor | int | None
+    ) -> CausalLMOutputWithPast:
+        if labels is None:
+            return self.llm(**inputs, logits_to_keep=0 if keep is None else keep, return_dict=True)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # position t predicts label t + 1
+        head = self.get_output_embeddings()
+        if keep is None and not torch.compiler.is_compiling():
+            labelled = targets != IGNORE_INDEX
+            with only_rows(head, labelled):
+                output = self.llm(**inputs, return_dict=True)
+            output.loss = label_loss(output.logits, targets[labelled], divisor)
+            output.logits = None
+            return output
+        output = self.llm(**inputs, logits_to_keep=keep or 0, return_dict=True)
+        if isinstance(keep, Tensor):
+            targets = targets[:, keep]
+        elif keep:
+            targets = targets[:, -keep:]
+        output.loss = label_loss(output.logits, targets, divisor)
+        return output
+
+
+def aligner_config(config: LayAlignConfig, encoder_size: int, llm_size: int) -> Any:
+    """The published aligner configuration that follows from ours."""
+    return SimpleNamespace(
+        encoder_hidden_dim=encoder_size,
+        language_hidden_dim=llm_size,
+        num_transformer_submodules=1,
+        num_attention_heads=config.get_text_config().num_attention_heads,
+        num_encoder_layers=len(config.encoder_layers or ()),
+        num_language_layers=len(config.language_layers or ()),
+        encoder_layers=config.encoder_layers,
+        language_layers=config.language_layers,
+        projector_type="weighted_linear",
+        structure=config.structure,
+    )
+
+
+AutoConfig.register(LayAlignConfig.model_type, LayAlignConfig)
+AutoModelForCausalLM.register(LayAlignConfig, LayAlignForCausalLM)

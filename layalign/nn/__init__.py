@@ -1,0 +1,7 @@
+"""Drop-in modules: the published classes' parameters and outputs over layalign's operations."""
+
+from layalign.nn.adapter import Adapter, Mapping
+from layalign.nn.aligner import EncoderAligner, WeightedLinearProjector
+from layalign.nn.cross_attention import GatedCrossAttention
+
+__all__ = ["Adapter", "EncoderAligner", "GatedCrossAttention", "Mapping", "WeightedLinearProjector"]

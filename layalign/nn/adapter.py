@@ -1,0 +1,46 @@
+"""The adapter: the encoder's last states become soft prompt tokens of the LLM."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """linear1 (D_e -> 2 D_e), relu, linear2 (2 D_e -> D_l)."""
+
+    def __init__(self, mt_dim: int, llm_dim: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(mt_dim, mt_dim * 2)
+        self.linear2 = nn.Linear(mt_dim * 2, llm_dim)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, S, D_e) -> (B, S, D_l)."""
+        return self.linear2(torch.relu(self.linear1(hidden_states)))
+
+
+class Adapter(nn.Module):
+    """Published name ``Mapping``: an MLP over the encoder's last states, and the learned boundary token behind them.
+
+    Args:
+        mt_dim: encoder hidden size D_e.
+        llm_dim: LLM hidden size D_l.
+
+    Source: LayAlign, section 3.2; MindMerger's mapping layer.
+    """
+
+    def __init__(self, mt_dim: int, llm_dim: int) -> None:
+        super().__init__()
+        self.mlp = MLP(mt_dim, llm_dim)
+        self.end_boundary = nn.Parameter(torch.zeros(1, 1, llm_dim))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, S, D_e) -> (B, S, D_l)."""
+        return self.mlp(hidden_states)
+
+    def get_embed(self) -> Tensor:
+        """The boundary token, (1, 1, D_l)."""
+        return self.end_boundary
+
+
+Mapping = Adapter

@@ -1,0 +1,92 @@
+"""The layer-wise aligner: all encoder layers in, one key state and one value state per language layer out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layalign import ops
+from layalign.errors import ArgumentError
+
+STRUCTURES = ("Linear", "MLP")
+
+
+class WeightedLinearProjector(nn.Module):
+    """fc1 mixes the encoder layers into 2L slots (relu), fc2 (and, for "MLP", relu and fc3) maps to the LLM's width.
+
+    Args:
+        config: see :class:`EncoderAligner`.
+        bias: whether the linear maps have biases, as published.
+        impl: backend of the operations, "auto" by default.
+    """
+
+    def __init__(self, config: Any, bias: bool = True, impl: str = "auto") -> None:
+        super().__init__()
+        self.structure = config.structure
+        self.impl = impl
+        self.fc1 = nn.Linear(config.num_encoder_layers, 2 * config.num_language_layers, bias=bias)
+        self.fc2 = nn.Linear(config.encoder_hidden_dim, config.language_hidden_dim, bias=bias)
+        if self.structure == "MLP":
+            self.fc3 = nn.Linear(config.language_hidden_dim, config.language_hidden_dim, bias=bias)
+
+    def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """E tensors (B, S, D_e) -> (2L, B, S, D_l)."""
+        y = ops.layer_projection(
+            hidden_states, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, impl=self.impl
+        )
+        return self.fc3(torch.relu(y)) if self.structure == "MLP" else y
+
+
+class EncoderAligner(nn.Module):
+    """The layer-wise aligner with the published constructor, parameter names and output.
+
+    Args:
+        config: any object with ``encoder_hidden_dim`` (D_e), ``language_hidden_dim`` (D_l), ``num_encoder_layers`` (E),
+            ``num_language_layers`` (L) and ``structure`` ("Linear" or "MLP"). The other published fields
+            (``num_attention_heads``, ``encoder_layers``, ``language_layers``, ``projector_type``, ``batch``) are not
+            needed here; ``num_transformer_submodules``, where present, must be 1.
+        impl: backend of the operations, "auto" by default.
+
+    Raises:
+        ArgumentError: a field is missing or has a value that is not supported.
+
+    Source: LayAlign, section 3.1.
+    """
+
+    def __init__(self, config: Any, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
+        super().__init__()
+        for field in ("encoder_hidden_dim", "language_hidden_dim", "num_encoder_layers", "num_language_layers"):
+            number = getattr(config, field, None)
+            if not isinstance(number, int) or number < 1:
+                raise ArgumentError(f"config.{field}: expected a positive integer, got {number!r}")
+        if getattr(config, "structure", None) not in STRUCTURES:
+            raise ArgumentError(
+                f"config.structure: expected one of {STRUCTURES}, got {getattr(config, 'structure', None)!r}"
+            )
+        if getattr(config, "num_transformer_submodules", 1) != 1:
+            raise ArgumentError(
+                f"config.num_transformer_submodules: expected 1, got {config.num_transformer_submodules!r}"
+            )
+        self.config = config
+        self.projector = WeightedLinearProjector(config, impl=impl)
+
+    def states(self, hidden_states: Sequence[Tensor] | Tensor) -> Tensor:
+        """All slots in one tensor, (2L, B, S, D_l): slot 2i is the key state of language layer i, 2i + 1 its value."""
+        if isinstance(hidden_states, Tensor):  # the published alternative: (B, E, S, D_e)
+            if hidden_states.dim() != 4:
+                shape = tuple(hidden_states.shape)
+                raise ArgumentError(f"hidden_states: expected a list of (B, S, D_e) or (B, E, S, D_e), got {shape}")
+            hidden_states = hidden_states.unbind(1)
+        expected = (self.config.num_encoder_layers, self.config.encoder_hidden_dim)
+        found = (len(hidden_states), hidden_states[0].shape[-1] if len(hidden_states) else None)
+        if found != expected:
+            raise ArgumentError(f"hidden_states: expected (layers, hidden size) = {expected}, got {found}")
+        return self.projector(list(hidden_states))
+
+    def forward(self, hidden_states: Sequence[Tensor] | Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """E tensors (B, S, D_e), or one (B, E, S, D_e) -> L pairs (key state, value state), each (B, S, D_l)."""
+        slots = self.states(hidden_states).unbind(0)
+        return tuple(zip(slots[0::2], slots[1::2], strict=True))

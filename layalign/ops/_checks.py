@@ -1,0 +1,63 @@
+"""Argument checks shared by the operations; every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from layalign.errors import ArgumentError
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(value: object) -> str:
+    """A tensor as ``dtype (shape) on device``, anything else as its type."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    return type(value).__name__
+
+
+def require_tensor(name: str, value: object, dims: int, shape_text: str) -> None:
+    """A floating tensor with ``dims`` dimensions."""
+    if not isinstance(value, Tensor) or value.dim() != dims or value.dtype not in FLOAT_DTYPES:
+        raise ArgumentError(f"{name}: expected a floating tensor {shape_text}, got {describe(value)}")
+
+
+def require_shape(name: str, value: Tensor, shape: Sequence[int], shape_text: str) -> None:
+    """A tensor of exactly ``shape``; ``shape_text`` says what the numbers stand for."""
+    if tuple(value.shape) != tuple(shape):
+        raise ArgumentError(f"{name}: expected shape {shape_text} = {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Two tensors on one device."""
+    if value.device != other.device:
+        raise ArgumentError(f"{name}: expected the device of {other_name} ({other.device}), got {value.device}")
+
+
+def check_hidden(hidden: object) -> Sequence[Tensor]:
+    """E >= 1 floating tensors (B, S, D_e) of one shape, dtype and device."""
+    if not isinstance(hidden, (list, tuple)) or not hidden:
+        raise ArgumentError(f"hidden: expected a non-empty list of tensors (B, S, D_e), got {describe(hidden)}")
+    first = hidden[0]
+    require_tensor("hidden[0]", first, 3, "(B, S, D_e)")
+    for i, layer in enumerate(hidden):
+        if not isinstance(layer, Tensor) or layer.shape != first.shape or layer.dtype != first.dtype:
+            raise ArgumentError(f"hidden[{i}]: expected {describe(first)} like hidden[0], got {describe(layer)}")
+        require_same_device(f"hidden[{i}]", layer, "hidden[0]", first)
+    return hidden
+
+
+def check_mix(hidden: Sequence[Tensor], weight: object, bias: object, prefix: str = "") -> None:
+    """The mix's weight (2L, E) and bias (2L,) against the layers they mix."""
+    require_tensor(f"{prefix}weight", weight, 2, "(2L, E)")
+    assert isinstance(weight, Tensor)
+    require_shape(f"{prefix}weight", weight, (weight.shape[0], len(hidden)), "(2L, E)")
+    require_same_device(f"{prefix}weight", weight, "hidden[0]", hidden[0])
+    if bias is not None:
+        require_tensor(f"{prefix}bias", bias, 1, "(2L,)")
+        assert isinstance(bias, Tensor)
+        require_shape(f"{prefix}bias", bias, (weight.shape[0],), "(2L,)")
+        require_same_device(f"{prefix}bias", bias, "hidden[0]", hidden[0])

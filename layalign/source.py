@@ -1,0 +1,133 @@
+"""What the LLM attends to: the key and value states of one batch of sources, and the cache that carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from layalign.nn import GatedCrossAttention
+
+
+@dataclass
+class SourceStates:
+    """Per language layer the source's keys and values, ready for gated cross-attention.
+
+    Attributes:
+        layers: indices of the LLM layers that attend, ascending or not; the other tuples follow this order.
+        keys, values: L tensors (B, G, S, d) each; heads and head size may differ between layers.
+        mask: (B, S) bool, true where a source token is real; None when padding is attended to, as published.
+        attentions: L modules that hold the gates.
+        seen: when set, collects the LLM layers that attended, so that a dropped source can be noticed.
+    """
+
+    layers: tuple[int, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    mask: Tensor | None
+    attentions: tuple[GatedCrossAttention, ...]
+    seen: set[int] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SourceStates:
+        """The same states with ``function`` applied to every tensor (all have the batch first)."""
+        return replace(
+            self,
+            keys=tuple(function(key) for key in self.keys),
+            values=tuple(function(value) for value in self.values),
+            mask=None if self.mask is None else function(self.mask),
+        )
+
+    def select(self, rows: Tensor) -> SourceStates:
+        """The states of the batch rows ``rows`` (int64 indices), in that order."""
+        return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    def repeat(self, times: int) -> SourceStates:
+        """Every row ``times`` times, the copies side by side, as ``generate`` expands its batch."""
+        return self if times == 1 else self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def to(self, device: torch.device | str) -> SourceStates:
+        """The states on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def attend(self, layer: int, query: Tensor, base: Tensor, scale: float | None) -> Tensor:
+        """``base`` (B, T, H, d) plus the gated attention of LLM layer ``layer``; other layers return ``base``."""
+        if layer not in self.layers:
+            return base
+        if self.seen is not None:
+            self.seen.add(layer)
+        slot = self.layers.index(layer)
+        key, value = self.keys[slot].to(query.device), self.values[slot].to(query.device)
+        mask = None if self.mask is None else self.mask.to(query.device)
+        return self.attentions[slot](query, key, value, base=base, key_mask=mask, scale=scale)
+
+
+class _SourceCacheMixin:
+    """A key/value cache that also holds the source states and treats their batch dimension like its own."""
+
+    source: SourceStates
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.source = self.source.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.source = self.source.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.source = self.source.select(indices)
+
+
+@lru_cache(maxsize=None)
+def _source_cache_class(cache_class: type) -> type:
+    return type(f"Source{cache_class.__name__}", (_SourceCacheMixin, cache_class), {})
+
+
+def put_source(cache: Cache, source: SourceStates) -> Cache:
+    """Let ``cache`` carry ``source``: the object stays the same, and an instance of its old class."""
+    if not isinstance(cache, _SourceCacheMixin):
+        cache.__class__ = _source_cache_class(type(cache))  # any Cache class works, static and quantised ones too
+    cache.source = source  # type: ignore[attr-defined]
+    return cache
+
+
+def get_source(cache: Any) -> SourceStates | None:
+    """The source states that ``cache`` carries, or None."""
+    return getattr(cache, "source", None)
+
+
+class _Bridge(torch.autograd.Function):
+    """Carry gradients of the source states around re-entrant checkpoints.
+
+    A re-entrant checkpoint sees only positional tensors; the source states travel by keyword. Its backward would walk
+    into their shared graph once per layer and fail the second time. So the layers get detached leaves, whose ``.grad``
+    collects every layer's share, and this node, which sits on the LLM's input and therefore runs after all layers,
+    hands the sums on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaves: Sequence[Tensor], inputs_embeds: Tensor, *states: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return inputs_embeds.view_as(inputs_embeds)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, grad, *(leaf.grad for leaf in ctx.leaves)
+
+
+def bridge(inputs_embeds: Tensor, source: SourceStates) -> tuple[Tensor, SourceStates]:
+    """(inputs_embeds, source) whose gradients survive re-entrant gradient checkpointing."""
+    states = (*source.keys, *source.values)
+    leaves = [state.detach().requires_grad_(state.requires_grad) for state in states]
+    embeds = _Bridge.apply(leaves, inputs_embeds, *states)
+    half = len(source.keys)
+    return embeds, replace(source, keys=tuple(leaves[:half]), values=tuple(leaves[half:]))
