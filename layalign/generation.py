@@ -43,6 +43,8 @@ class SourceGenerationMixin(GenerationMixin):
         if encoder_input_ids is None:
             if get_source(kwargs.get("past_key_values")) is None:
                 raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
+            if attention_mask is None and input_ids is not None:
+                attention_mask = torch.ones_like(input_ids)  # transformers would take the slots' filler for padding
             return super().generate(None, *args, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         input_ids, attention_mask, embeds, source = self._begin(
             input_ids, attention_mask, encoder_input_ids, encoder_attention_mask
