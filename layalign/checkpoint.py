@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -48,6 +49,8 @@ def save(
         save_frozen = True
     config.frozen_saved = save_frozen
     if save_frozen:
+        floating = {_part(n): p.dtype for n, p in reversed(list(model.named_parameters())) if p.is_floating_point()}
+        config.part_dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in floating.items()}
         save_all(directory, state_dict=state_dict, **arguments)
         return
     if not arguments.get("is_main_process", True):
@@ -63,7 +66,9 @@ def save(
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+    unfinished = folder / f"{WEIGHTS}.unfinished"
+    save_file(contiguous, unfinished, metadata={"format": "pt"})
+    unfinished.replace(folder / WEIGHTS)  # never a half-written checkpoint under the final name
 
 
 def load(
@@ -80,7 +85,7 @@ def load(
     if config.frozen_saved and parts["encoder"] is None and parts["llm"] is None:
         if "attn_implementation" in arguments:
             config.llm_config._attn_implementation = arguments.pop("attn_implementation")
-        return load_all(name_or_path, *positional, config=config, **arguments)
+        return _load_whole(load_all, name_or_path, positional, config, arguments)
 
     common = {key: arguments.pop(key) for key in ("dtype", "device_map", "local_files_only") if key in arguments}
     common.setdefault("dtype", "auto")
@@ -94,6 +99,31 @@ def load(
     weights = _read_weights(name_or_path, hub)
     _put_weights(model, weights, None if common["dtype"] == "auto" else common["dtype"])
     return model.eval()
+
+
+def _load_whole(
+    load_all: Callable[..., Any],
+    name_or_path: str,
+    positional: tuple[Any, ...],
+    config: LayAlignConfig,
+    arguments: dict[str, Any],
+) -> Any:
+    """transformers' own loading, and what it does not restore: a dtype for each part, and which weights train."""
+    dtypes = {part: getattr(torch, name) for part, name in (config.part_dtypes or {}).items()}
+    asked = arguments.pop("dtype", "auto")
+    if asked == "auto" and dtypes:
+        asked = functools.reduce(torch.promote_types, dtypes.values())  # the widest, so that nothing is rounded
+    else:
+        dtypes = {}
+    model = load_all(name_or_path, *positional, config=config, dtype=asked, **arguments)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(_part(name), parameter.dtype))
+        parameter.requires_grad_(name.startswith(OWN_PARTS) or ".lora_" in name)
+    return model
+
+
+def _part(name: str) -> str:
+    return "own" if name.startswith(OWN_PARTS) else name.split(".")[0]
 
 
 def _read_config(name_or_path: str, hub: dict[str, Any]) -> LayAlignConfig:
@@ -129,7 +159,8 @@ def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> No
             shapes = f"expected {tuple(place.shape)}, got {tuple(tensor.shape)}"
             raise CheckpointError(f"{WEIGHTS}: {name}: {shapes}")
         device = _home(model, name, place)
-        place.data = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        # A copy: the tensor is a view of the mapped file, and saving to the same folder would pull it from under us.
+        place.data = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
 
 
 def _home(model: Any, name: str, place: Tensor) -> torch.device:

@@ -33,7 +33,7 @@ class LayAlignConfig(PretrainedConfig):
         llm_bos_token_id: first token of the LLM's input. None: the LLM's own, or none if it has none.
         source_token_id: id that fills the slots of the soft tokens in ``input_ids``. None: the LLM's pad, else eos, id.
         lora: settings of a peft ``LoraConfig`` put on the LLM, or None.
-        frozen_saved: whether the checkpoint holds the frozen parts too.
+        frozen_saved, part_dtypes: whether the checkpoint holds the frozen parts too, and each part's dtype in it.
         impl: backend of the operations, "auto" by default.
 
     Raises:
@@ -57,6 +57,7 @@ class LayAlignConfig(PretrainedConfig):
         source_token_id: int | None = None,
         lora: dict[str, Any] | None = None,
         frozen_saved: bool = False,
+        part_dtypes: dict[str, str] | None = None,
         impl: str = "auto",
         **kwargs: Any,
     ) -> None:
@@ -72,6 +73,7 @@ class LayAlignConfig(PretrainedConfig):
         self.source_token_id = source_token_id
         self.lora = lora
         self.frozen_saved = frozen_saved
+        self.part_dtypes = part_dtypes
         self.impl = impl
         super().__init__(**kwargs)
         if structure not in STRUCTURES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,3 +33,8 @@ def label_loss(logits: Tensor, targets: Tensor, divisor: Tensor | int | None) ->
     if divisor is None:
         divisor = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return total / divisor
+
+
+def with_loss(output: Any, loss: Tensor, logits: Tensor | None) -> Any:
+    """The LLM's output object with another loss and other logits, its fields in transformers' order."""
+    return type(output)(**{**output, "loss": loss, "logits": logits})

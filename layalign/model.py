@@ -18,7 +18,7 @@ from layalign import encoder as encoders
 from layalign.config import LayAlignConfig, hidden_size
 from layalign.errors import ArgumentError
 from layalign.generation import SourceGenerationMixin
-from layalign.loss import label_loss, only_rows
+from layalign.loss import label_loss, only_rows, with_loss
 from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
 from layalign.packing import IGNORE_INDEX, pack, real_positions
 from layalign.source import SourceStates, bridge, get_source, put_source
@@ -382,16 +382,13 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             labelled = targets != IGNORE_INDEX
             with only_rows(head, labelled):
                 output = self.llm(**inputs, return_dict=True)
-            output.loss = label_loss(output.logits, targets[labelled], divisor)
-            output.logits = None
-            return output
+            return with_loss(output, label_loss(output.logits, targets[labelled], divisor), None)
         output = self.llm(**inputs, logits_to_keep=keep or 0, return_dict=True)
         if isinstance(keep, Tensor):
             targets = targets[:, keep]
         elif keep:
             targets = targets[:, -keep:]
-        output.loss = label_loss(output.logits, targets, divisor)
-        return output
+        return with_loss(output, label_loss(output.logits, targets, divisor), output.logits)
 
 
 def aligner_config(config: LayAlignConfig, encoder_size: int, llm_size: int) -> Any:
