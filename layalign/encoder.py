@@ -65,5 +65,6 @@ def encode(
     if hidden is None or max(layers) >= len(hidden):
         count = 0 if hidden is None else len(hidden)
         raise ArgumentError(f"encoder_layers: expected indices below {count}, the encoder's layers, got {list(layers)}")
-    return [hidden[layer] for layer in layers], output.last_hidden_state
+    dtype = encoder.dtype  # half-precision T5 keeps some weights in fp32, and its layers' outputs differ in dtype
+    return [hidden[layer].to(dtype) for layer in layers], output.last_hidden_state.to(dtype)
 

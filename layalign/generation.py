@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 
 from layalign.errors import ArgumentError
 from layalign.source import SourceStates, get_source, put_source
@@ -74,6 +74,8 @@ class SourceGenerationMixin(GenerationMixin):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         source = model_kwargs.pop("source_states", None)
         if source is not None:
+            if model_kwargs.get("past_key_values") is None:  # older transformers leave it to the model
+                model_kwargs["past_key_values"] = DynamicCache(config=self.config.get_text_config(decoder=True))
             put_source(model_kwargs["past_key_values"], source)
         return result
 
