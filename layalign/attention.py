@@ -48,7 +48,8 @@ def _base_function(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, 
         function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if function is not None:
             return function
-    raise ArgumentError(f"llm: {type(module).__name__} has no eager_attention_forward; load the LLM with sdpa attention")
+    name = type(module).__name__
+    raise ArgumentError(f"llm: {name} has no eager_attention_forward; load the LLM with sdpa attention")
 
 
 def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -105,7 +106,7 @@ def key_value_maps(attention: nn.Module) -> str | None:
     return None
 
 
-def key_value_states(attention: nn.Module, key_state: Tensor, value_state: Tensor) -> tuple[Tensor, Tensor]:
+def key_value_states(attention: Any, key_state: Tensor, value_state: Tensor) -> tuple[Tensor, Tensor]:
     """k_i and v_i: the LLM's own projections of the aligner's states, no rotation, as heads.
 
     Args:
@@ -131,7 +132,7 @@ def key_value_states(attention: nn.Module, key_state: Tensor, value_state: Tenso
         value = attention.query_key_value(value_state).view(batch, length, -1, 3, size)[..., 2, :].flatten(2)
     else:
         name = type(attention).__name__
-        raise ArgumentError(f"llm: {name} has no k_proj and v_proj, qkv_proj, c_attn or query_key_value to project with")
+        raise ArgumentError(f"llm: {name} has no k_proj and v_proj, qkv_proj, c_attn or query_key_value to use")
     return _heads(key, size), _heads(value, size)
 
 

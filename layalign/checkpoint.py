@@ -84,6 +84,7 @@ def load(
     parts = {key: arguments.pop(key, None) for key in ("encoder", "llm", "encoder_kwargs", "llm_kwargs")}
     if config.frozen_saved and parts["encoder"] is None and parts["llm"] is None:
         if "attn_implementation" in arguments:
+            assert config.llm_config is not None
             config.llm_config._attn_implementation = arguments.pop("attn_implementation")
         return _load_whole(load_all, name_or_path, positional, config, arguments)
 
@@ -92,9 +93,11 @@ def load(
     attention = {key: arguments.pop(key) for key in ("attn_implementation",) if key in arguments}
     encoder, llm = parts["encoder"], parts["llm"]
     if encoder is None:
-        encoder = encoders.load_encoder(config.encoder_name_or_path, **{**common, **(parts["encoder_kwargs"] or {})})
+        encoder = encoders.load_encoder(
+            str(config.encoder_name_or_path), **{**common, **(parts["encoder_kwargs"] or {})}
+        )
     if llm is None:
-        llm = encoders.load_llm(config.llm_name_or_path, **{**common, **attention, **(parts["llm_kwargs"] or {})})
+        llm = encoders.load_llm(str(config.llm_name_or_path), **{**common, **attention, **(parts["llm_kwargs"] or {})})
     model = cls(config, encoder=encoders.encoder_part(encoder), llm=llm)
     weights = _read_weights(name_or_path, hub)
     _put_weights(model, weights, None if common["dtype"] == "auto" else common["dtype"])
@@ -173,7 +176,7 @@ def inject_lora(llm: PreTrainedModel, settings: Any) -> dict[str, Any]:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise CheckpointError("lora: expected the package peft; install it with pip install 'layalign[lora]'") from error
+        raise CheckpointError("lora: expected the package peft (pip install 'layalign[lora]')") from error
     lora = settings if isinstance(settings, LoraConfig) else LoraConfig(**_plain(settings))
     llm.add_adapter(lora)
     return _plain(lora.to_dict())
@@ -182,5 +185,6 @@ def inject_lora(llm: PreTrainedModel, settings: Any) -> dict[str, Any]:
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON data, without what peft fills in by itself."""
     derived = ("peft_type", "auto_mapping", "peft_version")
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
+    text = json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    plain: dict[str, Any] = json.loads(text)
     return {key: value for key, value in plain.items() if key not in derived and value is not None}

@@ -81,8 +81,8 @@ class LayAlign(nn.Module):
                 raise ArgumentError(f"config.{name}: expected a value, got None")
         aligner = config.encoder_aligner_config
         self.model = LayAlignForCausalLM.from_encoder_and_llm(
-            load_encoder(config.mt_path, dtype=torch.float32),  # the published code's transformers loads float32
-            load_llm(config.llm_path, dtype=torch.float32),
+            load_encoder(str(config.mt_path), dtype=torch.float32),  # the published code's transformers loads float32
+            load_llm(str(config.llm_path), dtype=torch.float32),
             encoder_layers=list(aligner.encoder_layers),
             language_layers=list(aligner.language_layers),
             structure=aligner.structure,

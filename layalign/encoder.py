@@ -67,4 +67,3 @@ def encode(
         raise ArgumentError(f"encoder_layers: expected indices below {count}, the encoder's layers, got {list(layers)}")
     dtype = encoder.dtype  # half-precision T5 keeps some weights in fp32, and its layers' outputs differ in dtype
     return [hidden[layer].to(dtype) for layer in layers], output.last_hidden_state.to(dtype)
-

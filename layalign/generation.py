@@ -29,7 +29,7 @@ class SourceGenerationMixin(GenerationMixin):
         """transformers' ``generate`` with a source.
 
         Args:
-            inputs, input_ids, attention_mask: (B, T) int64, packed (:meth:`pack`); left out, the LLM starts right behind
+            inputs, input_ids, attention_mask: (B, T) int64, packed (:meth:`pack`); left out, the LLM starts right after
                 the source.
             encoder_input_ids, encoder_attention_mask: (B, S) int64; may be left out when ``past_key_values`` carries
                 the source.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values", "source_states"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "source_states"]
 
     def __init__(
         self, config: LayAlignConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None
@@ -215,9 +215,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             device=encoder_attention_mask.device,
         )
 
-    def encode_source(
-        self, encoder_input_ids: Tensor, encoder_attention_mask: Tensor
-    ) -> tuple[Tensor, SourceStates]:
+    def encode_source(self, encoder_input_ids: Tensor, encoder_attention_mask: Tensor) -> tuple[Tensor, SourceStates]:
         """Everything the LLM needs to know of the source, computed once per sequence.
 
         Args:
@@ -229,7 +227,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         hidden, last = encoders.encode(
             self.encoder, encoder_input_ids, encoder_attention_mask, self.config.encoder_layers
         )
-        dtype = self.get_input_embeddings().weight.dtype
+        dtype = cast(Tensor, self.get_input_embeddings().weight).dtype
         soft = self.mapping(last.to(self.mapping.mlp.linear1.weight.dtype)).to(dtype)
         keys, values = [], []
         if self.encoder_aligner is not None:
@@ -239,7 +237,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
                 keys.append(key)
                 values.append(value)
         mask = encoder_attention_mask.bool() if self.config.mask_encoder_padding else None
-        gated = tuple(self.cross_attention)
+        gated = cast(tuple[GatedCrossAttention, ...], tuple(self.cross_attention))
         return soft, SourceStates(tuple(self.config.language_layers), tuple(keys), tuple(values), mask, gated)
 
     def _begin(
@@ -253,17 +251,17 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         if encoder_attention_mask is None:
             encoder_attention_mask = torch.ones_like(encoder_input_ids)
         if encoder_input_ids.dim() != 2 or encoder_attention_mask.shape != encoder_input_ids.shape:
-            shapes = tuple(encoder_input_ids.shape), tuple(encoder_attention_mask.shape)
-            raise ArgumentError(f"encoder_input_ids, encoder_attention_mask: expected one shape (B, S), got {shapes}")
+            found = f"{tuple(encoder_input_ids.shape)} and {tuple(encoder_attention_mask.shape)}"
+            raise ArgumentError(f"encoder_input_ids, encoder_attention_mask: expected one shape (B, S), got {found}")
         if input_ids is None:
             packed = self.pack(encoder_attention_mask)
             input_ids, attention_mask = packed["input_ids"], packed["attention_mask"]
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if input_ids.dim() != 2 or len(input_ids) != len(encoder_input_ids) or attention_mask.shape != input_ids.shape:
-            shapes = tuple(input_ids.shape), tuple(attention_mask.shape), tuple(encoder_input_ids.shape)
+            found = f"{tuple(input_ids.shape)}, {tuple(attention_mask.shape)}, {tuple(encoder_input_ids.shape)}"
             raise ArgumentError(
-                f"input_ids, attention_mask: expected (B, T) with the B of encoder_input_ids (B, S), got {shapes}"
+                f"input_ids, attention_mask: expected (B, T) with the B of encoder_input_ids (B, S), got {found}"
             )
         soft, source = self.encode_source(encoder_input_ids, encoder_attention_mask)
         embeds = self._place(soft, input_ids, attention_mask, encoder_attention_mask)
@@ -319,7 +317,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         """One pass of the LLM.
 
         Args:
-            input_ids, attention_mask: (B, T) int64, packed (:meth:`pack`); left out, there is no text behind the source.
+            input_ids, attention_mask: (B, T) int64, packed (:meth:`pack`); left out, no text follows the source.
             encoder_input_ids, encoder_attention_mask: (B, S) int64. Needed once per sequence; afterwards
                 ``past_key_values`` carries the source.
             labels: (B, T) int64, -100 where nothing is predicted.

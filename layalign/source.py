@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,15 +85,20 @@ class _SourceCacheMixin:
         self.source = self.source.select(indices)
 
 
-@lru_cache(maxsize=None)
+_CACHE_CLASSES: dict[type, type] = {}
+
+
 def _source_cache_class(cache_class: type) -> type:
-    return type(f"Source{cache_class.__name__}", (_SourceCacheMixin, cache_class), {})
+    if cache_class not in _CACHE_CLASSES:
+        bases = (_SourceCacheMixin, cache_class)
+        _CACHE_CLASSES[cache_class] = type(f"Source{cache_class.__name__}", bases, {})
+    return _CACHE_CLASSES[cache_class]
 
 
 def put_source(cache: Cache, source: SourceStates) -> Cache:
     """Let ``cache`` carry ``source``: the object stays the same, and an instance of its old class."""
     if not isinstance(cache, _SourceCacheMixin):
-        cache.__class__ = _source_cache_class(type(cache))  # any Cache class works, static and quantised ones too
+        cache.__class__ = _source_cache_class(type(cache))  # any cache will do, static and quantised ones too
     cache.source = source  # type: ignore[attr-defined]
     return cache
 

@@ -12,7 +12,9 @@ from layalign import ArgumentError, LayAlignForCausalLM, reference
 from layalign.packing import real_positions
 
 ROTARY = [name for name in LLMS if name not in ("phi3", "gpt2", "gpt_neox")]
-BOTH = [(name, attention) for name in LLMS for attention in ("sdpa", "eager") if (name, attention) != ("gemma2", "sdpa")]
+BOTH = [
+    (name, attention) for name in LLMS for attention in ("sdpa", "eager") if (name, attention) != ("gemma2", "sdpa")
+]
 
 
 class PublishedStyle:
@@ -89,7 +91,12 @@ def test_cached_decoding_equals_full_forward(name: str, attention: str) -> None:
     model = tiny_model(llm=name, attention=attention)
     inputs = batch(model=model, targets=None)
     generated = model.generate(
-        **inputs, max_new_tokens=7, do_sample=False, eos_token_id=[], pad_token_id=0, output_logits=True,
+        **inputs,
+        max_new_tokens=7,
+        do_sample=False,
+        eos_token_id=[],
+        pad_token_id=0,
+        output_logits=True,
         return_dict_in_generate=True,
     )
     new = generated.sequences.shape[1] - inputs["input_ids"].shape[1]

@@ -119,9 +119,7 @@ def test_a_published_style_training_loop_lowers_the_loss() -> None:
     optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), lr=1e-2, betas=(0.8, 0.999))
     losses = []
     for _ in range(8):
-        loss = model(
-            data["input_ids"], data["attention_mask"], labels=data["labels"], mask_label=data["labels_mask"]
-        )
+        loss = model(data["input_ids"], data["attention_mask"], labels=data["labels"], mask_label=data["labels_mask"])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -154,9 +152,7 @@ def test_convert_there_and_back(case: str, tmp_path: Path) -> None:
         prompts = [ids[mask.bool()].tolist() for ids, mask in zip(data["prompt_ids"], data["prompt_mask"], strict=True)]
     packed = model.pack(data["attention_mask"], prompts, rows)
     with torch.no_grad():
-        loss = model(
-            **packed, encoder_input_ids=data["input_ids"], encoder_attention_mask=data["attention_mask"]
-        ).loss
+        loss = model(**packed, encoder_input_ids=data["input_ids"], encoder_attention_mask=data["attention_mask"]).loss
     assert abs(loss.item() - data["loss"].item()) <= 1e-5 * data["loss"].item()
 
     convert_to_published(tmp_path / "ours", tmp_path / "back" / "pytorch_model.bin")

@@ -143,7 +143,9 @@ def test_the_cache_carries_the_source_and_a_dialogue_goes_on_with_it() -> None:
     first = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=[])
     assert isinstance(cache, DynamicCache) and get_source(cache) is not None
     more = torch.cat([first, torch.tensor([[5, 9, 11]])], dim=1)
-    continued = model.generate(input_ids=more, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=[])
+    continued = model.generate(
+        input_ids=more, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=[]
+    )
     again = model.generate(**dict(inputs, input_ids=more, attention_mask=torch.ones_like(more)), max_new_tokens=3,
                            do_sample=False, eos_token_id=[])  # fmt: skip
     assert torch.equal(continued, again)

@@ -143,9 +143,7 @@ def test_an_empty_source_contributes_nothing() -> None:
     with torch.no_grad():
         logits = model(**inputs).logits
         _, mask, embeds, _ = model._begin(**inputs)
-        bare = model.unwrap()(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=real_positions(mask)
-        ).logits
+        bare = model.unwrap()(inputs_embeds=embeds, attention_mask=mask, position_ids=real_positions(mask)).logits
     assert torch.isfinite(logits[mask.bool()]).all()
     real = mask[1].bool()
     torch.testing.assert_close(logits[1, real], bare[1, real], rtol=1e-5, atol=1e-5)
@@ -164,7 +162,7 @@ def test_soft_tokens_stand_in_their_slots() -> None:
     model = tiny_model()
     inputs = batch(model=model, sources=(3, 1), prompts=(2, 2), targets=None)
     with torch.no_grad():
-        ids, mask, embeds, _ = model._begin(**inputs)
+        ids, _, embeds, _ = model._begin(**inputs)
         soft, _ = model.encode_source(inputs["encoder_input_ids"], inputs["encoder_attention_mask"])
         words = model.get_input_embeddings()(ids)
     boundary = model.mapping.end_boundary[0, 0]

@@ -102,7 +102,9 @@ def test_layer_mix_and_projection_error_budget(impl: str, dtype: torch.dtype, sh
 
 @pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 16), (2, 4, 2, 5, 63, 59), (1, 6, 3, 97, 97, 64), (3, 8, 1, 2, 5, 80)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1, 16), (2, 4, 2, 5, 63, 59), (1, 6, 3, 97, 97, 64), (3, 8, 1, 2, 5, 80)]
+)
 def test_attention_error_budget(impl: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     low = attention_inputs(*shape, dtype=dtype)
     mask = torch.rand(shape[0], shape[4], generator=torch.Generator().manual_seed(1)) > 0.3
@@ -128,7 +130,7 @@ def test_gradients_equal_float64_finite_differences(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", BACKENDS)
 def test_views_and_poisoned_padding(impl: str) -> None:
-    hidden, weight, bias, w2, b2 = mix_inputs(dtype=torch.float32)
+    hidden, weight, bias, *_ = mix_inputs(dtype=torch.float32)
     wide = [torch.full((2, 14, 22), torch.nan) for _ in hidden]
     for place, layer in zip(wide, hidden, strict=True):
         place[:, ::2, :11] = layer

@@ -15,7 +15,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def register(operation: str, backend: str, function: Callable[..., torch.Tensor]
     _IMPLEMENTATIONS[operation, backend] = function
 
 
-@lru_cache(maxsize=None)
+@cache
 def capability(backend: str, device_type: str) -> tuple[bool, str]:
     """(usable, reason) for ``backend`` on ``device_type`` ("cpu", "cuda", ...), whatever the operation."""
     if backend == "torch":
@@ -77,7 +77,7 @@ def report(device_type: str | None = None) -> list[BackendStatus]:
     return [BackendStatus(name, *capability(name, device_type)) for name in BACKENDS]
 
 
-@lru_cache(maxsize=None)
+@cache
 def choose(operation: str, device_type: str) -> str:
     """The backend that ``impl="auto"`` takes; logged once per operation and device."""
     for backend in BACKENDS:
