@@ -1,0 +1,54 @@
+"""Prompts, equal byte for byte to those the published checkpoints were trained with (odd spacing included).
+
+Source: the published LayAlign code (`tools/read_datasets.py`); the math and translation prompts go back to Alpaca. Only
+`xcopa_prompt` is ours. No prompt ends in a space or newline: the LLM's tokenizer starts the answer on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_ALPACA = "Below is an instruction that describes a task"
+_COMPLETE = "Write a response that appropriately completes the request.\n"
+
+
+def math_prompt(question: str) -> str:
+    """Prompt of MetaMath, for MGSM, MSVAMP and the math training data."""
+    return f"{_ALPACA}. {_COMPLETE}\n### Instruction:\n{question}\n\n### Response: Let's think step by step."
+
+
+def translation_prompt(sentence: str, source_language: str, target_language: str = "English") -> str:
+    """Prompt for translation, with English language names. The published translation stage trains without a prompt."""
+    return (
+        f"{_ALPACA}, paired with an input that provides further context. {_COMPLETE}"
+        f"### Instruction:\nTranslate the following sentences from {source_language} to {target_language}.\n"
+        f"### Input:\n{sentence}\n### Response:"
+    )
+
+
+def xnli_prompt(premise: str, hypothesis: str) -> str:
+    """Prompt of LLaMAX2-XNLI; the answer is entailment, neutral or contradiction."""
+    return f"Premise: {premise}\nHypothesis: {hypothesis}\nLabel:"
+
+
+def x_csqa_prompt(question: str, choices: Sequence[str]) -> str:
+    """Prompt of LLaMAX2-X-CSQA; the answer is the letter of one of the choices (A, B, ...)."""
+    options = "\t".join(f"{letter}. {text}" for letter, text in zip(choice_letters(len(choices)), choices, strict=True))
+    return f"{question}\nOptions:{options}\nAnswer:"
+
+
+def xcopa_prompt(premise: str, question: str, choices: Sequence[str]) -> str:
+    """Prompt for XCOPA, ours, in the form of the X-CSQA one; the answer is A or B.
+
+    Args:
+        premise: the sentence.
+        question: "cause" or "effect".
+        choices: the two sentences to choose from.
+    """
+    asked = {"cause": "What was the cause?", "effect": "What happened as a result?"}[question]
+    return x_csqa_prompt(f"{premise} {asked}", choices)
+
+
+def choice_letters(count: int) -> tuple[str, ...]:
+    """("A", "B", ...), one per choice."""
+    return tuple(chr(ord("A") + i) for i in range(count))

@@ -1,0 +1,386 @@
+"""Readers: training and test data in the published layout, in plain files, or from the `datasets` library.
+
+What to read is a *spec*:
+
+* ``"FORMAT:PATH"``, for example ``"pairs:data/tatoeba"`` or ``"mgsm:data/mgsm/mgsm_sw.tsv"``; a path alone when it
+  contains the format's name;
+* a mapping ``{"format": ..., "path": ..., <any keyword of load_examples>}``, as it stands in a YAML file;
+* a list of such specs, read one after the other.
+
+``"datasets:NAME"`` as the path reads a dataset through the `datasets` library.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from layalign.data import records
+from layalign.data.examples import BadRecord, Collected, Example, ReadReport
+from layalign.data.files import JsonRecords, decode, is_json_lines, parallel_lines, parse_json, raw_lines, split_columns
+from layalign.data.languages import Language, find_language, language_of
+from layalign.data.records import PROMPTS, Record
+from layalign.errors import ArgumentError, BackendError, DataError
+
+DATASETS = "datasets:"
+Spec = str | Path | Mapping[str, Any] | Sequence["str | Path | Mapping[str, Any]"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format is read.
+
+    Attributes:
+        parse: makes an Example from a Record.
+        train, test: glob patterns, below the given folder, of the training and of the test files; the first that
+            matches anything is taken.
+        columns: the columns of its TSV files.
+        grouped: order the examples by language, as the published reader does.
+    """
+
+    parse: Callable[[Record], Example]
+    train: tuple[str, ...]
+    test: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    grouped: bool = False
+
+
+FORMATS: dict[str, Format] = {
+    "bilingual_pairs": Format(records.parse_pair, ()),
+    "pairs": Format(records.parse_pair, ("*.tsv", "*.jsonl"), columns=("source", "target")),
+    "tsv": Format(records.parse_free, ("*.tsv",), columns=("source", "target")),
+    "jsonl": Format(records.parse_free, ("*.jsonl",)),
+    "math": Format(
+        records.parse_math,
+        ("*.jsonl", "metamath*.json", "math*.json", "query_translation/metamath_615k.json"),
+        grouped=True,
+    ),
+    "mgsm": Format(
+        records.parse_numeric, ("mgsm_*.tsv", "mgsm/mgsm_*.tsv", "evaluation/mgsm/mgsm_*.tsv"),
+        columns=("question", "answer"),
+    ),
+    "msvamp": Format(
+        records.parse_numeric, ("test_*.json*", "msvamp/test_*.json*", "evaluation/msvamp/test_*.json*")
+    ),
+    "xnli": Format(
+        records.parse_xnli,
+        ("*.tsv", "dev/*.tsv", "xnli_dev.json", "query_translation/xnli_dev.json", "*.jsonl"),
+        ("*.tsv", "test/*.tsv", "test.json", "xnli/test.json", "evaluation/xnli/test.json", "*.jsonl"),
+        columns=("premise", "hypothesis", "label"),
+    ),
+    "x-csqa": Format(
+        records.parse_x_csqa,
+        ("train_*.jsonl", "x-csqa/train_*.jsonl", "query_translation/x-csqa/train_*.jsonl"),
+        ("*/dev.jsonl", "x-csqa/*/dev.jsonl", "evaluation/x-csqa/*/dev.jsonl", "dev_*.jsonl", "dev.jsonl"),
+    ),
+    "xcopa": Format(
+        records.parse_xcopa,
+        ("val.*.jsonl", "*/val.*.jsonl"),
+        ("test.*.jsonl", "*/test.*.jsonl", "val.*.jsonl", "*/val.*.jsonl"),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One spec with its options; see `load_examples` for their meaning."""
+
+    path: str = ""
+    format: str = ""
+    languages: tuple[str, ...] | None = None
+    language: str | None = None
+    limit: int | None = None
+    skip_bad: bool = False
+    split: str = "train"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    prompt: str = ""
+    subset: str | None = None
+
+
+def load_examples(
+    spec: Spec,
+    *,
+    format: str | None = None,
+    languages: Sequence[str] | None = None,
+    language: str | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    seed: int | None = None,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    prompt: str | None = None,
+    subset: str | None = None,
+) -> tuple[list[Example], ReadReport]:
+    """Read examples.
+
+    Args:
+        spec: what to read; see the head of this module. Keys of a mapping win over the arguments here.
+        format: one of `FORMATS`.
+        languages: names or codes of the languages to keep; files are read in this order. None keeps all that there are.
+        language: language of everything that is read, when neither the records nor the file names tell. Other than
+            everywhere else, a name that is in no table is taken as it is.
+        limit: most examples per language and spec (published: `train_num`).
+        skip_bad: leave malformed lines out and list them in the report, where otherwise the first one raises.
+        seed: shuffle everything; the same permutation as the published `random.seed(seed); random.shuffle(...)`.
+        split: "train" or "test" chooses among the files of a folder; for `datasets` the split's own name.
+        columns: our field name -> the data's name for it ("translation.sw" for a nested one). The fields: source,
+            target, language, id, prompt; for xnli sentence1, sentence2, label; for xcopa its own keys.
+        prompt: "math", "source" or "none" in place of the format's own prompt, for the formats without choices.
+        subset: configuration name of a `datasets` dataset.
+
+    Returns:
+        The examples, and the report of what was read and left out.
+
+    Raises:
+        ArgumentError: an option has a value that is none of those expected.
+        DataError: no such data, or a malformed line ("path:line: what, expected what").
+        BackendError: `datasets` is asked for and not installed.
+    """
+    defaults = _Request(
+        format=format or "",
+        languages=None if languages is None else _names(languages),
+        language=language,
+        limit=limit,
+        skip_bad=skip_bad,
+        split=split,
+        columns=columns or {},
+        prompt=prompt or "",
+        subset=subset,
+    )
+    report, examples = ReadReport(), []
+    with _collector_paused():
+        for request in _requests(spec, defaults):
+            collected = _read(request)
+            report.merge(collected.report)
+            examples += collected.examples
+    if seed is not None:
+        random.Random(seed).shuffle(examples)
+    return examples, report
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection while a million small objects without cycles are made: it would double the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _names(languages: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(languages, str):
+        raise ArgumentError(f"languages: expected a list of names or codes, got the text {languages!r}")
+    return tuple(language_of(language).name for language in languages)
+
+
+def _requests(spec: Spec, defaults: _Request) -> Iterable[_Request]:
+    if isinstance(spec, str | Path):
+        text = str(spec)
+        format, colon, path = text.partition(":")
+        spec = {"format": format, "path": path} if colon and format in FORMATS else {"path": text}
+    if isinstance(spec, Mapping):
+        yield _checked(spec, defaults)
+    elif isinstance(spec, Sequence) and spec:
+        for part in spec:
+            yield from _requests(part, defaults)
+    else:
+        raise ArgumentError(f"spec: expected 'FORMAT:PATH', a mapping with 'path', or a list of these, got {spec!r}")
+
+
+def _checked(spec: Mapping[str, Any], defaults: _Request) -> _Request:
+    options = {key: value for key, value in spec.items() if value is not None}
+    unknown = sorted(set(options) - set(_Request.__dataclass_fields__))
+    if unknown:
+        raise ArgumentError(f"spec: expected keys {', '.join(_Request.__dataclass_fields__)}, got {unknown[0]!r}")
+    options["path"] = str(options.get("path", ""))
+    if "languages" in options:
+        options["languages"] = _names(options["languages"])
+    request = replace(defaults, **options)
+    if not request.path:
+        raise ArgumentError("spec: expected a 'path'")
+    if not request.format:
+        parts = Path(request.path).parts[-3:]
+        named = [name for part in reversed(parts) for name in FORMATS if name in part.lower().replace("_csqa", "-csqa")]
+        request = replace(request, format=named[0] if named else "")
+    if request.format not in FORMATS:
+        raise ArgumentError(f"format: expected one of {', '.join(FORMATS)}, got {request.format!r} for {request.path}")
+    if request.prompt and request.prompt not in PROMPTS:
+        raise ArgumentError(f"prompt: expected one of {', '.join(PROMPTS)}, got {request.prompt!r}")
+    if request.limit is not None and request.limit < 1:
+        raise ArgumentError(f"limit: expected a number >= 1, got {request.limit}")
+    if request.language is not None:
+        found = find_language(request.language)
+        request = replace(request, language=found.name if found else request.language)
+    return request
+
+
+def _read(request: _Request) -> Collected:
+    form = FORMATS[request.format]
+    collected = Collected(request.languages, request.limit, request.skip_bad)
+    if request.path.startswith(DATASETS):
+        _read_dataset(request, collected)
+    elif request.format == "bilingual_pairs" or (request.format == "pairs" and _bilingual_folders(Path(request.path))):
+        _read_bilingual(request, collected)
+    else:
+        for path, language in _files(request):
+            collected.report.files.append(str(path))
+            _read_file(path, language, request, collected)
+    if form.grouped:
+        order = {name: i for i, name in enumerate(dict.fromkeys(e.language for e in collected.examples))}
+        collected.examples.sort(key=lambda example: order[example.language])
+    missing = [name for name in request.languages or () if not collected.report.counts[name]]
+    if missing or not collected.examples:
+        found = ", ".join(collected.report.counts) or "none"
+        raise DataError(f"{request.path}: no examples of {', '.join(missing) or 'any language'}; found {found}")
+    return collected
+
+
+def language_of_path(path: Path) -> Language | None:
+    """The language that a file is named after: sw.tsv, mgsm_sw.tsv, test_Swahili.jsonl, val.sw.jsonl, sw-en.tsv."""
+    whole = find_language(path.stem)
+    if whole is not None:
+        return whole
+    # Only the ends of a name count: "to" and "new" are codes of languages, and words.
+    parts = path.stem.replace(".", "_").replace("-", "_").split("_")
+    last, first = find_language(parts[-1]), find_language(parts[0])
+    return first if last is not None and last.name == "English" and first is not None else last
+
+
+def _files(request: _Request) -> list[tuple[Path, str | None]]:
+    """The files to read, with the language each is named after; in the order of the languages asked for."""
+    root, form = Path(request.path), FORMATS[request.format]
+    if root.is_dir():
+        patterns = form.test if request.split == "test" and form.test else form.train
+        paths = next((found for found in (sorted(root.glob(pattern)) for pattern in patterns) if found), [])
+        if not paths:
+            raise DataError(f"{root}: no {request.format} files, expected {' or '.join(patterns)}")
+    elif root.is_file():
+        paths = [root]
+    else:
+        raise DataError(f"{root}: no such file or folder")
+    named: list[tuple[Path, str | None]] = []
+    for path in paths:
+        # The published X-CSQA files are called sw/dev.jsonl.
+        language = language_of_path(path) or (find_language(path.parent.name) if path.name == "dev.jsonl" else None)
+        named.append((path, request.language or (language.name if language else None)))
+    wanted = request.languages
+    if wanted is None or len(named) == 1:
+        return named
+    # A file whose name tells no language may hold any; the records tell.
+    kept = [pair for pair in named if pair[1] is None or pair[1] in wanted or request.language is not None]
+    return sorted(kept, key=lambda pair: wanted.index(pair[1]) if pair[1] in wanted else -1)
+
+
+def _read_file(path: Path, language: str | None, request: _Request, collected: Collected) -> None:
+    form, name = FORMATS[request.format], str(path)
+    if path.suffix == ".tsv" and not form.columns:
+        raise DataError(f"{path}: a TSV file, expected JSON for the format {request.format}")
+    if path.suffix != ".tsv" and not is_json_lines(path):
+        whole = JsonRecords(path)
+        for number, (position, values) in enumerate(whole, 1):
+            try:
+                collected.add(form.parse(_record(values, language, request, str(number))))
+            except BadRecord as error:
+                collected.bad(name, whole.line_of(position), str(error))
+        return
+    for number, raw in raw_lines(path):
+        try:
+            line = decode(raw)
+            if not line.strip():
+                raise BadRecord(f"an empty line, expected a line of {request.format}")
+            values = split_columns(line, form.columns) if path.suffix == ".tsv" else parse_json(line)
+            collected.add(form.parse(_record(values, language, request, str(number))))
+        except BadRecord as error:
+            collected.bad(name, number, str(error))
+        if language is not None and not collected.takes(language):
+            break
+
+
+def _record(values: Any, language: str | None, request: _Request, number: str) -> Record:
+    """A record; what it says of its language counts more than the file name, and less than the `language` argument."""
+    told = request.language
+    if told is None and language is not None:
+        own = isinstance(values, Mapping) and (values.get("language") or values.get("lang"))
+        told = language if not own and "language" not in request.columns else None
+    return Record(values, request.columns, told, request.prompt, number)
+
+
+def _bilingual_folders(root: Path) -> list[Path]:
+    if root.name.startswith("en-"):
+        return [root] if root.is_dir() else []
+    return sorted(root.glob("en-*")) or sorted(root.glob("bilingual_pairs/en-*"))
+
+
+def _read_bilingual(request: _Request, collected: Collected) -> None:
+    """The published bilingual_pairs/en-XX/train_100k.{XX,en}, or one such en-XX folder."""
+    root = Path(request.path)
+    folders = _bilingual_folders(root)
+    if not folders:
+        raise DataError(f"{root}: no bilingual_pairs, expected folders en-XX with train_*.XX and train_*.en")
+    named = {language_of(folder.name.removeprefix("en-")).name: folder for folder in folders}
+    for name in request.languages or tuple(named):
+        if name in named:
+            _read_bilingual_folder(named[name], name, collected)
+
+
+def _read_bilingual_folder(folder: Path, language: str, collected: Collected) -> None:
+    code = folder.name.removeprefix("en-")
+    sources = sorted(folder.glob(f"train_*.{code}"))
+    if len(sources) != 1:
+        raise DataError(f"{folder}: {len(sources)} files train_*.{code}, expected one")
+    source, target = sources[0], sources[0].with_suffix(".en")
+    if not target.is_file():
+        raise DataError(f"{target}: no such file, expected the English side of {source.name}")
+    collected.report.files += [str(source), str(target)]
+    for number, one, other in parallel_lines(source, target):
+        at = source
+        try:
+            values = [decode(one).strip()]
+            at = target if values[0] else source
+            values.append(decode(other).strip())
+            if not all(values):
+                raise BadRecord("an empty line, expected a sentence")
+            collected.add(Example(values[0], values[1], language, "", str(number)))
+        except BadRecord as error:
+            collected.bad(str(at), number, str(error))
+        if not collected.takes(language):
+            break
+
+
+def _read_dataset(request: _Request, collected: Collected) -> None:
+    """Rows of a dataset of the `datasets` library (downloaded by it, or from a local folder)."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise BackendError(f"datasets: {request.path} needs the 'datasets' package ({error})") from None
+    name = request.path.removeprefix(DATASETS)
+    try:
+        rows = datasets.load_dataset(name, request.subset, split=request.split)
+    except Exception as error:  # the library raises what its many loaders raise
+        raise DataError(f"{request.path}: cannot be loaded, split {request.split!r} ({error})") from error
+    collected.report.files.append(request.path)
+    parse = FORMATS[request.format].parse
+    subset = find_language(request.subset or "")
+    language = request.language or (subset.name if subset else None)
+    for number, values in enumerate(rows, 1):
+        try:
+            collected.add(parse(_record(values, language, request, str(number))))
+        except BadRecord as error:
+            collected.bad(request.path, number, str(error))
+
+
+def by_language(examples: Iterable[Example]) -> dict[str, list[Example]]:
+    """Examples by language, in the order in which the languages first appear."""
+    groups: dict[str, list[Example]] = {}
+    for language, run in groupby(examples, key=lambda example: example.language):
+        groups.setdefault(language, []).extend(run)
+    return groups

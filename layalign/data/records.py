@@ -1,0 +1,187 @@
+"""One record (a JSON object, a row of a table, a line of TSV) of each task, made into an `Example`.
+
+Every function takes a `Record` and raises `BadRecord`, with what was found and what was expected, for a malformed one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from layalign.data.examples import BadRecord, Example
+from layalign.data.languages import find_language
+from layalign.data.prompts import choice_letters, math_prompt, x_csqa_prompt, xcopa_prompt, xnli_prompt
+
+XNLI_LABELS = ("entailment", "neutral", "contradiction")
+# XTREME's translated training files say "contradictory".
+_XNLI_SPELLINGS = {**{label: label for label in XNLI_LABELS}, "contradictory": "contradiction"}
+_XNLI_SPELLINGS.update({str(i): label for i, label in enumerate(XNLI_LABELS)})
+
+PROMPTS: dict[str, Callable[[str], str]] = {
+    "math": math_prompt,
+    "source": lambda source: source,
+    "none": lambda source: "",
+}
+
+
+class Record:
+    """Named values of one record, read under the names a file uses for them.
+
+    Args:
+        values: the record.
+        columns: our field name -> the record's key ("translation.sw" for a nested one).
+        language: English name when it is known from outside (argument or file name).
+        prompt: which of `PROMPTS` a task without a prompt of its own gets; "" for the task's default.
+        id: the record's id when it has none of its own.
+    """
+
+    __slots__ = ("columns", "id", "language", "prompt", "values")
+
+    def __init__(
+        self, values: Any, columns: Mapping[str, str], language: str | None = None, prompt: str = "", id: str = ""
+    ) -> None:
+        if not isinstance(values, Mapping):
+            raise BadRecord(f"a {type(values).__name__}, expected an object with keys")
+        self.values, self.columns, self.language, self.prompt, self.id = values, columns, language, prompt, id
+
+    def find(self, *names: str) -> Any:
+        """The value of the first name there is; None without any. A mapped column is looked for alone."""
+        value: Any
+        mapped = self.columns.get(names[0]) if self.columns else None
+        if mapped is None:
+            for name in names:
+                value = self.values.get(name)
+                if value is not None:
+                    return value
+            return None
+        value = self.values
+        for part in [mapped] if mapped in self.values else mapped.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    def get(self, *names: str) -> Any:
+        """Like `find`; a missing value raises."""
+        value = self.find(*names)
+        if value is None:
+            expected = self.columns.get(names[0]) or " or ".join(names)
+            raise BadRecord(f"no {expected!r} among the keys {sorted(map(str, self.values))}, expected one")
+        return value
+
+    def text(self, *names: str) -> str:
+        """A value as text without outer white space; empty or not text raises. Numbers count as text."""
+        value = self.get(*names)
+        if type(value) in (int, float):
+            value = str(value)
+        if not isinstance(value, str):
+            raise BadRecord(f"{names[0]!r} is a {type(value).__name__}, expected text")
+        value = value.strip()
+        if not value:
+            raise BadRecord(f"{names[0]!r} is empty, expected text")
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise BadRecord(f"{names[0]!r} holds half of a surrogate pair, expected valid text") from None
+        return value
+
+    def name_of_language(self) -> str:
+        """English name of the language: from outside, or from the record."""
+        if self.language is not None:
+            return self.language
+        text = self.find("language", "lang")
+        found = find_language(text) if isinstance(text, str) else None
+        if found is None:
+            what = "no language" if text is None else f"language {text!r}"
+            raise BadRecord(f"{what}, expected a known one in the record, in the file name or as an argument")
+        return found.name
+
+    def own_id(self) -> str:
+        """The record's own id, or the one given."""
+        value = self.find("id", "idx")
+        return self.id if value is None else str(value)
+
+    def prompt_for(self, source: str, default: str) -> str:
+        """The prompt around a source text."""
+        return PROMPTS[self.prompt or default](source)
+
+
+def number_text(record: Record, *names: str) -> str:
+    """A numeric answer as text, without thousands commas."""
+    text = record.text(*names).replace(",", "")
+    try:
+        finite = math.isfinite(float(text))
+    except ValueError:
+        finite = False
+    if not finite:
+        raise BadRecord(f"{names[0]!r} is {text!r}, expected a number")
+    return text
+
+
+def parse_pair(record: Record) -> Example:
+    """A sentence and its translation: source, target. No prompt, as in the published translation stage."""
+    source, target = record.text("source"), record.text("target")
+    return Example(source, target, record.name_of_language(), record.prompt_for(source, "none"), record.own_id())
+
+
+def parse_math(record: Record) -> Example:
+    """A question and its worked answer: query, response, lang."""
+    source, target = record.text("source", "query", "question"), record.text("target", "response", "answer")
+    return Example(source, target, record.name_of_language(), record.prompt_for(source, "math"), record.own_id())
+
+
+def parse_numeric(record: Record) -> Example:
+    """A question and a number: MGSM's question, answer; MSVAMP's m_query, response."""
+    source = record.text("source", "m_query", "question")
+    target = number_text(record, "target", "response", "answer")
+    return Example(source, target, record.name_of_language(), record.prompt_for(source, "math"), record.own_id())
+
+
+def parse_free(record: Record) -> Example:
+    """Any task: source (query), target (response), and a prompt, which without one of its own is the source."""
+    source = record.text("source", "query", "question")
+    target = record.text("target", "response", "answer")
+    own = record.find("prompt")
+    prompt = record.text("prompt") if own is not None else record.prompt_for(source, "source")
+    return Example(source, target, record.name_of_language(), prompt, record.own_id())
+
+
+def parse_xnli(record: Record) -> Example:
+    """Natural language inference: sentence1 (premise), sentence2 (hypothesis), label (word, or 0, 1, 2), language."""
+    prompt = xnli_prompt(record.text("sentence1", "premise"), record.text("sentence2", "hypothesis"))
+    given = record.get("label", "gold_label")
+    label = None if isinstance(given, bool) else _XNLI_SPELLINGS.get(str(given).strip().lower())
+    if label is None:
+        raise BadRecord(f"label {given!r}, expected {', '.join(XNLI_LABELS)} or 0, 1, 2")
+    return Example(prompt, label, record.name_of_language(), prompt, record.own_id(), XNLI_LABELS)
+
+
+def parse_x_csqa(record: Record) -> Example:
+    """X-CSQA: question {stem, choices [{label, text}]}, answerKey. Choices are lettered in the order they stand in."""
+    question = record.get("question")
+    if not isinstance(question, Mapping):
+        raise BadRecord(f"'question' is a {type(question).__name__}, expected an object with 'stem' and 'choices'")
+    inner = Record(question, {})
+    choices = inner.get("choices")
+    # The `datasets` library turns a list of objects into an object of lists.
+    texts = choices.get("text") if isinstance(choices, Mapping) else choices
+    if not isinstance(texts, list) or not 2 <= len(texts) <= 26:
+        raise BadRecord("'choices' is no list of 2 to 26 choices, expected objects with 'text'")
+    words = [Record(text if isinstance(text, Mapping) else {"text": text}, {}).text("text") for text in texts]
+    letters, answer = choice_letters(len(words)), record.text("answerKey", "answer_key")
+    if answer not in letters:
+        raise BadRecord(f"'answerKey' is {answer!r}, expected one of {', '.join(letters)}")
+    prompt = x_csqa_prompt(inner.text("stem"), words)
+    return Example(prompt, answer, record.name_of_language(), prompt, record.own_id(), letters)
+
+
+def parse_xcopa(record: Record) -> Example:
+    """XCOPA: premise, choice1, choice2, question ("cause" or "effect"), label (0 or 1)."""
+    question, label = record.text("question"), record.get("label")
+    if question not in ("cause", "effect"):
+        raise BadRecord(f"'question' is {question!r}, expected 'cause' or 'effect'")
+    if isinstance(label, bool) or str(label) not in ("0", "1"):
+        raise BadRecord(f"'label' is {label!r}, expected 0 or 1")
+    letters = choice_letters(2)
+    prompt = xcopa_prompt(record.text("premise"), question, [record.text("choice1"), record.text("choice2")])
+    return Example(prompt, letters[int(label)], record.name_of_language(), prompt, record.own_id(), letters)

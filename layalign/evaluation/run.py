@@ -1,0 +1,324 @@
+"""Evaluation: generate an answer to every test question, read it, count.
+
+Scores are those of the published code: the last number within 0.001 for math, the whole answer equal to the label
+otherwise. What is generated does not depend on the order: batches are sorted by length, results come in file order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layalign.evaluation.answering import ModelAnswers, evaluation_mode, llm_alone, model_fingerprint
+from layalign.data.collator import LayAlignCollator
+from layalign.data.examples import Example, ReadReport
+from layalign.data.languages import language_of
+from layalign.data.readers import Spec, by_language, load_examples
+from layalign.errors import ArgumentError
+from layalign.evaluation.store import OutputStore, write_whole
+from layalign.evaluation.metrics import last_number, parse_label, same_number, wilson_interval
+
+__all__ = ["TASKS", "EvaluationResult", "LanguageScore", "Task", "evaluate", "llm_alone"]
+SCORERS = ("number", "signed-number", "label", "text")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is special about a task: the format of its files, how an answer is scored, and how long it may be."""
+
+    format: str
+    scorer: str
+    max_new_tokens: int
+
+
+TASKS = {
+    "mgsm": Task("mgsm", "number", 512),
+    "msvamp": Task("msvamp", "number", 512),
+    "math": Task("math", "number", 512),
+    "xnli": Task("xnli", "label", 16),
+    "x-csqa": Task("x-csqa", "label", 16),
+    "xcopa": Task("xcopa", "label", 16),
+    "jsonl": Task("jsonl", "text", 256),
+    "tsv": Task("tsv", "text", 256),
+}
+
+
+@dataclass(frozen=True)
+class LanguageScore:
+    """Accuracy of one language in percent, with its 95% Wilson interval."""
+
+    language: str
+    correct: int
+    count: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass
+class EvaluationResult:
+    """Scores of a run.
+
+    Attributes:
+        task: name of the task.
+        scores: by English language name, in the order of the data.
+        report: which files were read and which malformed lines were left out.
+        output_dir: where predictions and scores were written.
+    """
+
+    task: str
+    scores: dict[str, LanguageScore]
+    report: ReadReport = field(default_factory=ReadReport)
+    output_dir: Path | None = None
+
+    @property
+    def average(self) -> float:
+        """Mean of the languages' accuracies, as published."""
+        return sum(score.accuracy for score in self.scores.values()) / len(self.scores)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "task": self.task,
+            "average": round(self.average, 2),
+            "languages": {name: asdict(score) for name, score in self.scores.items()},
+            "files": self.report.files,
+            "skipped": [str(line) for line in self.report.skipped],
+        }
+
+    def to_tsv(self) -> str:
+        """One line per language behind a header line, and the average at the end."""
+        lines = ["language\taccuracy\tcorrect\tcount\tlow\thigh"]
+        for s in self.scores.values():
+            lines.append(f"{s.language}\t{s.accuracy:.2f}\t{s.correct}\t{s.count}\t{s.low:.2f}\t{s.high:.2f}")
+        lines.append(f"Average\t{self.average:.2f}\t\t{sum(s.count for s in self.scores.values())}\t\t")
+        return "\n".join(lines) + "\n"
+
+    def table(self) -> Any:
+        """A `rich` table for the terminal."""
+        from rich.table import Table
+
+        skipped = f", {len(self.report.skipped)} malformed lines left out" if self.report.skipped else ""
+        table = Table(title=f"{self.task}: accuracy{skipped}")
+        table.add_column("language")
+        for name in ("accuracy %", "95% interval", "correct", "of"):
+            table.add_column(name, justify="right")
+        for s in self.scores.values():
+            table.add_row(s.language, f"{s.accuracy:.1f}", f"{s.low:.1f} - {s.high:.1f}", str(s.correct), str(s.count))
+        table.add_section()
+        table.add_row("average", f"{self.average:.1f}", "", "", "")
+        return table
+
+
+def evaluate(
+    model: Any,
+    encoder_tokenizer: Any,
+    llm_tokenizer: Any,
+    task: str,
+    data: Spec | Sequence[Example],
+    output_dir: str | Path,
+    *,
+    languages: Sequence[str] | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    resume: bool = True,
+    scorer: str | None = None,
+    label_match: str = "exact",
+    stage: str = "task",
+    max_source_length: int = 512,
+    max_prompt_length: int = 512,
+    generation: Mapping[str, Any] | None = None,
+    model_name: str | None = None,
+    progress: bool = False,
+) -> EvaluationResult:
+    """Evaluate a model, or anything that answers, on a task in every language.
+
+    Args:
+        model: a `LayAlignForCausalLM`, an object with the same `generate` and ids in its `config`, or a function from
+            a list of examples to their answers (see `llm_alone`).
+        encoder_tokenizer, llm_tokenizer: the model's tokenizers; None for a function.
+        task: one of `TASKS`.
+        data: what to read (a folder, a file, or any spec of `layalign.data.readers`), or the examples themselves.
+        output_dir: gets `predictions/<language>.json`, `scores.json` and `scores.tsv`; and, while it runs,
+            `predictions/<language>.jsonl` and `settings.json`, from which a rerun goes on.
+        languages: names or codes of the languages to evaluate; None is all.
+        batch_size: questions per batch.
+        max_new_tokens: longest answer; None is the task's own (512 for math).
+        limit: only the first questions of each language.
+        skip_bad: leave malformed lines out and count them; otherwise the first one raises.
+        resume: go on with what is in `output_dir`; False deletes the outputs there and starts anew.
+        scorer: "number", "signed-number", "label" or "text" (equal after stripping); None is the task's own.
+        label_match: "exact" (published) or "start"; see `layalign.evaluation.metrics.parse_label`.
+        stage: "task" gives the LLM the prompt, "translation" only the encoder's tokens.
+        max_source_length, max_prompt_length: longest texts in tokens.
+        generation: further arguments of `generate` (num_beams, ...); greedy search without any.
+        model_name: name of a function or of a model without parameters, for the check that a rerun is of the same one.
+        progress: show a progress bar.
+
+    Raises:
+        ArgumentError: an argument is none of those expected, or `output_dir` holds the outputs of another run.
+        DataError: no data, or a malformed line.
+    """
+    kind = _task(task, scorer, label_match)
+    for name, number in (("batch_size", batch_size), ("limit", limit), ("max_new_tokens", max_new_tokens)):
+        if number is not None and number < 1:
+            raise ArgumentError(f"{name}: expected a number >= 1, got {number}")
+    examples, report = _examples(data, kind, languages, limit, skip_bad)
+    new_tokens = kind.max_new_tokens if max_new_tokens is None else max_new_tokens
+    options = dict(generation or {})
+    answer = model
+    if hasattr(model, "generate"):
+        lengths = {"max_source_length": max_source_length, "max_prompt_length": max_prompt_length}
+        collator = LayAlignCollator.from_model(
+            model, encoder_tokenizer, llm_tokenizer, stage=stage, with_targets=False, **lengths
+        )
+        answer = ModelAnswers(model, collator, new_tokens, options)
+    elif not callable(model):
+        raise ArgumentError(f"model: expected something with generate, or a function, got {type(model).__name__}")
+    settings = {
+        "task": task,
+        "stage": stage,
+        "max_new_tokens": new_tokens,
+        "max_source_length": max_source_length,
+        "max_prompt_length": max_prompt_length,
+        "generation": {key: repr(value) for key, value in sorted(options.items())},
+        "model": model_name or model_fingerprint(model),
+        # Only where padding is attended do outputs depend on the batch.
+        "batch_size": None if getattr(getattr(model, "config", None), "mask_encoder_padding", True) else batch_size,
+    }
+    store = OutputStore(Path(output_dir), settings, resume)
+    scores = {}
+    with evaluation_mode(model), torch.no_grad(), _bar(progress, len(examples)) as advance:
+        for language, group in by_language(examples).items():
+            outputs = _outputs(answer, store, language, group, batch_size, advance)
+            scores[language] = _score(store, language, group, outputs, kind, label_match)
+    result = EvaluationResult(task, scores, report, Path(output_dir))
+    write_whole(store.folder / "scores.json", json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_whole(store.folder / "scores.tsv", result.to_tsv())
+    return result
+
+
+def _task(task: str, scorer: str | None, label_match: str) -> Task:
+    if task not in TASKS:
+        raise ArgumentError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    kind = TASKS[task] if scorer is None else Task(TASKS[task].format, scorer, TASKS[task].max_new_tokens)
+    if kind.scorer not in SCORERS:
+        raise ArgumentError(f"scorer: expected one of {', '.join(SCORERS)}, got {scorer!r}")
+    if label_match not in ("exact", "start"):
+        raise ArgumentError(f"label_match: expected 'exact' or 'start', got {label_match!r}")
+    return kind
+
+
+def _examples(
+    data: Spec | Sequence[Example], kind: Task, languages: Sequence[str] | None, limit: int | None, skip_bad: bool
+) -> tuple[list[Example], ReadReport]:
+    if not (isinstance(data, Sequence) and not isinstance(data, str) and data and isinstance(data[0], Example)):
+        return load_examples(
+            data,  # type: ignore[arg-type]
+            format=kind.format,
+            languages=languages,
+            limit=limit,
+            skip_bad=skip_bad,
+            split="test",
+        )
+    groups = by_language(data)  # type: ignore[arg-type]
+    if languages is not None:
+        names = [language_of(language).name for language in languages]
+        missing = [name for name in names if name not in groups]
+        if missing:
+            raise ArgumentError(f"languages: expected some of {', '.join(groups)}, got {missing[0]}")
+        groups = {name: groups[name] for name in names}
+    examples = [example for group in groups.values() for example in group[:limit]]
+    return examples, ReadReport(counts=Counter(example.language for example in examples))
+
+
+def _outputs(
+    answer: Callable[[Sequence[Example]], Sequence[str]],
+    store: OutputStore,
+    language: str,
+    examples: Sequence[Example],
+    batch_size: int,
+    advance: Callable[[str, int], None],
+) -> list[str]:
+    """An answer to every example, in their order; those that the store has are not asked for again."""
+    done = store.begin(language, examples)
+    advance(language, len(done))
+    # The longest first: a batch that does not fit into memory fails at once.
+    rest = sorted(
+        (i for i in range(len(examples)) if i not in done),
+        key=lambda i: (-len(examples[i].source) - len(examples[i].prompt), i),
+    )
+    for start in range(0, len(rest), batch_size):
+        batch = rest[start : start + batch_size]
+        texts = list(answer([examples[i] for i in batch]))
+        if len(texts) != len(batch) or not all(isinstance(text, str) for text in texts):
+            raise ArgumentError(f"model: expected {len(batch)} texts, one per example, got {len(texts)}")
+        # Half of a surrogate pair cannot stand in a file.
+        texts = [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
+        new = dict(zip(batch, texts, strict=True))
+        store.append(language, new)
+        done.update(new)
+        advance(language, len(batch))
+    return [done[i] for i in range(len(examples))]
+
+
+def _judge(example: Example, output: str, scorer: str, label_match: str) -> tuple[Any, Any, bool]:
+    """(gold, what the output says, whether they agree)."""
+    if scorer in ("number", "signed-number"):
+        signed = scorer == "signed-number"
+        gold, parsed = last_number(example.target, signed), last_number(output, signed)
+        return gold, parsed, same_number(parsed, gold)
+    if scorer == "label":
+        label = parse_label(output, example.choices or (example.target,), label_match)
+        return example.target, label, label == example.target
+    return example.target, output.strip(), output.strip() == example.target.strip()
+
+
+def _score(
+    store: OutputStore, language: str, examples: Sequence[Example], outputs: Sequence[str], kind: Task, match: str
+) -> LanguageScore:
+    """Judge the outputs of a language and write its predictions."""
+    predictions, correct = [], 0
+    for example, output in zip(examples, outputs, strict=True):
+        gold, parsed, right = _judge(example, output, kind.scorer, match)
+        correct += right
+        predictions.append(
+            {
+                "id": example.id,
+                "question": example.source,
+                "prompt": example.prompt,
+                "gold": gold,
+                "output": output,
+                # JSON has no infinity, which an endless row of digits reads as.
+                "parsed": parsed if parsed != float("inf") else str(parsed),
+                "correct": right,
+            }
+        )
+    text = json.dumps(predictions, indent=2, ensure_ascii=False)
+    write_whole(store.path_of(language, ".json"), text + "\n")
+    count = len(examples)
+    low, high = wilson_interval(correct, count)
+    return LanguageScore(language, correct, count, 100 * correct / count, 100 * low, 100 * high)
+
+
+@contextmanager
+def _bar(shown: bool, total: int) -> Iterator[Callable[[str, int], None]]:
+    """A function that advances a progress bar, or does nothing."""
+    if not shown:
+        yield lambda language, count: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("evaluating", total=total)
+        yield lambda language, count: bar.update(task, advance=count, description=language)

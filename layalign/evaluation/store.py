@@ -1,0 +1,142 @@
+"""Where an evaluation keeps its outputs while it runs, so that a rerun goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layalign.data.examples import Example
+from layalign.errors import ArgumentError, DataError
+
+SETTINGS = "settings.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A short hash of everything that decides what is generated for the examples and what counts as right."""
+    digest = hashlib.sha256()
+    for example in examples:
+        parts = (example.source, example.target, example.language, example.prompt, *example.choices)
+        digest.update(json.dumps(parts).encode("utf-8"))
+    return digest.hexdigest()[:16]
+
+
+class OutputStore:
+    """The generated texts of a run: `predictions/<language>.jsonl`, one line per text, appended batch by batch.
+
+    Args:
+        folder: the output folder; made if it does not exist.
+        settings: what decides the outputs, as JSON values. `settings.json` keeps them.
+        resume: go on with the outputs that are there; otherwise they are deleted first.
+
+    Raises:
+        ArgumentError: outputs of other settings are there and `resume` is asked for.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+        self.folder, self.predictions = folder, folder / "predictions"
+        self.predictions.mkdir(parents=True, exist_ok=True)
+        self._path = folder / SETTINGS
+        old = self._read_settings()
+        if not resume:
+            for language in old.get("languages", {}):
+                for suffix in (".jsonl", ".json"):
+                    self.path_of(language, suffix).unlink(missing_ok=True)
+            old = {}
+        self._check(old.get("settings", settings), settings)
+        self._settings = {"settings": dict(settings), "languages": dict(old.get("languages", {}))}
+        self._save()
+
+    def _read_settings(self) -> dict[str, Any]:
+        if not self._path.exists():
+            return {}
+        try:
+            old = json.loads(self._path.read_text(encoding="utf-8"))
+        except ValueError:
+            old = None
+        if not isinstance(old, dict) or not isinstance(old.get("languages"), dict):
+            raise DataError(f"{self._path}:1: not the settings of an evaluation, expected a file that layalign wrote")
+        return old
+
+    def _save(self) -> None:
+        write_whole(self._path, json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n")
+
+    def _check(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        # Through JSON, so that tuples and lists are equal.
+        new = json.loads(json.dumps(new))
+        for key in (*new, *old):
+            if old.get(key) != new.get(key):
+                raise ArgumentError(
+                    f"output_dir: {self.folder} holds outputs made with {key} {_short(old.get(key))}, not "
+                    f"{_short(new.get(key))}; expected another folder, or resume=False to start anew"
+                )
+
+    def path_of(self, language: str, suffix: str) -> Path:
+        """File of a language; characters that a file name cannot hold become "_"."""
+        return self.predictions / (re.sub(r"[^\w() '.-]", "_", language) + suffix)
+
+    def begin(self, language: str, examples: Sequence[Example]) -> dict[int, str]:
+        """The outputs that are there already, by the number of their example.
+
+        A last line that was only half written is cut off.
+
+        Raises:
+            ArgumentError: they belong to other examples.
+            DataError: a line before the last is damaged.
+        """
+        known = self._settings["languages"]
+        mark = {"examples": fingerprint(examples), "count": len(examples)}
+        if language in known and known[language] != mark:
+            raise ArgumentError(
+                f"output_dir: {self.folder} holds outputs for other {language} examples than these {len(examples)}; "
+                "expected another folder, or resume=False to start anew"
+            )
+        path = self.path_of(language, ".jsonl")
+        if language not in known:
+            path.unlink(missing_ok=True)
+            known[language] = mark
+            self._save()
+        return self._read_outputs(path, len(examples)) if path.exists() else {}
+
+    def _read_outputs(self, path: Path, count: int) -> dict[int, str]:
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) != len(raw):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        outputs: dict[int, str] = {}
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            try:
+                entry = json.loads(line)
+                index, output = entry["index"], entry["output"]
+                good = isinstance(output, str) and isinstance(index, int) and 0 <= index < count
+            except (ValueError, KeyError, TypeError):
+                good = False
+            if not good:
+                raise DataError(f"{path}:{number}: a damaged line, expected the index and output of one example")
+            outputs[index] = output
+        return outputs
+
+    def append(self, language: str, outputs: Mapping[int, str]) -> None:
+        """Add a batch of outputs, and see to it that they are on the disk."""
+        lines = [json.dumps({"index": i, "output": text}, ensure_ascii=False) + "\n" for i, text in outputs.items()]
+        with self.path_of(language, ".jsonl").open("ab") as file:
+            file.write("".join(lines).encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _short(value: Any) -> str:
+    text = "unset" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
