@@ -30,7 +30,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
     Build it with :meth:`from_encoder_and_llm` or :meth:`from_pretrained`. Encoder and LLM are frozen; ``mapping``
     (the adapter), ``encoder_aligner`` and the gates in ``cross_attention`` train.
 
-    Source: LayAlign, section 3; the parameter names are those of the published code.
+    Source: LayAlign, figure 1 and its method section; the parameter names are those of the published code.
     """
 
     config_class = LayAlignConfig

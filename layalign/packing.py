@@ -1,6 +1,6 @@
 """The LLM's input layout: ``[bos] [source slots] [boundary slot] [prompt] [labels]``, padded once, on the left.
 
-Source: LayAlign, section 3.2 (input of the LLM). The published code builds the same layout by concatenating padded
+Source: LayAlign, translation and task stage. The published code builds the same layout by concatenating padded
 blocks and squeezing the padding out afterwards.
 """
 
@@ -31,7 +31,7 @@ def pack(
         prompts: B lists of LLM token ids that follow the boundary, or None.
         targets: B lists of LLM token ids to predict (end-of-sequence included by the caller), or None.
         bos_token_id: first token of every row; None for LLMs that have none.
-        source_token_id: id that fills slots and padding; the model replaces the slots' embeddings, so any valid id does.
+        source_token_id: id that fills slots and padding; the model replaces the slots' embeddings, so any id does.
 
     Returns:
         ``input_ids`` and ``attention_mask``, both (B, T) int64, left-padded; with targets also ``labels`` (B, T), -100

@@ -1,7 +1,7 @@
 """LayAlign in plain PyTorch: the mathematics as written, for any float dtype (float64 included).
 
 This file is the oracle of the tests and the baseline of the benchmarks. It favours reading over speed and imports
-nothing else of the library. Source: Ruan et al., "LayAlign", Findings of NAACL 2025, sections 3.1 to 3.3.
+nothing else of the library. Source: Ruan et al., "LayAlign", Findings of NAACL 2025.
 
 Shapes: B batch, S source tokens, T language-model tokens, E encoder layers, L language layers (2L slots: a key slot and
 a value slot each), D_e and D_l the hidden sizes of encoder and language model, H query heads, G key/value heads,

@@ -26,7 +26,7 @@ class Adapter(nn.Module):
         mt_dim: encoder hidden size D_e.
         llm_dim: LLM hidden size D_l.
 
-    Source: LayAlign, section 3.2; MindMerger's mapping layer.
+    Source: LayAlign, adapter; MindMerger's mapping layer.
     """
 
     def __init__(self, mt_dim: int, llm_dim: int) -> None:

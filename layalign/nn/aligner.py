@@ -53,7 +53,7 @@ class EncoderAligner(nn.Module):
     Raises:
         ArgumentError: a field is missing or has a value that is not supported.
 
-    Source: LayAlign, section 3.1.
+    Source: LayAlign, layer-wise aligner.
     """
 
     def __init__(self, config: Any, *args: Any, impl: str = "auto", **kwargs: Any) -> None:

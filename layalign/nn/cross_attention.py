@@ -14,7 +14,7 @@ class GatedCrossAttention(nn.Module):
     Args:
         impl: backend of the operation, "auto" by default.
 
-    Source: LayAlign, section 3.2; the zero-initialised gate is LLaMA-Adapter's.
+    Source: LayAlign, adaptive fusion-enhanced attention; the zero-initialised gate is LLaMA-Adapter's.
     """
 
     def __init__(self, impl: str = "auto") -> None:

@@ -41,7 +41,7 @@ def gated_cross_attention(
         ArgumentError: a shape, dtype or device does not fit.
         BackendError: the named backend cannot serve the call.
 
-    Source: LayAlign, section 3.2 (adaptive fusion-enhanced attention).
+    Source: LayAlign, adaptive fusion-enhanced attention.
     """
     _check(query, key, value, gate, base, key_mask)
     return backends.dispatch(

@@ -34,7 +34,7 @@ def layer_mix(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None = No
         ArgumentError: a shape, dtype or device does not fit.
         BackendError: the named backend cannot serve the call.
 
-    Source: LayAlign, section 3.1 (layer-wise aligner), the weighted sum before the projection.
+    Source: LayAlign, layer-wise aligner: the weighted sum before the projection.
     """
     hidden = _checks.check_hidden(hidden)
     _checks.check_mix(hidden, weight, bias)

@@ -52,7 +52,7 @@ def layer_projection(
         ArgumentError: a shape, dtype or device does not fit.
         BackendError: the named backend cannot serve the call.
 
-    Source: LayAlign, section 3.1, structure "Linear".
+    Source: LayAlign, layer-wise aligner; structure "Linear" of the published code.
     """
     hidden = _checks.check_hidden(hidden)
     _checks.check_mix(hidden, mix_weight, mix_bias, "mix_")
