@@ -2,7 +2,7 @@
 
 Backends, in the order in which ``impl="auto"`` tries them on a device:
 
-- ``triton``: GPU kernels in ``layalign_kernels`` (or CPU under ``TRITON_INTERPRET=1``);
+- ``triton``: GPU kernels in ``layalign_kernels`` (on the CPU only when asked for, under ``TRITON_INTERPRET=1``);
 - ``cuda``, ``cpp``: the compiled extension ``layalign._C``;
 - ``torch``: plain PyTorch (:mod:`layalign.reference`), always there.
 
@@ -11,11 +11,12 @@ Nothing is probed at import time.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ logger = logging.getLogger("layalign")
 BACKENDS = ("triton", "cuda", "cpp", "torch")
 OPERATIONS = ("layer_mix", "layer_projection", "gated_cross_attention")
 
-# (operation, backend) -> callable with the operation's own signature. An operation's file fills in its row.
+# An operation's file fills in its row: the callable with the operation's own signature, and what it accepts.
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., torch.Tensor]] = {}
+_ACCEPTS: dict[tuple[str, str], Callable[..., tuple[bool, str]]] = {}
+_LOGGED: set[tuple[str, str, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,25 @@ class BackendStatus:
     reason: str
 
 
-def register(operation: str, backend: str, function: Callable[..., torch.Tensor]) -> None:
-    """Make ``backend`` serve ``operation``."""
+def register(
+    operation: str,
+    backend: str,
+    function: Callable[..., torch.Tensor],
+    accepts: Callable[..., tuple[bool, str]] | None = None,
+) -> None:
+    """Make ``backend`` serve ``operation``; ``accepts`` is asked for (ok, reason) with the arguments of each call."""
     _IMPLEMENTATIONS[operation, backend] = function
+    if accepts is not None:
+        _ACCEPTS[operation, backend] = accepts
 
 
-@cache
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on CPU tensors, in Python (for debugging and tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
 def capability(backend: str, device_type: str) -> tuple[bool, str]:
     """(usable, reason) for ``backend`` on ``device_type`` ("cpu", "cuda", ...), whatever the operation."""
     if backend == "torch":
@@ -55,6 +71,8 @@ def capability(backend: str, device_type: str) -> tuple[bool, str]:
         return False, f"{package} is not part of this installation"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return False, "the package triton is not installed"
+    if backend == "triton" and device_type == "cpu" and interpreting():
+        return True, "Triton's interpreter (TRITON_INTERPRET=1), on request only"
     if backend == "cpp" and device_type != "cpu":
         return False, f"the C++ kernels run on the CPU, the tensors are on {device_type}"
     if backend in ("triton", "cuda") and device_type != "cuda":
@@ -63,7 +81,7 @@ def capability(backend: str, device_type: str) -> tuple[bool, str]:
 
 
 def serves(operation: str, backend: str, device_type: str) -> tuple[bool, str]:
-    """(usable, reason) for one operation of one backend."""
+    """(usable, reason) for one operation of one backend, before its arguments are looked at."""
     usable, reason = capability(backend, device_type)
     if usable and (operation, backend) not in _IMPLEMENTATIONS:
         return False, f"{backend} has no {operation} in this version"
@@ -77,15 +95,23 @@ def report(device_type: str | None = None) -> list[BackendStatus]:
     return [BackendStatus(name, *capability(name, device_type)) for name in BACKENDS]
 
 
-@cache
-def choose(operation: str, device_type: str) -> str:
-    """The backend that ``impl="auto"`` takes; logged once per operation and device."""
+def choose(operation: str, device_type: str, *args: Any, **kwargs: Any) -> str:
+    """The backend that ``impl="auto"`` takes for these arguments; logged when it is first taken."""
     for backend in BACKENDS:
+        if backend == "triton" and device_type == "cpu":
+            continue  # the interpreter is thousands of times slower than torch
         usable, _ = serves(operation, backend, device_type)
-        if usable:
-            logger.info("layalign.%s on %s: backend %s", operation, device_type, backend)
-            return backend
-    raise BackendError(f"{operation}: no backend serves device type {device_type}")  # torch always does
+        if usable and _accepts(operation, backend, args, kwargs)[0]:
+            break
+    if not torch.compiler.is_compiling() and (operation, device_type, backend) not in _LOGGED:
+        _LOGGED.add((operation, device_type, backend))
+        logger.info("layalign.%s on %s: backend %s", operation, device_type, backend)
+    return backend
+
+
+def _accepts(operation: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, str]:
+    accepts = _ACCEPTS.get((operation, backend))
+    return (True, "") if accepts is None else accepts(*args, **kwargs)
 
 
 def dispatch(operation: str, impl: str, device: torch.device, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -96,11 +122,13 @@ def dispatch(operation: str, impl: str, device: torch.device, *args: Any, **kwar
         BackendError: the named backend cannot serve the call; the text gives the reason.
     """
     if impl == "auto":
-        impl = choose(operation, device.type)
+        impl = choose(operation, device.type, *args, **kwargs)
     else:
         if impl not in BACKENDS:
             raise ArgumentError(f"impl: expected 'auto' or one of {', '.join(BACKENDS)}, got {impl!r}")
         usable, reason = serves(operation, impl, device.type)
+        if usable:
+            usable, reason = _accepts(operation, impl, args, kwargs)
         if not usable:
             raise BackendError(f"{operation}: impl={impl!r} cannot serve this call: {reason}")
     return _IMPLEMENTATIONS[operation, impl](*args, **kwargs)
