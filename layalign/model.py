@@ -169,11 +169,19 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Checkpoint the LLM's layers (the frozen encoder keeps no activations)."""
-        self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        new = getattr(self.llm, "activation_checkpointing_enable", None)  # its name in later transformers
+        (new or self.llm.gradient_checkpointing_enable)(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the LLM's activations again."""
-        self.llm.gradient_checkpointing_disable()
+        new = getattr(self.llm, "activation_checkpointing_disable", None)
+        (new or self.llm.gradient_checkpointing_disable)()
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """The later name of :meth:`gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's."""

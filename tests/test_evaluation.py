@@ -7,10 +7,10 @@ from helpers_text import byte_tokenizer, write_json_lines, write_lines
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MT5Config, MT5EncoderModel
 
-from layalign.evaluation.answering import evaluation_mode, model_fingerprint
 from layalign.data import Example, load_examples
 from layalign.errors import ArgumentError, DataError
 from layalign.evaluation import TASKS, evaluate, llm_alone
+from layalign.evaluation.answering import evaluation_mode, model_fingerprint
 
 TOKENIZER = byte_tokenizer()
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from layalign.evaluation.answering import ModelAnswers, evaluation_mode, llm_alone, model_fingerprint
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example, ReadReport
 from layalign.data.languages import language_of
 from layalign.data.readers import Spec, by_language, load_examples
 from layalign.errors import ArgumentError
-from layalign.evaluation.store import OutputStore, write_whole
+from layalign.evaluation.answering import ModelAnswers, evaluation_mode, llm_alone, model_fingerprint
 from layalign.evaluation.metrics import last_number, parse_label, same_number, wilson_interval
+from layalign.evaluation.store import OutputStore, write_whole
 
 __all__ = ["TASKS", "EvaluationResult", "LanguageScore", "Task", "evaluate", "llm_alone"]
 SCORERS = ("number", "signed-number", "label", "text")

@@ -1,0 +1,75 @@
+"""The `layalign` command. Importing this package is cheap: torch and transformers load inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0, 1 after an unforeseen error, 2 after one the user can mend, 130 after Ctrl-C.
+
+    Errors are one line on stderr; `--debug`, anywhere on the line, adds the traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(_run(arguments, debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    import typer
+
+    from layalign.cli.app import app
+
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="layalign", standalone_mode=False)
+        sys.stdout.flush()
+        code = code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left; a second complaint at interpreter exit would only be noise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        line, code = describe(error)
+        hint = "" if debug or code == 2 else "  (--debug shows where)"
+        print(f"error: {line}{hint}", file=sys.stderr)
+        return code
+    # Some releases of typer turn Ctrl-C into this code themselves.
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return code
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """One line for an exception, and the exit code that goes with it."""
+    from layalign.errors import LayAlignError
+
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        # A usage error of the command line parser, whichever copy of click it comes from.
+        context = getattr(error, "ctx", None)
+        where = f" (see {context.command_path} --help)" if context is not None else ""
+        return _one_line(error.format_message()).rstrip(".") + where, 2
+    if isinstance(error, LayAlignError):
+        return _one_line(str(error)), 2
+    if isinstance(error, OSError) or type(error).__module__.startswith("yaml"):
+        return _one_line(str(error)) or type(error).__name__, 2
+    if isinstance(error, ImportError):
+        return _one_line(str(error)), 2
+    return f"{type(error).__name__}: {_one_line(str(error))}", 1
+
+
+def _one_line(text: str, longest: int = 600) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 3] + "..."

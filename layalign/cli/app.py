@@ -1,0 +1,41 @@
+"""The commands of `layalign` and their options; the work is in the modules each command imports."""
+
+from __future__ import annotations
+
+import typer
+
+from layalign.cli import convert, demo, doctor, evaluate, generate, train
+
+app = typer.Typer(
+    name="layalign",
+    help="LayAlign: join a frozen multilingual encoder to a frozen language model, train what joins them, measure it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("convert")(convert.convert)
+app.command("doctor")(doctor.doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from layalign.doctor import package_version
+
+        typer.echo(f"layalign {package_version()}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; may stand anywhere."),
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

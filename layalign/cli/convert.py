@@ -1,0 +1,40 @@
+"""`layalign convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SourcePath = Annotated[
+    Path, typer.Argument(metavar="SOURCE", help="A published pytorch_model.bin, or a folder in our format.")
+]
+OutputPath = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write (from a .bin), or .bin file to write (from a folder).")
+]
+Encoder = Annotated[str | None, typer.Option("--encoder", help="Encoder the published file was trained with.")]
+Llm = Annotated[str | None, typer.Option("--llm", help="LLM the published file was trained with.")]
+
+
+def convert(source: SourcePath, output: OutputPath, encoder: Encoder = None, llm: Llm = None) -> None:
+    """Turn a published checkpoint into our format, or ours into a published one."""
+    from layalign.cli.common import quiet_transformers
+    from layalign.errors import ArgumentError
+
+    if not source.exists():
+        raise ArgumentError(f"source: no such file or folder: {source}")
+    quiet_transformers()
+    from layalign.convert import convert_published, convert_to_published
+
+    if source.is_dir():
+        if output.is_dir():
+            raise ArgumentError(f"output: expected a file such as pytorch_model.bin, {output} is a folder")
+        report = convert_to_published(source, output)
+    else:
+        if encoder is None or llm is None:
+            missing = "encoder" if encoder is None else "llm"
+            raise ArgumentError(f"{missing}: a published file does not name its {missing}; give --{missing}")
+        report = convert_published(source, encoder, llm, output)
+    extra = ", encoder and LLM with them" if report.frozen_saved else ""
+    typer.echo(f"wrote {report.output}: {report.weights} tensors{extra}")

@@ -1,0 +1,81 @@
+"""`layalign evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layalign.cli.common import Device, Dtype, load_model
+
+Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Folder or hub name of a trained model.")]
+Task = Annotated[str, typer.Option("--task", "-t", help="mgsm, msvamp, xnli, x-csqa, xcopa, ...")]
+Data = Annotated[str, typer.Option("--data", "-d", help="Test files: a folder, a file, or FORMAT:PATH.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for predictions and scores.")]
+Languages = Annotated[
+    str | None, typer.Option("--languages", "-l", help="Names or codes with commas between. Default: all there are.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Questions answered together.")]
+NewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Default: the task's own.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first questions of each language.")]
+Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Beam search; the published numbers are greedy.")]
+Stage = Annotated[str, typer.Option("--stage", help="task gives the LLM the prompt, translation only the source.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed lines out and count them.")]
+NoResume = Annotated[bool, typer.Option("--no-resume", help="Answer again what an earlier run has answered.")]
+LabelMatch = Annotated[str, typer.Option("--label-match", help="exact (published), or start: the answer begins so.")]
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    task: Task,
+    data: Data,
+    output: Output = Path("results"),
+    languages: Languages = None,
+    batch_size: BatchSize = 8,
+    max_new_tokens: NewTokens = None,
+    limit: Limit = None,
+    num_beams: Beams = 1,
+    stage: Stage = "task",
+    skip_bad: SkipBad = False,
+    no_resume: NoResume = False,
+    label_match: LabelMatch = "exact",
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer a test set in every language and count what is right. A rerun goes on where the last one stopped.
+
+    Example: layalign evaluate -c outputs/math/task -t mgsm -d datas -o results/mgsm
+    """
+    from rich.console import Console
+
+    from layalign.errors import ArgumentError
+    from layalign.evaluation import TASKS
+    from layalign.evaluation import evaluate as run
+
+    if task not in TASKS:
+        raise ArgumentError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    console = Console()
+    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
+    result = run(
+        model,
+        encoder_tokenizer,
+        llm_tokenizer,
+        task,
+        data,
+        output,
+        languages=None if languages is None else [name.strip() for name in languages.split(",") if name.strip()],
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        skip_bad=skip_bad,
+        resume=not no_resume,
+        label_match=label_match,
+        stage=stage,
+        generation={"num_beams": num_beams} if num_beams > 1 else None,
+        progress=console.is_terminal,
+    )
+    if result.report.skipped:
+        typer.echo(result.report.summary(), err=True)
+    console.print(result.table())
+    console.print(f"predictions and scores are in {output}", highlight=False, soft_wrap=True)

@@ -1,0 +1,155 @@
+"""`layalign generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from layalign.cli.common import Device, Dtype, load_model
+
+if TYPE_CHECKING:
+    from layalign.data import Example
+
+Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Folder or hub name of a trained model.")]
+Source = Annotated[
+    list[str] | None,
+    typer.Option("--source", "-s", help="Text for the encoder; may be repeated. Default: each line of stdin."),
+]
+Language = Annotated[
+    str, typer.Option("--language", "-l", help="Language of the source, name or code (M2M and NLLB need it).")
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", help="Text for the LLM behind the source; {source} in it stands for the source."),
+]
+Task = Annotated[
+    str | None, typer.Option("--task", help="math: the published prompt; source: the source itself is the prompt.")
+]
+Stream = Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
+Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Beam search with this many beams.")]
+Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=1e-6, help="With --sample.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="With --sample.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="With --sample; 0 is no limit.")]
+Returned = Annotated[int, typer.Option("--num-return-sequences", min=1, help="Answers per source.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="With --sample: makes it repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per answer: source, answer.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sources answered together.")]
+
+
+def generate(
+    checkpoint: Checkpoint,
+    source: Source = None,
+    language: Language = "English",
+    prompt: Prompt = None,
+    task: Task = None,
+    stream: Stream = False,
+    max_new_tokens: NewTokens = 256,
+    num_beams: Beams = 1,
+    sample: Sample = False,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    num_return_sequences: Returned = 1,
+    seed: Seed = None,
+    batch_size: BatchSize = 8,
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer a source text, or each line of stdin."""
+    import json
+
+    from layalign.errors import ArgumentError
+
+    if prompt is not None and task is not None:
+        raise ArgumentError("prompt: give either --prompt or --task, not both")
+    if stream and (num_beams > 1 or num_return_sequences > 1 or as_json):
+        raise ArgumentError("stream: prints one answer as it grows; not with beams, several answers or --json")
+    if num_return_sequences > 1 and not sample and num_return_sequences > num_beams:
+        raise ArgumentError("num_return_sequences: needs --sample, or at least as many --num-beams")
+    examples = _examples(source, language, prompt, task)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": sample}
+    options["num_return_sequences"] = num_return_sequences
+    if sample:
+        options.update(temperature=temperature, top_p=top_p, top_k=top_k)
+    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    run = _Run(model, encoder_tokenizer, llm_tokenizer, options)
+    if stream:
+        for example in examples:
+            run.stream(example)
+        return
+    for example, answer in run.answers(examples, batch_size):
+        pair = {"source": example.source, "answer": answer}
+        typer.echo(json.dumps(pair, ensure_ascii=False) if as_json else answer)
+
+
+def _examples(source: list[str] | None, language: str, prompt: str | None, task: str | None) -> Iterator[Example]:
+    from layalign.data import Example, language_of
+    from layalign.data.prompts import math_prompt
+    from layalign.errors import ArgumentError
+
+    if task not in (None, "math", "source"):
+        raise ArgumentError(f"task: expected math or source, got {task!r}")
+    name = language_of(language).name
+    if source is None and sys.stdin.isatty():
+        typer.echo("reading sources from the keyboard, one per line; end with Ctrl-D", err=True)
+
+    def build() -> Iterator[Example]:
+        for text in source if source is not None else sys.stdin:
+            text = text.strip()
+            if not text:
+                if source is not None:
+                    raise ArgumentError("source: expected a text, got an empty one")
+                continue
+            behind = prompt.replace("{source}", text) if prompt is not None else ""
+            if task is not None:
+                behind = math_prompt(text) if task == "math" else text
+            yield Example(source=text, target="", language=name, prompt=behind)
+
+    return build()
+
+
+@dataclass
+class _Run:
+    """A model, its tokenizers and the options of `generate`."""
+
+    model: Any
+    encoder_tokenizer: Any
+    llm_tokenizer: Any
+    options: dict[str, Any]
+
+    def inputs(self, batch: list[Example]) -> dict[str, Any]:
+        from layalign.data import LayAlignCollator
+
+        stage = "task" if batch[0].prompt else "translation"
+        collator = LayAlignCollator.from_model(
+            self.model, self.encoder_tokenizer, self.llm_tokenizer, stage=stage, with_targets=False
+        )
+        device = self.model.get_input_embeddings().weight.device
+        return {key: tensor.to(device) for key, tensor in collator(batch).items()}
+
+    def answers(self, examples: Iterator[Example], batch_size: int) -> Iterator[tuple[Example, str]]:
+        while batch := list(islice(examples, batch_size)):
+            inputs = self.inputs(batch)
+            tokens = self.model.generate(**inputs, **self.options)[:, inputs["input_ids"].shape[1] :]
+            texts = self.llm_tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            copies = len(texts) // len(batch)
+            for index, text in enumerate(texts):
+                yield batch[index // copies], text.strip()
+
+    def stream(self, example: Example) -> None:
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(self.llm_tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.model.generate(**self.inputs([example]), **self.options, streamer=streamer)

@@ -1,0 +1,112 @@
+"""`layalign train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layalign.cli.common import quiet_transformers
+
+if TYPE_CHECKING:
+    from layalign.training.config import TrainConfig
+
+Preset = Annotated[str | None, typer.Option("--preset", "-p", help="math, x-csqa or xnli: the paper's set-ups.")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with the keys of TrainConfig.")]
+Stage = Annotated[
+    str | None,
+    typer.Option("--stage", "-s", help="translation, task or all. Default: all stages the configuration has."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="Folder in the published layout, or FORMAT:PATH such as pairs:my/tsv/folder."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Output folder; with two stages each gets a folder of its name in it."),
+]
+Start = Annotated[str | None, typer.Option("--init-checkpoint", help="Start from the trained parts in this folder.")]
+Resume = Annotated[str | None, typer.Option("--resume", help="auto (default), false to start over, or a checkpoint.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Check the configuration, print it in full and stop.")
+]
+
+
+def train(
+    preset: Preset = None,
+    config: Config = None,
+    stage: Stage = None,
+    data: Data = None,
+    output: Output = None,
+    init_checkpoint: Start = None,
+    resume: Resume = None,
+    assignments: Assignments = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train the aligner, the adapter and the gates: one stage, or both in turn.
+
+    Example: layalign train --preset math --data datas --set batch_size=64
+    """
+    from layalign.errors import ArgumentError
+    from layalign.training.config import configured_stages, load_train_config
+
+    if preset is None and config is None:
+        raise ArgumentError("preset: give --preset or --config (for a small run on a laptop see layalign demo)")
+    stages = configured_stages(config, preset=preset) if stage in (None, "all") else [str(stage)]
+    shared = [f"{key}={value}" for key, value in (("data", data), ("resume", resume)) if value is not None]
+    configs: list[TrainConfig] = []
+    for name in stages:
+        overrides = [*shared]
+        if output is not None:
+            overrides.append(f"output_dir={output / name if len(stages) > 1 else output}")
+        start = configs[-1].output_dir if configs else init_checkpoint
+        if start is not None:
+            overrides.append(f"init_checkpoint={start}")
+        overrides += assignments or []
+        configs.append(load_train_config(config, preset=preset, stage=name, overrides=overrides))
+    if print_config:
+        _print(configs)
+    else:
+        _train_all(configs)
+
+
+def _print(configs: list[TrainConfig]) -> None:
+    import yaml
+
+    for config in configs:
+        typer.echo(f"# {config.stage}")
+        typer.echo(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def _train_all(configs: list[TrainConfig]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    quiet_transformers()
+    from layalign.training import is_main_process, train
+
+    summaries = [(config.stage, train(config)) for config in configs]
+    if not is_main_process():
+        return
+    table = Table(title="Training", show_edge=False)
+    table.add_column("stage")
+    for column in ("steps", "loss before", "loss after", "seconds", "trained", "of parameters"):
+        table.add_column(column, justify="right")
+    for name, summary in summaries:
+        table.add_row(
+            name,
+            str(summary.steps),
+            f"{summary.loss_before:.4f}",
+            f"{summary.loss_after:.4f}",
+            f"{summary.seconds:.1f}",
+            f"{summary.trained_parameters:,}",
+            f"{summary.total_parameters:,}",
+        )
+    console = Console()
+    console.print(table)
+    for name, summary in summaries:
+        console.print(f"{name}: saved in {summary.output_dir}", highlight=False, soft_wrap=True)

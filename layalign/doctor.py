@@ -1,0 +1,75 @@
+"""What is installed here and what of it layalign can use."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "accelerate",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "tensorboard",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Versions by package (None: not installed), devices by name, and one dict per backend: name, available, reason."""
+
+    versions: dict[str, str | None]
+    devices: dict[str, str]
+    backends: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+def package_version(name: str = "layalign") -> str | None:
+    """Version of an installed package; None when it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        if name != "layalign":
+            return None
+    import layalign
+
+    return getattr(layalign, "__version__", None)
+
+
+def examine() -> Report:
+    """Look at this machine. Imports torch and asks each backend; changes nothing."""
+    from layalign.ops import backends
+
+    versions: dict[str, str | None] = {"layalign": package_version(), "python": platform.python_version()}
+    versions.update({name: package_version(name) for name in PACKAGES})
+    rows = [
+        {"name": entry.name, "available": bool(entry.available), "reason": entry.reason} for entry in backends.report()
+    ]
+    return Report(versions=versions, devices=_devices(), backends=rows)
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    threads = torch.get_num_threads()
+    devices = {"cpu": f"{platform.machine()}, {threads} thread(s) for torch"}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    else:
+        built = "this torch is a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+        devices["cuda"] = f"none ({built})"
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU"
+    return devices

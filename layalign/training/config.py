@@ -1,0 +1,388 @@
+"""The training configuration: one dataclass, read from YAML, checked so that every error names the key.
+
+The defaults are the published ones (those of the training scripts).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layalign.errors import ArgumentError
+
+STAGES = ("translation", "task")
+TASKS = ("math", "x-csqa", "xnli")
+LEARNING_RATES = {"translation": 4e-5, "task": 3e-5}
+MAX_MICRO_BATCH = 8
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "stage": STAGES,
+    "task": TASKS,
+    "structure": ("Linear", "MLP"),
+    "frozen_dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+_INTEGERS = {
+    "batch_size": 1,
+    "micro_batch_size": 1,
+    "eval_batch_size": 1,
+    "max_source_length": 1,
+    "max_prompt_length": 1,
+    "max_target_length": 1,
+    "dev_size": 0,
+    "limit": 1,
+    "max_steps": 1,
+    "logging_steps": 1,
+    "eval_steps": 0,
+    "save_steps": 0,
+    "save_total_limit": 1,
+    "num_workers": 0,
+    "seed": 0,
+}
+_NUMBERS = {
+    "epochs": 0.0,
+    "learning_rate": 0.0,
+    "warmup_ratio": 0.0,
+    "weight_decay": 0.0,
+    "adam_beta1": 0.0,
+    "adam_beta2": 0.0,
+    "adam_epsilon": 0.0,
+    "max_grad_norm": 0.0,
+}
+_FLAGS = (
+    "mask_encoder_padding",
+    "skip_bad",
+    "bf16",
+    "gradient_checkpointing",
+    "group_by_length",
+    "keep_best",
+    "use_cpu",
+    "progress",
+)
+_LISTS = {"encoder_layers": int, "language_layers": int, "languages": str, "report_to": str}
+_TEXTS = ("encoder", "llm", "output_dir", "init_checkpoint", "lr_scheduler")
+_LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": None}
+
+
+@dataclass
+class TrainConfig:
+    """All settings of one stage. A key left at None takes the published value of its stage and task.
+
+    Raises:
+        ArgumentError: on construction, for a value of the wrong type or out of its range; the text starts with the key.
+    """
+
+    # What is joined. Folder or hub name each.
+    encoder: str | None = None
+    llm: str | None = None
+    encoder_layers: list[int] | None = None
+    language_layers: list[int] | None = None
+    structure: str = "Linear"
+    mask_encoder_padding: bool = True
+    frozen_dtype: str = "auto"
+    lora: dict[str, Any] | None = None
+    init_checkpoint: str | None = None
+
+    # What it learns from.
+    stage: str = "translation"
+    task: str = "math"
+    data: Any = "datas"
+    languages: list[str] | None = None
+    limit: int | None = None
+    dev_size: int = 3000
+    skip_bad: bool = False
+    max_source_length: int | None = None
+    max_prompt_length: int | None = None
+    max_target_length: int | None = None
+
+    # How it learns.
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 128
+    micro_batch_size: int | None = None
+    eval_batch_size: int | None = None
+    learning_rate: float | None = None
+    lr_scheduler: str = "cosine"
+    warmup_ratio: float = 0.05
+    weight_decay: float = 3e-7
+    adam_beta1: float = 0.8
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    seed: int = 0
+    use_cpu: bool = False
+    num_workers: int = 0
+
+    # What it leaves behind. eval_steps and save_steps: None is once per epoch, 0 is never.
+    output_dir: str = "outputs"
+    resume: str | bool = "auto"
+    logging_steps: int = 10
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    save_total_limit: int | None = 2
+    keep_best: bool = False
+    report_to: list[str] = field(default_factory=list)
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _coerce(self)
+        _check_ranges(self)
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES[self.stage]
+        longest = 512 if self.stage == "task" and self.task == "math" else 200
+        for name in ("max_source_length", "max_prompt_length", "max_target_length"):
+            if getattr(self, name) is None:
+                setattr(self, name, longest)
+
+    def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
+        """Split `batch_size` over processes: (micro batch of one process, accumulation steps).
+
+        Raises:
+            ArgumentError: `batch_size` cannot be divided that way.
+        """
+        if self.batch_size % world_size:
+            raise ArgumentError(
+                f"batch_size: expected a multiple of the {world_size} processes of this run, got {self.batch_size}"
+            )
+        share = self.batch_size // world_size
+        micro = self.micro_batch_size
+        if micro is None:
+            micro = max(size for size in range(1, min(MAX_MICRO_BATCH, share) + 1) if share % size == 0)
+        if share % micro:
+            raise ArgumentError(
+                f"micro_batch_size: expected a divisor of {share} (batch_size {self.batch_size} over {world_size} "
+                f"process(es)), got {micro}"
+            )
+        return micro, share // micro
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for YAML."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as YAML; `load_train_config` reads it back."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def load_train_config(
+    source: str | Path | Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    stage: str | None = None,
+    overrides: Sequence[str] = (),
+) -> TrainConfig:
+    """Build a configuration from a YAML file (or a mapping, or a preset), one stage of it, and `key=value` overrides.
+
+    The YAML holds the keys of `TrainConfig`; those under `stages: {translation: ..., task: ...}` are of one stage.
+
+    Raises:
+        ArgumentError: unknown key, wrong value, unreadable YAML or unknown preset; the text names which.
+    """
+    values = _source_values(source, preset)
+    stages = values.pop("stages", None) or {}
+    if not isinstance(stages, Mapping) or not set(stages) <= set(STAGES):
+        raise ArgumentError(f"stages: expected a mapping with the keys {' and '.join(STAGES)}, got {_shown(stages)}")
+    chosen = stage or values.get("stage") or "translation"
+    if chosen not in STAGES:
+        raise ArgumentError(f"stage: expected one of {', '.join(STAGES)}, got {_shown(chosen)}")
+    of_stage = stages.get(chosen) or {}
+    if not isinstance(of_stage, Mapping):
+        raise ArgumentError(f"stages.{chosen}: expected a mapping, got {_shown(of_stage)}")
+    values = {**values, **of_stage, "stage": chosen}
+    for item in overrides:
+        _apply_override(values, item)
+    _check_keys(values)
+    return TrainConfig(**values)
+
+
+def configured_stages(source: str | Path | None = None, *, preset: str | None = None) -> list[str]:
+    """The stages that a file or preset configures, in training order; a file without `stages` has the one it names."""
+    values = _source_values(source, preset)
+    named = values.get("stages") or {}
+    stages = [stage for stage in STAGES if isinstance(named, Mapping) and stage in named]
+    return stages or [values.get("stage") or STAGES[0]]
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package: the paper's three set-ups."""
+    folder = resources.files("layalign") / "presets"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _source_values(source: str | Path | Mapping[str, Any] | None, preset: str | None) -> dict[str, Any]:
+    if source is not None and preset is not None:
+        raise ArgumentError("preset: give either a preset or a configuration file, not both")
+    if preset is not None:
+        return _read_yaml(_preset_text(preset), f"preset {preset}")
+    if isinstance(source, Mapping):
+        return dict(source)
+    if source is not None:
+        path = Path(source)
+        if not path.is_file():
+            raise ArgumentError(f"config: no such file: {path}")
+        return _read_yaml(path.read_text(encoding="utf-8"), str(path))
+    return {}
+
+
+def _preset_text(name: str) -> str:
+    if name not in preset_names():
+        raise ArgumentError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
+    return (resources.files("layalign") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _read_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"config: {where} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ArgumentError(f"config: {where}: expected a mapping of keys to values, got {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], item: str) -> None:
+    """`key=value`, the value in YAML; `lora.r=4` reaches into a mapping."""
+    key, equals, text = item.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ArgumentError(f"set: expected key=value, got {item!r}")
+    if key in _TEXTS or (key == "data" and not text.lstrip().startswith(("{", "["))):
+        value = None if text in ("null", "~", "") else text  # a folder may be called 2024 or true
+    else:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ArgumentError(f"{key}: {text!r} is not a YAML value") from error
+    outer, dot, inner = key.partition(".")
+    if not dot:
+        values[key] = value
+        return
+    nested = values.get(outer) or {}
+    if not isinstance(nested, Mapping):
+        raise ArgumentError(f"{key}: {outer} is not a mapping")
+    values[outer] = {**nested, inner: value}
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    known = [entry.name for entry in fields(TrainConfig)]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ArgumentError(f"{key}: no such key in a training configuration{hint}")
+
+
+def _coerce(config: TrainConfig) -> None:
+    """Check every value's type; numbers written as text (YAML reads 4e-5 as text) become numbers."""
+    optional = {entry.name for entry in fields(TrainConfig) if "None" in str(entry.type)}
+    for entry in fields(TrainConfig):
+        name, value = entry.name, getattr(config, entry.name)
+        if value is None and name in optional:
+            continue
+        if name in _INTEGERS:
+            value = _number(name, value, whole=True)
+        elif name in _NUMBERS:
+            value = _number(name, value, whole=False)
+        elif name in _FLAGS:
+            if not isinstance(value, bool):
+                raise ArgumentError(f"{name}: expected true or false, got {_shown(value)}")
+        elif name in _LISTS:
+            value = _list(name, value, _LISTS[name])
+        elif name in _TEXTS:
+            if not isinstance(value, (str, Path)):
+                raise ArgumentError(f"{name}: expected text, got {_shown(value)}")
+            value = str(value)
+        elif name in _CHOICES and value not in _CHOICES[name]:
+            raise ArgumentError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {_shown(value)}")
+        setattr(config, name, value)
+    if not isinstance(config.data, (str, Path, Mapping, list)) or not config.data:
+        raise ArgumentError(
+            f"data: expected a path, FORMAT:PATH, a mapping or a list of these, got {_shown(config.data)}"
+        )
+    config.data = str(config.data) if isinstance(config.data, Path) else config.data
+    if config.lora is not None:
+        config.lora = _lora_settings(config.lora)
+    if config.resume is True:
+        config.resume = "auto"
+    if config.resume is not False and not isinstance(config.resume, str):
+        raise ArgumentError(f"resume: expected auto, false or a checkpoint folder, got {_shown(config.resume)}")
+
+
+def _number(name: str, value: Any, *, whole: bool) -> Any:
+    expected = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ArgumentError(f"{name}: expected {expected}, got {_shown(value)}")
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise ArgumentError(f"{name}: expected {expected}, got {_shown(value)}") from error
+    if number != number or number in (float("inf"), float("-inf")) or (whole and number != int(number)):
+        raise ArgumentError(f"{name}: expected {expected}, got {_shown(value)}")
+    return int(number) if whole else number
+
+
+def _list(name: str, value: Any, kind: type) -> list[Any]:
+    if isinstance(value, str) and kind is str:
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, (list, tuple)) or any(isinstance(v, bool) or not isinstance(v, kind) for v in value):
+        what = "whole numbers" if kind is int else "names"
+        raise ArgumentError(f"{name}: expected a list of {what}, got {_shown(value)}")
+    return list(value)
+
+
+def _lora_settings(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"lora: expected a mapping such as {{r: 8, lora_alpha: 16}}, got {_shown(value)}")
+    for key in value:
+        if key not in _LORA_DEFAULTS:
+            raise ArgumentError(f"lora.{key}: expected one of {', '.join(_LORA_DEFAULTS)}")
+    settings = {**_LORA_DEFAULTS, **value}
+    for key in ("r", "lora_alpha"):
+        settings[key] = _number(f"lora.{key}", settings[key], whole=True)
+        if settings[key] < 1:
+            raise ArgumentError(f"lora.{key}: expected at least 1, got {settings[key]}")
+    targets = settings["target_modules"]
+    if targets is not None and not isinstance(targets, str):
+        settings["target_modules"] = _list("lora.target_modules", targets, str)
+    settings["lora_dropout"] = _number("lora.lora_dropout", settings["lora_dropout"], whole=False)
+    if not 0 <= settings["lora_dropout"] < 1:
+        raise ArgumentError(f"lora.lora_dropout: expected at least 0 and below 1, got {settings['lora_dropout']}")
+    return settings
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name, lowest in {**_INTEGERS, **_NUMBERS}.items():
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise ArgumentError(f"{name}: expected at least {lowest:g}, got {value:g}")
+    for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+        if getattr(config, name) >= 1:
+            raise ArgumentError(f"{name}: expected at least 0 and below 1, got {getattr(config, name):g}")
+    for name in ("epochs", "learning_rate"):
+        if getattr(config, name) == 0:
+            raise ArgumentError(f"{name}: expected more than 0, got 0")
+    for name in ("encoder_layers", "language_layers"):
+        layers = getattr(config, name)
+        if layers is not None and (len(set(layers)) != len(layers) or any(layer < 0 for layer in layers)):
+            raise ArgumentError(f"{name}: expected different numbers from 0 up, got {layers}")
+    if config.keep_best and (config.eval_steps == 0 or config.dev_size == 0):
+        raise ArgumentError(
+            "keep_best: needs a dev split and evaluation during training (dev_size and eval_steps not 0)"
+        )
+    if config.keep_best and config.save_steps not in (None, config.eval_steps):
+        raise ArgumentError("keep_best: saves where it evaluates; leave save_steps out or set it to eval_steps")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

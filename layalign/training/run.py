@@ -1,0 +1,357 @@
+"""Two-stage training on transformers' Trainer: translation (X -> English), then the task.
+
+Source: LayAlign, its two training stages; the defaults (`layalign.training.config`) are those of its scripts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from layalign.checkpoint import OWN_PARTS
+from layalign.data import FORMATS, Example, LayAlignCollator, load_examples
+from layalign.errors import ArgumentError
+from layalign.model import LayAlignForCausalLM
+from layalign.tokenization import load_tokenizers
+from layalign.training import runs
+from layalign.training.config import TrainConfig, load_train_config
+from layalign.training.runs import is_main_process
+from layalign.training.trainer import LayAlignTrainer
+
+__all__ = [
+    "TrainConfig",
+    "TrainSummary",
+    "build_model",
+    "is_main_process",
+    "load_train_config",
+    "read_examples",
+    "train",
+]
+
+logger = logging.getLogger("layalign")
+
+MEASURED = 200
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a stage did. Losses are means per target token of the dev split, or of a fixed part of the training set."""
+
+    loss_before: float
+    loss_after: float
+    steps: int
+    output_dir: str
+    seconds: float
+    trained_parameters: int
+    total_parameters: int
+    train_examples: int
+    dev_examples: int
+    resumed_from: str | None = None
+    log_history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    model: LayAlignForCausalLM | None = None,
+    encoder_tokenizer: Any = None,
+    llm_tokenizer: Any = None,
+    examples: Sequence[Example] | None = None,
+    dev_examples: Sequence[Example] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> TrainSummary:
+    """Run one stage and write model, tokenizers, configuration and `training.json` to `config.output_dir`.
+
+    Args:
+        config: all settings.
+        model, encoder_tokenizer, llm_tokenizer: already in memory, instead of loading what `config` names. The model is
+            trained in place.
+        examples: training examples instead of `config.data`; without `dev_examples` the dev split is cut off from them.
+        dev_examples: dev split of its own; `config.dev_size` is not used then.
+        callbacks: transformers TrainerCallbacks.
+
+    Raises:
+        ArgumentError: the configuration does not fit itself, the data or an earlier run in the same folder.
+        DataError: the data cannot be read.
+        CheckpointError: `init_checkpoint` or a checkpoint to resume from cannot be used.
+    """
+    started = time.perf_counter()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config.batch_plan(world_size)
+    resume_from = runs.find_resume(config)
+    if examples is None:
+        examples = read_examples(config)
+    train_set, dev_set = _split(config, list(examples), dev_examples)
+    if model is None:
+        model = build_model(config)
+    if encoder_tokenizer is None or llm_tokenizer is None:
+        loaded = _tokenizers(config, model)
+        encoder_tokenizer, llm_tokenizer = encoder_tokenizer or loaded[0], llm_tokenizer or loaded[1]
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _check_trained(model)
+
+    trainer = _trainer(config, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, world_size)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    measured = dev_set or train_set[:MEASURED]
+    loss_before = _loss_before(config, trainer, measured, resume_from)
+    runs.save_run(config, {"loss_before": loss_before})
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    loss_after = trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")["eval_loss"]
+    trainer.save_model(config.output_dir)
+
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    summary = TrainSummary(
+        loss_before=loss_before,
+        loss_after=loss_after,
+        steps=trainer.state.global_step,
+        output_dir=config.output_dir,
+        seconds=time.perf_counter() - started,
+        trained_parameters=trained,
+        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        train_examples=len(train_set),
+        dev_examples=len(dev_set),
+        resumed_from=str(resume_from) if resume_from else None,
+        log_history=[{"step": 0, "epoch": 0.0, "eval_loss": loss_before}, *trainer.state.log_history],
+    )
+    runs.save_run(config, asdict(summary))
+    return summary
+
+
+# Data
+
+
+def read_examples(config: TrainConfig) -> list[Example]:
+    """The stage's examples, shuffled with `config.seed`; malformed lines left out under `skip_bad` are logged."""
+    data = config.data
+    default = _translation_format(data) if config.stage == "translation" else config.task
+    # A path that names no format is read in the stage's own.
+    named = isinstance(data, str) and data.partition(":")[0] in FORMATS
+    examples, report = load_examples(
+        data,
+        format=None if named else default,
+        languages=config.languages,
+        limit=config.limit,
+        skip_bad=config.skip_bad,
+        seed=config.seed,
+    )
+    if report.skipped:
+        logger.warning("%s", report.summary())
+    if not examples:
+        raise ArgumentError(f"data: no example in {data} for the languages {config.languages or 'asked for'}")
+    return examples
+
+
+def _translation_format(data: Any) -> str:
+    """Published layout (folders en-XX) or plain pairs."""
+    if isinstance(data, str):
+        root = Path(data)
+        if root.name.startswith("en-") or (root / "bilingual_pairs").is_dir() or any(root.glob("en-*")):
+            return "bilingual_pairs"
+    return "pairs"
+
+
+def _split(
+    config: TrainConfig, examples: list[Example], dev: Sequence[Example] | None
+) -> tuple[list[Example], list[Example]]:
+    if dev is None:
+        dev, examples = examples[: config.dev_size], examples[config.dev_size :]
+    if not examples:
+        raise ArgumentError(f"dev_size: {config.dev_size} leaves nothing to train on, there are {len(dev)} examples")
+    return examples, list(dev)
+
+
+# Model
+
+
+def build_model(config: TrainConfig) -> LayAlignForCausalLM:
+    """The model of a stage: fresh over `encoder` and `llm`, or from `init_checkpoint`; LoRA added when asked for.
+
+    Seeds the random generators with `config.seed`, so that the fresh parts are always the same.
+
+    Raises:
+        ArgumentError: neither a checkpoint nor both frozen parts are named.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    set_seed(config.seed)
+    kwargs = {"dtype": config.frozen_dtype}
+    if config.init_checkpoint is None:
+        for name in ("encoder", "llm"):
+            if getattr(config, name) is None:
+                raise ArgumentError(f"{name}: expected a folder or hub name (or an init_checkpoint), got none")
+        if config.stage == "task":
+            logger.warning("init_checkpoint: none, so the task stage starts without the translation stage")
+        model = LayAlignForCausalLM.from_encoder_and_llm(
+            config.encoder,
+            config.llm,
+            encoder_kwargs=kwargs,
+            llm_kwargs=kwargs,
+            encoder_layers=config.encoder_layers,
+            language_layers=config.language_layers,
+            structure=config.structure,
+            mask_encoder_padding=config.mask_encoder_padding,
+        )
+    else:
+        model = LayAlignForCausalLM.from_pretrained(config.init_checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs)
+        _check_start(config, model)
+    if config.lora is not None and model.config.lora is None:
+        try:
+            model.add_lora({key: value for key, value in config.lora.items() if value is not None})
+        except ValueError as error:  # peft's own words for an LLM it does not know, or modules that are not there
+            raise ArgumentError(f"lora: {error}") from error
+    return model
+
+
+def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
+    """A checkpoint brings its own shape; a configuration that asks for another one is a mistake."""
+    for key in ("encoder_layers", "language_layers", "structure"):
+        asked, has = getattr(config, key), getattr(model.config, key)
+        if asked is not None and asked != has and (key != "structure" or asked != TrainConfig().structure):
+            raise ArgumentError(f"{key}: init_checkpoint {config.init_checkpoint} has {has}, got {asked}")
+    has_lora = model.config.lora or {}
+    for key, asked in (config.lora or {}).items():
+        if has_lora and asked is not None and has_lora.get(key) != asked:
+            raise ArgumentError(
+                f"lora.{key}: init_checkpoint {config.init_checkpoint} has {has_lora.get(key)}, got {asked}"
+            )
+
+
+def _check_trained(model: nn.Module) -> None:
+    """Only the aligner, the adapter, the gates and LoRA train, as published."""
+    wrong = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith(OWN_PARTS) and "lora_" not in name
+    ]
+    if wrong:
+        raise ArgumentError(f"model: expected encoder and LLM frozen (model.freeze()), {wrong[0]} requires gradients")
+
+
+def _tokenizers(config: TrainConfig, model: LayAlignForCausalLM) -> tuple[Any, Any]:
+    return load_tokenizers(
+        config.init_checkpoint,
+        encoder=config.encoder or model.config.encoder_name_or_path,
+        llm=config.llm or model.config.llm_name_or_path,
+    )
+
+
+# Trainer
+
+
+def _trainer(
+    config: TrainConfig,
+    model: LayAlignForCausalLM,
+    tokenizers: tuple[Any, Any],
+    train_set: list[Example],
+    dev_set: list[Example],
+    world_size: int,
+) -> LayAlignTrainer:
+    collator = LayAlignCollator.from_model(
+        model,
+        *tokenizers,
+        stage=config.stage,
+        max_source_length=config.max_source_length,
+        max_prompt_length=config.max_prompt_length,
+        max_target_length=config.max_target_length,
+    )
+    lengths = None
+    if config.group_by_length:
+        lengths = [len(example.source) + len(example.prompt) + len(example.target) for example in train_set]
+    trainer = LayAlignTrainer(
+        tokenizers=tokenizers,
+        lengths=lengths,
+        model=model,
+        args=training_arguments(config, world_size, has_dev=bool(dev_set)),
+        train_dataset=train_set,
+        eval_dataset=dev_set or None,
+        data_collator=collator,
+    )
+    if not config.progress:
+        trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        # The loss before training is logged before transformers would set this, and would land in the working folder.
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path(config.output_dir) / "runs")
+    return trainer
+
+
+def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: bool = True) -> TrainingArguments:
+    """The Trainer's arguments that follow from a configuration."""
+    micro, accumulation = config.batch_plan(world_size)
+    evaluate = _when("eval", config.eval_steps if has_dev else 0)
+    save = _when("save", config.eval_steps if config.keep_best else config.save_steps)
+    arguments: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": config.eval_batch_size or micro,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": "adamw_torch",
+        "bf16": config.bf16,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "use_cpu": config.use_cpu,
+        "dataloader_num_workers": config.num_workers,
+        "dataloader_pin_memory": torch.cuda.is_available() and not config.use_cpu,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "prediction_loss_only": True,
+        "logging_steps": config.logging_steps,
+        "save_total_limit": config.save_total_limit,
+        "report_to": config.report_to or "none",
+        "disable_tqdm": not config.progress,
+        **evaluate,
+        **save,
+    }
+    if config.keep_best:
+        arguments.update(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
+    # Later releases take a share of all steps as warmup_steps, earlier ones as warmup_ratio.
+    names = inspect.signature(TrainingArguments.__init__).parameters
+    arguments["warmup_ratio" if "warmup_ratio" in names else "warmup_steps"] = config.warmup_ratio
+    try:
+        result = TrainingArguments(**arguments)
+    except (ValueError, ImportError) as error:
+        raise ArgumentError(f"configuration: transformers refuses it: {error}") from error
+    if result.n_gpu > 1:
+        # DataParallel would replicate the frozen parts at every step; torchrun gives each GPU a process.
+        logger.warning("one process uses one GPU; start with torchrun to use all %d", result.n_gpu)
+        result._n_gpu = 1
+    return result
+
+
+def _when(what: str, steps: int | None) -> dict[str, Any]:
+    if steps is None:
+        return {f"{what}_strategy": "epoch"}
+    return {f"{what}_strategy": "steps", f"{what}_steps": steps} if steps else {f"{what}_strategy": "no"}
+
+
+def _loss_before(
+    config: TrainConfig, trainer: LayAlignTrainer, measured: list[Example], resume_from: Path | None
+) -> float:
+    """Loss of the untrained start; a resumed run takes it from its beginning."""
+    if resume_from is not None:
+        known = runs.read_run(resume_from.parent).get("loss_before")
+        if isinstance(known, float):
+            return known
+        logger.warning("%s: no loss_before known; measured now, before the checkpoint is loaded", resume_from.parent)
+    return float(trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")["eval_loss"])

@@ -1,0 +1,114 @@
+"""What a training run leaves in its folder, and how a later one goes on from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layalign.errors import ArgumentError
+from layalign.training.config import TrainConfig
+
+logger = logging.getLogger("layalign")
+
+CONFIG_FILE = "train_config.yaml"
+RUN_FILE = "training.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What a resumed run may change: it alters neither the data nor the steps already taken.
+_FREE_KEYS = {
+    "output_dir", "resume", "epochs", "max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "keep_best", "report_to", "progress", "num_workers", "eval_batch_size", "use_cpu", "init_checkpoint",
+}  # fmt: skip
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The complete training checkpoints in a folder, oldest first; one cut off while it was written is left out."""
+    found = []
+    root = Path(folder)
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match is None:
+            continue
+        if is_complete(path):
+            found.append((int(match.group(1)), path))
+        else:
+            logger.warning("%s: not a complete checkpoint, left out", path)
+    return [path for _, path in sorted(found)]
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a training checkpoint was written to its end (its state file comes last)."""
+    try:
+        return "global_step" in json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def find_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, or None. Starting over removes the folder's old checkpoints.
+
+    Raises:
+        ArgumentError: there is no such checkpoint, or its run had other settings.
+    """
+    output = Path(config.output_dir)
+    if config.resume is False:
+        if is_main_process():
+            for path in checkpoints(output):
+                logger.warning("resume: false, so %s is removed", path)
+                shutil.rmtree(path)
+        return None
+    if config.resume == "auto":
+        found = checkpoints(output)
+        chosen = found[-1] if found else None
+    else:
+        chosen = Path(str(config.resume))
+        if not is_complete(chosen):
+            raise ArgumentError(f"resume: expected auto, false or a checkpoint-N folder of a run, got {chosen}")
+    if chosen is not None:
+        _check_same_run(config, chosen.parent / CONFIG_FILE)
+    return chosen
+
+
+def _check_same_run(config: TrainConfig, file: Path) -> None:
+    """A run can only go on with what it began with."""
+    if not file.is_file():
+        return
+    before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    for key, value in config.to_dict().items():
+        if key in before and key not in _FREE_KEYS and before[key] != value:
+            raise ArgumentError(
+                f"{key}: the run in {file.parent} has {before[key]!r}, this one {value!r}; "
+                "set resume=false to start over, or another output_dir"
+            )
+
+
+def save_run(config: TrainConfig, content: dict[str, Any]) -> None:
+    """Write the configuration and `content` to the run's folder (main process only)."""
+    if not is_main_process():
+        return
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    config.save(output / CONFIG_FILE)
+    temporary = output / f"{RUN_FILE}.new"
+    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    temporary.replace(output / RUN_FILE)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `save_run` wrote; empty when there is nothing to read."""
+    try:
+        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
