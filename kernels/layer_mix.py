@@ -1,0 +1,248 @@
+"""Layer mix: x[j] = relu(sum_e W[j, e] * h[e] + b[j]) for all 2L slots in one read of the E layers.
+
+Counted for n = B * S rows, width D, in elements of the hidden states' type (c bytes each):
+
+- forward: 2 * 2L * E * n * D FLOP; reads c * n * D * E, writes c * n * D * 2L bytes. In bf16 at E 24, 2L 64 that is
+  18 FLOP/byte: memory-bound on tensor cores, about compute-bound without them; hence a (2L x E) @ (E x BN) dot.
+- backward: as many FLOP for dW and, when asked for, for dh; reads c * n * D * (2L grad + 2L x + E) bytes, dh writes
+  c * n * D * E.
+
+The layers are read where they lie: their addresses come as kernel arguments and are put into a block of pointers, so
+there is no stack, no copy and no table on the device. Parameter gradients are reduced in two stages, without atomics.
+
+Source: LayAlign, layer-wise aligner; the reference is ``layalign.reference.layer_mix``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from layalign_kernels.common import aligned16, ceil_div, dot_precision, next_power_of_2, offset64, pointer_table
+
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+MAX_PARTIALS = 512  # programs of the backward reduction; fixed, so that the order of the sums is
+
+
+@triton.jit
+def load_layers(p_layers, o_e, o_n, offset, E: tl.constexpr, D, m_row, ALIGNED: tl.constexpr):
+    """[BE, BN]: the columns o_n of all layers at one row's offset; zero outside."""
+    p_h = p_layers[:, None] + (offset + o_n)[None, :]
+    if ALIGNED:
+        p_h = tl.multiple_of(p_h, (1, 16))
+    return tl.load(p_h, mask=(o_e < E)[:, None] & (o_n < D)[None, :] & m_row, other=0.0)
+
+
+@triton.jit
+def layer_mix_forward_kernel(
+    pointers, weight, bias, out, rows, S, D, slots, stride_b, stride_s,
+    E: tl.constexpr, BE: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BN columns of ROWS rows, all slots. h is read once, in registers for every block of slots."""
+    i_first = tl.program_id(0) * ROWS
+    p_layers = pointer_table(pointers, E, BE, DTYPE)
+    o_e, o_j = tl.arange(0, BE), tl.arange(0, BJ)
+    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    for i in range(ROWS):
+        i_row = i_first + i
+        m_row = i_row < rows
+        offset = offset64(i_row // S, stride_b) + offset64(i_row % S, stride_s)
+        # [BE, BN]
+        b_h = load_layers(p_layers, o_e, o_n, offset, E, D, m_row, ALIGNED)
+        for i_j in range(0, slots, BJ):
+            m_j = i_j + o_j < slots
+            m_w = m_j[:, None] & (o_e < E)[None, :]
+            # [BJ, BE]
+            b_w = tl.load(weight + (i_j + o_j)[:, None] * E + o_e[None, :], mask=m_w, other=0.0).to(DTYPE)
+            # [BJ, BN]
+            b_x = tl.dot(b_w, b_h, input_precision=PRECISION)
+            if HAS_BIAS:
+                b_x += tl.load(bias + i_j + o_j, mask=m_j, other=0.0).to(tl.float32)[:, None]
+            b_x = tl.maximum(b_x, 0.0)
+            p_x = out + offset64(i_j + o_j, rows)[:, None] * D + (offset64(i_row, D) + o_n)[None, :]
+            tl.store(p_x, b_x.to(DTYPE), mask=m_j[:, None] & (o_n < D)[None, :] & m_row)
+
+
+@triton.jit
+def load_grad(grad, x, offset_g, offset_x, stride_gj, slot_x, o_j, o_n, m_j, D, m_row):
+    """[BJ, BN]: the gradient that passes the relu; zero outside."""
+    m_g = m_j[:, None] & (o_n < D)[None, :] & m_row
+    b_g = tl.load(grad + offset64(o_j, stride_gj)[:, None] + (offset_g + o_n)[None, :], mask=m_g, other=0.0)
+    b_x = tl.load(x + offset64(o_j, slot_x)[:, None] + (offset_x + o_n)[None, :], mask=m_g, other=0.0)
+    return tl.where(b_x > 0, b_g, tl.zeros_like(b_g))
+
+
+@triton.jit
+def layer_mix_weight_kernel(
+    pointers, grad, x, partial_weight, partial_bias, rows, S, D, slots, stride_b, stride_s,
+    stride_gj, stride_gb, stride_gs, tiles, tiles_per_program,
+    E: tl.constexpr, BE: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr,
+    ALIGNED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """First stage of dW and db: one program sums its share of the (row, column block) tiles for all slots."""
+    i_p = tl.program_id(0)
+    p_layers = pointer_table(pointers, E, BE, DTYPE)
+    o_e, o_j = tl.arange(0, BE), tl.arange(0, BJ)
+    m_j = o_j < slots
+    columns = tl.cdiv(D, BN)
+    # [BJ, BE], [BJ]
+    b_dw = tl.zeros([BJ, BE], tl.float32)
+    b_db = tl.zeros([BJ], tl.float32)
+    for i in range(tiles_per_program):
+        i_tile = i_p * tiles_per_program + i
+        i_row = i_tile // columns
+        m_row = i_tile < tiles
+        o_n = (i_tile % columns) * BN + tl.arange(0, BN)
+        offset = offset64(i_row // S, stride_b) + offset64(i_row % S, stride_s)
+        offset_g = offset64(i_row // S, stride_gb) + offset64(i_row % S, stride_gs)
+        # [BE, BN], [BJ, BN]
+        b_h = load_layers(p_layers, o_e, o_n, offset, E, D, m_row, ALIGNED)
+        slot_x = offset64(rows, D)
+        b_g = load_grad(grad, x, offset_g, offset64(i_row, D), stride_gj, slot_x, o_j, o_n, m_j, D, m_row).to(DTYPE)
+        b_dw = tl.dot(b_g, tl.trans(b_h), acc=b_dw, input_precision=PRECISION)
+        b_db += tl.sum(b_g.to(tl.float32), 1)
+    p_dw = partial_weight + offset64(i_p, slots * E) + o_j[:, None] * E + o_e[None, :]
+    tl.store(p_dw, b_dw, mask=m_j[:, None] & (o_e < E)[None, :])
+    tl.store(partial_bias + offset64(i_p, slots) + o_j, b_db, mask=m_j)
+
+
+@triton.jit
+def layer_mix_hidden_kernel(
+    grad, x, weight, out, rows, S, D, slots, stride_gj, stride_gb, stride_gs,
+    E: tl.constexpr, BE: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dh[e] = sum_j W[j, e] * g[j]: BN columns of one row, all layers."""
+    i_row = tl.program_id(0)
+    o_e, o_j = tl.arange(0, BE), tl.arange(0, BJ)
+    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    m_j, m_row = o_j < slots, i_row < rows
+    offset_g = offset64(i_row // S, stride_gb) + offset64(i_row % S, stride_gs)
+    # [BJ, BN], [BE, BJ]
+    b_g = load_grad(grad, x, offset_g, offset64(i_row, D), stride_gj, offset64(rows, D), o_j, o_n, m_j, D, m_row)
+    b_w = tl.load(weight + o_j[None, :] * E + o_e[:, None], mask=m_j[None, :] & (o_e < E)[:, None], other=0.0)
+    b_dh = tl.dot(b_w.to(DTYPE), b_g.to(DTYPE), input_precision=PRECISION)
+    p_dh = out + offset64(o_e, rows)[:, None] * D + (offset64(i_row, D) + o_n)[None, :]
+    tl.store(p_dh, b_dh.to(DTYPE), mask=(o_e < E)[:, None] & (o_n < D)[None, :])
+
+
+def configuration(layers: int, slots: int, width: int, itemsize: int, kernel: str) -> dict[str, Any]:
+    """Block sizes and launch options: a pure function of the shape and the element size.
+
+    The backward keeps all slots in one block, so its columns shrink as the slots grow.
+    """
+    block_e = max(16, next_power_of_2(layers))
+    all_slots = max(16, next_power_of_2(slots))
+    columns = max(16, next_power_of_2(width))
+    if kernel == "forward":
+        block_j = min(all_slots, 64)
+        block_n = min(columns, 128 if itemsize == 4 or block_e > 32 else 256)
+        warps = 8 if block_j * block_n > 4096 else 4
+        return dict(BE=block_e, BJ=block_j, BN=block_n, ROWS=2, num_warps=warps, num_stages=2)
+    budget = (4096 if itemsize == 2 else 2048) // (2 if block_e > 32 else 1)
+    block_n = max(16, min(columns, 64, budget * 2 // all_slots))
+    return dict(BE=block_e, BJ=all_slots, BN=block_n, num_warps=8 if all_slots > 32 else 4, num_stages=2)
+
+
+def same_layout(hidden: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The layers with one common set of strides and a unit last one; only layers that differ are copied."""
+    first = hidden[0] if hidden[0].stride(-1) == 1 else hidden[0].contiguous()
+    return (first, *(h if h.stride() == first.stride() else torch.empty_strided(
+        h.shape, first.stride(), dtype=h.dtype, device=h.device).copy_(h) for h in hidden[1:]))  # fmt: skip
+
+
+def _common(hidden: Sequence[torch.Tensor]) -> dict[str, Any]:
+    first = hidden[0]
+    return dict(
+        S=first.shape[1],
+        D=first.shape[2],
+        rows=first.shape[0] * first.shape[1],
+        E=len(hidden),
+        DTYPE=TRITON_DTYPES[first.dtype],
+        PRECISION=dot_precision(first.dtype),
+    )
+
+
+def layer_mix_forward(hidden: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """E tensors (B, S, D), (2L, E), (2L,) or None -> (2L, B, S, D), contiguous."""
+    hidden = same_layout(hidden)
+    first, slots = hidden[0], weight.shape[0]
+    out = torch.empty((slots, *first.shape), dtype=first.dtype, device=first.device)
+    if out.numel() == 0:
+        return out
+    options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "forward")
+    common = _common(hidden)
+    grid = (ceil_div(common["rows"], options["ROWS"]), ceil_div(common["D"], options["BN"]))
+    layer_mix_forward_kernel[grid](
+        pointers=hidden,
+        weight=weight.contiguous(),
+        bias=bias,
+        out=out,
+        slots=slots,
+        stride_b=first.stride(0),
+        stride_s=first.stride(1),
+        HAS_BIAS=bias is not None,
+        ALIGNED=aligned16(*hidden),
+        **common,
+        **options,
+    )
+    return out
+
+
+def layer_mix_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    hidden: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    need_weight: bool,
+    need_hidden: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of weight (2L, E) and bias (2L,), both fp32, and of the layers (E, B, S, D); None where not needed.
+
+    Args:
+        grad: (2L, B, S, D), unit last stride.
+        x: the forward's output, contiguous; its sign says where the relu let through.
+    """
+    hidden = same_layout(hidden)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    first, slots = hidden[0], weight.shape[0]
+    options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "backward")
+    common = _common(hidden)
+    strides = dict(stride_gj=grad.stride(0), stride_gb=grad.stride(1), stride_gs=grad.stride(2))
+    columns = ceil_div(common["D"], options["BN"])
+    weight_grad = bias_grad = hidden_grad = None
+    if need_weight:
+        tiles = common["rows"] * columns
+        per_program = max(1, ceil_div(tiles, MAX_PARTIALS))
+        programs = ceil_div(tiles, per_program)
+        partial_weight = torch.empty((programs, slots, len(hidden)), dtype=torch.float32, device=grad.device)
+        partial_bias = torch.empty((programs, slots), dtype=torch.float32, device=grad.device)
+        if programs:
+            layer_mix_weight_kernel[(programs,)](
+                pointers=hidden,
+                grad=grad,
+                x=x,
+                partial_weight=partial_weight,
+                partial_bias=partial_bias,
+                slots=slots,
+                stride_b=first.stride(0),
+                stride_s=first.stride(1),
+                tiles=tiles,
+                tiles_per_program=per_program,
+                ALIGNED=aligned16(*hidden),
+                **strides,
+                **common,
+                **options,
+            )
+        weight_grad, bias_grad = partial_weight.sum(0), partial_bias.sum(0)
+    if need_hidden:
+        hidden_grad = torch.empty((len(hidden), *first.shape), dtype=first.dtype, device=first.device)
+        if hidden_grad.numel():
+            layer_mix_hidden_kernel[(common["rows"], columns)](
+                grad=grad, x=x, weight=weight.contiguous(), out=hidden_grad, slots=slots, **strides, **common, **options
+            )
+    return weight_grad, bias_grad, hidden_grad
