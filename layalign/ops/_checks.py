@@ -61,3 +61,20 @@ def check_mix(hidden: Sequence[Tensor], weight: object, bias: object, prefix: st
         assert isinstance(bias, Tensor)
         require_shape(f"{prefix}bias", bias, (weight.shape[0],), "(2L,)")
         require_same_device(f"{prefix}bias", bias, "hidden[0]", hidden[0])
+
+
+def kernel_dtype(tensor: Tensor) -> tuple[bool, str]:
+    """Whether the fused kernels take a tensor's dtype: (ok, reason)."""
+    if tensor.dtype == torch.float64:
+        return False, "the kernels compute in float32; float64 is left to impl='torch'"
+    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
+        return False, "Triton's interpreter computes bfloat16 products wrongly"
+    return True, ""
+
+
+def autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors in the autocast dtype where autocast is on, as torch casts the inputs of its own products."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]

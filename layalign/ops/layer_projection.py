@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from layalign import reference
 from layalign.errors import ArgumentError
-from layalign.ops import _checks, backends
+from layalign.ops import _checks, backends, plans
 
 
 def _torch(
     hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
+    hidden = _checks.autocast(hidden)
     dtype = hidden[0].dtype
     return reference.layer_projection(
         hidden,
@@ -24,7 +27,169 @@ def _torch(
     )
 
 
+@torch.library.custom_op("layalign::layer_projection", mutates_args=())
+def _forward_op(
+    hidden: Sequence[Tensor],
+    mix_weight: Tensor,
+    mix_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: str,
+) -> Tensor:
+    if plan == "auto":
+        rows, per_slot = hidden[0].shape[0] * hidden[0].shape[1], weight.dim() == 3
+        shape = len(hidden), mix_weight.shape[0], hidden[0].shape[2], weight.shape[-2], rows, per_slot
+        plan = plans.plan(*shape, device=hidden[0].device)
+        if not per_slot and bias is not None and bias.dim() == 2:
+            plan = "two_step"  # the fused kernel adds one bias for all slots, or one per slot with one weight per slot
+    if plan == "fused":
+        from layalign_kernels.layer_projection import layer_projection_forward
+
+        return layer_projection_forward(hidden, mix_weight, mix_bias, weight, bias)
+    from layalign_kernels.layer_mix import layer_mix_forward
+
+    x = layer_mix_forward(hidden, mix_weight, mix_bias)
+    dtype = x.dtype
+    return _project(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (2L, B, S, D_e) times one weight or one per slot, by torch's own products."""
+    if weight.dim() == 2:
+        y = torch.nn.functional.linear(x, weight)
+    else:
+        y = torch.bmm(x.flatten(1, 2), weight.mT).view(*x.shape[:-1], weight.shape[1])
+    if bias is None:
+        return y
+    return y + (bias if bias.dim() == 1 else bias[:, None, None, :])
+
+
+@_forward_op.register_fake
+def _(
+    hidden: Sequence[Tensor],
+    mix_weight: Tensor,
+    mix_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: str,
+) -> Tensor:
+    return hidden[0].new_empty((mix_weight.shape[0], *hidden[0].shape[:2], weight.shape[-2]))
+
+
+@torch.library.custom_op("layalign::layer_projection_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    hidden: Sequence[Tensor],
+    mix_weight: Tensor,
+    mix_bias: Tensor | None,
+    weight: Tensor,
+    bias_dims: int,
+    need_mix: bool,
+    need_weight: bool,
+    need_hidden: bool,
+) -> list[Tensor]:
+    """[d mix_weight, d mix_bias, d weight, d bias, d hidden]; an empty tensor stands for what is not needed."""
+    from layalign_kernels.layer_mix import layer_mix_backward, layer_mix_forward
+
+    x = layer_mix_forward(hidden, mix_weight, mix_bias)  # again, instead of keeping it since the forward
+    grad = grad.to(x.dtype)
+    empty = x.new_empty(0)
+    found = [empty] * 5
+    if need_weight:
+        pair = grad.flatten(1, 2), x.flatten(1, 2)
+        product = (
+            torch.bmm(pair[0].mT, pair[1]) if weight.dim() == 3 else pair[0].flatten(0, 1).mT @ pair[1].flatten(0, 1)
+        )
+        found[2] = product.to(weight.dtype)
+    if bias_dims:
+        found[3] = grad.sum(dim=(0, 1, 2) if bias_dims == 1 else (1, 2), dtype=torch.float32).to(weight.dtype)
+    if need_mix or need_hidden:
+        w = weight.to(x.dtype)
+        inner = grad @ w if w.dim() == 2 else torch.bmm(grad.flatten(1, 2), w).view_as(x)
+        parts = layer_mix_backward(inner, x, hidden, mix_weight, need_mix, need_hidden)
+        if parts[0] is not None and parts[1] is not None:
+            found[0], found[1] = parts[0].to(mix_weight.dtype), parts[1].to(mix_weight.dtype)
+        if parts[2] is not None:
+            found[4] = parts[2]
+    return [part.clone() if part is empty else part for part in found]  # an op's outputs must not share memory
+
+
+@_backward_op.register_fake
+def _(
+    grad: Tensor,
+    hidden: Sequence[Tensor],
+    mix_weight: Tensor,
+    mix_bias: Tensor | None,
+    weight: Tensor,
+    bias_dims: int,
+    need_mix: bool,
+    need_weight: bool,
+    need_hidden: bool,
+) -> list[Tensor]:
+    first, slots = hidden[0], mix_weight.shape[0]
+    bias_shape: tuple[int, ...] = ((0,), (weight.shape[-2],), (slots, weight.shape[-2]))[bias_dims]
+    return [
+        torch.empty_like(mix_weight) if need_mix else first.new_empty(0),
+        mix_weight.new_empty(slots) if need_mix else first.new_empty(0),
+        torch.empty_like(weight) if need_weight else first.new_empty(0),
+        weight.new_empty(bias_shape) if bias_dims else first.new_empty(0),
+        first.new_empty((len(hidden), *first.shape) if need_hidden else 0),
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, mix_weight, mix_bias, weight, bias, _ = inputs
+    ctx.has_mix_bias = mix_bias is not None
+    ctx.bias_dims, ctx.bias_dtype = (0, None) if bias is None else (bias.dim(), bias.dtype)
+    ctx.save_for_backward(mix_weight, weight, *([mix_bias] if mix_bias is not None else []), *hidden)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    mix_weight, weight, *rest = ctx.saved_tensors
+    mix_bias, hidden = (rest[0], rest[1:]) if ctx.has_mix_bias else (None, rest)
+    layers, need_mix, need_mix_bias, need_weight, need_bias, _ = ctx.needs_input_grad
+    need_hidden = any(layers)
+    found = _backward_op(
+        grad,
+        hidden,
+        mix_weight,
+        mix_bias,
+        weight,
+        ctx.bias_dims if need_bias else 0,
+        need_mix or need_mix_bias,
+        need_weight,
+        need_hidden,
+    )
+    return (
+        list(found[4].unbind(0)) if need_hidden else [None] * len(hidden),
+        found[0] if need_mix else None,
+        found[1].to(mix_bias.dtype) if need_mix_bias else None,
+        found[2] if need_weight else None,
+        found[3].to(ctx.bias_dtype) if need_bias else None,
+        None,
+    )
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def _triton(
+    hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _forward_op(_checks.autocast(hidden), mix_weight, mix_bias, weight, bias, "auto")
+
+
+def _accepts(
+    hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> tuple[bool, str]:
+    """What the Triton kernels take."""
+    if len(hidden) > 64 or mix_weight.shape[0] > 256:
+        return False, f"it mixes at most 64 layers into 256 slots, got {len(hidden)} and {mix_weight.shape[0]}"
+    return _checks.kernel_dtype(hidden[0])
+
+
 backends.register("layer_projection", "torch", _torch)
+backends.register("layer_projection", "triton", _triton, _accepts)
 
 
 def layer_projection(
@@ -43,10 +208,10 @@ def layer_projection(
         mix_weight: (2L, E); mix_bias: (2L,) or None.
         weight: (D_out, D_e), shared by all slots, or (2L, D_out, D_e), one per slot (the folded form).
         bias: (D_out,) or (2L, D_out), or None.
-        impl: "auto" or a backend's name.
+        impl: "auto" or a backend's name. How Triton computes it follows from :mod:`layalign.ops.plans`.
 
     Returns:
-        (2L, B, S, D_out) in the dtype of ``hidden[0]``.
+        (2L, B, S, D_out) in the dtype of ``hidden[0]`` (under autocast, the autocast dtype).
 
     Raises:
         ArgumentError: a shape, dtype or device does not fit.
