@@ -97,9 +97,10 @@ def _backward_op(
     found = [empty] * 5
     if need_weight:
         pair = grad.flatten(1, 2), x.flatten(1, 2)
-        product = (
-            torch.bmm(pair[0].mT, pair[1]) if weight.dim() == 3 else pair[0].flatten(0, 1).mT @ pair[1].flatten(0, 1)
-        )
+        if weight.dim() == 3:
+            product = torch.bmm(pair[0].mT, pair[1])
+        else:
+            product = pair[0].flatten(0, 1).mT @ pair[1].flatten(0, 1)
         found[2] = product.to(weight.dtype)
     if bias_dims:
         found[3] = grad.sum(dim=(0, 1, 2) if bias_dims == 1 else (1, 2), dtype=torch.float32).to(weight.dtype)
@@ -163,7 +164,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (
         list(found[4].unbind(0)) if need_hidden else [None] * len(hidden),
         found[0] if need_mix else None,
-        found[1].to(mix_bias.dtype) if need_mix_bias else None,
+        found[1].to(mix_bias.dtype) if mix_bias is not None and need_mix_bias else None,
         found[2] if need_weight else None,
         found[3].to(ctx.bias_dtype) if need_bias else None,
         None,

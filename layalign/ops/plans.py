@@ -7,9 +7,9 @@ program):
 - fused saves that traffic, repeats the mix once per BN output columns (E / BN of the product's work), and multiplies at
   the kernel's own rate. With one weight per slot it reads the E layers once per slot and block instead of x.
 
-So fused is taken where one block holds all outputs (no repetition) and the weight is shared; otherwise two steps. Tables
-measured on a device (``tables/<device>.json``) go before the rule: rows of layers, slots, width, outputs, per_slot and
-rows, each with the plan that was fastest there, plain torch included.
+So fused is taken where one block holds all outputs (no repetition) and the weight is shared; otherwise two steps.
+Tables measured on a device (``tables/<device>.json``) go before the rule: rows of layers, slots, width, outputs,
+per_slot and rows, each with the plan that was fastest there. No device has been measured yet.
 """
 
 from __future__ import annotations
