@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUTPUT ?= demo-output
 
-.PHONY: help venv test demo lint format clean
+.PHONY: help venv test demo lint format kernels-report clean
 
 help:
-	@echo "make venv | test | demo | lint | format | clean"
+	@echo "make venv | test | demo | lint | format | kernels-report | clean"
 
 venv: $(STAMP)
 
@@ -36,6 +36,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.
+kernels-report: $(STAMP)
+	$(BIN)/python benchmarks/kernels_report.py --output benchmarks/results/kernels.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from layalign_kernels.ahead_of_time import Entry, entry
 from layalign_kernels.common import aligned16, ceil_div, dot_precision, next_power_of_2, offset64, pointer_table
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+AMD = torch.version.hip is not None
 MAX_PARTIALS = 512  # programs of the backward reduction; fixed, so that the order of the sums is
 
 
@@ -130,8 +132,8 @@ def layer_mix_hidden_kernel(
     tl.store(p_dh, b_dh.to(DTYPE), mask=(o_e < E)[:, None] & (o_n < D)[None, :])
 
 
-def configuration(layers: int, slots: int, width: int, itemsize: int, kernel: str) -> dict[str, Any]:
-    """Block sizes and launch options: a pure function of the shape and the element size.
+def configuration(layers: int, slots: int, width: int, itemsize: int, kernel: str, amd: bool) -> dict[str, Any]:
+    """Block sizes and launch options: a pure function of the shape, the element size and the maker of the chip.
 
     The backward keeps all slots in one block, so its columns shrink as the slots grow.
     """
@@ -140,12 +142,13 @@ def configuration(layers: int, slots: int, width: int, itemsize: int, kernel: st
     columns = max(16, next_power_of_2(width))
     if kernel == "forward":
         block_j = min(all_slots, 64)
-        block_n = min(columns, 128 if itemsize == 4 or block_e > 32 else 256)
+        block_n = min(columns, 64 if amd and block_e > 32 else 128 if itemsize == 4 or block_e > 32 or amd else 256)
         warps = 8 if block_j * block_n > 4096 else 4
         return dict(BE=block_e, BJ=block_j, BN=block_n, ROWS=2, num_warps=warps, num_stages=2)
-    budget = (4096 if itemsize == 2 else 2048) // (2 if block_e > 32 else 1)
+    budget = (4096 if itemsize == 2 else 1024) // (2 if block_e > 32 else 1)
     block_n = max(16, min(columns, 64, budget * 2 // all_slots))
-    return dict(BE=block_e, BJ=all_slots, BN=block_n, num_warps=8 if all_slots > 32 else 4, num_stages=2)
+    warps = 4 if all_slots <= 32 else 16 if itemsize == 4 and all_slots > 128 and not amd else 8
+    return dict(BE=block_e, BJ=all_slots, BN=block_n, num_warps=warps, num_stages=2)
 
 
 def same_layout(hidden: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -174,7 +177,7 @@ def layer_mix_forward(hidden: Sequence[torch.Tensor], weight: torch.Tensor, bias
     out = torch.empty((slots, *first.shape), dtype=first.dtype, device=first.device)
     if out.numel() == 0:
         return out
-    options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "forward")
+    options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "forward", AMD)
     common = _common(hidden)
     grid = (ceil_div(common["rows"], options["ROWS"]), ceil_div(common["D"], options["BN"]))
     layer_mix_forward_kernel[grid](
@@ -210,7 +213,7 @@ def layer_mix_backward(
     hidden = same_layout(hidden)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     first, slots = hidden[0], weight.shape[0]
-    options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "backward")
+    options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "backward", AMD)
     common = _common(hidden)
     strides = dict(stride_gj=grad.stride(0), stride_gb=grad.stride(1), stride_gs=grad.stride(2))
     columns = ceil_div(common["D"], options["BN"])
@@ -246,3 +249,25 @@ def layer_mix_backward(
                 grad=grad, x=x, weight=weight.contiguous(), out=hidden_grad, slots=slots, **strides, **common, **options
             )
     return weight_grad, bias_grad, hidden_grad
+
+
+def ahead_of_time(target: str) -> list[Entry]:
+    """The shipped configurations for ``target`` ("sm_90", "gfx942", ...): the paper's shape (24 layers, 64 slots), a small one, and the largest."""
+    found = []
+    for dtype, kind in ((tl.float16, "fp16"), (tl.bfloat16, "bf16"), (tl.float32, "fp32")):
+        itemsize = 4 if kind == "fp32" else 2
+        for layers, slots in ((24, 64), (8, 24), (64, 256)):
+            shape = f"{layers}x{slots} {kind}"
+            types = dict(pointers=(f"*{kind}",) * layers, grad=f"*{kind}", x=f"*{kind}", out=f"*{kind}")
+            types |= dict(weight="*fp32", bias="*fp32", partial_weight="*fp32", partial_bias="*fp32")
+            flags = dict(E=layers, DTYPE=dtype, PRECISION="ieee")
+            for kernel, label, extra in (
+                (layer_mix_forward_kernel, "forward", dict(HAS_BIAS=True, ALIGNED=True)),
+                (layer_mix_weight_kernel, "weight", dict(ALIGNED=True)),
+                (layer_mix_hidden_kernel, "hidden", {}),
+            ):
+                blocks = configuration(layers, slots, 2048, itemsize, label, target.startswith("gfx"))
+                options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+                constants = flags | extra | blocks
+                found.append(entry(f"layer_mix_{label} {shape}", kernel, types, constants, options))
+    return found

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from layalign_kernels.ahead_of_time import Entry, entry
 from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64, pointer_table
 from layalign_kernels.layer_mix import TRITON_DTYPES, same_layout
 
@@ -114,7 +115,8 @@ def configuration(layers: int, slots: int, outputs: int, itemsize: int, per_slot
     block_j = max(16, min(next_power_of_2(slots), 64))
     block_e = max(16, next_power_of_2(layers))
     block_m = max(1, (64 if wide else 128) // block_j)
-    return dict(BE=block_e, BJ=block_j, BM=block_m, BK=16 if wide else 32, BN=block_n, num_warps=8, num_stages=2)
+    warps = 4 if wide else 8
+    return dict(BE=block_e, BJ=block_j, BM=block_m, BK=16 if wide else 32, BN=block_n, num_warps=warps, num_stages=2)
 
 
 def layer_projection_forward(
@@ -170,3 +172,20 @@ def layer_projection_forward(
         slot_blocks = ceil_div(slots, options["BJ"])
         shared_projection_kernel[(row_blocks, column_blocks, slot_blocks)](slots=slots, **arguments)
     return out
+
+
+def ahead_of_time(target: str) -> list[Entry]:
+    """The shipped configurations, the same for every ``target``: 24 layers into 64 slots, and a small one; shared and per-slot weights."""
+    found = []
+    for dtype, kind in ((tl.float16, "fp16"), (tl.bfloat16, "bf16"), (tl.float32, "fp32")):
+        itemsize = 4 if kind == "fp32" else 2
+        for layers, slots in ((24, 64), (8, 24)):
+            types = dict(pointers=(f"*{kind}",) * layers, out=f"*{kind}", weight=f"*{kind}", bias="*fp32")
+            types |= dict(mix_weight="*fp32", mix_bias="*fp32")
+            flags = dict(E=layers, DTYPE=dtype, PRECISION="ieee", HAS_MIX_BIAS=True, HAS_BIAS=True)
+            for kernel, label in ((shared_projection_kernel, "shared"), (slot_projection_kernel, "slot")):
+                blocks = configuration(layers, slots, 4096, itemsize, label == "slot")
+                options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+                name = f"layer_projection_{label} {layers}x{slots} {kind}"
+                found.append(entry(name, kernel, types, flags | blocks, options))
+    return found

@@ -1,0 +1,89 @@
+"""Compile every kernel in every shipped configuration for chips that need not be here, and tabulate what came out.
+
+    python benchmarks/kernels_report.py [--targets sm_90 ...] [--files layer_mix ...] [--output report.md]
+
+Exits with 1 when a kernel spills registers, needs more shared memory than a chip has, or has a dot without matrix
+instructions. Nothing is run: this says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+
+import triton
+from layalign_kernels.ahead_of_time import TARGETS, Inspection, inspect_entry
+
+FILES = (
+    "layer_mix",
+    "layer_projection",
+    "gated_cross_attention",
+    "gated_cross_attention_backward",
+    "gated_decode",
+    "decode_step",
+)
+
+
+def inspect_all(files: list[str], targets: list[str]) -> list[Inspection]:
+    """One Inspection per shipped configuration and target, in the order of files, targets and entries."""
+    return [
+        inspect_entry(entry, target)
+        for file in files
+        for target in targets
+        for entry in importlib.import_module(f"layalign_kernels.{file}").ahead_of_time(target)
+    ]
+
+
+def table(rows: list[Inspection]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| kernel and configuration | target | registers | spills | shared bytes | matrix | widest load, bits | problem |",
+        "|---|---|---:|---:|---:|---|---:|---|",
+    ]
+    for row in rows:
+        matrix = row.matrix or ("none" if row.dots else "-")
+        load = row.vector or "-"
+        lines.append(
+            f"| {row.name} | {row.target} | {row.registers} | {row.spills} | {row.shared} | {matrix} | {load} "
+            f"| {row.problem or '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Parse arguments, compile, print or write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=sorted(TARGETS), default=list(TARGETS))
+    parser.add_argument("--files", nargs="+", choices=FILES, default=list(FILES))
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    rows = inspect_all(arguments.files, arguments.targets)
+    problems = [row for row in rows if row.problem]
+    report = "\n".join([
+        "# Kernels compiled ahead of time",
+        "",
+        f"Triton {triton.__version__}, Python {platform.python_version()}. {len(rows)} compilations, "
+        f"{len(problems)} with a problem. Compiled only, not run: no figure here says anything about speed.",
+        "",
+        table(rows),
+        "",
+    ])  # fmt: skip
+    if arguments.output is None:
+        print(report)
+    else:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(report, encoding="utf-8")
+        print(f"{len(rows)} compilations, {len(problems)} with a problem: {arguments.output}")
+    for row in problems:
+        print(f"{row.name} on {row.target}: {row.problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

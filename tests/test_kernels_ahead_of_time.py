@@ -1,0 +1,61 @@
+"""Every kernel in every shipped configuration compiles for every chip: no spills, within shared memory, matrix products.
+
+In processes of their own, because kernels that were imported for the interpreter cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("layalign_kernels.common", reason="the kernels are not installed")
+
+ROOT = Path(__file__).parents[1]
+REPORT = ROOT / "benchmarks" / "kernels_report.py"
+FILES = [path.stem for path in sorted((ROOT / "kernels").glob("*.py")) if "def ahead_of_time(" in path.read_text()]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, str(REPORT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("file", FILES)
+def test_compiles_without_a_problem(file: str, target: str) -> None:
+    done = run("--files", file, "--targets", target)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"| {target} |" in done.stdout
+
+
+def test_every_kernel_file_is_reported() -> None:
+    launchers = [path for path in (ROOT / "kernels").glob("*.py") if "[grid](" in path.read_text()]
+    source = REPORT.read_text(encoding="utf-8")
+    assert len(launchers) >= 2
+    for path in launchers:
+        assert path.stem in FILES, f"{path.name} launches kernels and does not say what it ships"
+        assert f'"{path.stem}"' in source
+
+
+def test_a_kernel_that_spills_is_reported(tmp_path: Path) -> None:
+    """The check itself: the same kernel with far too few threads for its tile."""
+    code = (
+        "from layalign_kernels.layer_mix import ahead_of_time\n"
+        "from layalign_kernels.ahead_of_time import inspect_entry\n"
+        "name, kernel, signature, constants, attrs, options = next(\n"
+        "    e for e in ahead_of_time('sm_90') if e[0] == 'layer_mix_forward 24x64 fp32')\n"
+        "bad = inspect_entry((name, kernel, signature, constants, attrs, {**options, 'num_warps': 1}), 'sm_90')\n"
+        "print(bad.problem)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.startswith("spills "), done.stdout
