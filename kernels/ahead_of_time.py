@@ -65,7 +65,12 @@ class Inspection:
 
 
 def entry(
-    name: str, kernel: Any, types: dict[str, Any], constants: dict[str, Any], options: dict[str, int], aligned: bool = True
+    name: str,
+    kernel: Any,
+    types: dict[str, Any],
+    constants: dict[str, Any],
+    options: dict[str, int],
+    aligned: bool = True,
 ) -> Entry:
     """An entry from a kernel's argument names.
 
@@ -103,7 +108,9 @@ def inspect_entry(what: Entry, target: str) -> Inspection:
     ir = compiled.asm["ttir"]
     found = re.search(MATRIX[backend], listing)
     widths = [int(n) * int(bits) for n, bits in re.findall(r"ld\.global\S*?\.v(\d)\.b(\d+)", listing)]
-    widths += [int(size, 16) * 8 for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?0x([0-9a-f]+)", listing)]
+    widths += [
+        int(size, 16) * 8 for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?0x([0-9a-f]+)", listing)
+    ]
     return Inspection(
         name=name,
         target=target,

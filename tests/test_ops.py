@@ -38,14 +38,14 @@ def skip_unserved(impl: str, dtype: torch.dtype) -> None:
 
 def mix_inputs(e=5, slots=6, b=2, s=7, d=11, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)  # noqa: E731
     return [draw(b, s, d) for _ in range(e)], draw(slots, e), draw(slots), draw(13, d), draw(13)
 
 
 def attention_inputs(b=2, h=4, g=2, t=5, s=7, d=6, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
-    gate = torch.tensor([0.7], dtype=dtype)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)  # noqa: E731
+    gate = torch.tensor([0.7], dtype=dtype, device=DEVICE)
     return draw(b, h, t, d), draw(b, g, s, d), draw(b, g, s, d), gate, draw(b, t, h, d)
 
 
@@ -62,7 +62,7 @@ def naive_attention(query, key, value, gate, base, mask=None) -> Tensor:
     out = base.clone()
     batch, heads, length, size = query.shape
     for b in range(batch):
-        keep = torch.arange(key.shape[2]) if mask is None else mask[b].nonzero().flatten()
+        keep = torch.arange(key.shape[2], device=DEVICE) if mask is None else mask[b].nonzero().flatten()
         for h in range(heads):
             group = h * key.shape[1] // heads
             for t in range(length):
@@ -78,10 +78,13 @@ def test_reference_equals_the_formulas_written_out() -> None:
     x = naive_mix(hidden, weight, bias)
     torch.testing.assert_close(reference.layer_mix(hidden, weight, bias), x)
     torch.testing.assert_close(reference.layer_projection(hidden, weight, bias, w2, b2), x @ w2.T + b2)
-    w3 = torch.randn(4, 13, dtype=torch.float64)
+    w3 = torch.randn(4, 13, dtype=torch.float64, device=DEVICE)
     expected = torch.relu(x @ w2.T + b2) @ w3.T
     torch.testing.assert_close(reference.mlp_projection(hidden, weight, bias, w2, b2, w3), expected)
-    per_slot, per_bias = torch.randn(6, 3, 11, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    per_slot, per_bias = (
+        torch.randn(6, 3, 11, dtype=torch.float64, device=DEVICE),
+        torch.randn(6, 3, dtype=torch.float64, device=DEVICE),
+    )
     expected = torch.stack([x[j] @ per_slot[j].T + per_bias[j] for j in range(6)])
     torch.testing.assert_close(reference.layer_projection(hidden, weight, bias, per_slot, per_bias), expected)
 
@@ -90,7 +93,7 @@ def test_reference_equals_the_formulas_written_out() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_reference_attention_equals_the_formula_written_out(heads: int, groups: int, masked: bool) -> None:
     query, key, value, gate, base = attention_inputs(b=3, h=heads, g=groups)
-    mask = torch.tensor([[1] * 7, [1, 0, 1, 1, 0, 0, 0], [0] * 7]).bool() if masked else None
+    mask = torch.tensor([[1] * 7, [1, 0, 1, 1, 0, 0, 0], [0] * 7]).bool().to(DEVICE) if masked else None
     found = reference.gated_cross_attention(query, key, value, gate, base, key_mask=mask)
     torch.testing.assert_close(found, naive_attention(query, key, value, gate, base, mask))
 
@@ -116,6 +119,7 @@ def test_attention_error_budget(impl: str, dtype: torch.dtype, shape: tuple[int,
     skip_unserved(impl, dtype)
     low = attention_inputs(*shape, dtype=dtype)
     mask = torch.rand(shape[0], shape[4], generator=torch.Generator().manual_seed(1)) > 0.3
+    mask = mask.to(DEVICE)
     exact = reference.gated_cross_attention(*(tensor.double() for tensor in low), key_mask=mask)
     plain = reference.gated_cross_attention(*low, key_mask=mask)
     within_budget(ops.gated_cross_attention(*low, key_mask=mask, impl=impl), plain, exact, dtype)
@@ -127,11 +131,11 @@ def test_gradients_equal_float64_finite_differences(impl: str) -> None:
         pytest.skip("only plain torch takes float64")
     hidden, *weights = (x if isinstance(x, list) else x.requires_grad_() for x in mix_inputs(e=3, slots=4, s=3, d=4))
     hidden = [layer.requires_grad_() for layer in hidden]
-    w2 = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    w2 = torch.randn(5, 4, dtype=torch.float64, requires_grad=True, device=DEVICE)
     function = lambda *a: ops.layer_projection(list(a[:3]), *a[3:], impl=impl)  # noqa: E731
     assert torch.autograd.gradcheck(function, (*hidden, weights[0], weights[1], w2))
     inputs = [tensor.requires_grad_() for tensor in attention_inputs(b=2, t=2, s=3, d=4)]
-    mask = torch.tensor([[True, False, True], [False, False, False]])
+    mask = torch.tensor([[True, False, True], [False, False, False]], device=DEVICE)
     function = lambda *a: ops.gated_cross_attention(*a, key_mask=mask, impl=impl)  # noqa: E731
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -139,7 +143,7 @@ def test_gradients_equal_float64_finite_differences(impl: str) -> None:
 @pytest.mark.parametrize("impl", BOTH)
 def test_views_and_poisoned_padding(impl: str) -> None:
     hidden, weight, bias, *_ = mix_inputs(dtype=torch.float32)
-    wide = [torch.full((2, 14, 22), torch.nan) for _ in hidden]
+    wide = [torch.full((2, 14, 22), torch.nan, device=DEVICE) for _ in hidden]
     for place, layer in zip(wide, hidden, strict=True):
         place[:, ::2, :11] = layer
     views = [place[:, ::2, :11] for place in wide]
@@ -147,7 +151,7 @@ def test_views_and_poisoned_padding(impl: str) -> None:
     torch.testing.assert_close(ops.layer_mix(views, weight, bias, impl=impl), ops.layer_mix(hidden, weight, bias))
 
     query, key, value, gate, base = attention_inputs(dtype=torch.float32)
-    mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4])
+    mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4], device=DEVICE)
     expected = ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask)
     strided = query.transpose(1, 2).contiguous().transpose(1, 2)  # as transformers hands it over
     key, value = key.clone(), value.clone()
@@ -159,7 +163,7 @@ def test_views_and_poisoned_padding(impl: str) -> None:
 @pytest.mark.parametrize("impl", ATTENTION)
 def test_a_fully_masked_source_gives_base_and_finite_gradients(impl: str) -> None:
     inputs = [tensor.float().requires_grad_() for tensor in attention_inputs(b=1)]
-    out = ops.gated_cross_attention(*inputs, key_mask=torch.zeros(1, 7, dtype=torch.bool), impl=impl)
+    out = ops.gated_cross_attention(*inputs, key_mask=torch.zeros(1, 7, dtype=torch.bool, device=DEVICE), impl=impl)
     assert torch.equal(out, inputs[4])
     out.sum().backward()
     assert all(torch.isfinite(tensor.grad).all() for tensor in inputs)
@@ -175,18 +179,18 @@ def test_scale_is_used() -> None:
 def test_every_bad_argument_is_named() -> None:
     hidden, weight, bias, w2, b2 = mix_inputs()
     query, key, value, gate, base = attention_inputs()
-    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask = torch.ones(2, 7, dtype=torch.bool, device=DEVICE)
     mix, project, attend = ops.layer_mix, ops.layer_projection, ops.gated_cross_attention
     bad = [
         (mix, ([], weight), r"hidden: expected a non-empty list"),
         (mix, (hidden[0], weight), r"hidden: expected a non-empty list"),
         (mix, ([hidden[0][0]] * 5, weight), r"hidden\[0\]: expected a floating tensor \(B, S, D_e\)"),
-        (mix, ([*hidden[:4], hidden[4][:, 1:]], weight), r"hidden\[4\]: expected float64 \(2, 7, 11\) on cpu"),
+        (mix, ([*hidden[:4], hidden[4][:, 1:]], weight), r"hidden\[4\]: expected float64 \(2, 7, 11\) on"),
         (mix, ([*hidden[:4], hidden[4].float()], weight), r"hidden\[4\]: expected float64"),
         (mix, (hidden, weight[:, 1:]), r"weight: expected shape \(2L, E\) = \(6, 5\), got \(6, 4\)"),
         (mix, (hidden, weight.long()), "weight: expected a floating tensor"),
         (mix, (hidden, weight, bias[1:]), r"bias: expected shape \(2L,\) = \(6,\), got \(5,\)"),
-        (mix, (hidden, weight.to("meta"), bias), r"weight: expected the device of hidden\[0\] \(cpu\), got meta"),
+        (mix, (hidden, weight.to("meta"), bias), r"weight: expected the device of hidden\[0\] \(.*\), got meta"),
         (project, (hidden, weight[:, 1:], bias, w2), "mix_weight: expected shape"),
         (project, (hidden, weight, bias, w2[:, 1:]), r"weight: expected shape .* = \(13, 11\), got \(13, 10\)"),
         (project, (hidden, weight, bias, w2[None]), r"weight: expected shape .* = \(6, 13, 11\)"),
@@ -209,7 +213,7 @@ def test_every_bad_argument_is_named() -> None:
 
 
 def test_backends_answer_for_themselves(caplog: pytest.LogCaptureFixture) -> None:
-    report = {status.name: status for status in backends.report("cpu")}
+    report = {status.name: status for status in backends.report(DEVICE)}
     assert list(report) == list(backends.BACKENDS)
     assert report["torch"].available
     assert all(status.reason for status in report.values())
@@ -224,7 +228,7 @@ def test_backends_answer_for_themselves(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.INFO, logger="layalign"):
         ops.layer_mix(hidden, weight, bias)
         ops.layer_mix(hidden, weight, bias)
-    assert len([record for record in caplog.records if "layer_mix on cpu: backend" in record.message]) == 1
+    assert len([record for record in caplog.records if f"layer_mix on {DEVICE}: backend" in record.message]) == 1
 
 
 @pytest.mark.parametrize("impl", BOTH)

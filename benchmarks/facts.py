@@ -1,0 +1,62 @@
+"""Where a measurement was made: device, driver, versions, commit."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def facts() -> dict[str, Any]:
+    """Everything a figure needs beside it to be believed."""
+    versions = {}
+    for package in ("torch", "triton", "transformers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    device: dict[str, Any] = {
+        "type": "cpu",
+        "name": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        query = "driver_version,clocks.max.sm,clocks.max.mem,clocks.sm,clocks.mem"
+        device = {
+            "type": "cuda",
+            "name": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "driver and clocks (MHz: max sm, max memory, sm, memory)": _run(
+                "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"
+            ),
+            "cuda": torch.version.cuda,
+        }
+    return {
+        "device": device,
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _run("git", "rev-parse", "HEAD"),
+        "changed files": _run("git", "status", "--porcelain", "--untracked-files=no").splitlines(),
+    }
+
+
+if __name__ == "__main__":
+    text = json.dumps(facts(), indent=2)
+    print(text)
+    if len(sys.argv) > 1:
+        with open(sys.argv[1], "w", encoding="utf-8") as file:
+            file.write(text + "\n")

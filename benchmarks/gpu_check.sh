@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The whole check on a GPU: correctness, compute-sanitizer, benchmarks. One command, in a bare checkout without network:
+#   benchmarks/gpu_check.sh [output folder]
+# Each step's log and result lands in the output folder; the last line says which steps failed. Exits 1 if any did.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${1:-benchmarks/results/gpu}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+paths=$(mktemp -d)
+ln -s "$PWD/kernels" "$paths/layalign_kernels" # as an installation would have it, without one
+export PYTHONPATH="$PWD:$paths${PYTHONPATH:+:$PYTHONPATH}"
+failed=()
+
+step() { # step NAME SECONDS COMMAND...
+  local name=$1 seconds=$2 start=$SECONDS
+  shift 2
+  echo "== $name"
+  timeout "$seconds" "$@" > "$out/$name.log" 2>&1
+  local code=$?
+  tail -n 3 "$out/$name.log"
+  echo "   exit $code after $((SECONDS - start)) s"
+  [ $code -eq 0 ] || failed+=("$name")
+}
+
+step facts 60 "$python" benchmarks/facts.py "$out/facts.json"
+step tests 600 "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_layer_kernels.py tests/test_gated_cross_attention.py
+step sanitize 120 "$python" benchmarks/sanitize.py
+if command -v compute-sanitizer > /dev/null; then
+  step memcheck 300 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" benchmarks/sanitize.py
+  step racecheck 300 compute-sanitizer --tool racecheck --error-exitcode 1 "$python" benchmarks/sanitize.py
+else
+  echo "== memcheck, racecheck: compute-sanitizer is not here"
+fi
+step bench 480 "$python" benchmarks/kernels_bench.py --output "$out/kernels.json"
+
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "FAILED: ${failed[*]}"
+  exit 1
+fi
+echo "all steps passed; results in $out"

@@ -1,0 +1,67 @@
+"""Run every Triton kernel once on small, odd shapes: the program that compute-sanitizer watches on a GPU.
+
+    compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+
+Results are compared with the reference too, so that the program fails when a kernel is wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from layalign import ops, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Normal numbers on the device, requiring gradients."""
+    return torch.randn(*shape, device=DEVICE).to(dtype).requires_grad_()
+
+
+def check(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare loosely (fp16); exact budgets are the tests' business."""
+    error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    if not error <= 1e-2:
+        raise SystemExit(f"{name}: wrong, error {error:.1e} of the largest value")
+    print(f"{name}: ok", flush=True)
+
+
+def main() -> None:
+    """All operations, forward and backward."""
+    torch.manual_seed(0)
+    for layers, slots, batch, length, width, outputs in ((5, 6, 2, 7, 40, 24), (33, 4, 1, 13, 72, 136)):
+        hidden = [draw(batch, length, width) for _ in range(layers)]
+        w1, b1, w2, b2 = draw(slots, layers), draw(slots), draw(outputs, width), draw(outputs)
+        per_slot = draw(slots, outputs, width)
+        for weight in (w2, per_slot):
+            arguments = (hidden, w1, b1, weight, b2)
+            found, expected = ops.layer_projection(*arguments, impl="triton"), reference.layer_projection(*arguments)
+            check(f"layer_projection {tuple(weight.shape)}", found, expected)
+            found.float().sum().backward()
+        check("layer_mix", ops.layer_mix(hidden, w1, b1, impl="triton"), reference.layer_mix(hidden, w1, b1))
+        ops.layer_mix(hidden, w1, b1, impl="triton").float().sum().backward()
+    for batch, heads, groups, length, source, size in (
+        (2, 4, 2, 33, 17, 40),
+        (1, 8, 8, 5, 97, 64),
+        (3, 4, 1, 1, 130, 128),
+    ):
+        query, key, value = draw(batch, heads, length, size), *(draw(batch, groups, source, size) for _ in range(2))
+        gate, base = draw(1), draw(batch, length, heads, size)
+        mask = torch.rand(batch, source, device=DEVICE) > 0.3
+        mask[0] = False
+        arguments = (query, key, value, gate, base)
+        found = ops.gated_cross_attention(*arguments, key_mask=mask, impl="triton")
+        check(f"gated_cross_attention T={length}", found, reference.gated_cross_attention(*arguments, key_mask=mask))
+        found.float().sum().backward()
+        with torch.no_grad():  # short queries without gradients go to the decode kernel
+            found = ops.gated_cross_attention(*arguments, key_mask=mask, impl="triton")
+        check(
+            f"gated_cross_attention T={length}, no gradient",
+            found,
+            reference.gated_cross_attention(*arguments, key_mask=mask),
+        )
+
+
+if __name__ == "__main__":
+    main()
