@@ -43,7 +43,7 @@ def inspect_all(files: list[str], targets: list[str]) -> list[Inspection]:
 def table(rows: list[Inspection]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| kernel and configuration | target | registers | spills | shared bytes | matrix | widest load, bits | problem |",
+        "| kernel and configuration | target | registers | spills | shared, bytes | matrix | widest load | problem |",
         "|---|---|---:|---:|---:|---|---:|---|",
     ]
     for row in rows:

@@ -1,7 +1,7 @@
 """Compiling kernels for chips that are not here, and reading what the compiler made of them.
 
-A kernel file lists what it ships as ``ahead_of_time()``: one :data:`Entry` per configuration. ``inspect_entry`` compiles
-an entry for a chip and reports registers, spills, shared memory and whether matrix instructions are there. Not for use
+A kernel file lists what it ships as ``ahead_of_time(target)``: one :data:`Entry` per configuration. ``inspect_entry``
+compiles an entry for a chip and reports registers, spills, shared memory and whether matrix instructions are there. Not for use
 under ``TRITON_INTERPRET=1``: interpreted kernels cannot be compiled.
 """
 
@@ -39,7 +39,8 @@ class Inspection:
     Attributes:
         registers: per thread. spills: bytes of local memory (NVIDIA), or spilled registers (AMD).
         shared: bytes of shared memory per program.
-        dots: products that matrix instructions should do (not full-precision fp32, which has none on NVIDIA). matrix: the matrix instruction found, "" for none.
+        dots: whether there are products that matrix instructions should do (full-precision fp32 has none on NVIDIA).
+        matrix: the matrix instruction found, "" for none.
         vector: widest global load in bits, 0 where the listing does not say.
     """
 

@@ -175,7 +175,7 @@ def layer_projection_forward(
 
 
 def ahead_of_time(target: str) -> list[Entry]:
-    """The shipped configurations, the same for every ``target``: 24 layers into 64 slots, and a small one; shared and per-slot weights."""
+    """What ships, the same for every ``target``: 24 layers into 64 slots, and a small shape; both forms of weight."""
     found = []
     for dtype, kind in ((tl.float16, "fp16"), (tl.bfloat16, "bf16"), (tl.float32, "fp32")):
         itemsize = 4 if kind == "fp32" else 2

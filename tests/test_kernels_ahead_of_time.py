@@ -1,4 +1,4 @@
-"""Every kernel in every shipped configuration compiles for every chip: no spills, within shared memory, matrix products.
+"""Every kernel in every shipped configuration compiles for every chip: no spills, shared memory in its limit, dots.
 
 In processes of their own, because kernels that were imported for the interpreter cannot be compiled.
 """
