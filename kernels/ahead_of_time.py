@@ -1,8 +1,8 @@
 """Compiling kernels for chips that are not here, and reading what the compiler made of them.
 
 A kernel file lists what it ships as ``ahead_of_time(target)``: one :data:`Entry` per configuration. ``inspect_entry``
-compiles an entry for a chip and reports registers, spills, shared memory and whether matrix instructions are there. Not for use
-under ``TRITON_INTERPRET=1``: interpreted kernels cannot be compiled.
+compiles an entry for a chip and reports registers, spills, shared memory and whether matrix instructions are there. Not
+for use under ``TRITON_INTERPRET=1``: interpreted kernels cannot be compiled.
 """
 
 from __future__ import annotations

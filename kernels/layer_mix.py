@@ -252,7 +252,7 @@ def layer_mix_backward(
 
 
 def ahead_of_time(target: str) -> list[Entry]:
-    """What ships for ``target`` ("sm_90", "gfx942", ...): the paper's shape (24 layers, 64 slots), a small one, the largest."""
+    """What ships for ``target`` ("sm_90", ...): the paper's shape (24 layers, 64 slots), a small one, the largest."""
     found = []
     for dtype, kind in ((tl.float16, "fp16"), (tl.bfloat16, "bf16"), (tl.float32, "fp32")):
         itemsize = 4 if kind == "fp32" else 2

@@ -1,15 +1,194 @@
-"""Cross-attention to the source, scaled by a learned gate and added to the self-attention's output."""
+"""Cross-attention to the source, scaled by a learned gate and added to the self-attention's output.
+
+Backend "triton" is three ``torch.library`` operations around the kernels of ``layalign_kernels``:
+
+- ``layalign::gated_cross_attention`` -> (out, log-sum-exp), differentiable once;
+- ``layalign::gated_cross_attention_backward``, its gradients;
+- ``layalign::gated_decode`` -> out, taken instead when there are at most 16 rows (T) and no gradient is asked for: it
+  packs the heads of a group into one tile and splits the source over the device.
+
+Query, key and value are brought to one type first: autocast's where autocast is on, else the query's. The gate and the
+base stay as they are. float64 is left to plain torch.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, BackendError
 from layalign.ops import _checks, backends
 
+MAX_HEAD_SIZE = 256
+MAX_DECODE_ROWS = 16
+_FORWARD = "layalign::gated_cross_attention"
+_BACKWARD = "layalign::gated_cross_attention_backward"
+_DECODE = "layalign::gated_decode"
+_ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? base, Tensor? key_mask, float? scale"
+
+torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+torch.library.define(_DECODE, f"({_ARGUMENTS}) -> Tensor")
+torch.library.define(
+    _BACKWARD,
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? key_mask, Tensor lse, float? scale, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_FORWARD, "default")
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    base: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    from layalign_kernels.gated_cross_attention import gated_cross_attention_forward
+
+    return gated_cross_attention_forward(query, key, value, gate, base, key_mask, scale)
+
+
+@torch.library.register_fake(_FORWARD)
+def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, length, size = query.shape
+    out = query.new_empty((batch, length, heads, size))
+    return out, query.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+@torch.library.impl(_DECODE, "default")
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    base: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    from layalign_kernels.gated_decode import gated_decode
+
+    return gated_decode(query, key, value, gate, base, key_mask, scale)
+
+
+@torch.library.register_fake(_DECODE)
+def _decode_fake(query: Tensor, *rest: Any) -> Tensor:
+    batch, heads, length, size = query.shape
+    return query.new_empty((batch, length, heads, size))
+
+
+@torch.library.impl(_BACKWARD, "default")
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    key_mask: Tensor | None,
+    lse: Tensor,
+    scale: float | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    from layalign_kernels.gated_cross_attention_backward import gated_cross_attention_backward
+
+    wanted = (needs[0], needs[1], needs[2], needs[3])
+    gradients = gated_cross_attention_backward(grad, query, key, value, gate, key_mask, lse, scale, wanted)
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@torch.library.register_fake(_BACKWARD)
+def _backward_fake(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    def like(states: Tensor) -> Tensor:  # a view of (B, rows, heads, d) memory
+        batch, heads, rows, size = states.shape
+        return states.new_empty((batch, rows, heads, size)).transpose(1, 2)
+
+    needs = rest[-1]
+    states = zip((query, key, value), needs[:3], strict=True)
+    gradients = [like(tensor) if need else query.new_empty(0) for tensor, need in states]
+    return (*gradients, gate.new_empty(gate.shape) if needs[3] else query.new_empty(0))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, gate, base, key_mask, scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, gate, key_mask, output[1])
+    ctx.scale = scale
+    ctx.base_dtype = None if base is None else base.dtype
+
+
+def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    *needs, need_base = ctx.needs_input_grad[:5]
+    gradients: list[Tensor | None] = [None] * 4
+    if any(needs):
+        query, key, value, gate, key_mask, lse = ctx.saved_tensors
+        found = torch.ops.layalign.gated_cross_attention_backward(
+            grad, query, key, value, gate, key_mask, lse, ctx.scale, needs
+        )
+        gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+    return (*gradients, grad.to(ctx.base_dtype) if need_base else None, None, None)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise BackendError("gated_cross_attention: the triton backend has no second derivative; use impl='torch'")
+
+
+def _no_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise BackendError("gated_decode: has no derivative; use gated_cross_attention")
+
+
+torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)
+torch.library.register_autograd(_BACKWARD, _no_second_derivative)
+torch.library.register_autograd(_DECODE, _no_derivative)
+
+
+def _compute_dtype(query: Tensor) -> torch.dtype:
+    device = query.device.type
+    if query.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return query.dtype
+
+
+def _triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    base: Tensor | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    dtype = _compute_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    tensors = (query, key, value, gate, base)
+    training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if query.shape[2] <= MAX_DECODE_ROWS and not training:
+        return torch.ops.layalign.gated_decode(query, key, value, gate, base, key_mask, scale)
+    return torch.ops.layalign.gated_cross_attention(query, key, value, gate, base, key_mask, scale)[0]
+
+
+def _triton_accepts(query: Tensor, *rest: Any, **options: Any) -> tuple[bool, str]:
+    dtype = _compute_dtype(query)
+    if dtype == torch.float64:
+        return False, "float64 is served by plain torch only"
+    if query.shape[-1] > MAX_HEAD_SIZE:
+        return False, f"its kernels go up to head size {MAX_HEAD_SIZE}, this is {query.shape[-1]}"
+    if dtype == torch.bfloat16 and query.device.type == "cpu":
+        return False, "Triton's interpreter computes bfloat16 products wrongly"
+    return True, ""
+
+
 backends.register("gated_cross_attention", "torch", reference.gated_cross_attention)
+backends.register("gated_cross_attention", "triton", _triton, _triton_accepts)
 
 
 def gated_cross_attention(
