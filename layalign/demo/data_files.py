@@ -1,0 +1,68 @@
+"""The demo's data in the layouts that `layalign train` and `layalign evaluate` read."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from layalign.demo.problems import LANGUAGES, generate_problems, generate_sentences, table
+from layalign.demo.settings import DemoSettings
+
+TRANSLATION, MATH, TEST = "translation", "math", "mgsm"
+
+
+def write_data(folder: Path, settings: DemoSettings, seed: int) -> dict[str, int]:
+    """Write `translation/train.jsonl`, `math/train.jsonl` and `mgsm/mgsm_XX.tsv`; returns the lines of each."""
+    languages = [language for language in LANGUAGES if language != "English"]
+    pairs = settings.translation.steps * settings.translation.batch
+    problems = settings.task.steps * settings.task.batch
+    counts = {
+        TRANSLATION: _write_jsonl(folder / TRANSLATION / "train.jsonl", _pairs(languages, pairs, seed)),
+        MATH: _write_jsonl(folder / MATH / "train.jsonl", _problems(settings.task_languages, problems, seed)),
+        TEST: 0,
+    }
+    (folder / TEST).mkdir(parents=True, exist_ok=True)
+    for language in LANGUAGES:
+        rows = generate_problems(settings.split, settings.problems_per_language, language, seed)
+        text = "".join(f"{problem.question}\t{problem.number}\n" for problem in rows)
+        (folder / TEST / f"mgsm_{table(language)['code']}.tsv").write_text(text, encoding="utf-8")
+        counts[TEST] += len(rows)
+    return counts
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
+
+
+def _share(languages: Iterable[str], count: int) -> Iterable[tuple[int, str, int]]:
+    """(number, language, its share of `count`, rounded up)."""
+    names = list(languages)
+    return [(number, name, -(-count // len(names))) for number, name in enumerate(names)]
+
+
+def _pairs(languages: Iterable[str], count: int, seed: int) -> list[dict[str, str]]:
+    """Pairs: two thirds short sentences (which word is which is easy to see there), one third problems."""
+    rng = random.Random(f"translation {seed}")
+    rows = []
+    for number, language, share in _share(languages, count):
+        # A stream of its own: the stages see other texts than the encoder did, and each language other ones.
+        stream = seed * 1000 + 500 + number
+        for problem in generate_problems("train", share // 3, language, stream):
+            rows.append({"source": problem.question, "target": problem.english, "language": language})
+        for sentence in generate_sentences(share - share // 3, language, stream):
+            rows.append({"source": sentence.text, "target": sentence.english, "language": language})
+    rng.shuffle(rows)
+    return rows
+
+
+def _problems(languages: Iterable[str], count: int, seed: int) -> list[dict[str, str]]:
+    rows = []
+    for number, language, share in _share(languages, count):
+        for problem in generate_problems("train", share, language, seed * 1000 + 700 + number):
+            rows.append({"query": problem.question, "response": problem.answer, "lang": language})
+    return rows

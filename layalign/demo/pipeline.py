@@ -1,0 +1,244 @@
+"""`layalign demo`: data, two pre-trainings, two LayAlign stages for two systems, evaluation of three, report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from layalign import LayAlignForCausalLM
+from layalign.demo.data_files import MATH, TEST, TRANSLATION, write_data
+from layalign.demo.pretraining import Progress, encoder_config, llm_config, pretrain_encoder, pretrain_llm
+from layalign.demo.problems import LANGUAGES, LOW_RESOURCE, generate_problems, generate_sentences
+from layalign.demo.progress import Phases, StepCallback
+from layalign.demo.settings import DemoSettings
+from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
+from layalign.evaluation import EvaluationResult, evaluate, llm_alone
+from layalign.training import TrainConfig, train
+
+# What is compared, and its name in tables. The adapter alone has no aligner and no gates.
+SYSTEMS = {"llm": "LLM alone", "adapter": "last-layer adapter alone", "layalign": "LayAlign"}
+_MAX_NEW_TOKENS = 48
+
+
+@dataclass
+class Demo:
+    """State of a run: settings, where it writes, and what it has found so far."""
+
+    folder: Path
+    settings: DemoSettings
+    seed: int
+    phases: Phases
+    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    results: dict[str, EvaluationResult] = field(default_factory=dict)
+
+
+def run_demo(
+    output_dir: str | Path,
+    seed: int = 0,
+    *,
+    fast: bool = False,
+    settings: DemoSettings | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run the whole demo and write models, data, predictions, `results.json`, `report.html` and `report.md`.
+
+    Args:
+        output_dir: folder for everything; made if needed, and what an earlier run left there is replaced.
+        seed: of data, models and training.
+        fast: tiny sizes, to see it run.
+        settings: sizes of one's own, instead of `fast`.
+        progress: show bars and the table.
+
+    Returns:
+        What `results.json` holds.
+    """
+    from layalign.demo.report import write_report
+
+    chosen = settings or (DemoSettings.fast() if fast else DemoSettings())
+    demo = Demo(Path(output_dir), chosen, seed, Phases(Console(), progress))
+    demo.folder.mkdir(parents=True, exist_ok=True)
+    with demo.phases.phase("data"):
+        counts = write_data(demo.folder / "data", chosen, seed)
+    llm_tokenizer, encoder_tokenizer = _pretrain(demo)
+    trained = {name: _train(demo, name) for name in ("adapter", "layalign")}
+    _evaluate_all(demo, trained, (encoder_tokenizer, llm_tokenizer))
+    with demo.phases.phase("report"):
+        found = _found(demo, counts, trained["layalign"])
+        write_report(demo.folder, found)
+    found["seconds"] = demo.phases.seconds
+    (demo.folder / "results.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if progress:
+        demo.phases.console.print(result_table(found))
+        total = sum(demo.phases.seconds.values())
+        demo.phases.console.print(f"{total:.0f} s in all; report: {demo.folder / 'report.html'}")
+    return found
+
+
+# Pre-training
+
+
+def _recorder(losses: list[tuple[int, float]], show: Progress) -> Progress:
+    """Show a step and keep its loss."""
+
+    def record(step: int, steps: int, loss: float) -> None:
+        losses.append((step, loss))
+        show(step, steps, loss)
+
+    return record
+
+
+def _pretrain(demo: Demo) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """Tokenizers and both models from scratch, saved to `llm/` and `encoder/`; returns (LLM's, encoder's) tokenizer."""
+    settings, seed = demo.settings, demo.seed
+    with demo.phases.phase("tokenizers"):
+        llm_tokenizer = train_llm_tokenizer(_texts("English", 2000, seed, answers=True))
+        encoder_tokenizer = train_encoder_tokenizer([t for name in LANGUAGES for t in _texts(name, 800, seed)])
+    with demo.phases.phase("LLM, English only") as show:
+        record = _recorder(demo.losses.setdefault("LLM", []), show)
+        config = llm_config(llm_tokenizer, settings.llm_size, settings.llm_layers)
+        llm = pretrain_llm(llm_tokenizer, settings.llm, seed, record, config)
+    with demo.phases.phase("encoder, all languages") as show:
+        record = _recorder(demo.losses.setdefault("encoder", []), show)
+        shape = encoder_config(encoder_tokenizer, settings.encoder_size, settings.encoder_layers)
+        encoder = pretrain_encoder(
+            encoder_tokenizer, settings.encoder, seed, record, settings.low_resource_share, config=shape
+        )
+    for name, model, tokenizer in (("llm", llm, llm_tokenizer), ("encoder", encoder, encoder_tokenizer)):
+        model.save_pretrained(demo.folder / name)
+        tokenizer.save_pretrained(demo.folder / name)
+    return llm_tokenizer, encoder_tokenizer
+
+
+def _texts(language: str, count: int, seed: int, *, answers: bool = False) -> list[str]:
+    """Training text for a tokenizer: as much of every language, so that none falls apart into bytes."""
+    problems = generate_problems("train", count, language, seed)
+    texts = [problem.question for problem in problems] + [s.text for s in generate_sentences(count, language, seed)]
+    return texts + [problem.answer for problem in problems] if answers else texts
+
+
+# LayAlign
+
+
+def _train(demo: Demo, system: str) -> LayAlignForCausalLM:
+    """Both stages of a system, each from the files and with the library's own training."""
+    checkpoint = None
+    stages = (("translation", TRANSLATION, demo.settings.translation), ("task", MATH, demo.settings.task))
+    for stage, files, budget in stages:
+        label = f"{SYSTEMS[system]}, {stage}"
+        folder = demo.folder / system / stage
+        start: dict[str, Any] = {"init_checkpoint": checkpoint}
+        if checkpoint is None:
+            start = {"encoder": str(demo.folder / "encoder"), "llm": str(demo.folder / "llm")}
+            start["language_layers"] = [] if system == "adapter" else None
+        config = TrainConfig(
+            stage=stage, task="math", data=str(demo.folder / "data" / files),
+            output_dir=str(folder), max_steps=budget.steps, batch_size=budget.batch, micro_batch_size=budget.batch,
+            learning_rate=budget.learning_rate, adam_beta1=0.9, dev_size=0, eval_steps=0, save_steps=0, logging_steps=5,
+            group_by_length=True, seed=demo.seed, use_cpu=True, resume=False, progress=False, **start,
+        )  # fmt: skip
+        with demo.phases.phase(label) as show:
+            record = _recorder(demo.losses.setdefault(label, []), show)
+            train(config, callbacks=[StepCallback(record)])
+        checkpoint = str(folder)
+    return LayAlignForCausalLM.from_pretrained(checkpoint).eval()
+
+
+# Evaluation
+
+
+def _evaluate_all(
+    demo: Demo,
+    trained: dict[str, LayAlignForCausalLM],
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+) -> None:
+    encoder_tokenizer, llm_tokenizer = tokenizers
+    llm = transformers.AutoModelForCausalLM.from_pretrained(demo.folder / "llm").eval()
+    answerers: dict[str, Any] = {"llm": llm_alone(llm, llm_tokenizer, max_new_tokens=_MAX_NEW_TOKENS), **trained}
+    for name, label in SYSTEMS.items():
+        with demo.phases.phase(f"evaluation, {label}"):
+            demo.results[name] = evaluate(
+                answerers[name], encoder_tokenizer, llm_tokenizer, "mgsm", str(demo.folder / "data" / TEST),
+                demo.folder / "evaluation" / name, languages=LANGUAGES, batch_size=48, max_new_tokens=_MAX_NEW_TOKENS,
+                resume=False,
+            )  # fmt: skip
+
+
+# Results
+
+
+def _found(demo: Demo, counts: dict[str, int], model: LayAlignForCausalLM) -> dict[str, Any]:
+    """Everything the report tells, as JSON values."""
+    scores = {name: result.to_dict()["languages"] for name, result in demo.results.items()}
+    layers = model.config.encoder_layers or []
+    return {
+        "seed": demo.seed,
+        "settings": demo.settings.to_dict(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "lines": counts,
+        "languages": list(LANGUAGES),
+        "low_resource": list(LOW_RESOURCE),
+        "held_out_of_task": [name for name in LANGUAGES if name not in demo.settings.task_languages],
+        "scores": scores,
+        "averages": {name: averages(languages, demo.settings.task_languages) for name, languages in scores.items()},
+        "losses": demo.losses,
+        "gates": [gate.item() for name, gate in model.named_parameters() if name.endswith("adaption_gate")],
+        "mix_weights": model.encoder_aligner.projector.fc1.weight.detach().tolist() if model.encoder_aligner else [],
+        "encoder_layers": list(layers),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "frozen_parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        "seconds": dict(demo.phases.seconds),
+    }
+
+
+def averages(scores: dict[str, dict[str, Any]], task_languages: tuple[str, ...]) -> dict[str, float]:
+    """Mean accuracies of a system over groups of languages."""
+    groups: dict[str, Callable[[str], bool]] = {
+        "all": lambda name: True,
+        "low-resource": lambda name: name in LOW_RESOURCE,
+        "trained in the task stage": lambda name: name in task_languages,
+        "held out of it": lambda name: name not in task_languages and name != "English",
+    }
+    means = {}
+    for group, belongs in groups.items():
+        found = [score["accuracy"] for name, score in scores.items() if belongs(name)]
+        means[group] = sum(found) / len(found)
+    return means
+
+
+def result_table(found: dict[str, Any]) -> Table:
+    """The table for the terminal: languages and averages down, systems across."""
+    count = found["settings"]["problems_per_language"]
+    table = Table(title=f"accuracy %, {count} {found['settings']['split']} problems per language, seed {found['seed']}")
+    table.add_column("language")
+    for label in SYSTEMS.values():
+        table.add_column(label, justify="right")
+    for name, *cells in table_rows(found):
+        if name == "average: all":
+            table.add_section()
+        table.add_row(name, *cells)
+    return table
+
+
+def table_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Rows of the result table: name, then one cell per system. `*` marks low-resource, `+` not in the task stage."""
+    rows = []
+    for name in found["languages"]:
+        marks = ("*" if name in found["low_resource"] else "") + ("+" if name in found["held_out_of_task"] else "")
+        rows.append([f"{name} {marks}".strip(), *(f"{found['scores'][s][name]['accuracy']:.1f}" for s in SYSTEMS)])
+    for group in found["averages"]["layalign"]:
+        rows.append([f"average: {group}", *(f"{found['averages'][s][group]:.1f}" for s in SYSTEMS)])
+    return rows

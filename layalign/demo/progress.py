@@ -1,0 +1,63 @@
+"""What the demo shows while it runs: one bar per phase, and one line with its time when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class Phases:
+    """Times the phases of a run and shows them.
+
+    Attributes:
+        seconds: wall time by phase, in order.
+        steps: called with (step, steps, loss) by whatever trains within the phase.
+    """
+
+    def __init__(self, console: Console | None = None, shown: bool = True) -> None:
+        self.console = console or Console()
+        self.shown = shown
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Callable[[int, int, float], None]]:
+        """Time a block; it gets a function to report steps with."""
+        started = time.perf_counter()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        notes: list[str] = []
+        with Progress(
+            *columns, console=self.console, transient=True, disable=not (self.shown and self.console.is_terminal)
+        ) as bar:
+            task = bar.add_task(name, total=None, note="")
+
+            def steps(step: int, total: int, loss: float) -> None:
+                notes[:] = [f"loss {loss:.3f}"]
+                bar.update(task, completed=step, total=total, note=notes[0])
+
+            yield steps
+        self.seconds[name] = time.perf_counter() - started
+        if self.shown:
+            self.console.print(f"{name}: {self.seconds[name]:.1f} s" + "".join(f", {note}" for note in notes))
+
+
+class StepCallback(TrainerCallback):
+    """Hands the Trainer's steps and losses to a phase."""
+
+    def __init__(self, steps: Callable[[int, int, float], None]) -> None:
+        self.steps = steps
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        """Show the loss that the Trainer has just logged."""
+        if logs and "loss" in logs:
+            self.steps(state.global_step, state.max_steps, float(logs["loss"]))
