@@ -29,7 +29,7 @@ TARGETS = {
 }
 # Bytes of shared memory one program may have.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-MATRIX = {"cuda": r"\b(wgmma|tcgen05\.mma|mma\.sync)", "hip": r"\b(v_mfma)"}
+MATRIX = {"cuda": r"\b(wgmma|tcgen05\.mma\S*?kind::\w+|mma\.sync)", "hip": r"\b(v_mfma)"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Inspection:
             return f"spills {self.spills}"
         if self.shared > SHARED_LIMIT[self.target]:
             return f"{self.shared} bytes of shared memory, the limit is {SHARED_LIMIT[self.target]}"
+        if "kind::tf32" in self.matrix and "tf32" not in self.name:
+            return "full-precision fp32 became TF32"
         if self.dots and not self.matrix:
             return "a dot without matrix instructions"
         return ""
@@ -138,6 +140,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _hip_usage(listing: str) -> tuple[int, int]:
-    """(vector registers, spilled registers) from the code object's metadata."""
-    numbers = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|[sv]gpr_spill_count):\s*(\d+)", listing)}
-    return numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+    """(vector registers, what went to memory) from the code object's metadata; scalar spills go to vector registers."""
+    found = re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", listing)
+    numbers = {key: int(value) for key, value in found}
+    return numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["private_segment_fixed_size"]

@@ -60,7 +60,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def capability(backend: str, device_type: str) -> tuple[bool, str]:
     """(usable, reason) for ``backend`` on ``device_type`` ("cpu", "cuda", ...), whatever the operation."""
@@ -78,6 +77,10 @@ def capability(backend: str, device_type: str) -> tuple[bool, str]:
     if backend in ("triton", "cuda") and device_type != "cuda":
         return False, f"{backend} kernels need a GPU, the tensors are on {device_type}"
     return True, f"{package} found"
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself would import all of dynamo, and triton, here.
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(operation: str, backend: str, device_type: str) -> tuple[bool, str]:

@@ -80,7 +80,7 @@ def _accepts(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> t
     """What the Triton kernel takes."""
     if len(hidden) > 64 or weight.shape[0] > 256:
         return False, f"it mixes at most 64 layers into 256 slots, got {len(hidden)} and {weight.shape[0]}"
-    return _checks.kernel_dtype(hidden[0])
+    return _checks.kernel_dtype(hidden[0], wide_tiles=True)
 
 
 backends.register("layer_mix", "torch", _torch)

@@ -186,7 +186,7 @@ def _accepts(
     """What the Triton kernels take."""
     if len(hidden) > 64 or mix_weight.shape[0] > 256:
         return False, f"it mixes at most 64 layers into 256 slots, got {len(hidden)} and {mix_weight.shape[0]}"
-    return _checks.kernel_dtype(hidden[0])
+    return _checks.kernel_dtype(hidden[0], wide_tiles=True)
 
 
 backends.register("layer_projection", "torch", _torch)

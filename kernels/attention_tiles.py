@@ -1,0 +1,203 @@
+"""What the attention kernels share: masked loads, the attended range, the online softmax, and the host's small helpers.
+
+Conventions of these kernels: scores are kept in base 2 (the scale that is passed in holds log2(e)), so a log-sum-exp is
+``log2(sum(2 ** score))``; -inf says that nothing is attended. Rows and columns outside a tensor, masked source tokens
+and the padding of the head size are never read: their loads are masked, not multiplied by zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from layalign_kernels.ahead_of_time import Entry, entry
+from layalign_kernels.common import LOG2E, next_power_of_2, offset64
+
+MASK_BLOCK = tl.constexpr(1024)
+TO_BASE2 = tl.constexpr(LOG2E)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+HALVES = (torch.float16, torch.bfloat16)
+
+# (kind of element, padded head size) -> (BM, BN, num_warps, num_stages) for each of ARCHITECTURES.
+Table = dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]]
+
+# What is compiled ahead of time: (head size, type, precision of products). 16 uses the blocks of 64, 80 is padded to
+# 128; 59, 123 and 251 stand for rows that do not start on 16 bytes.
+SHIPPED: list[tuple[int, torch.dtype, str]] = [
+    *((size, dtype, "ieee") for size in (16, 64, 80, 128, 256) for dtype in (*HALVES, torch.float32)),
+    *((size, torch.float32, "tf32") for size in (64, 128, 256)),
+    *((size, dtype, "ieee") for size in (59, 123, 251) for dtype in (torch.float16, torch.float32)),
+]
+
+
+@triton.jit
+def load_rows(p_x, o_row, m_row, o_d, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of D elements at 64-bit offsets o_row, zero where m_row is false and in the padding of the head size."""
+    p_rows = p_x + o_row[:, None] + o_d[None, :]
+    if D == BD:
+        b_x = tl.load(p_rows, mask=m_row[:, None], other=0.0)
+    else:
+        b_x = tl.load(p_rows, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    return b_x
+
+
+@triton.jit
+def store_rows(p_x, b_x, o_row, m_row, o_d, D: tl.constexpr, BD: tl.constexpr):
+    """The counterpart of load_rows, in the type of the memory."""
+    p_rows = p_x + o_row[:, None] + o_d[None, :]
+    if D == BD:
+        tl.store(p_rows, b_x.to(p_x.dtype.element_ty), mask=m_row[:, None])
+    else:
+        tl.store(p_rows, b_x.to(p_x.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def attended(p_mask, stride_ms, o_s, o_end):
+    """[BN] bool: inside the source and attended."""
+    m_s = o_s < o_end
+    if p_mask is not None:
+        m_s = m_s & (tl.load(p_mask + offset64(o_s, stride_ms), mask=m_s, other=0) != 0)
+    return m_s
+
+
+@triton.jit
+def attended_range(p_mask, stride_ms, o_first, o_end):
+    """(first, end) of what is attended in [o_first, o_end): padding on either side then costs one byte a token.
+
+    Nothing attended gives first >= end. The loops over the source get these as bounds, so that they need no branch.
+    """
+    i_first, i_end = o_first, o_end
+    if p_mask is not None:
+        i_first, i_end = o_end, o_first
+        for o in range(o_first, o_end, MASK_BLOCK):
+            o_s = o + tl.arange(0, MASK_BLOCK)
+            m_s = attended(p_mask, stride_ms, o_s, o_end)
+            i_first = tl.minimum(i_first, tl.min(tl.where(m_s, o_s, o_end), 0))
+            i_end = tl.maximum(i_end, tl.max(tl.where(m_s, o_s + 1, o_first), 0))
+    return i_first, i_end
+
+
+@triton.jit
+def attend(
+    b_q, p_k, p_v, p_mask, p_bias, o_bias, stride_ks, stride_vs, stride_ms, stride_as, o_first, o_end, scale, o_d,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """softmax(b_q k^T * scale + bias) v over [o_first, o_end), online: ([BM, BD] fp32, log-sum-exp [BM] in base 2).
+
+    p_bias, when not None, is added to the scores (row offsets o_bias, in units of natural logarithms).
+    """
+    # [BM], [BM], [BM, BD]
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    i_first, i_end = attended_range(p_mask, stride_ms, o_first, o_end)
+    for o in range(i_first, i_end, BN):
+        o_s = o + tl.arange(0, BN)
+        m_s = attended(p_mask, stride_ms, o_s, i_end)
+        # [BN, BD]
+        b_k = load_rows(p_k, offset64(o_s, stride_ks), m_s, o_d, D, BD)
+        # [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+        if p_bias is not None:
+            p_b = p_bias + o_bias[:, None] + offset64(o_s, stride_as)[None, :]
+            b_s += tl.load(p_b, mask=m_s[None, :], other=0.0).to(tl.float32) * TO_BASE2
+        b_s = tl.where(m_s[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_ref = b_new
+        if p_bias is not None:  # only a bias can leave a row at -inf: the range starts with an attended column
+            b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_s - b_ref[:, None])
+        b_old = tl.exp2(b_max - b_ref)
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_v = load_rows(p_v, offset64(o_s, stride_vs), m_s, o_d, D, BD)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
+        b_max = b_new
+    b_some = b_sum > 0.0
+    b_acc = b_acc / tl.where(b_some, b_sum, 1.0)[:, None]
+    b_lse = tl.where(b_some, b_max + tl.log2(tl.where(b_some, b_sum, 1.0)), float("-inf"))
+    return b_acc, b_lse
+
+
+def scale_base2(scale: float | None, size: int) -> float:
+    """The factor that turns dot products into base-2 scores; 1 / sqrt(size) when ``scale`` is None."""
+    return float(size**-0.5 if scale is None else scale) * LOG2E
+
+
+def padded_head_size(size: int) -> int:
+    """The head size inside the kernels: a power of two, at least 16, so that ``tl.dot`` takes it."""
+    return max(16, next_power_of_2(size))
+
+
+def pick(table: Table, size: int, dtype: torch.dtype, arch: str) -> dict[str, int]:
+    """The entry of ``table`` for a head size, a type and an architecture, as keywords of a launch.
+
+    fp32 blocks have fewer than 64 rows: at 64, Triton 3.7 gives an sm_100 the tensor cores' TF32 for "ieee" products.
+    """
+    itemsize = torch.finfo(dtype).bits // 8
+    kind = "unaligned" if size * itemsize % 16 else "fp32" if itemsize == 4 else "half"
+    chosen = table[kind, max(64, padded_head_size(size))][ARCHITECTURES.index(arch)]
+    return dict(zip(("BM", "BN", "num_warps", "num_stages"), chosen, strict=True))
+
+
+def shipped_entry(
+    label: str, kernel: Any, config: dict[str, int], shipped: tuple[int, torch.dtype, str], constants: dict[str, Any],
+    types: dict[str, str] | None = None,
+) -> Entry:  # fmt: skip
+    """An ahead-of-time entry of an attention kernel with 32 heads in groups of 4 and every optional tensor given.
+
+    Pointers have the type of the query but for the mask and the fp32 statistics; ``types`` and ``constants`` add to it.
+    """
+    size, dtype, precision = shipped
+    name = TYPE_NAMES[dtype]
+    known = {argument: f"*{name}" for argument in kernel.arg_names if argument.startswith("p_")}
+    known |= dict.fromkeys(("p_gate", "p_lse", "p_delta", "p_dgate", "p_part"), "*fp32")
+    known |= dict.fromkeys(("p_mask", "p_key_mask", "p_cache_mask"), "*i1")
+    known |= dict.fromkeys(("scale", "dq_scale", "dk_scale"), "fp32")
+    blocks = dict(config)
+    options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+    flags: dict[str, Any] = dict(H=32, REP=4, D=size, BD=padded_head_size(size), PRECISION=precision, **blocks)
+    values = {key: value for key, value in (flags | constants).items() if key in kernel.arg_names}
+    aligned = size * torch.finfo(dtype).bits // 8 % 16 == 0
+    text = f"{label} d{size} {name}" + (" tf32" if precision == "tf32" else "")
+    return entry(text, kernel, known | (types or {}), values, options, aligned=aligned)
+
+
+@functools.cache
+def _device_facts(device_type: str, index: int | None) -> tuple[str, int]:
+    if device_type != "cuda":
+        return "sm_80", 1  # the interpreter
+    properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
+    if torch.version.hip is not None:
+        return "gfx942", properties.multi_processor_count
+    # The sm_80 configurations stay below 99 KB of shared memory: they also serve 8.6, 8.9 and 12.x.
+    names = {9: "sm_90", 10: "sm_100"}
+    return names.get(properties.major, "sm_80"), properties.multi_processor_count
+
+
+def architecture(device: torch.device) -> str:
+    """The member of ARCHITECTURES whose configurations serve ``device``."""
+    return _device_facts(device.type, device.index)[0]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of ``device`` (1 under the interpreter)."""
+    return _device_facts(device.type, device.index)[1]
+
+
+def unit_last(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself when its last stride is one, else a copy: the kernels take every other stride as it is."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def strides(**tensors: tuple[torch.Tensor | None, Sequence[str]]) -> dict[str, int]:
+    """``stride_<prefix><letter>`` keywords of a launch: strides(q=(query, "bht")) gives stride_qb, _qh, _qt."""
+    found: dict[str, int] = {}
+    for prefix, (tensor, letters) in tensors.items():
+        for dim, letter in enumerate(letters):
+            found[f"stride_{prefix}{letter}"] = 0 if tensor is None else tensor.stride(dim)
+    return found

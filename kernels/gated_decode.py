@@ -1,0 +1,232 @@
+"""Gated cross-attention for decoding: few rows (T <= 16), split over the source. No gradient, no log-sum-exp.
+
+One program reads its share of one key/value head once for all query heads of the group: the heads times the rows are
+packed into one tile. Counted as in ``gated_cross_attention``:
+
+- 4 * B * H * T * S * d FLOP (tiles of 16 rows: more on the tensor cores when T * H / G is smaller);
+- reads c * B * d * (2 * G * S + 2 * H * T) bytes, B * G * S of the mask; writes c * B * H * T * d; when split, a part
+  writes and reads 4 * B * H * T * (d + 1) bytes. Memory- and launch-bound: H * T / G FLOP/byte in bf16 at large S.
+
+One launch when the source is not split, else a second small one that combines the parts, the gate and the base. No host
+sync and no allocation but the output and, when split, the partial results: it can be captured in a CUDA graph. Padding
+at either end of a sequence's source is skipped, so sequences of different lengths cost what they are long.
+
+Source: LayAlign, adaptive fusion-enhanced attention; splitting over keys is Flash-Decoding's.
+The reference is ``layalign.reference.gated_cross_attention``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from layalign_kernels.ahead_of_time import Entry, entry
+from layalign_kernels.attention_tiles import (
+    SHIPPED,
+    TYPE_NAMES,
+    Table,
+    architecture,
+    attend,
+    load_rows,
+    multiprocessors,
+    padded_head_size,
+    pick,
+    scale_base2,
+    shipped_entry,
+    store_rows,
+    strides,
+    unit_last,
+)
+from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64
+
+# By the number of packed rows that a program takes.
+TABLES: dict[int, Table] = {
+    16: {
+        ("half", 64): ((16, 128, 4, 3), (16, 128, 4, 3), (16, 128, 4, 3), (16, 64, 4, 3)),
+        ("half", 128): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
+        ("half", 256): ((16, 64, 4, 2), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
+        ("fp32", 64): ((16, 32, 8, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 64, 4, 2)),
+        ("fp32", 128): ((16, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 32, 4, 2)),
+        ("fp32", 256): ((16, 16, 8, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+        ("unaligned", 64): ((16, 32, 4, 2),) * 4,
+        ("unaligned", 128): ((16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 4, 2)),
+        ("unaligned", 256): ((16, 16, 8, 2),) * 4,
+    },
+    32: {
+        ("half", 64): ((32, 64, 4, 3), (32, 128, 4, 3), (32, 64, 4, 3), (32, 64, 4, 3)),
+        ("half", 128): ((32, 64, 4, 3), (32, 64, 4, 3), (32, 64, 4, 3), (32, 64, 4, 2)),
+        ("half", 256): ((32, 32, 4, 2), (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2)),
+    },
+    64: {
+        ("half", 64): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 64, 4, 2)),
+        ("half", 128): ((64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)),
+    },
+}
+
+
+@triton.jit(do_not_specialize=["B", "T", "S", "stride_mb", "stride_ms", "splits", "span"])
+def gated_decode_kernel(
+    p_q, p_k, p_v, p_gate, p_base, p_mask, p_out, p_part, p_lse,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
+    stride_sb, stride_st, stride_sh, stride_mb, stride_ms, B, T, S, splits, span, scale,
+    H: tl.constexpr, REP: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BM of the REP * T rows of one key/value head over ``span`` source tokens."""
+    G: tl.constexpr = H // REP
+    i_split = tl.program_id(0) % splits
+    i_rest = tl.program_id(0) // splits
+    n_r = tl.cdiv(REP * T, BM)
+    i_r, i_bg = i_rest % n_r, i_rest // n_r
+    i_b, i_g = i_bg // G, i_bg % G
+    o_d = tl.arange(0, BD)
+    o_r = i_r * BM + tl.arange(0, BM)
+    m_r = o_r < REP * T
+    o_h, o_t = i_g * REP + o_r // T, o_r % T
+    p_q += offset64(i_b, stride_qb)
+    p_k += offset64(i_b, stride_kb) + offset64(i_g, stride_kg)
+    p_v += offset64(i_b, stride_vb) + offset64(i_g, stride_vg)
+    if p_mask is not None:
+        p_mask += offset64(i_b, stride_mb)
+    # [BM, BD]
+    b_q = load_rows(p_q, offset64(o_h, stride_qh) + offset64(o_t, stride_qt), m_r, o_d, D, BD)
+    o_first = tl.minimum(i_split * span, S)
+    b_out, b_lse = attend(
+        b_q, p_k, p_v, p_mask, None, None, stride_ks, stride_vs, stride_ms, 0, o_first, tl.minimum(o_first + span, S),
+        scale, o_d, D, BD, BM, BN, PRECISION,
+    )  # fmt: skip
+    o_row = (offset64(i_b, T) + o_t) * H + o_h
+    if not SPLIT:
+        b_out *= tl.load(p_gate).to(tl.float32)
+        if p_base is not None:
+            p_base += offset64(i_b, stride_sb)
+            o_base = offset64(o_h, stride_sh) + offset64(o_t, stride_st)
+            b_out += load_rows(p_base, o_base, m_r, o_d, D, BD).to(tl.float32)
+        store_rows(p_out, b_out, o_row * D, m_r, o_d, D, BD)
+    else:
+        o_part = offset64(i_split, B) * T * H + o_row
+        store_rows(p_part, b_out, o_part * D, m_r, o_d, D, BD)
+        tl.store(p_lse + o_part, b_lse, mask=m_r)
+
+
+@triton.jit(do_not_specialize=["rows", "T", "splits"])
+def gated_decode_combine_kernel(
+    p_part, p_lse, p_gate, p_base, p_out, stride_sb, stride_st, stride_sh, rows, T, splits,
+    H: tl.constexpr, BP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One program: one of the B * T * H rows from its parts, weighted by their log-sum-exp; then gate and base."""
+    i_row = tl.program_id(0)
+    o_d, o_p = tl.arange(0, BD), tl.arange(0, BP)
+    m_p = o_p < splits
+    o_part = offset64(o_p, rows) + i_row
+    # [BP], [BP, BD]
+    b_lse = tl.load(p_lse + o_part, mask=m_p, other=float("-inf"))
+    b_part = load_rows(p_part, o_part * D, m_p, o_d, D, BD)
+    b_max = tl.max(b_lse, 0)
+    b_w = tl.exp2(b_lse - tl.where(b_max == float("-inf"), 0.0, b_max))
+    b_sum = tl.sum(b_w, 0)
+    b_out = tl.sum(b_part * b_w[:, None], 0) / tl.where(b_sum > 0.0, b_sum, 1.0)
+    b_out *= tl.load(p_gate).to(tl.float32)
+    if p_base is not None:
+        i_h, i_t, i_b = i_row % H, (i_row // H) % T, i_row // H // T
+        o_base = offset64(i_b, stride_sb) + offset64(i_t, stride_st) + offset64(i_h, stride_sh)
+        b_out += tl.load(p_base + o_base + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    tl.store(p_out + offset64(i_row, D) + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
+
+
+def configuration(rows: int, size: int, dtype: torch.dtype, arch: str) -> dict[str, int]:
+    """Block sizes and launch options for ``rows`` = T * H / G packed rows: pure. Wide tiles only in half precision."""
+    fits = 16
+    if rows > 16 and dtype != torch.float32 and size % 8 == 0:
+        fits = 32 if rows <= 32 or size > 128 else 64
+    return pick(TABLES[fits], size, dtype, arch)
+
+
+def splits_over_source(programs: int, source: int, block: int, processors: int) -> int:
+    """How many programs share one source: enough for two on every processor, each with at least two blocks of it."""
+    wanted = ceil_div(2 * processors, max(1, programs))
+    return max(1, min(wanted, ceil_div(source, 2 * block), 64))
+
+
+def gated_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    base: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float | None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """(B, H, T, d), twice (B, G, S, d), one number, (B, T, H, d) or None, (B, S) bool or None -> (B, T, H, d).
+
+    T is meant to be small; any is right. Types and strides as in ``gated_cross_attention_forward``; ``splits``
+    overrides :func:`splits_over_source`.
+    """
+    batch, heads, length, size = query.shape
+    groups, source = key.shape[1], key.shape[2]
+    out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)
+    if out.numel() == 0:
+        return out
+    query, key, value = unit_last(query), unit_last(key), unit_last(value)
+    base = None if base is None else unit_last(base)
+    repeat = heads // groups
+    options = configuration(repeat * length, size, query.dtype, architecture(query.device))
+    programs = batch * groups * ceil_div(repeat * length, options["BM"])
+    if splits is None:
+        splits = splits_over_source(programs, source, options["BN"], multiprocessors(query.device))
+    span = max(1, ceil_div(ceil_div(source, options["BN"]), splits)) * options["BN"]
+    part = lse = None
+    if splits > 1:
+        part = torch.empty((splits, batch * length * heads, size), dtype=torch.float32, device=query.device)
+        lse = torch.empty((splits, batch * length * heads), dtype=torch.float32, device=query.device)
+    common: dict[str, Any] = dict(
+        p_gate=gate, p_base=base, p_out=out, T=length, H=heads, splits=splits, D=size, BD=padded_head_size(size),
+        p_part=part, p_lse=lse, **strides(s=(base, "bth")),
+    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        gated_decode_kernel[(programs * splits,)](
+            p_q=query,
+            p_k=key,
+            p_v=value,
+            p_mask=key_mask,
+            **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), m=(key_mask, "bs")),
+            SPLIT=splits > 1,
+            B=batch,
+            S=source,
+            span=span,
+            scale=scale_base2(scale, size),
+            REP=repeat,
+            PRECISION=dot_precision(query.dtype),
+            **common,
+            **options,
+        )
+        if splits > 1:
+            gated_decode_combine_kernel[(batch * length * heads,)](
+                rows=batch * length * heads, BP=next_power_of_2(splits), num_warps=1, **common
+            )
+    return out
+
+
+def ahead_of_time(arch: str = "sm_90") -> list[Entry]:
+    """Every shipped configuration of this file's kernels on ``arch``, a member of ARCHITECTURES."""
+    found = []
+    for shipped in SHIPPED:
+        size, dtype, _ = shipped
+        whole: dict[str, Any] = dict(SPLIT=False, p_part=None, p_lse=None)
+        for rows in (16, 32, 64):
+            config = configuration(rows, size, dtype, arch)
+            if config["BM"] != rows:
+                continue
+            found.append(shipped_entry(f"decode {rows} rows", gated_decode_kernel, config, shipped, whole))
+            split = dict(SPLIT=True, p_out=None, p_base=None)
+            found.append(shipped_entry(f"decode split {rows} rows", gated_decode_kernel, config, shipped, split))
+    for dtype in TYPE_NAMES:
+        types = dict(p_part="*fp32", p_lse="*fp32", p_gate="*fp32", p_base=f"*{TYPE_NAMES[dtype]}")
+        types["p_out"] = types["p_base"]
+        constants = dict(H=32, BP=16, D=128, BD=128)
+        name = f"decode combine d128 {TYPE_NAMES[dtype]}"
+        found.append(entry(name, gated_decode_combine_kernel, types, constants, dict(num_warps=1, num_stages=1)))
+    return found

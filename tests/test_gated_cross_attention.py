@@ -1,0 +1,339 @@
+"""The kernels of gated cross-attention against the float64 reference: on a GPU where there is one, else interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_ops import within_budget
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layalign_kernels import gated_cross_attention as forward_file
+from layalign_kernels import gated_decode as decode_file
+from layalign_kernels.gated_cross_attention_backward import (
+    gated_cross_attention_backward,
+    splits_over_rows,
+)
+from layalign_kernels.gated_decode import gated_decode, splits_over_source
+
+from layalign import BackendError, ops, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes bfloat16 products wrongly.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+NAMES = ("query", "key", "value", "gate", "base")
+real_empty = torch.empty
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher allocates is NaN until a kernel writes it."""
+
+    def poisoned(*args, **kwargs) -> Tensor:
+        tensor = real_empty(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def inputs(b, h, g, t, s, d, dtype=torch.float32, gate=0.7, seed=0) -> list[Tensor]:
+    """query, key, value, gate, base; all but the gate with the strides that transformers hands over."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int, rows: int) -> Tensor:
+        states = torch.randn(b, rows, heads, d, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+        return states.transpose(1, 2)
+
+    gates = torch.tensor([gate], dtype=dtype, device=DEVICE)
+    return [draw(h, t), draw(g, s), draw(g, s), gates, draw(h, t).transpose(1, 2)]
+
+
+def make_mask(kind: str, b: int, s: int) -> Tensor | None:
+    """(B, S): "random", "left" or "right" padding, "row" (the first sequence all masked); None for "none"."""
+    if kind == "none":
+        return None
+    lengths = [max(1, s - 1 - (7 * i) % s) for i in range(b)]
+    mask = torch.zeros(b, s, dtype=torch.bool)
+    for i, length in enumerate(lengths):
+        if kind == "left":
+            mask[i, s - length :] = True
+        elif kind == "right":
+            mask[i, :length] = True
+        else:
+            mask[i] = torch.rand(s, generator=torch.Generator().manual_seed(i)) > 0.4
+    if kind == "row":
+        mask[0] = False
+    return mask.to(DEVICE)
+
+
+def poison(states: Tensor, mask: Tensor | None) -> Tensor:
+    """``states`` (B, G, S, d) with NaN where the source is masked, in the same strides."""
+    if mask is None:
+        return states
+    return states.transpose(1, 2).masked_fill(~mask[:, :, None, None], torch.nan).transpose(1, 2)
+
+
+def exact_and_plain(low: list[Tensor], mask: Tensor | None, grad: Tensor, scale=None):
+    """[out, dq, dk, dv, dgate, dbase] in float64 and by plain torch in the inputs' type."""
+    results = []
+    for dtype in (torch.float64, low[0].dtype):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in low]
+        out = reference.gated_cross_attention(*leaves, key_mask=mask, scale=scale)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    return results
+
+
+def check_gradients(found, plain, exact, low: list[Tensor], grad: Tensor, mask: Tensor | None) -> None:
+    for name, a, b, c in zip(NAMES, found, plain, exact, strict=True):
+        if name == "gate":  # a sum over everything: its condition is that of the terms, not of the result
+            one = torch.ones(1, dtype=torch.float64, device=DEVICE)
+            attended = reference.gated_cross_attention(*(x.double() for x in low[:3]), one, key_mask=mask)
+            terms = (attended * grad.double()).abs().sum()
+            assert (a.double() - c).abs().item() <= 2 * torch.finfo(a.dtype).eps * terms + 2 * (b - c).abs().item()
+        else:
+            within_budget(a, b, c, low[0].dtype)
+
+
+def run(low: list[Tensor], mask: Tensor | None, grad: Tensor, scale=None) -> list[Tensor]:
+    """[out, dq, dk, dv, dgate, dbase] by the kernels, with NaN in what is masked."""
+    leaves = [low[0], poison(low[1], mask), poison(low[2], mask), low[3], low[4]]
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = ops.gated_cross_attention(*leaves, key_mask=mask, scale=scale, impl="triton")
+    assert out.is_contiguous()
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ((2, 4, 2, 5, 7, 16), "random"),
+        ((2, 2, 1, 17, 63, 59), "left"),
+        ((1, 3, 3, 1, 97, 64), "none"),
+        ((2, 4, 1, 5, 97, 80), "right"),
+        ((2, 2, 2, 17, 1, 128), "none"),
+        ((2, 2, 1, 70, 33, 32), "row"),
+        ((1, 1, 1, 3, 5, 256), "random"),
+    ],
+)
+def test_forward_and_backward_error_budget(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    low, mask = inputs(*shape, dtype=dtype), make_mask(kind, shape[0], shape[4])
+    grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
+    exact, plain = exact_and_plain(low, mask, grad)
+    found = run(low, mask, grad)
+    within_budget(found[0], plain[0], exact[0], dtype)
+    check_gradients(found[1:], plain[1:], exact[1:], low, grad, mask)
+    # The projections behind get their gradients in the memory order they write.
+    assert all(found[i].transpose(1, 2).is_contiguous() for i in (1, 2, 3))
+    assert torch.equal(found[5], grad)
+    if kind == "row":
+        assert torch.equal(found[0][0], low[4][0])
+        assert all(found[i][0].abs().sum() == 0 for i in (1, 2, 3))
+
+
+@pytest.mark.parametrize("kind", ["random", "left", "right", "row"])
+def test_masks(kind: str) -> None:
+    low, mask = inputs(3, 2, 1, 3, 40, 16), make_mask(kind, 3, 40)
+    grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    exact, plain = exact_and_plain(low, mask, grad, scale=-0.6)
+    found = run(low, mask, grad, scale=-0.6)
+    within_budget(found[0], plain[0], exact[0], torch.float32)
+    check_gradients(found[1:], plain[1:], exact[1:], low, grad, mask)
+    assert mask is not None
+    masked = ~mask[:, None].expand(3, 1, 40)
+    assert found[2][masked].abs().sum() == 0 and found[3][masked].abs().sum() == 0
+
+
+def test_a_zero_gate_still_has_a_gradient() -> None:
+    low = inputs(2, 2, 1, 17, 37, 16, gate=0.0)
+    grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    exact, plain = exact_and_plain(low, None, grad)
+    found = run(low, None, grad)
+    assert torch.equal(found[0], low[4])
+    assert exact[4].abs() > 0.1
+    check_gradients(found[1:], plain[1:], exact[1:], low, grad, None)
+    assert all(found[i].abs().sum() == 0 for i in (1, 2, 3))
+
+
+def test_without_base_and_with_a_gate_and_base_of_other_types() -> None:
+    query, key, value, gate, base = inputs(1, 4, 2, 17, 9, 32, dtype=torch.float16)
+    exact = reference.gated_cross_attention(*(x.double() for x in (query, key, value, gate)))
+    plain = reference.gated_cross_attention(query, key, value, gate)
+    with torch.enable_grad():
+        leaf = base.float().requires_grad_()
+        out = ops.gated_cross_attention(query, key, value, gate.float(), leaf, impl="triton")
+        out.sum().backward()
+    assert out.dtype == torch.float16 and leaf.grad.dtype == torch.float32 and leaf.grad.eq(1).all()
+    within_budget(out.detach(), plain + base, exact + base.double(), torch.float16)
+    for found in (
+        forward_file.gated_cross_attention_forward(query, key, value, gate, None, None, None)[0],
+        ops.gated_cross_attention(query[:, :, :5], key, value, gate, impl="triton"),
+    ):
+        within_budget(found, plain[:, : found.shape[1]], exact[:, : found.shape[1]], torch.float16)
+
+
+def test_log_sum_exp_is_base_2_and_says_when_nothing_is_attended() -> None:
+    query, key, value, gate, _ = inputs(2, 2, 1, 3, 20, 16)
+    mask = make_mask("row", 2, 20)
+    _, lse = forward_file.gated_cross_attention_forward(query, key, value, gate, None, mask, 0.3)
+    scores = torch.einsum("bhtd,bsd->bhts", query.double(), key[:, 0].double()) * 0.3
+    expected = scores.masked_fill(~mask[:, None, None], -torch.inf).logsumexp(-1) / torch.tensor(2.0).log().double()
+    torch.testing.assert_close(lse.double(), expected, atol=1e-5, rtol=1e-5)
+    assert lse[0].eq(-torch.inf).all()
+
+
+@pytest.mark.parametrize("b, t, s", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (1, 17, 0)])
+def test_empty_dimensions(b: int, t: int, s: int) -> None:
+    low = [x.requires_grad_() for x in inputs(b, 4, 2, t, s, 16)]
+    with torch.no_grad():
+        out = ops.gated_cross_attention(*low, impl="triton")
+    assert torch.equal(out, low[4])
+    out = ops.gated_cross_attention(*low, impl="triton")
+    assert torch.equal(out, low[4])
+    out.sum().backward()
+    assert all(x.grad.shape == x.shape and x.grad.abs().sum() == 0 for x in low[:4])
+
+
+def test_views_of_any_strides() -> None:
+    b, h, g, t, s, d = 2, 4, 2, 18, 11, 16
+    fused = torch.randn(b, t, (h + 2 * g) * d, device=DEVICE)
+    query = fused[..., : h * d].view(b, t, h, d).transpose(1, 2)
+    wide = torch.randn(g, 2 * s, b, 2 * d, device=DEVICE)
+    key, value = wide[:, ::2, :, :d].permute(2, 0, 1, 3), wide[:, 1::2, :, d:].permute(2, 0, 1, 3)
+    base = torch.randn(h, b, t, d + 3, device=DEVICE)[..., :d].permute(1, 2, 0, 3)
+    mask = (torch.rand(s, b, device=DEVICE) > 0.3).T
+    gate = torch.tensor(0.7, device=DEVICE)
+    grad = torch.randn(b, h, t, d, device=DEVICE).transpose(1, 2)
+    tensors = [query, key, value, gate, base]
+    exact, plain = exact_and_plain(tensors, mask, grad)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = ops.gated_cross_attention(*leaves, key_mask=mask, impl="triton")
+    within_budget(out.detach(), plain[0], exact[0], torch.float32)
+    check_gradients(torch.autograd.grad(out, leaves, grad), plain[1:], exact[1:], tensors, grad, mask)
+    # A gradient that is one number expanded, and a query whose last stride is not one.
+    out = ops.gated_cross_attention(*leaves, key_mask=mask, impl="triton")
+    summed = torch.autograd.grad(out.sum(), leaves)
+    check_gradients(summed, *[r[1:] for r in reversed(exact_and_plain(tensors, mask, torch.ones_like(grad)))],
+                    tensors, torch.ones_like(grad), mask)  # fmt: skip
+    turned = query.transpose(2, 3).contiguous().transpose(2, 3)
+    found = gated_decode(turned, key, value, gate, base, mask, None)
+    within_budget(found, plain[0], exact[0], torch.float32)
+
+
+def test_backward_is_deterministic_and_independent_of_the_split() -> None:
+    query, key, value, gate, _ = inputs(2, 4, 2, 75, 21, 16)
+    mask = make_mask("random", 2, 21)
+    grad = torch.randn(2, 75, 4, 16, device=DEVICE)
+    _, lse = forward_file.gated_cross_attention_forward(query, key, value, gate, None, mask, None)
+    runs = [
+        gated_cross_attention_backward(grad, query, key, value, gate, mask, lse, None, splits=splits)
+        for splits in (1, 1, 3, 3)
+    ]
+    for first, second in ((0, 1), (2, 3)):
+        assert all(torch.equal(a, b) for a, b in zip(runs[first], runs[second], strict=True))
+    for whole, split in zip(runs[0], runs[2], strict=True):
+        torch.testing.assert_close(whole, split, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (0, 2)])
+def test_only_what_is_needed(needed: tuple[int, ...]) -> None:
+    low = inputs(1, 2, 2, 17, 5, 16)
+    grad = torch.randn(1, 17, 2, 16, device=DEVICE)
+    full = run(low, None, grad)
+    leaves = [x.detach().requires_grad_(i in needed) for i, x in enumerate(low)]
+    out = ops.gated_cross_attention(*leaves, impl="triton")
+    for i, found in zip(needed, torch.autograd.grad(out, [leaves[i] for i in needed], grad), strict=True):
+        torch.testing.assert_close(found, full[1 + i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [None, 1, 3, 7])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((2, 4, 2, 1, 97, 64), "right"), ((2, 6, 1, 5, 63, 59), "row"), ((1, 2, 2, 16, 150, 80), "left")],
+)
+def test_decode_error_budget(shape: tuple[int, ...], kind: str, splits: int | None, dtype: torch.dtype) -> None:
+    low, mask = inputs(*shape, dtype=dtype), make_mask(kind, shape[0], shape[4])
+    exact = reference.gated_cross_attention(*(x.double() for x in low), key_mask=mask)
+    plain = reference.gated_cross_attention(*low, key_mask=mask)
+    query, key, value, gate, base = low
+    found = gated_decode(query, poison(key, mask), poison(value, mask), gate, base, mask, None, splits=splits)
+    within_budget(found, plain, exact, dtype)
+    if kind == "row":
+        assert torch.equal(found[0], base[0])
+    within_budget(
+        gated_decode(query, key, value, gate, None, None, 0.2, splits=splits),
+        reference.gated_cross_attention(*low[:4], scale=0.2),
+        reference.gated_cross_attention(*(x.double() for x in low[:4]), scale=0.2),
+        dtype,
+    )
+
+
+def test_decode_packs_more_rows_than_one_tile() -> None:
+    low = inputs(1, 10, 1, 16, 20, 16)  # 160 rows of one key/value head
+    exact = reference.gated_cross_attention(*(x.double() for x in low))
+    within_budget(gated_decode(*low, None, None, splits=2), reference.gated_cross_attention(*low), exact, torch.float32)
+
+
+def test_number_of_splits() -> None:
+    assert splits_over_source(programs=32, source=4096, block=64, processors=132) == 9
+    assert splits_over_source(programs=1000, source=4096, block=64, processors=132) == 1
+    assert splits_over_source(programs=1, source=100, block=64, processors=132) == 1
+    assert splits_over_source(programs=8, source=0, block=64, processors=132) == 1
+    assert splits_over_rows(programs=1000, blocks=64, processors=132) == 1
+    assert splits_over_rows(programs=32, blocks=64, processors=132) == 8
+    assert splits_over_rows(programs=1, blocks=3, processors=132) == 1
+    for blocks in range(1, 70):  # no program without work
+        splits = splits_over_rows(programs=3, blocks=blocks, processors=20)
+        assert (splits - 1) * -(-blocks // splits) < blocks
+
+
+def test_decode_serves_few_rows_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for module, name in ((decode_file, "gated_decode"), (forward_file, "gated_cross_attention_forward")):
+        function = getattr(module, name)
+        record = lambda *a, f=function, n=name: (calls.append(n), f(*a))[1]  # noqa: E731
+        monkeypatch.setattr(module, name, record)
+    for length, training, expected in (
+        (1, False, "gated_decode"),
+        (16, False, "gated_decode"),
+        (17, False, "gated_cross_attention_forward"),
+        (1, True, "gated_cross_attention_forward"),
+    ):
+        low = [x.requires_grad_(training) for x in inputs(1, 2, 2, length, 3, 16)]
+        found = ops.gated_cross_attention(*low, impl="triton")
+        torch.testing.assert_close(found, reference.gated_cross_attention(*low), atol=1e-5, rtol=1e-5)
+        assert calls.pop() == expected and not calls
+        assert found.requires_grad == training
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    b=st.integers(1, 2), g=st.integers(1, 2), rep=st.integers(1, 3), t=st.integers(1, 20), s=st.integers(1, 40),
+    d=st.integers(1, 40), kind=st.sampled_from(["none", "random", "left", "right", "row"]),
+    scale=st.sampled_from([None, 0.25, -1.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_drawn_shapes(b, g, rep, t, s, d, kind, scale, seed) -> None:
+    low, mask = inputs(b, g * rep, g, t, s, d, seed=seed), make_mask(kind, b, s)
+    grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    exact, plain = exact_and_plain(low, mask, grad, scale)
+    found = run(low, mask, grad, scale)
+    within_budget(found[0], plain[0], exact[0], torch.float32)
+    query, key, value, gate, base = low
+    decoded = gated_decode(query, poison(key, mask), poison(value, mask), gate, base, mask, scale, splits=1 + seed % 3)
+    within_budget(decoded, plain[0], exact[0], torch.float32)
+    assert all(torch.isfinite(gradient).all() for gradient in found)
+    for a, c in zip(found[1:], exact[1:], strict=True):
+        torch.testing.assert_close(a.double(), c, atol=2e-5, rtol=1e-4)
+
+
+def test_float64_and_large_heads_are_left_to_torch() -> None:
+    low = [x.double() for x in inputs(1, 2, 1, 2, 3, 16)]
+    with pytest.raises(BackendError, match=r"impl='triton' cannot serve this call: float64 .*torch"):
+        ops.gated_cross_attention(*low, impl="triton")
+    torch.testing.assert_close(ops.gated_cross_attention(*low), reference.gated_cross_attention(*low))
+    with pytest.raises(BackendError, match="head size 256, this is 257"):
+        ops.gated_cross_attention(*inputs(1, 2, 1, 2, 3, 257), impl="triton")
