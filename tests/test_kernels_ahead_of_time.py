@@ -1,7 +1,8 @@
 """Every kernel compiles for every chip: no spills, shared memory within its limit, matrix instructions for its dots.
 
-A sample of each kernel's configurations, because all of them take long: `make kernels-report`, or LAYALIGN_ALL_KERNELS=1
-here, compiles every one. In processes of their own, because kernels imported for the interpreter cannot be compiled.
+A sample of each kernel's configurations, because all of them take long: `make kernels-report`, or here
+LAYALIGN_ALL_KERNELS=1, compiles every one. In processes of their own, because kernels imported for the interpreter
+cannot be compiled.
 """
 
 from __future__ import annotations

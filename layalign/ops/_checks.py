@@ -63,6 +63,10 @@ def check_mix(hidden: Sequence[Tensor], weight: object, bias: object, prefix: st
         require_same_device(f"{prefix}bias", bias, "hidden[0]", hidden[0])
 
 
+def _is_sm_100(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 10
+
+
 def kernel_dtype(tensor: Tensor, wide_tiles: bool = False) -> tuple[bool, str]:
     """Whether the fused kernels take a tensor's dtype: (ok, reason).
 
@@ -71,9 +75,9 @@ def kernel_dtype(tensor: Tensor, wide_tiles: bool = False) -> tuple[bool, str]:
     """
     if tensor.dtype == torch.float64:
         return False, "the kernels compute in float32; float64 is left to impl='torch'"
-    if tensor.dtype == torch.float32 and tensor.device.type == "cuda" and wide_tiles:
-        if torch.cuda.get_device_capability(tensor.device)[0] == 10 and not torch.backends.cuda.matmul.allow_tf32:
-            return False, "on this chip Triton 3.7 would compute float32 products in TF32"
+    exact = tensor.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    if exact and wide_tiles and _is_sm_100(tensor.device):
+        return False, "on this chip Triton 3.7 would compute float32 products in TF32"
     if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
         return False, "Triton's interpreter computes bfloat16 products wrongly"
     return True, ""
