@@ -39,7 +39,9 @@ format: $(STAMP)
 
 # Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.
 kernels-report: $(STAMP)
-	$(BIN)/python benchmarks/kernels_report.py --output benchmarks/results/kernels.md
+	for target in sm_80 sm_90 sm_100 gfx942; do \
+	  $(BIN)/python benchmarks/kernels_report.py --targets $$target \
+	    --output benchmarks/results/kernels/$$target.md || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -70,6 +70,7 @@ def mix_picture(weights: list[list[float]], encoder_layers: list[int]) -> bytes:
         axis.set_yticks(range(len(rows)))
         for i, row in enumerate(rows):
             for j, weight in enumerate(row):
-                axis.text(j, i, f"{weight:.2f}", ha="center", va="center", fontsize=8)
+                color = "white" if abs(weight) > 0.7 * limit else "black"
+                axis.text(j, i, f"{weight:.2f}", ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(image, ax=axes)
     return _png(figure)
