@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -48,6 +49,21 @@ def test_kernels_shadow_nobody() -> None:
     for file in (ROOT / "kernels").glob("*.py"):
         imports = re.findall(r"^(?:from|import) (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
         assert set(imports) <= sys.stdlib_module_names | {"layalign_kernels", "torch", "triton"}, file
+
+
+def test_plain_torch_is_enough_for_the_modules_and_operations() -> None:
+    """Neither transformers nor triton: reference, operations and modules import and run."""
+    code = (
+        "import sys; sys.modules['transformers'] = sys.modules['triton'] = None\n"
+        "import torch, layalign, layalign.reference\n"
+        "from types import SimpleNamespace as Settings\n"
+        "from layalign import EncoderAligner, GatedCrossAttention, Adapter, pack\n"
+        "config = Settings(encoder_hidden_dim=4, language_hidden_dim=6, num_encoder_layers=3, num_language_layers=2,\n"
+        "                  structure='MLP')\n"
+        "print(EncoderAligner(config)([torch.ones(1, 5, 4)] * 3)[1][0].shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.strip() == "torch.Size([1, 5, 6])", done.stderr
 
 
 def test_data_files_are_shipped() -> None:
