@@ -67,8 +67,7 @@ class SourceGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The LLM's own preparation (its masks follow its attention function); the cache brings the source."""
-        prepared = self.llm.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        return prepared
+        return self.llm.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
