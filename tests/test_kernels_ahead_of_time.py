@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 pytest.importorskip("layalign_kernels.common", reason="the kernels are not installed")
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks" / "kernels_report.py"
 FILES = [path.stem for path in sorted((ROOT / "kernels").glob("*.py")) if "def ahead_of_time(" in path.read_text()]
+OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,6 +32,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.skipif(OLD, reason="the configurations were chosen with the assembler that Triton 3.7 brings")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("file", FILES)
 def test_compiles_without_a_problem(file: str, target: str) -> None:

@@ -60,9 +60,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@functools.cache
 def capability(backend: str, device_type: str) -> tuple[bool, str]:
     """(usable, reason) for ``backend`` on ``device_type`` ("cpu", "cuda", ...), whatever the operation."""
+    return _capability(backend, device_type)
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself would import all of dynamo, and triton, here.
+# On a plain function: torch 2.11 looks through functools.cache and would trace the body.
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _capability(backend: str, device_type: str) -> tuple[bool, str]:
     if backend == "torch":
         return True, "plain PyTorch, always available"
     package = "layalign_kernels" if backend == "triton" else "layalign._C"
@@ -77,10 +86,6 @@ def capability(backend: str, device_type: str) -> tuple[bool, str]:
     if backend in ("triton", "cuda") and device_type != "cuda":
         return False, f"{backend} kernels need a GPU, the tensors are on {device_type}"
     return True, f"{package} found"
-
-
-# What torch.compiler.assume_constant_result sets; the decorator itself would import all of dynamo, and triton, here.
-capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(operation: str, backend: str, device_type: str) -> tuple[bool, str]:
