@@ -118,7 +118,7 @@ def key_value_states(attention: Any, key_state: Tensor, value_state: Tensor) -> 
         key, value: (B, G, S, d).
     """
     kind = key_value_maps(attention)
-    size = _head_size(attention)
+    size = head_size(attention)
     if kind == "separate":
         key, value = attention.k_proj(key_state), attention.v_proj(value_state)
     elif kind == "fused":
@@ -133,14 +133,16 @@ def key_value_states(attention: Any, key_state: Tensor, value_state: Tensor) -> 
     else:
         name = type(attention).__name__
         raise ArgumentError(f"llm: {name} has no k_proj and v_proj, qkv_proj, c_attn or query_key_value to use")
-    return _heads(key, size), _heads(value, size)
+    return heads(key, size), heads(value, size)
 
 
-def _heads(states: Tensor, size: int) -> Tensor:
+def heads(states: Tensor, size: int) -> Tensor:
+    """(B, S, G * d) -> (B, G, S, d), a view."""
     return states.view(*states.shape[:-1], -1, size).transpose(1, 2)
 
 
-def _head_size(attention: nn.Module) -> int:
+def head_size(attention: nn.Module) -> int:
+    """d of a self-attention module."""
     for name in ("head_dim", "head_size"):
         if isinstance(getattr(attention, name, None), int):
             return int(getattr(attention, name))

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PretrainedConfig
 
 from layalign.errors import ArgumentError
+from layalign.fold import CHOICES
 from layalign.nn.aligner import STRUCTURES
 
 
@@ -35,6 +36,8 @@ class LayAlignConfig(PretrainedConfig):
         lora: settings of a peft ``LoraConfig`` put on the LLM, or None.
         frozen_saved, part_dtypes: whether the checkpoint holds the frozen parts too, and each part's dtype in it.
         impl: backend of the operations, "auto" by default.
+        fold: whether the aligner's projection is folded into the LLM's key and value maps (:mod:`layalign.fold`):
+            "auto" where it takes less work, "always" where it can be done, "never".
 
     Raises:
         ArgumentError: a value is out of range; the message names it.
@@ -59,6 +62,7 @@ class LayAlignConfig(PretrainedConfig):
         frozen_saved: bool = False,
         part_dtypes: dict[str, str] | None = None,
         impl: str = "auto",
+        fold: str = "auto",
         **kwargs: Any,
     ) -> None:
         self.encoder_config = _as_config("encoder_config", encoder_config)
@@ -75,9 +79,12 @@ class LayAlignConfig(PretrainedConfig):
         self.frozen_saved = frozen_saved
         self.part_dtypes = part_dtypes
         self.impl = impl
+        self.fold = fold
         super().__init__(**kwargs)
         if structure not in STRUCTURES:
             raise ArgumentError(f"structure: expected one of {STRUCTURES}, got {structure!r}")
+        if fold not in CHOICES:
+            raise ArgumentError(f"fold: expected one of {CHOICES}, got {fold!r}")
         if self.encoder_config is not None:
             self._resolve_encoder(self.encoder_config)
         if self.llm_config is not None:

@@ -17,6 +17,7 @@ from layalign import attention, checkpoint
 from layalign import encoder as encoders
 from layalign.config import LayAlignConfig, hidden_size
 from layalign.errors import ArgumentError
+from layalign.fold import Folding
 from layalign.generation import SourceGenerationMixin
 from layalign.loss import label_loss, only_rows, with_loss
 from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
@@ -72,6 +73,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         found = attention.attention_modules(self.llm)
         self._attentions = tuple(found[layer][1] for layer in config.language_layers)
         self._source_reaches_layers = False
+        self.folding = Folding(config.fold)
         self.generation_config = self.llm.generation_config
         self.post_init()
 
@@ -237,16 +239,25 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         )
         dtype = cast(Tensor, self.get_input_embeddings().weight).dtype
         soft = self.mapping(last.to(self.mapping.mlp.linear1.weight.dtype)).to(dtype)
-        keys, values = [], []
-        if self.encoder_aligner is not None:
-            states = self.encoder_aligner.states(hidden).to(dtype)
-            for slot, module in enumerate(self._attentions):
-                key, value = attention.key_value_states(module, states[2 * slot], states[2 * slot + 1])
-                keys.append(key)
-                values.append(value)
+        keys, values = self._source_states(hidden, dtype)
         mask = encoder_attention_mask.bool() if self.config.mask_encoder_padding else None
         gated = cast(tuple[GatedCrossAttention, ...], tuple(self.cross_attention))
         return soft, SourceStates(tuple(self.config.language_layers), tuple(keys), tuple(values), mask, gated)
+
+    def _source_states(self, hidden: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values (B, G, S, d) of every language layer: folded, or by the LLM's own modules."""
+        if self.encoder_aligner is None:
+            return [], []
+        layers = self.encoder_aligner.layers(hidden)
+        folded = self.folding.states(self.encoder_aligner.projector, self._attentions, layers)
+        if folded is not None:
+            size = attention.head_size(self._attentions[0])
+            states = [attention.heads(state, size) for state in folded.to(dtype).unbind(0)]
+            return states[0::2], states[1::2]
+        states = list(self.encoder_aligner.states(layers).to(dtype).unbind(0))
+        pairs = zip(self._attentions, states[0::2], states[1::2], strict=True)
+        both = [attention.key_value_states(module, key, value) for module, key, value in pairs]
+        return [key for key, _ in both], [value for _, value in both]
 
     def _begin(
         self,

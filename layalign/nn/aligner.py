@@ -73,9 +73,9 @@ class EncoderAligner(nn.Module):
         self.config = config
         self.projector = WeightedLinearProjector(config, impl=impl)
 
-    def states(self, hidden_states: Sequence[Tensor] | Tensor) -> Tensor:
-        """All slots in one tensor, (2L, B, S, D_l): slot 2i is the key state of language layer i, 2i + 1 its value."""
-        if isinstance(hidden_states, Tensor):  # the published alternative: (B, E, S, D_e)
+    def layers(self, hidden_states: Sequence[Tensor] | Tensor) -> list[Tensor]:
+        """The E tensors (B, S, D_e), checked; one tensor (B, E, S, D_e) is the published alternative."""
+        if isinstance(hidden_states, Tensor):
             if hidden_states.dim() != 4:
                 shape = tuple(hidden_states.shape)
                 raise ArgumentError(f"hidden_states: expected a list of (B, S, D_e) or (B, E, S, D_e), got {shape}")
@@ -84,7 +84,11 @@ class EncoderAligner(nn.Module):
         found = (len(hidden_states), hidden_states[0].shape[-1] if len(hidden_states) else None)
         if found != expected:
             raise ArgumentError(f"hidden_states: expected (layers, hidden size) = {expected}, got {found}")
-        return self.projector(list(hidden_states))
+        return list(hidden_states)
+
+    def states(self, hidden_states: Sequence[Tensor] | Tensor) -> Tensor:
+        """All slots in one tensor, (2L, B, S, D_l): slot 2i is the key state of language layer i, 2i + 1 its value."""
+        return self.projector(self.layers(hidden_states))
 
     def forward(self, hidden_states: Sequence[Tensor] | Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """E tensors (B, S, D_e), or one (B, E, S, D_e) -> L pairs (key state, value state), each (B, S, D_l)."""

@@ -1,0 +1,251 @@
+"""Keys and values of all language layers straight from the layer mix, without the aligner's states in between.
+
+For the structure "Linear" nothing stands between the aligner's projection and the LLM's own key and value maps, so
+
+    k_i = k_proj_i(y[2i]) = x[2i] @ (Wk_i @ W2).T + (Wk_i @ b2 + bk_i)
+
+and likewise for v_i. Folding Wk_i @ W2 costs D_e * D_l * D_kv multiply-adds a slot whenever W2 changes, and saves
+D_e * D_l + D_l * D_kv - D_e * D_kv a row and slot from then on; :func:`break_even_rows` weighs the two. Folding reads
+weights instead of calling modules, so it is only for plain frozen ``nn.Linear`` maps: :func:`reason_against` says what
+is in the way (sharded, quantised or LoRA-wrapped maps, hooks, ...), and then the modules are called.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layalign import ops
+from layalign.nn.aligner import WeightedLinearProjector
+
+logger = logging.getLogger("layalign")
+
+CHOICES = ("auto", "always", "never")
+
+
+def break_even_rows(encoder_size: int, llm_size: int, kv_size: int, training: bool = False, reused: int = 1) -> float:
+    """Rows (B * S) of a call from which folding takes fewer multiply-adds; infinite where it never does.
+
+    Args:
+        encoder_size, llm_size, kv_size: D_e, D_l, D_kv.
+        training: with the gradients, whose fold (dW2) is paid in every backward.
+        reused: calls for which one folded weight serves, before W2 changes.
+
+    Source: the counts in this module's docstring. For training, forward and backward: 3 D_e D_l + 2 D_l D_kv a row
+    unfolded, 3 D_e D_kv folded.
+    """
+    fold = encoder_size * llm_size * kv_size
+    if training:
+        saved = 3 * encoder_size * llm_size + 2 * llm_size * kv_size - 3 * encoder_size * kv_size
+        cost = fold * (1 + 1 / reused)
+    else:
+        saved = encoder_size * llm_size + llm_size * kv_size - encoder_size * kv_size
+        cost = fold / reused
+    return cost / saved if saved > 0 else float("inf")
+
+
+def _plain(linear: Any) -> str | None:
+    """Why a module's weight must not be read directly; None if it may."""
+    name = type(linear).__name__
+    if type(linear) is not nn.Linear:
+        return f"{name} is not a plain Linear (quantised, LoRA-wrapped, or fused with others)"
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    if hooks or "forward" in linear.__dict__ or nn.utils.parametrize.is_parametrized(linear):
+        return f"{name} has hooks, a patched forward or parametrizations, which reading its weight would pass by"
+    weight = linear.weight
+    whole = weight.shape == (linear.out_features, linear.in_features) and not hasattr(weight, "ds_id")
+    if type(weight) is not nn.Parameter or not whole or weight.is_meta:
+        return "its weight is sharded or of a tensor type of its own"
+    return None
+
+
+def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.Module]) -> str | None:
+    """Why the weights cannot be folded; None if they can."""
+    if projector.structure != "Linear":
+        return f'structure "{projector.structure}" has a relu between the two maps'
+    if projector._forward_hooks or projector._forward_pre_hooks:
+        return "the aligner's projector has hooks, which want to see it called"
+    problem = _plain(projector.fc2)
+    if problem is not None:
+        return f"fc2: {problem}"
+    shapes = set()
+    for attention in attentions:
+        for name in ("k_proj", "v_proj"):
+            linear = getattr(attention, name, None)
+            if linear is None:
+                return f"{type(attention).__name__} has no {name} of its own"
+            problem = _plain(linear)
+            if problem is not None:
+                return f"{name}: {problem}"
+            if any(parameter.requires_grad for parameter in linear.parameters()):
+                return f"{name} trains"
+            shapes.add((linear.weight.shape, linear.weight.device, linear.bias is None))
+    if len(shapes) != 1:
+        return "the layers' key and value maps differ in shape, device or bias"
+    if next(iter(shapes))[1] != projector.fc2.weight.device:
+        return "aligner and LLM are on different devices"
+    return None
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The folded weight (2L, D_kv, D_e) and bias (2L, D_kv), and what they were made from."""
+
+    weight: Tensor
+    bias: Tensor | None
+    key: tuple[Any, ...]
+
+
+def _maps(attentions: Sequence[Any]) -> list[nn.Linear]:
+    return [linear for attention in attentions for linear in (attention.k_proj, attention.v_proj)]
+
+
+@torch.no_grad()
+def _fold(fc2: nn.Linear, maps: Sequence[nn.Linear], dtype: torch.dtype, key: tuple[Any, ...]) -> Folded:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # one rounding, at the end
+    inner = fc2.weight.to(wide)
+    if fc2.bias is not None:
+        inner = torch.cat([inner, fc2.bias.to(wide)[:, None]], dim=1)  # W_i @ [W2 | b2]
+    shape = len(maps), maps[0].out_features
+    weight = torch.empty((*shape, fc2.in_features), dtype=dtype, device=inner.device)
+    has_bias = fc2.bias is not None or maps[0].bias is not None
+    bias = torch.zeros(shape, dtype=dtype, device=inner.device) if has_bias else None
+    for slot, linear in enumerate(maps):
+        product = linear.weight.to(wide) @ inner
+        weight[slot] = product[:, : fc2.in_features]
+        if bias is not None:
+            offset = product[:, fc2.in_features :].sum(dim=1)  # one column, or none
+            bias[slot] = offset if linear.bias is None else offset + linear.bias.to(wide)
+    return Folded(weight, bias, key)
+
+
+class _Fold(torch.autograd.Function):
+    """Hands out the folded weights; its backward is dW2 = sum_i W_i.T @ dM_i, db2 = sum_i W_i.T @ dc_i."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, folded: Folded, maps: Sequence[nn.Linear]
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.maps, ctx.dtypes = maps, (weight.dtype, None if bias is None else bias.dtype)
+        # Views: the cached tensors serve later calls too.
+        return folded.weight.view_as(folded.weight), None if folded.bias is None else folded.bias.view_as(folded.bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_bias: Tensor | None) -> tuple[Any, ...]:
+        need_weight, need_bias, *_ = ctx.needs_input_grad
+        total: Tensor | None = None
+        total_bias: Tensor | None = None
+        for slot, linear in enumerate(ctx.maps):
+            own = linear.weight
+            if need_weight and grad is not None:
+                part = (own.T.to(grad.dtype) @ grad[slot]).to(ctx.dtypes[0])
+                total = part if total is None else total.add_(part)
+            if need_bias and grad_bias is not None:
+                part = (grad_bias[slot] @ own.to(grad_bias.dtype)).to(ctx.dtypes[1])
+                total_bias = part if total_bias is None else total_bias.add_(part)
+        return total, total_bias, None, None
+
+
+_STEPS = [0]  # optimizer steps in this process, once somebody counts them
+
+
+def _count_steps() -> None:
+    """Some engines write trained weights past autograd's version counter, but all of them step an optimizer."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def count(*_: Any) -> None:
+        _STEPS[0] += 1
+
+    if _STEPS[0] == 0:
+        _STEPS[0] = 1
+        register_optimizer_step_post_hook(count)
+
+
+class Folding:
+    """Decides for each call whether to fold, and keeps the folded weights while the aligner's do not change.
+
+    A change is noticed by autograd's version counters and by any torch optimizer's step; whoever writes weights through
+    ``.data`` calls :meth:`forget`.
+
+    Args:
+        choice: "auto" (by :func:`break_even_rows`), "always" (wherever it can be done) or "never".
+    """
+
+    def __init__(self, choice: str = "auto") -> None:
+        self.choice = choice
+        self.last: str = "not asked yet"  # what was done for the last call, and why
+        self._folded: Folded | None = None
+        self._version: tuple[int, int] | None = None
+        self._calls, self._calls_before = 0, 1  # with the current weights, and with those before them
+        _count_steps()
+
+    def forget(self) -> None:
+        """Fold anew in the next call."""
+        self._folded = None
+
+    def __deepcopy__(self, memo: Any) -> Folding:
+        return Folding(self.choice)
+
+    def __getstate__(self) -> dict[str, Any]:  # pickled models do not carry what can be computed again
+        return Folding(self.choice).__dict__
+
+    def states(
+        self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module], hidden: Sequence[Tensor]
+    ) -> Tensor | None:
+        """(2L, B, S, D_kv): keys in the even slots, values in the odd ones; None where the modules are to be called."""
+        against = self._against(projector, attentions, hidden)
+        self._say(against)
+        if against is not None:
+            return None
+        fc1, fc2, maps = projector.fc1, projector.fc2, _maps(attentions)
+        folded = self._current(fc2, maps, hidden[0])
+        weight, bias = folded.weight, folded.bias
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (fc2.weight, fc2.bias)):
+            weight, bias = _Fold.apply(fc2.weight, fc2.bias, folded, maps)
+        return ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl)
+
+    def _against(
+        self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module], hidden: Sequence[Tensor]
+    ) -> str | None:
+        if self.choice == "never" or not attentions:
+            return "fold='never'"
+        if torch.compiler.is_compiling():
+            return "compiled: the weights' versions cannot be watched"
+        against = reason_against(projector, attentions)
+        if against is not None or self.choice == "always":
+            return against
+        fc2, linear = projector.fc2, _maps(attentions)[0]
+        version = fc2.weight._version, _STEPS[0]
+        if version != self._version:
+            self._version, self._calls, self._calls_before = version, 0, max(self._calls, 1)
+        self._calls += 1
+        training = torch.is_grad_enabled() and fc2.weight.requires_grad
+        if not training:
+            return None  # folded once, however many calls follow
+        rows = hidden[0].shape[0] * hidden[0].shape[1]
+        sizes = fc2.in_features, fc2.out_features, linear.out_features
+        needed = break_even_rows(*sizes, training=True, reused=self._calls_before)
+        return None if rows >= needed else f"{rows} rows a call, folding pays from {needed:.0f}"
+
+    def _current(self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor) -> Folded:
+        dtype = like.dtype
+        if torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(like.device.type)
+        parameters = [p for linear in (fc2, *maps) for p in (linear.weight, linear.bias) if p is not None]
+        key = (dtype, _STEPS[0], *((id(p), p.data_ptr(), p._version) for p in parameters))
+        if self._folded is None or self._folded.key != key:
+            self._folded = None  # the old one's memory first
+            self._folded = _fold(fc2, maps, dtype, key)
+        return self._folded
+
+    def _say(self, against: str | None) -> None:
+        now = "folded" if against is None else f"not folded: {against}"
+        if now != self.last:
+            logger.info("layalign: keys and values of the source: %s", now)
+            self.last = now

@@ -1,0 +1,213 @@
+"""Keys and values from folded weights: the same numbers as by the LLM's modules, and only where weights may be read."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from tiny import batch, tiny_model
+
+from layalign import ArgumentError, LayAlignConfig
+from layalign.fold import break_even_rows, reason_against
+
+
+def loss_and_gradients(model, inputs) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def both(llm: str = "llama", **options):
+    """The same model twice, called through modules and folded."""
+    return tiny_model(llm=llm, fold="never", **options), tiny_model(llm=llm, fold="always", **options)
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], bound: float = 1e-5) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        scale = first[name].abs().max().clamp(min=1e-3)
+        assert (first[name] - second[name]).abs().max() <= bound * scale, name
+
+
+@pytest.mark.parametrize("llm", ["llama", "llama_gqa_wide_heads", "qwen2", "gemma2", "olmo2"])
+def test_folded_and_called_give_the_same_loss_and_gradients(llm: str) -> None:
+    """qwen2 has biases, llama_gqa_wide_heads fewer key heads and another head size."""
+    modules, folded = both(llm)
+    inputs = batch(model=modules)
+    assert_same(loss_and_gradients(modules, inputs), loss_and_gradients(folded, inputs))
+    assert modules.folding.last == "not folded: fold='never'"
+    assert folded.folding.last == "folded"
+    inputs = batch(model=modules, targets=None)
+    new = [m.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0) for m in (modules, folded)]
+    assert torch.equal(*new)
+
+
+def test_a_training_run_with_accumulation_is_the_same() -> None:
+    modules, folded = both(language_layers=[0, 2])
+    losses = []
+    for model in (modules, folded):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        found = []
+        for step in range(4):
+            for micro in range(2):
+                loss = model(**batch(model=model, seed=10 * step + micro)).loss
+                (loss / 2).backward()
+                found.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(found)
+    assert losses[0][0] != losses[0][-1]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_weights_are_folded_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    from layalign import fold
+
+    counted = []
+    original = fold._fold
+    monkeypatch.setattr(fold, "_fold", lambda *a: (counted.append(1), original(*a))[1])
+    model = tiny_model(fold="always")
+    inputs = batch(model=model)
+    for _ in range(3):
+        model(**inputs).loss.backward()
+    assert len(counted) == 1
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    model(**inputs)
+    assert len(counted) == 2
+    # Written past autograd's version counter: an optimizer's step, or forget(), tells.
+    weight = model.encoder_aligner.projector.fc2.weight
+    weight.data = weight.data.clone().mul_(0.5)
+    first = model(**inputs).loss
+    assert len(counted) == 3  # other memory
+    weight.data.mul_(2.0)
+    assert torch.equal(model(**inputs).loss, first) and len(counted) == 3
+    model.folding.forget()
+    assert not torch.equal(model(**inputs).loss, first) and len(counted) == 4
+
+
+def reasons():
+    def lora(model):
+        model.add_lora(dict(r=2, target_modules=["k_proj"]))
+
+    def hook(model):
+        model._attentions[0].v_proj.register_forward_hook(lambda *_: None)
+
+    def patched(model):
+        model._attentions[0].k_proj.forward = lambda x: x
+
+    def trains(model):
+        model._attentions[1].k_proj.weight.requires_grad_(True)
+
+    def projector(model):
+        model.encoder_aligner.projector.register_forward_hook(lambda *_: None)
+
+    def quantised(model):
+        class OtherLinear(torch.nn.Linear):
+            pass
+
+        model._attentions[0].k_proj.__class__ = OtherLinear
+
+    return {
+        lora: "k_proj: Linear is not a plain Linear",
+        hook: "v_proj: Linear has hooks",
+        patched: "k_proj: Linear has hooks, a patched forward",
+        trains: "k_proj trains",
+        projector: "the aligner's projector has hooks",
+        quantised: "k_proj: OtherLinear is not a plain Linear",
+    }
+
+
+@pytest.mark.parametrize(("change", "reason"), reasons().items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_weights_that_must_not_be_read_are_not(change, reason: str) -> None:
+    if change.__name__ == "lora":
+        pytest.importorskip("peft")
+    model = tiny_model(fold="always")
+    change(model)
+    assert reason_against(model.encoder_aligner.projector, model._attentions).startswith(reason)
+    if change.__name__ != "patched":  # that one changes the width
+        model(**batch(model=model))
+        assert model.folding.last.startswith(f"not folded: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(structure="MLP"), 'structure "MLP" has a relu between the two maps'),
+        (dict(llm="phi3"), "Phi3Attention has no k_proj of its own"),
+        (dict(llm="gpt2"), "GPT2Attention has no k_proj of its own"),
+    ],
+)
+def test_models_that_cannot_be_folded_say_so(options: dict, reason: str) -> None:
+    model = tiny_model(fold="always", **options)
+    model(**batch(model=model))
+    assert model.folding.last == f"not folded: {reason}"
+
+
+def test_break_even() -> None:
+    assert round(break_even_rows(2048, 4096, 4096)) == 2048  # mT5-xl and Llama-2-7B
+    assert round(break_even_rows(2048, 4096, 1024)) == 819  # and Llama-3-8B
+    assert break_even_rows(2048, 4096, 1024, reused=10) < 82
+    assert break_even_rows(8, 4, 1000) == math.inf
+    training = [break_even_rows(512, 768, 768, training=True, reused=n) for n in (1, 2, 8)]
+    assert training == sorted(training, reverse=True) and round(training[0]) == 512
+
+
+def test_auto_folds_at_inference_and_by_the_rule_in_training() -> None:
+    model = tiny_model()  # D_e 24, D_l = D_kv 32
+    needed = break_even_rows(24, 32, 32, training=True)
+    few, many = batch(model=model, sources=(6, 3, 5)), batch(model=model, sources=(20, 20, 20))
+    assert 18 < needed < 60
+    model(**few)
+    assert model.folding.last == f"not folded: 18 rows a call, folding pays from {needed:.0f}"
+    model(**many)
+    assert model.folding.last == "folded"
+    with torch.no_grad():
+        model(**few)
+    assert model.folding.last == "folded"
+
+
+def test_other_dtypes_and_autocast() -> None:
+    modules, folded = both()
+    for model in (modules, folded):
+        model.llm.to(torch.bfloat16)  # encoder and aligner stay in float32
+    inputs = batch(model=modules)
+    first, second = (model(**inputs).loss for model in (modules, folded))
+    torch.testing.assert_close(first, second, rtol=2e-2, atol=2e-2)
+    modules, folded = both()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second = (model(**inputs).loss for model in (modules, folded))
+    torch.testing.assert_close(first, second, rtol=2e-2, atol=2e-2)
+    assert folded.folding._folded.weight.dtype == torch.bfloat16
+
+
+def test_copies_and_pickles_do_not_carry_the_folded_weights() -> None:
+    model = tiny_model(fold="always")
+    inputs = batch(model=model, targets=None)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        twin = copy.deepcopy(model)
+        assert twin.folding._folded is None and twin.folding.choice == "always"
+        assert torch.equal(twin(**inputs).logits, expected)
+    assert pickle.loads(pickle.dumps(model.folding))._folded is None
+
+
+def test_compiled_it_calls_the_modules() -> None:
+    modules, folded = both()
+    ids = torch.randint(4, 60, (2, 7))
+    compiled = torch.compile(folded.encode_source, backend="eager")
+    with torch.no_grad():
+        soft, source = compiled(ids, torch.ones_like(ids))
+        plain_soft, plain = modules.encode_source(ids, torch.ones_like(ids))
+    torch.testing.assert_close(soft, plain_soft)
+    torch.testing.assert_close(source.keys, plain.keys)
+
+
+def test_a_bad_choice_is_named() -> None:
+    with pytest.raises(ArgumentError, match=r"fold: expected one of \('auto', 'always', 'never'\), got 'maybe'"):
+        LayAlignConfig(fold="maybe")
