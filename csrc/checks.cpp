@@ -1,0 +1,231 @@
+#include "checks.h"
+
+namespace layalign {
+namespace {
+
+std::string sizes(const Tensor& tensor) {
+  std::string text = "(";
+  for (int i = 0; i < tensor.dims; ++i) text += (i ? ", " : "") + std::to_string(tensor.size[i]);
+  return text + ")";
+}
+
+int64_t elements(const Tensor& tensor) {
+  int64_t count = 1;
+  for (int i = 0; i < tensor.dims; ++i) count *= tensor.size[i];
+  return count;
+}
+
+bool floating(DType dtype) { return dtype != DType::boolean; }
+
+// Checks of one call, which all begin their message with its name.
+struct Checker {
+  const char* operation;
+
+  void need(bool holds, const char* argument, const std::string& expected) const {
+    if (!holds) fail(operation, argument, expected);
+  }
+
+  void shape(const char* name, const Tensor& tensor, std::vector<int64_t> wanted) const {
+    bool equal = tensor.dims == static_cast<int>(wanted.size());
+    std::string text;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      equal = equal && tensor.size[i] == wanted[i];
+      text += (i ? ", " : "") + std::to_string(wanted[i]);
+    }
+    need(equal, name, "expected sizes (" + text + "), got " + sizes(tensor));
+  }
+
+  void unit_last_stride(const char* name, const Tensor& tensor) const {
+    const int last = tensor.dims - 1;
+    need(last < 0 || tensor.size[last] <= 1 || tensor.stride[last] == 1, name, "expected a last stride of 1");
+  }
+
+  void dtype(const char* name, const Tensor& tensor, DType wanted) const {
+    need(tensor.dtype == wanted, name, "expected dtype code " + std::to_string(static_cast<int>(wanted)) + ", got " +
+                                           std::to_string(static_cast<int>(tensor.dtype)));
+  }
+
+  // A result, or None: its sizes and dtype, and memory that is written as a whole.
+  void contiguous(const char* name, const Tensor& tensor) const {
+    int64_t step = 1;
+    for (int i = tensor.dims - 1; i >= 0; --i) {
+      need(tensor.size[i] <= 1 || tensor.stride[i] == step, name, "expected contiguous memory");
+      step *= tensor.size[i];
+    }
+  }
+
+  void workspace(const Tensor& given, int64_t wanted) const {
+    if (wanted == 0) return;
+    dtype("workspace", given, DType::float32);
+    contiguous("workspace", given);
+    need(given && elements(given) >= wanted, "workspace", "expected " + std::to_string(wanted) + " elements");
+  }
+};
+
+void check_layers(const Checker& checker, const Tensor* hidden, int layers, const Tensor& weight) {
+  checker.need(layers >= 1 && layers <= kMaxLayers, "hidden", "expected 1 to 64 layers, got " + std::to_string(layers));
+  checker.need(hidden[0].dims == 3 && floating(hidden[0].dtype), "hidden[0]", "expected a floating tensor (B, S, D)");
+  for (int e = 0; e < layers; ++e) {
+    const std::string name = "hidden[" + std::to_string(e) + "]";
+    checker.shape(name.c_str(), hidden[e], {hidden[0].size[0], hidden[0].size[1], hidden[0].size[2]});
+    checker.dtype(name.c_str(), hidden[e], hidden[0].dtype);
+    checker.unit_last_stride(name.c_str(), hidden[e]);
+  }
+  checker.need(weight.dims == 2 && floating(weight.dtype), "weight", "expected a floating tensor (J, E)");
+  checker.need(weight.size[0] >= 1 && weight.size[0] <= kMaxSlots, "weight", "expected 1 to 256 slots");
+  checker.shape("weight", weight, {weight.size[0], layers});
+  checker.unit_last_stride("weight", weight);
+}
+
+void check_inputs(const Checker& checker, const Attention& in) {
+  const Tensor& query = in.query;
+  checker.need(query.dims == 4 && floating(query.dtype), "query", "expected a floating tensor (B, H, T, d)");
+  checker.need(query.size[3] >= 1 && query.size[3] <= kMaxHeadSize, "query", "expected a head size of 1 to 256");
+  checker.need(in.key.dims == 4 && in.key.size[1] > 0 && query.size[1] % in.key.size[1] == 0, "key",
+               "expected (B, G, S, d) with G a divisor of H");
+  for (const auto& [name, states] : {std::pair{"key", &in.key}, std::pair{"value", &in.value}}) {
+    checker.shape(name, *states, {query.size[0], in.key.size[1], in.key.size[2], query.size[3]});
+    checker.dtype(name, *states, query.dtype);
+    checker.unit_last_stride(name, *states);
+  }
+  checker.unit_last_stride("query", query);
+  checker.need(in.gate && floating(in.gate.dtype) && elements(in.gate) == 1, "gate", "expected one floating number");
+  if (in.base) {
+    checker.shape("base", in.base, {query.size[0], query.size[2], query.size[1], query.size[3]});
+    checker.need(floating(in.base.dtype), "base", "expected a floating tensor");
+    checker.unit_last_stride("base", in.base);
+  }
+  if (in.key_mask) {
+    checker.shape("key_mask", in.key_mask, {query.size[0], in.key.size[2]});
+    checker.dtype("key_mask", in.key_mask, DType::boolean);
+  }
+}
+
+void check_out(const Checker& checker, const Attention& in, const Tensor& out) {
+  checker.shape("out", out, {in.query.size[0], in.query.size[2], in.query.size[1], in.query.size[3]});
+  checker.dtype("out", out, in.query.dtype);
+  checker.contiguous("out", out);
+}
+
+void check_lse(const Checker& checker, const Attention& in, const Tensor& lse) {
+  checker.shape("lse", lse, {in.query.size[0], in.query.size[1], in.query.size[2]});
+  checker.dtype("lse", lse, DType::float32);
+  checker.contiguous("lse", lse);
+}
+
+}  // namespace
+
+void fail(const char* operation, const char* argument, const std::string& expected) {
+  throw Error(std::string(operation) + ": " + argument + ": " + expected);
+}
+
+void check_tensor(const char* operation, const char* name, const Tensor& tensor) {
+  for (int i = 0; i < tensor.dims; ++i)
+    if (tensor.size[i] < 0 || tensor.stride[i] < 0) fail(operation, name, "expected sizes and strides of 0 or more");
+  if (!tensor && elements(tensor) > 0) fail(operation, name, "expected an address, got null");
+}
+
+void check(const LayerMixForward& call) {
+  const Checker checker{"layer_mix"};
+  check_layers(checker, call.hidden, call.layers, call.weight);
+  const Tensor& first = call.hidden[0];
+  if (call.bias) {
+    checker.need(floating(call.bias.dtype), "bias", "expected a floating tensor");
+    checker.shape("bias", call.bias, {call.weight.size[0]});
+  }
+  checker.shape("out", call.out, {call.weight.size[0], first.size[0], first.size[1], first.size[2]});
+  checker.dtype("out", call.out, first.dtype);
+  checker.contiguous("out", call.out);
+}
+
+void check(const LayerMixBackward& call, int64_t workspace) {
+  const Checker checker{"layer_mix_backward"};
+  check_layers(checker, call.hidden, call.layers, call.weight);
+  const Tensor& first = call.hidden[0];
+  for (const auto& [name, states] : {std::pair{"grad", &call.grad}, std::pair{"x", &call.x}}) {
+    checker.shape(name, *states, {call.weight.size[0], first.size[0], first.size[1], first.size[2]});
+    checker.dtype(name, *states, first.dtype);
+    checker.unit_last_stride(name, *states);
+  }
+  checker.contiguous("x", call.x);
+  checker.need(bool(call.dweight) == bool(call.dbias), "dbias", "expected dweight and dbias together");
+  if (call.dweight) {
+    checker.shape("dweight", call.dweight, {call.weight.size[0], call.layers});
+    checker.shape("dbias", call.dbias, {call.weight.size[0]});
+    for (const Tensor* sums : {&call.dweight, &call.dbias}) {
+      checker.dtype("dweight, dbias", *sums, DType::float32);
+      checker.contiguous("dweight, dbias", *sums);
+    }
+  }
+  if (call.dhidden) {
+    checker.shape("dhidden", call.dhidden, {call.layers, first.size[0], first.size[1], first.size[2]});
+    checker.dtype("dhidden", call.dhidden, first.dtype);
+    checker.contiguous("dhidden", call.dhidden);
+  }
+  checker.workspace(call.workspace, workspace);
+}
+
+void check(const AttentionForward& call) {
+  const Checker checker{"gated_cross_attention"};
+  check_inputs(checker, call.in);
+  check_out(checker, call.in, call.out);
+  check_lse(checker, call.in, call.lse);
+}
+
+void check(const AttentionDecode& call, int64_t workspace) {
+  const Checker checker{"gated_decode"};
+  check_inputs(checker, call.in);
+  check_out(checker, call.in, call.out);
+  checker.need(call.splits >= 1, "splits", "expected at least 1");
+  checker.workspace(call.workspace, workspace);
+}
+
+void check(const AttentionBackward& call, int64_t workspace) {
+  const Checker checker{"gated_cross_attention_backward"};
+  check_inputs(checker, call.in);
+  const Attention& in = call.in;
+  checker.shape("grad", call.grad, {in.query.size[0], in.query.size[2], in.query.size[1], in.query.size[3]});
+  checker.dtype("grad", call.grad, in.query.dtype);
+  checker.unit_last_stride("grad", call.grad);
+  check_lse(checker, in, call.lse);
+  const Tensor *results[] = {&call.dquery, &call.dkey, &call.dvalue}, *inputs[] = {&in.query, &in.key, &in.value};
+  const char* names[] = {"dquery", "dkey", "dvalue"};
+  for (int i = 0; i < 3; ++i) {
+    if (!*results[i]) continue;
+    const int64_t* size = inputs[i]->size;
+    checker.shape(names[i], *results[i], {size[0], size[1], size[2], size[3]});
+    checker.dtype(names[i], *results[i], in.query.dtype);
+    checker.unit_last_stride(names[i], *results[i]);
+  }
+  if (call.dgate) {
+    checker.need(elements(call.dgate) == 1, "dgate", "expected one number");
+    checker.dtype("dgate", call.dgate, DType::float32);
+  }
+  checker.workspace(call.workspace, workspace);
+}
+
+int64_t mix_workspace(const LayerMixBackward& call, [[maybe_unused]] int device) {
+  if (!call.dweight || call.layers < 1) return 0;
+  const Tensor& first = call.hidden[0];
+  const int64_t rows = first.size[0] * first.size[1];
+#ifdef LAYALIGN_HAVE_CUDA
+  if (device >= 0) return cuda::layer_mix_workspace(call.weight.size[0], call.layers, rows, first.size[2]);
+#endif
+  return cpu::layer_mix_workspace(call.weight.size[0], call.layers, rows, first.size[2]);
+}
+
+int64_t decode_workspace([[maybe_unused]] const AttentionDecode& call, [[maybe_unused]] int device) {
+#ifdef LAYALIGN_HAVE_CUDA
+  if (device >= 0 && call.splits > 1) return cuda::decode_workspace(call);
+#endif
+  return 0;
+}
+
+int64_t backward_workspace([[maybe_unused]] const AttentionBackward& call, [[maybe_unused]] int device) {
+#ifdef LAYALIGN_HAVE_CUDA
+  if (device >= 0) return cuda::attention_backward_workspace(call);
+#endif
+  return 0;
+}
+
+}  // namespace layalign

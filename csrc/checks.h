@@ -1,0 +1,28 @@
+// What must hold before a kernel may see a call. Python has checked its arguments already; this is the last door.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "layalign.h"
+
+namespace layalign {
+
+// Throws Error("<operation>: <argument>: <what was expected>").
+[[noreturn]] void fail(const char* operation, const char* argument, const std::string& expected);
+
+// One tensor on its own: no negative sizes or strides, memory where there are elements.
+void check_tensor(const char* operation, const char* name, const Tensor& tensor);
+
+void check(const LayerMixForward& call);
+void check(const LayerMixBackward& call, int64_t workspace);
+void check(const AttentionForward& call);
+void check(const AttentionDecode& call, int64_t workspace);
+void check(const AttentionBackward& call, int64_t workspace);
+
+// Elements of fp32 workspace that a call needs on a device; device -1 is the CPU.
+int64_t mix_workspace(const LayerMixBackward& call, int device);
+int64_t decode_workspace(const AttentionDecode& call, int device);
+int64_t backward_workspace(const AttentionBackward& call, int device);
+
+}  // namespace layalign

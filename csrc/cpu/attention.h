@@ -1,0 +1,121 @@
+// What the attention kernels share: which source tokens are attended, and where the rows of a group lie.
+//
+// The H / G heads that share a key/value head are one matrix of queries: row i of group g is head g * (H / G) + i / T,
+// token i % T. Only attended tokens are ever looked at: padding costs nothing, and NaN in it has no influence.
+#pragma once
+
+#include "tiles.h"
+
+namespace layalign::cpu::LAYALIGN_ISA {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kInfinity = __builtin_inff();
+
+// For each batch row the attended source tokens in order; without a mask one list of all of them serves every row.
+struct Attended {
+  Scratch memory;
+  int32_t* tokens;
+  int32_t* counts;
+  int64_t stride;
+
+  Attended(const Tensor& mask, int64_t batch, int64_t length)
+      : memory(mask ? batch * (length + 1) : length + 1),
+        tokens(reinterpret_cast<int32_t*>(memory.data)),
+        counts(tokens + (mask ? batch : 1) * length),
+        stride(mask ? length : 0) {
+    if (!mask) {
+      for (int64_t s = 0; s < length; ++s) tokens[s] = static_cast<int32_t>(s);
+      counts[0] = static_cast<int32_t>(length);
+      return;
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      const uint8_t* from = static_cast<const uint8_t*>(mask.data) + b * mask.stride[0];
+      int32_t* to = tokens + b * stride;
+      int32_t count = 0;
+      for (int64_t s = 0; s < length; ++s) {
+        to[count] = static_cast<int32_t>(s);
+        count += from[s * mask.stride[1]] != 0;
+      }
+      counts[b] = count;
+    }
+  }
+  const int32_t* of(int64_t b) const { return tokens + b * stride; }
+  int64_t count(int64_t b) const { return counts[stride == 0 ? 0 : b]; }
+};
+
+struct Sizes {
+  int64_t batch, heads, length, size, groups, source;  // B, H, T, d, G, S
+  int64_t shared;                                      // H / G
+  int64_t rows;                                        // H / G * T, of one group
+  int64_t vecs, width;                                 // registers in a head, and the floats they hold
+
+  explicit Sizes(const Attention& in)
+      : batch(in.query.size[0]),
+        heads(in.query.size[1]),
+        length(in.query.size[2]),
+        size(in.query.size[3]),
+        groups(in.key.size[1]),
+        source(in.key.size[2]),
+        shared(groups == 0 ? 0 : heads / groups),
+        rows(shared * length),
+        vecs(ceil_div(size, kLanes)),
+        width(vecs * kLanes) {}
+
+  int64_t head(int64_t group, int64_t row) const { return group * shared + row / length; }
+  int64_t token(int64_t row) const { return row % length; }
+};
+
+// The rows found by `address`, as (count, width) floats.
+template <typename Address>
+static void pack_rows(DType type, const Address& address, int64_t count, int64_t size, int64_t width, float* to) {
+  for (int64_t i = 0; i < count; ++i) widen(type, address(i), size, to + i * width);
+}
+
+// K or V of some attended tokens, (count, d) floats: where they lie if that serves, else copied to `buffer`.
+// `whole`: up to whole registers. `reused`: read many times over, when it pays to bring far rows together (rows at
+// distances of 4 KiB and multiples share a cache set).
+static inline Left token_rows(
+    const Tensor& x, const Sizes& n, int64_t b, int64_t g, const int32_t* tokens, int64_t count, bool whole,
+    bool reused, float* buffer) {
+  const int64_t stride = x.stride[2];
+  const bool side_by_side = x.dtype == DType::float32 && tokens[count - 1] - tokens[0] == count - 1;
+  if (side_by_side && (!whole || n.size == n.width) && (!reused || stride <= 2 * n.width)) {
+    return {reinterpret_cast<const float*>(at(x, b, g, tokens[0])), stride, 1};
+  }
+  pack_rows(x.dtype, [&](int64_t s) { return at(x, b, g, tokens[s]); }, count, n.size, n.width, buffer);
+  return {buffer, n.width, 1};
+}
+
+// (rows, width) as (width, columns), times `factor`; columns is a multiple of kLanes, those past `rows` are zero.
+static inline void pack_transposed(
+    const float* from, int64_t rows, int64_t width, float factor, int64_t columns, float* to) {
+  Vec x[kLanes];
+  for (int64_t i = 0; i < columns; i += kLanes) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      for (int64_t r = 0; r < kLanes; ++r) x[r] = i + r < rows ? load(from + (i + r) * width + c) * factor : Vec{};
+      transpose(x);
+      for (int64_t r = 0; r < kLanes; ++r) store(to + (c + r) * columns + i, x[r]);
+    }
+  }
+}
+
+// Attention of few rows to each group, without packing: lanes run over the head size. For decoding, and short T.
+constexpr int64_t kFewRows = kLanes / 2;
+void attend_few_rows(const Attention& in, const Tensor& out, const Tensor& lse, int threads);
+// The general case; `lse` may be absent.
+void attend(const Attention& in, const Tensor& out, const Tensor& lse, int threads);
+
+// out row = total * factor + base, in out's type. `total` has whole registers.
+static inline void finish_row(
+    const Attention& in, const Sizes& n, const Tensor& out, int64_t b, int64_t t, int64_t h, float* total,
+    float factor) {
+  for (int64_t c = 0; c < n.width; c += kLanes) store(total + c, load(total + c) * factor);
+  if (in.base) {
+    float base[kMaxHeadSize];
+    widen(in.base.dtype, at(in.base, b, t, h), n.size, base);
+    for (int64_t c = 0; c < n.width; c += kLanes) store(total + c, load(total + c) + load(base + c));
+  }
+  narrow(out.dtype, total, n.size, at(out, b, t, h));
+}
+
+}  // namespace layalign::cpu::LAYALIGN_ISA

@@ -1,0 +1,130 @@
+// out = base + gate * softmax(query key^T * scale) value, many rows.
+//
+// Shapes: a task takes up to kRowBlock rows of one group, (rows, d), against the n <= S attended tokens, in blocks of
+// kKeyBlock: scores^T (keys, rows) = K (keys, d) Q^T (d, rows), then out (rows, d) += P (rows, keys) V (keys, d). With
+// lanes over the rows, softmax's maxima and sums need nothing across lanes, and K needs no transposition.
+// Arithmetic: 4 rows n d flop per task; bytes: K and V once per task, 8 n d, from L2 as a rule.
+// Scratch per thread: Q, Q^T and out (rows, d), one block of K, V and scores: at most
+// 4 * (3 * kRowBlock * d + 2 * kKeyBlock * d + kKeyBlock * kRowBlock) bytes = 0.4 MiB at d = 256, whatever S and T.
+#include "attention.h"
+
+namespace layalign::cpu::LAYALIGN_ISA {
+namespace {
+
+constexpr int64_t kRowBlock = 64;
+constexpr int64_t kKeyBlock = 64;
+
+// C = factor[i] * C + A B
+struct Rescale {
+  float* data;
+  int64_t row;
+  const float* factor;
+  Vec first(int64_t, int64_t) const { return Vec{}; }
+  void last(int64_t i, int64_t column, Vec value) const {
+    float* to = data + i * row + column;
+    store(to, load(to) * factor[i] + value);
+  }
+};
+
+struct Buffers {
+  int64_t columns;  // rows of a block, rounded up to registers
+  float *query, *turned, *total, *key, *value, *scores, *highest, *sums, *factor;
+
+  static int64_t size(const Sizes& n, int64_t columns) {
+    return columns * (3 * n.width + kKeyBlock + 3) + 2 * kKeyBlock * n.width;
+  }
+  Buffers(const Sizes& n, int64_t columns_, float* memory) : columns(columns_) {
+    query = memory;
+    turned = query + columns * n.width;
+    total = turned + columns * n.width;
+    key = total + columns * n.width;
+    value = key + kKeyBlock * n.width;
+    scores = value + kKeyBlock * n.width;
+    highest = scores + kKeyBlock * columns;
+    sums = highest + columns;
+    factor = sums + columns;
+  }
+};
+
+// One step of the online softmax: scores (keys, columns) become 2^(score - highest); `factor` is what earlier blocks'
+// sums are to be multiplied by.
+void softmax_block(const Buffers& x, int64_t keys) {
+  for (int64_t c = 0; c < x.columns; c += kLanes) {
+    float* scores = x.scores + c;
+    const Vec before = load(x.highest + c);
+    Vec highest = before;
+    for (int64_t s = 0; s < keys; ++s) highest = maximum(load(scores + s * x.columns), highest);
+    // Where all scores are -inf so far, subtracting 0 instead leaves them so, and their powers 0.
+    const Vec shift = highest == -kInfinity ? Vec{} : highest;
+    const Vec factor = exp2(before - shift);
+    Vec total{};
+    for (int64_t s = 0; s < keys; ++s) {
+      const Vec power = exp2(load(scores + s * x.columns) - shift);
+      store(scores + s * x.columns, power);
+      total += power;
+    }
+    store(x.highest + c, highest);
+    store(x.factor + c, factor);
+    store(x.sums + c, load(x.sums + c) * factor + total);
+  }
+}
+
+void attend_block(
+    const Attention& in, const Sizes& n, const Attended& attended, const Tensor& out, const Tensor& lse, float gate,
+    int64_t b, int64_t g, int64_t begin, int64_t rows, const Buffers& x) {
+  auto query = [&](int64_t i) { return at(in.query, b, n.head(g, begin + i), n.token(begin + i)); };
+  pack_rows(in.query.dtype, query, rows, n.size, n.width, x.query);
+  pack_transposed(x.query, rows, n.width, in.scale * kLog2e, x.columns, x.turned);
+  for (int64_t c = 0; c < x.columns; ++c) x.highest[c] = -kInfinity, x.sums[c] = 0;
+
+  const int64_t count = attended.count(b), blocks = ceil_div(count, kKeyBlock);
+  const int32_t* tokens = attended.of(b);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t from = count * block / blocks, keys = count * (block + 1) / blocks - from;
+    const Left key = token_rows(in.key, n, b, g, tokens + from, keys, false, rows > kLanes, x.key);
+    const Left value = token_rows(in.value, n, b, g, tokens + from, keys, true, rows > kLanes, x.value);
+    multiply_deep(keys, x.columns / kLanes, n.size, key, Right{x.turned, x.columns}, x.scores);
+    softmax_block(x, keys);
+    const Left powers{x.scores, 1, x.columns};
+    const Right values{value.data, value.row};
+    if (block == 0) multiply(rows, n.vecs, keys, powers, values, Overwrite{x.total, n.width});
+    else multiply(rows, n.vecs, keys, powers, values, Rescale{x.total, n.width, x.factor});
+  }
+  if (count == 0) memset(x.total, 0, sizeof(float) * static_cast<size_t>(rows * n.width));
+
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t h = n.head(g, begin + i), t = n.token(begin + i);
+    finish_row(in, n, out, b, t, h, x.total + i * n.width, count == 0 ? gate * 0 : gate / x.sums[i]);
+    if (!lse) continue;
+    *reinterpret_cast<float*>(at(lse, b, h, t)) = count == 0 ? -kInfinity : x.highest[i] + __builtin_log2f(x.sums[i]);
+  }
+}
+
+}  // namespace
+
+void attend(const Attention& in, const Tensor& out, const Tensor& lse, int threads) {
+  const Sizes n(in);
+  const int64_t blocks = ceil_div(n.rows, kRowBlock), pairs = n.batch * n.groups;
+  if (pairs * blocks == 0 || n.size == 0) return;
+  const double steps = 2.0 * static_cast<double>(n.batch * n.heads * n.length) * static_cast<double>(n.source * n.size);
+  threads = worth_threads(threads, steps / 3e3 / kLanes);
+  const Attended attended(in.key_mask, n.batch, n.source);
+  const int64_t columns = round_up(ceil_div(n.rows, blocks), kLanes);
+  const int64_t each = round_up(Buffers::size(n, columns), 16);
+  const Scratch memory(each * smaller(threads, pairs * blocks));
+  const float gate = number(in.gate);
+  parallel(pairs * blocks, threads, [&](int64_t task, int worker) {
+    const int64_t pair = task / blocks, block = task % blocks;
+    const int64_t begin = n.rows * block / blocks, end = n.rows * (block + 1) / blocks;
+    attend_block(in, n, attended, out, lse, gate, pair / n.groups, pair % n.groups, begin, end - begin,
+                 Buffers(n, columns, memory.data + worker * each));
+  });
+}
+
+void attention_forward(const AttentionForward& call, int threads) {
+  const Sizes n(call.in);
+  if (n.rows <= kFewRows) attend_few_rows(call.in, call.out, call.lse, threads);
+  else attend(call.in, call.out, call.lse, threads);
+}
+
+}  // namespace layalign::cpu::LAYALIGN_ISA

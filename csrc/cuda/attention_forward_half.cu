@@ -1,0 +1,6 @@
+// The forward and decode kernels for Half.
+#include "attention_forward.cuh"
+
+namespace layalign::cuda {
+template void attention_rows<Half>(const AttentionParameters&, int64_t, bool, const char*, Launch);
+}  // namespace layalign::cuda

@@ -1,0 +1,130 @@
+// What the kernels compute, for every device: raw memory, sizes and strides; nothing of torch.
+//
+// The mathematics is that of layalign/reference.py, under the same names. Letters: B batch, S source tokens, T language
+// model tokens, E encoder layers, J = 2L slots, D encoder width, H query heads, G key/value heads, d head size.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace layalign {
+
+enum class DType : int32_t { float32 = 0, float16 = 1, bfloat16 = 2, boolean = 3 };
+
+// A tensor somewhere in the memory of one device. `data` null: absent. Strides count elements; where a tensor is not
+// null its last stride is 1 and its sizes have been checked against the other arguments by the binding.
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int dims = 0;
+  int64_t size[4] = {0, 0, 0, 0};
+  int64_t stride[4] = {0, 0, 0, 0};
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+constexpr int kMaxLayers = 64;    // E
+constexpr int kMaxSlots = 256;    // J
+constexpr int kMaxHeadSize = 256; // d
+
+// x[j] = relu(sum_e weight[j, e] * hidden[e] + bias[j])
+struct LayerMixForward {
+  const Tensor* hidden;  // E tensors (B, S, D), one dtype, each with its own strides
+  int layers;            // E
+  Tensor weight;         // (J, E), any floating dtype, any strides over J
+  Tensor bias;           // (J,) or absent, any floating dtype
+  Tensor out;            // (J, B, S, D) contiguous, hidden's dtype
+};
+
+// With g[j] = grad[j] where x[j] > 0, else 0:
+//   dweight[j, e] = sum_bsd g[j] * hidden[e];  dbias[j] = sum_bsd g[j];  dhidden[e] = sum_j weight[j, e] * g[j]
+// The sums over (B, S, D) are taken in a fixed order: the same bits every time, whatever the number of threads.
+struct LayerMixBackward {
+  const Tensor* hidden;  // as above
+  int layers;
+  Tensor weight;
+  Tensor grad;       // (J, B, S, D), x's dtype, any strides with a unit last one
+  Tensor x;          // (J, B, S, D) contiguous: the forward's output
+  Tensor dweight;    // (J, E) fp32 contiguous, or absent (then dbias is absent too)
+  Tensor dbias;      // (J,) fp32
+  Tensor dhidden;    // (E, B, S, D) contiguous in hidden's dtype, or absent
+  Tensor workspace;  // fp32, layer_mix_workspace(...) elements; absent where that is 0
+};
+
+// out[b, t, h] = base[b, t, h] + gate * sum_s softmax_s(query[b, h, t] . key[b, g, s] * scale) * value[b, g, s]
+// with g = h / (H / G); a row whose key_mask is all false contributes zero; what lies under a false mask (NaN, say) has
+// no influence. Softmax and sums in fp32.
+struct Attention {
+  Tensor query;     // (B, H, T, d), fp32, fp16 or bf16
+  Tensor key;       // (B, G, S, d), query's dtype
+  Tensor value;     // (B, G, S, d), query's dtype
+  Tensor gate;      // one number, any floating dtype, read where it lies
+  Tensor base;      // (B, T, H, d) or absent, any floating dtype
+  Tensor key_mask;  // (B, S) boolean, any strides, or absent
+  float scale;
+};
+
+struct AttentionForward {
+  Attention in;
+  Tensor out;  // (B, T, H, d) contiguous, query's dtype
+  Tensor lse;  // (B, H, T) fp32 contiguous: log2 of sum_s 2^(score * log2(e)), -inf where nothing is attended
+};
+
+// T is small (at most 16); the heads of a group share one pass over the source, which may be split.
+struct AttentionDecode {
+  Attention in;
+  Tensor out;        // (B, T, H, d) contiguous, query's dtype
+  int splits;        // parts of the source worked on side by side; 1: no workspace
+  Tensor workspace;  // fp32, decode_workspace(...) elements; absent where that is 0
+};
+
+// With P = softmax, A = P v, g = grad * gate:
+//   dvalue = P^T g;  delta[t] = sum_s P * (g v^T);  dscore = P * (g v^T - delta);  dquery = dscore k * scale;
+//   dkey = dscore^T q * scale (both summed over the heads of a group);  dgate = sum grad * A.
+struct AttentionBackward {
+  Attention in;      // base is not looked at
+  Tensor grad;       // (B, T, H, d), query's dtype, any strides with a unit last one
+  Tensor lse;        // what the forward returned
+  Tensor dquery;     // (B, H, T, d), query's dtype, unit last stride, or absent
+  Tensor dkey;       // (B, G, S, d), likewise
+  Tensor dvalue;     // (B, G, S, d), likewise
+  Tensor dgate;      // one fp32 number, or absent
+  Tensor workspace;  // fp32, attention_backward_workspace(...) elements; absent where that is 0
+};
+
+// Thrown by the kernels' callers; the binding makes a Python exception of it. The text begins with the operation's name.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+namespace cpu {
+// `threads`: at most so many, of the pool that torch works with.
+void layer_mix_forward(const LayerMixForward& call, int threads);
+void layer_mix_backward(const LayerMixBackward& call, int threads);
+int64_t layer_mix_workspace(int64_t slots, int64_t layers, int64_t rows, int64_t width);
+void attention_forward(const AttentionForward& call, int threads);
+void attention_decode(const AttentionDecode& call, int threads);
+void attention_backward(const AttentionBackward& call, int threads);
+const char* instruction_set();                          // the one in use: "avx512", "avx2", "neon" or "baseline"
+bool use_instruction_set(const char* name);             // false where this machine lacks it; for tests
+}  // namespace cpu
+
+namespace cuda {
+struct Launch {
+  int device;    // index as CUDA counts
+  void* stream;  // cudaStream_t; the work is queued there and nothing waits for it
+};
+// All of them capture into CUDA graphs: no allocation, no synchronisation, nothing read back.
+void layer_mix_forward(const LayerMixForward& call, Launch launch);
+void layer_mix_backward(const LayerMixBackward& call, Launch launch);
+int64_t layer_mix_workspace(int64_t slots, int64_t layers, int64_t rows, int64_t width);
+void attention_forward(const AttentionForward& call, Launch launch);
+void attention_decode(const AttentionDecode& call, Launch launch);
+int64_t decode_workspace(const AttentionDecode& call);  // elements, for call.splits
+int decode_splits(const Attention& in, int device);     // how many parts suit this device
+void attention_backward(const AttentionBackward& call, Launch launch);
+int64_t attention_backward_workspace(const AttentionBackward& call);
+}  // namespace cuda
+
+}  // namespace layalign

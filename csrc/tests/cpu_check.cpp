@@ -1,0 +1,535 @@
+// Checks every CPU kernel against loops in double precision written from the formulas of layalign.h.
+//
+// A program of its own, without Python: to be run plain, under the address and undefined-behaviour sanitizers, and
+// under an emulator of other machines. Every buffer has exactly its tensor's size, outputs are filled with NaN
+// beforehand, and so is all memory under a false mask and between strided rows. Prints a line per group of checks for
+// each instruction set of the machine: their number and the worst error as a fraction of what is allowed. Exit status 1
+// on a failure.
+//
+// usage: cpu_check [cases per group, default 60]
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../layalign.h"
+
+using namespace layalign;
+
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kFloatEps = 0x1p-23;
+
+std::mt19937_64 generator(1);
+int64_t below(int64_t n) { return static_cast<int64_t>(generator() % static_cast<uint64_t>(n)); }
+double normal() { return std::normal_distribution<double>()(generator); }
+template <typename T>
+T one_of(std::initializer_list<T> choices) {
+  return choices.begin()[below(static_cast<int64_t>(choices.size()))];
+}
+
+// -- numbers ----------------------------------------------------------------------------------------------------------
+
+int64_t bytes_of(DType type) { return type == DType::float32 ? 4 : type == DType::boolean ? 1 : 2; }
+double eps_of(DType type) { return type == DType::float32 ? 0x1p-23 : type == DType::float16 ? 0x1p-10 : 0x1p-7; }
+const char* name_of(DType type) {
+  return type == DType::float32 ? "fp32" : type == DType::float16 ? "fp16" : "bf16";
+}
+
+double half_value(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  double value = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  if (exponent == 31) value = mantissa != 0 ? kNan : kInfinity;
+  return bits & 0x8000 ? -value : value;
+}
+
+uint16_t half_bits(double value) {  // to nearest, ties to even
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const double size = std::fabs(value);
+  if (std::isnan(value)) return 0x7e00;
+  if (size >= 65520) return static_cast<uint16_t>(sign | 0x7c00);
+  int exponent;
+  std::frexp(size, &exponent);
+  const double unit = std::ldexp(1.0, std::max(exponent - 11, -24));
+  const double whole = std::nearbyint(size / unit) * unit;
+  std::frexp(whole, &exponent);
+  if (whole < 0x1p-14) return static_cast<uint16_t>(sign | static_cast<int>(whole * 0x1p24));
+  const int mantissa = static_cast<int>(std::ldexp(whole, 11 - exponent)) - 1024;
+  return static_cast<uint16_t>(sign | ((exponent + 14) << 10) | mantissa);
+}
+
+double read(const void* data, DType type, int64_t i) {
+  if (type == DType::float32) return static_cast<const float*>(data)[i];
+  if (type == DType::boolean) return static_cast<const uint8_t*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  if (type == DType::float16) return half_value(bits);
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+void write(void* data, DType type, int64_t i, double value) {
+  if (type == DType::float32) {
+    static_cast<float*>(data)[i] = static_cast<float>(value);
+  } else if (type == DType::boolean) {
+    static_cast<uint8_t*>(data)[i] = value != 0;
+  } else if (type == DType::float16) {
+    static_cast<uint16_t*>(data)[i] = half_bits(value);
+  } else {
+    const float narrow = static_cast<float>(value);
+    uint32_t bits;
+    std::memcpy(&bits, &narrow, 4);
+    bits = std::isnan(value) ? 0x7fc00000 : bits + 0x7fff + (bits >> 16 & 1);
+    static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(bits >> 16);
+  }
+}
+
+// -- tensors ----------------------------------------------------------------------------------------------------------
+
+// A tensor in heap memory of its exact size. `order`: which dimension lies outermost, ... innermost; `gap`: elements
+// left out after each innermost row. Everything is NaN at first (or false).
+struct Array : Tensor {
+  std::shared_ptr<void> memory;
+  int64_t elements = 0;
+
+  Array() = default;
+  Array(DType type, std::vector<int64_t> sizes, std::vector<int> order = {}, int64_t gap = 0) {
+    dtype = type;
+    dims = static_cast<int>(sizes.size());
+    if (order.empty()) {
+      for (int i = 0; i < dims; ++i) order.push_back(i);
+    }
+    int64_t step = 1, count = 1;
+    for (int i = dims - 1; i >= 0; --i) {
+      const int axis = order[static_cast<size_t>(i)];
+      size[axis] = sizes[static_cast<size_t>(axis)];
+      stride[axis] = step;
+      step = step * size[axis] + (i == dims - 1 ? gap : 0);
+      count *= size[axis];
+    }
+    elements = count == 0 ? 0 : 1;
+    for (int i = 0; i < dims && count != 0; ++i) elements += (size[i] - 1) * stride[i];
+    memory.reset(std::malloc(static_cast<size_t>(std::max<int64_t>(1, elements * bytes_of(type)))), std::free);
+    data = memory.get();
+    for (int64_t i = 0; i < elements; ++i) write(data, type, i, type == DType::boolean ? 0 : kNan);
+  }
+
+  int64_t offset(int64_t i, int64_t j = 0, int64_t k = 0, int64_t l = 0) const {
+    return i * stride[0] + j * stride[1] + k * stride[2] + l * stride[3];
+  }
+  double operator()(int64_t i, int64_t j = 0, int64_t k = 0, int64_t l = 0) const {
+    return read(data, dtype, offset(i, j, k, l));
+  }
+  template <typename Function>
+  void each(const Function& function) const {
+    const int64_t n[4] = {size[0], dims > 1 ? size[1] : 1, dims > 2 ? size[2] : 1, dims > 3 ? size[3] : 1};
+    for (int64_t i = 0; i < n[0]; ++i)
+      for (int64_t j = 0; j < n[1]; ++j)
+        for (int64_t k = 0; k < n[2]; ++k)
+          for (int64_t l = 0; l < n[3]; ++l) function(i, j, k, l);
+  }
+  Array& fill(double spread = 1) {
+    each([&](int64_t i, int64_t j, int64_t k, int64_t l) {
+      write(data, dtype, offset(i, j, k, l), spread * normal());
+    });
+    return *this;
+  }
+  Array fresh() const {  // the same tensor elsewhere, all NaN
+    Array other = *this;
+    other.memory.reset(std::malloc(static_cast<size_t>(std::max<int64_t>(1, elements * bytes_of(dtype)))), std::free);
+    other.data = other.memory.get();
+    for (int64_t i = 0; i < elements; ++i) write(other.data, dtype, i, kNan);
+    return other;
+  }
+};
+
+// An exact result: values, and per value the sum of the sizes of its terms (what rounding errors are relative to).
+struct Exact {
+  std::vector<double> value, terms;
+  explicit Exact(int64_t count) : value(static_cast<size_t>(count)), terms(static_cast<size_t>(count)) {}
+};
+
+struct Group {
+  int64_t checks = 0;
+  double worst = 0;
+};
+std::map<std::string, Group> results;
+bool failed = false;
+
+void fail(const std::string& group, const std::string& what) {
+  if (!failed) std::printf("FAILED (%s) %s: %s\n", cpu::instruction_set(), group.c_str(), what.c_str());
+  failed = true;
+}
+
+// |found - exact| against half a unit of the type (twice over) and `units` float roundings of the largest sum of terms.
+void compare(const std::string& group, const std::string& what, const Array& found, const Exact& exact, double units) {
+  double largest = 0, terms = 0, worst = 0;
+  for (double v : exact.value) largest = std::max(largest, std::isfinite(v) ? std::fabs(v) : 0);
+  for (double v : exact.terms) terms = std::max(terms, v);
+  const double smallest = found.dtype == DType::float16 ? 0x1p-24 : 1e-37;
+  const double allowed = eps_of(found.dtype) * largest + units * kFloatEps * terms + smallest;
+  size_t n = 0;
+  found.each([&](int64_t i, int64_t j, int64_t k, int64_t l) {
+    const double want = exact.value[n++], got = found(i, j, k, l);
+    double error = std::fabs(want - got);
+    if (std::isinf(want) && got == want) error = 0;
+    if (!(error <= allowed)) {
+      fail(group, what + " at " + std::to_string(n - 1) + ": " + std::to_string(got) + " for " + std::to_string(want));
+    }
+    worst = std::max(worst, error / allowed);
+  });
+  Group& entry = results[group];
+  ++entry.checks;
+  entry.worst = std::max(entry.worst, worst);
+}
+
+void same_bits(const std::string& group, const std::string& what, const Array& a, const Array& b) {
+  a.each([&](int64_t i, int64_t j, int64_t k, int64_t l) {
+    const int64_t size = bytes_of(a.dtype), at = a.offset(i, j, k, l) * size;
+    const char *one = static_cast<const char*>(a.data) + at, *two = static_cast<const char*>(b.data) + at;
+    if (std::memcmp(one, two, static_cast<size_t>(size)) == 0) return;
+    fail(group, what + ": other bits with another number of threads");
+  });
+  ++results[group].checks;
+}
+
+// -- layer mix --------------------------------------------------------------------------------------------------------
+
+struct MixCase {
+  int64_t batch, length, width, layers, slots;
+  DType type;
+  std::string text() const {
+    return "B" + std::to_string(batch) + " S" + std::to_string(length) + " D" + std::to_string(width) + " E" +
+           std::to_string(layers) + " J" + std::to_string(slots);
+  }
+};
+
+void check_mix(const MixCase& n) {
+  const std::string group = std::string("layer_mix ") + name_of(n.type);
+  const std::string back = std::string("layer_mix backward ") + name_of(n.type);
+  const bool strided = below(2) != 0, biased = below(3) != 0;
+  std::vector<Array> hidden;
+  for (int64_t e = 0; e < n.layers; ++e) {
+    const int64_t gap = strided ? below(3) : 0;
+    const std::vector<int> order = strided && below(2) != 0 ? std::vector<int>{1, 0, 2} : std::vector<int>{0, 1, 2};
+    hidden.push_back(Array(n.type, {n.batch, n.length, n.width}, order, gap).fill());
+  }
+  std::vector<Tensor> pointers(hidden.begin(), hidden.end());
+  Array weight = Array(one_of({DType::float32, n.type}), {n.slots, n.layers}, {}, below(3)).fill(0.4);
+  Array bias = Array(one_of({DType::float32, n.type}), {n.slots}).fill();
+  Array out(n.type, {n.slots, n.batch, n.length, n.width});
+  LayerMixForward call{pointers.data(), static_cast<int>(n.layers), weight, biased ? bias : Tensor{}, out};
+  cpu::layer_mix_forward(call, 1);
+
+  Exact exact(out.elements);
+  size_t at = 0;
+  out.each([&](int64_t j, int64_t b, int64_t s, int64_t d) {
+    double total = biased ? bias(j) : 0, terms = std::fabs(total);
+    for (int64_t e = 0; e < n.layers; ++e) {
+      const double term = weight(j, e) * hidden[static_cast<size_t>(e)](b, s, d);
+      total += term, terms += std::fabs(term);
+    }
+    exact.value[at] = std::max(total, 0.0), exact.terms[at++] = terms;
+  });
+  compare(group, n.text(), out, exact, 2);
+
+  const std::vector<int> grad_order = strided ? std::vector<int>{1, 0, 2, 3} : std::vector<int>{0, 1, 2, 3};
+  Array grad = Array(n.type, {n.slots, n.batch, n.length, n.width}, grad_order, strided ? below(3) : 0).fill();
+  const int wanted = static_cast<int>(1 + below(3));  // 1: weight and bias, 2: hidden, 3: all
+  Array dweight(DType::float32, {n.slots, n.layers}), dbias(DType::float32, {n.slots});
+  Array dhidden(n.type, {n.layers, n.batch, n.length, n.width});
+  LayerMixBackward backward{pointers.data(), static_cast<int>(n.layers), weight, grad, out, {}, {}, {}, {}};
+  if (wanted & 1) backward.dweight = dweight, backward.dbias = dbias;
+  if (wanted & 2) backward.dhidden = dhidden;
+  cpu::layer_mix_backward(backward, 1);
+  auto masked = [&](int64_t j, int64_t b, int64_t s, int64_t d) { return out(j, b, s, d) > 0 ? grad(j, b, s, d) : 0; };
+  if (wanted & 1) {
+    Exact weights(dweight.elements), biases(n.slots);
+    out.each([&](int64_t j, int64_t b, int64_t s, int64_t d) {
+      const double g = masked(j, b, s, d);
+      biases.value[static_cast<size_t>(j)] += g, biases.terms[static_cast<size_t>(j)] += std::fabs(g);
+      for (int64_t e = 0; e < n.layers; ++e) {
+        const double term = g * hidden[static_cast<size_t>(e)](b, s, d);
+        weights.value[static_cast<size_t>(j * n.layers + e)] += term;
+        weights.terms[static_cast<size_t>(j * n.layers + e)] += std::fabs(term);
+      }
+    });
+    compare(back, n.text() + " dweight", dweight, weights, 2);
+    compare(back, n.text() + " dbias", dbias, biases, 2);
+  }
+  if (wanted & 2) {
+    Exact states(dhidden.elements);
+    at = 0;
+    dhidden.each([&](int64_t e, int64_t b, int64_t s, int64_t d) {
+      for (int64_t j = 0; j < n.slots; ++j) {
+        const double term = weight(j, e) * masked(j, b, s, d);
+        states.value[at] += term, states.terms[at] += std::fabs(term);
+      }
+      ++at;
+    });
+    compare(back, n.text() + " dhidden", dhidden, states, 2);
+  }
+
+  for (int threads : {2, 3}) {
+    LayerMixForward again = call;
+    LayerMixBackward back_again = backward;
+    Array out2 = out.fresh(), dweight2 = dweight.fresh(), dbias2 = dbias.fresh(), dhidden2 = dhidden.fresh();
+    again.out = out2;
+    if (wanted & 1) back_again.dweight = dweight2, back_again.dbias = dbias2;
+    if (wanted & 2) back_again.dhidden = dhidden2;
+    cpu::layer_mix_forward(again, threads);
+    cpu::layer_mix_backward(back_again, threads);
+    same_bits(group, n.text(), out, out2);
+    if (wanted & 1) same_bits(back, n.text(), dweight, dweight2), same_bits(back, n.text(), dbias, dbias2);
+    if (wanted & 2) same_bits(back, n.text(), dhidden, dhidden2);
+  }
+}
+
+// -- attention --------------------------------------------------------------------------------------------------------
+
+struct AttentionCase {
+  int64_t batch, heads, groups, length, source, size;
+  DType type;
+  std::string text() const {
+    return "B" + std::to_string(batch) + " H" + std::to_string(heads) + " G" + std::to_string(groups) + " T" +
+           std::to_string(length) + " S" + std::to_string(source) + " d" + std::to_string(size);
+  }
+};
+
+struct AttentionData {
+  Array query, key, value, gate, base, mask, grad;
+  bool masked, based;
+  double scale;
+};
+
+AttentionData attention_data(const AttentionCase& n) {
+  AttentionData x;
+  const std::vector<int> by_token{0, 2, 1, 3}, by_head{0, 1, 2, 3};
+  auto order = [&] { return below(2) != 0 ? by_token : by_head; };
+  x.query = Array(n.type, {n.batch, n.heads, n.length, n.size}, order(), below(2) * 3).fill();
+  x.key = Array(n.type, {n.batch, n.groups, n.source, n.size}, order(), below(2) * 3).fill();
+  x.value = Array(n.type, {n.batch, n.groups, n.source, n.size}, order(), below(2) * 3).fill();
+  x.grad = Array(n.type, {n.batch, n.length, n.heads, n.size}, order(), below(2) * 3).fill();
+  x.gate = Array(one_of({DType::float32, n.type}), {1}).fill();
+  if (below(5) == 0) write(x.gate.data, x.gate.dtype, 0, 0);
+  x.based = below(2) != 0, x.masked = below(3) != 0;
+  if (x.based) x.base = Array(one_of({DType::float32, n.type}), {n.batch, n.length, n.heads, n.size}, order()).fill();
+  const double scale = (below(4) == 0 ? -1.5 : 1) / std::sqrt(static_cast<double>(n.size));
+  x.scale = static_cast<double>(static_cast<float>(scale));
+  if (!x.masked) return x;
+  const std::vector<int> mask_order = below(2) != 0 ? std::vector<int>{1, 0} : std::vector<int>{0, 1};
+  x.mask = Array(DType::boolean, {n.batch, n.source}, mask_order, below(2));
+  const int64_t kind = below(4);  // scattered, right padding, left padding, nothing in row 0
+  for (int64_t b = 0; b < n.batch; ++b) {
+    const int64_t edge = below(n.source + 1);
+    for (int64_t s = 0; s < n.source; ++s) {
+      bool on = kind == 0 ? below(2) != 0 : kind == 1 ? s < edge : s >= edge;
+      if (kind == 3 && b == 0) on = false;
+      write(x.mask.data, DType::boolean, x.mask.offset(b, s), on);
+      for (int64_t g = 0; g < n.groups && !on; ++g) {
+        for (int64_t c = 0; c < n.size; ++c) {
+          write(x.key.data, n.type, x.key.offset(b, g, s, c), below(2) != 0 ? kNan : kInfinity);
+          write(x.value.data, n.type, x.value.offset(b, g, s, c), below(2) != 0 ? kNan : -kInfinity);
+        }
+      }
+    }
+  }
+  return x;
+}
+
+// Everything exact: the forward's results and the gradients.
+struct AttentionExact {
+  Exact out, lse, dquery, dkey, dvalue, dgate;
+  double spread = 0;  // the largest sum of |query * key| * scale: what a score's rounding is relative to
+  AttentionExact(const AttentionCase& n)
+      : out(n.batch * n.length * n.heads * n.size),
+        lse(n.batch * n.heads * n.length),
+        dquery(n.batch * n.heads * n.length * n.size),
+        dkey(n.batch * n.groups * n.source * n.size),
+        dvalue(n.batch * n.groups * n.source * n.size),
+        dgate(1) {}
+};
+
+// One row of queries.
+void exact_row(const AttentionCase& n, const AttentionData& x, int64_t b, int64_t h, int64_t t, AttentionExact& to) {
+  const int64_t g = h / (n.heads / n.groups);
+  const double gate = x.gate(0);
+  std::vector<double> p(static_cast<size_t>(n.source)), dp(p.size()), dp_terms(p.size());
+  double highest = -kInfinity, sum = 0, delta = 0, delta_terms = 0;
+  auto on = [&](int64_t s) { return !x.masked || x.mask(b, s) != 0; };
+  for (int64_t s = 0; s < n.source; ++s) {
+    if (!on(s)) continue;
+    double score = 0, terms = 0;
+    for (int64_t c = 0; c < n.size; ++c) {
+      const double term = x.query(b, h, t, c) * x.key(b, g, s, c) * x.scale;
+      score += term, terms += std::fabs(term);
+    }
+    p[static_cast<size_t>(s)] = score;
+    highest = std::max(highest, score), to.spread = std::max(to.spread, terms);
+  }
+  for (int64_t s = 0; s < n.source; ++s) {
+    if (on(s)) sum += p[static_cast<size_t>(s)] = std::exp(p[static_cast<size_t>(s)] - highest);
+  }
+  const size_t row = static_cast<size_t>((b * n.heads + h) * n.length + t);
+  to.lse.value[row] = sum == 0 ? -kInfinity : (highest + std::log(sum)) / std::log(2.0);
+  to.lse.terms[row] = sum == 0 ? 0 : std::fabs(to.lse.value[row]) + 1;
+  double dgate = 0, dgate_terms = 0;
+  for (int64_t c = 0; c < n.size; ++c) {
+    double attended = 0, terms = 0;
+    for (int64_t s = 0; s < n.source; ++s) {
+      if (!on(s)) continue;
+      const double term = p[static_cast<size_t>(s)] / sum * x.value(b, g, s, c);
+      attended += term, terms += std::fabs(term);
+    }
+    const double base = x.based ? x.base(b, t, h, c) : 0, grad = x.grad(b, t, h, c);
+    const size_t i = static_cast<size_t>(((b * n.length + t) * n.heads + h) * n.size + c);
+    to.out.value[i] = base + gate * attended, to.out.terms[i] = std::fabs(base) + std::fabs(gate) * terms;
+    dgate += grad * attended, dgate_terms += std::fabs(grad) * terms;
+  }
+  to.dgate.value[0] += dgate, to.dgate.terms[0] += dgate_terms;
+  for (int64_t s = 0; s < n.source; ++s) {
+    if (!on(s)) continue;
+    const size_t i = static_cast<size_t>(s);
+    p[i] /= sum;
+    for (int64_t c = 0; c < n.size; ++c) {
+      const double term = x.grad(b, t, h, c) * x.value(b, g, s, c);
+      dp[i] += term, dp_terms[i] += std::fabs(term);
+    }
+    delta += p[i] * dp[i], delta_terms += p[i] * dp_terms[i];
+  }
+  for (int64_t s = 0; s < n.source; ++s) {
+    if (!on(s)) continue;
+    const size_t i = static_cast<size_t>(s);
+    const double dscore = p[i] * (dp[i] - delta) * gate * x.scale;
+    const double terms = std::fabs(p[i] * (dp_terms[i] + delta_terms) * gate * x.scale);
+    for (int64_t c = 0; c < n.size; ++c) {
+      const size_t of_query = row * static_cast<size_t>(n.size) + static_cast<size_t>(c);
+      const size_t of_key = static_cast<size_t>(((b * n.groups + g) * n.source + s) * n.size + c);
+      to.dquery.value[of_query] += dscore * x.key(b, g, s, c);
+      to.dquery.terms[of_query] += terms * std::fabs(x.key(b, g, s, c));
+      to.dkey.value[of_key] += dscore * x.query(b, h, t, c);
+      to.dkey.terms[of_key] += terms * std::fabs(x.query(b, h, t, c));
+      to.dvalue.value[of_key] += p[i] * gate * x.grad(b, t, h, c);
+      to.dvalue.terms[of_key] += std::fabs(p[i] * gate * x.grad(b, t, h, c));
+    }
+  }
+}
+
+void check_backward(
+    const AttentionCase& n, const AttentionData& x, const AttentionExact& exact, const AttentionForward& forward) {
+  const std::string group = std::string("attention backward ") + name_of(n.type);
+  const std::vector<int> order = below(2) != 0 ? std::vector<int>{0, 2, 1, 3} : std::vector<int>{0, 1, 2, 3};
+  Array dquery(n.type, {n.batch, n.heads, n.length, n.size}, order);
+  Array dkey(n.type, {n.batch, n.groups, n.source, n.size}, order, below(2)), dvalue = dkey.fresh();
+  Array dgate(DType::float32, {1});
+  const int64_t wanted = below(3) == 0 ? 1 + below(15) : 15;
+  AttentionBackward call{forward.in, x.grad, forward.lse, {}, {}, {}, {}, {}};
+  Array first[4];
+  for (int threads : {1, 2, 3}) {
+    Array found[4] = {dquery.fresh(), dkey.fresh(), dvalue.fresh(), dgate.fresh()};
+    Tensor* to[4] = {&call.dquery, &call.dkey, &call.dvalue, &call.dgate};
+    for (int i = 0; i < 4; ++i) *to[i] = wanted >> i & 1 ? static_cast<Tensor>(found[i]) : Tensor{};
+    cpu::attention_backward(call, threads);
+    const Exact* want[4] = {&exact.dquery, &exact.dkey, &exact.dvalue, &exact.dgate};
+    const char* names[4] = {" dquery", " dkey", " dvalue", " dgate"};
+    for (int i = 0; i < 4; ++i) {
+      if (!(wanted >> i & 1)) continue;
+      if (threads > 1) same_bits(group, n.text() + names[i], first[i], found[i]);
+      else compare(group, n.text() + names[i], first[i] = found[i], *want[i], 4 + 2 * exact.spread);
+    }
+  }
+}
+
+void check_attention(const AttentionCase& n) {
+  const AttentionData x = attention_data(n);
+  AttentionExact exact(n);
+  for (int64_t b = 0; b < n.batch; ++b)
+    for (int64_t h = 0; h < n.heads; ++h)
+      for (int64_t t = 0; t < n.length; ++t) exact_row(n, x, b, h, t, exact);
+
+  const std::string group = std::string("attention ") + name_of(n.type);
+  const Attention in{x.query, x.key, x.value, x.gate, x.base, x.mask, static_cast<float>(x.scale)};
+  Array out(n.type, {n.batch, n.length, n.heads, n.size}), lse(DType::float32, {n.batch, n.heads, n.length});
+  AttentionForward call{in, out, lse};
+  cpu::attention_forward(call, 1);
+  compare(group, n.text(), out, exact.out, 4 + 2 * exact.spread);
+  compare(group, n.text() + " lse", lse, exact.lse, 4 + 2 * exact.spread);
+  for (int threads : {2, 3}) {
+    Array out2 = out.fresh(), lse2 = lse.fresh();
+    AttentionForward again{in, out2, lse2};
+    cpu::attention_forward(again, threads);
+    same_bits(group, n.text(), out, out2);
+    same_bits(group, n.text() + " lse", lse, lse2);
+  }
+  check_backward(n, x, exact, call);
+  if (n.length > 16) return;
+  const std::string decode = std::string("attention decode ") + name_of(n.type);
+  Array first;
+  for (int threads : {1, 2, 3}) {
+    Array found = out.fresh();
+    AttentionDecode step{in, found, 1, {}};
+    cpu::attention_decode(step, threads);
+    if (threads == 1) compare(decode, n.text(), found, exact.out, 4 + 2 * exact.spread), first = found;
+    else same_bits(decode, n.text(), first, found);
+  }
+}
+
+// -- what is checked --------------------------------------------------------------------------------------------------
+
+void check_all(int cases) {
+  for (DType type : {DType::float32, DType::bfloat16, DType::float16}) {
+    const MixCase mixes[] = {{1, 1, 1, 1, 2, type},   {2, 3, 7, 3, 6, type},  {1, 5, 2048, 24, 64, type},
+                             {2, 9, 512, 8, 24, type}, {1, 2, 17, 64, 256, type}, {0, 3, 16, 2, 4, type},
+                             {2, 0, 16, 2, 4, type},  {1, 3, 0, 2, 4, type},  {1, 37, 1024, 2, 30, type}};
+    for (const MixCase& n : mixes) check_mix(n);
+    for (int i = 0; i < cases; ++i) {
+      const int64_t layers = one_of<int64_t>({1, 2, 3, 7, 8, 13, 24, 64});
+      const int64_t slots = one_of<int64_t>({2, 6, 14, 24, 33, 64, 256});
+      const int64_t width = one_of<int64_t>({1, 3, 7, 16, 17, 63, 97, 256, 259});
+      check_mix({1 + below(3), 1 + below(9), width, layers, slots, type});
+    }
+    const AttentionCase attentions[] = {{1, 1, 1, 1, 1, 1, type},    {2, 4, 2, 3, 0, 16, type},
+                                        {2, 4, 2, 0, 5, 16, type},   {0, 4, 2, 3, 5, 16, type},
+                                        {1, 2, 1, 5, 1100, 64, type}, {1, 2, 2, 70, 600, 80, type},
+                                        {1, 8, 2, 150, 130, 64, type}, {1, 12, 12, 1, 64, 64, type},
+                                        {1, 2, 1, 40, 5000, 9, type}};
+    for (const AttentionCase& n : attentions) check_attention(n);
+    for (int i = 0; i < cases; ++i) {
+      const int64_t groups = 1 + below(3), shared = one_of<int64_t>({1, 1, 2, 3, 4, 7});
+      const int64_t length = one_of<int64_t>({1, 1, 2, 3, 4, 7, 16, 17, 63, 97});
+      const int64_t source = one_of<int64_t>({1, 3, 7, 16, 17, 63, 97});
+      check_attention({1 + below(2), groups * shared, groups, length, source,
+                       one_of<int64_t>({1, 3, 7, 16, 17, 32, 59, 64, 80, 97, 128, 256}), type});
+    }
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int cases = count > 1 ? std::atoi(arguments[1]) : 60;
+  if (cpu::use_instruction_set("nothing of the kind")) fail("dispatch", "took an unknown name");
+  for (const char* name : {"avx512", "avx2", "neon", "baseline"}) {
+    if (!cpu::use_instruction_set(name)) continue;
+    if (std::string(cpu::instruction_set()) != name) fail("dispatch", std::string("chose another set than ") + name);
+    results.clear();
+    generator.seed(1);
+    check_all(cases);
+    for (const auto& entry : results) {
+      std::printf("%-9s %-26s %6lld checks, worst error %.2f of what is allowed\n", name, entry.first.c_str(),
+                  static_cast<long long>(entry.second.checks), entry.second.worst);
+    }
+  }
+  std::printf(failed ? "FAILED\n" : "all passed\n");
+  return failed ? 1 : 0;
+}
