@@ -7,10 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUTPUT ?= demo-output
 
-.PHONY: help venv test demo lint format kernels-report clean
+# The CUDA kernels' own source, compiled as C++: what runs them in the tests where there is no GPU.
+EMULATED := build/emulated/_C_emulated.so
+SOURCES := $(wildcard csrc/*.* csrc/*/*)
+
+.PHONY: help venv test check-csrc demo lint format docs kernels-report clean
 
 help:
-	@echo "make venv | test | demo | lint | format | kernels-report | clean"
+	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | clean"
 
 venv: $(STAMP)
 
@@ -21,9 +25,21 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard]'
 	@touch $(STAMP)
 
+$(EMULATED): $(STAMP) $(SOURCES)
+	$(BIN)/python csrc/builder.py emulated --output $(@D)
+	@ln -sf $$(basename $(@D)/_C_emulated.*.so) $@ && touch -h $@
+
 # One thread per worker: two workers with two threads each only wait for one another.
-test: $(STAMP)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -q
+test: $(STAMP) $(EMULATED)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false LAYALIGN_EMULATE_CUDA=$(abspath $(EMULATED)) \
+	  $(BIN)/python -m pytest -n 2 -q
+
+# The C++ and the emulated CUDA kernels against loops in double precision, with the address and undefined-behaviour
+# sanitizers.
+check-csrc: $(STAMP)
+	$(BIN)/python csrc/builder.py check --output build/check
+	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/cpu_check 4
+	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/cuda_check 1
 
 demo: $(STAMP)
 	$(BIN)/layalign demo --output $(DEMO_OUTPUT)
@@ -37,11 +53,16 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The parts of the documentation that the code writes.
+docs: $(STAMP)
+	$(BIN)/python -m layalign.ops.support --write docs/backends.md
+
 # Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.
 kernels-report: $(STAMP)
 	for target in sm_80 sm_90 sm_100 gfx942; do \
 	  $(BIN)/python benchmarks/kernels_report.py --targets $$target \
 	    --output benchmarks/results/kernels/$$target.md || exit 1; done
+	$(BIN)/python benchmarks/cuda_report.py --output benchmarks/results/kernels/cuda.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

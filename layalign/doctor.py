@@ -23,11 +23,16 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Report:
-    """Versions by package (None: not installed), devices by name, and one dict per backend: name, available, reason."""
+    """What :func:`examine` found.
+
+    Versions by package (None: not installed), devices by name, one dict per backend (name, available, reason), and what
+    the installation compiled of the extension, by backend.
+    """
 
     versions: dict[str, str | None]
     devices: dict[str, str]
     backends: list[dict[str, Any]]
+    extension: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -55,7 +60,16 @@ def examine() -> Report:
     rows = [
         {"name": entry.name, "available": bool(entry.available), "reason": entry.reason} for entry in backends.report()
     ]
-    return Report(versions=versions, devices=_devices(), backends=rows)
+    return Report(versions=versions, devices=_devices(), backends=rows, extension=_extension())
+
+
+def _extension() -> dict[str, str]:
+    from layalign.ops.extension import build_notes
+
+    return build_notes() or {
+        "cpp": "not built: run from the source tree",
+        "cuda": "not built: run from the source tree",
+    }
 
 
 def _devices() -> dict[str, str]:

@@ -8,7 +8,7 @@ import typer
 def doctor(
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables."),
 ) -> None:
-    """Show versions, devices and each backend, with the reason when it is off."""
+    """Show versions, devices, each backend with the reason when it is off, and what was compiled."""
     import json
 
     from layalign.doctor import examine
@@ -37,6 +37,11 @@ def doctor(
     for backend in report.backends:
         state = "[green]on[/green]" if backend["available"] else "[yellow]off[/yellow]"
         backends.add_row(backend["name"], state, backend["reason"] or "")
-    for table in (versions, devices, backends):
+    extension = Table(title="Compiled extension", show_edge=False)
+    extension.add_column("kernels")
+    extension.add_column("what the installation built", overflow="fold")
+    for name, note in report.extension.items():
+        extension.add_row(name, note)
+    for table in (versions, devices, backends, extension):
         console.print(table)
         console.print()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layalign.errors import ArgumentError
 
+MAX_LAYERS, MAX_SLOTS = 64, 256  # of one call, for the fused kernels
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -63,7 +64,8 @@ def check_mix(hidden: Sequence[Tensor], weight: object, bias: object, prefix: st
         require_same_device(f"{prefix}bias", bias, "hidden[0]", hidden[0])
 
 
-def _is_sm_100(device: torch.device) -> bool:
+def is_sm_100(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA GPU of compute capability 10."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 10
 
 
@@ -76,11 +78,23 @@ def kernel_dtype(tensor: Tensor, wide_tiles: bool = False) -> tuple[bool, str]:
     if tensor.dtype == torch.float64:
         return False, "the kernels compute in float32; float64 is left to impl='torch'"
     exact = tensor.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    if exact and wide_tiles and _is_sm_100(tensor.device):
+    if exact and wide_tiles and is_sm_100(tensor.device):
         return False, "on this chip Triton 3.7 would compute float32 products in TF32"
     if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
         return False, "Triton's interpreter computes bfloat16 products wrongly"
     return True, ""
+
+
+def accepts_mix(backend: str, hidden: Sequence[Tensor], weight: Tensor) -> tuple[bool, str]:
+    """Whether a backend's kernels take a layer mix: (ok, reason)."""
+    if len(hidden) > MAX_LAYERS or weight.shape[0] > MAX_SLOTS:
+        limit = f"{MAX_LAYERS} layers into {MAX_SLOTS} slots"
+        return False, f"it mixes at most {limit}, got {len(hidden)} and {weight.shape[0]}"
+    if backend == "triton":
+        return kernel_dtype(hidden[0], wide_tiles=True)
+    from layalign.ops import extension
+
+    return extension.accepts_dtype(hidden[0].dtype)
 
 
 def autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -3,7 +3,8 @@
 Backends, in the order in which ``impl="auto"`` tries them on a device:
 
 - ``triton``: GPU kernels in ``layalign_kernels`` (on the CPU only when asked for, under ``TRITON_INTERPRET=1``);
-- ``cuda``, ``cpp``: the compiled extension ``layalign._C``;
+- ``cuda``, ``cpp``: the compiled extension ``layalign._C`` (:mod:`layalign.ops.extension`); ``cuda`` serves CPU tensors
+  too where its emulation was asked for, on request only;
 - ``torch``: plain PyTorch (:mod:`layalign.reference`), always there.
 
 Nothing is probed at import time.
@@ -12,6 +13,7 @@ Nothing is probed at import time.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -28,9 +30,13 @@ logger = logging.getLogger("layalign")
 BACKENDS = ("triton", "cuda", "cpp", "torch")
 OPERATIONS = ("layer_mix", "layer_projection", "gated_cross_attention")
 
+Implementation = Callable[..., torch.Tensor]
+Accepts = Callable[..., tuple[bool, str]]
+
 # An operation's file fills in its row: the callable with the operation's own signature, and what it accepts.
-_IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., torch.Tensor]] = {}
-_ACCEPTS: dict[tuple[str, str], Callable[..., tuple[bool, str]]] = {}
+_IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {}
+_ACCEPTS: dict[tuple[str, str], Accepts] = {}
+_PAYS: dict[tuple[str, str], Callable[..., bool]] = {}
 _LOGGED: set[tuple[str, str, str]] = set()
 
 
@@ -46,11 +52,19 @@ class BackendStatus:
 def register(
     operation: str,
     backend: str,
-    function: Callable[..., torch.Tensor],
-    accepts: Callable[..., tuple[bool, str]] | None = None,
+    function: Implementation,
+    accepts: Accepts | None = None,
+    pays: Callable[..., bool] | None = None,
 ) -> None:
-    """Make ``backend`` serve ``operation``; ``accepts`` is asked for (ok, reason) with the arguments of each call."""
+    """Make ``backend`` serve ``operation``.
+
+    Args:
+        accepts: asked for (ok, reason) with the arguments of each call.
+        pays: asked under ``impl="auto"`` only, with the same arguments: whether it is faster than plain torch there.
+    """
     _IMPLEMENTATIONS[operation, backend] = function
+    if pays is not None:
+        _PAYS[operation, backend] = pays
     if accepts is not None:
         _ACCEPTS[operation, backend] = accepts
 
@@ -74,18 +88,31 @@ capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _capability(backend: str, device_type: str) -> tuple[bool, str]:
     if backend == "torch":
         return True, "plain PyTorch, always available"
-    package = "layalign_kernels" if backend == "triton" else "layalign._C"
-    if importlib.util.find_spec(package) is None:
-        return False, f"{package} is not part of this installation"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    if backend in ("cpp", "cuda"):
+        from layalign.ops import extension
+
+        return extension.available(backend, device_type)
+    if importlib.util.find_spec("layalign_kernels") is None:
+        return False, "layalign_kernels is not part of this installation"
+    if importlib.util.find_spec("triton") is None:
         return False, "the package triton is not installed"
-    if backend == "triton" and device_type == "cpu" and interpreting():
+    if device_type == "cpu" and interpreting():
         return True, "Triton's interpreter (TRITON_INTERPRET=1), on request only"
-    if backend == "cpp" and device_type != "cpu":
-        return False, f"the C++ kernels run on the CPU, the tensors are on {device_type}"
-    if backend in ("triton", "cuda") and device_type != "cuda":
-        return False, f"{backend} kernels need a GPU, the tensors are on {device_type}"
-    return True, f"{package} found"
+    if device_type != "cuda":
+        return False, f"triton kernels need a GPU, the tensors are on {device_type}"
+    return True, "layalign_kernels found"
+
+
+def launcher(backend: str, file: str, function: str) -> Callable[..., Any]:
+    """The function that launches a backend's kernels; ``file`` is its place in ``layalign_kernels``.
+
+    The same names and signatures everywhere, so that an operation's schema, fake and gradient are written once.
+    """
+    if backend == "triton":
+        return getattr(importlib.import_module(f"layalign_kernels.{file}"), function)  # type: ignore[no-any-return]
+    from layalign.ops import extension
+
+    return functools.partial(getattr(extension, function), backend)
 
 
 def serves(operation: str, backend: str, device_type: str) -> tuple[bool, str]:
@@ -106,10 +133,13 @@ def report(device_type: str | None = None) -> list[BackendStatus]:
 def choose(operation: str, device_type: str, *args: Any, **kwargs: Any) -> str:
     """The backend that ``impl="auto"`` takes for these arguments; logged when it is first taken."""
     for backend in BACKENDS:
-        if backend == "triton" and device_type == "cpu":
-            continue  # the interpreter is thousands of times slower than torch
+        if backend in ("triton", "cuda") and device_type == "cpu":
+            continue  # interpreted or emulated, thousands of times slower than torch
         usable, _ = serves(operation, backend, device_type)
-        if usable and _accepts(operation, backend, args, kwargs)[0]:
+        if not usable or not accepts(operation, backend, *args, **kwargs)[0]:
+            continue
+        pays = _PAYS.get((operation, backend))
+        if pays is None or pays(*args, **kwargs):
             break
     if not torch.compiler.is_compiling() and (operation, device_type, backend) not in _LOGGED:
         _LOGGED.add((operation, device_type, backend))
@@ -117,9 +147,10 @@ def choose(operation: str, device_type: str, *args: Any, **kwargs: Any) -> str:
     return backend
 
 
-def _accepts(operation: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, str]:
-    accepts = _ACCEPTS.get((operation, backend))
-    return (True, "") if accepts is None else accepts(*args, **kwargs)
+def accepts(operation: str, backend: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """(ok, reason): whether ``backend`` takes these arguments of ``operation``, once it is usable at all."""
+    check = _ACCEPTS.get((operation, backend))
+    return (True, "") if check is None else check(*args, **kwargs)
 
 
 def dispatch(operation: str, impl: str, device: torch.device, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -136,7 +167,7 @@ def dispatch(operation: str, impl: str, device: torch.device, *args: Any, **kwar
             raise ArgumentError(f"impl: expected 'auto' or one of {', '.join(BACKENDS)}, got {impl!r}")
         usable, reason = serves(operation, impl, device.type)
         if usable:
-            usable, reason = _accepts(operation, impl, args, kwargs)
+            usable, reason = accepts(operation, impl, *args, **kwargs)
         if not usable:
             raise BackendError(f"{operation}: impl={impl!r} cannot serve this call: {reason}")
     return _IMPLEMENTATIONS[operation, impl](*args, **kwargs)

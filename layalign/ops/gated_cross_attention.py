@@ -1,6 +1,6 @@
 """Cross-attention to the source, scaled by a learned gate and added to the self-attention's output.
 
-Backend "triton" is three ``torch.library`` operations around the kernels of ``layalign_kernels``:
+Backends "triton", "cuda" and "cpp" share three ``torch.library`` operations around their kernels:
 
 - ``layalign::gated_cross_attention`` -> (out, log-sum-exp), differentiable once;
 - ``layalign::gated_cross_attention_backward``, its gradients;
@@ -27,14 +27,16 @@ MAX_DECODE_ROWS = 16
 _FORWARD = "layalign::gated_cross_attention"
 _BACKWARD = "layalign::gated_cross_attention_backward"
 _DECODE = "layalign::gated_decode"
-_ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? base, Tensor? key_mask, float? scale"
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? base, Tensor? key_mask, float? scale, str backend"
+)
 
 torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.define(_DECODE, f"({_ARGUMENTS}) -> Tensor")
 torch.library.define(
     _BACKWARD,
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? key_mask, Tensor lse, float? scale, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -47,10 +49,10 @@ def _forward(
     base: Tensor | None,
     key_mask: Tensor | None,
     scale: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    from layalign_kernels.gated_cross_attention import gated_cross_attention_forward
-
-    return gated_cross_attention_forward(query, key, value, gate, base, key_mask, scale)
+    launch = backends.launcher(backend, "gated_cross_attention", "gated_cross_attention_forward")
+    return launch(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake(_FORWARD)
@@ -69,10 +71,10 @@ def _decode(
     base: Tensor | None,
     key_mask: Tensor | None,
     scale: float | None,
+    backend: str,
 ) -> Tensor:
-    from layalign_kernels.gated_decode import gated_decode
-
-    return gated_decode(query, key, value, gate, base, key_mask, scale)
+    launch = backends.launcher(backend, "gated_decode", "gated_decode")
+    return launch(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake(_DECODE)
@@ -92,11 +94,11 @@ def _backward(
     lse: Tensor,
     scale: float | None,
     needs: list[bool],
+    backend: str,
 ) -> tuple[Tensor, ...]:
-    from layalign_kernels.gated_cross_attention_backward import gated_cross_attention_backward
-
+    launch = backends.launcher(backend, "gated_cross_attention_backward", "gated_cross_attention_backward")
     wanted = (needs[0], needs[1], needs[2], needs[3])
-    gradients = gated_cross_attention_backward(grad, query, key, value, gate, key_mask, lse, scale, wanted)
+    gradients = launch(grad, query, key, value, gate, key_mask, lse, scale, wanted)
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -108,14 +110,14 @@ def _backward_fake(
         batch, heads, rows, size = states.shape
         return states.new_empty((batch, rows, heads, size)).transpose(1, 2)
 
-    needs = rest[-1]
+    needs = rest[-2]
     states = zip((query, key, value), needs[:3], strict=True)
     gradients = [like(tensor) if need else query.new_empty(0) for tensor, need in states]
     return (*gradients, gate.new_empty(gate.shape) if needs[3] else query.new_empty(0))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, gate, base, key_mask, scale = inputs
+    query, key, value, gate, base, key_mask, scale, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, gate, key_mask, output[1])
@@ -125,20 +127,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     *needs, need_base = ctx.needs_input_grad[:5]
     gradients: list[Tensor | None] = [None] * 4
     if any(needs):
         query, key, value, gate, key_mask, lse = ctx.saved_tensors
         found = torch.ops.layalign.gated_cross_attention_backward(
-            grad, query, key, value, gate, key_mask, lse, ctx.scale, needs
+            grad, query, key, value, gate, key_mask, lse, ctx.scale, needs, ctx.backend
         )
         gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
-    return (*gradients, grad.to(ctx.base_dtype) if need_base else None, None, None)
+    return (*gradients, grad.to(ctx.base_dtype) if need_base else None, None, None, None)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise BackendError("gated_cross_attention: the triton backend has no second derivative; use impl='torch'")
+    raise BackendError("gated_cross_attention: the kernels have no second derivative; use impl='torch'")
 
 
 def _no_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -157,38 +159,49 @@ def _compute_dtype(query: Tensor) -> torch.dtype:
     return query.dtype
 
 
-def _triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    base: Tensor | None = None,
-    *,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    dtype = _compute_dtype(query)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    tensors = (query, key, value, gate, base)
-    training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if query.shape[2] <= MAX_DECODE_ROWS and not training:
-        return torch.ops.layalign.gated_decode(query, key, value, gate, base, key_mask, scale)
-    return torch.ops.layalign.gated_cross_attention(query, key, value, gate, base, key_mask, scale)[0]
+def _fused(backend: str) -> backends.Implementation:
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor,
+        base: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        dtype = _compute_dtype(query)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        tensors = (query, key, value, gate, base)
+        training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        if query.shape[2] <= MAX_DECODE_ROWS and not training:
+            return torch.ops.layalign.gated_decode(query, key, value, gate, base, key_mask, scale, backend)
+        return torch.ops.layalign.gated_cross_attention(query, key, value, gate, base, key_mask, scale, backend)[0]
+
+    return run
 
 
-def _triton_accepts(query: Tensor, *rest: Any, **options: Any) -> tuple[bool, str]:
-    dtype = _compute_dtype(query)
-    if dtype == torch.float64:
-        return False, "float64 is served by plain torch only"
-    if query.shape[-1] > MAX_HEAD_SIZE:
-        return False, f"its kernels go up to head size {MAX_HEAD_SIZE}, this is {query.shape[-1]}"
-    if dtype == torch.bfloat16 and query.device.type == "cpu":
-        return False, "Triton's interpreter computes bfloat16 products wrongly"
-    return True, ""
+def _accepts(backend: str) -> backends.Accepts:
+    def accepts(query: Tensor, *rest: Any, **options: Any) -> tuple[bool, str]:
+        dtype = _compute_dtype(query)
+        if query.shape[-1] > MAX_HEAD_SIZE:
+            return False, f"its kernels go up to head size {MAX_HEAD_SIZE}, this is {query.shape[-1]}"
+        if backend != "triton":
+            from layalign.ops import extension
+
+            return extension.accepts_dtype(dtype)
+        if dtype == torch.float64:
+            return False, "float64 is served by plain torch only"
+        if dtype == torch.bfloat16 and query.device.type == "cpu":
+            return False, "Triton's interpreter computes bfloat16 products wrongly"
+        return True, ""
+
+    return accepts
 
 
 backends.register("gated_cross_attention", "torch", reference.gated_cross_attention)
-backends.register("gated_cross_attention", "triton", _triton, _triton_accepts)
+for _name in ("triton", "cuda", "cpp"):
+    backends.register("gated_cross_attention", _name, _fused(_name), _accepts(_name))
 
 
 def gated_cross_attention(

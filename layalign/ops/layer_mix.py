@@ -19,25 +19,29 @@ def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Ten
 
 
 @torch.library.custom_op("layalign::layer_mix", mutates_args=())
-def _forward_op(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    from layalign_kernels.layer_mix import layer_mix_forward
-
-    return layer_mix_forward(hidden, weight, bias)
+def _forward_op(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    launch = backends.launcher(backend, "layer_mix", "layer_mix_forward")
+    return launch(hidden, weight, bias)  # type: ignore[no-any-return]
 
 
 @_forward_op.register_fake
-def _(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return hidden[0].new_empty((weight.shape[0], *hidden[0].shape))
 
 
 @torch.library.custom_op("layalign::layer_mix_backward", mutates_args=())
 def _backward_op(
-    grad: Tensor, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, need_weight: bool, need_hidden: bool
+    grad: Tensor,
+    x: Tensor,
+    hidden: Sequence[Tensor],
+    weight: Tensor,
+    need_weight: bool,
+    need_hidden: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dW, db, dh); an empty tensor stands for what is not needed."""
-    from layalign_kernels.layer_mix import layer_mix_backward
-
-    found = layer_mix_backward(grad, x, hidden, weight, need_weight, need_hidden)
+    launch = backends.launcher(backend, "layer_mix", "layer_mix_backward")
+    found = launch(grad, x, hidden, weight, need_weight, need_hidden)
     shapes = (weight.dtype, weight.dtype, x.dtype)
     return tuple(  # type: ignore[return-value]
         x.new_empty(0, dtype=dtype) if part is None else part.to(dtype)
@@ -47,7 +51,13 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(
-    grad: Tensor, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, need_weight: bool, need_hidden: bool
+    grad: Tensor,
+    x: Tensor,
+    hidden: Sequence[Tensor],
+    weight: Tensor,
+    need_weight: bool,
+    need_hidden: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
     bias_grad = weight.new_empty(weight.shape[0] if need_weight else 0)
@@ -55,36 +65,42 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, weight, bias = inputs
+    hidden, weight, bias, ctx.backend = inputs
     ctx.save_for_backward(output, weight, *hidden)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, *hidden = ctx.saved_tensors
-    layers, need_weight, need_bias = ctx.needs_input_grad
+    layers, need_weight, need_bias, _ = ctx.needs_input_grad
     need_hidden = any(layers)
-    weight_grad, bias_grad, hidden_grad = _backward_op(grad, x, hidden, weight, need_weight or need_bias, need_hidden)
+    weight_grad, bias_grad, hidden_grad = _backward_op(
+        grad, x, hidden, weight, need_weight or need_bias, need_hidden, ctx.backend
+    )
     per_layer = list(hidden_grad.unbind(0)) if need_hidden else [None] * len(hidden)
-    return per_layer, weight_grad if need_weight else None, bias_grad.to(ctx.bias_dtype) if need_bias else None
+    return per_layer, weight_grad if need_weight else None, bias_grad.to(ctx.bias_dtype) if need_bias else None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def _triton(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _forward_op(_checks.autocast(hidden), weight, bias)
+def _fused(backend: str) -> backends.Implementation:
+    def run(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _forward_op(_checks.autocast(hidden), weight, bias, backend)
+
+    return run
 
 
-def _accepts(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[bool, str]:
-    """What the Triton kernel takes."""
-    if len(hidden) > 64 or weight.shape[0] > 256:
-        return False, f"it mixes at most 64 layers into 256 slots, got {len(hidden)} and {weight.shape[0]}"
-    return _checks.kernel_dtype(hidden[0], wide_tiles=True)
+def _accepts(backend: str) -> backends.Accepts:
+    def accepts(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[bool, str]:
+        return _checks.accepts_mix(backend, hidden, weight)
+
+    return accepts
 
 
 backends.register("layer_mix", "torch", _torch)
-backends.register("layer_mix", "triton", _triton, _accepts)
+for _name in ("triton", "cuda", "cpp"):
+    backends.register("layer_mix", _name, _fused(_name), _accepts(_name))
 
 
 def layer_mix(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:

@@ -35,7 +35,10 @@ def _forward_op(
     weight: Tensor,
     bias: Tensor | None,
     plan: str,
+    backend: str,
 ) -> Tensor:
+    if backend != "triton":
+        plan = "two_step"  # the extension leaves the product to torch
     if plan == "auto":
         rows, per_slot = hidden[0].shape[0] * hidden[0].shape[1], weight.dim() == 3
         shape = len(hidden), mix_weight.shape[0], hidden[0].shape[2], weight.shape[-2], rows, per_slot
@@ -43,12 +46,9 @@ def _forward_op(
         if not per_slot and bias is not None and bias.dim() == 2:
             plan = "two_step"  # the fused kernel adds one bias for all slots, or one per slot with one weight per slot
     if plan == "fused":
-        from layalign_kernels.layer_projection import layer_projection_forward
-
-        return layer_projection_forward(hidden, mix_weight, mix_bias, weight, bias)
-    from layalign_kernels.layer_mix import layer_mix_forward
-
-    x = layer_mix_forward(hidden, mix_weight, mix_bias)
+        launch = backends.launcher(backend, "layer_projection", "layer_projection_forward")
+        return launch(hidden, mix_weight, mix_bias, weight, bias)  # type: ignore[no-any-return]
+    x = backends.launcher(backend, "layer_mix", "layer_mix_forward")(hidden, mix_weight, mix_bias)
     dtype = x.dtype
     return _project(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -72,6 +72,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     plan: str,
+    backend: str,
 ) -> Tensor:
     return hidden[0].new_empty((mix_weight.shape[0], *hidden[0].shape[:2], weight.shape[-2]))
 
@@ -87,11 +88,11 @@ def _backward_op(
     need_mix: bool,
     need_weight: bool,
     need_hidden: bool,
+    backend: str,
 ) -> list[Tensor]:
     """[d mix_weight, d mix_bias, d weight, d bias, d hidden]; an empty tensor stands for what is not needed."""
-    from layalign_kernels.layer_mix import layer_mix_backward, layer_mix_forward
-
-    x = layer_mix_forward(hidden, mix_weight, mix_bias)  # again, instead of keeping it since the forward
+    # x again, instead of keeping it since the forward
+    x = backends.launcher(backend, "layer_mix", "layer_mix_forward")(hidden, mix_weight, mix_bias)
     grad = grad.to(x.dtype)
     empty = x.new_empty(0)
     found = [empty] * 5
@@ -107,7 +108,8 @@ def _backward_op(
     if need_mix or need_hidden:
         w = weight.to(x.dtype)
         inner = grad @ w if w.dim() == 2 else torch.bmm(grad.flatten(1, 2), w).view_as(x)
-        parts = layer_mix_backward(inner, x, hidden, mix_weight, need_mix, need_hidden)
+        launch = backends.launcher(backend, "layer_mix", "layer_mix_backward")
+        parts = launch(inner, x, hidden, mix_weight, need_mix, need_hidden)
         if parts[0] is not None and parts[1] is not None:
             found[0], found[1] = parts[0].to(mix_weight.dtype), parts[1].to(mix_weight.dtype)
         if parts[2] is not None:
@@ -126,6 +128,7 @@ def _(
     need_mix: bool,
     need_weight: bool,
     need_hidden: bool,
+    backend: str,
 ) -> list[Tensor]:
     first, slots = hidden[0], mix_weight.shape[0]
     bias_shape: tuple[int, ...] = ((0,), (weight.shape[-2],), (slots, weight.shape[-2]))[bias_dims]
@@ -139,7 +142,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, mix_weight, mix_bias, weight, bias, _ = inputs
+    hidden, mix_weight, mix_bias, weight, bias, _, ctx.backend = inputs
     ctx.has_mix_bias = mix_bias is not None
     ctx.bias_dims, ctx.bias_dtype = (0, None) if bias is None else (bias.dim(), bias.dtype)
     ctx.save_for_backward(mix_weight, weight, *([mix_bias] if mix_bias is not None else []), *hidden)
@@ -148,7 +151,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     mix_weight, weight, *rest = ctx.saved_tensors
     mix_bias, hidden = (rest[0], rest[1:]) if ctx.has_mix_bias else (None, rest)
-    layers, need_mix, need_mix_bias, need_weight, need_bias, _ = ctx.needs_input_grad
+    layers, need_mix, need_mix_bias, need_weight, need_bias, *_ = ctx.needs_input_grad
     need_hidden = any(layers)
     found = _backward_op(
         grad,
@@ -160,6 +163,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         need_mix or need_mix_bias,
         need_weight,
         need_hidden,
+        ctx.backend,
     )
     return (
         list(found[4].unbind(0)) if need_hidden else [None] * len(hidden),
@@ -168,29 +172,32 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found[2] if need_weight else None,
         found[3].to(ctx.bias_dtype) if need_bias else None,
         None,
+        None,
     )
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def _triton(
-    hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    return _forward_op(_checks.autocast(hidden), mix_weight, mix_bias, weight, bias, "auto")
+def _fused(backend: str) -> backends.Implementation:
+    def run(
+        hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return _forward_op(_checks.autocast(hidden), mix_weight, mix_bias, weight, bias, "auto", backend)
+
+    return run
 
 
-def _accepts(
-    hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> tuple[bool, str]:
-    """What the Triton kernels take."""
-    if len(hidden) > 64 or mix_weight.shape[0] > 256:
-        return False, f"it mixes at most 64 layers into 256 slots, got {len(hidden)} and {mix_weight.shape[0]}"
-    return _checks.kernel_dtype(hidden[0], wide_tiles=True)
+def _accepts(backend: str) -> backends.Accepts:
+    def accepts(hidden: Sequence[Tensor], mix_weight: Tensor, *rest: Any) -> tuple[bool, str]:
+        return _checks.accepts_mix(backend, hidden, mix_weight)
+
+    return accepts
 
 
 backends.register("layer_projection", "torch", _torch)
-backends.register("layer_projection", "triton", _triton, _accepts)
+for _name in ("triton", "cuda", "cpp"):
+    backends.register("layer_projection", _name, _fused(_name), _accepts(_name))
 
 
 def layer_projection(

@@ -1,0 +1,281 @@
+"""The compiled extension ``layalign._C`` (csrc/): C++ kernels for the CPU and CUDA kernels, under the launchers' names.
+
+The functions have the signatures of the Triton launchers in ``layalign_kernels``, behind the backend's name. They
+allocate the results, hand over addresses, sizes and strides, and turn the extension's errors into ours. Nothing is
+loaded before the first call or question.
+
+Where ``LAYALIGN_EMULATE_CUDA`` names a module built by ``csrc/builder.py emulated``, the backend "cuda" serves CPU
+tensors by running the CUDA kernels' own source as C++, one thread after another: for tests, as Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from importlib import resources
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layalign.errors import BackendError
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
+MIN_CAPABILITY = (8, 0)
+Described = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+def emulating() -> bool:
+    """Whether CUDA kernels run on CPU tensors (for tests)."""
+    return bool(os.environ.get("LAYALIGN_EMULATE_CUDA"))
+
+
+@functools.cache
+def build_notes() -> dict[str, str]:
+    """What the installation built and what not, by backend; empty where nothing was recorded."""
+    file = resources.files("layalign") / "_build.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+@functools.cache
+def module(emulated: bool = False) -> ModuleType:
+    """The extension.
+
+    Raises:
+        BackendError: it is not installed, cannot be loaded, or belongs to another version of the package.
+    """
+    from layalign import __version__
+
+    try:
+        if emulated:
+            path = os.environ["LAYALIGN_EMULATE_CUDA"]
+            spec = importlib.util.spec_from_file_location("_C_emulated", path)
+            if spec is None or spec.loader is None:
+                raise BackendError(f"LAYALIGN_EMULATE_CUDA: {path} is not an extension module")
+            found = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(found)
+        else:
+            found = importlib.import_module("layalign._C")
+    except ModuleNotFoundError:
+        note = build_notes().get("cpp", "this installation was made without it")
+        raise BackendError(f"layalign._C is not there: {note}") from None
+    except ImportError as error:
+        raise BackendError(f"layalign._C cannot be loaded: {error}") from None
+    if found.version != __version__:
+        raise BackendError(f"layalign._C belongs to version {found.version}, this is {__version__}: install again")
+    return found
+
+
+def available(backend: str, device_type: str) -> tuple[bool, str]:
+    """(usable, reason) for "cpp" or "cuda" on a device type, whatever the operation."""
+    if backend == "cpp" and device_type != "cpu":
+        return False, f"the C++ kernels run on the CPU, the tensors are on {device_type}"
+    emulated = backend == "cuda" and device_type == "cpu" and emulating()
+    if backend == "cuda" and device_type != "cuda" and not emulated:
+        return False, f"cuda kernels need a GPU, the tensors are on {device_type}"
+    try:
+        found = module(emulated)
+    except BackendError as error:
+        return False, str(error)
+    if backend == "cpp":
+        return True, f"C++ kernels with {found.instruction_set()} instructions"
+    if not found.cuda:
+        return False, f"the CUDA kernels are not there: {build_notes().get('cuda', 'built without them')}"
+    if emulated:
+        return True, "CUDA kernels emulated on the CPU (LAYALIGN_EMULATE_CUDA), on request only"
+    if torch.version.hip is not None:
+        return False, "the CUDA kernels do not run on AMD's GPUs"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return False, f"the CUDA kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return True, build_notes().get("cuda", "CUDA kernels found")
+
+
+def accepts_dtype(dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the kernels take tensors of this dtype."""
+    if dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return False, f"{name} is left to impl='torch', its kernels compute in float32"
+    return True, ""
+
+
+def describe(tensor: Tensor | None) -> Described | None:
+    """A tensor as the extension takes it: (address, dtype, sizes, strides)."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """With a last stride of 1, copied only where it is another."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def float_like(tensor: Tensor) -> Tensor:
+    """In a dtype that the kernels read; small parameters kept in float64 are the only ones it changes."""
+    return tensor if tensor.dtype in DTYPES else tensor.float()
+
+
+def place(backend: str, device: torch.device) -> tuple[int, int, int]:
+    """(device, stream, threads) as the extension takes them; device -1 is the CPU."""
+    if backend == "cpp":
+        return -1, 0, torch.get_num_threads()
+    if device.type == "cpu":
+        return 0, 0, 1  # emulated
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream, 1
+
+
+def _call(backend: str, device: torch.device, function: str, *arguments: Any) -> Any:
+    extension = module(backend == "cuda" and device.type == "cpu")
+    try:
+        return getattr(extension, function)(*arguments)
+    except extension.Error as error:
+        raise BackendError(f"impl={backend!r}: {error}") from None
+
+
+def _scratch(elements: int, like: Tensor) -> Tensor | None:
+    return torch.empty(elements, dtype=torch.float32, device=like.device) if elements else None
+
+
+def layer_mix_forward(backend: str, hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """E tensors (B, S, D), (2L, E), (2L,) or None -> (2L, B, S, D), contiguous."""
+    hidden = [unit(layer) for layer in hidden]
+    first = hidden[0]
+    weight, bias = unit(float_like(weight)), None if bias is None else float_like(bias).contiguous()
+    out = torch.empty((weight.shape[0], *first.shape), dtype=first.dtype, device=first.device)
+    if out.numel():
+        layers = [describe(layer) for layer in hidden]
+        arguments = layers, describe(weight), describe(bias), describe(out), place(backend, first.device)
+        _call(backend, first.device, "layer_mix_forward", *arguments)
+    return out
+
+
+def layer_mix_backward(
+    backend: str,
+    grad: Tensor,
+    x: Tensor,
+    hidden: Sequence[Tensor],
+    weight: Tensor,
+    need_weight: bool,
+    need_hidden: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """-> dW (2L, E) and db (2L,) in fp32, dh (E, B, S, D) in x's dtype; None for what is not needed."""
+    hidden, grad, weight = [unit(layer) for layer in hidden], unit(grad.to(x.dtype)), unit(float_like(weight))
+    x, slots, layers = x.contiguous(), weight.shape[0], len(hidden)
+    dweight = torch.empty((slots, layers), dtype=torch.float32, device=x.device) if need_weight else None
+    dbias = torch.empty(slots, dtype=torch.float32, device=x.device) if need_weight else None
+    dhidden = torch.empty((layers, *x.shape[1:]), dtype=x.dtype, device=x.device) if need_hidden else None
+    if x.numel() == 0:
+        return tuple(None if part is None else part.zero_() for part in (dweight, dbias, dhidden))  # type: ignore[return-value]
+    at = place(backend, x.device)
+    elements = 0
+    if need_weight:
+        elements = _call(backend, x.device, "layer_mix_workspace", slots, layers, *x.shape[1:], at[0])
+    workspace = _scratch(elements, x)
+    parts = (weight, grad, x, dweight, dbias, dhidden, workspace)
+    described = [describe(layer) for layer in hidden]
+    _call(backend, x.device, "layer_mix_backward", described, *map(describe, parts), at)
+    return dweight, dbias, dhidden
+
+
+def _inputs(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor | None, mask: Tensor | None, scale: Any
+) -> tuple[tuple[Any, ...], list[Tensor | None]]:
+    """The described inputs, and the tensors behind them, which must outlive the call."""
+    size = query.shape[-1]
+    base = None if base is None else unit(float_like(base))
+    kept = [unit(query), unit(key), unit(value), float_like(gate), base, mask]
+    return (*map(describe, kept), size**-0.5 if scale is None else float(scale)), kept
+
+
+def gated_cross_attention_forward(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    base: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in the public function -> out (B, T, H, d) contiguous, log-sum-exp (B, H, T) fp32 in base 2."""
+    batch, heads, length, size = query.shape
+    out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+    if out.numel():
+        inputs, _kept = _inputs(query, key, value, gate, base, key_mask, scale)
+        at = place(backend, query.device)
+        _call(backend, query.device, "gated_cross_attention_forward", inputs, describe(out), describe(lse), at)
+    return out, lse
+
+
+def gated_decode(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    base: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float | None,
+    splits: int | None = None,
+) -> Tensor:
+    """As the forward, for few rows T and without the log-sum-exp; ``splits`` overrides the extension's own choice."""
+    batch, heads, length, size = query.shape
+    out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)
+    if out.numel() == 0:
+        return out
+    inputs, _kept = _inputs(query, key, value, gate, base, key_mask, scale)
+    at = place(backend, query.device)
+    workspace = None
+    if backend == "cpp":
+        splits = 1  # the C++ kernel divides the work by itself
+    elif splits is None:
+        splits = int(_call(backend, query.device, "decode_splits", inputs, at[0]))
+    if splits > 1:
+        workspace = _scratch(_call(backend, query.device, "decode_workspace", inputs, splits, at[0]), query)
+    _call(backend, query.device, "gated_decode", inputs, describe(out), splits, describe(workspace), at)
+    return out
+
+
+def gated_cross_attention_backward(
+    backend: str,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    key_mask: Tensor | None,
+    lse: Tensor,
+    scale: float | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """-> dq, dk, dv in the inputs' dtype and shape (views of (B, rows, heads, d) memory), dgate like the gate."""
+    grad = unit(grad.to(query.dtype))
+
+    def rows_first(states: Tensor) -> Tensor:  # the memory order that the projections behind write
+        batch, heads, rows, size = states.shape
+        return torch.empty((batch, rows, heads, size), dtype=states.dtype, device=states.device).transpose(1, 2)
+
+    states = zip((query, key, value), needs[:3], strict=True)
+    results: list[Tensor | None] = [rows_first(tensor) if need else None for tensor, need in states]
+    results.append(torch.empty(gate.shape, dtype=torch.float32, device=gate.device) if needs[3] else None)
+    if query.numel() == 0 or key.numel() == 0:
+        results = [None if result is None else result.zero_() for result in results]
+    else:
+        inputs, _kept = _inputs(query, key, value, gate, None, key_mask, scale)
+        at = place(backend, query.device)
+        elements = 0
+        if backend == "cuda":
+            elements = _call(backend, query.device, "backward_workspace", inputs, list(needs), at[0])
+        parts = (grad, lse, *results, _scratch(elements, query))
+        _call(backend, query.device, "gated_cross_attention_backward", inputs, *map(describe, parts), at)
+    if results[3] is not None:
+        results[3] = results[3].to(gate.dtype)
+    return tuple(results)

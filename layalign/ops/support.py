@@ -1,0 +1,123 @@
+"""What each backend takes, as its own checks answer it: ``python -m layalign.ops.support`` prints the table.
+
+Nothing is run: every check is asked with tensors that have shapes, dtypes and devices but no memory, so that the
+answers for a GPU can be had on any machine. The table stands in docs/backends.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from layalign.ops import _checks, backends
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DEVICES = {"triton": ("GPU", "GPU, sm_100"), "cuda": ("GPU", "GPU, sm_100"), "cpp": ("CPU",), "torch": ("CPU", "GPU")}
+BEGIN, END = "<!-- written by `make docs` -->", "<!-- end -->"
+TRIED = 1024  # a size accepted up to here counts as without limit
+
+
+@dataclass(frozen=True)
+class Support:
+    """One row: what ``backend`` takes of ``operation`` on ``device``; limits are the largest sizes accepted."""
+
+    operation: str
+    backend: str
+    device: str
+    dtypes: dict[str, bool]
+    limits: dict[str, int | None]
+
+
+def _arguments(operation: str, device: str, dtype: torch.dtype, **sizes: int) -> tuple[Any, ...]:
+    """Arguments of a call with these sizes; tensors without memory."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    if operation == "gated_cross_attention":
+        size = sizes.get("head size", 64)
+        return empty(1, 2, 3, size), empty(1, 2, 5, size), empty(1, 2, 5, size), empty(1)
+    layers, slots = sizes.get("layers", 4), sizes.get("slots", 4)
+    mix = [empty(1, 3, 8)] * layers, empty(slots, layers), empty(slots)
+    return mix if operation == "layer_mix" else (*mix, empty(6, 8), None)
+
+
+def _largest(accepted: Callable[[int], bool]) -> int | None:
+    """The largest size up to TRIED that is accepted, by bisection; None if TRIED is."""
+    if accepted(TRIED):
+        return None
+    low, high = 0, TRIED
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if accepted(middle) else (low, middle)
+    return low
+
+
+def _row(operation: str, backend: str, device: str) -> Support:
+    kind = "cuda" if device.startswith("GPU") else "cpu"
+
+    def ask(dtype: torch.dtype, **sizes: int) -> bool:
+        return backends.accepts(operation, backend, *_arguments(operation, kind, dtype, **sizes))[0]
+
+    def limit(name: str) -> int | None:
+        return _largest(lambda size: ask(torch.float16, **{name: size}))
+
+    names = ("head size",) if operation == "gated_cross_attention" else ("layers", "slots")
+    with mock.patch.object(_checks, "is_sm_100", return_value=device.endswith("sm_100")):
+        dtypes = {str(dtype).removeprefix("torch."): ask(dtype) for dtype in DTYPES}
+        limits = {name: limit(name) for name in names}
+    return Support(operation, backend, device, dtypes, limits)
+
+
+def rows() -> list[Support]:
+    """One row per operation, backend and kind of device; a chip only where its answers differ from other GPUs'."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found: list[Support] = []
+    with FakeTensorMode():
+        for operation in backends.OPERATIONS:
+            for backend in backends.BACKENDS:
+                asked = [_row(operation, backend, device) for device in DEVICES[backend]]
+                same = [row for row in asked[1:] if row == replace(asked[0], device=row.device)]
+                found += [row for row in asked if row not in same or backend == "torch"]
+    return found
+
+
+def markdown() -> str:
+    """The rows as a table."""
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    lines = [
+        f"| operation | backend | device | {' | '.join(names)} | limits |",
+        "|" + "---|" * (4 + len(names)),
+    ]
+    for row in rows():
+        answers = " | ".join("yes" if row.dtypes[name] else "-" for name in names)
+        limits = ", ".join(f"{name} up to {limit}" for name, limit in row.limits.items() if limit is not None) or "none"
+        lines.append(f"| `{row.operation}` | `{row.backend}` | {row.device} | {answers} | {limits} |")
+    return "\n".join(lines) + "\n"
+
+
+def written_into(page: str) -> str:
+    """``page`` with the table between its two marks replaced by today's."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + "\n" + markdown() + END + rest.split(END)[1]
+
+
+def main() -> None:
+    """Print the table, or write it into a page: ``--write PAGE``."""
+    if len(sys.argv) == 3 and sys.argv[1] == "--write":
+        page = Path(sys.argv[2])
+        page.write_text(written_into(page.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(markdown(), end="")
+
+
+if __name__ == "__main__":
+    main()
