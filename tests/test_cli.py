@@ -248,6 +248,7 @@ def test_doctor_tells_versions_devices_and_reasons(capsys: pytest.CaptureFixture
     states = {backend["name"]: backend for backend in report["backends"]}
     assert states["torch"]["available"]
     assert all(backend["reason"] for backend in states.values())
+    assert set(report["extension"]) == {"cpp", "cuda"} and all(report["extension"].values())
     assert run("doctor") == 0
     assert "Backends" in capsys.readouterr().out
 

@@ -1,31 +1,31 @@
-"""The kernels of gated cross-attention against the float64 reference: on a GPU where there is one, else interpreted."""
+"""The kernels of gated cross-attention against the float64 reference, over every backend that has some here.
+
+Without a GPU that is Triton's interpreter, the C++ kernels where the extension is built, and the CUDA kernels'
+emulation where LAYALIGN_EMULATE_CUDA names it.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from test_ops import within_budget
-from torch import Tensor
-
-pytest.importorskip("triton")
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layalign_kernels import gated_cross_attention as forward_file
-from layalign_kernels import gated_decode as decode_file
-from layalign_kernels.gated_cross_attention_backward import (
-    gated_cross_attention_backward,
-    splits_over_rows,
-)
-from layalign_kernels.gated_decode import gated_decode, splits_over_source
+from test_ops import DEVICE, serving, skip_unserved, within_budget
+from torch import Tensor
 
 from layalign import BackendError, ops, reference
+from layalign.ops import backends
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes bfloat16 products wrongly.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+BACKENDS = [name for name in serving("gated_cross_attention") if name != "torch"]
+every_backend = pytest.mark.parametrize("impl", BACKENDS)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("query", "key", "value", "gate", "base")
 real_empty = torch.empty
+
+
+def launcher(impl: str, function: str):
+    """A backend's launcher, below the operation; a file of Triton kernels is called as what it launches."""
+    return backends.launcher(impl, function.removesuffix("_forward"), function)
 
 
 @pytest.fixture(autouse=True)
@@ -97,15 +97,16 @@ def check_gradients(found, plain, exact, low: list[Tensor], grad: Tensor, mask: 
             within_budget(a, b, c, low[0].dtype)
 
 
-def run(low: list[Tensor], mask: Tensor | None, grad: Tensor, scale=None) -> list[Tensor]:
+def run(impl: str, low: list[Tensor], mask: Tensor | None, grad: Tensor, scale=None) -> list[Tensor]:
     """[out, dq, dk, dv, dgate, dbase] by the kernels, with NaN in what is masked."""
     leaves = [low[0], poison(low[1], mask), poison(low[2], mask), low[3], low[4]]
     leaves = [x.detach().requires_grad_() for x in leaves]
-    out = ops.gated_cross_attention(*leaves, key_mask=mask, scale=scale, impl="triton")
+    out = ops.gated_cross_attention(*leaves, key_mask=mask, scale=scale, impl=impl)
     assert out.is_contiguous()
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "kind"),
@@ -119,11 +120,12 @@ def run(low: list[Tensor], mask: Tensor | None, grad: Tensor, scale=None) -> lis
         ((1, 1, 1, 3, 5, 256), "random"),
     ],
 )
-def test_forward_and_backward_error_budget(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+def test_forward_and_backward_error_budget(impl: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    skip_unserved(impl, dtype)
     low, mask = inputs(*shape, dtype=dtype), make_mask(kind, shape[0], shape[4])
     grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
     exact, plain = exact_and_plain(low, mask, grad)
-    found = run(low, mask, grad)
+    found = run(impl, low, mask, grad)
     within_budget(found[0], plain[0], exact[0], dtype)
     check_gradients(found[1:], plain[1:], exact[1:], low, grad, mask)
     # The projections behind get their gradients in the memory order they write.
@@ -134,12 +136,13 @@ def test_forward_and_backward_error_budget(shape: tuple[int, ...], kind: str, dt
         assert all(found[i][0].abs().sum() == 0 for i in (1, 2, 3))
 
 
+@every_backend
 @pytest.mark.parametrize("kind", ["random", "left", "right", "row"])
-def test_masks(kind: str) -> None:
+def test_masks(impl: str, kind: str) -> None:
     low, mask = inputs(3, 2, 1, 3, 40, 16), make_mask(kind, 3, 40)
     grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     exact, plain = exact_and_plain(low, mask, grad, scale=-0.6)
-    found = run(low, mask, grad, scale=-0.6)
+    found = run(impl, low, mask, grad, scale=-0.6)
     within_budget(found[0], plain[0], exact[0], torch.float32)
     check_gradients(found[1:], plain[1:], exact[1:], low, grad, mask)
     assert mask is not None
@@ -147,57 +150,62 @@ def test_masks(kind: str) -> None:
     assert found[2][masked].abs().sum() == 0 and found[3][masked].abs().sum() == 0
 
 
-def test_a_zero_gate_still_has_a_gradient() -> None:
+@every_backend
+def test_a_zero_gate_still_has_a_gradient(impl: str) -> None:
     low = inputs(2, 2, 1, 17, 37, 16, gate=0.0)
     grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     exact, plain = exact_and_plain(low, None, grad)
-    found = run(low, None, grad)
+    found = run(impl, low, None, grad)
     assert torch.equal(found[0], low[4])
     assert exact[4].abs() > 0.1
     check_gradients(found[1:], plain[1:], exact[1:], low, grad, None)
     assert all(found[i].abs().sum() == 0 for i in (1, 2, 3))
 
 
-def test_without_base_and_with_a_gate_and_base_of_other_types() -> None:
+@every_backend
+def test_without_base_and_with_a_gate_and_base_of_other_types(impl: str) -> None:
     query, key, value, gate, base = inputs(1, 4, 2, 17, 9, 32, dtype=torch.float16)
     exact = reference.gated_cross_attention(*(x.double() for x in (query, key, value, gate)))
     plain = reference.gated_cross_attention(query, key, value, gate)
     with torch.enable_grad():
         leaf = base.float().requires_grad_()
-        out = ops.gated_cross_attention(query, key, value, gate.float(), leaf, impl="triton")
+        out = ops.gated_cross_attention(query, key, value, gate.float(), leaf, impl=impl)
         out.sum().backward()
     assert out.dtype == torch.float16 and leaf.grad.dtype == torch.float32 and leaf.grad.eq(1).all()
     within_budget(out.detach(), plain + base, exact + base.double(), torch.float16)
     for found in (
-        forward_file.gated_cross_attention_forward(query, key, value, gate, None, None, None)[0],
-        ops.gated_cross_attention(query[:, :, :5], key, value, gate, impl="triton"),
+        launcher(impl, "gated_cross_attention_forward")(query, key, value, gate, None, None, None)[0],
+        ops.gated_cross_attention(query[:, :, :5], key, value, gate, impl=impl),
     ):
         within_budget(found, plain[:, : found.shape[1]], exact[:, : found.shape[1]], torch.float16)
 
 
-def test_log_sum_exp_is_base_2_and_says_when_nothing_is_attended() -> None:
+@every_backend
+def test_log_sum_exp_is_base_2_and_says_when_nothing_is_attended(impl: str) -> None:
     query, key, value, gate, _ = inputs(2, 2, 1, 3, 20, 16)
     mask = make_mask("row", 2, 20)
-    _, lse = forward_file.gated_cross_attention_forward(query, key, value, gate, None, mask, 0.3)
+    _, lse = launcher(impl, "gated_cross_attention_forward")(query, key, value, gate, None, mask, 0.3)
     scores = torch.einsum("bhtd,bsd->bhts", query.double(), key[:, 0].double()) * 0.3
     expected = scores.masked_fill(~mask[:, None, None], -torch.inf).logsumexp(-1) / torch.tensor(2.0).log().double()
     torch.testing.assert_close(lse.double(), expected, atol=1e-5, rtol=1e-5)
     assert lse[0].eq(-torch.inf).all()
 
 
+@every_backend
 @pytest.mark.parametrize("b, t, s", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (1, 17, 0)])
-def test_empty_dimensions(b: int, t: int, s: int) -> None:
+def test_empty_dimensions(impl: str, b: int, t: int, s: int) -> None:
     low = [x.requires_grad_() for x in inputs(b, 4, 2, t, s, 16)]
     with torch.no_grad():
-        out = ops.gated_cross_attention(*low, impl="triton")
+        out = ops.gated_cross_attention(*low, impl=impl)
     assert torch.equal(out, low[4])
-    out = ops.gated_cross_attention(*low, impl="triton")
+    out = ops.gated_cross_attention(*low, impl=impl)
     assert torch.equal(out, low[4])
     out.sum().backward()
     assert all(x.grad.shape == x.shape and x.grad.abs().sum() == 0 for x in low[:4])
 
 
-def test_views_of_any_strides() -> None:
+@every_backend
+def test_views_of_any_strides(impl: str) -> None:
     b, h, g, t, s, d = 2, 4, 2, 18, 11, 16
     fused = torch.randn(b, t, (h + 2 * g) * d, device=DEVICE)
     query = fused[..., : h * d].view(b, t, h, d).transpose(1, 2)
@@ -210,93 +218,90 @@ def test_views_of_any_strides() -> None:
     tensors = [query, key, value, gate, base]
     exact, plain = exact_and_plain(tensors, mask, grad)
     leaves = [x.detach().requires_grad_() for x in tensors]
-    out = ops.gated_cross_attention(*leaves, key_mask=mask, impl="triton")
+    out = ops.gated_cross_attention(*leaves, key_mask=mask, impl=impl)
     within_budget(out.detach(), plain[0], exact[0], torch.float32)
     check_gradients(torch.autograd.grad(out, leaves, grad), plain[1:], exact[1:], tensors, grad, mask)
     # A gradient that is one number expanded, and a query whose last stride is not one.
-    out = ops.gated_cross_attention(*leaves, key_mask=mask, impl="triton")
+    out = ops.gated_cross_attention(*leaves, key_mask=mask, impl=impl)
     summed = torch.autograd.grad(out.sum(), leaves)
     check_gradients(summed, *[r[1:] for r in reversed(exact_and_plain(tensors, mask, torch.ones_like(grad)))],
                     tensors, torch.ones_like(grad), mask)  # fmt: skip
     turned = query.transpose(2, 3).contiguous().transpose(2, 3)
-    found = gated_decode(turned, key, value, gate, base, mask, None)
+    found = launcher(impl, "gated_decode")(turned, key, value, gate, base, mask, None)
     within_budget(found, plain[0], exact[0], torch.float32)
 
 
-def test_backward_is_deterministic_and_independent_of_the_split() -> None:
-    query, key, value, gate, _ = inputs(2, 4, 2, 75, 21, 16)
+@every_backend
+def test_backward_is_deterministic(impl: str) -> None:
+    query, key, value, gate, base = inputs(2, 4, 2, 75, 21, 16)
     mask = make_mask("random", 2, 21)
     grad = torch.randn(2, 75, 4, 16, device=DEVICE)
-    _, lse = forward_file.gated_cross_attention_forward(query, key, value, gate, None, mask, None)
-    runs = [
-        gated_cross_attention_backward(grad, query, key, value, gate, mask, lse, None, splits=splits)
-        for splits in (1, 1, 3, 3)
-    ]
-    for first, second in ((0, 1), (2, 3)):
-        assert all(torch.equal(a, b) for a, b in zip(runs[first], runs[second], strict=True))
-    for whole, split in zip(runs[0], runs[2], strict=True):
-        torch.testing.assert_close(whole, split, atol=1e-5, rtol=1e-5)
+    first, second = (run(impl, [query, key, value, gate, base], mask, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@every_backend
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (0, 2)])
-def test_only_what_is_needed(needed: tuple[int, ...]) -> None:
+def test_only_what_is_needed(impl: str, needed: tuple[int, ...]) -> None:
     low = inputs(1, 2, 2, 17, 5, 16)
     grad = torch.randn(1, 17, 2, 16, device=DEVICE)
-    full = run(low, None, grad)
+    full = run(impl, low, None, grad)
     leaves = [x.detach().requires_grad_(i in needed) for i, x in enumerate(low)]
-    out = ops.gated_cross_attention(*leaves, impl="triton")
+    out = ops.gated_cross_attention(*leaves, impl=impl)
     for i, found in zip(needed, torch.autograd.grad(out, [leaves[i] for i in needed], grad), strict=True):
         torch.testing.assert_close(found, full[1 + i])
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [None, 1, 3, 7])
 @pytest.mark.parametrize(
     ("shape", "kind"),
     [((2, 4, 2, 1, 97, 64), "right"), ((2, 6, 1, 5, 63, 59), "row"), ((1, 2, 2, 16, 150, 80), "left")],
 )
-def test_decode_error_budget(shape: tuple[int, ...], kind: str, splits: int | None, dtype: torch.dtype) -> None:
+def test_decode_error_budget(
+    impl: str, shape: tuple[int, ...], kind: str, splits: int | None, dtype: torch.dtype
+) -> None:
+    skip_unserved(impl, dtype)
+    decode = launcher(impl, "gated_decode")
     low, mask = inputs(*shape, dtype=dtype), make_mask(kind, shape[0], shape[4])
     exact = reference.gated_cross_attention(*(x.double() for x in low), key_mask=mask)
     plain = reference.gated_cross_attention(*low, key_mask=mask)
     query, key, value, gate, base = low
-    found = gated_decode(query, poison(key, mask), poison(value, mask), gate, base, mask, None, splits=splits)
+    found = decode(query, poison(key, mask), poison(value, mask), gate, base, mask, None, splits=splits)
     within_budget(found, plain, exact, dtype)
     if kind == "row":
         assert torch.equal(found[0], base[0])
     within_budget(
-        gated_decode(query, key, value, gate, None, None, 0.2, splits=splits),
+        decode(query, key, value, gate, None, None, 0.2, splits=splits),
         reference.gated_cross_attention(*low[:4], scale=0.2),
         reference.gated_cross_attention(*(x.double() for x in low[:4]), scale=0.2),
         dtype,
     )
 
 
-def test_decode_packs_more_rows_than_one_tile() -> None:
+@every_backend
+def test_decode_packs_more_rows_than_one_tile(impl: str) -> None:
     low = inputs(1, 10, 1, 16, 20, 16)  # 160 rows of one key/value head
     exact = reference.gated_cross_attention(*(x.double() for x in low))
-    within_budget(gated_decode(*low, None, None, splits=2), reference.gated_cross_attention(*low), exact, torch.float32)
+    within_budget(
+        launcher(impl, "gated_decode")(*low, None, None, splits=2),
+        reference.gated_cross_attention(*low),
+        exact,
+        torch.float32,
+    )
 
 
-def test_number_of_splits() -> None:
-    assert splits_over_source(programs=32, source=4096, block=64, processors=132) == 9
-    assert splits_over_source(programs=1000, source=4096, block=64, processors=132) == 1
-    assert splits_over_source(programs=1, source=100, block=64, processors=132) == 1
-    assert splits_over_source(programs=8, source=0, block=64, processors=132) == 1
-    assert splits_over_rows(programs=1000, blocks=64, processors=132) == 1
-    assert splits_over_rows(programs=32, blocks=64, processors=132) == 8
-    assert splits_over_rows(programs=1, blocks=3, processors=132) == 1
-    for blocks in range(1, 70):  # no program without work
-        splits = splits_over_rows(programs=3, blocks=blocks, processors=20)
-        assert (splits - 1) * -(-blocks // splits) < blocks
-
-
-def test_decode_serves_few_rows_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+@every_backend
+def test_decode_serves_few_rows_without_gradient(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for module, name in ((decode_file, "gated_decode"), (forward_file, "gated_cross_attention_forward")):
-        function = getattr(module, name)
-        record = lambda *a, f=function, n=name: (calls.append(n), f(*a))[1]  # noqa: E731
-        monkeypatch.setattr(module, name, record)
+    original = backends.launcher
+
+    def recorded(backend: str, file: str, function: str):
+        calls.append(function)
+        return original(backend, file, function)
+
+    monkeypatch.setattr(backends, "launcher", recorded)
     for length, training, expected in (
         (1, False, "gated_decode"),
         (16, False, "gated_decode"),
@@ -304,36 +309,40 @@ def test_decode_serves_few_rows_without_gradient(monkeypatch: pytest.MonkeyPatch
         (1, True, "gated_cross_attention_forward"),
     ):
         low = [x.requires_grad_(training) for x in inputs(1, 2, 2, length, 3, 16)]
-        found = ops.gated_cross_attention(*low, impl="triton")
+        found = ops.gated_cross_attention(*low, impl=impl)
         torch.testing.assert_close(found, reference.gated_cross_attention(*low), atol=1e-5, rtol=1e-5)
         assert calls.pop() == expected and not calls
         assert found.requires_grad == training
 
 
+@every_backend
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     b=st.integers(1, 2), g=st.integers(1, 2), rep=st.integers(1, 3), t=st.integers(1, 20), s=st.integers(1, 40),
     d=st.integers(1, 40), kind=st.sampled_from(["none", "random", "left", "right", "row"]),
     scale=st.sampled_from([None, 0.25, -1.0]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_drawn_shapes(b, g, rep, t, s, d, kind, scale, seed) -> None:
+def test_drawn_shapes(impl: str, b, g, rep, t, s, d, kind, scale, seed) -> None:
     low, mask = inputs(b, g * rep, g, t, s, d, seed=seed), make_mask(kind, b, s)
     grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     exact, plain = exact_and_plain(low, mask, grad, scale)
-    found = run(low, mask, grad, scale)
+    found = run(impl, low, mask, grad, scale)
     within_budget(found[0], plain[0], exact[0], torch.float32)
     query, key, value, gate, base = low
-    decoded = gated_decode(query, poison(key, mask), poison(value, mask), gate, base, mask, scale, splits=1 + seed % 3)
+    decoded = launcher(impl, "gated_decode")(
+        query, poison(key, mask), poison(value, mask), gate, base, mask, scale, splits=1 + seed % 3
+    )
     within_budget(decoded, plain[0], exact[0], torch.float32)
     assert all(torch.isfinite(gradient).all() for gradient in found)
     for a, c in zip(found[1:], exact[1:], strict=True):
         torch.testing.assert_close(a.double(), c, atol=2e-5, rtol=1e-4)
 
 
-def test_float64_and_large_heads_are_left_to_torch() -> None:
+@every_backend
+def test_float64_and_large_heads_are_left_to_torch(impl: str) -> None:
     low = [x.double() for x in inputs(1, 2, 1, 2, 3, 16)]
-    with pytest.raises(BackendError, match=r"impl='triton' cannot serve this call: float64 .*torch"):
-        ops.gated_cross_attention(*low, impl="triton")
+    with pytest.raises(BackendError, match=rf"impl='{impl}' cannot serve this call: float64 .*torch"):
+        ops.gated_cross_attention(*low, impl=impl)
     torch.testing.assert_close(ops.gated_cross_attention(*low), reference.gated_cross_attention(*low))
     with pytest.raises(BackendError, match="head size 256, this is 257"):
-        ops.gated_cross_attention(*inputs(1, 2, 1, 2, 3, 257), impl="triton")
+        ops.gated_cross_attention(*inputs(1, 2, 1, 2, 3, 257), impl=impl)

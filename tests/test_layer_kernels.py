@@ -1,4 +1,8 @@
-"""The Triton kernels of layer mix and projection, forward and backward, in the interpreter (on a GPU: on the GPU)."""
+"""The kernels of layer mix and projection, forward and backward, over every backend that has some here.
+
+Without a GPU that is Triton's interpreter, the C++ kernels where the extension is built, and the CUDA kernels'
+emulation where LAYALIGN_EMULATE_CUDA names it.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import DEVICE, mix_inputs, within_budget
+from test_ops import DEVICE, mix_inputs, serving, skip_unserved, within_budget
 
 from layalign import BackendError, ops, reference
 from layalign.ops import backends, plans
 
-if not backends.serves("layer_mix", "triton", DEVICE)[0]:
-    pytest.skip(backends.serves("layer_mix", "triton", DEVICE)[1], allow_module_level=True)
+BACKENDS = [name for name in serving("layer_mix", "layer_projection") if name != "torch"]
+every_backend = pytest.mark.parametrize("impl", BACKENDS)
 
-from layalign_kernels.common import largest_offset, next_power_of_2
-from layalign_kernels.layer_mix import layer_mix_backward, layer_mix_forward
+
+def launchers(impl: str):
+    """(forward, backward) of the layer mix, below the operation."""
+    return tuple(backends.launcher(impl, "layer_mix", f"layer_mix_{way}") for way in ("forward", "backward"))
+
 
 SHAPES = [
     (1, 2, 1, 1, 1),
@@ -25,7 +32,7 @@ SHAPES = [
     (64, 6, 2, 9, 8),
     (3, 130, 1, 2, 40),
 ]
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OUTPUTS = 13
 
 
@@ -59,13 +66,17 @@ def same_values(arguments, dtype):
     return copies
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("operation", ["layer_mix", "layer_projection"])
-def test_gradients_within_the_error_budget(operation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_gradients_within_the_error_budget(
+    impl: str, operation: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    skip_unserved(impl, dtype)
     count = 3 if operation == "layer_mix" else 5
     arguments = inputs(shape, dtype)[:count]
-    ours = lambda *a: getattr(ops, operation)(*a, impl="triton")  # noqa: E731
+    ours = lambda *a: getattr(ops, operation)(*a, impl=impl)  # noqa: E731
     theirs = getattr(reference, operation)
     exact = gradients(theirs, same_values(arguments, torch.float64))
     plain = gradients(theirs, same_values(arguments, dtype))
@@ -74,13 +85,15 @@ def test_gradients_within_the_error_budget(operation: str, shape: tuple[int, ...
         within_budget(found, usual, true, dtype)
 
 
+@every_backend
 @pytest.mark.parametrize("per_slot", [False, True])
 @pytest.mark.parametrize("plan", plans.PLANS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", ["none", "mix only", "both", "per slot"])
 def test_every_plan_of_the_projection(
-    plan: str, per_slot: bool, dtype: torch.dtype, bias: str, monkeypatch: pytest.MonkeyPatch
+    impl: str, plan: str, per_slot: bool, dtype: torch.dtype, bias: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    skip_unserved(impl, dtype)
     monkeypatch.setattr(plans, "plan", lambda *_, **__: plan)
     hidden, w1, b1, w2, b2 = inputs((5, 6, 2, 7, 40), dtype)
     if per_slot:
@@ -88,7 +101,7 @@ def test_every_plan_of_the_projection(
     if bias == "per slot":
         b2 = torch.randn(6, OUTPUTS, generator=torch.Generator().manual_seed(6)).to(b2).requires_grad_()
     arguments = [hidden, w1, None if bias == "none" else b1, w2, b2 if bias in ("both", "per slot") else None]
-    found = ops.layer_projection(*arguments, impl="triton")
+    found = ops.layer_projection(*arguments, impl=impl)
     double = [None if a is None else [t.double() for t in a] if isinstance(a, list) else a.double() for a in arguments]
     exact, plain = reference.layer_projection(*double), reference.layer_projection(*arguments)
     within_budget(found.detach(), plain.detach(), exact.detach(), dtype)
@@ -102,38 +115,44 @@ def test_every_plan_of_the_projection(
         within_budget(ours, usual, true.double(), dtype)
 
 
-def test_only_what_is_needed_is_computed() -> None:
+@every_backend
+def test_only_what_is_needed_is_computed(impl: str) -> None:
     hidden, w1, b1, *_ = (x if isinstance(x, list) else x.detach() for x in inputs((3, 4, 1, 3, 8), torch.float32))
     hidden = [layer.detach() for layer in hidden]
+    layer_mix_forward, layer_mix_backward = launchers(impl)
     x = layer_mix_forward(hidden, w1, b1)
     assert layer_mix_backward(x, x, hidden, w1, True, False)[2] is None
     weight_grad, bias_grad, hidden_grad = layer_mix_backward(x, x, hidden, w1, False, True)
     assert weight_grad is None and bias_grad is None and hidden_grad.shape == (3, 1, 3, 8)
 
 
-def test_x_is_not_kept_for_the_backward() -> None:
+@every_backend
+def test_x_is_not_kept_for_the_backward(impl: str) -> None:
     arguments = inputs((3, 8, 2, 16, 32), torch.float32)
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        ops.layer_projection(*arguments, impl="triton")
+        ops.layer_projection(*arguments, impl=impl)
     assert (8, 2, 16, 32) not in kept
     assert max(torch.Size(shape).numel() for shape in kept) <= 2 * 16 * 32
 
 
+@every_backend
 @pytest.mark.parametrize("operation", ["layer_mix", "layer_projection"])
-def test_backward_is_bit_equal_twice(operation: str) -> None:
+def test_backward_is_bit_equal_twice(impl: str, operation: str) -> None:
     count = 3 if operation == "layer_mix" else 5
     arguments = inputs((9, 10, 2, 21, 33), torch.float32)[:count]
-    ours = lambda *a: getattr(ops, operation)(*a, impl="triton")  # noqa: E731
+    ours = lambda *a: getattr(ops, operation)(*a, impl=impl)  # noqa: E731
     for first, second in zip(gradients(ours, arguments), gradients(ours, arguments), strict=True):
         assert torch.equal(first, second)
 
 
-def test_poisoned_outputs_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+@every_backend
+def test_poisoned_outputs_are_overwritten(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, w1, b1, *_ = inputs((5, 6, 2, 7, 11), torch.float32)
     expected = reference.layer_mix(hidden, w1, b1)
     empty = torch.empty
     poisoned = lambda *a, **k: empty(*a, **k).fill_(torch.nan)  # noqa: E731
+    layer_mix_forward, layer_mix_backward = launchers(impl)
     monkeypatch.setattr(torch, "empty", poisoned)
     x = layer_mix_forward([h.detach() for h in hidden], w1.detach(), b1.detach())
     parts = layer_mix_backward(torch.ones_like(x), x, [h.detach() for h in hidden], w1.detach(), True, True)
@@ -142,7 +161,8 @@ def test_poisoned_outputs_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.isfinite(part).all() for part in parts)
 
 
-def test_layers_of_different_strides_and_views() -> None:
+@every_backend
+def test_layers_of_different_strides_and_views(impl: str) -> None:
     hidden, w1, b1, *_ = inputs((4, 6, 2, 7, 12), torch.float32)
     with torch.no_grad():
         wide = torch.full((2, 9, 24), torch.nan, device=DEVICE)
@@ -153,43 +173,47 @@ def test_layers_of_different_strides_and_views() -> None:
         for shift in range(4):  # each kind of view comes first once: the first layer decides the layout
             moved = views[shift:] + views[:shift]
             weight = torch.cat([w1[:, shift:], w1[:, :shift]], dim=1)
-            found = ops.layer_mix(moved, weight, b1, impl="triton")
+            found = ops.layer_mix(moved, weight, b1, impl=impl)
             torch.testing.assert_close(found, reference.layer_mix(hidden, w1, b1))
 
 
+@every_backend
 @settings(max_examples=12, deadline=None)
 @given(
     e=st.integers(1, 20), slots=st.integers(1, 12).map(lambda n: 2 * n), b=st.integers(1, 2), s=st.integers(1, 9),
-    d=st.integers(1, 70), dtype=st.sampled_from(DTYPES),
+    d=st.integers(1, 70), dtype=st.sampled_from(DTYPES[:2]),
 )  # fmt: skip
-def test_drawn_shapes(e: int, slots: int, b: int, s: int, d: int, dtype: torch.dtype) -> None:
+def test_drawn_shapes(impl: str, e: int, slots: int, b: int, s: int, d: int, dtype: torch.dtype) -> None:
     arguments = inputs((e, slots, b, s, d), dtype, seed=e * 97 + d)
     exact = reference.layer_projection(*same_values(arguments, torch.float64)).detach()
     plain = reference.layer_projection(*arguments).detach()
-    within_budget(ops.layer_projection(*arguments, impl="triton").detach(), plain, exact, dtype)
+    within_budget(ops.layer_projection(*arguments, impl=impl).detach(), plain, exact, dtype)
 
 
+@every_backend
 @pytest.mark.parametrize("shape", [(2, 4, 0, 3, 5), (2, 4, 2, 0, 5)])
-def test_empty_batches_and_sources(shape: tuple[int, ...]) -> None:
+def test_empty_batches_and_sources(impl: str, shape: tuple[int, ...]) -> None:
     arguments = inputs(shape, torch.float32)
-    out = ops.layer_projection(*arguments, impl="triton")
+    out = ops.layer_projection(*arguments, impl=impl)
     assert out.shape == (4, *shape[2:4], OUTPUTS)
     out.sum().backward()
     assert arguments[1].grad.abs().sum() == 0 and arguments[3].grad.abs().sum() == 0
 
 
+@every_backend
 @pytest.mark.parametrize("plan", plans.PLANS)
-def test_opcheck(plan: str) -> None:
+def test_opcheck(impl: str, plan: str) -> None:
     hidden, w1, b1, w2, b2 = inputs((3, 4, 2, 5, 16), torch.float32)
-    torch.library.opcheck(torch.ops.layalign.layer_mix, (hidden, w1, b1))
-    torch.library.opcheck(torch.ops.layalign.layer_mix, (hidden, w1, None))
-    torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, b1, w2, b2, plan))
-    torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, None, w2, None, plan))
+    torch.library.opcheck(torch.ops.layalign.layer_mix, (hidden, w1, b1, impl))
+    torch.library.opcheck(torch.ops.layalign.layer_mix, (hidden, w1, None, impl))
+    torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, b1, w2, b2, plan, impl))
+    torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, None, w2, None, plan, impl))
 
 
-def test_compiles_with_gradients_and_dynamic_length() -> None:
+@every_backend
+def test_compiles_with_gradients_and_dynamic_length(impl: str) -> None:
     def loss(*arguments):
-        return ops.layer_projection(*arguments, impl="triton").square().sum()
+        return ops.layer_projection(*arguments, impl=impl).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (4, 7):
@@ -200,31 +224,34 @@ def test_compiles_with_gradients_and_dynamic_length() -> None:
             torch.testing.assert_close(ours, theirs)
 
 
-def test_a_second_backward_is_refused() -> None:
+@every_backend
+def test_a_second_backward_is_refused(impl: str) -> None:
     arguments = inputs((3, 4, 1, 2, 8), torch.float32)[:3]
-    out = ops.layer_mix(*arguments, impl="triton").square().sum()
+    out = ops.layer_mix(*arguments, impl=impl).square().sum()
     (first,) = torch.autograd.grad(out, arguments[1], create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(first.sum(), arguments[1])
 
 
-def test_autocast_casts_like_torch() -> None:
+@every_backend
+def test_autocast_casts_like_torch(impl: str) -> None:
     arguments = inputs((3, 4, 1, 2, 8), torch.float32)
     with torch.autocast(DEVICE, dtype=torch.float16):
-        ours = ops.layer_projection(*arguments, impl="triton")
+        ours = ops.layer_projection(*arguments, impl=impl)
         theirs = ops.layer_projection(*arguments, impl="torch")
     assert ours.dtype == theirs.dtype == torch.float16
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
-def test_what_the_kernels_do_not_take_is_said() -> None:
+@every_backend
+def test_what_the_kernels_do_not_take_is_said(impl: str) -> None:
     hidden, w1, b1, *_ = inputs((3, 4, 1, 2, 8), torch.float64)
     with pytest.raises(BackendError, match="float64 is left to impl='torch'"):
-        ops.layer_mix(hidden, w1, b1, impl="triton")
+        ops.layer_mix(hidden, w1, b1, impl=impl)
     assert ops.layer_mix(hidden, w1, b1).dtype == torch.float64
     many = [hidden[0].float()] * 65
     with pytest.raises(BackendError, match="at most 64 layers into 256 slots, got 65 and 4"):
-        ops.layer_mix(many, torch.zeros(4, 65, device=DEVICE), impl="triton")
+        ops.layer_mix(many, torch.zeros(4, 65, device=DEVICE), impl=impl)
 
 
 def test_plans_follow_the_rule_and_measured_tables() -> None:
@@ -237,10 +264,3 @@ def test_plans_follow_the_rule_and_measured_tables() -> None:
     assert plans.measured(entries, 24, 64, 2048, 4096, 5000, False) == "two_step"
     assert plans.measured(entries, 24, 64, 2048, 4096, 100, False) is None  # too far from anything measured
     assert plans.measured(entries, 12, 64, 2048, 4096, 512, False) is None
-
-
-def test_offsets_are_computed_in_64_bits() -> None:
-    huge = torch.empty((64, 16, 1024, 4096), device="meta")
-    assert largest_offset(tuple(huge.shape), huge.stride()) == huge.numel() - 1 > 2**31
-    assert largest_offset((3, 4), (0, 1)) == 3
-    assert [next_power_of_2(n) for n in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
