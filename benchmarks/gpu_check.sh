@@ -23,8 +23,16 @@ step() { # step NAME SECONDS COMMAND...
   [ $code -eq 0 ] || failed+=("$name")
 }
 
+# The extension, for this GPU only, beside the package as an editable installation has it.
+arch=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())" 2> /dev/null || echo 90)
+built=$(mktemp -d)
+LAYALIGN_CUDA=1 LAYALIGN_CUDA_ARCHS=$arch step build 300 "$python" csrc/builder.py extension --output "$built"
+cp "$built"/_C*.so layalign/ 2> /dev/null || true
+
 step facts 60 "$python" benchmarks/facts.py "$out/facts.json"
-step tests 600 "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_layer_kernels.py tests/test_gated_cross_attention.py
+step tests 600 "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_layer_kernels.py \
+  tests/test_gated_cross_attention.py tests/test_gated_cross_attention_op.py tests/test_triton_kernels.py \
+  tests/test_extension.py tests/test_cuda_graphs.py
 step sanitize 120 "$python" benchmarks/sanitize.py
 if command -v compute-sanitizer > /dev/null; then
   step memcheck 300 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" benchmarks/sanitize.py

@@ -1,4 +1,4 @@
-"""Run every Triton kernel once on small, odd shapes: the program that compute-sanitizer watches on a GPU.
+"""Run every kernel of every usable backend once on small, odd shapes: what compute-sanitizer watches on a GPU.
 
     compute-sanitizer --tool memcheck python benchmarks/sanitize.py
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from layalign import ops, reference
+from layalign.ops import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -27,20 +28,23 @@ def check(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
     print(f"{name}: ok", flush=True)
 
 
-def main() -> None:
-    """All operations, forward and backward."""
-    torch.manual_seed(0)
-    for layers, slots, batch, length, width, outputs in ((5, 6, 2, 7, 40, 24), (33, 4, 1, 13, 72, 136)):
-        hidden = [draw(batch, length, width) for _ in range(layers)]
-        w1, b1, w2, b2 = draw(slots, layers), draw(slots), draw(outputs, width), draw(outputs)
+def layers(impl: str) -> None:
+    """Layer mix and projection, forward and backward."""
+    for count, slots, batch, length, width, outputs in ((5, 6, 2, 7, 40, 24), (33, 4, 1, 13, 72, 136)):
+        hidden = [draw(batch, length, width) for _ in range(count)]
+        w1, b1, w2, b2 = draw(slots, count), draw(slots), draw(outputs, width), draw(outputs)
         per_slot = draw(slots, outputs, width)
         for weight in (w2, per_slot):
             arguments = (hidden, w1, b1, weight, b2)
-            found, expected = ops.layer_projection(*arguments, impl="triton"), reference.layer_projection(*arguments)
-            check(f"layer_projection {tuple(weight.shape)}", found, expected)
+            found, expected = ops.layer_projection(*arguments, impl=impl), reference.layer_projection(*arguments)
+            check(f"{impl}: layer_projection {tuple(weight.shape)}", found, expected)
             found.float().sum().backward()
-        check("layer_mix", ops.layer_mix(hidden, w1, b1, impl="triton"), reference.layer_mix(hidden, w1, b1))
-        ops.layer_mix(hidden, w1, b1, impl="triton").float().sum().backward()
+        check(f"{impl}: layer_mix", ops.layer_mix(hidden, w1, b1, impl=impl), reference.layer_mix(hidden, w1, b1))
+        ops.layer_mix(hidden, w1, b1, impl=impl).float().sum().backward()
+
+
+def attention(impl: str) -> None:
+    """Gated cross-attention and its decode kernel, forward and backward."""
     for batch, heads, groups, length, source, size in (
         (2, 4, 2, 33, 17, 40),
         (1, 8, 8, 5, 97, 64),
@@ -51,16 +55,24 @@ def main() -> None:
         mask = torch.rand(batch, source, device=DEVICE) > 0.3
         mask[0] = False
         arguments = (query, key, value, gate, base)
-        found = ops.gated_cross_attention(*arguments, key_mask=mask, impl="triton")
-        check(f"gated_cross_attention T={length}", found, reference.gated_cross_attention(*arguments, key_mask=mask))
+        expected = reference.gated_cross_attention(*arguments, key_mask=mask)
+        found = ops.gated_cross_attention(*arguments, key_mask=mask, impl=impl)
+        check(f"{impl}: gated_cross_attention T={length}", found, expected)
         found.float().sum().backward()
         with torch.no_grad():  # short queries without gradients go to the decode kernel
-            found = ops.gated_cross_attention(*arguments, key_mask=mask, impl="triton")
-        check(
-            f"gated_cross_attention T={length}, no gradient",
-            found,
-            reference.gated_cross_attention(*arguments, key_mask=mask),
-        )
+            found = ops.gated_cross_attention(*arguments, key_mask=mask, impl=impl)
+        check(f"{impl}: gated_cross_attention T={length}, no gradient", found, expected)
+
+
+def main() -> None:
+    """Every backend but plain torch."""
+    usable = [name for name in backends.BACKENDS if name != "torch" and backends.capability(name, DEVICE)[0]]
+    for impl in usable:
+        torch.manual_seed(0)
+        layers(impl)
+        attention(impl)
+    if not usable:
+        raise SystemExit("no backend to check: " + "; ".join(status.reason for status in backends.report(DEVICE)))
 
 
 if __name__ == "__main__":
