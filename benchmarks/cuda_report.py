@@ -111,8 +111,8 @@ def report(rows: list[Kernel]) -> str:
     lines = [
         "# CUDA kernels of the compiled extension",
         "",
-        f"{compiler()}. {len(rows)} kernels over all architectures, {problems} with a problem. Compiled only, not run: no figure "
-        "here says anything about speed. Shared memory is the static part; tiles are asked for at launch.",
+        f"{compiler()}. {len(rows)} kernels over all architectures, {problems} with a problem. Compiled only, not run: "
+        "no figure here says anything about speed. Shared memory is the static part; tiles are asked for at launch.",
         "",
         "| kernel | target | registers | spills | shared, bytes | tensor cores | problem |",
         "|---|---|---:|---:|---:|---|---|",
