@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from layalign.model import LayAlignForCausalLM
     from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
     from layalign.packing import pack
+    from layalign.swap import accelerate, restore
 
 __version__ = "0.1.0"
 
@@ -25,9 +26,11 @@ _LAZY = {
     "GatedCrossAttention": "layalign.nn",
     "LayAlignConfig": "layalign.config",
     "LayAlignForCausalLM": "layalign.model",
+    "accelerate": "layalign.swap",
     "attach": "layalign.attention",
     "detach": "layalign.attention",
     "pack": "layalign.packing",
+    "restore": "layalign.swap",
 }
 
 __all__ = [
@@ -42,9 +45,11 @@ __all__ = [
     "LayAlignError",
     "LayAlignForCausalLM",
     "__version__",
+    "accelerate",
     "attach",
     "detach",
     "pack",
+    "restore",
 ]
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign import ops
+from layalign._plain import reason_against_reading
 from layalign.nn.aligner import WeightedLinearProjector
 
 logger = logging.getLogger("layalign")
@@ -49,28 +50,13 @@ def break_even_rows(encoder_size: int, llm_size: int, kv_size: int, training: bo
     return cost / saved if saved > 0 else float("inf")
 
 
-def _plain(linear: Any) -> str | None:
-    """Why a module's weight must not be read directly; None if it may."""
-    name = type(linear).__name__
-    if type(linear) is not nn.Linear:
-        return f"{name} is not a plain Linear (quantised, LoRA-wrapped, or fused with others)"
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    if hooks or "forward" in linear.__dict__ or nn.utils.parametrize.is_parametrized(linear):
-        return f"{name} has hooks, a patched forward or parametrizations, which reading its weight would pass by"
-    weight = linear.weight
-    whole = weight.shape == (linear.out_features, linear.in_features) and not hasattr(weight, "ds_id")
-    if type(weight) is not nn.Parameter or not whole or weight.is_meta:
-        return "its weight is sharded or of a tensor type of its own"
-    return None
-
-
 def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.Module]) -> str | None:
     """Why the weights cannot be folded; None if they can."""
     if projector.structure != "Linear":
         return f'structure "{projector.structure}" has a relu between the two maps'
     if projector._forward_hooks or projector._forward_pre_hooks:
         return "the aligner's projector has hooks, which want to see it called"
-    problem = _plain(projector.fc2)
+    problem = reason_against_reading(projector.fc2)
     if problem is not None:
         return f"fc2: {problem}"
     shapes = set()
@@ -79,7 +65,7 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
             linear = getattr(attention, name, None)
             if linear is None:
                 return f"{type(attention).__name__} has no {name} of its own"
-            problem = _plain(linear)
+            problem = reason_against_reading(linear)
             if problem is not None:
                 return f"{name}: {problem}"
             if any(parameter.requires_grad for parameter in linear.parameters()):

@@ -1,0 +1,27 @@
+"""Whether a module's weight may be read instead of calling the module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something wants to see ``module`` called."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks)
+
+
+def reason_against_reading(linear: Any) -> str | None:
+    """Why a linear map's weight must not be read directly; None if it may."""
+    name = type(linear).__name__
+    if type(linear) is not nn.Linear:
+        return f"{name} is not a plain Linear (quantised, LoRA-wrapped, or fused with others)"
+    if has_hooks(linear) or "forward" in linear.__dict__ or nn.utils.parametrize.is_parametrized(linear):
+        return f"{name} has hooks, a patched forward or parametrizations, which reading its weight would pass by"
+    weight = linear.weight
+    whole = weight.shape == (linear.out_features, linear.in_features) and not hasattr(weight, "ds_id")
+    if type(weight) is not nn.Parameter or not whole or weight.is_meta:
+        return "its weight is sharded or of a tensor type of its own"
+    return None

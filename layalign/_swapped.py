@@ -1,0 +1,247 @@
+"""The classes that :func:`layalign.accelerate` gives to published-style modules, and what an instance keeps.
+
+Each is a subclass of the module's own class with another ``forward``: parameters, state-dict keys, hooks and
+``isinstance`` stay, and copies and pickles carry the change with them.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layalign import ops
+from layalign._plain import has_hooks, reason_against_reading
+from layalign.attention import PREFIX, key_value_states, register
+from layalign.errors import ArgumentError
+from layalign.fold import _STEPS, _count_steps
+
+
+class Swapped:
+    """Mixed in front of a module's own class; ``layalign_swap`` holds what the instance needs."""
+
+    layalign_swap: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        made_here = original_class(type(self)) is not None
+        if not made_here or not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        mixin, original = type(self).__bases__  # a class made here cannot be found by name, these two can
+        return (_empty, (mixin, original), *reduced[2:])
+
+
+@functools.cache
+def swapped_class(mixin: type, original: type) -> type:
+    """The class of ``original``'s swapped instances, under the original's name."""
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    return type(original.__name__, (mixin, original), names)
+
+
+def original_class(cls: type) -> type | None:
+    """The class that ``cls`` was made from; None if something (FSDP does) has put another class over it since."""
+    return cls.__bases__[1] if Swapped in cls.__bases__[0].__bases__ else None
+
+
+def _empty(mixin: type, original: type) -> Any:
+    cls: Any = swapped_class(mixin, original)
+    return cls.__new__(cls)
+
+
+# The aligner
+
+
+@dataclass
+class ProjectionSwap:
+    """What a swapped aligner or projector keeps: the backend of its operation."""
+
+    impl: str
+
+
+def reason_against_maps(projector: Any) -> str | None:
+    """Why fc1 and fc2 cannot be read now; fc3, where there is one, is called."""
+    for name in ("fc1", "fc2"):
+        problem = reason_against_reading(getattr(projector, name))
+        if problem is not None:
+            return f"{name}: {problem}"
+    return None
+
+
+def slots(projector: Any, hidden: Sequence[Tensor], impl: str) -> Tensor:
+    """E tensors (B, S, D_e) -> (2L, B, S, D_l)."""
+    fc1, fc2 = projector.fc1, projector.fc2
+    y = ops.layer_projection(hidden, fc1.weight, fc1.bias, fc2.weight, fc2.bias, impl=impl)
+    return projector.fc3(torch.relu(y)) if hasattr(projector, "fc3") else y
+
+
+def pairs(projector: Any, hidden: Sequence[Tensor], impl: str) -> tuple[tuple[Tensor, Tensor], ...]:
+    """E tensors (B, S, D_e) -> L pairs (B, S, D_l)."""
+    states = slots(projector, hidden, impl).unbind(0)
+    return tuple(zip(states[0::2], states[1::2], strict=True))
+
+
+def _layers(projector: Any, hidden: Any) -> Sequence[Tensor] | None:
+    """The E tensors (B, S, D_e) of an aligner's argument; None when it is nothing we know."""
+    if isinstance(hidden, Tensor) and hidden.dim() == 4:
+        hidden = hidden.unbind(1)
+    elif not isinstance(hidden, list | tuple) or not all(isinstance(h, Tensor) and h.dim() == 3 for h in hidden):
+        return None
+    known = len(hidden) == projector.fc1.in_features and hidden[0].shape[-1] == projector.fc2.in_features
+    return hidden if known else None
+
+
+class SwappedAligner(Swapped):
+    """All layers through one operation that reads them in place; what it does not know goes to the original."""
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        projector = self.projector  # type: ignore[attr-defined]
+        layers = _layers(projector, hidden_states)
+        if layers is None or args or kwargs or has_hooks(projector) or reason_against_maps(projector) is not None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return pairs(projector, layers, self.layalign_swap.impl)
+
+
+class SwappedProjector(Swapped):
+    """The projector alone: (B, E, S, D_e) -> (B, S, 2L, D_l), a view of what the operation returns."""
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        layers = _layers(self, hidden_states) if isinstance(hidden_states, Tensor) else None
+        if layers is None or args or kwargs or reason_against_maps(self) is not None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return slots(self, layers, self.layalign_swap.impl).permute(1, 2, 0, 3)
+
+
+# The attention
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Keys and values, and what they were made from: held by reference, so that no identity is given out twice."""
+
+    key: Tensor
+    value: Tensor
+    states: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    modes: tuple[Any, ...]
+    versions: tuple[int | None, ...]
+
+
+@dataclass
+class AttentionSwap:
+    """What a swapped attention wrapper keeps.
+
+    Attributes:
+        impl: backend of the operation.
+        child: name of the wrapped attention module.
+        config: the config object that module had.
+        kept: keys and values of the last source.
+    """
+
+    impl: str
+    child: str
+    config: Any
+    kept: _Kept | None = None
+
+    def __post_init__(self) -> None:
+        _count_steps()
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles do not carry what can be computed again
+        return {**self.__dict__, "kept": None}
+
+    def follow(self, attention: Any) -> None:
+        """Use the attention function that the LLM's own config names now."""
+        name = PREFIX + (self.config._attn_implementation or "sdpa")
+        if attention.config._attn_implementation_internal != name:
+            attention.config._attn_implementation_internal = register(name.removeprefix(PREFIX))
+
+    def states(self, attention: nn.Module, pair: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """k and v (B, G, S, d) of the source: made once per pair while no gradient is wanted, else at every call."""
+        if (isinstance(pair, Tensor) and pair.shape[0] != 2) or not isinstance(pair, Tensor | list | tuple):
+            raise ArgumentError(f"adapter_states: expected a pair of tensors (B, S, D_l), got {type(pair).__name__}")
+        whole = (pair,) if isinstance(pair, Tensor) else tuple(pair)
+        kept = self._current(attention, whole, device)
+        if kept is not None:
+            return kept.key, kept.value
+        if attention.training:  # dropout in LoRA, checkpoints: nothing is kept
+            self.kept = None
+        key, value = key_value_states(attention, pair[0].to(device), pair[1].to(device))
+        if not torch.compiler.is_compiling() and not attention.training:
+            weights = tuple(_weights(attention))
+            wanted = key.requires_grad or value.requires_grad
+            modes, versions = _modes(device), _versions((*whole, *weights))
+            self.kept = None if wanted else _Kept(key, value, whole, weights, modes, versions)
+        return key, value
+
+    def _current(self, attention: nn.Module, whole: tuple[Tensor, ...], device: torch.device) -> _Kept | None:
+        """What is kept, if it is still what would be computed now."""
+        kept = self.kept
+        if kept is None or attention.training or kept.modes != _modes(device) or not _same(kept.states, whole):
+            return None
+        if torch.compiler.is_compiling():  # versions are not seen here: whoever changes weights sets the states anew
+            return None if torch.is_grad_enabled() else kept
+        weights = tuple(_weights(attention))
+        tensors = (*whole, *weights)
+        # A tensor made in inference mode cannot be saved for the gate's backward.
+        wanted = torch.is_grad_enabled() and (kept.key.is_inference() or any(t.requires_grad for t in tensors))
+        stale = wanted or not _same(kept.weights, weights) or kept.versions != _versions(tensors)
+        return None if stale else kept
+
+
+def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
+
+
+def _weights(attention: Any) -> Iterator[Tensor]:
+    """What keys and values are made with; the short way for plain maps, as this runs at every step of ``generate``."""
+    modules = attention._modules
+    maps = (modules["k_proj"], modules["v_proj"]) if modules.keys() >= {"k_proj", "v_proj"} else ()
+    if maps and not any(linear._modules for linear in maps):
+        return (tensor for linear in maps for tensor in linear._parameters.values() if tensor is not None)
+    return attention.parameters()  # type: ignore[no-any-return]
+
+
+def _modes(device: torch.device) -> tuple[Any, ...]:
+    """What keys and values depend on beside tensors."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return device, autocast
+
+
+def _versions(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
+    """Contents change under the same tensor objects: autograd's counters (inference tensors have none), and the steps
+    of optimizers, some of which write past the counters."""
+    return (_STEPS[0], *(None if tensor.is_inference() else tensor._version for tensor in tensors))
+
+
+class _Term:
+    """Stands for the source in one call of the attention function: see :mod:`layalign.attention`."""
+
+    def __init__(self, wrapper: Any, attention: nn.Module) -> None:
+        self.wrapper, self.attention, self.attended = wrapper, attention, False
+
+    def attend(self, layer: int, query: Tensor, base: Tensor, scale: float | None) -> Tensor:
+        """``base`` (B, T, H, d) plus the gated term; as published, 1 / sqrt(d) whatever the LLM's own scale."""
+        self.attended = True
+        swap = self.wrapper.layalign_swap
+        key, value = swap.states(self.attention, self.wrapper.adapter_states, query.device)
+        gate = self.wrapper.adaption_gate.to(query.device)
+        return ops.gated_cross_attention(query, key, value, gate, base, scale=query.shape[-1] ** -0.5, impl=swap.impl)
+
+
+class SwappedAttention(Swapped):
+    """The wrapped attention runs once, the gated term inside it, before its one output projection."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        swap = self.layalign_swap
+        attention = getattr(self, swap.child)
+        swap.follow(attention)
+        term = _Term(self, attention)
+        out = attention(*args, layalign_source=term, **kwargs)
+        if not term.attended:
+            name = type(attention).__name__
+            raise ArgumentError(f"model: {name} did not hand the source to its attention function; use restore(model)")
+        return out

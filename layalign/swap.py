@@ -1,0 +1,223 @@
+"""The one-line swap: published-style modules anywhere in a module tree, made fast in place and put back again.
+
+    report = layalign.accelerate(model)   # same parameters, same state dict, same numbers
+    print(report)
+    layalign.restore(model)               # the exact classes and config objects from before
+
+Nothing is imported from the user's code and nothing global is patched: single instances get a subclass of their own
+class (:mod:`layalign._swapped`), after their ``forward`` was compared with the published formula on a small random
+input (:mod:`layalign._recognise`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from layalign import _recognise, _swapped
+from layalign.errors import ArgumentError
+from layalign.fold import CHOICES
+from layalign.model import LayAlignForCausalLM
+from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector
+from layalign.ops import backends
+
+logger = logging.getLogger("layalign")
+
+LOOKED_FOR = (
+    "an aligner (a child projector with fc1 and fc2), a projector (fc1 and fc2), a gated attention wrapper "
+    "(adaption_gate, adapter_states and a wrapped attention module), a Mapping, or layalign's own modules"
+)
+_SETTINGS = "layalign_settings"  # on our own modules: what they were set to before
+
+
+@dataclass
+class SwapReport:
+    """What :func:`accelerate` or :func:`restore` did.
+
+    Attributes:
+        swapped: (module name, what is different now); the name of the tree's root is empty.
+        left: (module name, reason) of every candidate that stays as it is.
+        notes: what else there is to know.
+    """
+
+    swapped: list[tuple[str, str]] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = []
+        for title, rows in (("swapped", self.swapped), ("left as they are", self.left)):
+            lines.append(f"{title}: {len(rows) or 'none'}")
+            names: dict[str, list[str]] = {}
+            for name, text in rows:
+                names.setdefault(text, []).append(name or "(the model itself)")
+            for text, same in names.items():
+                many = f"{same[0]} ... {same[-1]} ({len(same)} modules)"
+                lines.append(f"  {', '.join(same) if len(same) < 3 else many}: {text}")
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> SwapReport:
+    """Make the published-style modules of a tree fast: same parameters, same state dict, same results.
+
+    - An aligner or a bare projector reads the encoder's layers in place, in one operation. Format and shapes are those
+      of the original: L pairs of (B, S, D_l), or (B, S, 2L, D_l).
+    - A gated attention wrapper runs the wrapped attention once, with the gated term inside it, before its one output
+      projection. It returns what the wrapped attention returns; padding is attended to, and scores are scaled by
+      1 / sqrt(d), as published. The source's keys and values are computed once per ``adapter_states`` while no gradient
+      is wanted and the module is in eval mode, else at every call. Compiled calls use what a call that was not compiled
+      kept (``generate`` compiles decoding only), and compute them otherwise; they see new ``adapter_states``, but not
+      that the LLM's weights changed under the old ones.
+    - layalign's own models get ``impl`` and ``fold``.
+
+    A module is swapped only if its ``forward`` agrees with the published formula on a small random input; dtypes are
+    the module's own. Hooks of swapped modules run as before. Weights that can no longer be read (wrapped by LoRA or
+    sharded later on) are called through the original ``forward`` again.
+
+    Gradient checkpointing: ``adapter_states`` is an attribute, not an argument. ``use_reentrant=False`` works.
+    Re-entrant checkpoints fail as they do without the swap: every layer's backward walks the aligner's graph again.
+
+    Args:
+        model: any tree of torch modules: a model, its wrapper (DDP, torch.compile, peft), or a single module.
+        impl: backend of the operations, "auto" or a name from :data:`layalign.ops.backends.BACKENDS`.
+        fold: "auto", "always" or "never", for layalign's own models (:mod:`layalign.fold`); published-style modules
+            keep aligner and attention apart, so there is nothing to fold.
+
+    Returns:
+        What was swapped and what was left, with the reasons. Calling again only changes ``impl`` and ``fold``.
+
+    Raises:
+        ArgumentError: an argument has a wrong value, or the tree has none of the modules looked for.
+
+    Source: LayAlign's published code; :mod:`layalign.reference` has the mathematics.
+    """
+    _check(model)
+    if impl != "auto" and impl not in backends.BACKENDS:
+        raise ArgumentError(f"impl: expected 'auto' or one of {', '.join(backends.BACKENDS)}, got {impl!r}")
+    if fold not in CHOICES:
+        raise ArgumentError(f"fold: expected one of {', '.join(CHOICES)}, got {fold!r}")
+    report = SwapReport()
+    for name, module in _candidates(model):
+        _swap(name, module, impl, fold, report)
+    if not report.swapped and not report.left:
+        raise ArgumentError(f"model: {type(model).__name__} has nothing to swap; looked for {LOOKED_FOR}")
+    _finish(model, report)
+    logger.log(logging.INFO if report.swapped else logging.WARNING, "layalign.accelerate: %s", report)
+    return report
+
+
+def restore(model: nn.Module) -> SwapReport:
+    """Undo :func:`accelerate`: every module gets its class, its config object and its settings back.
+
+    Returns:
+        The modules that were put back, under ``swapped``.
+
+    Raises:
+        ArgumentError: nothing in the tree is swapped.
+    """
+    _check(model)
+    report = SwapReport()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _swapped.Swapped):
+            _recognise.take_out(module)
+            report.swapped.append((name, f"{type(module).__name__} runs its own forward again"))
+        elif _SETTINGS in module.__dict__:
+            for target, attribute, value in _settings(module, module.__dict__.pop(_SETTINGS)):
+                setattr(target, attribute, value)
+            report.swapped.append((name, f"{type(module).__name__} has its own settings back"))
+    if not report.swapped:
+        raise ArgumentError(f"model: nothing in this {type(model).__name__} is swapped; call accelerate first")
+    _finish(model, report)
+    return report
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: expected a torch module, got {type(model).__name__}")
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, outermost first; nothing from inside what is dealt with as a whole."""
+    inside: set[int] = set()
+    for name, module in list(model.named_modules()):
+        if id(module) in inside:
+            continue
+        yield name, module
+        whole = isinstance(module, LayAlignForCausalLM | EncoderAligner | _swapped.Swapped)
+        if whole:
+            inside.update(id(part) for part in module.modules())
+
+
+def _swap(name: str, module: nn.Module, impl: str, fold: str, report: SwapReport) -> None:
+    """Deal with one module."""
+    if isinstance(module, _swapped.Swapped):
+        module.layalign_swap.impl = impl
+        report.swapped.append((name, f"already swapped (impl {impl!r})"))
+    elif isinstance(module, LayAlignForCausalLM | EncoderAligner | WeightedLinearProjector | GatedCrossAttention):
+        report.swapped.append((name, _set_own(module, impl, fold)))
+    elif _recognise.has_projector(module):
+        text = "the encoder's layers are read in place, by layalign.ops.layer_projection"
+        _try(name, module, _recognise.reason_against_aligner, _swapped.SwappedAligner, impl, text, report)
+    elif _recognise.is_projector(module):
+        text = "layalign.ops.layer_projection; its result is a view"
+        _try(name, module, _recognise.reason_against_bare_projector, _swapped.SwappedProjector, impl, text, report)
+    elif _recognise.is_gated_attention(module):
+        text = "the gated term is added inside the one attention; keys and values of the source are kept"
+        _try(name, module, _recognise.reason_against_attention, _swapped.SwappedAttention, impl, text, report)
+    elif _recognise.is_mapping(module):
+        report.left.append((name, "two plain linear maps, nothing to fuse"))
+
+
+def _try(name: str, module: nn.Module, against: Any, mixin: type, impl: str, text: str, report: SwapReport) -> None:
+    reason = against(module)
+    if reason is not None:
+        report.left.append((name, reason))
+        return
+    state: Any = _swapped.ProjectionSwap(impl)
+    if mixin is _swapped.SwappedAttention:
+        child = str(_recognise.wrapped_attention(module))
+        state = _recognise.attention_state(module, child, impl)
+        if not _recognise.can_be_tried(getattr(module, child)):
+            text += " (not tried on a small input: its weights are sharded or on the meta device)"
+    _recognise.put_in(module, mixin, state)
+    report.swapped.append((name, text))
+
+
+def _own_settings(module: nn.Module) -> list[tuple[Any, str]]:
+    """(object, attribute) of everything ``impl`` and ``fold`` set on one of our modules."""
+    found: list[tuple[Any, str]] = []
+    for part in module.modules():
+        if isinstance(part, WeightedLinearProjector | GatedCrossAttention):
+            found.append((part, "impl"))
+    if isinstance(module, LayAlignForCausalLM):
+        found.append((module.folding, "choice"))
+    return found
+
+
+def _settings(module: nn.Module, values: list[Any]) -> list[tuple[Any, str, Any]]:
+    return [(*place, value) for place, value in zip(_own_settings(module), values, strict=True)]
+
+
+def _set_own(module: nn.Module, impl: str, fold: str) -> str:
+    places = _own_settings(module)
+    module.__dict__.setdefault(_SETTINGS, [getattr(target, attribute) for target, attribute in places])
+    for target, attribute in places:
+        setattr(target, attribute, impl if attribute == "impl" else fold)
+    folding = f", fold {fold!r}" if isinstance(module, LayAlignForCausalLM) else ""
+    return f"already layalign's: now impl {impl!r}{folding}"
+
+
+def _finish(model: nn.Module, report: SwapReport) -> None:
+    """Drop compiled graphs of the old modules."""
+    if "torch._dynamo" not in sys.modules or not report.swapped:
+        return
+    compiled = [m for m in model.modules() if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)]
+    torch.compiler.reset()  # also for a compiled module above this tree, which cannot be seen from here
+    if compiled:
+        report.notes.append("torch.compile: the graphs compiled so far were dropped; the next call compiles anew")

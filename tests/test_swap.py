@@ -1,0 +1,305 @@
+"""accelerate and restore on the published data flow: the same numbers, and that the fast way is really taken."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from published_tiny import (  # noqa: F401
+    assert_same,
+    calls_of_operations,
+    data,
+    gates,
+    loss_and_gradients,
+    own_classes,
+    published,
+    published_model,
+    settings,
+    wrappers,
+)
+from tiny import batch, tiny_model
+from torch import nn
+
+import layalign
+from layalign import ArgumentError
+
+CASES = [
+    ("llama", "Linear", (0, 1, 2), "sdpa"),
+    ("mistral", "MLP", (0, 2), "sdpa"),
+    ("qwen2", "Linear", (2,), "eager"),
+]
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("llm", "structure", "layers", "attention"), CASES)
+def test_the_same_loss_and_gradients(llm, structure, layers, attention, train, calls) -> None:
+    model = published_model(llm, structure, layers, attention).train(train)
+    model.encoder_mt.eval()  # its dropout would draw other numbers
+    expected = loss_and_gradients(model, data())
+    assert calls == {"layer_projection": 0, "gated_cross_attention": 0}
+    report = layalign.accelerate(model)
+    assert len(report.swapped) == 1 + len(layers)
+    calls.update(layer_projection=0, gated_cross_attention=0)
+    assert_same(expected, loss_and_gradients(model, data()))
+    assert calls == {"layer_projection": 1, "gated_cross_attention": len(layers)}
+
+
+@pytest.mark.parametrize(("llm", "structure", "layers", "attention"), CASES)
+def test_the_same_generation(llm, structure, layers, attention, calls) -> None:
+    model = published_model(llm, structure, layers, attention)
+    expected = model(**data(labels=False))
+    layalign.accelerate(model)
+    calls.update(layer_projection=0, gated_cross_attention=0)
+    assert torch.equal(model(**data(labels=False)), expected) and expected.shape == (3, 6)
+    assert calls == {"layer_projection": 1, "gated_cross_attention": 6 * len(layers)}
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.add_(3.0)
+    assert not torch.equal(model(**data(labels=False)), expected)  # the gates are not without effect
+
+
+def test_the_same_parameters_and_names_and_restore() -> None:
+    model = published_model("mistral", "MLP")
+    before = {name: id(p) for name, p in model.named_parameters()}
+    keys, classes = list(model.state_dict()), own_classes(model)
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    with torch.no_grad():
+        expected = model(**data())
+    layalign.accelerate(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert list(model.state_dict()) == keys
+    assert own_classes(model) != classes
+    assert all(issubclass(new, old) for new, old in zip(own_classes(model), classes, strict=True))
+    assert isinstance(model.encoder_aligner, published.EncoderAligner)
+    attended = {id(wrapper.model) for wrapper in wrappers(model)}
+    for module, config in zip(model.modules(), configs, strict=True):
+        assert (getattr(module, "config", None) is config) == (id(module) not in attended)
+    assert model.model_llm.model.config._attn_implementation == "sdpa"
+
+    report = layalign.restore(model)
+    assert [name for name, _ in report.swapped] == [
+        *(f"model_llm.model.model.layers.{layer}.self_attn" for layer in range(3)), "encoder_aligner",
+    ]  # fmt: skip
+    assert own_classes(model) == classes
+    assert all(getattr(m, "config", None) is c for m, c in zip(model.modules(), configs, strict=True))
+    assert not any("layalign" in name for module in model.modules() for name in module.__dict__)
+    with torch.no_grad():
+        assert torch.equal(model(**data()), expected)
+    with pytest.raises(ArgumentError, match="nothing in this PublishedLayAlign is swapped"):
+        layalign.restore(model)
+
+
+def curve(swap: bool) -> list[float]:
+    model = published_model("mistral")
+    if swap:
+        layalign.accelerate(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for step in range(20):
+        loss = model(**data(seed=step % 4))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_twenty_steps_have_the_same_curve() -> None:
+    plain, swapped = curve(False), curve(True)
+    torch.testing.assert_close(torch.tensor(swapped), torch.tensor(plain), rtol=1e-4, atol=1e-4)
+    assert plain[16] < 0.98 * plain[0]
+
+
+def test_the_report_names_what_was_done_and_what_was_left() -> None:
+    report = layalign.accelerate(published_model(layers=(1,)))
+    assert dict(report.swapped).keys() == {"model_llm.model.model.layers.1.self_attn", "encoder_aligner"}
+    assert report.left == [("mapping", "two plain linear maps, nothing to fuse")]
+    many = layalign.accelerate(published_model())
+    row = (
+        "  model_llm.model.model.layers.0.self_attn ... model_llm.model.model.layers.2.self_attn (3 modules): the gated"
+    )
+    assert any(line.startswith(row) for line in str(many).splitlines())
+    text = str(report)
+    assert "swapped: 2" in text and "left as they are: 1" in text and "encoder_aligner: the encoder's layers" in text
+
+
+def test_twice_is_harmless_and_takes_the_new_backend() -> None:
+    model = published_model()
+    expected = loss_and_gradients(model, data())
+    layalign.accelerate(model)
+    classes = own_classes(model)
+    report = layalign.accelerate(model, impl="torch")
+    assert [text for _, text in report.swapped] == ["already swapped (impl 'torch')"] * 4
+    assert own_classes(model) == classes
+    assert model.encoder_aligner.layalign_swap.impl == "torch"
+    assert_same(expected, loss_and_gradients(model, data()))
+    layalign.restore(model)
+    assert type(model.encoder_aligner) is published.EncoderAligner
+
+
+def test_wrong_arguments_are_named() -> None:
+    model = published_model()
+    with pytest.raises(ArgumentError, match=r"model: Sequential has nothing to swap; looked for an aligner .*fc1"):
+        layalign.accelerate(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match="implementation"):
+        layalign.accelerate(model, implementation="torch")
+    with pytest.raises(ArgumentError, match="impl: expected 'auto' or one of triton.*got 'fast'"):
+        layalign.accelerate(model, impl="fast")
+    with pytest.raises(ArgumentError, match="fold: expected one of auto, always, never, got True"):
+        layalign.accelerate(model, fold=True)
+    with pytest.raises(ArgumentError, match="model: expected a torch module, got dict"):
+        layalign.accelerate({})
+    with pytest.raises(ArgumentError, match="model: expected a torch module, got NoneType"):
+        layalign.restore(None)
+    assert type(model.encoder_aligner) is published.EncoderAligner
+
+
+def test_keys_and_values_are_made_once_per_sequence() -> None:
+    model = published_model()
+    seen: list[int] = []
+    width = data()["input_ids_mt"].shape[1]
+
+    def count(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if any(args[0] is state for wrapper in wrappers(model) for state in wrapper.adapter_states):
+            seen.append(args[0].shape[1])
+
+    for wrapper in wrappers(model):
+        wrapper.model.k_proj.register_forward_pre_hook(count)
+        wrapper.model.v_proj.register_forward_pre_hook(count)
+    with torch.no_grad():
+        model(**data(labels=False))
+        assert seen == [width] * 36  # two maps, three layers, six tokens: at every call
+        layalign.accelerate(model)
+        seen.clear()
+        model(**data(labels=False))
+        assert len(seen) == 6
+        model(**data(labels=False))
+        assert len(seen) == 12
+    seen.clear()
+    model(**data()).backward()  # a gradient is wanted: made anew, and nothing stays
+    model(**data()).backward()
+    assert len(seen) == 12 and all(wrapper.layalign_swap.kept is None for wrapper in wrappers(model))
+
+
+def test_what_is_kept_is_noticed_to_be_stale() -> None:
+    model = published_model(layers=(0, 2))
+    twin = copy.deepcopy(model)
+    layalign.accelerate(model, impl="torch")
+    step = dict(inputs_embeds=torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0)))
+
+    def check() -> torch.Tensor:
+        found, expected = (m.model_llm(**step).logits for m in (model, twin))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        return found.detach()
+
+    with torch.no_grad():
+        model(**data()), twin(**data())
+        seen = [check()]
+        for wrapper in (*wrappers(model), *wrappers(twin)):
+            wrapper.adapter_states[0].mul_(-2)  # in place, the same objects
+        seen.append(check())
+        for wrapper in (*wrappers(model), *wrappers(twin)):
+            wrapper.model.v_proj.weight.mul_(1.5)
+        seen.append(check())
+        for wrapper in (*wrappers(model), *wrappers(twin)):
+            wrapper.update_adapter_states(tuple(state + 1 for state in wrapper.adapter_states))
+        seen.append(check())
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in itertools.pairwise(seen))
+    with torch.inference_mode():
+        model(**data(seed=5)), twin(**data(seed=5))
+    found = [m.model_llm(**step).logits for m in (model, twin)]  # the same states, and now the gate has a gradient
+    for one in found:
+        one.square().sum().backward()
+    torch.testing.assert_close(gates(model)[0].grad, gates(twin)[0].grad, rtol=1e-4, atol=1e-6)
+    assert_same(loss_and_gradients(twin, data()), loss_and_gradients(model, data()))
+
+
+def test_the_attention_function_may_change_afterwards() -> None:
+    model = published_model()
+    layalign.accelerate(model)
+    model.model_llm.model.set_attn_implementation("eager")
+    expected = published_model(attention="eager")
+    assert_same(loss_and_gradients(expected, data()), loss_and_gradients(model, data()))
+    used = {wrapper.model.config._attn_implementation for wrapper in wrappers(model)}
+    assert used == {"layalign_eager"}
+
+
+def test_copies_stay_swapped_and_go_their_own_way() -> None:
+    model = published_model()
+    expected = loss_and_gradients(model, data())
+    for wrapper in wrappers(model):
+        wrapper.adapter_states = None  # tensors with a graph cannot be copied, with or without the swap
+    layalign.accelerate(model)
+    with torch.no_grad():
+        model(**data())
+    assert all(wrapper.layalign_swap.kept is not None for wrapper in wrappers(model))
+    twin = copy.deepcopy(model)
+    assert own_classes(twin) == own_classes(model)
+    assert all(wrapper.layalign_swap.kept is None for wrapper in wrappers(twin))
+    assert_same(expected, loss_and_gradients(twin, data()))
+    layalign.restore(twin)
+    assert all(wrapper.model.config is twin.model_llm.model.config for wrapper in wrappers(twin))
+    assert_same(expected, loss_and_gradients(twin, data()))
+    assert_same(expected, loss_and_gradients(model, data()))
+
+
+def test_pickles_stay_swapped() -> None:
+    model = published_model()
+    parts = nn.ModuleList([model.encoder_aligner, *wrappers(model)])
+    layalign.accelerate(parts)
+    again = pickle.loads(pickle.dumps(parts))
+    assert own_classes(again) == own_classes(parts) and again[1] is not parts[1]
+    hidden = [torch.randn(2, 5, 24) for _ in range(3)]
+    torch.testing.assert_close(again[0](hidden), parts[0](hidden))
+    layalign.restore(again)
+    assert type(again[0]) is published.EncoderAligner and type(again[1]) is published.AdaptedAttention
+    assert again[1].model.config._attn_implementation == "sdpa"
+
+
+def test_two_aligners_and_one_used_twice() -> None:
+    tree = nn.ModuleDict({"a": published.EncoderAligner(settings().encoder_aligner_config)})
+    tree["b"] = published.EncoderAligner(settings("MLP", (0,)).encoder_aligner_config)
+    tree["c"] = tree["a"]
+    hidden = [torch.randn(2, 5, 24) for _ in range(3)]
+    expected = [tree[name](hidden) for name in "abc"]
+    report = layalign.accelerate(tree)
+    assert [name for name, _ in report.swapped] == ["a", "b"]
+    for name, pairs in zip("abc", expected, strict=True):
+        for argument in (hidden, torch.stack(hidden, dim=1)):
+            torch.testing.assert_close(tree[name](argument), pairs, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):  # what we do not know is the original's to refuse
+        tree["a"](hidden[:2])
+
+
+@pytest.mark.parametrize("structure", ["Linear", "MLP"])
+def test_a_bare_projector_keeps_its_format_and_hooks(structure: str, calls) -> None:
+    projector = published.WeightedLinearProjector(settings(structure).encoder_aligner_config)
+    seen = []
+    projector.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    hidden = torch.randn(2, 3, 5, 24)
+    expected = projector(hidden)
+    report = layalign.accelerate(projector)
+    assert [name for name, _ in report.swapped] == [""] and "(the model itself)" in str(report)
+    calls.update(layer_projection=0)
+    torch.testing.assert_close(projector(hidden), expected, rtol=1e-5, atol=1e-6)
+    assert calls["layer_projection"] == 1 and seen == [(2, 5, 6, 32)] * 2
+
+
+def test_our_own_model_gets_settings_and_has_them_back(calls) -> None:
+    model = tiny_model(fold="never")
+    inputs = batch(model=model)
+    with torch.no_grad():
+        expected = model(**inputs).loss
+    report = layalign.accelerate(nn.ModuleList([model]), impl="torch", fold="always")
+    assert report.swapped == [("0", "already layalign's: now impl 'torch', fold 'always'")] and not report.left
+    assert model.encoder_aligner.projector.impl == "torch" and model.folding.choice == "always"
+    assert all(module.impl == "torch" for module in model.cross_attention)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).loss, expected)
+    assert model.folding.last == "folded"
+    layalign.accelerate(model)
+    layalign.restore(model)
+    assert model.folding.choice == "never" and model.cross_attention[0].impl == "auto"
