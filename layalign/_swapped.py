@@ -19,7 +19,7 @@ from layalign import ops
 from layalign._plain import has_hooks, reason_against_reading
 from layalign.attention import PREFIX, key_value_states, register
 from layalign.errors import ArgumentError
-from layalign.fold import _STEPS, _count_steps
+from layalign.fold import STEPS, count_steps
 
 
 class Swapped:
@@ -148,7 +148,7 @@ class AttentionSwap:
     kept: _Kept | None = None
 
     def __post_init__(self) -> None:
-        _count_steps()
+        count_steps()
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles do not carry what can be computed again
         return {**self.__dict__, "kept": None}
@@ -214,7 +214,7 @@ def _modes(device: torch.device) -> tuple[Any, ...]:
 def _versions(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
     """Contents change under the same tensor objects: autograd's counters (inference tensors have none), and the steps
     of optimizers, some of which write past the counters."""
-    return (_STEPS[0], *(None if tensor.is_inference() else tensor._version for tensor in tensors))
+    return (STEPS[0], *(None if tensor.is_inference() else tensor._version for tensor in tensors))
 
 
 class _Term:

@@ -138,18 +138,18 @@ class _Fold(torch.autograd.Function):
         return total, total_bias, None, None
 
 
-_STEPS = [0]  # optimizer steps in this process, once somebody counts them
+STEPS = [0]  # optimizer steps in this process, once somebody counts them
 
 
-def _count_steps() -> None:
+def count_steps() -> None:
     """Some engines write trained weights past autograd's version counter, but all of them step an optimizer."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def count(*_: Any) -> None:
-        _STEPS[0] += 1
+        STEPS[0] += 1
 
-    if _STEPS[0] == 0:
-        _STEPS[0] = 1
+    if STEPS[0] == 0:
+        STEPS[0] = 1
         register_optimizer_step_post_hook(count)
 
 
@@ -169,7 +169,7 @@ class Folding:
         self._folded: Folded | None = None
         self._version: tuple[int, int] | None = None
         self._calls, self._calls_before = 0, 1  # with the current weights, and with those before them
-        _count_steps()
+        count_steps()
 
     def forget(self) -> None:
         """Fold anew in the next call."""
@@ -207,7 +207,7 @@ class Folding:
         if against is not None or self.choice == "always":
             return against
         fc2, linear = projector.fc2, _maps(attentions)[0]
-        version = fc2.weight._version, _STEPS[0]
+        version = fc2.weight._version, STEPS[0]
         if version != self._version:
             self._version, self._calls, self._calls_before = version, 0, max(self._calls, 1)
         self._calls += 1
@@ -224,7 +224,7 @@ class Folding:
         if torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(like.device.type)
         parameters = [p for linear in (fc2, *maps) for p in (linear.weight, linear.bias) if p is not None]
-        key = (dtype, _STEPS[0], *((id(p), p.data_ptr(), p._version) for p in parameters))
+        key = (dtype, STEPS[0], *((id(p), p.data_ptr(), p._version) for p in parameters))
         if self._folded is None or self._folded.key != key:
             self._folded = None  # the old one's memory first
             self._folded = _fold(fc2, maps, dtype, key)
