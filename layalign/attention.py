@@ -52,6 +52,23 @@ def _base_function(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, 
     raise ArgumentError(f"llm: {name} has no eager_attention_forward; load the LLM with sdpa attention")
 
 
+class _View:
+    """An object with one attribute changed; everything else is the object's own."""
+
+    def __init__(self, viewed: Any, name: str, value: Any) -> None:
+        self.__dict__.update({"_viewed": viewed, name: value})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._viewed, name)
+
+
+def _as_seen_by(base_name: str, module: nn.Module) -> Any:
+    """The module for a base function: the flash ones look up their kernel by the config's attention name."""
+    if "flash" not in base_name:
+        return module
+    return _View(module, "config", _View(module.config, "_attn_implementation", base_name))
+
+
 def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def layalign_attention(
         module: nn.Module,
@@ -64,7 +81,7 @@ def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         base = _base_function(base_name, module)
-        out, weights = base(module, query, key, value, attention_mask, **kwargs)
+        out, weights = base(_as_seen_by(base_name, module), query, key, value, attention_mask, **kwargs)
         if layalign_source is not None:
             out = layalign_source.attend(_layer_index(module), query, out, kwargs.get("scaling"))
         return out, weights

@@ -189,3 +189,28 @@ def test_an_llm_that_drops_the_source_is_noticed(monkeypatch: pytest.MonkeyPatch
     model = LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), llm)
     with pytest.raises(ArgumentError, match=r"did not hand the source to its layers \[1\]"):
         model(**batch(model=model))
+
+
+def test_flash_attention_finds_its_kernel_by_its_own_name() -> None:
+    """transformers' flash function reads the attention's name from the module's config; ours must not stand there."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen = []
+
+    def stand_in(module, *args, **kwargs):
+        seen.append((module.config._attn_implementation, module.layer_idx, module.config.hidden_size))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    AttentionInterface.register("flash_stand_in", stand_in)
+    AttentionMaskInterface.register("flash_stand_in", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    expected = tiny_model()
+    encoder, llm = tiny_encoder(), tiny_llm()
+    llm.config._attn_implementation_internal = "flash_stand_in"
+    model = LayAlignForCausalLM.from_encoder_and_llm(encoder, llm).eval()
+    model.load_state_dict(expected.state_dict())
+    inputs = batch(model=model, targets=None)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits)
+    assert seen == [("flash_stand_in", layer, 32) for layer in range(3)]
