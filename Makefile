@@ -9,7 +9,7 @@ DEMO_OUTPUT ?= demo-output
 
 # The CUDA kernels' own source, compiled as C++: what runs them in the tests where there is no GPU.
 EMULATED := build/emulated/_C_emulated.so
-SOURCES := $(wildcard csrc/*.* csrc/*/*)
+SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
 .PHONY: help venv test check-csrc demo lint format docs kernels-report clean
 
@@ -19,13 +19,13 @@ help:
 venv: $(STAMP)
 
 # Torch comes first and pinned, so that nothing after it can pull another build.
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(filter-out csrc/__pycache__/%,$(SOURCES))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard]'
 	@touch $(STAMP)
 
-$(EMULATED): $(STAMP) $(SOURCES)
+$(EMULATED): $(STAMP)
 	$(BIN)/python csrc/builder.py emulated --output $(@D)
 	@ln -sf $$(basename $(@D)/_C_emulated.*.so) $@ && touch -h $@
 

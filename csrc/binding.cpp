@@ -163,7 +163,8 @@ int64_t workspace_for_backward(const py::tuple& inputs, const std::vector<bool>&
 PYBIND11_MODULE(LAYALIGN_MODULE, module) {
   using namespace layalign;
   module.doc() = "Kernels of layalign in C++ and CUDA; called by layalign.ops.extension only.";
-  py::register_exception<Error>(module, "Error", PyExc_RuntimeError);
+  // Local: two such modules in one process (one of them emulated) each raise their own.
+  py::register_local_exception<Error>(module, "Error", PyExc_RuntimeError);
   module.attr("version") = TEXT(LAYALIGN_VERSION);
 #ifdef LAYALIGN_HAVE_CUDA
   module.attr("cuda") = true;

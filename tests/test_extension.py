@@ -212,6 +212,8 @@ def test_a_missing_or_outdated_extension_is_named(monkeypatch: pytest.MonkeyPatc
         finally:
             extension.module.cache_clear()
         assert not usable and re.match(message, reason)
+    if not torch.cuda.is_available():
+        assert extension.available("cuda", "cuda")[1] != "CUDA kernels found"
     assert extension.available("cpp", "cuda") == (False, "the C++ kernels run on the CPU, the tensors are on cuda")
 
 

@@ -58,7 +58,8 @@ def import_from(wheel: Path, folder: Path) -> str:
     """Install the wheel alone into a folder, and what its package says of the C++ kernels."""
     target = folder / "installed"
     run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel)], folder)
-    return run([sys.executable, "-c", PROBE], folder, PYTHONPATH=os.pathsep.join([str(target), *sys.path])).stdout
+    # -S: an editable installation's import hook would find its own modules beside the ones under test.
+    return run([sys.executable, "-S", "-c", PROBE], folder, PYTHONPATH=os.pathsep.join([str(target), *sys.path])).stdout
 
 
 def test_the_source_distribution_has_what_the_build_needs(source: Path) -> None:

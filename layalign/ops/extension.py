@@ -90,6 +90,8 @@ def available(backend: str, device_type: str) -> tuple[bool, str]:
         return True, "CUDA kernels emulated on the CPU (LAYALIGN_EMULATE_CUDA), on request only"
     if torch.version.hip is not None:
         return False, "the CUDA kernels do not run on AMD's GPUs"
+    if not torch.cuda.is_available():
+        return False, "torch sees no GPU here"
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
         return False, f"the CUDA kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
