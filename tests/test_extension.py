@@ -193,6 +193,22 @@ def test_tensors_and_parameters_of_other_kinds() -> None:
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@needs_extension
+def test_auto_takes_the_kernels_where_they_pay() -> None:
+    hidden, weight = [states(1, 16, 512)] * 8, states(24, 8)
+    assert backends.choose("layer_mix", "cpu", hidden, weight, None) == "cpp"
+    trained = weight.clone().requires_grad_()
+    assert backends.choose("layer_mix", "cpu", hidden, trained, None) == "torch"
+    assert backends.choose("layer_projection", "cpu", hidden, trained, None, states(8, 512), None) == "torch"
+    with torch.no_grad():
+        assert backends.choose("layer_mix", "cpu", hidden, trained, None) == "cpp"
+    many = [states(2, 64, 512)] * 8
+    assert backends.choose("layer_mix", "cpu", many, trained, None) == "cpp"
+    assert backends.choose("layer_mix", "cpu", [layer.double() for layer in many], trained, None) == "torch"
+    few = states(1, 2, 1, 8), states(1, 2, 5, 8), states(1, 2, 5, 8), states(1)
+    assert backends.choose("gated_cross_attention", "cpu", *few) == "cpp"
+
+
 def test_a_missing_or_outdated_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import ModuleType
 

@@ -29,10 +29,8 @@ def both(llm: str = "llama", **options):
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], bound: float = 1e-5) -> None:
     assert first.keys() == second.keys()
-    # A gate's gradient is a sum that may cancel to almost nothing: its scale is that of all of them.
-    gates = max((first[name].abs().max() for name in first if name.endswith("adaption_gate")), default=torch.zeros(()))
     for name in first:
-        scale = (gates if name.endswith("adaption_gate") else first[name].abs().max()).clamp(min=1e-3)
+        scale = first[name].abs().max().clamp(min=1e-3)
         assert (first[name] - second[name]).abs().max() <= bound * scale, name
 
 
@@ -41,7 +39,15 @@ def test_folded_and_called_give_the_same_loss_and_gradients(llm: str) -> None:
     """qwen2 has biases, llama_gqa_wide_heads fewer key heads and another head size."""
     modules, folded = both(llm)
     inputs = batch(model=modules)
-    assert_same(loss_and_gradients(modules, inputs), loss_and_gradients(folded, inputs))
+    wide = llm != "gemma2"  # its own eager attention gives NaN in float64
+    for model in (modules, folded):
+        model.to(torch.float64 if wide else torch.float32)  # without most of the noise of gradients that cancel
+    same = loss_and_gradients(modules, inputs), loss_and_gradients(folded, inputs)
+    assert_same(*same, bound=1e-6 if wide else 1e-5)
+    for model in (modules, folded):
+        model.float()
+    first, second = (model(**inputs).loss for model in (modules, folded))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
     assert modules.folding.last == "not folded: fold='never'"
     assert folded.folding.last == "folded"
     inputs = batch(model=modules, targets=None)

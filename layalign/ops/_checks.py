@@ -10,6 +10,7 @@ from torch import Tensor
 from layalign.errors import ArgumentError
 
 MAX_LAYERS, MAX_SLOTS = 64, 256  # of one call, for the fused kernels
+MIN_TRAINED = 2**18
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -95,6 +96,15 @@ def accepts_mix(backend: str, hidden: Sequence[Tensor], weight: Tensor) -> tuple
     from layalign.ops import extension
 
     return extension.accepts_dtype(hidden[0].dtype)
+
+
+def cpp_mix_pays(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> bool:
+    """Whether the C++ layer mix beats plain torch: always without gradients, from MIN_TRAINED numbers of x with them.
+
+    Measured on two cores (docs/backends.md): below that, two operations' overhead is more than the kernels save.
+    """
+    trained = torch.is_grad_enabled() and (weight.requires_grad or any(layer.requires_grad for layer in hidden))
+    return not trained or hidden[0].numel() * weight.shape[0] >= MIN_TRAINED
 
 
 def autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

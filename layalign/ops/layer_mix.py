@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layalign import reference
+from layalign.errors import BackendError
 from layalign.ops import _checks, backends
 
 
@@ -18,18 +19,29 @@ def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Ten
     return reference.layer_mix(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-@torch.library.custom_op("layalign::layer_mix", mutates_args=())
+_FORWARD = "layalign::layer_mix"
+_BACKWARD = "layalign::layer_mix_backward"
+# Defined by hand: torch.library.custom_op's checks of every call cost as much as a small mix itself.
+torch.library.define(_FORWARD, "(Tensor[] hidden, Tensor weight, Tensor? bias, str backend) -> Tensor")
+torch.library.define(
+    _BACKWARD,
+    "(Tensor grad, Tensor x, Tensor[] hidden, Tensor weight, bool need_weight, bool need_hidden, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_FORWARD, "default")
 def _forward_op(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     launch = backends.launcher(backend, "layer_mix", "layer_mix_forward")
     return launch(hidden, weight, bias)  # type: ignore[no-any-return]
 
 
-@_forward_op.register_fake
+@torch.library.register_fake(_FORWARD)
 def _(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return hidden[0].new_empty((weight.shape[0], *hidden[0].shape))
 
 
-@torch.library.custom_op("layalign::layer_mix_backward", mutates_args=())
+@torch.library.impl(_BACKWARD, "default")
 def _backward_op(
     grad: Tensor,
     x: Tensor,
@@ -49,7 +61,7 @@ def _backward_op(
     )
 
 
-@_backward_op.register_fake
+@torch.library.register_fake(_BACKWARD)
 def _(
     grad: Tensor,
     x: Tensor,
@@ -74,19 +86,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, *hidden = ctx.saved_tensors
     layers, need_weight, need_bias, _ = ctx.needs_input_grad
     need_hidden = any(layers)
-    weight_grad, bias_grad, hidden_grad = _backward_op(
+    weight_grad, bias_grad, hidden_grad = torch.ops.layalign.layer_mix_backward(
         grad, x, hidden, weight, need_weight or need_bias, need_hidden, ctx.backend
     )
     per_layer = list(hidden_grad.unbind(0)) if need_hidden else [None] * len(hidden)
     return per_layer, weight_grad if need_weight else None, bias_grad.to(ctx.bias_dtype) if need_bias else None, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_save)
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise BackendError("layer_mix: the kernels have no second derivative; use impl='torch'")
+
+
+torch.library.register_autograd(_FORWARD, _backward, setup_context=_save)
+torch.library.register_autograd(_BACKWARD, _no_second_derivative)
 
 
 def _fused(backend: str) -> backends.Implementation:
     def run(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _forward_op(_checks.autocast(hidden), weight, bias, backend)
+        return torch.ops.layalign.layer_mix(_checks.autocast(hidden), weight, bias, backend)  # type: ignore[no-any-return]
 
     return run
 
@@ -100,7 +117,8 @@ def _accepts(backend: str) -> backends.Accepts:
 
 backends.register("layer_mix", "torch", _torch)
 for _name in ("triton", "cuda", "cpp"):
-    backends.register("layer_mix", _name, _fused(_name), _accepts(_name))
+    _pays = _checks.cpp_mix_pays if _name == "cpp" else None
+    backends.register("layer_mix", _name, _fused(_name), _accepts(_name), _pays)
 
 
 def layer_mix(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:

@@ -197,7 +197,8 @@ def _accepts(backend: str) -> backends.Accepts:
 
 backends.register("layer_projection", "torch", _torch)
 for _name in ("triton", "cuda", "cpp"):
-    backends.register("layer_projection", _name, _fused(_name), _accepts(_name))
+    _pays = _checks.cpp_mix_pays if _name == "cpp" else None
+    backends.register("layer_projection", _name, _fused(_name), _accepts(_name), _pays)
 
 
 def layer_projection(
