@@ -6,15 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUTPUT ?= demo-output
+# The folder in benchmarks/results where `make bench` writes.
+DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nvidia0),gpu,cpu))
 
 # The CUDA kernels' own source, compiled as C++: what runs them in the tests where there is no GPU.
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test check-csrc demo lint format docs kernels-report clean
+.PHONY: help venv test check-csrc demo lint format docs kernels-report bench clean
 
 help:
-	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | clean"
+	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | clean"
 
 venv: $(STAMP)
 
@@ -63,6 +65,11 @@ kernels-report: $(STAMP)
 	  $(BIN)/python benchmarks/kernels_report.py --targets $$target \
 	    --output benchmarks/results/kernels/$$target.md || exit 1; done
 	$(BIN)/python benchmarks/cuda_report.py --output benchmarks/results/kernels/cuda.md
+
+# Minutes on a CPU, under twenty on a GPU. LAYALIGN_BENCH=quick|cpu|gpu chooses the shapes, by default by the machine.
+bench: $(STAMP)
+	$(BIN)/python -m pytest -q benchmarks --results benchmarks/results/$(DEVICE); code=$$?; \
+	  $(BIN)/python benchmarks/report.py benchmarks/results/$(DEVICE) && exit $$code
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -19,20 +19,30 @@ def _run(*command: str) -> str:
         return "unknown"
 
 
-def facts() -> dict[str, Any]:
-    """Everything a figure needs beside it to be believed."""
+def _processor() -> str:
+    """The model of the CPU, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def facts(gpu: bool | None = None) -> dict[str, Any]:
+    """Everything a figure needs beside it to be believed; of the GPU where there is one, or as told."""
     versions = {}
-    for package in ("torch", "triton", "transformers"):
+    for package in ("layalign", "torch", "triton", "transformers", "peft"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
     device: dict[str, Any] = {
         "type": "cpu",
-        "name": platform.processor() or platform.machine(),
+        "name": _processor(),
         "threads": torch.get_num_threads(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if gpu is None else gpu:
         properties = torch.cuda.get_device_properties(0)
         query = "driver_version,clocks.max.sm,clocks.max.mem,clocks.sm,clocks.mem"
         device = {

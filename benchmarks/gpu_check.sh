@@ -40,7 +40,8 @@ if command -v compute-sanitizer > /dev/null; then
 else
   echo "== memcheck, racecheck: compute-sanitizer is not here"
 fi
-step bench 480 "$python" benchmarks/kernels_bench.py --output "$out/kernels.json"
+step bench 1200 env LAYALIGN_BENCH=gpu "$python" -m pytest -q -p no:cacheprovider benchmarks --results "$out"
+step report 60 "$python" benchmarks/report.py "$out"
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "FAILED: ${failed[*]}"

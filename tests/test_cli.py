@@ -18,7 +18,7 @@ from layalign.cli import describe, main
 from layalign.cli.app import app
 from layalign.doctor import examine
 
-COMMANDS = ("demo", "train", "evaluate", "generate", "convert", "doctor")
+COMMANDS = ("demo", "train", "evaluate", "generate", "convert", "doctor", "bench")
 
 
 @pytest.fixture(scope="module")

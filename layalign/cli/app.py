@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from layalign.cli import convert, demo, doctor, evaluate, generate, train
+from layalign.cli import bench, convert, demo, doctor, evaluate, generate, train
 
 app = typer.Typer(
     name="layalign",
@@ -21,6 +21,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,180 @@
+"""`pytest benchmarks/ [--results DIR]`: the rows of a run, its ceilings, and the file they end up in.
+
+Every test makes rows with the fixture ``rows``; ``--results DIR`` writes them to ``DIR/bench.json`` when all is done.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import pytest
+import torch
+from facts import facts
+from shapes import Shapes, chosen
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+NOTES = pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", metavar="DIR", type=Path, help="write every row to DIR/bench.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS], config.stash[NOTES] = [], {"start": time.time(), "left out": {}}
+    if not config.pluginmanager.hasplugin("benchmark"):
+        config.pluginmanager.register(PlainPlugin(), "plain-benchmark")
+    config.addinivalue_line("markers", "timeout: seconds, where pytest-timeout is installed")
+    if importlib.util.find_spec("peft") is None:
+        config.stash[NOTES]["left out"]["peft adaption_prompt"] = "the package peft is not installed"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = str(report.longrepr[-1]).removeprefix("Skipped: ")
+        what, _, why = reason.partition(": ")
+        LEFT_OUT[what] = why or reason
+
+
+LEFT_OUT: dict[str, str] = {}
+FAILED: list[str] = []
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
+        text = str(call.excinfo.value).splitlines() or [call.excinfo.typename]
+        FAILED.append(f"{item.name}: {text[0]}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    folder, rows, notes = config.getoption("--results"), config.stash[ROWS], config.stash[NOTES]
+    if folder is None or not rows:
+        return
+    shapes = chosen()
+    result = {
+        "format": 1,
+        "facts": facts(gpu=shapes.device == "cuda"),
+        "shapes": shapes.name,
+        "dtype": str(shapes.dtype).removeprefix("torch."),
+        "ceilings": notes.get("ceilings", {}),
+        "seconds": round(time.time() - notes["start"], 1),
+        "left out": {**notes["left out"], **LEFT_OUT},
+        "failed": FAILED,
+        "rows": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+class PlainBenchmark:
+    """What is used of pytest-benchmark's fixture, where that is not installed: no table, the same rows."""
+
+    def __init__(self) -> None:
+        self.group, self.name = "", ""
+        self.extra_info: dict[str, Any] = {}
+
+    def pedantic(self, target: Callable[[], Any], setup: Callable[[], Any], rounds: int) -> None:
+        """Alternate ``setup`` and ``target``."""
+        for _ in range(rounds):
+            setup()
+            target()
+
+
+class PlainPlugin:
+    """Registered where pytest-benchmark is missing or switched off."""
+
+    @pytest.fixture
+    def benchmark(self) -> PlainBenchmark:
+        """Instead of pytest-benchmark's."""
+        return PlainBenchmark()
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Shapes:
+    """The shapes of this run."""
+    torch.manual_seed(0)
+    return chosen()
+
+
+@pytest.fixture(scope="session")
+def watch(shapes: Shapes) -> measure.Stopwatch:
+    """The stopwatch of the device."""
+    return measure.Stopwatch(shapes.device)
+
+
+@pytest.fixture(scope="session")
+def ceiling(shapes: Shapes, watch: measure.Stopwatch, pytestconfig: pytest.Config) -> dict[str, float]:
+    """The machine's ceilings, measured before the first row."""
+    found = measure.ceilings(watch, shapes.dtype, shapes.name == "quick")
+    pytestconfig.stash[NOTES]["ceilings"] = found
+    return found
+
+
+class Rows:
+    """Measures one row after another and keeps them."""
+
+    def __init__(
+        self, shapes: Shapes, watch: measure.Stopwatch, ceiling: dict[str, float], config: pytest.Config, benchmark: Any
+    ) -> None:
+        self.shapes, self.watch, self.ceiling, self._benchmark = shapes, watch, ceiling, benchmark
+        self._rows, self._notes = config.stash[ROWS], config.stash[NOTES]
+
+    def add(self, group: str, name: str, unit: str, labels: dict[str, Any], values: dict[str, Any]) -> None:
+        """Keep a row; ``values`` has at least median, q1 and q3 in ``unit`` ("s" or "bytes")."""
+        row = {"id": f"{group} / {name}", "group": group, "name": name, "unit": unit, "labels": labels, **values}
+        self._rows.append({**row, "clock MHz": measure.clock(self.shapes.device)})
+
+    def note(self, what: str, why: str) -> None:
+        """Something that is not measured here, and the reason."""
+        self._notes["left out"][what] = why
+
+    def time(
+        self,
+        group: str,
+        name: str,
+        calls: dict[str, Callable[[], Any]],
+        labels: dict[str, Any],
+        few: tuple[str, ...] = (),
+        moved: float = 0,
+        flop: float = 0,
+        target: dict[str, Any] | None = None,
+        seconds: float | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Time the first of ``calls`` against the others, by turns, through pytest-benchmark's fixture."""
+        (headline, ours), *others = calls.items()
+        turns = measure.Turns(self.watch, ours, dict(others), seconds or self.shapes.seconds, few)
+        self._benchmark.group = group
+        self._benchmark.name = name
+        self._benchmark.pedantic(turns.ours, setup=turns.baselines, rounds=turns.rounds)
+        values: dict[str, Any] = dict(measure.summary(turns.times))
+        rates = measure.rates(values["median"], moved, flop, self.ceiling)
+        against = {other: measure.compared(turns.times, times) for other, times in turns.against.items()}
+        self._benchmark.extra_info.update(rates)
+        for other, found in against.items():
+            self._benchmark.extra_info[f"ours / {other}"] = round(found["ratio"], 3)
+        values = {**values, **rates, "against": against, "target": target, **(extra or {})}
+        self.add(group, name, "s", {**labels, "ours": headline}, values)
+
+
+@pytest.fixture
+def rows(
+    shapes: Shapes,
+    watch: measure.Stopwatch,
+    ceiling: dict[str, float],
+    pytestconfig: pytest.Config,
+    request: pytest.FixtureRequest,
+) -> Rows:
+    """What a test measures with; ``time`` needs the fixture ``benchmark`` beside it."""
+    benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
+    return Rows(shapes, watch, ceiling, pytestconfig, benchmark)

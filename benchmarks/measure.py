@@ -1,0 +1,208 @@
+"""Timing by turns, measured ceilings, peak memory, and the row that a result file holds.
+
+**Time.** The calls of one row take turns, so that what else the machine does meets all of them. A round times every
+baseline once and then ours; a ratio is the median over rounds of ours / baseline, each round's own. Short calls
+(under 2 ms) run once untimed right before. On a GPU: CUDA events, the L2 cache overwritten before each call.
+
+**Memory.** The highest number of bytes alive during a call above what was alive before it. On a CPU: what torch's
+allocator hands out and takes back, every event of it as ``torch.profiler`` records them; scratch that oneDNN, MKL or
+this library's C++ kernels allocate on their own is not seen. On a GPU: ``torch.cuda.max_memory_allocated``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHORT, LONG = 2e-3, 0.3  # seconds of a call
+
+
+class Stopwatch:
+    """Seconds of single calls on one device."""
+
+    def __init__(self, device: str) -> None:
+        self.gpu = device == "cuda"
+        self._flush = torch.empty(2**28, dtype=torch.int8, device=device) if self.gpu else None
+
+    def once(self, call: Callable[[], Any]) -> float:
+        """Run ``call`` and wait for it."""
+        if self._flush is None:
+            begin = time.perf_counter()
+            call()
+            return time.perf_counter() - begin
+        self._flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def median(self, call: Callable[[], Any], count: int = 5) -> float:
+        """Median of ``count`` calls after one to warm up."""
+        call()
+        return statistics.median(self.once(call) for _ in range(count))
+
+
+class Turns:
+    """The rounds of one row: baselines by name, and ours, which the caller runs itself between two rounds.
+
+    Args:
+        few: baselines that are timed in the first two rounds only where a call takes longer than 0.3 s: those whose
+            ratio is far from one, and no target hangs on the last percent of it.
+        seconds: about how long all rounds should take; never fewer than ``least`` rounds, never more than 200.
+    """
+
+    def __init__(
+        self,
+        watch: Stopwatch,
+        ours: Callable[[], Any],
+        baselines: dict[str, Callable[[], Any]],
+        seconds: float,
+        few: tuple[str, ...] = (),
+        least: int = 5,
+    ) -> None:
+        self._watch, self._ours, self._baselines = watch, ours, baselines
+        self.times: list[float] = []
+        self.against: dict[str, list[float]] = {name: [] for name in baselines}
+        found = {}
+        for name, call in {**baselines, "": ours}.items():
+            first = watch.once(call)  # compiles, folds, allocates
+            found[name] = first if first > 10 * LONG else watch.once(call)
+        self._few = {name for name in few if found.get(name, 0) > LONG}
+        self._short = {name for name, seconds in found.items() if seconds < SHORT}
+        per_round = sum(2 * t if name in self._short else t for name, t in found.items() if name not in self._few)
+        self.rounds = max(least, min(200, int(seconds / per_round)))
+
+    def baselines(self) -> None:
+        """One call of every baseline; ours is warm afterwards."""
+        first = len(self.times) < 2
+        for name, call in self._baselines.items():
+            if name not in self._few or first:
+                if name in self._short:
+                    call()
+                self.against[name].append(self._watch.once(call))
+        if "" in self._short:
+            self._ours()
+
+    def ours(self) -> None:
+        """One call of ours."""
+        self.times.append(self._watch.once(self._ours))
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; of a single value, three times the value."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    first, second, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, second, third
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and spread."""
+    first, median, third = quartiles(values)
+    return {"median": median, "q1": first, "q3": third, "iqr": third - first, "rounds": len(values)}
+
+
+def compared(ours: list[float], other: list[float]) -> dict[str, float]:
+    """A baseline's median, and ours / baseline by rounds."""
+    ratios = summary([a / b for a, b in zip(ours, other, strict=False)])
+    return {
+        "median": quartiles(other)[1],
+        "iqr": quartiles(other)[2] - quartiles(other)[0],
+        "ratio": ratios["median"],
+        "ratio q1": ratios["q1"],
+        "ratio q3": ratios["q3"],
+        "rounds": len(other),
+    }
+
+
+def rates(median: float, moved: float, flop: float, ceiling: dict[str, float]) -> dict[str, float]:
+    """GB/s, TFLOP/s, and the share of what the measured ceilings allow for this many bytes and operations.
+
+    Args:
+        moved: bytes that must be read or written; flop: operations. Zero for what does not apply.
+    """
+    if not moved and not flop:
+        return {}
+    bandwidth, rate = ceiling["copy GB/s"] * 1e9, ceiling["matmul TFLOP/s"] * 1e12
+    possible = max(moved / bandwidth, flop / rate)
+    return {
+        "GB/s": moved / median / 1e9,
+        "TFLOP/s": flop / median / 1e12,
+        "flop per byte": flop / moved if moved else 0.0,
+        "percent of ceiling": 100 * possible / median,
+    }
+
+
+def ceilings(watch: Stopwatch, dtype: torch.dtype, quick: bool) -> dict[str, float]:
+    """Copy bandwidth (read and write together, beyond the caches) and matrix rate, in this run."""
+    device = "cuda" if watch.gpu else "cpu"
+    size = 2**30 if watch.gpu else (2**22 if quick else 2**27)
+    source = torch.zeros(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copy = watch.median(lambda: target.copy_(source))
+    n = 8192 if watch.gpu else (256 if quick else 2048)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    product = watch.median(lambda: a @ b)
+    return {"copy GB/s": 2 * size / copy / 1e9, "matmul TFLOP/s": 2 * n**3 / product / 1e12}
+
+
+def peak_memory(call: Callable[[], Any], device: str, warm: bool = True) -> int:
+    """Bytes alive at the highest point of ``call`` above those alive before; what it counts: see the module."""
+    if warm:
+        call()  # what is allocated once and kept does not count
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    alive, peak = 0, 0
+    for _, change in sorted(((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda e: e[0]):
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def clock(device: str) -> float | None:
+    """The clock in MHz right now (GPU: of the multiprocessors; CPU: mean over the cores); None if not readable."""
+    if device == "cuda":
+        command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+        try:
+            return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
+        except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+            return None
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    except (OSError, ValueError, IndexError):
+        return None
+    return round(statistics.mean(found), 1) if found else None
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative, in the Frobenius norm; infinite where a number is missing."""
+    if found.shape != expected.shape or not bool(found.isfinite().all()):
+        return float("inf")
+    wide = expected.detach().double()
+    return float((found.detach().double() - wide).norm() / wide.norm().clamp(min=1e-12))
+
+
+def slope(sizes: list[int], values: list[float]) -> float:
+    """The exponent p of values ~ sizes ** p, by least squares on the logarithms."""
+    return float(
+        statistics.linear_regression(*[torch.tensor(v).double().log().tolist() for v in (sizes, values)]).slope
+    )

@@ -1,0 +1,160 @@
+"""The operations of ``layalign.ops`` as calls, each with its baselines, its bytes and its floating-point operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layalign import ops, reference
+from layalign.ops import backends
+
+REFERENCE, SDPA, FLEX = "reference.py", "SDPA and gate", "FlexAttention and gate"
+
+
+@dataclass
+class Operation:
+    """One operation on one set of arguments.
+
+    Attributes:
+        call: runs it with the backend that is named.
+        baselines: what else does the same, by name; reference.py is among them, and says what is right.
+        leaves: what gradients are wanted of.
+        moved, flop: bytes and operations of the forward, at the least.
+        auto: the backend that ``impl="auto"`` takes.
+    """
+
+    name: str
+    call: Callable[[str], Tensor]
+    baselines: dict[str, Callable[[], Tensor]]
+    leaves: list[Tensor]
+    moved: float
+    flop: float
+    auto: str
+    labels: dict[str, Any] = field(default_factory=dict)
+    base: Tensor | None = None
+
+    def passes(self, impl: str, backward: bool) -> dict[str, Callable[[], Any]]:
+        """Ours first, then the baselines: forward alone, or with the gradients of all leaves."""
+        calls = {impl: lambda: self.call(impl), **self.baselines}
+        if not backward:
+            return {name: torch.no_grad()(call) for name, call in calls.items()}
+        grad = torch.randn_like(self.call(impl))
+
+        def both(call: Callable[[], Tensor]) -> Callable[[], Any]:
+            return lambda: torch.autograd.grad(call(), self.leaves, grad)
+
+        return {name: both(call) for name, call in calls.items()}
+
+
+def _random(*shape: int, device: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
+
+
+def _grid(
+    *shape: int, step: float, device: str, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0
+) -> Tensor:
+    """Random multiples of ``step``, plus ``shift``.
+
+    With these the layer mix is exact in fp32 and never zero. Else a sum within a rounding of zero could be cut by the
+    relu in one implementation and not in another, both right, and their gradients would differ.
+    """
+    return ((torch.randn(*shape, device=device) * (scale / step)).round() * step + shift).to(dtype)
+
+
+def layers(
+    name: str, batch: int, length: int, sizes: tuple[int, int, int, int], device: str, dtype: torch.dtype
+) -> Operation:
+    """``layer_mix`` or ``layer_projection`` of (B, S) with sizes (E, 2L, D_e, D_l); the encoder's states are frozen."""
+    count, slots, width, out = sizes
+    torch.manual_seed(0)
+    hidden = [_grid(batch, length, width, step=1 / 4, device=device, dtype=dtype) for _ in range(count)]
+    weights = [
+        _grid(slots, count, step=1 / 16, device=device, dtype=dtype, scale=count**-0.5).requires_grad_(),
+        _grid(slots, step=1 / 64, shift=1 / 128, device=device, dtype=dtype).requires_grad_(),
+        _random(out, width, device=device, dtype=dtype, scale=width**-0.5),
+        _random(out, device=device, dtype=dtype),
+    ][: 2 if name == "layer_mix" else 4]
+    n, itemsize = batch * length, hidden[0].element_size()
+    flop = 2 * n * slots * width * count
+    written = n * slots * width
+    if name == "layer_projection":
+        flop += 2 * n * slots * width * out
+        written = n * slots * out + width * out
+    return Operation(
+        name,
+        lambda impl: getattr(ops, name)(hidden, *weights, impl=impl),
+        {REFERENCE: lambda: getattr(reference, name)(hidden, *weights)},
+        list(weights),
+        moved=itemsize * (n * width * count + written),
+        flop=flop,
+        auto=backends.choose(name, device, hidden, *weights),
+        labels=dict(batch=batch, source=length, layers=count, slots=slots, width=width, out=out),
+    )
+
+
+def attention(
+    batch: int, length: int, source: int, heads: int, groups: int, size: int, device: str, dtype: torch.dtype
+) -> Operation:
+    """``gated_cross_attention`` with a base and a padding mask that differs from row to row."""
+    torch.manual_seed(0)
+    query = _random(batch, length, heads, size, device=device, dtype=dtype).detach().transpose(1, 2).requires_grad_()
+    key, value = (_random(batch, groups, source, size, device=device, dtype=dtype) for _ in range(2))
+    base = _random(batch, length, heads, size, device=device, dtype=dtype).detach()
+    gate = torch.tensor([0.3], device=device, dtype=dtype, requires_grad=True)
+    rows = torch.arange(batch, device=device) % max(source // 4, 1)
+    mask = torch.arange(source, device=device) < source - rows[:, None]
+
+    def sdpa() -> Tensor:
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None], enable_gqa=True)
+        return base + gate * found.transpose(1, 2)
+
+    def plain() -> Tensor:
+        return reference.gated_cross_attention(query, key, value, gate, base, key_mask=mask)
+
+    def call(impl: str) -> Tensor:
+        return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, impl=impl)
+
+    return Operation(
+        "gated_cross_attention",
+        call,
+        {REFERENCE: plain, SDPA: sdpa},
+        [query, key, value, gate],
+        moved=query.element_size() * size * batch * (3 * heads * length + 2 * groups * source),
+        flop=4 * batch * heads * length * source * size,
+        auto=backends.choose("gated_cross_attention", device, query, key, value, gate, base, key_mask=mask),
+        labels=dict(batch=batch, queries=length, source=source, heads=heads, groups=groups, size=size),
+        base=base,
+    )
+
+
+def flex(operation: Operation) -> Callable[[], Tensor]:
+    """FlexAttention, compiled, with the same padding mask, then gate and addition: on a GPU.
+
+    Raises:
+        Exception: whatever stands in the way of compiling it here.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    query, key, value, gate = operation.leaves
+    batch, source = key.shape[0], key.shape[2]
+    lengths = source - torch.arange(batch, device=key.device) % max(source // 4, 1)
+
+    def real(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k < lengths[b]
+
+    blocks = create_block_mask(real, batch, None, query.shape[2], source, device=str(key.device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    assert operation.base is not None
+    base = operation.base
+    grouped = key.shape[1] != query.shape[1]
+
+    def run() -> Tensor:
+        return base + gate * compiled(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2)
+
+    run()
+    return run

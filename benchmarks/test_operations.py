@@ -1,0 +1,102 @@
+"""The operations: every backend that serves here, against reference.py, torch's own attentions, and the ceilings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import measure
+import operations
+import pytest
+import torch
+from operations import FLEX, Operation
+from shapes import Shapes, chosen
+
+from layalign.ops import backends
+
+pytestmark = pytest.mark.timeout(600)
+
+SHAPES = chosen()
+IMPLS = [name for name in backends.BACKENDS if name != "torch"]  # that one is the baseline reference.py
+
+
+def serving(operation: str, impl: str, device: str) -> None:
+    """Skip with the reason where the backend does not serve, or only to be debugged."""
+    if device == "cpu" and impl in ("triton", "cuda"):
+        pytest.skip(f"{impl}: needs a GPU (interpreted or emulated it is not worth timing)")
+    usable, reason = backends.serves(operation, impl, device)
+    if not usable:
+        pytest.skip(f"{impl}: {reason}")
+
+
+def require_right(operation: Operation, impl: str, shapes: Shapes) -> None:
+    """The result, and every gradient, agree with reference.py in the same dtype; a wrong backend is not timed."""
+    allowed = 1e-4 if shapes.dtype == torch.float32 else 3e-2
+    expected = operation.baselines[operations.REFERENCE]()
+    grad = torch.randn_like(expected)
+    calls: dict[str, Callable[[], torch.Tensor]] = {**operation.baselines, impl: lambda: operation.call(impl)}
+    right = torch.autograd.grad(expected, operation.leaves, grad)
+    for name, call in calls.items():
+        found = call()
+        error = measure.difference(found, expected)
+        assert error <= allowed, f"{operation.name}, {name}: result wrong by {error:.1e} (relative); not timed"
+        for leaf, one, other in zip(
+            operation.leaves, torch.autograd.grad(found, operation.leaves, grad), right, strict=True
+        ):
+            error = measure.difference(one, other)
+            what = f"gradient of {tuple(leaf.shape)}"
+            assert error <= 3 * allowed, f"{operation.name}, {name}: {what} wrong by {error:.1e} (relative); not timed"
+
+
+def timed(operation: Operation, impl: str, backward: bool, rows: Any, shapes: Shapes, group: str, name: str) -> None:
+    """Check, then time."""
+    require_right(operation, impl, shapes)
+    labels = {**operation.labels, "impl": impl, "auto": operation.auto}
+    scale = 3 if backward else 1  # the backward reads and multiplies about twice as much
+    calls = operation.passes(impl, backward)
+    rows.time(group, f"{name} {impl}", calls, labels, moved=scale * operation.moved, flop=scale * operation.flop)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES.mix, ids=lambda shape: f"B{shape[0]}-S{shape[1]}")
+@pytest.mark.parametrize("name", ["layer_mix", "layer_projection"])
+def test_layers(
+    name: str, shape: tuple[int, int], impl: str, backward: bool, rows: Any, benchmark: Any, shapes: Shapes
+) -> None:
+    serving(name, impl, shapes.device)
+    operation = operations.layers(name, *shape, shapes.mix_sizes, shapes.device, shapes.dtype)
+    group = f"{name}, forward and backward" if backward else name
+    timed(operation, impl, backward, rows, shapes, group, f"B{shape[0]} S{shape[1]}")
+
+
+# One query a sequence (T 1) is a decoding step, which has no backward.
+PASSES = [(shape, backward) for shape in SHAPES.attention for backward in ((False, True) if shape[1] > 1 else (False,))]
+
+
+def pass_id(value: tuple[int, int, int] | bool) -> str:
+    """B2-T512-S64, or which passes."""
+    return "B{}-T{}-S{}".format(*value) if isinstance(value, tuple) else "both" if value else "forward"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("grouped", [False, True], ids=["mha", "gqa"])
+@pytest.mark.parametrize(("shape", "backward"), PASSES, ids=pass_id)
+def test_attention(
+    shape: tuple[int, int, int], backward: bool, grouped: bool, impl: str, rows: Any, benchmark: Any, shapes: Shapes
+) -> None:
+    batch, length, source = shape
+    serving("gated_cross_attention", impl, shapes.device)
+    heads, size = shapes.attention_heads
+    groups = heads // 4 if grouped else heads
+    operation = operations.attention(batch, length, source, heads, groups, size, shapes.device, shapes.dtype)
+    if shapes.device == "cuda":
+        try:
+            operation.baselines[FLEX] = operations.flex(operation)
+        except Exception as error:  # a baseline that torch cannot compile here is not our failure
+            rows.note(FLEX, f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
+    else:
+        rows.note(FLEX, "not compared on a CPU: torch compiles it for a GPU")
+    kind = "decode" if length == 1 else "forward and backward" if backward else "forward"
+    name = f"B{batch} T{length} S{source} H{heads}/{groups}"
+    timed(operation, impl, backward, rows, shapes, f"gated_cross_attention, {kind}", name)

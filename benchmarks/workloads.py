@@ -1,0 +1,234 @@
+"""What the models are asked to do: the same work as a call without arguments, for each model by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from models import Models
+from shapes import Work
+from torch import Tensor
+
+from layalign.loss import label_loss, only_rows
+from layalign.packing import IGNORE_INDEX
+
+Call = Callable[[], Any]
+
+OURS, BARE, FEW_LOGITS = "layalign", "bare LLM", "bare LLM, logits where labels are"
+PUBLISHED, REFERENCE, PROMPT = "published", "reference.py", "peft adaption_prompt"
+
+
+class Data:
+    """Random ids of one :class:`Work`, without padding, so that published and default masking agree."""
+
+    def __init__(self, models: Models, work: Work, labels: bool) -> None:
+        generator = torch.Generator().manual_seed(3)
+
+        def ids(length: int) -> Tensor:
+            found = torch.randint(4, models.size.vocabulary, (work.batch, length), generator=generator)
+            return found.to(models.device)
+
+        self.source, self.target = ids(work.source), ids(work.length)
+        self.mask, self.target_mask = torch.ones_like(self.source), torch.ones_like(self.target)
+        self.packed = models.ours.pack(self.mask, targets=self.target.tolist() if labels else None)
+        tokens = self.packed["input_ids"]
+        self.attention = self.packed["attention_mask"]
+        with torch.no_grad():
+            embeds = models.ours._begin(tokens, self.attention, self.source, self.mask)[2]
+        self.embeds = embeds.clone()
+
+    @property
+    def encoder(self) -> dict[str, Tensor]:
+        """Keyword arguments of our model."""
+        return {"encoder_input_ids": self.source, "encoder_attention_mask": self.mask}
+
+
+def reference_of(models: Models, call: Call) -> Call:
+    """``call`` of ours with every operation by reference.py."""
+
+    def run() -> Any:
+        with models.as_reference():
+            return call()
+
+    return run
+
+
+def encoded(models: Models, data: Data) -> Any:
+    """The encoder's forward, as both sides of a comparison pay it."""
+    with torch.no_grad():
+        return models.encoder(input_ids=data.source, attention_mask=data.mask, output_hidden_states=True)
+
+
+def generate_calls(models: Models, work: Work) -> dict[str, Call]:
+    """Greedy, ``work.length`` new tokens. Each returns the new ids (B, new)."""
+    data = Data(models, work, labels=False)
+    options: dict[str, Any] = dict(max_new_tokens=work.length, do_sample=False, pad_token_id=0)
+    models.published.config.max_gen_len = work.length
+    prompted = models.prompted(work.source)
+
+    def ours() -> Tensor:
+        return models.ours.generate(**data.encoder, **options)[:, -work.length :]
+
+    def published() -> Tensor:
+        models.published.config.max_gen_len = work.length
+        with torch.no_grad():
+            return models.published(data.source, data.mask)
+
+    def plain(llm: Any) -> Call:
+        def run() -> Tensor:
+            encoded(models, data)
+            return llm.generate(inputs_embeds=data.embeds, attention_mask=data.attention, **options)
+
+        return run
+
+    calls = {OURS: ours, BARE: plain(models.bare), PUBLISHED: published, REFERENCE: reference_of(models, ours)}
+    return calls if prompted is None else {**calls, PROMPT: plain(prompted)}
+
+
+def decode_calls(models: Models, work: Work) -> dict[str, Call]:
+    """One decoding step behind [bos][source][boundary] and ``work.length`` tokens; the cache is cut back each time.
+
+    Each returns the logits (B, 1, vocabulary). The encoder has no part in it.
+    """
+    data = Data(models, work, labels=False)
+    new = data.target[:, :1]
+    with torch.no_grad():
+        tail = models.bare.get_input_embeddings()(data.target)
+    embeds = torch.cat([data.embeds, tail], dim=1)
+    mask = torch.cat([data.attention, data.target_mask], dim=1)
+    longer = torch.cat([mask, mask[:, :1]], dim=1)
+    with torch.no_grad():
+        output = models.ours(**data.encoder, use_cache=True)
+        cache = models.ours(inputs_embeds=tail, attention_mask=mask, past_key_values=output.past_key_values)
+        models.published._source(data.source, data.mask)
+
+    def step(model: Any, past: Any) -> Call:
+        @torch.no_grad()
+        def run() -> Tensor:
+            output = model(input_ids=new, attention_mask=longer, past_key_values=past, use_cache=True)
+            past.crop(-1)
+            return output.logits
+
+        return run
+
+    def filled(model: Any) -> Any:
+        with torch.no_grad():
+            return model(inputs_embeds=embeds, attention_mask=mask, use_cache=True).past_key_values
+
+    ours = step(models.ours, cache.past_key_values)
+    prompted = models.prompted(work.source)
+    wrapped = models.published.model_llm
+    calls = {OURS: ours, BARE: step(models.bare, filled(models.bare)), PUBLISHED: step(wrapped, filled(wrapped))}
+    calls[REFERENCE] = reference_of(models, ours)
+    return calls if prompted is None else {**calls, PROMPT: step(prompted, filled(prompted))}
+
+
+def trained(model: Any) -> list[Tensor]:
+    """The parameters that train."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def optimizer_of(model: Any) -> Any:
+    """AdamW that changes nothing (rate 0) and costs, and invalidates folded weights, as any other."""
+    return torch.optim.AdamW(trained(model), lr=0.0, weight_decay=0.0)
+
+
+def passes(loss: Call, parameters: list[Tensor], mode: str, optimizer: Any = None) -> Call:
+    """``loss`` as "forward" (no gradient wanted), "forward and backward", or "training step" (and the optimizer's)."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return loss()
+
+    def both() -> Tensor:
+        for parameter in parameters:
+            parameter.grad = None
+        found = loss()
+        found.backward()
+        if optimizer is not None and mode == "training step":
+            optimizer.step()
+        return found.detach()
+
+    return forward if mode == "forward" else both
+
+
+def bare_losses(models: Models, data: Data) -> tuple[Tensor, dict[str, Call]]:
+    """The leaf that stands for the LLM's input, and the bare LLM's loss with all logits and with the labelled ones."""
+    leaf = data.embeds.clone().requires_grad_()
+    labels = data.packed["labels"]
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    labelled = targets != IGNORE_INDEX
+
+    def whole() -> Tensor:
+        encoded(models, data)
+        return models.bare(inputs_embeds=leaf, attention_mask=data.attention, labels=labels, use_cache=False).loss
+
+    def labelled_only() -> Tensor:
+        encoded(models, data)
+        with only_rows(models.bare.get_output_embeddings(), labelled):
+            logits = models.bare(inputs_embeds=leaf, attention_mask=data.attention, use_cache=False).logits
+        return label_loss(logits, targets[labelled], None)
+
+    return leaf, {BARE: whole, FEW_LOGITS: labelled_only}
+
+
+def loss_calls(models: Models, work: Work, mode: str) -> dict[str, Call]:
+    """The loss over T labels by every model, as :func:`passes` runs it; each returns the loss."""
+    data = Data(models, work, labels=True)
+    labels = data.packed["labels"]
+    prompted = models.prompted(work.source)
+
+    def ours() -> Tensor:
+        return models.ours(**data.packed, **data.encoder).loss
+
+    def published() -> Tensor:
+        return models.published(data.source, data.mask, labels=data.target, mask_label=data.target_mask)
+
+    def prompt() -> Tensor:
+        encoded(models, data)
+        return prompted(inputs_embeds=leaf, attention_mask=data.attention, labels=labels, use_cache=False).loss
+
+    leaf, bare = bare_losses(models, data)
+    own = passes(ours, trained(models.ours), mode, optimizer_of(models.ours))
+    others = {name: passes(loss, [leaf], mode) for name, loss in bare.items()}
+    adapted = models.published
+    calls = {OURS: own, **others, PUBLISHED: passes(published, trained(adapted), mode, optimizer_of(adapted))}
+    calls[REFERENCE] = reference_of(models, own)
+    if prompted is not None:
+        calls[PROMPT] = passes(prompt, [leaf, *trained(prompted)], mode, optimizer_of(prompted))
+    return calls
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Gradients of aligner and adapter by name, as the last backward left them."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad.clone() for name, grad in found.items() if name.startswith(("mapping", "encoder_aligner"))}
+
+
+def source_calls(models: Models, work: Work) -> dict[str, Call]:
+    """From the encoder's states to the keys and values of all layers: each returns keys and values, stacked.
+
+    Ours is what ``encode_source`` calls, with whatever folding it decided on (the folded weights are kept while the
+    weights do not change, as in inference); reference.py's is its projection, then the LLM's own key and value modules.
+    """
+    data = Data(models, work, labels=False)
+    hidden = encoded(models, data).hidden_states
+    layers = [hidden[layer] for layer in models.ours.config.encoder_layers]
+    dtype = models.bare.dtype
+
+    def ours() -> Any:
+        with torch.no_grad():
+            return models.ours._source_states(layers, dtype)
+
+    def published() -> Any:
+        with torch.no_grad():
+            pairs = models.published.encoder_aligner(layers)
+            wrappers = [layer.self_attn for layer in models.published.model_llm.model.model.layers]
+            heads = [
+                (w._heads(w.model.k_proj(k)), w._heads(w.model.v_proj(v)))
+                for w, (k, v) in zip(wrappers, pairs, strict=True)
+            ]
+            return [key for key, _ in heads], [value for _, value in heads]
+
+    return {OURS: ours, REFERENCE: reference_of(models, ours), PUBLISHED: published}

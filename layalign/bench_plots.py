@@ -1,0 +1,144 @@
+"""The plots of a result file: bars against every baseline, the roofline, the scaling curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from layalign.bench import Results
+
+COLOURS = ("#1b6ca8", "#e0772f", "#4b9b5a", "#a23b72", "#7a6c5d", "#c9a227")
+WIDTH = 9.0  # inches
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """Write what the file has rows for; the PNG files, the whole model's first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    rows = list(results.rows.values())
+    written = []
+    for stem, figure in (("bars", _bars(rows)), ("roofline", _roofline(results, rows)), ("scaling", _scaling(rows))):
+        if figure is None:
+            continue
+        file = folder / f"{results.path.stem}-{stem}.png"
+        figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
+        written.append(file)
+    return written
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _bars(rows: Sequence[dict[str, Any]]) -> Any:
+    """ours / baseline: a panel per group, a bar per baseline, the targets as lines."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("against") and "slopes" not in row:
+            groups.setdefault(row["group"], []).append(row)
+    if not groups:
+        return None
+    heights = [0.7 + 0.2 * sum(1 + len(row["against"]) for row in members) for members in groups.values()]
+    figure = _figure(WIDTH, sum(heights))
+    axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axis, (group, members) in zip(axes, groups.items(), strict=True):
+        _bar_panel(axis, group, members)
+    return figure
+
+
+def _bar_panel(axis: Any, group: str, rows: Sequence[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row["against"]))
+    place, ticks, labels = 0.0, [], []
+    for row in rows:
+        top, target = place, row.get("target") or {}
+        for name, found in row["against"].items():
+            ratio = found["ratio"]
+            spread = [[max(ratio - found.get("ratio q1", ratio), 0)], [max(found.get("ratio q3", ratio) - ratio, 0)]]
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            axis.barh(place, ratio, 0.9, color=colour, xerr=spread, error_kw={"elinewidth": 0.8})
+            axis.annotate(f" {ratio:.2f}", (max(ratio + spread[1][0], 0), place), va="center", fontsize=7)
+            if name == target.get("baseline"):
+                for key, style in (("must", "-"), ("aim", ":")):
+                    if key in target:
+                        axis.plot([target[key]] * 2, [place - 0.6, place + 0.6], style, color="black", linewidth=1.5)
+            place += 1
+        ticks.append((top + place - 1) / 2)
+        labels.append(row["name"])
+        place += 1
+    axis.axvline(1, color="#888888", linewidth=0.8)
+    axis.set_yticks(ticks, labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title(
+        f"{group}: ours / baseline (below 1: ours is less; black: must, dotted: aim)", fontsize=9, loc="left"
+    )
+    handles = [axis.barh([0], [0], color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(names)]
+    axis.legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def _roofline(results: Results, rows: Sequence[dict[str, Any]]) -> Any:
+    """TFLOP/s over operations per byte, under the two ceilings measured in the same run."""
+    ceilings = results.data.get("ceilings", {})
+    points = [row for row in rows if row.get("flop per byte") and row.get("TFLOP/s")]
+    if not points or not {"copy GB/s", "matmul TFLOP/s"} <= ceilings.keys():
+        return None
+    figure = _figure(WIDTH, 5.5)
+    axis = figure.subplots()
+    slope, roof = ceilings["copy GB/s"] / 1e3, ceilings["matmul TFLOP/s"]
+    intensities = [row["flop per byte"] for row in points]
+    low, high = min(*intensities, roof / slope) / 2, max(*intensities, roof / slope) * 2
+    axis.plot([low, roof / slope, high], [low * slope, roof, roof], color="black", label="measured: copy, then matmul")
+    groups = list(dict.fromkeys(row["group"] for row in points))
+    for index, group in enumerate(groups):
+        members = [row for row in points if row["group"] == group]
+        axis.scatter(
+            [row["flop per byte"] for row in members],
+            [row["TFLOP/s"] for row in members],
+            s=22,
+            color=COLOURS[index % len(COLOURS)],
+            marker="os^"[index // len(COLOURS) % 3],
+            label=group,
+        )
+    axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
+    axis.set_title("Roofline (points above the line work from the caches)", fontsize=9, loc="left")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def _scaling(rows: Sequence[dict[str, Any]]) -> Any:
+    """A panel per row of the scaling group: time (left axis) and memory (right axis), both logarithmic."""
+    found = [row for row in rows if row.get("points")]
+    if not found:
+        return None
+    columns = 4
+    height = -(-len(found) // columns)
+    figure = _figure(3.2 * columns, 2.6 * height)
+    axes = figure.subplots(height, columns, squeeze=False).flat
+    for axis, row in zip(axes, found, strict=False):
+        memory = axis.twinx()
+        sizes = row["labels"]["sizes"]
+        for index, (who, values) in enumerate(row["points"].items()):
+            slopes, colour = row["slopes"][who], COLOURS[index]
+            text = f"{who}: t^{slopes['s']:.2f}, m^{slopes['bytes']:.2f}"
+            axis.plot(sizes, values["s"], "o-", color=colour, markersize=3, label=text)
+            memory.plot(sizes, [max(value, 1) for value in values["bytes"]], "s:", color=colour, markersize=3)
+        for one in (axis, memory):
+            one.set(xscale="log", yscale="log")
+            one.tick_params(labelsize=6)
+            one.minorticks_off()
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_title(row["name"], fontsize=7)
+        axis.legend(fontsize=6, loc="upper left")
+    for axis in figure.axes[:]:
+        if not axis.has_data():
+            axis.remove()
+    figure.suptitle(
+        "Scaling: seconds (solid, left) and peak bytes (dotted, right); exponents in the legends", fontsize=9
+    )
+    return figure

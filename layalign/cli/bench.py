@@ -1,0 +1,59 @@
+"""`layalign bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option("--compare", metavar="A B", help="Two result files (or their folders): is B slower than A?"),
+]
+Threshold = Annotated[float, typer.Option("--threshold", help="The ratio of medians beyond which a change counts.")]
+Report = Annotated[
+    Path | None, typer.Option("--report", metavar="DIR", help="Write plots and report.html from DIR's result files.")
+]
+
+
+def bench(compare: Compare = None, threshold: Threshold = 1.1, report: Report = None) -> None:
+    """Read benchmark results: compare two files (exit code 1 if anything regressed), or write a report.
+
+    `pytest benchmarks/ --results DIR`, in a clone, writes them.
+    """
+    from layalign.errors import ArgumentError
+
+    if compare is None and report is None:
+        raise ArgumentError("bench: give --compare A B or --report DIR")
+    if report is not None:
+        from layalign.bench_report import write_report
+
+        typer.echo(f"wrote {write_report(report)}")
+    if compare is not None and _regressed(*compare, threshold):
+        raise typer.Exit(1)
+
+
+def _regressed(first: Path, second: Path, threshold: float) -> bool:
+    """Print the table; whether anything regressed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from layalign import bench
+
+    one, two = bench.load(first), bench.load(second)
+    changes = bench.compare(one, two, threshold)
+    table = Table(title=f"{one.commit} against {two.commit}, {one.device}, {one.shapes}", show_edge=False)
+    table.add_column("row", overflow="fold")
+    for column in ("A", "B", "B / A"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for change in changes:
+        mark = "[red]regression[/red]" if change.regression else "[green]better[/green]" if change.improvement else ""
+        values = (bench.quantity(value, change.unit) for value in (change.first, change.second))
+        table.add_row(change.id, *values, f"{change.ratio:.3f}", mark)
+    Console().print(table)
+    only = [len(a.rows.keys() - b.rows.keys()) for a, b in ((one, two), (two, one))]
+    worse = sum(change.regression for change in changes)
+    typer.echo(f"{len(changes)} rows in both, {only[0]} only in A, {only[1]} only in B: {worse} regressed")
+    return worse > 0

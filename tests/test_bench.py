@@ -1,0 +1,180 @@
+"""Benchmark results: comparing two files, the report, and a smoke run of the suite that writes them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layalign import bench
+from layalign.bench_report import write_report
+from layalign.cli import main
+from layalign.errors import ArgumentError
+
+ROOT = Path(__file__).parents[1]
+
+
+def row(name: str, median: float, spread: float = 0.02, group: str = "generate", **more: Any) -> dict[str, Any]:
+    edges = {"q1": median * (1 - spread / 2), "q3": median * (1 + spread / 2)}
+    row = {
+        "id": f"{group} / {name}",
+        "group": group,
+        "name": name,
+        "unit": "s",
+        "labels": {"batch": 8},
+        "clock MHz": None,
+    }
+    return {**row, "median": median, **edges, "iqr": median * spread, "rounds": 5, **more}
+
+
+def results(*rows: dict[str, Any], device: str = "one", **changes: Any) -> dict[str, Any]:
+    facts = {
+        "device": {"type": "cpu", "name": device, "threads": 2},
+        "python": "3.11",
+        "versions": {"torch": "2"},
+        "commit": "abc",
+        "changed files": [],
+    }
+    data = dict(format=1, facts=facts, shapes="cpu", dtype="float32", rows=list(rows), failed=[])
+    ceilings = {"copy GB/s": 10.0, "matmul TFLOP/s": 0.1}
+    return {**data, "ceilings": ceilings, "left out": {"cuda": "needs a GPU"}, "seconds": 1.0, **changes}
+
+
+def rich_results() -> dict[str, Any]:
+    """A row of every kind."""
+    against = {"bare LLM": {"median": 1.0, "iqr": 0.1, "ratio": 1.05, "ratio q1": 1.0, "ratio q3": 1.1, "rounds": 5}}
+    target = {"baseline": "bare LLM", "must": 1.08, "aim": 1.03}
+    rates = {"GB/s": 5.0, "TFLOP/s": 0.05, "flop per byte": 10.0, "percent of ceiling": 50.0}
+    points = {who: {"s": [1e-3, 2e-3], "bytes": [100, 200]} for who in ("layalign", "reference.py")}
+    slopes = {who: {"s": 1.0, "bytes": 1.0} for who in points}
+    scaling = row("mix over S", 1e-3, group="scaling", points=points, slopes=slopes, against=against, target=None)
+    scaling["labels"] = {"sizes": [1, 2]}
+    memory = row("mha", 3e6, 0.0, group="memory", against={"reference.py": {"median": 9e6, "ratio": 1 / 3}})
+    return results(
+        row("mha <b>", 1.05, against=against, target=target),
+        row("not met", 2.0, against={"bare LLM": {**against["bare LLM"], "ratio": 2.0}}, target=target),
+        row("no baseline", 1.0, against={}, target=target),
+        row("B1", 1e-3, group="layer_mix", against=against, **rates),
+        {**memory, "unit": "bytes"},
+        scaling,
+    )
+
+
+def write(path: Path, data: Any) -> Path:
+    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    return path
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *(str(argument) for argument in arguments)])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_a_regression_is_beyond_threshold_and_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = results(row("slower", 1.0), row("noisy", 1.0, 0.6), row("same", 1.0), row("faster", 1.0), row("gone", 1.0))
+    after = results(row("slower", 1.2), row("noisy", 1.2, 0.6), row("same", 1.05), row("faster", 0.5), row("new", 1.0))
+    one, two = write(tmp_path / "a.json", before), write(tmp_path / "b.json", after)
+    found = {change.id.split(" / ")[1]: change for change in bench.compare(bench.load(one), bench.load(two))}
+    assert {name: change.regression for name, change in found.items()} == {
+        "slower": True, "noisy": False, "same": False, "faster": False,
+    }  # fmt: skip
+    assert found["faster"].improvement and found["slower"].ratio == pytest.approx(1.2)
+    assert run("--compare", one, two) == 1
+    out = capsys.readouterr().out
+    assert "regression" in out and "4 rows in both, 1 only in A, 1 only in B: 1 regressed" in out
+    assert run("--compare", one, two, "--threshold", "1.3") == 0
+    assert run("--compare", one, one) == 0
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (results(row("x", 1.0), device="two"), "compare: different devices: 'cpu: one, 2 threads' and 'cpu: two"),
+        (results(row("x", 1.0), shapes="quick"), "compare: different shapes: 'cpu, float32' and 'quick, float32'"),
+        (results({**row("x", 1.0), "labels": {"batch": 4}}),
+         "compare: different shapes in 'generate / x': batch is 8 and 4"),
+        (results(row("y", 1.0)), "no row in common"),
+        (results(row("x", 1.0), row("x", 1.0)), "two rows 'generate / x'"),
+        (results({"id": "x"}), "row 0 lacks group, name"),
+        (results(row("x", 1.0), format=7), "has format 7, this version reads 1"),
+        ({"a": 1}, "has no rows; expected what"),
+        ("{", "is not JSON"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_compared(
+    second: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = write(tmp_path / "a.json", results(row("x", 1.0))), write(tmp_path / "b.json", second)
+    assert run("--compare", one, two) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.json", results(row("x", 1.0)))
+    for arguments, message in (
+        ([], "bench: give --compare A B or --report DIR"),
+        (["--compare", tmp_path / "none.json", file], "results: no such file"),
+        (["--compare", file, file, "--threshold", "0.5"], "threshold: expected a factor of at least 1"),
+        (["--report", tmp_path / "none"], "results: no such folder"),
+    ):
+        assert run(*arguments) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArgumentError, match="has no result file"):
+        write_report(tmp_path / "empty")
+
+
+def test_the_report_needs_the_files_alone(tmp_path: Path) -> None:
+    write(tmp_path / "bench.json", rich_results())
+    write(tmp_path / "facts.json", {"device": "not a result file"})
+    assert run("--report", tmp_path) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for plot in ("bars", "roofline", "scaling"):
+        assert (tmp_path / f"bench-{plot}.png").read_bytes().startswith(b"\x89PNG")
+    assert page.count("data:image/png;base64,") == 3 and 'src="bench' not in page
+    assert "No GPU result" in page and "mha &lt;b&gt;" in page and "<b>" not in page
+    assert page.count('class="met"') == 1 and page.count('class="missed"') == 1 and "not measured" in page
+    assert "needs a GPU" in page
+    gpu = copy.deepcopy(results(row("x", 1.0), shapes="gpu"))
+    gpu["failed"] = ["test_x: wrong"]
+    page = write_report(write(tmp_path / "gpu.json", gpu).parent).read_text(encoding="utf-8")
+    assert "No GPU result" not in page and "failed and not measured: test_x: wrong" in page
+
+
+def test_quantities() -> None:
+    found = [bench.quantity(value, "s") for value in (2.0, 3e-3, 4e-6, 5e-9)]
+    assert found == ["2 s", "3 ms", "4 us", "5 ns"]
+    assert bench.quantity(3 * 2**20, "bytes") == "3.00 MiB"
+
+
+def test_smoke_of_the_suite(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"LAYALIGN_BENCH": "quick", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    chosen = "(source_states and mha) or (test_scaling and layer_mix-S-forward)"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "benchmarks",
+         "-k", chosen, "--results", str(tmp_path)],
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    found = bench.load(tmp_path)
+    assert found.shapes == "quick, float32" and not found.gpu
+    kinds = {row["group"]: row for row in found.rows.values()}
+    assert kinds.keys() == {"aligner to keys and values", "scaling"}
+    states = kinds["aligner to keys and values"]
+    assert states["against"].keys() == {"reference.py", "published"} and states["target"]["must"] == pytest.approx(
+        1 / 3
+    )
+    assert states["percent of ceiling"] > 0 and states["median"] > 0
+    assert kinds["scaling"]["slopes"]["layalign"]["bytes"] == pytest.approx(1, abs=0.2)
+    assert write_report(tmp_path).is_file()
