@@ -55,9 +55,7 @@ def _random(*shape: int, device: str, dtype: torch.dtype, scale: float = 1.0) ->
     return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
 
 
-def _grid(
-    *shape: int, step: float, device: str, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0
-) -> Tensor:
+def _grid(*shape: int, step: float, device: str, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
     """Random multiples of ``step``, plus ``shift``.
 
     With these the layer mix is exact in fp32 and never zero. Else a sum within a rounding of zero could be cut by the
