@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <initializer_list>
+
 namespace layalign {
 namespace {
 
@@ -17,22 +19,23 @@ int64_t elements(const Tensor& tensor) {
 
 bool floating(DType dtype) { return dtype != DType::boolean; }
 
-// Checks of one call, which all begin their message with its name.
+// Checks of one call, which all begin their message with its name. Texts are put together only where one fails: a small
+// call is over in the time that a few of them take.
 struct Checker {
   const char* operation;
 
-  void need(bool holds, const char* argument, const std::string& expected) const {
+  void need(bool holds, const char* argument, const char* expected) const {
     if (!holds) fail(operation, argument, expected);
   }
 
-  void shape(const char* name, const Tensor& tensor, std::vector<int64_t> wanted) const {
+  void shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> wanted) const {
     bool equal = tensor.dims == static_cast<int>(wanted.size());
+    const int64_t* size = tensor.size;
+    for (const int64_t each : wanted) equal = *size++ == each && equal;
+    if (equal) return;
     std::string text;
-    for (size_t i = 0; i < wanted.size(); ++i) {
-      equal = equal && tensor.size[i] == wanted[i];
-      text += (i ? ", " : "") + std::to_string(wanted[i]);
-    }
-    need(equal, name, "expected sizes (" + text + "), got " + sizes(tensor));
+    for (const int64_t each : wanted) text += (text.empty() ? "" : ", ") + std::to_string(each);
+    fail(operation, name, "expected sizes (" + text + "), got " + sizes(tensor));
   }
 
   void unit_last_stride(const char* name, const Tensor& tensor) const {
@@ -41,8 +44,9 @@ struct Checker {
   }
 
   void dtype(const char* name, const Tensor& tensor, DType wanted) const {
-    need(tensor.dtype == wanted, name, "expected dtype code " + std::to_string(static_cast<int>(wanted)) + ", got " +
-                                           std::to_string(static_cast<int>(tensor.dtype)));
+    if (tensor.dtype == wanted) return;
+    const auto code = [](DType type) { return std::to_string(static_cast<int>(type)); };
+    fail(operation, name, "expected dtype code " + code(wanted) + ", got " + code(tensor.dtype));
   }
 
   // A result, or None: its sizes and dtype, and memory that is written as a whole.
@@ -58,18 +62,25 @@ struct Checker {
     if (wanted == 0) return;
     dtype("workspace", given, DType::float32);
     contiguous("workspace", given);
-    need(given && elements(given) >= wanted, "workspace", "expected " + std::to_string(wanted) + " elements");
+    if (!given || elements(given) < wanted)
+      fail(operation, "workspace", "expected " + std::to_string(wanted) + " elements");
   }
 };
 
 void check_layers(const Checker& checker, const Tensor* hidden, int layers, const Tensor& weight) {
-  checker.need(layers >= 1 && layers <= kMaxLayers, "hidden", "expected 1 to 64 layers, got " + std::to_string(layers));
+  if (layers < 1 || layers > kMaxLayers)
+    fail(checker.operation, "hidden", "expected 1 to 64 layers, got " + std::to_string(layers));
   checker.need(hidden[0].dims == 3 && floating(hidden[0].dtype), "hidden[0]", "expected a floating tensor (B, S, D)");
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> all;
+    for (int e = 0; e < kMaxLayers; ++e) all.push_back("hidden[" + std::to_string(e) + "]");
+    return all;
+  }();
   for (int e = 0; e < layers; ++e) {
-    const std::string name = "hidden[" + std::to_string(e) + "]";
-    checker.shape(name.c_str(), hidden[e], {hidden[0].size[0], hidden[0].size[1], hidden[0].size[2]});
-    checker.dtype(name.c_str(), hidden[e], hidden[0].dtype);
-    checker.unit_last_stride(name.c_str(), hidden[e]);
+    const char* name = names[static_cast<size_t>(e)].c_str();
+    checker.shape(name, hidden[e], {hidden[0].size[0], hidden[0].size[1], hidden[0].size[2]});
+    checker.dtype(name, hidden[e], hidden[0].dtype);
+    checker.unit_last_stride(name, hidden[e]);
   }
   checker.need(weight.dims == 2 && floating(weight.dtype), "weight", "expected a floating tensor (J, E)");
   checker.need(weight.size[0] >= 1 && weight.size[0] <= kMaxSlots, "weight", "expected 1 to 256 slots");

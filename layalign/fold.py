@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign import ops
+from layalign import ops, slots
 from layalign._plain import reason_against_reading
 from layalign.nn.aligner import WeightedLinearProjector
 
 logger = logging.getLogger("layalign")
 
 CHOICES = ("auto", "always", "never")
+MARGIN = 1.25  # times the break-even rows in training: the folded weights take memory, so they must earn it
 
 
 def break_even_rows(encoder_size: int, llm_size: int, kv_size: int, training: bool = False, reused: int = 1) -> float:
@@ -183,8 +184,8 @@ class Folding:
 
     def states(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module], hidden: Sequence[Tensor]
-    ) -> Tensor | None:
-        """(2L, B, S, D_kv): keys in the even slots, values in the odd ones; None where the modules are to be called."""
+    ) -> Sequence[Tensor] | None:
+        """2L tensors (B, S, D_kv), a key and a value by turns; None where the modules are to be called."""
         against = self._against(projector, attentions, hidden)
         self._say(against)
         if against is not None:
@@ -192,9 +193,11 @@ class Folding:
         fc1, fc2, maps = projector.fc1, projector.fc2, _maps(attentions)
         folded = self._current(fc2, maps, hidden[0])
         weight, bias = folded.weight, folded.bias
+        if slots.useful(projector, hidden):
+            return slots.project(projector, hidden, weight, bias, maps)
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (fc2.weight, fc2.bias)):
             weight, bias = _Fold.apply(fc2.weight, fc2.bias, folded, maps)
-        return ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl)
+        return ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl).unbind(0)
 
     def _against(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module], hidden: Sequence[Tensor]
@@ -217,6 +220,7 @@ class Folding:
         rows = hidden[0].shape[0] * hidden[0].shape[1]
         sizes = fc2.in_features, fc2.out_features, linear.out_features
         needed = break_even_rows(*sizes, training=True, reused=self._calls_before)
+        needed *= MARGIN
         return None if rows >= needed else f"{rows} rows a call, folding pays from {needed:.0f}"
 
     def _current(self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor) -> Folded:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from layalign import attention, checkpoint
+from layalign import attention, checkpoint, slots
 from layalign import encoder as encoders
 from layalign.config import LayAlignConfig, hidden_size
 from layalign.errors import ArgumentError
@@ -248,13 +248,17 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         """Keys and values (B, G, S, d) of every language layer: folded, or by the LLM's own modules."""
         if self.encoder_aligner is None:
             return [], []
-        layers = self.encoder_aligner.layers(hidden)
-        folded = self.folding.states(self.encoder_aligner.projector, self._attentions, layers)
+        layers, projector = self.encoder_aligner.layers(hidden), self.encoder_aligner.projector
+        folded = self.folding.states(projector, self._attentions, layers)
         if folded is not None:
             size = attention.head_size(self._attentions[0])
-            states = [attention.heads(state, size) for state in folded.to(dtype).unbind(0)]
-            return states[0::2], states[1::2]
-        states = list(self.encoder_aligner.states(layers).to(dtype).unbind(0))
+            found = [attention.heads(state.to(dtype), size) for state in folded]
+            return found[0::2], found[1::2]
+        if slots.useful(projector, layers):
+            states = slots.project(projector, layers)
+        else:
+            states = list(self.encoder_aligner.states(layers).unbind(0))
+        states = [state.to(dtype) for state in states]
         pairs = zip(self._attentions, states[0::2], states[1::2], strict=True)
         both = [attention.key_value_states(module, key, value) for module, key, value in pairs]
         return [key for key, _ in both], [value for _, value in both]

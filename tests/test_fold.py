@@ -11,7 +11,7 @@ import torch
 from tiny import batch, tiny_model
 
 from layalign import ArgumentError, LayAlignConfig
-from layalign.fold import break_even_rows, reason_against
+from layalign.fold import MARGIN, break_even_rows, reason_against
 
 
 def loss_and_gradients(model, inputs) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ def test_break_even() -> None:
 
 def test_auto_folds_at_inference_and_by_the_rule_in_training() -> None:
     model = tiny_model()  # D_e 24, D_l = D_kv 32
-    needed = break_even_rows(24, 32, 32, training=True)
+    needed = MARGIN * break_even_rows(24, 32, 32, training=True)
     few, many = batch(model=model, sources=(6, 3, 5)), batch(model=model, sources=(20, 20, 20))
     assert 18 < needed < 60
     model(**few)

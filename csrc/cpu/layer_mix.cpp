@@ -11,6 +11,7 @@ namespace layalign::cpu::LAYALIGN_ISA {
 namespace {
 
 constexpr int64_t kChunk = 256;
+constexpr int64_t kCachedBytes = 1 << 20;
 constexpr int64_t kStreamedBytes = 2 << 20;  // results from this size on are not looked for in the caches
 
 // The positions as chunks of memory neighbours: one long row where all tensors are contiguous, else B * S rows of D.
@@ -101,13 +102,14 @@ template <typename T>
 void mix(const LayerMixForward& call, int threads) {
   const Positions n(call.hidden, call.layers, nullptr);
   const int64_t slots = call.weight.size[0], layers = call.layers, total = n.batch * n.length * n.width;
-  threads = worth_threads(threads, static_cast<double>(slots * total) * sizeof(T) / 2e4);
+  threads = worth_threads(threads, static_cast<double>(slots * total) * sizeof(T) / 1.5e4);
   const bool streamed = streamable<T>(n, call.out, slots, total);
   const Scratch weight(slots * layers), bias(slots), memory(threads * layers * kChunk);
   pack_weight(call.weight, weight.data);
   for (int64_t j = 0; j < slots; ++j) bias.data[j] = call.bias ? number(call.bias, j * call.bias.stride[0]) : 0;
 
-  const int64_t tasks = smaller(n.chunks, 1024);
+  // A result that stays in the caches: one block a thread, so that a core finds there what it wrote the time before.
+  const int64_t tasks = smaller(n.chunks, slots * total * static_cast<int64_t>(sizeof(T)) < kCachedBytes ? threads : 1024);
   parallel(tasks, threads, [&](int64_t task, int worker) {
     float* hidden = memory.data + worker * layers * kChunk;
     for (int64_t i = n.chunks * task / tasks; i < n.chunks * (task + 1) / tasks; ++i) {

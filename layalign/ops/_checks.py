@@ -45,10 +45,10 @@ def check_hidden(hidden: object) -> Sequence[Tensor]:
         raise ArgumentError(f"hidden: expected a non-empty list of tensors (B, S, D_e), got {describe(hidden)}")
     first = hidden[0]
     require_tensor("hidden[0]", first, 3, "(B, S, D_e)")
+    shape, dtype, device = first.shape, first.dtype, first.device
     for i, layer in enumerate(hidden):
-        if not isinstance(layer, Tensor) or layer.shape != first.shape or layer.dtype != first.dtype:
+        if not isinstance(layer, Tensor) or layer.shape != shape or layer.dtype != dtype or layer.device != device:
             raise ArgumentError(f"hidden[{i}]: expected {describe(first)} like hidden[0], got {describe(layer)}")
-        require_same_device(f"hidden[{i}]", layer, "hidden[0]", first)
     return hidden
 
 

@@ -118,6 +118,16 @@ def unit(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
+def describe_layers(hidden: Sequence[Tensor]) -> tuple[list[Described], Sequence[Tensor]]:
+    """The E layers described, and the tensors behind them (copies where :func:`unit` makes some), to outlive the call."""
+    code = DTYPES[hidden[0].dtype]
+    strides = [layer.stride() for layer in hidden]
+    if not all(stride[-1] == 1 for stride in strides):
+        hidden = [unit(layer) for layer in hidden]
+        strides = [layer.stride() for layer in hidden]
+    return [(t.data_ptr(), code, t.shape, stride) for t, stride in zip(hidden, strides, strict=True)], hidden
+
+
 def float_like(tensor: Tensor) -> Tensor:
     """In a dtype that the kernels read; small parameters kept in float64 are the only ones it changes."""
     return tensor if tensor.dtype in DTYPES else tensor.float()
@@ -147,12 +157,11 @@ def _scratch(elements: int, like: Tensor) -> Tensor | None:
 
 def layer_mix_forward(backend: str, hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     """E tensors (B, S, D), (2L, E), (2L,) or None -> (2L, B, S, D), contiguous."""
-    hidden = [unit(layer) for layer in hidden]
     first = hidden[0]
     weight, bias = unit(float_like(weight)), None if bias is None else float_like(bias).contiguous()
     out = torch.empty((weight.shape[0], *first.shape), dtype=first.dtype, device=first.device)
     if out.numel():
-        layers = [describe(layer) for layer in hidden]
+        layers, _kept = describe_layers(hidden)
         arguments = layers, describe(weight), describe(bias), describe(out), place(backend, first.device)
         _call(backend, first.device, "layer_mix_forward", *arguments)
     return out
@@ -168,7 +177,7 @@ def layer_mix_backward(
     need_hidden: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """-> dW (2L, E) and db (2L,) in fp32, dh (E, B, S, D) in x's dtype; None for what is not needed."""
-    hidden, grad, weight = [unit(layer) for layer in hidden], unit(grad.to(x.dtype)), unit(float_like(weight))
+    grad, weight = unit(grad.to(x.dtype)), unit(float_like(weight))
     x, slots, layers = x.contiguous(), weight.shape[0], len(hidden)
     dweight = torch.empty((slots, layers), dtype=torch.float32, device=x.device) if need_weight else None
     dbias = torch.empty(slots, dtype=torch.float32, device=x.device) if need_weight else None
@@ -177,11 +186,11 @@ def layer_mix_backward(
         return tuple(None if part is None else part.zero_() for part in (dweight, dbias, dhidden))  # type: ignore[return-value]
     at = place(backend, x.device)
     elements = 0
-    if need_weight:
+    if need_weight and backend == "cuda":
         elements = _call(backend, x.device, "layer_mix_workspace", slots, layers, *x.shape[1:], at[0])
     workspace = _scratch(elements, x)
     parts = (weight, grad, x, dweight, dbias, dhidden, workspace)
-    described = [describe(layer) for layer in hidden]
+    described, _kept = describe_layers(hidden)
     _call(backend, x.device, "layer_mix_backward", described, *map(describe, parts), at)
     return dweight, dbias, dhidden
 

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from layalign import reference
 from layalign.errors import ArgumentError, BackendError
-from layalign.ops import _checks, backends
+from layalign.ops import _checks, _direct, backends
 
 MAX_HEAD_SIZE = 256
 MAX_DECODE_ROWS = 16
 _FORWARD = "layalign::gated_cross_attention"
 _BACKWARD = "layalign::gated_cross_attention_backward"
 _DECODE = "layalign::gated_decode"
+_LAUNCHER = "gated_cross_attention", "gated_cross_attention_forward"  # file and function, see backends.launcher
+_DECODE_LAUNCHER = "gated_decode", "gated_decode"
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? base, Tensor? key_mask, float? scale, str backend"
 )
@@ -51,8 +53,7 @@ def _forward(
     scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    launch = backends.launcher(backend, "gated_cross_attention", "gated_cross_attention_forward")
-    return launch(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
+    return backends.launcher(backend, *_LAUNCHER)(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake(_FORWARD)
@@ -73,8 +74,7 @@ def _decode(
     scale: float | None,
     backend: str,
 ) -> Tensor:
-    launch = backends.launcher(backend, "gated_decode", "gated_decode")
-    return launch(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
+    return backends.launcher(backend, *_DECODE_LAUNCHER)(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake(_DECODE)
@@ -172,11 +172,16 @@ def _fused(backend: str) -> backends.Implementation:
     ) -> Tensor:
         dtype = _compute_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        tensors = (query, key, value, gate, base)
-        training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-        if query.shape[2] <= MAX_DECODE_ROWS and not training:
-            return torch.ops.layalign.gated_decode(query, key, value, gate, base, key_mask, scale, backend)
-        return torch.ops.layalign.gated_cross_attention(query, key, value, gate, base, key_mask, scale, backend)[0]
+        inputs = query, key, value, gate, base, key_mask
+        few = query.shape[2] <= MAX_DECODE_ROWS
+        if _direct.unobserved(inputs):
+            launch = backends.launcher(backend, *(_DECODE_LAUNCHER if few else _LAUNCHER))
+            found = launch(*inputs, scale)
+            return found if few else found[0]  # type: ignore[no-any-return]
+        training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+        if few and not training:
+            return torch.ops.layalign.gated_decode(*inputs, scale, backend)  # type: ignore[no-any-return]
+        return torch.ops.layalign.gated_cross_attention(*inputs, scale, backend)[0]  # type: ignore[no-any-return]
 
     return run
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layalign import reference
 from layalign.errors import BackendError
-from layalign.ops import _checks, backends
+from layalign.ops import _checks, _direct, backends
 
 
 def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -21,6 +21,7 @@ def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Ten
 
 _FORWARD = "layalign::layer_mix"
 _BACKWARD = "layalign::layer_mix_backward"
+_LAUNCHER = "layer_mix", "layer_mix_forward"  # file and function, see backends.launcher
 # Defined by hand: torch.library.custom_op's checks of every call cost as much as a small mix itself.
 torch.library.define(_FORWARD, "(Tensor[] hidden, Tensor weight, Tensor? bias, str backend) -> Tensor")
 torch.library.define(
@@ -32,8 +33,7 @@ torch.library.define(
 
 @torch.library.impl(_FORWARD, "default")
 def _forward_op(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    launch = backends.launcher(backend, "layer_mix", "layer_mix_forward")
-    return launch(hidden, weight, bias)  # type: ignore[no-any-return]
+    return backends.launcher(backend, *_LAUNCHER)(hidden, weight, bias)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake(_FORWARD)
@@ -103,7 +103,10 @@ torch.library.register_autograd(_BACKWARD, _no_second_derivative)
 
 def _fused(backend: str) -> backends.Implementation:
     def run(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.layalign.layer_mix(_checks.autocast(hidden), weight, bias, backend)  # type: ignore[no-any-return]
+        hidden = _checks.autocast(hidden)
+        if _direct.unobserved((*hidden, weight, bias)):
+            return backends.launcher(backend, *_LAUNCHER)(hidden, weight, bias)  # type: ignore[no-any-return]
+        return torch.ops.layalign.layer_mix(hidden, weight, bias, backend)  # type: ignore[no-any-return]
 
     return run
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.errors import ArgumentError
-from layalign.ops import _checks, backends, plans
+from layalign.errors import ArgumentError, BackendError
+from layalign.ops import _checks, _direct, backends, plans
 
 
 def _torch(
@@ -27,8 +27,21 @@ def _torch(
     )
 
 
-@torch.library.custom_op("layalign::layer_projection", mutates_args=())
-def _forward_op(
+_FORWARD = "layalign::layer_projection"
+_BACKWARD = "layalign::layer_projection_backward"
+torch.library.define(
+    _FORWARD,
+    "(Tensor[] hidden, Tensor mix_weight, Tensor? mix_bias, Tensor weight, Tensor? bias, str plan, str backend) "
+    "-> Tensor",
+)
+torch.library.define(
+    _BACKWARD,
+    "(Tensor grad, Tensor[] hidden, Tensor mix_weight, Tensor? mix_bias, Tensor weight, int bias_dims, bool need_mix, "
+    "bool need_weight, bool need_hidden, str backend) -> Tensor[]",
+)
+
+
+def _run(
     hidden: Sequence[Tensor],
     mix_weight: Tensor,
     mix_bias: Tensor | None,
@@ -64,7 +77,10 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y + (bias if bias.dim() == 1 else bias[:, None, None, :])
 
 
-@_forward_op.register_fake
+torch.library.impl(_FORWARD, "default", _run)
+
+
+@torch.library.register_fake(_FORWARD)
 def _(
     hidden: Sequence[Tensor],
     mix_weight: Tensor,
@@ -77,7 +93,7 @@ def _(
     return hidden[0].new_empty((mix_weight.shape[0], *hidden[0].shape[:2], weight.shape[-2]))
 
 
-@torch.library.custom_op("layalign::layer_projection_backward", mutates_args=())
+@torch.library.impl(_BACKWARD, "default")
 def _backward_op(
     grad: Tensor,
     hidden: Sequence[Tensor],
@@ -117,7 +133,7 @@ def _backward_op(
     return [part.clone() if part is empty else part for part in found]  # an op's outputs must not share memory
 
 
-@_backward_op.register_fake
+@torch.library.register_fake(_BACKWARD)
 def _(
     grad: Tensor,
     hidden: Sequence[Tensor],
@@ -153,7 +169,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     mix_bias, hidden = (rest[0], rest[1:]) if ctx.has_mix_bias else (None, rest)
     layers, need_mix, need_mix_bias, need_weight, need_bias, *_ = ctx.needs_input_grad
     need_hidden = any(layers)
-    found = _backward_op(
+    found = torch.ops.layalign.layer_projection_backward(
         grad,
         hidden,
         mix_weight,
@@ -176,14 +192,22 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
-_forward_op.register_autograd(_backward, setup_context=_save)
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise BackendError("layer_projection: the kernels have no second derivative; use impl='torch'")
+
+
+torch.library.register_autograd(_FORWARD, _backward, setup_context=_save)
+torch.library.register_autograd(_BACKWARD, _no_second_derivative)
 
 
 def _fused(backend: str) -> backends.Implementation:
     def run(
         hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        return _forward_op(_checks.autocast(hidden), mix_weight, mix_bias, weight, bias, "auto", backend)
+        hidden = _checks.autocast(hidden)
+        inputs = hidden, mix_weight, mix_bias, weight, bias
+        direct = _direct.unobserved((*hidden, *inputs[1:]))
+        return (_run if direct else torch.ops.layalign.layer_projection)(*inputs, "auto", backend)  # type: ignore[no-any-return]
 
     return run
 
