@@ -63,11 +63,14 @@ class _Kept:
     def __init__(self, impl: str, weight: Tensor | None, bias: Tensor | None, outer: Sequence[nn.Linear]) -> None:
         self.impl, self.weight, self.bias, self.outer = impl, weight, bias, outer
 
-    def map(self, slot: int, inner: Tensor, inner_bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Any]:
-        """(W[j], c[j]) in the dtype of x."""
-        if self.weight is not None:
-            inner, inner_bias = self.weight[slot], None if self.bias is None else self.bias[slot]
-        return inner.to(dtype), None if inner_bias is None else inner_bias.to(dtype)
+    def map(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The folded (W[j], c[j]) in the dtype of x."""
+        assert self.weight is not None
+        return _as(dtype, self.weight[slot], None if self.bias is None else self.bias[slot])
+
+
+def _as(dtype: torch.dtype, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _groups(hidden: Sequence[Tensor], slots: int) -> Iterator[slice]:
@@ -93,16 +96,22 @@ class _InnerSums:
         self.weight = None if weight is None else torch.zeros_like(weight, dtype=wide)
         self.bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
 
-    def add(self, slot: int, grad: Tensor, x: Tensor) -> None:
-        """grad (rows, D_out) of y[slot], x (rows, D_e)."""
-        outer = self._outer[slot].weight if self._outer else None
+    def add(self, grad: Tensor, x: Tensor, weight: Tensor, slot: int | None = None) -> Tensor:
+        """Take y's gradient (..., D_out) with its x (..., D_e) into account; returns x's gradient, grad @ weight.
+
+        Args:
+            slot: of a folded weight, whose outer map the sums pass through; None for the projector's own.
+        """
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        outer = None if slot is None else self._outer[slot].weight
         if self.weight is not None and outer is None:
-            _add_product(self.weight, grad.T, x)
+            _add_product(self.weight, rows.T, inputs)
         elif self.weight is not None and outer is not None:
-            _add_product(self.weight, outer.T, grad.T @ x)
+            _add_product(self.weight, outer.T, rows.T @ inputs)
         if self.bias is not None:
-            column = grad.sum(dim=0, dtype=self.bias.dtype)
+            column = rows.sum(dim=0, dtype=self.bias.dtype)
             self.bias += column if outer is None else column @ outer.to(column.dtype)
+        return (rows @ weight).view_as(x)
 
 
 class _Mixed:
@@ -150,12 +159,15 @@ class _Slots(torch.autograd.Function):
         ctx.kept = kept
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mix_weight, mix_bias, inner, inner_bias, *hidden)
-        found = []
+        found: list[Tensor] = []
         for group in _groups(hidden, len(mix_weight)):
             part_bias = None if mix_bias is None else mix_bias[group]
             x = ops.layer_mix(hidden, mix_weight[group], part_bias, impl=kept.impl)
+            if kept.weight is None:
+                found += F.linear(x, *_as(x.dtype, inner, inner_bias)).unbind(0)
+                continue
             for slot, each in enumerate(x.unbind(0), group.start):
-                found.append(F.linear(each, *kept.map(slot, inner, inner_bias, x.dtype)))
+                found.append(F.linear(each, *kept.map(slot, x.dtype)))
         return tuple(found)
 
     @staticmethod
@@ -168,15 +180,17 @@ class _Slots(torch.autograd.Function):
         sums = _InnerSums(ctx.kept, inner if need_inner else None, inner_bias if need_inner_bias else None, dtype)
         for group in _groups(hidden, len(mix_weight)):
             x = mixed.again(group)
+            parts = grads[group]
+            if ctx.kept.weight is None:  # one product for the whole group
+                like = next((grad for grad in parts if grad is not None), None)
+                if like is not None:
+                    whole = [torch.zeros_like(like) if grad is None else grad for grad in parts]
+                    mixed.backward(group, sums.add(torch.stack(whole).to(dtype), x, inner.to(dtype)))
+                continue
             x_grad = torch.zeros_like(x)
-            for place, slot in enumerate(range(len(mix_weight))[group]):
-                grad = grads[slot]
-                if grad is None:
-                    continue
-                rows = grad.reshape(-1, grad.shape[-1]).to(dtype)
-                weight, _ = ctx.kept.map(slot, inner, None, dtype)
-                torch.mm(rows, weight, out=x_grad[place].view(-1, weight.shape[1]))
-                sums.add(slot, rows, x[place].view(-1, weight.shape[1]))
+            for place, (slot, grad) in enumerate(zip(range(len(mix_weight))[group], parts, strict=True)):
+                if grad is not None:
+                    x_grad[place] = sums.add(grad.to(dtype), x[place], ctx.kept.map(slot, dtype)[0], slot)
             mixed.backward(group, x_grad)
         found = mixed.totals
         inner_grads = (None if g is None else g.to(p.dtype) for g, p in ((sums.weight, inner), (sums.bias, inner_bias)))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from layalign._plain import has_hooks
+from layalign.ops._repeated import RepeatedDecode
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -33,6 +36,7 @@ class SourceStates:
     mask: Tensor | None
     attentions: tuple[GatedCrossAttention, ...]
     seen: set[int] | None = None
+    _again: dict[int, RepeatedDecode | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SourceStates:
         """The same states with ``function`` applied to every tensor (all have the batch first)."""
@@ -62,9 +66,18 @@ class SourceStates:
         if self.seen is not None:
             self.seen.add(layer)
         slot = self.layers.index(layer)
+        module = self.attentions[slot]
         key, value = self.keys[slot].to(query.device), self.values[slot].to(query.device)
         mask = None if self.mask is None else self.mask.to(query.device)
-        return self.attentions[slot](query, key, value, base=base, key_mask=mask, scale=scale)
+        if torch.compiler.is_compiling() or has_hooks(module):
+            return module(query, key, value, base=base, key_mask=mask, scale=scale)
+        arguments = query, key, value, module.adaption_gate, base, mask, scale, module.impl
+        again = self._again.get(slot)
+        found = None if again is None else again(*arguments)
+        if found is None:
+            found = module(query, key, value, base=base, key_mask=mask, scale=scale)
+            self._again[slot] = RepeatedDecode.after(*arguments)
+        return found
 
 
 class _SourceCacheMixin:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layalign import ops
 from layalign.ops import _direct, backends
+from layalign.ops._repeated import RepeatedDecode
 
 IMPLS = [name for name in ("cpp", "cuda") if backends.capability(name, "cpu")[0]]
 needs_kernels = pytest.mark.skipif(not IMPLS, reason="no compiled kernels here")
@@ -109,3 +112,57 @@ def test_whoever_watches_is_seen() -> None:
 def test_a_torch_without_these_hooks_loses_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_direct, "_WATCHERS", ())
     assert not _direct.unobserved([torch.ones(2)])
+
+
+def decode_arguments() -> list[Any]:
+    torch.manual_seed(0)
+    query = torch.randn(2, 1, 4, 16).transpose(1, 2)
+    key, value = torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    return [query, key, value, torch.tensor([0.5]), torch.randn(2, 1, 4, 16), mask, None, "cpp"]
+
+
+def full_call(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, mask: Any, scale: Any) -> Tensor:
+    return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl="torch")
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+def test_a_repeated_decode_is_the_full_call() -> None:
+    arguments = decode_arguments()
+    again = RepeatedDecode.after(*arguments)
+    assert again is not None
+    for step in range(3):
+        arguments[0], arguments[4] = torch.randn(2, 1, 4, 16).transpose(1, 2), torch.randn(2, 1, 4, 16)
+        arguments[3].fill_(step - 1.0)  # the gate's number is read anew
+        found = again(*arguments)
+        assert found is not None
+        torch.testing.assert_close(found, full_call(*arguments[:7]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+def test_a_repeated_decode_leaves_other_calls_alone() -> None:
+    arguments = decode_arguments()
+    again = RepeatedDecode.after(*arguments)
+    assert again is not None and again(*arguments) is not None
+    query, key, value, gate, base, mask, scale, impl = arguments
+    others = [
+        [query[:, :, :, :8], key, value, gate, base, mask, scale, impl],
+        [query.double(), key, value, gate, base, mask, scale, impl],
+        [torch.randn(2, 4, 1, 32)[..., ::2], key, value, gate, base, mask, scale, impl],
+        [query, key.clone(), value, gate, base, mask, scale, impl],
+        [query, key, value.clone(), gate, base, mask, scale, impl],
+        [query, key, value, gate, base.double(), mask, scale, impl],
+        [query, key, value, gate, base, None, scale, impl],
+        [query, key, value, gate, base, mask, 0.1, impl],
+        [query, key, value, gate, base, mask, scale, "torch"],
+        [query, key, value, torch.nn.Parameter(gate), base, mask, scale, impl],
+    ]
+    assert [again(*other) for other in others] == [None] * len(others)
+    with torch.autocast("cpu"):
+        assert again(*arguments) is None
+    with Recorded():
+        assert again(*arguments) is None
+    assert copy.deepcopy(again) is None and pickle.loads(pickle.dumps(again)) is None
+    assert RepeatedDecode.after(query, key, value, gate, base, mask, scale, "torch") is None
+    many = torch.randn(2, 4, 17, 16)
+    assert RepeatedDecode.after(many, key, value, gate, torch.randn(2, 17, 4, 16), mask, scale, "cpp") is None

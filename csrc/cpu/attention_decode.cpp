@@ -98,6 +98,15 @@ void add_block(
   }
 }
 
+// Rows that are read soon: they lie a row of all heads apart, too far for the hardware to see them coming.
+template <typename T>
+inline void fetch(const T* const* rows, int64_t count, int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t s = 0; s < count; ++s) {
+    for (int64_t c = 0; c < size; c += kLine) __builtin_prefetch(rows[s] + c, 0, 2);
+  }
+}
+
 // The online softmax's state of R rows: their queries, and the sums so far.
 struct Rows {
   alignas(64) float query[kDeepest * kMaxHeadSize];
@@ -147,14 +156,14 @@ void attend_rows(
   const int64_t count = attended.count(b);
   const int32_t* tokens = attended.of(b);
   auto where = [&](const Tensor& states, int64_t s) { return reinterpret_cast<const T*>(at(states, b, g, tokens[s])); };
-  const T* here[kKeyBlock];
+  const T *keys[kKeyBlock], *values[kKeyBlock];
   for (int64_t from = 0; from < count; from += kKeyBlock) {
     const int64_t some = smaller(kKeyBlock, count - from);
-    for (int64_t s = 0; s < some; ++s) here[s] = where(in.key, from + s);
-    score<R>(x.query, n.width, here, some, n.size, x.scores);
+    for (int64_t s = 0; s < some; ++s) keys[s] = where(in.key, from + s), values[s] = where(in.value, from + s);
+    if (begin == 0) fetch(keys, some, n.size), fetch(values, some, n.size);
+    score<R>(x.query, n.width, keys, some, n.size, x.scores);
     softmax_rows<R>(x, some);
-    for (int64_t s = 0; s < some; ++s) here[s] = where(in.value, from + s);
-    add_block<R>(x.scores, x.factor, here, some, n.size, x.total, n.width);
+    add_block<R>(x.scores, x.factor, values, some, n.size, x.total, n.width);
   }
   for (int r = 0; r < R; ++r) {
     const int64_t h = n.head(g, begin + r), t = n.token(begin + r);
@@ -181,7 +190,7 @@ void attend_few_rows(const Attention& in, const Tensor& out, const Tensor& lse, 
   const int64_t pairs = n.batch * n.groups;
   if (pairs * n.rows == 0 || n.size == 0) return;
   const double bytes = 2.0 * static_cast<double>(pairs * n.source * n.size * element_size(in.key.dtype));
-  threads = worth_threads(threads, bytes / 4e4 * static_cast<double>(ceil_div(n.rows, kDeepest)));
+  threads = worth_threads(threads, bytes / 1.5e4 * static_cast<double>(ceil_div(n.rows, kDeepest)));
   const Attended attended(in.key_mask, n.batch, n.source);
   const float gate = number(in.gate);
   parallel(pairs, threads, [&](int64_t pair, int) {

@@ -119,7 +119,7 @@ def unit(tensor: Tensor) -> Tensor:
 
 
 def describe_layers(hidden: Sequence[Tensor]) -> tuple[list[Described], Sequence[Tensor]]:
-    """The E layers described, and the tensors behind them (copies where :func:`unit` makes some), to outlive the call."""
+    """The E layers described, and the tensors behind them, which must outlive the call (:func:`unit` copies some)."""
     code = DTYPES[hidden[0].dtype]
     strides = [layer.stride() for layer in hidden]
     if not all(stride[-1] == 1 for stride in strides):

@@ -1,0 +1,87 @@
+"""Decoding asks for the same attention again and again, with a new query: what the first call checked is kept.
+
+A full call describes and checks six tensors, 25 microseconds of Python, and several times that where the LLM's weights
+have just swept the caches. :class:`RepeatedDecode` keeps what cannot have changed and looks only at what may have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layalign.ops import _direct, backends, extension
+from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
+
+
+class RepeatedDecode:
+    """The C++ decoding kernel with keys, values, mask and scale held fast; the arguments passed a full call already.
+
+    Use :meth:`after`, which knows where it applies.
+    """
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, base: Tensor, mask: Tensor | None, scale: Any, impl: str
+    ) -> None:
+        self._kept = key, value, mask, scale, impl  # the addresses of the first three are in what follows
+        self._key, self._value, self._mask = map(extension.describe, self._kept[:3])
+        self._scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        self._like = query.shape, base.shape, query.dtype, base.dtype
+        self._out_shape = base.shape
+        self._decode = extension.module().gated_decode
+
+    @staticmethod
+    def after(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor,
+        base: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        impl: str,
+    ) -> RepeatedDecode | None:
+        """For the calls that follow one with these arguments; None where only full calls will do."""
+        asked, kept = impl, (query, key, value, gate, base, mask)
+        if query.device.type != "cpu" or query.shape[2] > MAX_DECODE_ROWS or not _direct.unobserved(kept):
+            return None
+        if impl == "auto":
+            impl = backends.choose("gated_cross_attention", "cpu", query, key, value, gate, base)
+        plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
+        if impl != "cpp" or not plain or torch.is_autocast_enabled("cpu") or query.numel() == 0:
+            return None
+        return RepeatedDecode(query, key, value, base, mask, scale, asked)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy's tensors lie elsewhere; it starts with a full call."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor,
+        base: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        impl: str,
+    ) -> Tensor | None:
+        """(B, T, H, d), or None where this call is not like the first one."""
+        kept = self._kept
+        if key is not kept[0] or value is not kept[1] or mask is not kept[2] or (scale, impl) != kept[3:]:
+            return None
+        if not _direct.unobserved((query, gate, base)) or torch.is_autocast_enabled("cpu"):
+            return None
+        if (query.shape, base.shape, query.dtype, base.dtype) != self._like:
+            return None
+        q, b, g = extension.describe(query), extension.describe(base), extension.describe(gate)
+        if query.stride(-1) != 1 or base.stride(-1) != 1 or query.device != base.device:
+            return None
+        out = torch.empty(self._out_shape, dtype=query.dtype)
+        inputs = q, self._key, self._value, g, b, self._mask, self._scale
+        self._decode(inputs, extension.describe(out), 1, None, extension.place("cpp", query.device))
+        return out

@@ -1,0 +1,144 @@
+"""The layer mix and the projection slot by slot: the numbers and gradients of the whole operation, in any grouping."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import batch, tiny_model
+from torch import Tensor, nn
+
+from layalign import reference, slots
+from layalign.fold import _fold
+from layalign.nn.aligner import WeightedLinearProjector
+
+E, L, D_E, D_L, D_KV = 3, 2, 12, 10, 6
+
+
+def parts(dtype: torch.dtype = torch.float64, bias: bool = True, hidden_grad: bool = True):
+    """(projector, hidden, outer maps)."""
+    torch.manual_seed(0)
+    config = SimpleNamespace(
+        structure="Linear",
+        num_encoder_layers=E,
+        num_language_layers=L,
+        encoder_hidden_dim=D_E,
+        language_hidden_dim=D_L,
+    )
+    projector = WeightedLinearProjector(config, bias=bias).to(dtype)
+    hidden = [torch.randn(2, 5, D_E, dtype=dtype, requires_grad=hidden_grad) for _ in range(E)]
+    outer = [nn.Linear(D_L, D_KV).to(dtype).requires_grad_(False) for _ in range(2 * L)]
+    return projector, hidden, outer
+
+
+def expected(projector: WeightedLinearProjector, hidden: list[Tensor], outer: list[nn.Linear] | None) -> list[Tensor]:
+    """By the formulas, through the two maps one after the other where ``outer`` is given."""
+    fc1, fc2 = projector.fc1, projector.fc2
+    y = reference.layer_projection(hidden, fc1.weight, fc1.bias, fc2.weight, fc2.bias).unbind(0)
+    return list(y) if outer is None else [linear(each) for linear, each in zip(outer, y, strict=True)]
+
+
+def found(projector: WeightedLinearProjector, hidden: list[Tensor], outer: list[nn.Linear] | None) -> list[Tensor]:
+    if outer is None:
+        return slots.project(projector, hidden)
+    folded = _fold(projector.fc2, outer, hidden[0].dtype, ())
+    return slots.project(projector, hidden, folded.weight, folded.bias, outer)
+
+
+@pytest.mark.parametrize("group", [1, 3, 99], ids=lambda n: f"{n}-slots-a-group")
+@pytest.mark.parametrize("folded", [False, True], ids=["shared", "folded"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("used", ["all", "some"])
+def test_numbers_and_gradients(
+    used: str, bias: bool, folded: bool, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "GROUP_BYTES", group * 2 * 5 * D_E * 8)
+    projector, hidden, outer = parts(bias=bias)
+    leaves = [*projector.parameters(), *hidden]
+    right = expected(projector, hidden, outer if folded else None)
+    mine = found(projector, hidden, outer if folded else None)
+    for one, other in zip(mine, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    chosen = [0, 1, 2, 3] if used == "all" else [2]  # a slot that nobody used has no gradient
+    weights = [torch.randn_like(y) for y in right]
+
+    def gradients(results: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sum((results[i] * weights[i]).sum() for i in chosen), leaves)
+
+    for one, other in zip(gradients(mine), gradients(right), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    projector, hidden, _ = parts(hidden_grad=False)
+    projector.fc1.requires_grad_(False)
+    projector.fc2.bias.requires_grad_(False)
+    sum(y.sum() for y in slots.project(projector, hidden)).backward()
+    assert projector.fc2.weight.grad is not None
+    assert projector.fc1.weight.grad is projector.fc1.bias.grad is projector.fc2.bias.grad is None
+    assert all(layer.grad is None for layer in hidden)
+
+
+def test_nothing_of_x_or_y_is_kept() -> None:
+    """Saved for the backward: the encoder's states and the parameters, no more."""
+    projector, hidden, outer = parts(hidden_grad=False)
+    known = {t.data_ptr() for t in (*hidden, *projector.parameters())}
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        found(projector, hidden, outer)
+    assert saved and set(saved) <= known
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["shared", "folded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_keeps_to_the_error_of_plain_torch(dtype: torch.dtype, folded: bool) -> None:
+    projector, hidden, outer = parts(torch.float64, hidden_grad=False)
+    for module in (projector, *outer):
+        module.to(dtype).double()  # numbers that dtype has
+    hidden = [layer.to(dtype).double() for layer in hidden]
+    grad = [torch.randn(2, 5, D_KV if folded else D_L, dtype=dtype) for _ in range(2 * L)]
+
+    def gradients(results: list[Tensor]) -> list[Tensor]:
+        loss = sum((y * g.to(y.dtype)).sum() for y, g in zip(results, grad, strict=True))
+        return list(torch.autograd.grad(loss, list(projector.parameters())))
+
+    maps = outer if folded else None
+    right = gradients(expected(projector, hidden, maps))
+    for module in (projector, *outer):
+        module.to(dtype)
+    hidden = [layer.to(dtype) for layer in hidden]
+    plain, mine = gradients(expected(projector, hidden, maps)), gradients(found(projector, hidden, maps))
+    for one, other, exact in zip(mine, plain, right, strict=True):
+        allowed = 2 * (other.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+        assert (one.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("reason", ["hooks", "torch asked for", "MLP", "patched"])
+def test_where_modules_must_be_called_it_does_not_serve(reason: str) -> None:
+    projector, hidden, _ = parts()
+    assert slots.useful(projector, hidden)
+    if reason == "hooks":
+        projector.register_forward_hook(lambda *_: None)
+    elif reason == "torch asked for":
+        projector.impl = "torch"
+    elif reason == "MLP":
+        projector.structure = "MLP"
+    else:
+        projector.fc2.forward = lambda x: x
+    assert not slots.useful(projector, hidden)
+
+
+def test_the_model_trains_by_slots_as_by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(fold="never").double()
+    inputs = batch(model=model)
+    results = []
+    for allowed in (True, False):
+        if not allowed:
+            monkeypatch.setattr(slots, "useful", lambda *_: False)
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
