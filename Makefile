@@ -13,10 +13,10 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test check-csrc demo lint format docs kernels-report bench clean
+.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables clean
 
 help:
-	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | clean"
+	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | clean"
 
 venv: $(STAMP)
 
@@ -24,7 +24,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(filter-out csrc/__pycache__/%,$(SOURCES))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard,liger]'
 	@touch $(STAMP)
 
 $(EMULATED): $(STAMP)
@@ -70,6 +70,10 @@ kernels-report: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q benchmarks --results benchmarks/results/$(DEVICE); code=$$?; \
 	  $(BIN)/python benchmarks/report.py benchmarks/results/$(DEVICE) && exit $$code
+
+# The measured tables in the documentation, from the committed CPU results.
+bench-tables: $(STAMP)
+	$(BIN)/python benchmarks/tables.py benchmarks/results/cpu docs/benchmarks.md docs/backends.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -54,8 +54,8 @@ class Turns:
     """The rounds of one row: baselines by name, and ours, which the caller runs itself between two rounds.
 
     Args:
-        few: baselines that are timed in the first two rounds only where a call takes longer than 0.3 s, and in one where
-            it takes longer than 3 s: those whose ratio is far from one, and no target hangs on the last percent of it.
+        few: baselines that are timed in the first two rounds only where a call takes longer than 0.3 s, in the first
+            only where it takes over 3 s: no target hangs on the last percent of their ratio.
         seconds: about how long all rounds should take; never fewer than ``least`` rounds, never more than 200.
     """
 

@@ -33,11 +33,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Work:
-    """B sequences of S source tokens; T labels, or T new tokens."""
+    """B sequences of S source tokens; T labels, or T new tokens. Padded: S / 4 to S real source tokens."""
 
     batch: int
     source: int
     length: int
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ QUICK = Shapes(
     sizes=(Size("mha", 2, 64, 4, 4, 96, 3, 48, 4, 64, 128), Size("gqa", 2, 64, 4, 2, 96, 3, 48, 4, 64, 128)),
     generate=(Work(2, 6, 3),),
     train=(Work(2, 6, 5),),
-    forward=(Work(2, 6, 5),),
+    forward=(Work(2, 6, 5), Work(2, 8, 5, padded=True)),
     decode=(Work(2, 6, 4),),
     mix=((2, 8),),
     mix_sizes=(3, 4, 48, 64),
@@ -91,7 +92,7 @@ CPU = Shapes(
     sizes=(_SMALL, _GROUPED),
     generate=(Work(8, 64, 64), Work(1, 128, 32)),
     train=(Work(8, 64, 64), Work(1, 128, 32)),
-    forward=(Work(1, 128, 32),),
+    forward=(Work(1, 128, 32), Work(8, 64, 16, padded=True)),
     decode=(Work(8, 64, 64), Work(1, 128, 32)),
     mix=((1, 16), (1, 64), (8, 64), (4, 256)),
     mix_sizes=(8, 24, 512, 768),
@@ -107,7 +108,7 @@ GPU = Shapes(
     sizes=(_SMALL, _GROUPED, _LARGER),
     generate=(Work(8, 64, 64), Work(1, 128, 32)),
     train=(Work(8, 64, 64), Work(16, 128, 256)),
-    forward=(Work(16, 128, 256),),
+    forward=(Work(16, 128, 256), Work(16, 256, 64, padded=True)),
     decode=(Work(8, 64, 64), Work(1, 128, 32)),
     mix=((4, 128), (16, 256), (32, 512)),
     mix_sizes=(24, 64, 2048, 4096),

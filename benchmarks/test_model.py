@@ -37,11 +37,15 @@ def models(request: pytest.FixtureRequest, shapes: Shapes) -> Iterator[Models]:
 
 def works(field: str) -> Any:
     """A test's parameter over one field of the shapes."""
-    return pytest.mark.parametrize("work", getattr(SHAPES, field), ids=lambda w: f"B{w.batch}-S{w.source}-T{w.length}")
+    return pytest.mark.parametrize("work", getattr(SHAPES, field), ids=lambda work: id_of(work).replace(" ", "-"))
+
+
+def id_of(work: Work) -> str:
+    return f"B{work.batch} S{work.source} T{work.length}" + (" padded" if work.padded else "")
 
 
 def name_of(models: Models, work: Work) -> str:
-    return f"{models.size.name} B{work.batch} S{work.source} T{work.length}"
+    return f"{models.size.name} {id_of(work)}"
 
 
 def labels_of(models: Models, work: Work) -> dict[str, Any]:
@@ -51,6 +55,7 @@ def labels_of(models: Models, work: Work) -> dict[str, Any]:
         "batch": work.batch,
         "source": work.source,
         "length": work.length,
+        "padded": work.padded,
         "llm": f"{size.layers} x {size.width}, {size.heads} heads, {size.groups} key/value heads",
         "encoder": f"{size.encoder_layers} x {size.encoder_width}",
         "vocabulary": size.vocabulary,
@@ -70,7 +75,7 @@ def require_same(what: str, found: torch.Tensor, expected: torch.Tensor, allowed
 @pytest.fixture(scope="module")
 def right(models: Models, shapes: Shapes) -> None:
     """Ours, published and reference.py agree: loss, gradients, and a decoding step. Nothing is timed otherwise."""
-    work, losses, grads = shapes.train[-1], {}, {}
+    work, losses, grads = shapes.train[-1], {}, {}  # without padding, which published attends to
     calls = workloads.loss_calls(models, work, "forward and backward")
     for name, model in ((OURS, models.ours), (PUBLISHED, models.published), (REFERENCE, models.ours)):
         losses[name] = calls[name]()

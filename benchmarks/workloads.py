@@ -20,7 +20,7 @@ PUBLISHED, REFERENCE, PROMPT = "published", "reference.py", "peft adaption_promp
 
 
 class Data:
-    """Random ids of one :class:`Work`, without padding, so that published and default masking agree."""
+    """Random ids of one :class:`Work`; without padding, published and default masking agree."""
 
     def __init__(self, models: Models, work: Work, labels: bool) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -31,6 +31,9 @@ class Data:
 
         self.source, self.target = ids(work.source), ids(work.length)
         self.mask, self.target_mask = torch.ones_like(self.source), torch.ones_like(self.target)
+        if work.padded:
+            lengths = torch.linspace(work.source / 4, work.source, work.batch).long().to(models.device)
+            self.mask = (torch.arange(work.source, device=models.device) < lengths[:, None]).long()
         self.packed = models.ours.pack(self.mask, targets=self.target.tolist() if labels else None)
         tokens = self.packed["input_ids"]
         self.attention = self.packed["attention_mask"]

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from layalign.errors import ArgumentError
 from layalign.fold import CHOICES
+from layalign.liger import CHOICES as LIGER_CHOICES
 from layalign.nn.aligner import STRUCTURES
 
 
@@ -38,6 +39,8 @@ class LayAlignConfig(PretrainedConfig):
         impl: backend of the operations, "auto" by default.
         fold: whether the aligner's projection is folded into the LLM's key and value maps (:mod:`layalign.fold`):
             "auto" where it takes less work, "always" where it can be done, "never".
+        liger: whether Liger's fused linear cross-entropy computes the loss (:mod:`layalign.liger`): "auto" in training
+            on a CUDA GPU where it is installed and applies, "always" with an error where it cannot be, "never".
 
     Raises:
         ArgumentError: a value is out of range; the message names it.
@@ -63,6 +66,7 @@ class LayAlignConfig(PretrainedConfig):
         part_dtypes: dict[str, str] | None = None,
         impl: str = "auto",
         fold: str = "auto",
+        liger: str = "auto",
         **kwargs: Any,
     ) -> None:
         self.encoder_config = _as_config("encoder_config", encoder_config)
@@ -80,11 +84,14 @@ class LayAlignConfig(PretrainedConfig):
         self.part_dtypes = part_dtypes
         self.impl = impl
         self.fold = fold
+        self.liger = liger
         super().__init__(**kwargs)
         if structure not in STRUCTURES:
             raise ArgumentError(f"structure: expected one of {STRUCTURES}, got {structure!r}")
         if fold not in CHOICES:
             raise ArgumentError(f"fold: expected one of {CHOICES}, got {fold!r}")
+        if liger not in LIGER_CHOICES:
+            raise ArgumentError(f"liger: expected one of {LIGER_CHOICES}, got {liger!r}")
         if self.encoder_config is not None:
             self._resolve_encoder(self.encoder_config)
         if self.llm_config is not None:

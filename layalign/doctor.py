@@ -13,6 +13,7 @@ PACKAGES = (
     "triton",
     "accelerate",
     "peft",
+    "liger_kernel",
     "datasets",
     "tokenizers",
     "safetensors",

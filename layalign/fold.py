@@ -236,6 +236,6 @@ class Folding:
 
     def _say(self, against: str | None) -> None:
         now = "folded" if against is None else f"not folded: {against}"
-        if now != self.last:
+        if now != self.last and not torch.compiler.is_compiling():  # a log line would break the graph
             logger.info("layalign: keys and values of the source: %s", now)
             self.last = now

@@ -26,10 +26,38 @@ def only_rows(head: nn.Module, rows: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def rows_for_logits(head: nn.Module, rows: Tensor) -> Iterator[list[Tensor]]:
+    """Within the block, ``head`` does not run: it returns its input (1, N, D) where ``rows`` (B, T) is true.
+
+    Yields:
+        The tensors it has returned so far.
+    """
+    returned: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        returned.append(hidden[rows.to(hidden.device)][None])
+        return returned[-1]
+
+    before = head.__dict__.get("forward")
+    head.__dict__["forward"] = forward
+    try:
+        yield returned
+    finally:
+        del head.__dict__["forward"]
+        if before is not None:
+            head.__dict__["forward"] = before
+
+
 def label_loss(logits: Tensor, targets: Tensor, divisor: Tensor | int | None) -> Tensor:
     """Cross-entropy in fp32 over labelled positions, summed and divided by their number (or by ``divisor``)."""
     targets = targets.to(logits.device).flatten()
     total = F.cross_entropy(logits.flatten(0, -2).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return divided(total, targets, divisor)
+
+
+def divided(total: Tensor, targets: Tensor, divisor: Tensor | int | None) -> Tensor:
+    """A summed loss by the number of labels among ``targets``, or by ``divisor``."""
     if divisor is None:
         divisor = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return total / divisor

@@ -13,15 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from layalign import attention, checkpoint, slots
+from layalign import attention, checkpoint, liger, slots
 from layalign import encoder as encoders
 from layalign.config import LayAlignConfig, hidden_size
 from layalign.errors import ArgumentError
 from layalign.fold import Folding
 from layalign.generation import SourceGenerationMixin
-from layalign.loss import label_loss, only_rows, with_loss
+from layalign.loss import label_loss, with_loss
 from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
-from layalign.packing import IGNORE_INDEX, pack, real_positions
+from layalign.packing import IGNORE_INDEX, PackedTokens, pack, real_positions
+from layalign.padding import real_tokens
 from layalign.source import SourceStates, bridge, get_source, put_source
 
 
@@ -75,6 +76,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         self._source_reaches_layers = False
         self.folding = Folding(config.fold)
         self.generation_config = self.llm.generation_config
+        self._can_compile_fullgraph = getattr(self.llm, "_can_compile_fullgraph", False)
         self.post_init()
 
     @classmethod
@@ -232,15 +234,22 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             encoder_input_ids, encoder_attention_mask: (B, S) int64.
 
         Returns:
-            The adapter's soft tokens (B, S, D_l), and the source states of all language layers.
+            The adapter's soft tokens (B, S, D_l), and the source states of all language layers. Where padding is
+            masked and there is enough of it, it is not computed: zeros stand there.
         """
         hidden, last = encoders.encode(
             self.encoder, encoder_input_ids, encoder_attention_mask, self.config.encoder_layers
         )
         dtype = cast(Tensor, self.get_input_embeddings().weight).dtype
+        mask = encoder_attention_mask.bool() if self.config.mask_encoder_padding else None
+        real = None if mask is None else real_tokens(mask)
+        if real is not None:
+            hidden, last = [real.pack(layer) for layer in hidden], real.pack(last)
         soft = self.mapping(last.to(self.mapping.mlp.linear1.weight.dtype)).to(dtype)
         keys, values = self._source_states(hidden, dtype)
-        mask = encoder_attention_mask.bool() if self.config.mask_encoder_padding else None
+        if real is not None:
+            soft = real.unpack(soft)
+            keys, values = ([real.unpack_heads(state) for state in states] for states in (keys, values))
         gated = cast(tuple[GatedCrossAttention, ...], tuple(self.cross_attention))
         return soft, SourceStates(tuple(self.config.language_layers), tuple(keys), tuple(values), mask, gated)
 
@@ -287,36 +296,10 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
                 f"input_ids, attention_mask: expected (B, T) with the B of encoder_input_ids (B, S), got {found}"
             )
         soft, source = self.encode_source(encoder_input_ids, encoder_attention_mask)
-        embeds = self._place(soft, input_ids, attention_mask, encoder_attention_mask)
+        config, embed = self.config, self.get_input_embeddings()
+        tokens = PackedTokens(input_ids, attention_mask, config.llm_bos_token_id is not None, config.source_token_id)
+        embeds = tokens.embed(embed(input_ids), soft, self.mapping.get_embed(), encoder_attention_mask)
         return input_ids, attention_mask, embeds, source
-
-    def _place(self, soft: Tensor, input_ids: Tensor, attention_mask: Tensor, source_mask: Tensor) -> Tensor:
-        """Token embeddings (B, T, D_l) with soft tokens and boundary in their slots, without a host sync."""
-        device = input_ids.device
-        lengths = source_mask.sum(dim=1, keepdim=True).to(device)  # (B, 1)
-        start = attention_mask.argmax(dim=1, keepdim=True) + (self.config.llm_bos_token_id is not None)
-        slot = torch.arange(input_ids.shape[1], device=device) - start  # (B, T): 0 is the first source token
-        is_slot = (slot >= 0) & (slot <= lengths)
-        if not torch.compiler.is_compiling():
-            self._check_packed(input_ids, attention_mask, is_slot, lengths)
-
-        # Real tokens first, in order, wherever the encoder's padding is; the boundary behind them all.
-        order = source_mask.bool().logical_not().to(torch.uint8).argsort(dim=1, stable=True).to(device)
-        index = torch.where(slot == lengths, soft.shape[1], slot.clamp(0, max(soft.shape[1] - 1, 0)))
-        order = F.pad(order, (0, 1), value=soft.shape[1]).gather(1, index)
-        boundary = self.mapping.get_embed().to(soft.dtype).expand(len(soft), 1, -1)
-        rows = torch.cat([soft, boundary], dim=1).to(device)
-        rows = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
-        return torch.where(is_slot[..., None], rows, self.get_input_embeddings()(input_ids))
-
-    def _check_packed(self, input_ids: Tensor, attention_mask: Tensor, is_slot: Tensor, lengths: Tensor) -> None:
-        good = (input_ids == self.config.source_token_id) & attention_mask.bool() | ~is_slot
-        whole = is_slot.sum(dim=1, keepdim=True) == lengths + 1
-        if not bool(good.all() & whole.all()):
-            raise ArgumentError(
-                "input_ids: expected [bos][one slot per encoder token][boundary slot][text] as model.pack lays it out; "
-                "the slots do not match encoder_attention_mask"
-            )
 
     # Running
 
@@ -374,7 +357,8 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             put_source(past_key_values, source)
         if attention.is_reentrant(self.llm) and torch.is_grad_enabled():
             inputs_embeds, source = bridge(inputs_embeds, source)
-        source.seen = None if self._source_reaches_layers else set()
+        # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes.
+        source.seen = set() if torch.compiler.is_compiling() or not self._source_reaches_layers else None
         inputs = dict(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -398,12 +382,10 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         if labels is None:
             return self.llm(**inputs, logits_to_keep=0 if keep is None else keep, return_dict=True)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # position t predicts label t + 1
-        head = self.get_output_embeddings()
         if keep is None and not torch.compiler.is_compiling():
-            labelled = targets != IGNORE_INDEX
-            with only_rows(head, labelled):
-                output = self.llm(**inputs, return_dict=True)
-            return with_loss(output, label_loss(output.logits, targets[labelled], divisor), None)
+            return liger.labelled_output(self.llm, inputs, targets, divisor, self.config.liger)
+        if self.config.liger == "always":
+            liger.chosen("always", self.llm, keep)  # raises: there are logits to return, or the call is compiled
         output = self.llm(**inputs, logits_to_keep=keep or 0, return_dict=True)
         if isinstance(keep, Tensor):
             targets = targets[:, keep]

@@ -7,8 +7,10 @@ blocks and squeezing the padding out afterwards.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from layalign.errors import ArgumentError
 
@@ -75,3 +77,61 @@ def pack(
 def real_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position ids that count real tokens only: (B, T) 0/1 -> (B, T)."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """The LLM's input as :func:`pack` lays it out.
+
+    Attributes:
+        input_ids, attention_mask: (B, T) int64.
+        has_bos: whether a first token stands before the source slots.
+        source_token_id: what fills the slots.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    has_bos: bool
+    source_token_id: int
+
+    def embed(
+        self, embeds: torch.Tensor, soft: torch.Tensor, boundary: torch.Tensor, source_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """``embeds`` with soft tokens and boundary in their slots, without a host sync beyond the check of the layout.
+
+        Args:
+            embeds: (B, T, D_l), the embeddings of ``input_ids``.
+            soft: (B, S, D_l), the adapter's soft tokens.
+            boundary: (1, 1, D_l).
+            source_mask: (B, S), 1 where a source token is real.
+
+        Returns:
+            (B, T, D_l).
+
+        Raises:
+            ArgumentError: the slots do not match ``source_mask`` (not checked in compiled code).
+        """
+        device = self.input_ids.device
+        lengths = source_mask.sum(dim=1, keepdim=True).to(device)  # (B, 1)
+        start = self.attention_mask.argmax(dim=1, keepdim=True) + self.has_bos
+        slot = torch.arange(self.input_ids.shape[1], device=device) - start  # (B, T): 0 is the first source token
+        is_slot = (slot >= 0) & (slot <= lengths)
+        if not torch.compiler.is_compiling():
+            self._check(is_slot, lengths)
+
+        # Real tokens first, in order, wherever the encoder's padding is; the boundary behind them all.
+        order = source_mask.bool().logical_not().to(torch.uint8).argsort(dim=1, stable=True).to(device)
+        index = torch.where(slot == lengths, soft.shape[1], slot.clamp(0, max(soft.shape[1] - 1, 0)))
+        order = F.pad(order, (0, 1), value=soft.shape[1]).gather(1, index)
+        rows = torch.cat([soft, boundary.to(soft.dtype).expand(len(soft), 1, -1)], dim=1).to(device)
+        rows = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
+        return torch.where(is_slot[..., None], rows, embeds)
+
+    def _check(self, is_slot: torch.Tensor, lengths: torch.Tensor) -> None:
+        good = (self.input_ids == self.source_token_id) & self.attention_mask.bool() | ~is_slot
+        whole = is_slot.sum(dim=1, keepdim=True) == lengths + 1
+        if not bool(good.all() & whole.all()):
+            raise ArgumentError(
+                "input_ids: expected [bos][one slot per encoder token][boundary slot][text] as model.pack lays it out; "
+                "the slots do not match encoder_attention_mask"
+            )

@@ -178,3 +178,16 @@ def test_smoke_of_the_suite(tmp_path: Path) -> None:
     assert states["percent of ceiling"] > 0 and states["median"] > 0
     assert kinds["scaling"]["slopes"]["layalign"]["bytes"] == pytest.approx(1, abs=0.2)
     assert write_report(tmp_path).is_file()
+
+
+PAGES = [ROOT / "docs/benchmarks.md", ROOT / "docs/backends.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_measured_tables_are_those_of_the_committed_file(page: Path, tmp_path: Path) -> None:
+    copied = tmp_path / page.name
+    copied.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    assert "<!-- measured: " in copied.read_text(encoding="utf-8")
+    command = [sys.executable, "benchmarks/tables.py", "benchmarks/results/cpu", str(copied)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert copied.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), "run `make bench-tables`"

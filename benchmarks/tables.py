@@ -1,0 +1,95 @@
+"""The measured tables of the documentation, from a committed result file alone.
+
+``python benchmarks/tables.py benchmarks/results/cpu docs/benchmarks.md docs/backends.md`` rewrites what stands between
+``<!-- measured: NAME -->`` and ``<!-- end -->`` in the pages; a name is a key of :data:`TABLES`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from layalign.bench import Results, load, quantity
+
+SECTION = re.compile(r"(<!-- measured: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+OPERATIONS = ("layer_mix", "layer_projection", "gated_cross_attention")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first column is text, the others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def provenance(results: Results) -> str:
+    """Where and with what the rows were measured, in a line."""
+    data = results.data
+    versions = data["facts"]["versions"]
+    names = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
+    rates = data["ceilings"]
+    return (
+        f"{results.device}; {data['dtype']}; {names}; commit {results.commit}; measured ceilings "
+        f"{rates['copy GB/s']:.1f} GB/s (copy) and {1e3 * rates['matmul TFLOP/s']:.0f} GFLOP/s (product).\n\n"
+    )
+
+
+def targets(results: Results) -> str:
+    """Every row that has a target."""
+    lines = []
+    for row in results.rows.values():
+        target = row.get("target")
+        if target:
+            ratio, aim = row["against"][target["baseline"]]["ratio"], target.get("aim")
+            reached = "yes" if ratio <= target["must"] else "no"
+            limits = f"{target['must']:.3g}", "" if aim is None else f"{aim:.3g}"
+            lines.append([row["id"].replace(" / ", ", "), target["baseline"], f"{ratio:.3f}", *limits, reached])
+    return provenance(results) + table(["row", "baseline", "ours / baseline", "must", "aim", "reached"], lines)
+
+
+def models(results: Results) -> str:
+    """The rows of the whole model, against every baseline."""
+    rows = [r for r in results.rows.values() if r["group"] != "scaling" and not r["group"].startswith(OPERATIONS)]
+    names = list(dict.fromkeys(name for row in rows for name in row["against"]))
+    lines = []
+    for row in rows:
+        ratios = [f"{row['against'][name]['ratio']:.3f}" if name in row["against"] else "" for name in names]
+        lines.append([row["id"].replace(" / ", ", "), quantity(row["median"], row["unit"]), *ratios])
+    return provenance(results) + table(["row", "ours", *(f"/ {name}" for name in names)], lines)
+
+
+def operations(results: Results) -> str:
+    """The rows of the operations: speed as a multiple of the baselines'."""
+    rows = [r for r in results.rows.values() if r["group"].startswith(OPERATIONS)]
+    names = list(dict.fromkeys(name for row in rows for name in row["against"]))
+    lines = []
+    for row in rows:
+        ratios = [f"{1 / row['against'][name]['ratio']:.2f}" if name in row["against"] else "" for name in names]
+        shape = row["name"].removesuffix(f" {row['labels']['impl']}")
+        what = [f"{row['group']}: {shape}", f"`{row['labels']['impl']}`", f"`{row['labels']['auto']}`"]
+        lines.append([*what, quantity(row["median"], row["unit"]), *ratios, f"{row['percent of ceiling']:.0f} %"])
+    head = ["operation", "backend", "auto takes", "time", *(f"times {name}" for name in names), "of ceiling"]
+    return provenance(results) + table(head, lines)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {"targets": targets, "models": models, "operations": operations}
+
+
+def written_into(page: str, results: Results) -> str:
+    """``page`` with every measured section written anew."""
+
+    def section(match: re.Match[str]) -> Any:
+        return match[1] + TABLES[match["name"]](results) + match[3]
+
+    return SECTION.sub(section, page)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(f"usage: {sys.argv[0]} RESULTS PAGE...")
+    measured = load(Path(sys.argv[1]))
+    for name in sys.argv[2:]:
+        path = Path(name)
+        path.write_text(written_into(path.read_text(encoding="utf-8"), measured), encoding="utf-8")

@@ -1,0 +1,177 @@
+"""The loss by Liger's fused linear cross-entropy, which never holds the logits of all labels at once.
+
+Liger-Kernel (the extra ``liger``) takes hidden states and the output head's weight and computes the logits piece by
+piece, the gradient in the same pass. So the head must not run: :func:`layalign.loss.rows_for_logits` lets it return the
+hidden states it is given. That is right only where the LLM's logits are its head's output and nothing more;
+:func:`reason_against` says what is in the way. The package is imported by the first call that could use it.
+
+Source: Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from layalign._plain import reason_against_reading
+from layalign.errors import ArgumentError, BackendError
+from layalign.loss import divided, label_loss, only_rows, rows_for_logits, with_loss
+from layalign.ops.backends import interpreting
+from layalign.packing import IGNORE_INDEX
+
+logger = logging.getLogger("layalign")
+
+CHOICES = ("auto", "always", "never")
+# What transformers' decoders do to their logits behind the head, and the value that means nothing.
+_BEHIND_THE_HEAD = {
+    "final_logit_softcapping": None,  # Gemma
+    "logit_scale": 1,  # Cohere
+    "logits_scaling": 1,  # Granite
+    "lm_head_multiplier": 1,  # Falcon-H1
+}
+_CHANGES_ITS_LOGITS: WeakSet[nn.Module] = WeakSet()  # LLMs found out in their first call
+_LOGGED: set[str] = set()
+
+
+def reason_against(llm: Any, keep: int | Tensor | None = None, device: str | None = None) -> str | None:
+    """Why Liger cannot compute this call's loss; None if it can.
+
+    Args:
+        llm: the causal LM.
+        keep: the call's ``logits_to_keep``.
+        device: type of the device to ask for, by default the one that holds the output head.
+    """
+    if keep is not None:
+        return "logits_to_keep asks for logits, which it does not make"
+    if torch.compiler.is_compiling():
+        return "the call is compiled, and it reads the number of labels back"
+    head = llm.get_output_embeddings()
+    against = reason_against_reading(head)
+    if against is not None:
+        return f"the output head: {against}"
+    device = head.weight.device.type if device is None else device
+    if device != "cuda" and not interpreting():
+        return f"its kernels need a GPU, the output head is on {device}"
+    if head.weight.dtype == torch.float64:
+        return "it computes in fp32, the output head is float64"
+    config = llm.config.get_text_config(decoder=True)
+    for name, nothing in _BEHIND_THE_HEAD.items():
+        value = getattr(config, name, None)
+        if value is not None and value != nothing:
+            return f"the LLM's {name} = {value} changes the logits behind the head"
+    if llm in _CHANGES_ITS_LOGITS:
+        return f"{type(llm).__name__} changes the logits behind its head"
+    return _load()[1]
+
+
+def chosen(choice: str, llm: Any, keep: int | Tensor | None = None, device: str | None = None) -> bool:
+    """Whether a call's loss is computed by Liger.
+
+    Args:
+        choice: "always", "never", or "auto": with gradients, on a GPU, where nothing is in the way.
+        llm, keep, device: see :func:`reason_against`.
+
+    Raises:
+        ArgumentError: "always", and something is in the way.
+    """
+    if choice == "never" or (choice == "auto" and (interpreting() or not torch.is_grad_enabled())):
+        return False
+    against = reason_against(llm, keep, device)
+    if against is not None and choice == "always":
+        raise ArgumentError(f"liger: expected 'auto' or 'never' for this call, got 'always': {against}")
+    return against is None
+
+
+@functools.cache
+def _load() -> tuple[Callable[..., Tensor] | None, str | None]:
+    """(Liger's function, None) or (None, why it is not there)."""
+    try:
+        module = importlib.import_module("liger_kernel.transformers.functional")
+        return module.liger_fused_linear_cross_entropy, None
+    except (ImportError, AttributeError) as error:
+        return None, f"liger-kernel >= 0.5 is not installed, see the extra layalign[liger] ({error})"
+
+
+def fused_label_loss(rows: Tensor, head: nn.Linear, targets: Tensor, divisor: Tensor | int | None) -> Tensor:
+    """:func:`layalign.loss.label_loss` of ``head(rows)``, without the logits.
+
+    Args:
+        rows: (N, D) hidden states where a label stands, in the head's dtype or under autocast.
+        head: a plain output head (V, D), with or without bias; frozen, it gets no gradient.
+        targets: (N,) int64, all of them labels.
+        divisor: of the summed loss; None for N.
+
+    Returns:
+        The loss, fp32. It can be differentiated once: Liger's backward scales its saved gradient in place.
+
+    Raises:
+        BackendError: in a second backward.
+    """
+    if len(rows) == 0:  # Liger divides by the number of rows
+        return label_loss(head(rows), targets, divisor)
+    function = _load()[0]
+    assert function is not None
+    total = function(rows, head.weight, targets.to(rows.device), head.bias, reduction="sum")
+    if total.requires_grad:
+        total.register_hook(_once())
+    return divided(total, targets, divisor)
+
+
+def _once() -> Callable[[Tensor], None]:
+    """A hook that refuses a second backward, whose gradients would silently be wrong."""
+    calls = []
+
+    def hook(grad: Tensor) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise BackendError("liger: its loss can go backward once; set liger='never' to retain the graph")
+
+    return hook
+
+
+def labelled_output(
+    llm: Any, inputs: dict[str, Any], targets: Tensor, divisor: Tensor | int | None, choice: str
+) -> Any:
+    """One pass of ``llm`` with the loss and without logits, through Liger where ``choice`` takes it.
+
+    Args:
+        llm: the causal LM; ``inputs`` are its arguments.
+        targets: (B, T) int64, position t's label, -100 where there is none.
+        divisor: of the summed loss; None for the number of labels.
+        choice: see :func:`chosen`.
+
+    Returns:
+        The LLM's output object.
+
+    Raises:
+        ArgumentError: "always", and something is in the way.
+    """
+    head, labelled = llm.get_output_embeddings(), targets != IGNORE_INDEX
+    if chosen(choice, llm):
+        _say(choice)
+        with rows_for_logits(head, labelled) as rows:
+            output = llm(**inputs, return_dict=True)
+        if rows and output.logits is rows[-1]:
+            loss = fused_label_loss(rows[-1].flatten(0, -2), head, targets[labelled], divisor)
+            return with_loss(output, loss, None)
+        logger.info("layalign: %s changes its logits behind its head; no Liger", type(llm).__name__)
+        _CHANGES_ITS_LOGITS.add(llm)
+        if inputs.get("past_key_values") is not None:  # one pass has filled it, a second would fill it twice
+            raise ArgumentError(f"liger: expected 'never' for {type(llm).__name__}, which changes its logits")
+        chosen(choice, llm)  # "always" is told so
+    with only_rows(head, labelled):
+        output = llm(**inputs, return_dict=True)
+    return with_loss(output, label_loss(output.logits, targets[labelled], divisor), None)
+
+
+def _say(choice: str) -> None:
+    if choice not in _LOGGED:
+        _LOGGED.add(choice)
+        logger.info("layalign: loss by Liger's fused linear cross-entropy (liger=%r)", choice)
