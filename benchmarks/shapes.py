@@ -92,7 +92,7 @@ CPU = Shapes(
     sizes=(_SMALL, _GROUPED),
     generate=(Work(8, 64, 64), Work(1, 128, 32)),
     train=(Work(8, 64, 64), Work(1, 128, 32)),
-    forward=(Work(1, 128, 32), Work(8, 64, 16, padded=True)),
+    forward=(Work(1, 128, 32), Work(4, 64, 16, padded=True)),
     decode=(Work(8, 64, 64), Work(1, 128, 32)),
     mix=((1, 16), (1, 64), (8, 64), (4, 256)),
     mix_sizes=(8, 24, 512, 768),

@@ -169,7 +169,7 @@ class Folding:
         self.last: str = "not asked yet"  # what was done for the last call, and why
         self._folded: Folded | None = None
         self._version: tuple[int, int] | None = None
-        self._calls, self._calls_before = 0, 1  # with the current weights, and with those before them
+        self._calls, self._calls_before = 0, 1  # of training, with the current weights and with those before
         count_steps()
 
     def forget(self) -> None:
@@ -213,10 +213,10 @@ class Folding:
         version = fc2.weight._version, STEPS[0]
         if version != self._version:
             self._version, self._calls, self._calls_before = version, 0, max(self._calls, 1)
-        self._calls += 1
         training = torch.is_grad_enabled() and fc2.weight.requires_grad
         if not training:
             return None  # folded once, however many calls follow
+        self._calls += 1
         rows = hidden[0].shape[0] * hidden[0].shape[1]
         sizes = fc2.in_features, fc2.out_features, linear.out_features
         needed = break_even_rows(*sizes, training=True, reused=self._calls_before)

@@ -23,7 +23,8 @@ from layalign._plain import has_hooks, reason_against_reading
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.ops import _checks
 
-GROUP_BYTES = 2**22  # of x at once; of the order of a core's second-level cache
+GROUP_BYTES = 2**24  # of x at once: stays in a third-level cache
+FEW_ROWS = 256  # below them, one slot's product does not fill the cores
 
 
 def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
@@ -62,6 +63,16 @@ class _Kept:
 
     def __init__(self, impl: str, weight: Tensor | None, bias: Tensor | None, outer: Sequence[nn.Linear]) -> None:
         self.impl, self.weight, self.bias, self.outer = impl, weight, bias, outer
+
+    def products(self, x: Tensor, group: slice) -> list[Tensor]:
+        """x (slots, B, S, D_e) of a group by the folded maps."""
+        if x[0, ..., 0].numel() >= FEW_ROWS:
+            return [F.linear(each, *self.map(slot, x.dtype)) for slot, each in enumerate(x.unbind(0), group.start)]
+        assert self.weight is not None
+        weight, bias = _as(x.dtype, self.weight[group], None if self.bias is None else self.bias[group])
+        rows, flat = weight.mT, x.flatten(1, 2)
+        y = torch.bmm(flat, rows) if bias is None else torch.baddbmm(bias[:, None], flat, rows)
+        return list(y.unflatten(1, x.shape[1:3]).unbind(0))
 
     def map(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The folded (W[j], c[j]) in the dtype of x."""
@@ -166,8 +177,7 @@ class _Slots(torch.autograd.Function):
             if kept.weight is None:
                 found += F.linear(x, *_as(x.dtype, inner, inner_bias)).unbind(0)
                 continue
-            for slot, each in enumerate(x.unbind(0), group.start):
-                found.append(F.linear(each, *kept.map(slot, x.dtype)))
+            found += kept.products(x, group)
         return tuple(found)
 
     @staticmethod
