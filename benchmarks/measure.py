@@ -54,8 +54,8 @@ class Turns:
     """The rounds of one row: baselines by name, and ours, which the caller runs itself between two rounds.
 
     Args:
-        few: baselines that are timed in the first two rounds only where a call takes longer than 0.3 s, in the first
-            only where it takes over 3 s: no target hangs on the last percent of their ratio.
+        few: baselines that are timed in the first two rounds only where a call takes longer than 0.3 s, and once,
+            before them, where it takes over 3 s: no target hangs on the last percent of their ratio.
         seconds: about how long all rounds should take; never fewer than ``least`` rounds, never more than 200.
     """
 
@@ -75,7 +75,9 @@ class Turns:
         for name, call in {**baselines, "": ours}.items():
             first = watch.once(call)  # compiles, folds, allocates
             found[name] = first if first > 10 * LONG else watch.once(call)
-        self._few = {name: 1 if found[name] > 10 * LONG else 2 for name in few if found.get(name, 0) > LONG}
+        self._few = {name: 0 if found[name] > 10 * LONG else 2 for name in few if found.get(name, 0) > LONG}
+        for name in (name for name, rounds in self._few.items() if rounds == 0):
+            self.against[name].append(found[name])
         self._short = {name for name, seconds in found.items() if seconds < SHORT}
         per_round = sum(2 * t if name in self._short else t for name, t in found.items() if name not in self._few)
         self.rounds = max(least, min(200, int(seconds / per_round)))

@@ -25,7 +25,7 @@ class Operation:
         baselines: what else does the same, by name; reference.py is among them, and says what is right.
         leaves: what gradients are wanted of.
         moved, flop: bytes and operations of the forward, at the least.
-        auto: the backend that ``impl="auto"`` takes.
+        auto: says which backend ``impl="auto"`` takes, with gradients as they are enabled at that moment.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Operation:
     leaves: list[Tensor]
     moved: float
     flop: float
-    auto: str
+    auto: Callable[[], str]
     labels: dict[str, Any] = field(default_factory=dict)
     base: Tensor | None = None
 
@@ -90,7 +90,7 @@ def layers(
         list(weights),
         moved=itemsize * (n * width * count + written),
         flop=flop,
-        auto=backends.choose(name, device, hidden, *weights),
+        auto=lambda: backends.choose(name, device, hidden, *weights),
         labels=dict(batch=batch, source=length, layers=count, slots=slots, width=width, out=out),
     )
 
@@ -124,7 +124,7 @@ def attention(
         [query, key, value, gate],
         moved=query.element_size() * size * batch * (3 * heads * length + 2 * groups * source),
         flop=4 * batch * heads * length * source * size,
-        auto=backends.choose("gated_cross_attention", device, query, key, value, gate, base, key_mask=mask),
+        auto=lambda: backends.choose("gated_cross_attention", device, query, key, value, gate, base, key_mask=mask),
         labels=dict(batch=batch, queries=length, source=source, heads=heads, groups=groups, size=size),
         base=base,
     )

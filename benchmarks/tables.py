@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from layalign.bench import Results, load, quantity
+from layalign.bench_plots import OPERATIONS
 
 SECTION = re.compile(r"(<!-- measured: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-OPERATIONS = ("layer_mix", "layer_projection", "gated_cross_attention")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -114,7 +114,7 @@ def test_generate(models: Models, right: None, work: Work, rows: Any, benchmark:
 @works("decode")
 def test_decode_step(models: Models, right: None, work: Work, rows: Any, benchmark: Any, shapes: Shapes) -> None:
     calls = workloads.decode_calls(models, work)
-    seconds = max(6.0, shapes.seconds) if shapes.name == "cpu" else None  # short calls, and a ratio close to 1
+    seconds = max(5.0, shapes.seconds) if shapes.name == "cpu" else None  # short calls, and a ratio close to 1
     rows.time("decode step", name_of(models, work), calls, labels_of(models, work), seconds=seconds)
 
 

@@ -51,7 +51,8 @@ def require_right(operation: Operation, impl: str, shapes: Shapes) -> None:
 def timed(operation: Operation, impl: str, backward: bool, rows: Any, shapes: Shapes, group: str, name: str) -> None:
     """Check, then time."""
     require_right(operation, impl, shapes)
-    labels = {**operation.labels, "impl": impl, "auto": operation.auto}
+    with torch.set_grad_enabled(backward):
+        labels = {**operation.labels, "impl": impl, "auto": operation.auto()}
     scale = 3 if backward else 1  # the backward reads and multiplies about twice as much
     calls = operation.passes(impl, backward)
     rows.time(group, f"{name} {impl}", calls, labels, moved=scale * operation.moved, flop=scale * operation.flop)

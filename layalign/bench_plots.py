@@ -10,6 +10,7 @@ from layalign.bench import Results
 
 COLOURS = ("#1b6ca8", "#e0772f", "#4b9b5a", "#a23b72", "#7a6c5d", "#c9a227")
 WIDTH = 9.0  # inches
+OPERATIONS = ("layer_mix", "layer_projection", "gated_cross_attention")
 
 
 def write(results: Results, folder: Path) -> list[Path]:
@@ -19,7 +20,13 @@ def write(results: Results, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     rows = list(results.rows.values())
     written = []
-    for stem, figure in (("bars", _bars(rows)), ("roofline", _roofline(results, rows)), ("scaling", _scaling(rows))):
+    figures = {
+        "model": _bars([row for row in rows if not _is_operation(row)]),
+        "operations": _bars([row for row in rows if _is_operation(row)]),
+        "roofline": _roofline(results, rows),
+        "scaling": _scaling(rows),
+    }
+    for stem, figure in figures.items():
         if figure is None:
             continue
         file = folder / f"{results.path.stem}-{stem}.png"
@@ -37,49 +44,64 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
+def _is_operation(row: dict[str, Any]) -> bool:
+    return str(row["group"]).startswith(OPERATIONS)
+
+
 def _bars(rows: Sequence[dict[str, Any]]) -> Any:
-    """ours / baseline: a panel per group, a bar per baseline, the targets as lines."""
+    """ours / baseline: a panel per group in two columns, a bar per baseline, the targets as lines."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row.get("against") and "slopes" not in row:
             groups.setdefault(row["group"], []).append(row)
     if not groups:
         return None
-    heights = [0.7 + 0.2 * sum(1 + len(row["against"]) for row in members) for members in groups.values()]
-    figure = _figure(WIDTH, sum(heights))
-    axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for axis, (group, members) in zip(axes, groups.items(), strict=True):
-        _bar_panel(axis, group, members)
+    names = dict.fromkeys(name for members in groups.values() for row in members for name in row["against"])
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    columns: list[dict[str, float]] = [{}, {}]
+    for group, members in groups.items():  # to the shorter column
+        shorter = min(columns, key=lambda column: sum(column.values()))
+        shorter[group] = 0.6 + 0.16 * sum(1 + len(row["against"]) for row in members)
+    columns = [column for column in columns if column]
+    height = max(sum(column.values()) for column in columns)
+    figure = _figure(6.0 * len(columns), height + 0.6)
+    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
+    for part, column in zip(parts, columns, strict=True):
+        empty = height - sum(column.values())
+        ratios = [*column.values(), *([empty] if empty > 0.1 else [])]
+        axes = part.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
+        for axis in axes[len(column) :]:
+            axis.axis("off")
+        for axis, group in zip(axes[: len(column)], column, strict=True):
+            _bar_panel(axis, group, groups[group], colours)
+    handles = [axes[0].barh([0], [0], color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    figure.suptitle("ours / baseline: below 1, ours takes less (black line: must, dotted: aim)", fontsize=9)
     return figure
 
 
-def _bar_panel(axis: Any, group: str, rows: Sequence[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row["against"]))
+def _bar_panel(axis: Any, group: str, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
     place, ticks, labels = 0.0, [], []
     for row in rows:
         top, target = place, row.get("target") or {}
         for name, found in row["against"].items():
             ratio = found["ratio"]
             spread = [[max(ratio - found.get("ratio q1", ratio), 0)], [max(found.get("ratio q3", ratio) - ratio, 0)]]
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            axis.barh(place, ratio, 0.9, color=colour, xerr=spread, error_kw={"elinewidth": 0.8})
+            axis.barh(place, ratio, 0.9, color=colours[name], xerr=spread, error_kw={"elinewidth": 0.8})
             axis.annotate(f" {ratio:.2f}", (max(ratio + spread[1][0], 0), place), va="center", fontsize=7)
             if name == target.get("baseline"):
                 for key, style in (("must", "-"), ("aim", ":")):
-                    if key in target:
+                    if target.get(key) is not None:
                         axis.plot([target[key]] * 2, [place - 0.6, place + 0.6], style, color="black", linewidth=1.5)
             place += 1
         ticks.append((top + place - 1) / 2)
         labels.append(row["name"])
         place += 1
     axis.axvline(1, color="#888888", linewidth=0.8)
-    axis.set_yticks(ticks, labels, fontsize=8)
+    axis.set_yticks(ticks, labels, fontsize=7)
+    axis.tick_params(axis="x", labelsize=7)
     axis.invert_yaxis()
-    axis.set_title(
-        f"{group}: ours / baseline (below 1: ours is less; black: must, dotted: aim)", fontsize=9, loc="left"
-    )
-    handles = [axis.barh([0], [0], color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(names)]
-    axis.legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axis.set_title(group, fontsize=9, loc="left")
 
 
 def _roofline(results: Results, rows: Sequence[dict[str, Any]]) -> Any:

@@ -138,9 +138,9 @@ def test_the_report_needs_the_files_alone(tmp_path: Path) -> None:
     write(tmp_path / "facts.json", {"device": "not a result file"})
     assert run("--report", tmp_path) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for plot in ("bars", "roofline", "scaling"):
+    for plot in ("model", "operations", "roofline", "scaling"):
         assert (tmp_path / f"bench-{plot}.png").read_bytes().startswith(b"\x89PNG")
-    assert page.count("data:image/png;base64,") == 3 and 'src="bench' not in page
+    assert page.count("data:image/png;base64,") == 4 and 'src="bench' not in page
     assert "No GPU result" in page and "mha &lt;b&gt;" in page and "<b>" not in page
     assert page.count('class="met"') == 1 and page.count('class="missed"') == 1 and "not measured" in page
     assert "needs a GPU" in page
