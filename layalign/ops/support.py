@@ -106,8 +106,8 @@ def markdown() -> str:
 
 def written_into(page: str) -> str:
     """``page`` with the table between its two marks replaced by today's."""
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + "\n" + markdown() + END + rest.split(END)[1]
+    before, rest = page.split(BEGIN, 1)
+    return before + BEGIN + "\n" + markdown() + END + rest.split(END, 1)[1]
 
 
 def main() -> None:
