@@ -156,6 +156,7 @@ def test_a_repeated_decode_leaves_other_calls_alone() -> None:
         [query, key, value, gate, base, mask, 0.1, impl],
         [query, key, value, gate, base, mask, scale, "torch"],
         [query, key, value, torch.nn.Parameter(gate), base, mask, scale, impl],
+        [query, key, value, gate.double(), base, mask, scale, impl],
     ]
     assert [again(*other) for other in others] == [None] * len(others)
     with torch.autocast("cpu"):
@@ -164,5 +165,7 @@ def test_a_repeated_decode_leaves_other_calls_alone() -> None:
         assert again(*arguments) is None
     assert copy.deepcopy(again) is None and pickle.loads(pickle.dumps(again)) is None
     assert RepeatedDecode.after(query, key, value, gate, base, mask, scale, "torch") is None
+    for wide in ([query, key, value, gate.double(), base], [query, key, value, gate, base.double()]):
+        assert RepeatedDecode.after(*wide, mask, scale, impl) is None
     many = torch.randn(2, 4, 17, 16)
     assert RepeatedDecode.after(many, key, value, gate, torch.randn(2, 17, 4, 16), mask, scale, "cpp") is None

@@ -15,6 +15,11 @@ from layalign.ops import _direct, backends, extension
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
 
+def _described(query: Tensor, gate: Tensor, base: Tensor) -> tuple[Any, ...]:
+    """What must not change from call to call in the tensors that do."""
+    return query.shape, query.dtype, query.device, gate.dtype, gate.device, base.shape, base.dtype, base.device
+
+
 class RepeatedDecode:
     """The C++ decoding kernel with keys, values, mask and scale held fast; the arguments passed a full call already.
 
@@ -22,13 +27,12 @@ class RepeatedDecode:
     """
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, base: Tensor, mask: Tensor | None, scale: Any, impl: str
+        self, like: Any, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, impl: str
     ) -> None:
         self._kept = key, value, mask, scale, impl  # the addresses of the first three are in what follows
         self._key, self._value, self._mask = map(extension.describe, self._kept[:3])
-        self._scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-        self._like = query.shape, base.shape, query.dtype, base.dtype
-        self._out_shape = base.shape
+        self._scale = key.shape[-1] ** -0.5 if scale is None else float(scale)
+        self._like = like
         self._decode = extension.module().gated_decode
 
     @staticmethod
@@ -51,7 +55,9 @@ class RepeatedDecode:
         plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
         if impl != "cpp" or not plain or torch.is_autocast_enabled("cpu") or query.numel() == 0:
             return None
-        return RepeatedDecode(query, key, value, base, mask, scale, asked)
+        if not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
+            return None  # a full call brings them to float32 first
+        return RepeatedDecode(_described(query, gate, base), key, value, mask, scale, asked)
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy's tensors lie elsewhere; it starts with a full call."""
@@ -76,12 +82,10 @@ class RepeatedDecode:
             return None
         if not _direct.unobserved((query, gate, base)) or torch.is_autocast_enabled("cpu"):
             return None
-        if (query.shape, base.shape, query.dtype, base.dtype) != self._like:
+        if _described(query, gate, base) != self._like or query.stride(-1) != 1 or base.stride(-1) != 1:
             return None
         q, b, g = extension.describe(query), extension.describe(base), extension.describe(gate)
-        if query.stride(-1) != 1 or base.stride(-1) != 1 or query.device != base.device:
-            return None
-        out = torch.empty(self._out_shape, dtype=query.dtype)
+        out = torch.empty(base.shape, dtype=query.dtype)
         inputs = q, self._key, self._value, g, b, self._mask, self._scale
         self._decode(inputs, extension.describe(out), 1, None, extension.place("cpp", query.device))
         return out
