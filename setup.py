@@ -27,6 +27,7 @@ PACKAGES = [
     "layalign.data",
     "layalign.evaluation",
     "layalign.demo",
+    "layalign.experiment",
     "layalign.nn",
     "layalign.ops",
     "layalign.training",
@@ -80,6 +81,7 @@ setup(
     package_data={
         "layalign": ["py.typed", "presets/*.yaml"],
         "layalign.demo": ["*.json", "templates/*.json"],
+        "layalign.experiment": ["presets/*.yaml"],
     },
     include_package_data=False,
     ext_modules=[Extension("layalign._C", sources=[], optional=True)],

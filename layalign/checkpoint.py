@@ -121,7 +121,8 @@ def _load_whole(
     model = load_all(name_or_path, *positional, config=config, dtype=asked, **arguments)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(_part(name), parameter.dtype))
-        parameter.requires_grad_(name.startswith(OWN_PARTS) or ".lora_" in name)
+        fixed = config.gate is not None and name.endswith("adaption_gate")
+        parameter.requires_grad_((name.startswith(OWN_PARTS) and not fixed) or ".lora_" in name)
     return model
 
 

@@ -115,6 +115,7 @@ class LayAlign(nn.Module):
     @property
     def mapping(self) -> Mapping:
         """The adapter."""
+        assert self.model.mapping is not None  # the published configuration has no way to leave it out
         return self.model.mapping
 
     @property

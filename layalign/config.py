@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from math import isfinite
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
 from layalign.errors import ArgumentError
 from layalign.fold import CHOICES
+from layalign.layers import named_layers
 from layalign.liger import CHOICES as LIGER_CHOICES
-from layalign.nn.aligner import STRUCTURES
+from layalign.nn.aligner import MIXES, STRUCTURES
 
 
 def _as_config(name: str, value: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig | None:
@@ -27,9 +30,15 @@ class LayAlignConfig(PretrainedConfig):
         encoder_config, llm_config: configurations of the frozen parts (or their dicts).
         encoder_name_or_path, llm_name_or_path: where their weights come from when only trained weights are saved.
         encoder_layers: E indices into the encoder's ``hidden_states`` (0 is the embedding output). None: all but the
-            last, as published (0..23 of mT5-xl's 25).
+            last, as published (0..23 of mT5-xl's 25). "all", or "first", "middle" or "last" for that one layer.
         language_layers: L indices of LLM layers that attend. None: all. []: neither aligner nor gates (adapter alone).
         structure: "Linear" or "MLP", the projection behind the layer mix.
+        mix: "layer-wise", every LLM layer's keys and values mix the encoder's layers in their own way; or "shared", one
+            mix for the keys and one for the values of all LLM layers.
+        adapter: whether the encoder's last states stand before the text as soft tokens, with the boundary behind them.
+        adapter_size: width between the adapter's two linear maps. None: twice the encoder's, as published.
+        prompt: whether the LLM gets the task's prompt beside the encoder's tokens. False: these stand in its place.
+        gate: None, gates are learned and start at zero; a number fixes all of them there.
         mask_encoder_padding: hide encoder padding from the cross-attention and number LLM positions without padding, so
             that a sample does not depend on its batch neighbours. False reproduces the published numbers.
         llm_bos_token_id: first token of the LLM's input. None: the LLM's own, or none if it has none.
@@ -55,9 +64,14 @@ class LayAlignConfig(PretrainedConfig):
         llm_config: dict[str, Any] | PretrainedConfig | None = None,
         encoder_name_or_path: str | None = None,
         llm_name_or_path: str | None = None,
-        encoder_layers: list[int] | None = None,
+        encoder_layers: list[int] | str | None = None,
         language_layers: list[int] | None = None,
         structure: str = "Linear",
+        mix: str = "layer-wise",
+        adapter: bool = True,
+        adapter_size: int | None = None,
+        prompt: bool = True,
+        gate: float | None = None,
         mask_encoder_padding: bool = True,
         llm_bos_token_id: int | None = None,
         source_token_id: int | None = None,
@@ -73,9 +87,14 @@ class LayAlignConfig(PretrainedConfig):
         self.llm_config = _as_config("llm_config", llm_config)
         self.encoder_name_or_path = encoder_name_or_path
         self.llm_name_or_path = llm_name_or_path
-        self.encoder_layers = None if encoder_layers is None else list(encoder_layers)
+        self.encoder_layers: Any = encoder_layers if isinstance(encoder_layers, str | None) else list(encoder_layers)
         self.language_layers = None if language_layers is None else list(language_layers)
         self.structure = structure
+        self.mix = mix
+        self.adapter = adapter
+        self.adapter_size = adapter_size
+        self.prompt = prompt
+        self.gate = gate
         self.mask_encoder_padding = bool(mask_encoder_padding)
         self.llm_bos_token_id = llm_bos_token_id
         self.source_token_id = source_token_id
@@ -88,19 +107,48 @@ class LayAlignConfig(PretrainedConfig):
         super().__init__(**kwargs)
         if structure not in STRUCTURES:
             raise ArgumentError(f"structure: expected one of {STRUCTURES}, got {structure!r}")
-        if fold not in CHOICES:
-            raise ArgumentError(f"fold: expected one of {CHOICES}, got {fold!r}")
-        if liger not in LIGER_CHOICES:
-            raise ArgumentError(f"liger: expected one of {LIGER_CHOICES}, got {liger!r}")
+        for name, value, choices in (("mix", mix, MIXES), ("fold", fold, CHOICES), ("liger", liger, LIGER_CHOICES)):
+            if value not in choices:
+                raise ArgumentError(f"{name}: expected one of {choices}, got {value!r}")
+        self._check_variant()
         if self.encoder_config is not None:
             self._resolve_encoder(self.encoder_config)
         if self.llm_config is not None:
             self._resolve_llm(self.llm_config.get_text_config(decoder=True))
 
+    def _check_variant(self) -> None:
+        for name in ("adapter", "prompt"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        if not self.adapter and not self.prompt:
+            raise ArgumentError("prompt: expected true for a model without an adapter, whose LLM would read nothing")
+        size, gate = self.adapter_size, self.gate
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ArgumentError(f"adapter_size: expected a positive integer or None, got {size!r}")
+        if gate is not None and (isinstance(gate, bool) or not isinstance(gate, int | float) or not isfinite(gate)):
+            raise ArgumentError(f"gate: expected a finite number or None, got {gate!r}")
+
+    def aligner(self) -> SimpleNamespace:
+        """The published configuration of the aligner that follows from this one."""
+        assert self.encoder_config is not None
+        return SimpleNamespace(
+            encoder_hidden_dim=hidden_size(self.encoder_config),
+            language_hidden_dim=hidden_size(self.get_text_config()),
+            num_transformer_submodules=1,
+            num_attention_heads=self.get_text_config().num_attention_heads,
+            num_encoder_layers=len(self.encoder_layers or ()),
+            num_language_layers=len(self.language_layers or ()),
+            encoder_layers=self.encoder_layers,
+            language_layers=self.language_layers,
+            projector_type="weighted_linear",
+            structure=self.structure,
+            mix=self.mix,
+        )
+
     def _resolve_encoder(self, config: PretrainedConfig) -> None:
         count = number_of_layers(config) + 1  # hidden_states: the embedding output and one per layer
-        if self.encoder_layers is None:
-            self.encoder_layers = list(range(count - 1))
+        if self.encoder_layers is None or isinstance(self.encoder_layers, str):
+            self.encoder_layers = named_layers(self.encoder_layers, count)
         _check_layers("encoder_layers", self.encoder_layers, count, allow_empty=False)
 
     def _resolve_llm(self, config: PretrainedConfig) -> None:

@@ -55,6 +55,8 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
     """Why the weights cannot be folded; None if they can."""
     if projector.structure != "Linear":
         return f'structure "{projector.structure}" has a relu between the two maps'
+    if projector.times > 1:
+        return 'with mix "shared" one product serves all layers'
     if projector._forward_hooks or projector._forward_pre_hooks:
         return "the aligner's projector has hooks, which want to see it called"
     problem = reason_against_reading(projector.fc2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -64,11 +63,12 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
 
         assert config.encoder_layers is not None and config.language_layers is not None
         encoder_size, llm_size = hidden_size(config.encoder_config), hidden_size(config.get_text_config())
-        self.mapping = Adapter(encoder_size, llm_size)
+        self.mapping = Adapter(encoder_size, llm_size, config.adapter_size) if config.adapter else None
         self.encoder_aligner = None
         if config.language_layers:
-            self.encoder_aligner = EncoderAligner(aligner_config(config, encoder_size, llm_size), impl=config.impl)
-        self.cross_attention = nn.ModuleList(GatedCrossAttention(config.impl) for _ in config.language_layers)
+            self.encoder_aligner = EncoderAligner(config.aligner(), impl=config.impl)
+        gates = (GatedCrossAttention(config.impl, config.gate) for _ in config.language_layers)
+        self.cross_attention = nn.ModuleList(gates)
         # A tuple, so that the LLM's modules do not appear a second time among this module's children.
         self.attach_report = attention.attach(self.llm, config.language_layers)
         found = attention.attention_modules(self.llm)
@@ -201,13 +201,13 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # As published: torch's own defaults, a zero boundary, zero gates.
+        # As published: torch's own defaults, a zero boundary, zero gates (unless they are fixed elsewhere).
         if isinstance(module, nn.Linear):
             module.reset_parameters()
         elif isinstance(module, Adapter):
             nn.init.zeros_(module.end_boundary)
         elif isinstance(module, GatedCrossAttention):
-            nn.init.zeros_(module.adaption_gate)
+            nn.init.constant_(module.adaption_gate, module.start)
 
     # The input
 
@@ -224,19 +224,24 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             targets,
             bos_token_id=self.config.llm_bos_token_id,
             source_token_id=self.config.source_token_id,
+            slots=self.config.adapter,
             device=encoder_attention_mask.device,
         )
 
-    def encode_source(self, encoder_input_ids: Tensor, encoder_attention_mask: Tensor) -> tuple[Tensor, SourceStates]:
+    def encode_source(
+        self, encoder_input_ids: Tensor, encoder_attention_mask: Tensor
+    ) -> tuple[Tensor | None, SourceStates]:
         """Everything the LLM needs to know of the source, computed once per sequence.
 
         Args:
             encoder_input_ids, encoder_attention_mask: (B, S) int64.
 
         Returns:
-            The adapter's soft tokens (B, S, D_l), and the source states of all language layers. Where padding is
-            masked and there is enough of it, it is not computed: zeros stand there.
+            The adapter's soft tokens (B, S, D_l) or None without an adapter, and the source states of all language
+            layers. Where padding is masked and there is enough of it, it is not computed: zeros stand there.
         """
+        if self.mapping is None and self.encoder_aligner is None:
+            return None, SourceStates((), (), (), None, ())
         hidden, last = encoders.encode(
             self.encoder, encoder_input_ids, encoder_attention_mask, self.config.encoder_layers
         )
@@ -245,10 +250,12 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         real = None if mask is None else real_tokens(mask)
         if real is not None:
             hidden, last = [real.pack(layer) for layer in hidden], real.pack(last)
-        soft = self.mapping(last.to(self.mapping.mlp.linear1.weight.dtype)).to(dtype)
+        soft = None
+        if self.mapping is not None:
+            soft = self.mapping(last.to(self.mapping.mlp.linear1.weight.dtype)).to(dtype)
         keys, values = self._source_states(hidden, dtype)
         if real is not None:
-            soft = real.unpack(soft)
+            soft = None if soft is None else real.unpack(soft)
             keys, values = ([real.unpack_heads(state) for state in states] for states in (keys, values))
         gated = cast(tuple[GatedCrossAttention, ...], tuple(self.cross_attention))
         return soft, SourceStates(tuple(self.config.language_layers), tuple(keys), tuple(values), mask, gated)
@@ -267,7 +274,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             states = slots.project(projector, layers)
         else:
             states = list(self.encoder_aligner.states(layers).unbind(0))
-        states = [state.to(dtype) for state in states]
+        states = [state.to(dtype) for state in states] * projector.times
         pairs = zip(self._attentions, states[0::2], states[1::2], strict=True)
         both = [attention.key_value_states(module, key, value) for module, key, value in pairs]
         return [key for key, _ in both], [value for _, value in both]
@@ -296,9 +303,11 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
                 f"input_ids, attention_mask: expected (B, T) with the B of encoder_input_ids (B, S), got {found}"
             )
         soft, source = self.encode_source(encoder_input_ids, encoder_attention_mask)
-        config, embed = self.config, self.get_input_embeddings()
+        config, embeds = self.config, self.get_input_embeddings()(input_ids)
+        if soft is None or self.mapping is None:
+            return input_ids, attention_mask, embeds, source
         tokens = PackedTokens(input_ids, attention_mask, config.llm_bos_token_id is not None, config.source_token_id)
-        embeds = tokens.embed(embed(input_ids), soft, self.mapping.get_embed(), encoder_attention_mask)
+        embeds = tokens.embed(embeds, soft, self.mapping.get_embed(), encoder_attention_mask)
         return input_ids, attention_mask, embeds, source
 
     # Running
@@ -392,22 +401,6 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         elif keep:
             targets = targets[:, -keep:]
         return with_loss(output, label_loss(output.logits, targets, divisor), output.logits)
-
-
-def aligner_config(config: LayAlignConfig, encoder_size: int, llm_size: int) -> Any:
-    """The published aligner configuration that follows from ours."""
-    return SimpleNamespace(
-        encoder_hidden_dim=encoder_size,
-        language_hidden_dim=llm_size,
-        num_transformer_submodules=1,
-        num_attention_heads=config.get_text_config().num_attention_heads,
-        num_encoder_layers=len(config.encoder_layers or ()),
-        num_language_layers=len(config.language_layers or ()),
-        encoder_layers=config.encoder_layers,
-        language_layers=config.language_layers,
-        projector_type="weighted_linear",
-        structure=config.structure,
-    )
 
 
 AutoConfig.register(LayAlignConfig.model_type, LayAlignConfig)

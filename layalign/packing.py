@@ -24,6 +24,7 @@ def pack(
     *,
     bos_token_id: int | None,
     source_token_id: int,
+    slots: bool = True,
     device: torch.device | str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Lay out a batch for the LLM.
@@ -34,6 +35,7 @@ def pack(
         targets: B lists of LLM token ids to predict (end-of-sequence included by the caller), or None.
         bos_token_id: first token of every row; None for LLMs that have none.
         source_token_id: id that fills slots and padding; the model replaces the slots' embeddings, so any id does.
+        slots: False for a model without an adapter, whose input has neither source slots nor boundary.
 
     Returns:
         ``input_ids`` and ``attention_mask``, both (B, T) int64, left-padded; with targets also ``labels`` (B, T), -100
@@ -53,11 +55,15 @@ def pack(
 
     bos = [] if bos_token_id is None else [bos_token_id]
     heads = [
-        bos + [source_token_id] * (int(length) + 1) + list(prompts[i] if prompts is not None else ())
+        bos + [source_token_id] * (int(length) + 1 if slots else 0) + list(prompts[i] if prompts is not None else ())
         for i, length in enumerate(source_lengths)
     ]
     tails = [list(row) for row in targets] if targets is not None else [[] for _ in range(batch)]
     width = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True))
+    if not all(heads):
+        raise ArgumentError(
+            "prompts: expected text for every row where there are neither source slots nor a first token"
+        )
 
     input_ids, attention_mask, labels = [], [], []
     for head, tail in zip(heads, tails, strict=True):

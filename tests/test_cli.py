@@ -142,7 +142,7 @@ def test_interrupt_is_clean(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("layalign.training.config.load_train_config", interrupted)
+    monkeypatch.setattr("layalign.training.loading.load_train_config", interrupted)
     assert run("train", "--preset", "math") == 130
     assert capsys.readouterr().err == "interrupted\n"
 

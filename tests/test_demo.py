@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from layalign.demo import run_demo
 from layalign.demo.pipeline import SYSTEMS, result_table, table_rows
-from layalign.demo.pretraining import corrupt, encoder_pairs, garble, llm_documents
+from layalign.demo.pretraining import corrupt, demo_weights, encoder_pairs, garble, llm_documents
 from layalign.demo.problems import LANGUAGES, LOW_RESOURCE
 from layalign.demo.vocabulary import prompt_pieces
 
@@ -124,7 +124,7 @@ def test_no_test_problem_is_in_any_training_text(run: tuple[Path, dict[str, Any]
     trained = {json.loads(line)["query"] for line in (folder / "data/math/train.jsonl").read_text("utf-8").splitlines()}
     for line in (folder / "data/translation/train.jsonl").read_text("utf-8").splitlines():
         trained |= {json.loads(line)["source"], json.loads(line)["target"]}
-    trained |= {text for pair in encoder_pairs(2000, 1, 0.25, short=False) for text in pair}
+    trained |= {text for pair in encoder_pairs(2000, 1, demo_weights(0.25), short=False) for text in pair}
     assert trained and not trained & tested
 
 
@@ -166,7 +166,7 @@ def test_low_resource_languages_are_read_less_often() -> None:
     from layalign.demo.problems import table
 
     names = {str(table("Swahili")["names"]["Peter"])}, {str(table("French")["names"]["Peter"])}
-    sources = [source for source, _ in encoder_pairs(6000, 0, 0.2, short=True)]
+    sources = [source for source, _ in encoder_pairs(6000, 0, demo_weights(0.2), short=True)]
     swahili, french = (sum(any(name in text for name in group) for text in sources) for group in names)
     assert 0 < swahili < 0.5 * french
     assert "Swahili" in LOW_RESOURCE

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import layalign
-from layalign.training.config import STAGES, load_train_config, preset_names
+from layalign.training.config import STAGES
+from layalign.training.loading import load_train_config, preset_names
 
 ROOT = Path(__file__).parents[1]
 

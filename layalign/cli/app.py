@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from layalign.cli import bench, convert, demo, doctor, evaluate, generate, train
+from layalign.cli import baselines, bench, convert, demo, doctor, evaluate, generate, train
+
 
 app = typer.Typer(
     name="layalign",
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 
 app.command("demo")(demo.demo)
+app.command("baselines")(baselines.baselines)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)

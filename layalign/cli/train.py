@@ -18,6 +18,9 @@ Stage = Annotated[
     str | None,
     typer.Option("--stage", "-s", help="translation, task or all. Default: all stages the configuration has."),
 ]
+BaselineName = Annotated[
+    str | None, typer.Option("--baseline", "-b", help="A method to compare with: see layalign baselines.")
+]
 Data = Annotated[
     str | None,
     typer.Option("--data", "-d", help="Folder in the published layout, or FORMAT:PATH such as pairs:my/tsv/folder."),
@@ -40,6 +43,7 @@ def train(
     preset: Preset = None,
     config: Config = None,
     stage: Stage = None,
+    baseline: BaselineName = None,
     data: Data = None,
     output: Output = None,
     init_checkpoint: Start = None,
@@ -52,12 +56,16 @@ def train(
     Example: layalign train --preset math --data datas --set batch_size=64
     """
     from layalign.errors import ArgumentError
-    from layalign.training.config import configured_stages, load_train_config
+    from layalign.training.loading import configured_stages, load_train_config
 
     if preset is None and config is None:
         raise ArgumentError("preset: give --preset or --config (for a small run on a laptop see layalign demo)")
-    stages = configured_stages(config, preset=preset) if stage in (None, "all") else [str(stage)]
-    shared = [f"{key}={value}" for key, value in (("data", data), ("resume", resume)) if value is not None]
+    given = (("baseline", baseline), ("data", data), ("resume", resume))
+    shared = [f"{key}={value}" for key, value in given if value is not None]
+    named = [*shared, *(assignments or [])]
+    stages = configured_stages(config, preset=preset, overrides=named) if stage in (None, "all") else [str(stage)]
+    if not stages:
+        raise ArgumentError(f"baseline: {baseline} has no stage to train")
     configs: list[TrainConfig] = []
     for name in stages:
         overrides = [*shared]

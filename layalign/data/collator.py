@@ -31,6 +31,8 @@ class LayAlignCollator:
         max_source_length, max_prompt_length, max_target_length: longest encoder input, prompt and target in tokens,
             special tokens included; what is longer is cut at its end, and a cut target keeps its end-of-sequence token.
         with_targets: append targets and give labels; False for generation.
+        slots: False for a model without an adapter: no slots for the encoder's tokens.
+        prompt: False for a model whose LLM reads the encoder's tokens in place of the prompt, in the task stage too.
 
     Raises:
         ArgumentError: an option is none of those expected, or the LLM's tokenizer cannot serve.
@@ -48,6 +50,8 @@ class LayAlignCollator:
         max_prompt_length: int = 512,
         max_target_length: int = 512,
         with_targets: bool = True,
+        slots: bool = True,
+        prompt: bool = True,
     ) -> None:
         if stage not in STAGES:
             raise ArgumentError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
@@ -72,6 +76,7 @@ class LayAlignCollator:
         self.max_prompt_length = max_prompt_length
         self.max_target_length = max_target_length
         self.with_targets = with_targets
+        self.slots, self.prompt = slots, prompt
         self._told: set[str] = set()
 
     @classmethod
@@ -82,6 +87,8 @@ class LayAlignCollator:
             raise ArgumentError(f"model: expected a LayAlign model with its config, got {type(model).__name__}")
         kwargs.setdefault("bos_token_id", config.llm_bos_token_id)
         kwargs.setdefault("source_token_id", config.source_token_id)
+        kwargs.setdefault("slots", getattr(config, "adapter", True))
+        kwargs.setdefault("prompt", getattr(config, "prompt", True))
         return cls(encoder_tokenizer, llm_tokenizer, **kwargs)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -99,7 +106,7 @@ class LayAlignCollator:
             raise ArgumentError("examples: expected at least one, got none")
         sources = self.encode_sources(examples)
         prompts = None
-        if self.stage == "task":
+        if self.stage == "task" and self.prompt:
             for example in examples:
                 if not example.prompt:
                     raise ArgumentError(f"examples: {_which(example)} has no prompt, expected one for stage='task'")
@@ -114,6 +121,7 @@ class LayAlignCollator:
             targets,
             bos_token_id=self.bos_token_id,
             source_token_id=self.source_token_id,
+            slots=self.slots,
         )
         return {**self._padded(sources), **packed}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from layalign.demo.problems import LANGUAGES, generate_problems, generate_sentences, table
@@ -14,18 +14,42 @@ TRANSLATION, MATH, TEST = "translation", "math", "mgsm"
 
 
 def write_data(folder: Path, settings: DemoSettings, seed: int) -> dict[str, int]:
-    """Write `translation/train.jsonl`, `math/train.jsonl` and `mgsm/mgsm_XX.tsv`; returns the lines of each."""
+    """The demo's files; returns the lines of each."""
     languages = [language for language in LANGUAGES if language != "English"]
-    pairs = settings.translation.steps * settings.translation.batch
-    problems = settings.task.steps * settings.task.batch
+    return write_files(
+        folder,
+        seed,
+        translation=(languages, settings.translation.steps * settings.translation.batch),
+        task=(settings.task_languages, settings.task.steps * settings.task.batch),
+        test=(LANGUAGES, settings.problems_per_language, settings.split),
+    )
+
+
+def write_files(
+    folder: Path,
+    seed: int,
+    *,
+    translation: tuple[Sequence[str], int],
+    task: tuple[Sequence[str], int],
+    test: tuple[Sequence[str], int, str],
+) -> dict[str, int]:
+    """Write `translation/train.jsonl`, `math/train.jsonl` and `mgsm/mgsm_XX.tsv`; returns the lines of each.
+
+    Args:
+        folder: made if needed.
+        seed: of the draws.
+        translation, task: languages of a stage, and how many examples they share.
+        test: languages, questions in each, and their split ("test" or "dev").
+    """
     counts = {
-        TRANSLATION: _write_jsonl(folder / TRANSLATION / "train.jsonl", _pairs(languages, pairs, seed)),
-        MATH: _write_jsonl(folder / MATH / "train.jsonl", _problems(settings.task_languages, problems, seed)),
+        TRANSLATION: _write_jsonl(folder / TRANSLATION / "train.jsonl", _pairs(*translation, seed)),
+        MATH: _write_jsonl(folder / MATH / "train.jsonl", _problems(*task, seed)),
         TEST: 0,
     }
     (folder / TEST).mkdir(parents=True, exist_ok=True)
-    for language in LANGUAGES:
-        rows = generate_problems(settings.split, settings.problems_per_language, language, seed)
+    languages, count, split = test
+    for language in languages:
+        rows = generate_problems(split, count, language, seed)
         text = "".join(f"{problem.question}\t{problem.number}\n" for problem in rows)
         (folder / TEST / f"mgsm_{table(language)['code']}.tsv").write_text(text, encoding="utf-8")
         counts[TEST] += len(rows)
@@ -66,3 +90,10 @@ def _problems(languages: Iterable[str], count: int, seed: int) -> list[dict[str,
         for problem in generate_problems("train", share, language, seed * 1000 + 700 + number):
             rows.append({"query": problem.question, "response": problem.answer, "lang": language})
     return rows
+
+
+def tokenizer_texts(language: str, count: int, seed: int, *, answers: bool = False) -> list[str]:
+    """Training text for a tokenizer: as much of every language, so that none falls apart into bytes."""
+    problems = generate_problems("train", count, language, seed)
+    texts = [problem.question for problem in problems] + [s.text for s in generate_sentences(count, language, seed)]
+    return texts + [problem.answer for problem in problems] if answers else texts

@@ -16,9 +16,16 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from layalign import LayAlignForCausalLM
-from layalign.demo.data_files import MATH, TEST, TRANSLATION, write_data
-from layalign.demo.pretraining import Progress, encoder_config, llm_config, pretrain_encoder, pretrain_llm
-from layalign.demo.problems import LANGUAGES, LOW_RESOURCE, generate_problems, generate_sentences
+from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_data
+from layalign.demo.pretraining import (
+    Progress,
+    demo_weights,
+    encoder_config,
+    llm_config,
+    pretrain_encoder,
+    pretrain_llm,
+)
+from layalign.demo.problems import LANGUAGES, LOW_RESOURCE
 from layalign.demo.progress import Phases, StepCallback
 from layalign.demo.settings import DemoSettings
 from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
@@ -87,7 +94,7 @@ def run_demo(
 # Pre-training
 
 
-def _recorder(losses: list[tuple[int, float]], show: Progress) -> Progress:
+def recorder(losses: list[tuple[int, float]], show: Progress) -> Progress:
     """Show a step and keep its loss."""
 
     def record(step: int, steps: int, loss: float) -> None:
@@ -101,29 +108,22 @@ def _pretrain(demo: Demo) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerB
     """Tokenizers and both models from scratch, saved to `llm/` and `encoder/`; returns (LLM's, encoder's) tokenizer."""
     settings, seed = demo.settings, demo.seed
     with demo.phases.phase("tokenizers"):
-        llm_tokenizer = train_llm_tokenizer(_texts("English", 2000, seed, answers=True))
-        encoder_tokenizer = train_encoder_tokenizer([t for name in LANGUAGES for t in _texts(name, 800, seed)])
+        llm_tokenizer = train_llm_tokenizer(tokenizer_texts("English", 2000, seed, answers=True))
+        encoder_tokenizer = train_encoder_tokenizer([t for name in LANGUAGES for t in tokenizer_texts(name, 800, seed)])
     with demo.phases.phase("LLM, English only") as show:
-        record = _recorder(demo.losses.setdefault("LLM", []), show)
+        record = recorder(demo.losses.setdefault("LLM", []), show)
         config = llm_config(llm_tokenizer, settings.llm_size, settings.llm_layers)
         llm = pretrain_llm(llm_tokenizer, settings.llm, seed, record, config)
     with demo.phases.phase("encoder, all languages") as show:
-        record = _recorder(demo.losses.setdefault("encoder", []), show)
+        record = recorder(demo.losses.setdefault("encoder", []), show)
         shape = encoder_config(encoder_tokenizer, settings.encoder_size, settings.encoder_layers)
         encoder = pretrain_encoder(
-            encoder_tokenizer, settings.encoder, seed, record, settings.low_resource_share, config=shape
+            encoder_tokenizer, settings.encoder, seed, record, demo_weights(settings.low_resource_share), config=shape
         )
     for name, model, tokenizer in (("llm", llm, llm_tokenizer), ("encoder", encoder, encoder_tokenizer)):
         model.save_pretrained(demo.folder / name)
         tokenizer.save_pretrained(demo.folder / name)
     return llm_tokenizer, encoder_tokenizer
-
-
-def _texts(language: str, count: int, seed: int, *, answers: bool = False) -> list[str]:
-    """Training text for a tokenizer: as much of every language, so that none falls apart into bytes."""
-    problems = generate_problems("train", count, language, seed)
-    texts = [problem.question for problem in problems] + [s.text for s in generate_sentences(count, language, seed)]
-    return texts + [problem.answer for problem in problems] if answers else texts
 
 
 # LayAlign
@@ -147,7 +147,7 @@ def _train(demo: Demo, system: str) -> LayAlignForCausalLM:
             group_by_length=True, seed=demo.seed, use_cpu=True, resume=False, progress=False, **start,
         )  # fmt: skip
         with demo.phases.phase(label) as show:
-            record = _recorder(demo.losses.setdefault(label, []), show)
+            record = recorder(demo.losses.setdefault(label, []), show)
             train(config, callbacks=[StepCallback(record)])
         checkpoint = str(folder)
     return LayAlignForCausalLM.from_pretrained(checkpoint).eval()

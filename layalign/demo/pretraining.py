@@ -15,7 +15,7 @@ also had a smaller initialisation and no short sentences first, so it does not t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -208,20 +208,24 @@ def encoder_config(tokenizer: PreTrainedTokenizerFast, size: int = 128, layers: 
     )
 
 
-def encoder_pairs(count: int, seed: int, low_resource_share: float, *, short: bool) -> list[tuple[str, str]]:
-    """`count` pairs (text in any language, its English original); low-resource ones are drawn that much less often.
+def demo_weights(low_resource_share: float) -> dict[str, float]:
+    """How often the encoder reads each of the demo's languages, against 1 for those that are not low-resource."""
+    return {language: low_resource_share if language in LOW_RESOURCE else 1.0 for language in LANGUAGES}
+
+
+def encoder_pairs(count: int, seed: int, weights: Mapping[str, float], *, short: bool) -> list[tuple[str, str]]:
+    """`count` pairs (text in any language, its English original).
 
     Args:
         count: how many.
         seed: of the draws.
-        low_resource_share: weight of a low-resource language against 1.
+        weights: how often each language is drawn, relative to the others.
         short: one short sentence each; otherwise problems, and for a fifth two short sentences.
     """
     rng = random.Random(f"pairs {seed} {short}")
-    weights = [low_resource_share if language in LOW_RESOURCE else 1.0 for language in LANGUAGES]
-    drawn = rng.choices(LANGUAGES, weights, k=count)
+    drawn = rng.choices(list(weights), list(weights.values()), k=count)
     pairs: list[tuple[str, str]] = []
-    for number, language in enumerate(LANGUAGES):
+    for number, language in enumerate(weights):
         share = drawn.count(language)
         stream = seed * 1000 + (100 if short else 200) + number
         questions = [] if short else generate_problems("train", share - share // 5, language, stream)
@@ -259,11 +263,11 @@ def pretrain_encoder(
     budget: Budget,
     seed: int,
     progress: Progress,
-    low_resource_share: float = 0.2,
+    weights: Mapping[str, float],
     denoising: float = 0.15,
     config: M2M100Config | None = None,
 ) -> M2M100ForConditionalGeneration:
-    """An M2M100 trained to translate all languages into English and, for a share of the texts, to fill in spans.
+    """An M2M100 trained to translate the languages of `weights` into English, or for a share of them to fill in spans.
 
     It reads short sentences for the first 40% of its steps: which word stands for which is easy to see there.
     """
@@ -275,7 +279,7 @@ def pretrain_encoder(
     first = budget.steps * 2 // 5
 
     def phase(steps: int, short: bool) -> Iterator[Batch]:
-        pairs = encoder_pairs(steps * budget.batch, seed, low_resource_share, short=short)
+        pairs = encoder_pairs(steps * budget.batch, seed, weights, short=short)
         sources = tokenizer([source for source, _ in pairs], add_special_tokens=False)["input_ids"]
         targets = tokenizer([target for _, target in pairs], add_special_tokens=False)["input_ids"]
         rows = [

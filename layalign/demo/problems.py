@@ -2,9 +2,12 @@
 
 One JSON table per language (`templates/*.json`) holds names, nouns, problem templates and short sentences. A template
 names its slots: ``{n}`` and ``{m}`` are people (``{n:gen}`` in a case), ``{a}`` a bare number, ``{a:obj}`` a counted
-noun ("5 mangoes"), ``{obj}`` the bare plural and ``{how:obj}`` the question ("how many mangoes"). Wording and number
-ranges are chosen so that no language needs gender agreement or a singular; Russian alone has a second counted form
-(2, 3, 4).
+noun ("5 mangoes"), ``{obj}`` the bare plural (``{obj:poss}`` in a case) and ``{how:obj}`` the question ("how many
+mangoes"). Wording and number ranges are chosen so that no language needs gender agreement or a singular; Russian alone
+has a second counted form (2, 3, 4). Where nouns take no plural behind a number or in general (Chinese, Japanese,
+Indonesian, Turkish), that one form stands for it; a Japanese count is the number with its counter alone.
+
+The demo runs on `LANGUAGES`; the tables of `MORE_LANGUAGES` are for experiments that need more of them.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from typing import Any
 from layalign.errors import ArgumentError
 
 LANGUAGES = ("English", "Spanish", "German", "French", "Russian", "Chinese", "Swahili", "Bengali", "Haitian Creole")
+MORE_LANGUAGES = ("Portuguese", "Japanese", "Indonesian", "Turkish")
+ALL_LANGUAGES = LANGUAGES + MORE_LANGUAGES
 LOW_RESOURCE = ("Swahili", "Bengali", "Haitian Creole")
 SPLITS = ("train", "dev", "test")
 OBJECTS = ("mango", "orange", "egg", "book", "pencil", "flower", "ball", "coin")
@@ -156,9 +161,9 @@ _FIRST_STEP: dict[str, Callable[[int, int], int]] = {
 
 @cache
 def table(language: str) -> dict[str, Any]:
-    """The table of a language; raises ArgumentError for one the demo does not have."""
-    if language not in LANGUAGES:
-        raise ArgumentError(f"language: expected one of {', '.join(LANGUAGES)}, got {language!r}")
+    """The table of a language; raises ArgumentError for one without a table."""
+    if language not in ALL_LANGUAGES:
+        raise ArgumentError(f"language: expected one of {', '.join(ALL_LANGUAGES)}, got {language!r}")
     name = language.lower().replace(" ", "_") + ".json"
     return json.loads((resources.files("layalign.demo") / "templates" / name).read_text(encoding="utf-8"))
 
@@ -181,7 +186,7 @@ def fill(template: str, slots: Slots, language: str) -> str:
         if slot == "how":
             return words["nouns"][slots.obj if form == "obj" else form]["how"]
         if slot == "obj":
-            return words["nouns"][slots.obj]["plural"]
+            return words["nouns"][slots.obj][form or "plural"]
         number = {"a": slots.a, "b": slots.b, "c": slots.c}[slot]
         return str(number) if form is None else _counted(words["nouns"][slots.obj if form == "obj" else form], number)
 

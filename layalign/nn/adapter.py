@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """linear1 (D_e -> 2 D_e), relu, linear2 (2 D_e -> D_l)."""
+    """linear1 (D_e -> width), relu, linear2 (width -> D_l); the width is 2 D_e as published."""
 
-    def __init__(self, mt_dim: int, llm_dim: int) -> None:
+    def __init__(self, mt_dim: int, llm_dim: int, width: int | None = None) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(mt_dim, mt_dim * 2)
-        self.linear2 = nn.Linear(mt_dim * 2, llm_dim)
+        width = mt_dim * 2 if width is None else width
+        self.linear1 = nn.Linear(mt_dim, width)
+        self.linear2 = nn.Linear(width, llm_dim)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, D_e) -> (B, S, D_l)."""
@@ -25,13 +26,14 @@ class Adapter(nn.Module):
     Args:
         mt_dim: encoder hidden size D_e.
         llm_dim: LLM hidden size D_l.
+        width: of the MLP; None is 2 D_e, as published.
 
     Source: LayAlign, adapter; MindMerger's mapping layer.
     """
 
-    def __init__(self, mt_dim: int, llm_dim: int) -> None:
+    def __init__(self, mt_dim: int, llm_dim: int, width: int | None = None) -> None:
         super().__init__()
-        self.mlp = MLP(mt_dim, llm_dim)
+        self.mlp = MLP(mt_dim, llm_dim, width)
         self.end_boundary = nn.Parameter(torch.zeros(1, 1, llm_dim))
 
     def forward(self, hidden_states: Tensor) -> Tensor:

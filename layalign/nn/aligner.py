@@ -12,6 +12,7 @@ from layalign import ops
 from layalign.errors import ArgumentError
 
 STRUCTURES = ("Linear", "MLP")
+MIXES = ("layer-wise", "shared")
 
 
 class WeightedLinearProjector(nn.Module):
@@ -27,13 +28,15 @@ class WeightedLinearProjector(nn.Module):
         super().__init__()
         self.structure = config.structure
         self.impl = impl
-        self.fc1 = nn.Linear(config.num_encoder_layers, 2 * config.num_language_layers, bias=bias)
+        # How often each slot serves: the slots of a shared mix serve every language layer.
+        self.times = config.num_language_layers if getattr(config, "mix", MIXES[0]) == "shared" else 1
+        self.fc1 = nn.Linear(config.num_encoder_layers, 2 * config.num_language_layers // self.times, bias=bias)
         self.fc2 = nn.Linear(config.encoder_hidden_dim, config.language_hidden_dim, bias=bias)
         if self.structure == "MLP":
             self.fc3 = nn.Linear(config.language_hidden_dim, config.language_hidden_dim, bias=bias)
 
     def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
-        """E tensors (B, S, D_e) -> (2L, B, S, D_l)."""
+        """E tensors (B, S, D_e) -> (2L, B, S, D_l); with a shared mix (2, B, S, D_l)."""
         y = ops.layer_projection(
             hidden_states, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, impl=self.impl
         )
@@ -47,7 +50,8 @@ class EncoderAligner(nn.Module):
         config: any object with ``encoder_hidden_dim`` (D_e), ``language_hidden_dim`` (D_l), ``num_encoder_layers`` (E),
             ``num_language_layers`` (L) and ``structure`` ("Linear" or "MLP"). The other published fields
             (``num_attention_heads``, ``encoder_layers``, ``language_layers``, ``projector_type``, ``batch``) are not
-            needed here; ``num_transformer_submodules``, where present, must be 1.
+            needed here; ``num_transformer_submodules``, where present, must be 1. ``mix``, where present, is
+            "layer-wise" (published) or "shared": one slot for the keys and one for the values of all language layers.
         impl: backend of the operations, "auto" by default.
 
     Raises:
@@ -66,6 +70,8 @@ class EncoderAligner(nn.Module):
             raise ArgumentError(
                 f"config.structure: expected one of {STRUCTURES}, got {getattr(config, 'structure', None)!r}"
             )
+        if getattr(config, "mix", MIXES[0]) not in MIXES:
+            raise ArgumentError(f"config.mix: expected one of {MIXES}, got {config.mix!r}")
         if getattr(config, "num_transformer_submodules", 1) != 1:
             raise ArgumentError(
                 f"config.num_transformer_submodules: expected 1, got {config.num_transformer_submodules!r}"
@@ -87,10 +93,13 @@ class EncoderAligner(nn.Module):
         return list(hidden_states)
 
     def states(self, hidden_states: Sequence[Tensor] | Tensor) -> Tensor:
-        """All slots in one tensor, (2L, B, S, D_l): slot 2i is the key state of language layer i, 2i + 1 its value."""
+        """All slots in one tensor, (2L, B, S, D_l): slot 2i is the key state of language layer i, 2i + 1 its value.
+
+        With a shared mix (2, B, S, D_l), the key state and the value state of every language layer.
+        """
         return self.projector(self.layers(hidden_states))
 
     def forward(self, hidden_states: Sequence[Tensor] | Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """E tensors (B, S, D_e), or one (B, E, S, D_e) -> L pairs (key state, value state), each (B, S, D_l)."""
-        slots = self.states(hidden_states).unbind(0)
+        slots = self.states(hidden_states).unbind(0) * self.projector.times
         return tuple(zip(slots[0::2], slots[1::2], strict=True))

@@ -13,14 +13,16 @@ class GatedCrossAttention(nn.Module):
 
     Args:
         impl: backend of the operation, "auto" by default.
+        gate: None, it is learned; a number fixes it there.
 
     Source: LayAlign, adaptive fusion-enhanced attention; the zero-initialised gate is LLaMA-Adapter's.
     """
 
-    def __init__(self, impl: str = "auto") -> None:
+    def __init__(self, impl: str = "auto", gate: float | None = None) -> None:
         super().__init__()
         self.impl = impl
-        self.adaption_gate = nn.Parameter(torch.zeros(1))
+        self.start = 0.0 if gate is None else float(gate)
+        self.adaption_gate = nn.Parameter(torch.full((1,), self.start), requires_grad=gate is None)
 
     def forward(
         self,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from layalign.training.config import TrainConfig, load_train_config
+from layalign.training.config import TrainConfig
+from layalign.training.loading import load_train_config
 
 if TYPE_CHECKING:
     from layalign.training.run import TrainSummary, build_model, read_examples, train, training_arguments

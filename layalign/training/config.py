@@ -1,20 +1,19 @@
-"""The training configuration: one dataclass, read from YAML, checked so that every error names the key.
+"""The training configuration: one dataclass, checked so that every error names the key.
 
 The defaults are the published ones (those of the training scripts).
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from layalign.errors import ArgumentError
+from layalign.layers import named_layers
 
 STAGES = ("translation", "task")
 TASKS = ("math", "x-csqa", "xnli")
@@ -25,6 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "stage": STAGES,
     "task": TASKS,
     "structure": ("Linear", "MLP"),
+    "mix": ("layer-wise", "shared"),
     "frozen_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 _INTEGERS = {
@@ -43,6 +43,7 @@ _INTEGERS = {
     "save_total_limit": 1,
     "num_workers": 0,
     "seed": 0,
+    "adapter_size": 1,
 }
 _NUMBERS = {
     "epochs": 0.0,
@@ -53,9 +54,12 @@ _NUMBERS = {
     "adam_beta2": 0.0,
     "adam_epsilon": 0.0,
     "max_grad_norm": 0.0,
+    "gate": float("-inf"),
 }
 _FLAGS = (
     "mask_encoder_padding",
+    "adapter",
+    "prompt",
     "skip_bad",
     "bf16",
     "gradient_checkpointing",
@@ -65,7 +69,7 @@ _FLAGS = (
     "progress",
 )
 _LISTS = {"encoder_layers": int, "language_layers": int, "languages": str, "report_to": str}
-_TEXTS = ("encoder", "llm", "output_dir", "init_checkpoint", "lr_scheduler")
+TEXTS = ("encoder", "llm", "output_dir", "init_checkpoint", "lr_scheduler", "baseline")
 _LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": None}
 
 
@@ -77,12 +81,18 @@ class TrainConfig:
         ArgumentError: on construction, for a value of the wrong type or out of its range; the text starts with the key.
     """
 
-    # What is joined. Folder or hub name each.
+    # What is joined, and how. Folder or hub name each; `baseline` only tells where the settings are from.
     encoder: str | None = None
     llm: str | None = None
-    encoder_layers: list[int] | None = None
+    baseline: str | None = None
+    encoder_layers: list[int] | str | None = None
     language_layers: list[int] | None = None
     structure: str = "Linear"
+    mix: str = "layer-wise"
+    adapter: bool = True
+    adapter_size: int | None = None
+    prompt: bool = True
+    gate: float | None = None
     mask_encoder_padding: bool = True
     frozen_dtype: str = "auto"
     lora: dict[str, Any] | None = None
@@ -168,118 +178,8 @@ class TrainConfig:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the configuration as YAML; `load_train_config` reads it back."""
+        """Write the configuration as YAML; `layalign.training.load_train_config` reads it back."""
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def load_train_config(
-    source: str | Path | Mapping[str, Any] | None = None,
-    *,
-    preset: str | None = None,
-    stage: str | None = None,
-    overrides: Sequence[str] = (),
-) -> TrainConfig:
-    """Build a configuration from a YAML file (or a mapping, or a preset), one stage of it, and `key=value` overrides.
-
-    The YAML holds the keys of `TrainConfig`; those under `stages: {translation: ..., task: ...}` are of one stage.
-
-    Raises:
-        ArgumentError: unknown key, wrong value, unreadable YAML or unknown preset; the text names which.
-    """
-    values = _source_values(source, preset)
-    stages = values.pop("stages", None) or {}
-    if not isinstance(stages, Mapping) or not set(stages) <= set(STAGES):
-        raise ArgumentError(f"stages: expected a mapping with the keys {' and '.join(STAGES)}, got {_shown(stages)}")
-    chosen = stage or values.get("stage") or "translation"
-    if chosen not in STAGES:
-        raise ArgumentError(f"stage: expected one of {', '.join(STAGES)}, got {_shown(chosen)}")
-    of_stage = stages.get(chosen) or {}
-    if not isinstance(of_stage, Mapping):
-        raise ArgumentError(f"stages.{chosen}: expected a mapping, got {_shown(of_stage)}")
-    values = {**values, **of_stage, "stage": chosen}
-    for item in overrides:
-        _apply_override(values, item)
-    _check_keys(values)
-    return TrainConfig(**values)
-
-
-def configured_stages(source: str | Path | None = None, *, preset: str | None = None) -> list[str]:
-    """The stages that a file or preset configures, in training order; a file without `stages` has the one it names."""
-    values = _source_values(source, preset)
-    named = values.get("stages") or {}
-    stages = [stage for stage in STAGES if isinstance(named, Mapping) and stage in named]
-    return stages or [values.get("stage") or STAGES[0]]
-
-
-def preset_names() -> list[str]:
-    """The presets that ship with the package: the paper's three set-ups."""
-    folder = resources.files("layalign") / "presets"
-    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def _source_values(source: str | Path | Mapping[str, Any] | None, preset: str | None) -> dict[str, Any]:
-    if source is not None and preset is not None:
-        raise ArgumentError("preset: give either a preset or a configuration file, not both")
-    if preset is not None:
-        return _read_yaml(_preset_text(preset), f"preset {preset}")
-    if isinstance(source, Mapping):
-        return dict(source)
-    if source is not None:
-        path = Path(source)
-        if not path.is_file():
-            raise ArgumentError(f"config: no such file: {path}")
-        return _read_yaml(path.read_text(encoding="utf-8"), str(path))
-    return {}
-
-
-def _preset_text(name: str) -> str:
-    if name not in preset_names():
-        raise ArgumentError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
-    return (resources.files("layalign") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def _read_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"config: {where} is not YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ArgumentError(f"config: {where}: expected a mapping of keys to values, got {type(values).__name__}")
-    return values
-
-
-def _apply_override(values: dict[str, Any], item: str) -> None:
-    """`key=value`, the value in YAML; `lora.r=4` reaches into a mapping."""
-    key, equals, text = item.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise ArgumentError(f"set: expected key=value, got {item!r}")
-    if key in _TEXTS or (key == "data" and not text.lstrip().startswith(("{", "["))):
-        value = None if text in ("null", "~", "") else text  # a folder may be called 2024 or true
-    else:
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ArgumentError(f"{key}: {text!r} is not a YAML value") from error
-    outer, dot, inner = key.partition(".")
-    if not dot:
-        values[key] = value
-        return
-    nested = values.get(outer) or {}
-    if not isinstance(nested, Mapping):
-        raise ArgumentError(f"{key}: {outer} is not a mapping")
-    values[outer] = {**nested, inner: value}
-
-
-def _check_keys(values: Mapping[str, Any]) -> None:
-    known = [entry.name for entry in fields(TrainConfig)]
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ArgumentError(f"{key}: no such key in a training configuration{hint}")
 
 
 def _coerce(config: TrainConfig) -> None:
@@ -295,19 +195,20 @@ def _coerce(config: TrainConfig) -> None:
             value = _number(name, value, whole=False)
         elif name in _FLAGS:
             if not isinstance(value, bool):
-                raise ArgumentError(f"{name}: expected true or false, got {_shown(value)}")
+                raise ArgumentError(f"{name}: expected true or false, got {shown(value)}")
         elif name in _LISTS:
-            value = _list(name, value, _LISTS[name])
-        elif name in _TEXTS:
+            if name != "encoder_layers" or not isinstance(value, str):
+                value = _list(name, value, _LISTS[name])
+        elif name in TEXTS:
             if not isinstance(value, (str, Path)):
-                raise ArgumentError(f"{name}: expected text, got {_shown(value)}")
+                raise ArgumentError(f"{name}: expected text, got {shown(value)}")
             value = str(value)
         elif name in _CHOICES and value not in _CHOICES[name]:
-            raise ArgumentError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {_shown(value)}")
+            raise ArgumentError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {shown(value)}")
         setattr(config, name, value)
     if not isinstance(config.data, (str, Path, Mapping, list)) or not config.data:
         raise ArgumentError(
-            f"data: expected a path, FORMAT:PATH, a mapping or a list of these, got {_shown(config.data)}"
+            f"data: expected a path, FORMAT:PATH, a mapping or a list of these, got {shown(config.data)}"
         )
     config.data = str(config.data) if isinstance(config.data, Path) else config.data
     if config.lora is not None:
@@ -315,19 +216,19 @@ def _coerce(config: TrainConfig) -> None:
     if config.resume is True:
         config.resume = "auto"
     if config.resume is not False and not isinstance(config.resume, str):
-        raise ArgumentError(f"resume: expected auto, false or a checkpoint folder, got {_shown(config.resume)}")
+        raise ArgumentError(f"resume: expected auto, false or a checkpoint folder, got {shown(config.resume)}")
 
 
 def _number(name: str, value: Any, *, whole: bool) -> Any:
     expected = "a whole number" if whole else "a number"
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ArgumentError(f"{name}: expected {expected}, got {_shown(value)}")
+        raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
     try:
         number = float(value)
     except ValueError as error:
-        raise ArgumentError(f"{name}: expected {expected}, got {_shown(value)}") from error
+        raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}") from error
     if number != number or number in (float("inf"), float("-inf")) or (whole and number != int(number)):
-        raise ArgumentError(f"{name}: expected {expected}, got {_shown(value)}")
+        raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
     return int(number) if whole else number
 
 
@@ -336,13 +237,13 @@ def _list(name: str, value: Any, kind: type) -> list[Any]:
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, (list, tuple)) or any(isinstance(v, bool) or not isinstance(v, kind) for v in value):
         what = "whole numbers" if kind is int else "names"
-        raise ArgumentError(f"{name}: expected a list of {what}, got {_shown(value)}")
+        raise ArgumentError(f"{name}: expected a list of {what}, got {shown(value)}")
     return list(value)
 
 
 def _lora_settings(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ArgumentError(f"lora: expected a mapping such as {{r: 8, lora_alpha: 16}}, got {_shown(value)}")
+        raise ArgumentError(f"lora: expected a mapping such as {{r: 8, lora_alpha: 16}}, got {shown(value)}")
     for key in value:
         if key not in _LORA_DEFAULTS:
             raise ArgumentError(f"lora.{key}: expected one of {', '.join(_LORA_DEFAULTS)}")
@@ -373,7 +274,9 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ArgumentError(f"{name}: expected more than 0, got 0")
     for name in ("encoder_layers", "language_layers"):
         layers = getattr(config, name)
-        if layers is not None and (len(set(layers)) != len(layers) or any(layer < 0 for layer in layers)):
+        if isinstance(layers, str):
+            named_layers(layers, 2)  # raises for a name that there is not
+        elif layers is not None and (len(set(layers)) != len(layers) or any(layer < 0 for layer in layers)):
             raise ArgumentError(f"{name}: expected different numbers from 0 up, got {layers}")
     if config.keep_best and (config.eval_steps == 0 or config.dev_size == 0):
         raise ArgumentError(
@@ -383,6 +286,6 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ArgumentError("keep_best: saves where it evaluates; leave save_steps out or set it to eval_steps")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

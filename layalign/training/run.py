@@ -20,12 +20,16 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from layalign.checkpoint import OWN_PARTS
+from layalign.config import number_of_layers
 from layalign.data import FORMATS, Example, LayAlignCollator, load_examples
 from layalign.errors import ArgumentError
+from layalign.layers import named_layers
 from layalign.model import LayAlignForCausalLM
 from layalign.tokenization import load_tokenizers
 from layalign.training import runs
-from layalign.training.config import TrainConfig, load_train_config
+from layalign.training.config import TrainConfig
+from layalign.training.gates import GateHistory
+from layalign.training.loading import load_train_config
 from layalign.training.runs import is_main_process
 from layalign.training.trainer import LayAlignTrainer
 
@@ -42,6 +46,10 @@ __all__ = [
 logger = logging.getLogger("layalign")
 
 MEASURED = 200
+# What a checkpoint brings along: the model's shape.
+_SHAPE = (
+    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "prompt", "gate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,10 +206,8 @@ def build_model(config: TrainConfig) -> LayAlignForCausalLM:
             config.llm,
             encoder_kwargs=kwargs,
             llm_kwargs=kwargs,
-            encoder_layers=config.encoder_layers,
-            language_layers=config.language_layers,
-            structure=config.structure,
             mask_encoder_padding=config.mask_encoder_padding,
+            **{key: getattr(config, key) for key in _SHAPE},
         )
     else:
         model = LayAlignForCausalLM.from_pretrained(config.init_checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs)
@@ -216,9 +222,13 @@ def build_model(config: TrainConfig) -> LayAlignForCausalLM:
 
 def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
     """A checkpoint brings its own shape; a configuration that asks for another one is a mistake."""
-    for key in ("encoder_layers", "language_layers", "structure"):
+    defaults = TrainConfig()
+    for key in _SHAPE:
         asked, has = getattr(config, key), getattr(model.config, key)
-        if asked is not None and asked != has and (key != "structure" or asked != TrainConfig().structure):
+        if isinstance(asked, str) and key == "encoder_layers":
+            assert model.config.encoder_config is not None
+            asked = named_layers(asked, number_of_layers(model.config.encoder_config) + 1)
+        if asked not in (getattr(defaults, key), has):
             raise ArgumentError(f"{key}: init_checkpoint {config.init_checkpoint} has {has}, got {asked}")
     has_lora = model.config.lora or {}
     for key, asked in (config.lora or {}).items():
@@ -229,7 +239,7 @@ def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
 
 
 def _check_trained(model: nn.Module) -> None:
-    """Only the aligner, the adapter, the gates and LoRA train, as published."""
+    """Only the aligner, the adapter, the gates and LoRA train, as published; and something does."""
     wrong = [
         name
         for name, parameter in model.named_parameters()
@@ -237,6 +247,8 @@ def _check_trained(model: nn.Module) -> None:
     ]
     if wrong:
         raise ArgumentError(f"model: expected encoder and LLM frozen (model.freeze()), {wrong[0]} requires gradients")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ArgumentError("model: expected an adapter, language layers or LoRA to train, this one has none of them")
 
 
 def _tokenizers(config: TrainConfig, model: LayAlignForCausalLM) -> tuple[Any, Any]:
@@ -277,6 +289,7 @@ def _trainer(
         train_dataset=train_set,
         eval_dataset=dev_set or None,
         data_collator=collator,
+        callbacks=[GateHistory()],
     )
     if not config.progress:
         trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,179 @@
+"""What LayAlign is compared with: each method and each ablation as settings of the one model, no code of its own.
+
+Used by ``layalign train --baseline NAME`` and by ``layalign experiment``; `layalign baselines` prints the table.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layalign.errors import ArgumentError
+
+__all__ = ["BASELINES", "Baseline", "baseline", "with_baseline"]
+
+BOTH = ("translation", "task")
+_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method to compare with.
+
+    Attributes:
+        name: what to call it on the command line.
+        label: its name in tables.
+        what: what it is, in a sentence.
+        source: where it comes from.
+        settings: keys of :class:`layalign.training.TrainConfig` (and of ``LayAlignConfig``) that make it.
+        stages: the training stages that it goes through, in order; none for the LLM alone.
+    """
+
+    name: str
+    label: str
+    what: str
+    source: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[str, ...] = BOTH
+
+
+_LAYALIGN = "LayAlign (Ruan et al., 2025)"
+_METHODS = (
+    Baseline(
+        "llm", "LLM alone", "The frozen LLM reads the prompt as text. Nothing trains.", "every paper named here",
+        {"adapter": False, "language_layers": []}, (),
+    ),
+    Baseline(
+        "lora", "LoRA on the LLM", "The LLM reads the prompt as text; LoRA on its attention maps trains on the task.",
+        "LoRA (Hu et al., 2022)", {"adapter": False, "language_layers": [], "lora": _LORA}, ("task",),
+    ),
+    Baseline(
+        "langbridge", "LangBridge-style",
+        "The adapter's soft tokens, from the encoder's last layer, stand in place of the prompt. LangBridge itself has "
+        "one linear layer, trains on English task data only and has no translation stage; here adapter, data and "
+        "stages are those of the other methods.",
+        "LangBridge (Yoon et al., 2024)", {"language_layers": [], "prompt": False},
+    ),
+    Baseline(
+        "mindmerger-soft", "MindMerger-Soft",
+        "The adapter's soft tokens, from the encoder's last layer, stand before the prompt. The same as LayAlign "
+        "without its aligner and gates.",
+        "MindMerger (Huang et al., 2024)", {"language_layers": []},
+    ),
+    Baseline(
+        "layalign", "LayAlign",
+        "Soft tokens before the prompt, and every LLM layer attends, through a learned gate, to its own mix of all "
+        "encoder layers but the last.",
+        _LAYALIGN,
+    ),
+)  # fmt: skip
+_ABLATIONS = (
+    Baseline("no-adapter", "no adapter", "Aligner and gates only: no soft tokens.", _LAYALIGN, {"adapter": False}),
+    Baseline(
+        "shared-mix", "one shared mix", "One mix for the keys and one for the values of all LLM layers.",
+        "ours: what layer-wise means", {"mix": "shared"},
+    ),
+    Baseline(
+        "last-layer", "last encoder layer only", "Aligner over the encoder's last layer.", "ours",
+        {"encoder_layers": "last"},
+    ),
+    Baseline(
+        "middle-layer", "middle encoder layer only", "Aligner over the encoder's middle layer.", "ours",
+        {"encoder_layers": "middle"},
+    ),
+    Baseline(
+        "first-layer", "first encoder layer only", "Aligner over the encoder's first layer.", "ours",
+        {"encoder_layers": "first"},
+    ),
+    Baseline(
+        "all-layers", "all encoder layers", "Aligner over every layer, the embeddings and the last one included.",
+        "ours", {"encoder_layers": "all"},
+    ),
+    Baseline(
+        "fixed-gate", "gates fixed at 1", "The attended term is added as it is; no gate is learned.",
+        "ours: what the gates of LLaMA-Adapter (Zhang et al., 2024) are for", {"gate": 1.0},
+    ),
+    Baseline(
+        "mlp", "MLP aligner", "A relu and a second linear map behind the aligner's projection.",
+        f"{_LAYALIGN}, published code", {"structure": "MLP"},
+    ),
+    Baseline("no-translation", "no translation stage", "The task stage alone.", _LAYALIGN, {}, ("task",)),
+    Baseline("no-task", "no task stage", "The translation stage alone.", _LAYALIGN, {}, ("translation",)),
+)  # fmt: skip
+BASELINES: dict[str, Baseline] = {entry.name: entry for entry in (*_METHODS, *_ABLATIONS)}
+
+
+def baseline(name: str) -> Baseline:
+    """The baseline of a name.
+
+    Raises:
+        ArgumentError: there is none of that name.
+    """
+    if name not in BASELINES:
+        raise ArgumentError(f"baseline: expected one of {', '.join(BASELINES)}, got {name!r}")
+    return BASELINES[name]
+
+
+def with_baseline(values: Mapping[str, Any], name: str, stage: str) -> dict[str, Any]:
+    """Settings of a training stage with those of a baseline put over them, and folders of its own.
+
+    Raises:
+        ArgumentError: the baseline is unknown, or has no such stage.
+    """
+    chosen = baseline(name)
+    if stage not in chosen.stages:
+        has = f"only the {chosen.stages[0]} stage" if chosen.stages else "no stage: nothing of it trains"
+        raise ArgumentError(f"baseline: {name} has {has}, got {stage}")
+    merged = {**values, **chosen.settings, "baseline": name}
+    for key in ("output_dir", "init_checkpoint"):
+        if values.get(key):  # a/b/stage becomes a/b/NAME/stage: no run of another method stands there
+            folder = Path(str(values[key]))
+            merged[key] = str(folder.parent / name / folder.name)
+    if "translation" not in chosen.stages:
+        merged.pop("init_checkpoint", None)
+    return merged
+
+
+# The table in the documentation
+
+BEGIN, END = "<!-- baselines -->", "<!-- end of baselines -->"
+
+
+def _shown(settings: Mapping[str, Any]) -> str:
+    def one(key: str, value: Any) -> str:
+        if isinstance(value, Mapping):
+            return f"{key}: {{{', '.join(one(k, v) for k, v in value.items() if v)}}}"
+        return f"{key}: {str(value).lower() if isinstance(value, bool) else value}"
+
+    return "; ".join(f"`{one(key, value)}`" for key, value in settings.items()) or "the defaults"
+
+
+def markdown() -> str:
+    """All baselines as a table."""
+    lines = ["| name | what it is | settings | stages | source |", "|---|---|---|---|---|"]
+    for entry in BASELINES.values():
+        stages = ", ".join(entry.stages) or "none"
+        lines.append(f"| `{entry.name}` | {entry.what} | {_shown(entry.settings)} | {stages} | {entry.source} |")
+    return "\n".join(lines) + "\n"
+
+
+def written_into(page: str) -> str:
+    """``page`` with the table between its two marks replaced."""
+    before, rest = page.split(BEGIN, 1)
+    return before + BEGIN + "\n" + markdown() + END + rest.split(END, 1)[1]
+
+
+def main() -> None:
+    """Print the table, or write it into a page: ``--write PAGE``."""
+    if len(sys.argv) == 3 and sys.argv[1] == "--write":
+        page = Path(sys.argv[2])
+        page.write_text(written_into(page.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(markdown(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""One seed's pre-training, and one run: a system trained and evaluated with that seed.
+
+A run leaves `result.json` behind, written last; what has one is not done again. A run that was cut off starts over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from layalign import LayAlignForCausalLM
+from layalign.baselines import baseline
+from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
+from layalign.demo.pretraining import Budget, encoder_config, llm_config, pretrain_encoder, pretrain_llm
+from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
+from layalign.errors import ArgumentError
+from layalign.evaluation import evaluate
+from layalign.evaluation.store import write_whole
+from layalign.experiment.settings import ExperimentSettings, Steps, System
+from layalign.tokenization import load_tokenizers
+from layalign.training import TrainConfig, train
+
+RESULT, LOG, PREPARED = "result.json", "log.jsonl", "prepared.json"
+_FILES = {"translation": TRANSLATION, "task": MATH}
+
+
+def seed_folder(folder: Path, seed: int) -> Path:
+    """Where a seed's data, encoder and LLM are."""
+    return folder / "parts" / f"seed-{seed}"
+
+
+def run_folder(folder: Path, system: str, seed: int) -> Path:
+    """Where a run's checkpoints, predictions and result are."""
+    return folder / "runs" / system / f"seed-{seed}"
+
+
+def read_done(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What a finished step wrote, or None.
+
+    Raises:
+        ArgumentError: it was done with other settings.
+    """
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("fingerprint") != fingerprint:
+        raise ArgumentError(
+            f"output: {path.parent} was made with other settings; expected another folder, or that one removed"
+        )
+    return found
+
+
+def log(folder: Path, event: str, **content: Any) -> None:
+    """Append a line to the log of all runs; lines of several processes do not mix."""
+    entry = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **content}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a + where its code was changed; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--", "layalign") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, Any]:
+    """What the numbers depend on beside the settings."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _done(path: Path, fingerprint: str, found: dict[str, Any]) -> dict[str, Any]:
+    content = {"fingerprint": fingerprint, **found, "versions": versions()}
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return content
+
+
+# A seed's data and models
+
+
+def _budget(steps: Steps) -> Budget:
+    return Budget(steps.steps, steps.batch, steps.learning_rate)
+
+
+def _every(losses: list[tuple[int, float]], interval: int) -> Callable[[int, int, float], None]:
+    def record(step: int, steps: int, loss: float) -> None:
+        if step % interval == 0 or step == steps:
+            losses.append((step, round(loss, 4)))
+
+    return record
+
+
+def prepare(settings: ExperimentSettings, folder: Path, seed: int) -> dict[str, Any]:
+    """Data, tokenizers, LLM and encoder of a seed, from scratch."""
+    place, mark = seed_folder(folder, seed), settings.fingerprint()
+    done = read_done(place / PREPARED, mark)
+    if done is not None:
+        return done
+    shutil.rmtree(place, ignore_errors=True)
+    started, languages = time.perf_counter(), settings.all_languages
+    llm_tokenizer = train_llm_tokenizer(tokenizer_texts("English", 2000, seed, answers=True))
+    texts = [text for name in languages for text in tokenizer_texts(name, 800, seed)]
+    encoder_tokenizer = train_encoder_tokenizer(texts, settings.encoder_vocabulary)
+    losses: dict[str, list[tuple[int, float]]] = {"llm": [], "encoder": []}
+    seconds = {}
+    shape = llm_config(llm_tokenizer, settings.llm_size, settings.llm_layers)
+    llm = pretrain_llm(llm_tokenizer, _budget(settings.llm), seed, _every(losses["llm"], 25), shape)
+    seconds["llm"] = time.perf_counter() - started
+    wide = encoder_config(encoder_tokenizer, settings.encoder_size, settings.encoder_layers)
+    encoder = pretrain_encoder(
+        encoder_tokenizer,
+        _budget(settings.encoder),
+        seed,
+        _every(losses["encoder"], 25),
+        settings.weights(),
+        config=wide,
+    )
+    seconds["encoder"] = time.perf_counter() - started - seconds["llm"]
+    for name, model, tokenizer in (("llm", llm, llm_tokenizer), ("encoder", encoder, encoder_tokenizer)):
+        model.save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+    return _done(place / PREPARED, mark, {"seed": seed, "seconds": seconds, "losses": losses})
+
+
+def _write_data(settings: ExperimentSettings, place: Path, seed: int) -> None:
+    """The texts of both stages and the test questions, new for every run: files of a cut-off run may be half."""
+    count = {name: getattr(settings, name).steps * getattr(settings, name).batch for name in ("translation", "task")}
+    write_files(
+        place,
+        seed,
+        translation=(settings.trained_languages, count["translation"]),
+        task=(settings.trained_languages, count["task"]),
+        test=(settings.all_languages, settings.questions, settings.split),
+    )
+
+
+# A run
+
+
+class _Watch(TrainerCallback):
+    """Times the steps alone, without loading and evaluation, and keeps the losses."""
+
+    def __init__(self) -> None:
+        self.seconds, self.losses = 0.0, []  # type: ignore[var-annotated]
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.seconds += time.perf_counter() - self._started
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        if logs and "loss" in logs:
+            self.losses.append((state.global_step, round(float(logs["loss"]), 4)))
+
+
+def _stage(
+    settings: ExperimentSettings,
+    system: System,
+    stage: str,
+    place: Path,
+    data: Path,
+    parts: Path,
+    seed: int,
+    before: Any,
+) -> dict[str, Any]:
+    """Train one stage; returns what it took."""
+    budget: Steps = getattr(settings, stage)
+    steps = max(1, round(budget.steps * system.steps_factor))
+    start: dict[str, Any] = {"init_checkpoint": before}
+    if before is None:
+        start = {"encoder": str(parts / "encoder"), "llm": str(parts / "llm")}
+        start.update({**baseline(system.baseline).settings, **system.settings})
+    config = TrainConfig(
+        stage=stage, task="math", data=str(data / _FILES[stage]), output_dir=str(place / stage), max_steps=steps,
+        batch_size=budget.batch, micro_batch_size=budget.batch, learning_rate=budget.learning_rate, adam_beta1=0.9,
+        dev_size=0, eval_steps=0, save_steps=0, logging_steps=10, group_by_length=True, seed=seed,
+        use_cpu=not torch.cuda.is_available(), resume=False, progress=False, **start,
+    )  # fmt: skip
+    watch = _Watch()
+    summary = train(config, callbacks=[watch])
+    return {
+        "steps": summary.steps,
+        "examples": steps * budget.batch,
+        "seconds": round(watch.seconds, 2),
+        "losses": watch.losses,
+        "loss_after": summary.loss_after,
+    }
+
+
+def _model(system: System, parts: Path, place: Path, last: str | None) -> LayAlignForCausalLM:
+    """What is evaluated: the last stage's checkpoint, or the untrained start."""
+    if last is not None:
+        return LayAlignForCausalLM.from_pretrained(place / last).eval()
+    fields = {**baseline(system.baseline).settings, **system.settings}
+    return LayAlignForCausalLM.from_encoder_and_llm(str(parts / "encoder"), str(parts / "llm"), **fields).eval()
+
+
+def run(settings: ExperimentSettings, folder: Path, system_name: str, seed: int) -> dict[str, Any]:
+    """Train and evaluate a system with a seed, whose parts are there; returns what `result.json` holds."""
+    system = settings.system(system_name)
+    place, mark = run_folder(folder, system.name, seed), settings.fingerprint(system)
+    done = read_done(place / RESULT, mark)
+    if done is not None:
+        return done
+    shutil.rmtree(place, ignore_errors=True)
+    parts = seed_folder(folder, seed)
+    _write_data(settings, place / "data", seed)
+    stages: dict[str, Any] = {}
+    before: str | None = None
+    for stage in baseline(system.baseline).stages:
+        stages[stage] = _stage(settings, system, stage, place, place / "data", parts, seed, before)
+        before = str(place / stage)
+    model = _model(system, parts, place, next(reversed(stages), None))
+    if torch.cuda.is_available():
+        model.to("cuda")
+    tokenizers = load_tokenizers(before, encoder=str(parts / "encoder"), llm=str(parts / "llm"))
+    started = time.perf_counter()
+    result = evaluate(
+        model, *tokenizers, "mgsm", str(place / "data" / TEST), place / "evaluation",
+        languages=settings.all_languages, batch_size=settings.questions, max_new_tokens=settings.max_new_tokens,
+        resume=False,
+    )  # fmt: skip
+    found = {
+        "system": system.name,
+        "seed": seed,
+        "stages": stages,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) if stages else 0,
+        "train_seconds": round(sum(stage["seconds"] for stage in stages.values()), 2),
+        "evaluation_seconds": round(time.perf_counter() - started, 2),
+        "scores": {name: {"correct": s.correct, "count": s.count} for name, s in result.scores.items()},
+        "gates": [round(gate.item(), 4) for name, gate in model.named_parameters() if name.endswith("adaption_gate")],
+    }
+    return _done(place / RESULT, mark, found)

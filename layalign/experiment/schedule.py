@@ -1,0 +1,142 @@
+"""All runs of an experiment, several at a time in processes of their own; what is done already is not done again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layalign.errors import ArgumentError
+from layalign.experiment.settings import ExperimentSettings
+
+# Called with a finished task, its seconds, and what went wrong (None: nothing).
+Tell = Callable[["Task", float, str | None], None]
+
+
+@dataclass(frozen=True, order=True)
+class Task:
+    """A seed's pre-training (no system), or a run. Sorted as they are done: seeds first, then system by system."""
+
+    place: int
+    seed: int
+    system: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return f"{self.system or 'pre-training'}, seed {self.seed}"
+
+
+def tasks(settings: ExperimentSettings, only: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Task]:
+    """What there is to do, in order.
+
+    Raises:
+        ArgumentError: a system or seed is not in the settings.
+    """
+    chosen = [settings.system(name).name for name in only] if only else [system.name for system in settings.systems]
+    for seed in seeds or ():
+        if seed not in settings.seeds:
+            raise ArgumentError(f"seeds: expected some of {settings.seeds}, got {seed}")
+    numbers = list(seeds or settings.seeds)
+    places = {system.name: i for i, system in enumerate(settings.systems)}
+    return sorted(
+        [Task(-1, seed) for seed in numbers] + [Task(places[name], seed, name) for name in chosen for seed in numbers]
+    )
+
+
+def _start(threads: int) -> None:
+    """A worker's beginning: as many threads as are its share."""
+    import torch
+
+    from layalign.cli.common import quiet_transformers
+
+    torch.set_num_threads(threads)
+    quiet_transformers()
+
+
+def _work(settings: ExperimentSettings, folder: Path, task: Task) -> float:
+    from layalign.experiment import runs
+
+    started = time.perf_counter()
+    runs.log(folder, "start", system=task.system, seed=task.seed)
+    if task.system is None:
+        runs.prepare(settings, folder, task.seed)
+    else:
+        runs.run(settings, folder, task.system, task.seed)
+    return time.perf_counter() - started
+
+
+def _is_done(settings: ExperimentSettings, folder: Path, task: Task) -> bool:
+    from layalign.experiment import runs
+
+    if task.system is None:
+        path = runs.seed_folder(folder, task.seed) / runs.PREPARED
+        return runs.read_done(path, settings.fingerprint()) is not None
+    path = runs.run_folder(folder, task.system, task.seed) / runs.RESULT
+    return runs.read_done(path, settings.fingerprint(settings.system(task.system))) is not None
+
+
+def run_all(
+    settings: ExperimentSettings,
+    folder: Path,
+    *,
+    only: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    jobs: int = 1,
+    tell: Tell = lambda task, seconds, problem: None,
+) -> list[Task]:
+    """Do what is not done yet; returns the tasks that failed (and the runs of a seed whose pre-training did).
+
+    Args:
+        settings: of the experiment.
+        folder: for everything; one that holds another experiment's runs is refused.
+        only, seeds: some of the systems and seeds.
+        jobs: how many at a time. Each gets its share of the cores.
+        tell: called for each task that was done.
+
+    Raises:
+        ArgumentError: a system or seed is not in the settings, or the folder holds runs of other settings.
+    """
+    if jobs < 1:
+        raise ArgumentError(f"jobs: expected a number from 1, got {jobs}")
+    waiting = [task for task in tasks(settings, only, seeds) if not _is_done(settings, folder, task)]
+    pending: dict[Future[float], Task] = {}
+    failed: list[Task] = []
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(threads,)) as pool:
+        while waiting or pending:
+            unready = {task.seed for task in (*waiting, *pending.values()) if task.system is None}
+            dead = {task.seed for task in failed if task.system is None}
+            lost = [task for task in waiting if task.seed in dead]
+            failed += lost
+            waiting = [task for task in waiting if task not in lost]
+            for task in list(waiting):
+                if len(pending) < jobs and (task.system is None or task.seed not in unready):
+                    waiting.remove(task)
+                    pending[pool.submit(_work, settings, folder, task)] = task
+            if not pending:
+                continue
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                _finish(folder, future, pending.pop(future), failed, tell)
+    return failed
+
+
+def _finish(folder: Path, future: Future[float], task: Task, failed: list[Task], tell: Tell) -> None:
+    from layalign.experiment import runs
+
+    problem: Any = future.exception()
+    if problem is None:
+        seconds = round(future.result(), 1)
+        runs.log(folder, "done", system=task.system, seed=task.seed, seconds=seconds)
+        tell(task, seconds, None)
+        return
+    text = f"{type(problem).__name__}: {problem}"
+    runs.log(folder, "failed", system=task.system, seed=task.seed, problem=text)
+    failed.append(task)
+    tell(task, 0.0, text)

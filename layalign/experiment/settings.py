@@ -1,0 +1,249 @@
+"""What an experiment does, read from YAML and checked so that every error names the key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layalign.baselines import baseline
+from layalign.demo.problems import ALL_LANGUAGES
+from layalign.errors import ArgumentError
+
+LEVELS = ("high", "medium", "low")
+_WHOLE = (
+    "llm_size", "llm_layers", "encoder_size", "encoder_layers", "encoder_vocabulary", "questions", "max_new_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How much a training reads: `steps` batches of `batch` texts, with a peak learning rate."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            _whole(name, getattr(self, name))
+        rate = self.learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1:
+            raise ArgumentError(f"learning_rate: expected a number above 0 and below 1, got {rate!r}")
+
+
+@dataclass(frozen=True)
+class System:
+    """One column of the result: a baseline, perhaps with changes.
+
+    Attributes:
+        name: of its folder and column.
+        baseline: one of :data:`layalign.baselines.BASELINES`.
+        settings: further keys of ``TrainConfig``, such as adapter_size.
+        steps_factor: times the steps of each stage, to take as long as another system.
+        label: for tables; the baseline's by default.
+    """
+
+    name: str
+    baseline: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps_factor: float = 1.0
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
+            raise ArgumentError(f"systems: expected names of letters, digits and - _ ., got {self.name!r}")
+        if not isinstance(self.steps_factor, int | float) or not 0 < self.steps_factor <= 100:
+            raise ArgumentError(f"systems.{self.name}.steps_factor: expected 0 to 100, got {self.steps_factor!r}")
+        object.__setattr__(self, "label", self.label or baseline(self.baseline).label)
+
+
+@dataclass(frozen=True)
+class ExperimentSettings:
+    """All of an experiment.
+
+    Attributes:
+        languages: by resource level; the levels are high, medium and low.
+        encoder_share: by level, how often the encoder reads a language in pre-training, against 1.
+        unseen: languages that neither stage of LayAlign trains on. English, too, is in neither.
+        llm_size, llm_layers, encoder_size, encoder_layers, encoder_vocabulary: shapes of the two models.
+        llm, encoder: their pre-training.
+        translation, task: the two stages, the same for every system (but see `System.steps_factor`).
+        questions: test questions per language.
+        split: "test", or "dev" to choose settings on.
+        max_new_tokens: longest answer.
+        seeds: each makes its own data, LLM, encoder and training.
+        systems: what is compared. The first is what the others are tested against.
+    """
+
+    languages: dict[str, list[str]]
+    encoder_share: dict[str, float]
+    unseen: list[str]
+    llm: Steps
+    encoder: Steps
+    translation: Steps
+    task: Steps
+    systems: list[System]
+    seeds: list[int]
+    llm_size: int = 128
+    llm_layers: int = 3
+    encoder_size: int = 128
+    encoder_layers: int = 4
+    encoder_vocabulary: int = 2000
+    questions: int = 96
+    split: str = "test"
+    max_new_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        _check_languages(self)
+        for name in _WHOLE:
+            _whole(name, getattr(self, name))
+        if self.split not in ("test", "dev"):
+            raise ArgumentError(f"split: expected test or dev, got {self.split!r}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or any(not _is_whole(s, 0) for s in self.seeds):
+            raise ArgumentError(f"seeds: expected different whole numbers from 0, got {self.seeds!r}")
+        names = [system.name for system in self.systems]
+        if not names or len(set(names)) != len(names):
+            raise ArgumentError(f"systems: expected at least one, with different names, got {names}")
+
+    @property
+    def all_languages(self) -> list[str]:
+        """Every language, English first, then by level."""
+        named = [language for level in LEVELS for language in self.languages.get(level, [])]
+        return ["English", *(language for language in named if language != "English")]
+
+    @property
+    def trained_languages(self) -> list[str]:
+        """Those of both stages."""
+        return [language for language in self.all_languages if language not in ("English", *self.unseen)]
+
+    def level(self, language: str) -> str:
+        """The resource level of a language."""
+        return next(level for level, names in self.languages.items() if language in names)
+
+    def weights(self) -> dict[str, float]:
+        """How often the encoder reads each language, relative to the others."""
+        return {language: self.encoder_share[self.level(language)] for language in self.all_languages}
+
+    def system(self, name: str) -> System:
+        """The system of a name; raises ArgumentError where there is none."""
+        for system in self.systems:
+            if system.name == name:
+                return system
+        raise ArgumentError(f"only: expected some of {', '.join(s.name for s in self.systems)}, got {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON or YAML."""
+        return asdict(self)
+
+    def fingerprint(self, system: System | None = None) -> str:
+        """Changes with everything that a run of `system` (or the pre-training) depends on."""
+        values = self.to_dict()
+        for key in ("systems", "seeds"):
+            values.pop(key)
+        if system is None:
+            for key in ("translation", "task", "questions", "split", "max_new_tokens", "unseen"):
+                values.pop(key)
+        else:
+            # A label is for tables; what the baseline's name means is part of the run.
+            chosen = baseline(system.baseline)
+            of_system = {"settings": dict(chosen.settings), "stages": chosen.stages, **asdict(system)}
+            values["system"] = {key: value for key, value in of_system.items() if key != "label"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def preset_names() -> list[str]:
+    """The experiments that ship with the package."""
+    folder = resources.files("layalign.experiment") / "presets"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_settings(source: str | Path = "controlled") -> ExperimentSettings:
+    """Settings from a YAML file, or of a preset.
+
+    Raises:
+        ArgumentError: no such file or preset, or a key is unknown, missing or wrong; the text names it.
+    """
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ArgumentError(f"config: no such file: {path}")
+        text = path.read_text(encoding="utf-8")
+    elif str(source) in preset_names():
+        text = (resources.files("layalign.experiment") / "presets" / f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        raise ArgumentError(f"config: expected a .yaml file or one of {', '.join(preset_names())}, got {str(source)!r}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"config: {source} is not YAML: {' '.join(str(error).split())}") from error
+    return settings_from(values)
+
+
+def settings_from(values: Any) -> ExperimentSettings:
+    """Settings from a mapping; see :func:`load_settings`."""
+    known = _keys(ExperimentSettings, values, "")
+    for key in ("llm", "encoder", "translation", "task"):
+        known[key] = _made(Steps, known.get(key), key)
+    systems = known.get("systems")
+    if not isinstance(systems, list):
+        raise ArgumentError(f"systems: expected a list, got {systems!r}")
+    known["systems"] = [_made(System, entry, "systems") for entry in systems]
+    return _made(ExperimentSettings, known, "")
+
+
+def _made(kind: Any, values: Any, where: str) -> Any:
+    known = _keys(kind, values, where)
+    try:
+        return kind(**known)
+    except ArgumentError as error:
+        raise ArgumentError(f"{where}.{error}" if where and kind is Steps else str(error)) from None
+    except TypeError as error:
+        raise ArgumentError(f"{where or 'config'}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
+
+
+def _keys(kind: Any, values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ArgumentError(f"{where or 'config'}: expected a mapping of keys to values, got {values!r}")
+    names = [entry.name for entry in fields(kind)]
+    for key in values:
+        if key not in names:
+            raise ArgumentError(
+                f"{where + '.' if where else ''}{key}: no such key, expected some of {', '.join(names)}"
+            )
+    return dict(values)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _whole(name: str, value: Any) -> None:
+    if not _is_whole(value, 1):
+        raise ArgumentError(f"{name}: expected a whole number from 1, got {value!r}")
+
+
+def _check_languages(settings: ExperimentSettings) -> None:
+    if not isinstance(settings.languages, dict) or not set(settings.languages) <= set(LEVELS):
+        raise ArgumentError(f"languages: expected lists under {', '.join(LEVELS)}, got {settings.languages!r}")
+    named = [language for names in settings.languages.values() for language in names]
+    for language in named:
+        if language not in ALL_LANGUAGES:
+            raise ArgumentError(f"languages: expected some of {', '.join(ALL_LANGUAGES)}, got {language!r}")
+    if len(set(named)) != len(named) or "English" not in named:
+        raise ArgumentError("languages: expected English, and every language once")
+    for level in settings.languages:
+        share = settings.encoder_share.get(level)
+        if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
+            raise ArgumentError(f"encoder_share.{level}: expected a number above 0, got {share!r}")
+    foreign = [language for language in settings.unseen if language not in named or language == "English"]
+    if foreign:
+        raise ArgumentError(f"unseen: expected some of the languages, and not English, got {foreign[0]!r}")
+    if not settings.trained_languages:
+        raise ArgumentError("unseen: expected to leave a language to train on")

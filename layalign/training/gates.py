@@ -1,0 +1,81 @@
+"""The gates while they train: one line of `gates.jsonl` per logged step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+FILE = "gates.jsonl"
+
+
+def read_gates(folder: str | Path) -> list[dict[str, Any]]:
+    """The recorded steps of a training folder, `{"step": int, "gates": [float, ...]}` each; none without a record.
+
+    A folder `checkpoint-N` has the record of the folder it lies in, up to step N. A line cut off by the end of its
+    process is left out.
+    """
+    folder = Path(folder)
+    name, number = folder.resolve().name.partition("checkpoint-")[::2]
+    last = None
+    if not (folder / FILE).is_file() and not name and number.isdigit():
+        folder, last = folder.resolve().parent, int(number)
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8")
+    except OSError:
+        return []
+    found = []
+    for line in text.split("\n"):
+        try:
+            entry = json.loads(line)
+            step, gates = int(entry["step"]), [float(gate) for gate in entry["gates"]]
+        except (ValueError, TypeError, KeyError):
+            continue
+        if last is None or step <= last:
+            found.append({"step": step, "gates": gates})
+    return found
+
+
+class GateHistory(TrainerCallback):
+    """Appends `{"step": n, "gates": [...]}` to `gates.jsonl` in the run's folder at every log, step 0 included.
+
+    Only the main process writes. A run that starts anew starts the file anew; a resumed one drops the lines behind the
+    step it resumes from. Nothing is written for a model without gates, or where a sharded gate cannot be read.
+    """
+
+    def __init__(self) -> None:
+        self._step: int | None = None  # the last one written; None outside training
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        gates = _gates(model)
+        if not state.is_world_process_zero or not gates:
+            return
+        folder = Path(args.output_dir)
+        kept = [entry for entry in read_gates(folder) if entry["step"] < state.global_step]
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{FILE}.unfinished"
+        unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        unfinished.replace(folder / FILE)
+        self._append(folder, state.global_step, gates)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # Several logs fall on one step (loss, evaluation, the summary): its gates are written once.
+        if self._step is None or state.global_step <= self._step:
+            return
+        self._append(Path(args.output_dir), state.global_step, _gates(model))
+
+    def _append(self, folder: Path, step: int, gates: list[float]) -> None:
+        with (folder / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "gates": gates}) + "\n")
+        self._step = step
+
+
+def _gates(model: Any) -> list[float]:
+    """The gates in one transfer; none where there are none or where one process does not hold them whole."""
+    gates = [module.adaption_gate for module in getattr(model, "cross_attention", ())]
+    if not gates or any(gate.numel() != 1 or hasattr(gate, "full_tensor") or hasattr(gate, "ds_id") for gate in gates):
+        return []
+    return torch.stack([gate.detach().float().squeeze().to(gates[0].device) for gate in gates]).tolist()

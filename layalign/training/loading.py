@@ -1,0 +1,144 @@
+"""Reading a training configuration: YAML, a preset, a baseline, one stage of it, and `key=value` overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layalign.baselines import baseline, with_baseline
+from layalign.errors import ArgumentError
+from layalign.training.config import STAGES, TEXTS, TrainConfig, shown
+
+
+def load_train_config(
+    source: str | Path | Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    stage: str | None = None,
+    overrides: Sequence[str] = (),
+) -> TrainConfig:
+    """Build a configuration from a YAML file (or a mapping, or a preset), one stage of it, and `key=value` overrides.
+
+    The YAML holds the keys of `TrainConfig`; those under `stages: {translation: ..., task: ...}` are of one stage.
+
+    Raises:
+        ArgumentError: unknown key, wrong value, unreadable YAML or unknown preset; the text names which.
+    """
+    values = _source_values(source, preset)
+    stages = values.pop("stages", None) or {}
+    if not isinstance(stages, Mapping) or not set(stages) <= set(STAGES):
+        raise ArgumentError(f"stages: expected a mapping with the keys {' and '.join(STAGES)}, got {shown(stages)}")
+    chosen = stage or values.get("stage") or "translation"
+    if chosen not in STAGES:
+        raise ArgumentError(f"stage: expected one of {', '.join(STAGES)}, got {shown(chosen)}")
+    named = baseline_of(values, overrides)
+    of_stage = stages.get(chosen) or {}
+    if not isinstance(of_stage, Mapping):
+        raise ArgumentError(f"stages.{chosen}: expected a mapping, got {shown(of_stage)}")
+    values = {**values, **of_stage, "stage": chosen}
+    if named is not None:
+        values = with_baseline(values, named, chosen)
+    for item in overrides:
+        _apply_override(values, item)
+    _check_keys(values)
+    return TrainConfig(**values)
+
+
+def baseline_of(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> str | None:
+    """The baseline that settings and overrides name, the last word first; None for none."""
+    words = [item.partition("=")[2] for item in overrides if item.partition("=")[0].strip() == "baseline"]
+    name = words[-1] if words else values.get("baseline")
+    return None if name in (None, "", "null", "~") else str(name)
+
+
+def configured_stages(
+    source: str | Path | None = None, *, preset: str | None = None, overrides: Sequence[str] = ()
+) -> list[str]:
+    """The stages that a file or preset configures, in training order, of those that its baseline has.
+
+    A file without `stages` has the one it names.
+    """
+    values = _source_values(source, preset)
+    of_baseline = baseline_of(values, overrides)
+    if of_baseline is not None and values.get("stages"):
+        return [stage for stage in STAGES if stage in baseline(of_baseline).stages and stage in values["stages"]]
+    named = values.get("stages") or {}
+    stages = [stage for stage in STAGES if isinstance(named, Mapping) and stage in named]
+    return stages or [values.get("stage") or STAGES[0]]
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package: the paper's three set-ups."""
+    folder = resources.files("layalign") / "presets"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _source_values(source: str | Path | Mapping[str, Any] | None, preset: str | None) -> dict[str, Any]:
+    if source is not None and preset is not None:
+        raise ArgumentError("preset: give either a preset or a configuration file, not both")
+    if preset is not None:
+        return _read_yaml(_preset_text(preset), f"preset {preset}")
+    if isinstance(source, Mapping):
+        return dict(source)
+    if source is not None:
+        path = Path(source)
+        if not path.is_file():
+            raise ArgumentError(f"config: no such file: {path}")
+        return _read_yaml(path.read_text(encoding="utf-8"), str(path))
+    return {}
+
+
+def _preset_text(name: str) -> str:
+    if name not in preset_names():
+        raise ArgumentError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
+    return (resources.files("layalign") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _read_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"config: {where} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ArgumentError(f"config: {where}: expected a mapping of keys to values, got {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], item: str) -> None:
+    """`key=value`, the value in YAML; `lora.r=4` reaches into a mapping."""
+    key, equals, text = item.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ArgumentError(f"set: expected key=value, got {item!r}")
+    if key in TEXTS or (key == "data" and not text.lstrip().startswith(("{", "["))):
+        value = None if text in ("null", "~", "") else text  # a folder may be called 2024 or true
+    else:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ArgumentError(f"{key}: {text!r} is not a YAML value") from error
+    outer, dot, inner = key.partition(".")
+    if not dot:
+        values[key] = value
+        return
+    nested = values.get(outer) or {}
+    if not isinstance(nested, Mapping):
+        raise ArgumentError(f"{key}: {outer} is not a mapping")
+    values[outer] = {**nested, inner: value}
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    known = [entry.name for entry in fields(TrainConfig)]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ArgumentError(f"{key}: no such key in a training configuration{hint}")
