@@ -58,6 +58,7 @@ format: $(STAMP)
 # The parts of the documentation that the code writes.
 docs: $(STAMP)
 	$(BIN)/python -m layalign.ops.support --write docs/backends.md
+	$(BIN)/python -m layalign.baselines --write docs/baselines.md
 
 # Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.
 kernels-report: $(STAMP)

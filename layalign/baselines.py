@@ -52,16 +52,16 @@ _METHODS = (
     ),
     Baseline(
         "langbridge", "LangBridge-style",
-        "The adapter's soft tokens, from the encoder's last layer, stand in place of the prompt. LangBridge itself has "
-        "one linear layer, trains on English task data only and has no translation stage; here adapter, data and "
-        "stages are those of the other methods.",
-        "LangBridge (Yoon et al., 2024)", {"language_layers": [], "prompt": False},
+        "The adapter's soft tokens, from the encoder's last layer, stand in place of the prompt; trained in both "
+        "stages, as LayAlign's authors trained it for their comparison. LangBridge itself has one linear map, English "
+        "task data only and no translation stage.",
+        "LangBridge (Yoon et al., 2024); LayAlign, section 4.1", {"language_layers": [], "prompt": False},
     ),
     Baseline(
         "mindmerger-soft", "MindMerger-Soft",
         "The adapter's soft tokens, from the encoder's last layer, stand before the prompt. The same as LayAlign "
         "without its aligner and gates.",
-        "MindMerger (Huang et al., 2024)", {"language_layers": []},
+        "MindMerger (Huang et al., 2024); LayAlign, table 4", {"language_layers": []},
     ),
     Baseline(
         "layalign", "LayAlign",
@@ -71,22 +71,33 @@ _METHODS = (
     ),
 )  # fmt: skip
 _ABLATIONS = (
-    Baseline("no-adapter", "no adapter", "Aligner and gates only: no soft tokens.", _LAYALIGN, {"adapter": False}),
     Baseline(
-        "shared-mix", "one shared mix", "One mix for the keys and one for the values of all LLM layers.",
-        "ours: what layer-wise means", {"mix": "shared"},
+        "no-adapter", "no adapter", "Aligner and gates only: no soft tokens.", f"{_LAYALIGN}, table 4",
+        {"adapter": False},
     ),
     Baseline(
-        "last-layer", "last encoder layer only", "Aligner over the encoder's last layer.", "ours",
+        "shared-mix", "one shared mix", "One mix for the keys and one for the values of all LLM layers.",
+        "ours: what layer-wise is worth", {"mix": "shared"},
+    ),
+    Baseline(
+        "no-prompt", "no prompt", "The encoder's soft tokens stand in place of the prompt.", f"{_LAYALIGN}, table 4",
+        {"prompt": False},
+    ),
+    Baseline(
+        "last-layer", "last encoder layer only", "Aligner over the encoder's last layer.", f"{_LAYALIGN}, tables 7, 11",
         {"encoder_layers": "last"},
     ),
     Baseline(
-        "middle-layer", "middle encoder layer only", "Aligner over the encoder's middle layer.", "ours",
-        {"encoder_layers": "middle"},
+        "first-third", "first third of the layers", "Aligner over the first third of the encoder's layers.",
+        f"{_LAYALIGN}, tables 7, 11", {"encoder_layers": "first-third"},
     ),
     Baseline(
-        "first-layer", "first encoder layer only", "Aligner over the encoder's first layer.", "ours",
-        {"encoder_layers": "first"},
+        "middle-third", "middle third of the layers", "Aligner over the middle third of the encoder's layers.",
+        f"{_LAYALIGN}, tables 7, 11", {"encoder_layers": "middle-third"},
+    ),
+    Baseline(
+        "last-third", "last third of the layers", "Aligner over the last third of the encoder's layers but the last.",
+        f"{_LAYALIGN}, tables 7, 11", {"encoder_layers": "last-third"},
     ),
     Baseline(
         "all-layers", "all encoder layers", "Aligner over every layer, the embeddings and the last one included.",
@@ -94,14 +105,14 @@ _ABLATIONS = (
     ),
     Baseline(
         "fixed-gate", "gates fixed at 1", "The attended term is added as it is; no gate is learned.",
-        "ours: what the gates of LLaMA-Adapter (Zhang et al., 2024) are for", {"gate": 1.0},
+        f"{_LAYALIGN}, section 4.3: without gates its training loss did not fall", {"gate": 1.0},
     ),
     Baseline(
         "mlp", "MLP aligner", "A relu and a second linear map behind the aligner's projection.",
         f"{_LAYALIGN}, published code", {"structure": "MLP"},
     ),
-    Baseline("no-translation", "no translation stage", "The task stage alone.", _LAYALIGN, {}, ("task",)),
-    Baseline("no-task", "no task stage", "The translation stage alone.", _LAYALIGN, {}, ("translation",)),
+    Baseline("no-translation", "no translation stage", "The task stage alone.", f"{_LAYALIGN}, table 4", {}, ("task",)),
+    Baseline("no-task", "no task stage", "The translation stage alone.", f"{_LAYALIGN}, table 4", {}, ("translation",)),
 )  # fmt: skip
 BASELINES: dict[str, Baseline] = {entry.name: entry for entry in (*_METHODS, *_ABLATIONS)}
 

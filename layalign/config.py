@@ -30,7 +30,7 @@ class LayAlignConfig(PretrainedConfig):
         encoder_config, llm_config: configurations of the frozen parts (or their dicts).
         encoder_name_or_path, llm_name_or_path: where their weights come from when only trained weights are saved.
         encoder_layers: E indices into the encoder's ``hidden_states`` (0 is the embedding output). None: all but the
-            last, as published (0..23 of mT5-xl's 25). "all", or "first", "middle" or "last" for that one layer.
+            last, as published (0..23 of mT5-xl's 25). Or a name of :data:`layalign.layers.LAYER_NAMES`.
         language_layers: L indices of LLM layers that attend. None: all. []: neither aligner nor gates (adapter alone).
         structure: "Linear" or "MLP", the projection behind the layer mix.
         mix: "layer-wise", every LLM layer's keys and values mix the encoder's layers in their own way; or "shared", one

@@ -98,7 +98,8 @@ def open_gates(model: LayAlignForCausalLM) -> None:
     with torch.no_grad():
         for index, module in enumerate(model.cross_attention):
             module.adaption_gate.fill_(0.7 - 0.5 * index)
-        model.mapping.end_boundary.normal_()
+        if model.mapping is not None:
+            model.mapping.end_boundary.normal_()
 
 
 def batch(

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from layalign.cli import baselines, bench, convert, demo, doctor, evaluate, generate, train
-
+from layalign.cli import (
+    analyze,
+    baselines,
+    bench,
+   
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    experiment,
+    generate,
+    train,
+)
 
 app = typer.Typer(
     name="layalign",
@@ -19,11 +30,25 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("baselines")(baselines.baselines)
 app.command("train")(train.train)
+app.command("experiment")(experiment.experiment)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+
+
+@app.command(
+    "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def _lm_eval(context: typer.Context) -> None:
+    """Run EleutherAI's lm-evaluation-harness, with LayAlign models as --model layalign and its own arguments.
+
+    Example: layalign lm-eval --model layalign --model_args checkpoint=outputs/xnli/task --tasks xnli_sw
+    """
+    from layalign.harness import main
+
+    main(context.args)
 
 
 def _version(wanted: bool) -> None:

@@ -275,7 +275,7 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("encoder_layers", "language_layers"):
         layers = getattr(config, name)
         if isinstance(layers, str):
-            named_layers(layers, 2)  # raises for a name that there is not
+            named_layers(layers, 100)  # raises for a name that there is not
         elif layers is not None and (len(set(layers)) != len(layers) or any(layer < 0 for layer in layers)):
             raise ArgumentError(f"{name}: expected different numbers from 0 up, got {layers}")
     if config.keep_best and (config.eval_steps == 0 or config.dev_size == 0):

@@ -1,0 +1,198 @@
+"""The experiment's tables and pictures, from `results.json` alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import sys
+from pathlib import Path
+from typing import Any
+
+from layalign.experiment.results import GROUPS
+
+_COLUMNS = ("all", "high", "medium", "low", "trained", "unseen", "English")
+
+
+def _pm(cell: dict[str, Any]) -> str:
+    """mean ± half, or the mean alone of a single seed."""
+    return f"{cell['mean']:.1f}" + (f" ± {cell['half']:.1f}" if cell["half"] is not None else "")
+
+
+def _first(found: dict[str, Any]) -> str:
+    return found["settings"]["systems"][0]["name"]
+
+
+def accuracy_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per system: mean accuracy and its interval over groups of languages."""
+    groups = [group for group in _COLUMNS if found["groups"][group]]
+    rows = [["system", "seeds", *groups]]
+    for system in found["systems"].values():
+        cells = [_pm(system["groups"][group]) for group in groups]
+        rows.append([system["label"], str(len(system["seeds"])), *cells])
+    return rows
+
+
+def test_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per system but the first: difference to the first, its interval, corrected p-value."""
+    first = _first(found)
+    groups = [group for group in ("all", "low", "trained", "unseen") if found["groups"][group]]
+    rows = [["system", *(part for group in groups for part in (f"{group}: difference", "p"))]]
+    for name, system in found["systems"].items():
+        tests = [system["groups"][group].get(f"against {first}") for group in groups]
+        if name == first or not all(tests):
+            continue
+        cells = []
+        for test in tests:
+            half = "" if test["half"] is None else f" ± {test['half']:.1f}"
+            cells += [f"{test['difference']:+.1f}{half}", "-" if test["p_holm"] is None else _p(test["p_holm"])]
+        rows.append([system["label"], *cells])
+    return rows
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def cost_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per system: what it trained, for how long."""
+    rows = [["system", "trained parameters", "steps: translation", "steps: task", "training seconds"]]
+    for system in found["systems"].values():
+        steps = [str(system["train_steps"].get(stage, 0)) for stage in ("translation", "task")]
+        parameters = " or ".join(f"{number:,}" for number in system["trained_parameters"])
+        rows.append([system["label"], parameters, *steps, f"{system['train_seconds']:.0f}"])
+    return rows
+
+
+def language_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per language: every system's mean accuracy (`results.json` has the intervals)."""
+    settings = found["settings"]
+    rows = [["language", "level", "in training", *(system["label"] for system in found["systems"].values())]]
+    for language in found["groups"]["all"]:
+        level = next(name for name, names in settings["languages"].items() if language in names)
+        trained = "yes" if language in found["groups"]["trained"] else "no"
+        cells = [f"{system['languages'][language]['mean']:.1f}" for system in found["systems"].values()]
+        rows.append([language, level, trained, *cells])
+    return rows
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows, the first of them the header, as a Markdown table."""
+    left = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], left, *lines[1:]]) + "\n"
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What the numbers are, a statement each."""
+    settings = found["settings"]
+    shares = ", ".join(f"{level} {share:g}" for level, share in settings["encoder_share"].items())
+    lines = [
+        f"{settings['questions']} {settings['split']} questions per language; means over seeds with 95% intervals "
+        "(Student's t). Every seed has its own data, its own LLM and encoder, and its own training.",
+        "; ".join(f"{name}: {what}" for name, what in GROUPS.items() if found["groups"][name]) + ".",
+        f"How much the encoder read of a language: {shares}. Unseen: {', '.join(settings['unseen']) or 'none'}.",
+        f"Tests: paired over seeds against {found['systems'].get(_first(found), {}).get('label', _first(found))}, "
+        "two-sided t, p-values corrected over the systems by Holm's method.",
+    ]
+    if found["missing"]:
+        lines.append(f"Not run yet ({len(found['missing'])}): {'; '.join(found['missing'])}.")
+    return lines
+
+
+TABLES = {
+    "accuracy": ("Accuracy (%)", accuracy_rows),
+    "tests": ("Differences", test_rows),
+    "cost": ("What was trained", cost_rows),
+    "languages": ("By language", language_rows),
+}
+
+
+def picture(found: dict[str, Any]) -> bytes:
+    """PNG: mean accuracy of each system, over all languages and by level, with intervals."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    groups = [group for group in ("all", "high", "medium", "low", "unseen") if found["groups"][group]]
+    systems = list(found["systems"].values())
+    figure = Figure(figsize=(11, 0.36 * len(systems) + 1.6), layout="constrained")
+    axes = figure.subplots(1, len(groups), sharey=True)
+    for axis, group in zip(axes if len(groups) > 1 else [axes], groups, strict=True):
+        cells = [system["groups"][group] for system in systems]
+        places = range(len(systems))
+        colours = ["#c44e52" if place == 0 else "#4c72b0" for place in places]
+        axis.barh(places, [cell["mean"] for cell in cells], color=colours, height=0.7)
+        halves = [cell["half"] or 0 for cell in cells]
+        axis.errorbar([c["mean"] for c in cells], list(places), xerr=halves, fmt="none", ecolor="#222222", capsize=2)
+        axis.axvline(cells[0]["mean"], color="#c44e52", linewidth=0.8, linestyle=":")
+        axis.set_title(GROUPS[group] if group not in ("unseen", "all") else group, fontsize=10)
+        axis.set_xlim(0, 100)
+        axis.set_xlabel("accuracy %", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    first = axes[0] if len(groups) > 1 else axes
+    first.set_yticks(list(range(len(systems))), [system["label"] for system in systems], fontsize=9)
+    first.invert_yaxis()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=130)
+    return stream.getvalue()
+
+
+_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .85rem }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd }
+td:not(:first-child), th:not(:first-child) { text-align: right } img { max-width: 100% }"""
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def write_report(folder: Path, found: dict[str, Any]) -> None:
+    """`report.html` (self-contained), `report.md` and `accuracy.png` in a folder."""
+    image = picture(found)
+    (folder / "accuracy.png").write_bytes(image)
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in notes(found))
+    tables = "".join(f"<h2>{title}</h2>{_html_table(rows(found))}" for title, rows in TABLES.values())
+    data = base64.b64encode(image).decode()
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>LayAlign: controlled experiment</title>'
+        f"<style>{_STYLE}</style></head><body><h1>Controlled experiment</h1><ul>{items}</ul>"
+        f'<img alt="accuracy of each system" src="data:image/png;base64,{data}">{tables}</body></html>\n'
+    )
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    lines = [
+        "# Controlled experiment",
+        "",
+        *(f"- {line}" for line in notes(found)),
+        "",
+        "![accuracy](accuracy.png)",
+        "",
+    ]
+    for title, rows in TABLES.values():
+        lines += [f"## {title}", "", markdown_table(rows(found))]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def written_into(page: str, found: dict[str, Any]) -> str:
+    """``page`` with each table between its marks (`<!-- experiment: NAME -->`, `<!-- end -->`) replaced."""
+    for name, (_, rows) in TABLES.items():
+        begin, end = f"<!-- experiment: {name} -->", "<!-- end -->"
+        if begin in page:
+            before, rest = page.split(begin, 1)
+            page = before + begin + "\n" + markdown_table(rows(found)) + end + rest.split(end, 1)[1]
+    return page
+
+
+def main() -> None:
+    """Write the tables of a result file into a page: ``RESULTS.json PAGE``."""
+    import json
+
+    results, page = (Path(argument) for argument in sys.argv[1:3])
+    found = json.loads(results.read_text(encoding="utf-8"))
+    page.write_text(written_into(page.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
