@@ -11,8 +11,8 @@ def named_layers(name: str | None, count: int) -> list[int]:
     """Indices into the encoder's hidden states.
 
     Args:
-        name: None is all but the last, as published, and a third is one of these; "all" has the last as well, "last" has
-            nothing else.
+        name: None is all but the last, as published, and a third is one of these; "all" has the last as well, "last"
+            has nothing else.
         count: of hidden states, the embedding output included.
 
     Raises:

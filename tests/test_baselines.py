@@ -133,7 +133,7 @@ def test_named_encoder_layers(name: str, layers: list[int]) -> None:
 def test_thirds_of_the_published_layers() -> None:
     thirds = [named_layers(f"{part}-third", 25) for part in ("first", "middle", "last")]
     assert thirds == [list(range(8)), list(range(8, 16)), list(range(16, 24))]  # as in the paper's table 7
-    assert named_layers(None, 25) == sum(thirds, [])
+    assert named_layers(None, 25) == [layer for third in thirds for layer in third]
     with pytest.raises(ArgumentError, match="encoder_layers: expected at least 3 layers"):
         named_layers("first-third", 3)
 

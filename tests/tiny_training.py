@@ -48,7 +48,7 @@ def save_parts(folder: Path) -> TinyParts:
     size = len(SPECIAL) + 256
     encoder = MT5ForConditionalGeneration(
         MT5Config(
-            vocab_size=size, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=0,
+            vocab_size=size, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, dropout_rate=0.0, pad_token_id=0,
             eos_token_id=1, decoder_start_token_id=0,
         )
     )  # fmt: skip
