@@ -135,6 +135,7 @@ def train(
         log_history=[{"step": 0, "epoch": 0.0, "eval_loss": loss_before}, *trainer.state.log_history],
     )
     runs.save_run(config, asdict(summary))
+    trainer.accelerator.wait_for_everyone()  # the next stage of another process reads what this one's main has written
     return summary
 
 
