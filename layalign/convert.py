@@ -90,12 +90,15 @@ def convert_to_published(model_dir: str | Path, output_file: str | Path) -> Conv
         CheckpointError: the folder is not a checkpoint of ours, or has no aligner to publish.
     """
     model = LayAlignForCausalLM.from_pretrained(str(model_dir))
-    if model.config.lora is not None or not model.config.language_layers:
-        raise CheckpointError(f"{model_dir}: the published format has an aligner and no LoRA")
+    config = model.config
+    own = config.lora is not None or config.mix != "layer-wise" or config.adapter_size is not None
+    if own or not config.language_layers or not config.adapter:
+        raise CheckpointError(
+            f"{model_dir}: the published format has an adapter of one size, a layer-wise aligner, no LoRA"
+        )
     state = published.to_published(model, model.state_dict())
     Path(output_file).parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, output_file)
-    config = model.config
     return ConversionReport(
         Path(output_file), config.encoder_layers, config.language_layers, config.structure, True, len(state)
     )

@@ -13,8 +13,9 @@ from tiny_training import save_parts
 from layalign import LayAlignForCausalLM, baselines
 from layalign.baselines import BASELINES
 from layalign.config import LayAlignConfig
+from layalign.convert import convert_to_published
 from layalign.data import Example, LayAlignCollator
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, CheckpointError
 from layalign.layers import named_layers
 from layalign.training import build_model, load_train_config, train
 from layalign.training.loading import configured_stages
@@ -266,6 +267,25 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ArgumentError, match=text):
             build_model(load_train_config(start | change))
     build_model(load_train_config(start | {"encoder_layers": [0, 1, 2, 3]}))
+
+
+@pytest.mark.parametrize("name", ["mindmerger-soft", "no-adapter", "shared-mix", "wide"])
+def test_what_the_published_format_cannot_hold(name: str, tmp_path: Path) -> None:
+    model = tiny_model(adapter_size=7) if name == "wide" else built(name)
+    model.save_pretrained(tmp_path / "ours", save_frozen=True)
+    with pytest.raises(CheckpointError, match="the published format has an adapter"):
+        convert_to_published(tmp_path / "ours", tmp_path / "theirs.bin")
+    assert not (tmp_path / "theirs.bin").exists()
+
+
+@pytest.mark.parametrize("name", ["no-adapter", "shared-mix", "langbridge", "llm"])
+def test_compiled_forward_is_one_graph(name: str) -> None:
+    model = built(name)
+    inputs = batch(prompts=(2, 4, 3), targets=None, model=model)
+    expected = model(**inputs, use_cache=False).logits
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_to_train_is_said(tmp_path: Path) -> None:
