@@ -23,6 +23,7 @@ import builder  # noqa: E402  (csrc/builder.py)
 
 PACKAGES = [
     "layalign",
+    "layalign.analysis",
     "layalign.cli",
     "layalign.data",
     "layalign.evaluation",

@@ -18,7 +18,9 @@ from layalign.cli import describe, main
 from layalign.cli.app import app
 from layalign.doctor import examine
 
-COMMANDS = ("demo", "train", "evaluate", "generate", "convert", "doctor", "bench")
+COMMANDS = (
+    "demo", "baselines", "train", "experiment", "evaluate", "compare", "analyze", "generate", "convert", "doctor", "bench",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from layalign.cli import (
     analyze,
     baselines,
     bench,
-   
+    compare,
     convert,
     demo,
     doctor,
@@ -32,6 +32,8 @@ app.command("baselines")(baselines.baselines)
 app.command("train")(train.train)
 app.command("experiment")(experiment.experiment)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("analyze")(analyze.analyze)
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("doctor")(doctor.doctor)

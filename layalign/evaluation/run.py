@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from layalign.data.languages import language_of
 from layalign.data.readers import Spec, by_language, load_examples
 from layalign.errors import ArgumentError
 from layalign.evaluation.answering import ModelAnswers, evaluation_mode, llm_alone, model_fingerprint
+from layalign.evaluation.intervals import Interval
+from layalign.evaluation.levels import LevelScore, Outcomes, average_interval, level_scores
 from layalign.evaluation.metrics import last_number, parse_label, same_number, wilson_interval
 from layalign.evaluation.store import OutputStore, write_whole
 
@@ -71,17 +74,31 @@ class EvaluationResult:
         scores: by English language name, in the order of the data.
         report: which files were read and which malformed lines were left out.
         output_dir: where predictions and scores were written.
+        outcomes: by language, each question's id and whether its answer is right; averages get their intervals from it.
+        scoring: the scorer and how labels are matched.
     """
 
     task: str
     scores: dict[str, LanguageScore]
     report: ReadReport = field(default_factory=ReadReport)
     output_dir: Path | None = None
+    outcomes: dict[str, Outcomes] = field(default_factory=dict, repr=False)
+    scoring: dict[str, str] = field(default_factory=dict)
 
     @property
     def average(self) -> float:
         """Mean of the languages' accuracies, as published."""
         return sum(score.accuracy for score in self.scores.values()) / len(self.scores)
+
+    @cached_property
+    def average_interval(self) -> Interval | None:
+        """95% bootstrap interval of the average (`layalign.evaluation.intervals`); None without outcomes."""
+        return average_interval(self.outcomes) if self.outcomes else None
+
+    @cached_property
+    def levels(self) -> dict[str, dict[str, LevelScore]]:
+        """Averages by resource level: grouping, level, score (`layalign.evaluation.levels`)."""
+        return level_scores(self.task, self.outcomes)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -91,14 +108,26 @@ class EvaluationResult:
             "languages": {name: asdict(score) for name, score in self.scores.items()},
             "files": self.report.files,
             "skipped": [str(line) for line in self.report.skipped],
+            "average_interval": None if self.average_interval is None else asdict(self.average_interval),
+            "levels": {
+                grouping: {level: asdict(score) for level, score in scores.items()}
+                for grouping, scores in self.levels.items()
+            },
+            "scoring": self.scoring,
         }
 
     def to_tsv(self) -> str:
-        """One line per language behind a header line, and the average at the end."""
+        """One line per language behind a header line, the average of all, and those by level ("Average joshi high")."""
         lines = ["language\taccuracy\tcorrect\tcount\tlow\thigh"]
         for s in self.scores.values():
             lines.append(f"{s.language}\t{s.accuracy:.2f}\t{s.correct}\t{s.count}\t{s.low:.2f}\t{s.high:.2f}")
-        lines.append(f"Average\t{self.average:.2f}\t\t{sum(s.count for s in self.scores.values())}\t\t")
+        ends = "\t" if (all_ := self.average_interval) is None else f"{all_.low:.2f}\t{all_.high:.2f}"
+        lines.append(f"Average\t{self.average:.2f}\t\t{sum(s.count for s in self.scores.values())}\t{ends}")
+        for grouping, level, score in self._level_rows():
+            count = sum(self.scores[name].count for name in score.languages)
+            lines.append(
+                f"Average {grouping} {level}\t{score.average:.2f}\t\t{count}\t{score.low:.2f}\t{score.high:.2f}"
+            )
         return "\n".join(lines) + "\n"
 
     def table(self) -> Any:
@@ -113,8 +142,15 @@ class EvaluationResult:
         for s in self.scores.values():
             table.add_row(s.language, f"{s.accuracy:.1f}", f"{s.low:.1f} - {s.high:.1f}", str(s.correct), str(s.count))
         table.add_section()
-        table.add_row("average", f"{self.average:.1f}", "", "", "")
+        ends = "" if (all_ := self.average_interval) is None else f"{all_.low:.1f} - {all_.high:.1f}"
+        table.add_row("average", f"{self.average:.1f}", ends, "", "")
+        for grouping, level, score in self._level_rows():
+            row = f"{level} ({grouping}, {len(score.languages)})"
+            table.add_row(row, f"{score.average:.1f}", f"{score.low:.1f} - {score.high:.1f}", "", "")
         return table
+
+    def _level_rows(self) -> list[tuple[str, str, LevelScore]]:
+        return [(grouping, level, score) for grouping, of in self.levels.items() for level, score in of.items()]
 
 
 def evaluate(
@@ -196,12 +232,13 @@ def evaluate(
         "batch_size": None if getattr(getattr(model, "config", None), "mask_encoder_padding", True) else batch_size,
     }
     store = OutputStore(Path(output_dir), settings, resume)
-    scores = {}
+    scores, outcomes = {}, {}
     with evaluation_mode(model), torch.no_grad(), _bar(progress, len(examples)) as advance:
         for language, group in by_language(examples).items():
             outputs = _outputs(answer, store, language, group, batch_size, advance)
-            scores[language] = _score(store, language, group, outputs, kind, label_match)
-    result = EvaluationResult(task, scores, report, Path(output_dir))
+            scores[language], outcomes[language] = _score(store, language, group, outputs, kind, label_match)
+    scoring = {"scorer": kind.scorer, "label_match": label_match}
+    result = EvaluationResult(task, scores, report, Path(output_dir), outcomes, scoring)
     write_whole(store.folder / "scores.json", json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
     write_whole(store.folder / "scores.tsv", result.to_tsv())
     return result
@@ -285,12 +322,12 @@ def _judge(example: Example, output: str, scorer: str, label_match: str) -> tupl
 
 def _score(
     store: OutputStore, language: str, examples: Sequence[Example], outputs: Sequence[str], kind: Task, match: str
-) -> LanguageScore:
+) -> tuple[LanguageScore, Outcomes]:
     """Judge the outputs of a language and write its predictions."""
-    predictions, correct = [], 0
+    predictions, outcomes = [], []
     for example, output in zip(examples, outputs, strict=True):
         gold, parsed, right = _judge(example, output, kind.scorer, match)
-        correct += right
+        outcomes.append((example.id, right))
         predictions.append(
             {
                 "id": example.id,
@@ -305,9 +342,9 @@ def _score(
         )
     text = json.dumps(predictions, indent=2, ensure_ascii=False)
     write_whole(store.path_of(language, ".json"), text + "\n")
-    count = len(examples)
+    correct, count = sum(right for _, right in outcomes), len(examples)
     low, high = wilson_interval(correct, count)
-    return LanguageScore(language, correct, count, 100 * correct / count, 100 * low, 100 * high)
+    return LanguageScore(language, correct, count, 100 * correct / count, 100 * low, 100 * high), outcomes
 
 
 @contextmanager

@@ -1,0 +1,123 @@
+"""What is measured on parallel text: similarity by view, contribution norms, one sentence's attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layalign.analysis import fusion
+from layalign.analysis.projection import project
+from layalign.analysis.reading import Reader, untrained
+from layalign.analysis.result import AttentionMap, Projection, Similarity
+from layalign.analysis.similarity import centred_cosine, linear_cka, retrieval_accuracy
+from layalign.analysis.tokens import token_labels
+from layalign.data.examples import Example
+from layalign.packing import IGNORE_INDEX
+
+LLM_ALONE, UNTRAINED, BEFORE, AFTER = "LLM alone", "untrained", "before", "LayAlign"
+ENGLISH = "English"
+Data = Mapping[str, Sequence[Example]]
+Read = Callable[[Sequence[Example]], Tensor]
+
+
+def views(reader: Reader, before: Any, seed: int) -> Iterator[tuple[str, Read, AbstractContextManager[None]]]:
+    """(name, how sentences are read, what must hold meanwhile) of each way to read them."""
+    yield LLM_ALONE, lambda examples: reader.llm_alone([example.source for example in examples]), nullcontext()
+    if isinstance(before, str):
+        yield UNTRAINED, reader.through_encoder, untrained(reader.model, seed)
+    elif before is not None:
+        yield BEFORE, replace(reader, model=before).through_encoder, nullcontext()
+    yield AFTER, reader.through_encoder, nullcontext()
+
+
+def english_of(data: Data) -> list[Example]:
+    """Every English sentence once."""
+    return [Example(text, "", ENGLISH) for text in dict.fromkeys(e.target for rows in data.values() for e in rows)]
+
+
+def read_view(read: Read, data: Data, layer: int, seed: int) -> tuple[dict[str, Similarity], Projection]:
+    """Similarity of every language to English, and the projection of one layer, of one view."""
+    english = english_of(data)
+    rows = {example.source: row for row, example in enumerate(english)}
+    states_of_english = read(english)
+    similar, shown = {}, {}
+    for language, examples in data.items():
+        states = read(examples)
+        others = states_of_english[[rows[example.target] for example in examples]]
+        similar[language] = similarity(states, others, seed)
+        shown[language] = states[:, layer]
+        # One language's translations are enough: they are mostly the same.
+        shown.setdefault(ENGLISH, others[:, layer])
+    shown[ENGLISH] = shown.pop(ENGLISH)  # drawn last, above the others
+    return similar, project(shown, seed)
+
+
+def similarity(states: Tensor, english: Tensor, seed: int) -> Similarity:
+    """All metrics of every layer.
+
+    Args:
+        states, english: (N, layers + 1, D), row by row translations.
+        seed: of the shuffled pairing.
+    """
+    order = torch.randperm(len(states), generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.empty_like(order)
+    shuffled[order] = order.roll(1)  # one cycle: no sentence meets its own translation
+    found = Similarity([], [], [], [], [])
+    for layer in range(states.shape[1]):
+        x, y = states[:, layer].double(), english[:, layer].double()
+        found.cosine.append(centred_cosine(x, y))
+        found.cka.append(linear_cka(x, y))
+        found.to_english.append(retrieval_accuracy(x, y))
+        found.from_english.append(retrieval_accuracy(y, x))
+        found.shuffled_cka.append(linear_cka(x, y[shuffled]))
+    return found
+
+
+def contributions(reader: Reader, data: Data) -> dict[str, list[float]] | None:
+    """Mean contribution norm per language layer over the English text's positions: of all ("mean"), by language."""
+    if reader.model.encoder_aligner is None:
+        return None
+    sums, counts = {}, {}
+    for language, examples in data.items():
+        total, count = torch.zeros(len(reader.model.cross_attention), dtype=torch.float64), 0
+        for _, batch, labelled in reader.batches(examples, targets=True):
+            inside = (labelled["labels"] != IGNORE_INDEX).cpu()
+            norms = fusion.contribution_norms(reader.model, batch)
+            total += norms[:, inside].double().sum(dim=1)
+            count += int(inside.sum())
+        sums[language], counts[language] = total, count
+    mean = torch.stack(list(sums.values())).sum(dim=0) / sum(counts.values())
+    return {"mean": mean.tolist(), **{language: (sums[language] / counts[language]).tolist() for language in sums}}
+
+
+def attention(reader: Reader, example: Example, generate: int) -> AttentionMap | None:
+    """Attention from the English translation, or from an answer of up to ``generate`` tokens, to the source."""
+    if reader.model.encoder_aligner is None:
+        return None
+    _, batch, labelled = next(iter(reader.batches([example], targets=not generate)))
+    batch, answer = _generated(reader, batch, generate) if generate else (batch, labelled["labels"] != IGNORE_INDEX)
+    ids = batch["input_ids"][answer].tolist()
+    text = reader.llm_tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return AttentionMap(
+        language=example.language,
+        source=example.source,
+        answer=text if generate else example.target,
+        generated=bool(generate),
+        rows=token_labels(reader.llm_tokenizer, ids),
+        columns=token_labels(reader.encoder_tokenizer, batch["encoder_input_ids"][0].tolist()),
+        weights=fusion.attention_maps(reader.model, batch)[:, answer.cpu()].float().tolist(),
+    )
+
+
+def _generated(reader: Reader, batch: dict[str, Tensor], most: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The batch with the model's own greedy answer behind it, and where that stands, (1, T) bool."""
+    end = reader.llm_tokenizer.eos_token_id
+    options = {} if end is None else {"eos_token_id": end}
+    ids = reader.model.generate(**batch, max_new_tokens=most, do_sample=False, num_beams=1, **options)
+    answer = torch.arange(ids.shape[1], device=ids.device)[None] >= batch["input_ids"].shape[1]
+    return {**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, answer

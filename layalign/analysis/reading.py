@@ -1,0 +1,192 @@
+"""A model reads sentences: the hidden states of its LLM, one vector per sentence and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layalign.data.collator import LayAlignCollator
+from layalign.data.examples import Example
+
+Advance = Callable[[int], None]
+
+
+@dataclass
+class Reader:
+    """Reads sentences in batches.
+
+    Attributes:
+        model: a LayAlign model in eval mode.
+        encoder_tokenizer, llm_tokenizer: its tokenizers.
+        batch_size: sentences read together.
+        max_length: longest sentence in tokens; what is longer is cut.
+        advance: called with the number of sentences read.
+    """
+
+    model: Any
+    encoder_tokenizer: Any
+    llm_tokenizer: Any
+    batch_size: int = 8
+    max_length: int = 256
+    advance: Advance = lambda count: None
+
+    def __post_init__(self) -> None:
+        # [bos] [source] [boundary] [target] must fit the LLM's positions, the source alone the encoder's.
+        llm, encoder = self.model.config.get_text_config(), self.model.config.encoder_config
+        positions = getattr(llm, "max_position_embeddings", None) or getattr(llm, "n_positions", None)
+        limits = [self.max_length, (positions - 2) // 2 if isinstance(positions, int) else self.max_length]
+        positions = getattr(encoder, "max_position_embeddings", None)
+        self.max_length = max(1, min([*limits, positions - 2] if isinstance(positions, int) else limits))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM's input goes."""
+        return self.model.get_input_embeddings().weight.device
+
+    def collator(self, *, targets: bool) -> LayAlignCollator:
+        """[source] and, with targets, [English], as in the translation stage.
+
+        A model without an adapter has no source in its LLM's input; the LLM reads the text itself there, as in the task
+        stage, except where a target can stand alone behind a first token.
+        """
+        soft = self.model.mapping is not None
+        alone = targets and self.model.config.llm_bos_token_id is not None
+        longest = {f"max_{part}_length": self.max_length for part in ("source", "prompt", "target")}
+        return LayAlignCollator.from_model(
+            self.model,
+            self.encoder_tokenizer,
+            self.llm_tokenizer,
+            stage="translation" if soft or alone else "task",
+            with_targets=targets,
+            **longest,
+        )
+
+    def batches(
+        self, examples: Sequence[Example], *, targets: bool
+    ) -> Iterator[tuple[list[int], dict[str, Tensor], dict[str, Tensor]]]:
+        """(places of the examples, batch for the model, the same with labels) in batches of similar length."""
+        collate = self.collator(targets=targets)
+        for places in self._places([len(example.source) + len(example.target) for example in examples]):
+            chosen = [replace(examples[i], prompt=examples[i].source) for i in places]
+            batch = {name: tensor.to(self.device) for name, tensor in collate(chosen).items()}
+            yield places, {name: tensor for name, tensor in batch.items() if name != "labels"}, batch
+            self.advance(len(places))
+
+    def _places(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+        return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
+
+    @torch.no_grad()
+    def through_encoder(self, examples: Sequence[Example]) -> Tensor:
+        """The LLM's states while the model reads each source through encoder, adapter and aligner.
+
+        Returns:
+            (N, layers + 1, D_l) float32 on the CPU: means over the soft tokens; without an adapter over the text.
+        """
+        found: list[Tensor] = [torch.empty(0)] * len(examples)
+        config, soft = self.model.config, self.model.mapping is not None
+        for places, batch, _ in self.batches(examples, targets=False):
+            output = self.model(**batch, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+            lengths = batch["encoder_attention_mask"].sum(dim=1) if soft else None
+            mask = source_positions(batch["attention_mask"], config.llm_bos_token_id is not None, lengths)
+            for place, pooled in zip(places, _pooled(output.hidden_states, mask), strict=True):
+                found[place] = pooled
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def llm_alone(self, texts: Sequence[str]) -> Tensor:
+        """The LLM's states while it reads each text itself, without encoder, gates and LoRA.
+
+        Returns:
+            (N, layers + 1, D_l) float32 on the CPU: means over the text's tokens.
+        """
+        found: list[Tensor] = [torch.empty(0)] * len(texts)
+        first = self.model.config.llm_bos_token_id
+        with without_lora(self.model):
+            for places in self._places([len(text) for text in texts]):
+                ids = self.llm_tokenizer([texts[i] for i in places], add_special_tokens=False)["input_ids"]
+                rows = [([] if first is None else [first]) + list(row)[: self.max_length] for row in ids]
+                width = max(map(len, rows))
+                # On the right: a causal LLM does not see this padding, and needs no position ids.
+                batch = {
+                    "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+                    "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+                }
+                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                output = self.model.llm(
+                    **batch, output_hidden_states=True, use_cache=False, logits_to_keep=1, return_dict=True
+                )
+                mask = source_positions(batch["attention_mask"], first is not None)
+                for place, pooled in zip(places, _pooled(output.hidden_states, mask), strict=True):
+                    found[place] = pooled
+                self.advance(len(places))
+        return torch.stack(found)
+
+
+def source_positions(attention_mask: Tensor, has_first: bool, lengths: Tensor | None = None) -> Tensor:
+    """The positions that come from the source.
+
+    Args:
+        attention_mask: (B, T), 1 where a token is real; padding on either side.
+        has_first: whether a first token (bos) stands before them.
+        lengths: (B,) numbers of soft tokens; None: all real positions but the first token.
+
+    Returns:
+        (B, T) bool.
+    """
+    place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    place = place - attention_mask.argmax(dim=1, keepdim=True) - int(has_first)
+    real = attention_mask.bool() & (place >= 0)
+    return real if lengths is None else real & (place < lengths.to(place.device)[:, None])
+
+
+def _pooled(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Layers' states (B, T, D) and a mask (B, T) -> their means (B, layers, D), float32 on the CPU."""
+    counts = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    means = []
+    for states in hidden:
+        inside = mask.to(states.device)[..., None]
+        total = states.float().masked_fill(~inside, 0.0).sum(dim=1)
+        means.append((total / counts.to(states.device)).cpu())
+    return torch.stack(means, dim=1)
+
+
+@contextmanager
+def without_lora(model: Any) -> Iterator[None]:
+    """The LLM as it was before its LoRA, for a while."""
+    if model.config.lora is None:
+        yield
+        return
+    flags = {name: parameter.requires_grad for name, parameter in model.llm.named_parameters()}
+    model.llm.disable_adapters()
+    try:
+        yield
+    finally:
+        model.llm.enable_adapters()
+        for name, parameter in model.llm.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+
+@contextmanager
+def untrained(model: Any, seed: int) -> Iterator[None]:
+    """The model as it is before any training, for a while: fresh adapter and aligner, gates at their start, no LoRA."""
+    own = [part for part in (model.mapping, model.encoder_aligner, model.cross_attention) if part is not None]
+    kept = [(parameter, parameter.detach().clone()) for part in own for parameter in part.parameters()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            for part in own:
+                for module in part.modules():
+                    model._init_weights(module)
+        with without_lora(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in kept:
+                parameter.copy_(values)

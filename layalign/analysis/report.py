@@ -1,0 +1,229 @@
+"""The report of an analysis: one page with its pictures inside, the numbers as JSON, the pictures as PNG."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+
+from layalign.analysis import plots
+from layalign.analysis.attention_svg import caption, map_svg
+from layalign.analysis.result import METRICS, AnalysisResult
+
+PAGE, NUMBERS = "report.html", "analysis.json"
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px }
+th, td { border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: right; font-variant-numeric: tabular-nums }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100% } figure { margin: 1rem 0 } figcaption { font-size: 13px; color: #555 }
+.maps { overflow-x: auto } svg text { font: 12px system-ui, sans-serif }
+.note { background: #f4f4f4; padding: .5rem 1rem }
+"""
+_NO_ALIGNER = (
+    "This model has no aligner (its language_layers are empty): no mix weights, gates or attention to the source."
+)
+
+Pictures = dict[str, bytes]
+
+
+def write_report(result: AnalysisResult, folder: Path) -> Path:
+    """Write `report.html`, `analysis.json` and the PNG files into ``folder``.
+
+    Returns:
+        The page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures(result)
+    for name, data in pictures.items():
+        (folder / f"{name}.png").write_bytes(data)
+    numbers = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False)
+    (folder / NUMBERS).write_text(numbers + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(_page(result, pictures), encoding="utf-8")
+    return folder / PAGE
+
+
+def _pictures(result: AnalysisResult) -> Pictures:
+    pictures: Pictures = {}
+    if result.mix is not None:
+        pictures["mix"] = plots.mix_picture(result)
+        pictures["gates"] = plots.gate_picture(result)
+        pictures["contribution"] = plots.contribution_picture(result)
+    pictures["similarity"] = plots.similarity_picture(result)
+    for metric in METRICS:
+        pictures[f"similarity_{metric}"] = plots.language_picture(result, metric)
+    pictures["pca"] = plots.projection_picture(result, "pca")
+    pictures["tsne"] = plots.projection_picture(result, "tsne")
+    return pictures
+
+
+def _page(result: AnalysisResult, pictures: Pictures) -> str:
+    sections = (_summary, _fusion, _similarity, _projections, _attention)
+    body = "".join(section(result, pictures) for section in sections)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>LayAlign analysis</title>'
+        f"<style>{_STYLE}</style></head><body><h1>LayAlign analysis</h1>{body}</body></html>\n"
+    )
+
+
+def _text(*lines: str, kind: str = "") -> str:
+    shown = f' class="{kind}"' if kind else ""
+    return "".join(f"<p{shown}>{html.escape(line)}</p>" for line in lines)
+
+
+def _image(pictures: Pictures, name: str, title: str) -> str:
+    data = base64.b64encode(pictures[name]).decode()
+    return (
+        f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(title)}</figcaption></figure>"
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    def cells(tag: str, values: list[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
+
+    return f"<table>{cells('th', header)}{''.join(cells('td', row) for row in rows)}</table>"
+
+
+def _summary(result: AnalysisResult, pictures: Pictures) -> str:
+    settings = result.settings
+    known = {
+        "checkpoint": settings["checkpoint"],
+        "encoder": settings["encoder"],
+        "LLM": f"{settings['llm'] or 'unnamed'}, {settings['llm_layers']} layers",
+        "encoder layers": ", ".join(map(str, result.encoder_layers)),
+        "LLM layers that attend": ", ".join(map(str, result.language_layers)) or "none",
+        "aligner": f"{settings['structure']}, mix {settings['mix']}" if result.mix is not None else "none",
+        "adapter (soft tokens)": "yes" if settings["adapter"] else "no",
+        "LoRA on the LLM": "yes" if settings["lora"] else "no",
+        "sentences": ", ".join(f"{name} {count}" for name, count in result.sentences.items()),
+        "longest sentence": f"{settings['max_length']} tokens; what is longer is cut",
+        "seed": str(settings["seed"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
+    }
+    return _table(["", ""], [[name, str(value)] for name, value in known.items() if value is not None])
+
+
+def _fusion(result: AnalysisResult, pictures: Pictures) -> str:
+    if result.mix is None:
+        return "<h2>Mix weights, gates, contribution</h2>" + _text(_NO_ALIGNER, kind="note")
+    parts = [
+        "<h2>Mix weights</h2>",
+        _text(
+            "How much of every encoder layer (columns) goes into the key state and the value state of every LLM layer "
+            "(rows): the learned weights themselves, before the relu. One colour scale, white at 0, for both maps."
+        ),
+        _image(pictures, "mix", "Mix weights: LLM layer by encoder layer"),
+        "<h2>Gates</h2>",
+        _text(
+            "The factor of each LLM layer's attention to the source: learned from 0, unless it is fixed. Its "
+            "sign says little: the value states can change theirs too."
+        ),
+    ]
+    if not result.gate_history:
+        note = (
+            "Gates over training: the checkpoint's folder has no gates.jsonl, which training writes, so none are shown."
+        )
+        parts.append(_text(note, kind="note"))
+    parts += [
+        _image(pictures, "gates", "Gates" + (" now, and at every logged step" if result.gate_history else "")),
+        "<h2>Contribution</h2>",
+        _text(
+            "How large the source's share is in each layer: ||gate * softmax(q k) v|| / ||self-attention output||, all "
+            "heads together, before the output projection; the mean over the English translation's positions, while "
+            "the model reads [source -> translation]."
+        ),
+        _image(
+            pictures,
+            "contribution",
+            "Contribution norm per LLM layer; bars: mean over the positions of all languages, the rest by language",
+        ),
+    ]
+    return "".join(parts)
+
+
+def _views(result: AnalysisResult) -> str:
+    words = {
+        "LLM alone": "LLM alone: the LLM reads the text itself, without encoder, aligner and LoRA.",
+        "untrained": "untrained: the text goes through encoder, adapter and aligner with fresh weights.",
+        "before": "before: the text goes through encoder, adapter and aligner of the other checkpoint.",
+        "LayAlign": "LayAlign: the text goes through encoder, adapter and aligner of this model.",
+    }
+    return "<ul>" + "".join(f"<li>{html.escape(words[view])}</li>" for view in result.similarity) + "</ul>"
+
+
+def _similarity(result: AnalysisResult, pictures: Pictures) -> str:
+    header = ["language"] + [f"{title}: {view}" for title in METRICS.values() for view in result.similarity]
+    rows = [
+        [language]
+        + [
+            f"{getattr(view[language], metric)[result.layer]:.3f}"
+            for metric in METRICS
+            for view in result.similarity.values()
+        ]
+        for language in result.sentences
+    ]
+    where = "the soft tokens" if result.settings["adapter"] else "the text's tokens (this model has no soft tokens)"
+    parts = [
+        "<h2>Similarity of X and English inside the LLM</h2>",
+        _text(
+            "Each sentence and its English translation are read separately, English the same way as X. A sentence's "
+            f"vector is the mean of a layer's hidden states over {where}; for the LLM alone over the text's tokens."
+        ),
+        _views(result),
+        _text(
+            "Centred cosine: mean cosine of the pairs, each language's own mean subtracted. Linear CKA: Kornblith et "
+            "al. 2019; with few sentences it is high even without alignment, so the dotted lines show it for sentences "
+            "paired at random. Retrieval: share of sentences whose nearest neighbour by cosine is their translation, "
+            "as in Tatoeba/LASER (Artetxe and Schwenk 2019); the dotted line is chance."
+        ),
+        _image(
+            pictures, "similarity", "Lines: means over the languages; bands: from the lowest to the highest language"
+        ),
+    ]
+    for metric, title in METRICS.items():
+        parts.append(_image(pictures, f"similarity_{metric}", f"{title[0].upper()}{title[1:]} by language and layer"))
+    parts += [f"<h3>Hidden state {result.layer}</h3>", _table(header, rows)]
+    return "".join(parts)
+
+
+def _projections(result: AnalysisResult, pictures: Pictures) -> str:
+    perplexity = next(iter(result.projections.values())).perplexity
+    return "".join(
+        [
+            f"<h2>Sentences in two dimensions: hidden state {result.layer}</h2>",
+            _text(
+                "The same sentence vectors, one point per sentence, coloured by language, each view fitted on its own. "
+                "PCA shows the two directions of most variance. t-SNE (van der Maaten and Hinton 2008; perplexity "
+                f"{perplexity:g}, seed {result.settings['seed']}) shows who is whose neighbour: its distances between "
+                "clusters and their sizes mean nothing."
+            ),
+            _image(pictures, "pca", "PCA"),
+            _image(pictures, "tsne", "t-SNE"),
+        ]
+    )
+
+
+def _attention(result: AnalysisResult, pictures: Pictures) -> str:
+    shown = result.attention
+    if shown is None:
+        return ""
+    answer = "the model's own answer" if shown.generated else "its English translation"
+    parts = [
+        "<h2>Attention to the source</h2>",
+        _text(
+            f"From the tokens of {answer} (rows, read by the LLM) to the source's tokens (columns): softmax(q k), mean "
+            "over heads, one map per LLM layer, each with its own colour scale. Each row sums to 1. A dot goes on with "
+            "the character before it.",
+            f"{shown.language}: {shown.source}",
+            f"{'Answer' if shown.generated else 'English'}: {shown.answer}",
+        ),
+    ]
+    for slot, layer in enumerate(result.language_layers):
+        title = html.escape(caption(shown, slot, layer, result.gates))
+        parts.append(
+            f"<details open><summary>{title}</summary><div class='maps'>{map_svg(shown, slot)}</div></details>"
+        )
+    return "".join(parts)

@@ -1,0 +1,137 @@
+"""What an analysis found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+METRICS = {
+    "cosine": "centred cosine",
+    "cka": "linear CKA",
+    "to_english": "retrieval X -> English",
+    "from_english": "retrieval English -> X",
+}
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """X and English, per hidden state of the LLM (0 is the embeddings): lists of layers + 1 numbers.
+
+    Attributes:
+        cosine: :func:`layalign.analysis.centred_cosine`.
+        cka: :func:`layalign.analysis.linear_cka`.
+        to_english, from_english: :func:`layalign.analysis.retrieval_accuracy` in both directions; chance is 1 / N.
+        shuffled_cka: linear CKA when the sentences are paired at random, its value without any alignment.
+    """
+
+    cosine: list[float]
+    cka: list[float]
+    to_english: list[float]
+    from_english: list[float]
+    shuffled_cka: list[float]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One view's sentence vectors of one layer in two dimensions.
+
+    Attributes:
+        pca, tsne: per language (and English) its N points (x, y).
+        explained: shares of the variance on the two PCA axes.
+        perplexity: of the t-SNE.
+    """
+
+    pca: dict[str, list[list[float]]]
+    tsne: dict[str, list[list[float]]]
+    explained: list[float]
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Attention from the LLM's tokens to one sentence's source tokens.
+
+    Attributes:
+        language, source, answer, generated: the sentence, the text the LLM reads after it, and whether it wrote it.
+        rows, columns: T labels of LLM tokens, S labels of source tokens.
+        weights: (L, T, S), mean over heads; rows sum to 1.
+    """
+
+    language: str
+    source: str
+    answer: str
+    generated: bool
+    rows: list[str]
+    columns: list[str]
+    weights: list[list[list[float]]]
+
+
+@dataclass
+class AnalysisResult:
+    """Everything that was measured.
+
+    Attributes:
+        sentences: sentences per language.
+        settings: what the model is and how it was measured.
+        language_layers, encoder_layers: LLM layers that attend, encoder layers they mix; in the order of the numbers.
+        mix: weights (L, E) under "keys" and "values"; None without an aligner.
+        gates: L numbers; None without an aligner.
+        gate_history: {"step", "gates"} of each logged training step; None where the checkpoint has no such record.
+        contribution: under "mean" and under each language L mean contribution norms; None without an aligner.
+        similarity: by view ("LLM alone", "LayAlign", ...) and language.
+        layer: the hidden state that the projections show.
+        projections: by view.
+        attention: one sentence's maps; None without an aligner.
+        output_dir: where the report was written, or None.
+    """
+
+    sentences: dict[str, int]
+    settings: dict[str, Any]
+    language_layers: list[int]
+    encoder_layers: list[int]
+    mix: dict[str, list[list[float]]] | None
+    gates: list[float] | None
+    gate_history: list[dict[str, Any]] | None
+    contribution: dict[str, list[float]] | None
+    similarity: dict[str, dict[str, Similarity]]
+    layer: int
+    projections: dict[str, Projection]
+    attention: AttentionMap | None
+    output_dir: Path | None = field(default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values, numbers rounded to six decimals."""
+        found = asdict(self)
+        del found["output_dir"]
+        return _rounded(found)
+
+    def averages(self, view: str, metric: str) -> list[float]:
+        """A metric of `METRICS` per layer, mean over the languages."""
+        rows = [getattr(found, metric) for found in self.similarity[view].values()]
+        return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+    def table(self) -> Any:
+        """A `rich` table for the terminal: each language's similarity to English at the chosen layer, by view."""
+        from rich.table import Table
+
+        views = list(self.similarity)
+        table = Table(title=f"X and English in hidden state {self.layer} of the LLM: {' / '.join(views)}")
+        table.add_column("language")
+        for title in METRICS.values():
+            table.add_column(title, justify="right")
+        for language in self.sentences:
+            cells = []
+            for metric in METRICS:
+                numbers = [getattr(self.similarity[view][language], metric)[self.layer] for view in views]
+                cells.append(" / ".join(f"{number:.2f}" for number in numbers))
+            table.add_row(language, *cells)
+        return table
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,196 @@
+"""The analysis: everything measured on parallel text, then written as a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from layalign.analysis import fusion, measure
+from layalign.analysis.measure import UNTRAINED
+from layalign.analysis.pairs import Pairs, read_pairs
+from layalign.analysis.reading import Reader
+from layalign.analysis.result import AnalysisResult
+from layalign.config import number_of_layers
+from layalign.data import Example
+from layalign.data.languages import find_language
+from layalign.errors import ArgumentError
+from layalign.evaluation.answering import evaluation_mode
+from layalign.training.gates import read_gates
+
+LIMIT = 200
+
+
+def analyze(
+    model: Any,
+    encoder_tokenizer: Any,
+    llm_tokenizer: Any,
+    pairs: Pairs,
+    output_dir: str | Path | None = None,
+    *,
+    languages: Sequence[str] | None = None,
+    limit: int | None = LIMIT,
+    batch_size: int = 8,
+    max_length: int = 256,
+    before: Any = None,
+    layer: int | None = None,
+    sentence: int = 1,
+    sentence_language: str | None = None,
+    generate: int = 0,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> AnalysisResult:
+    """Measure what the aligner, the gates and the LLM's hidden states of a model do on parallel text.
+
+    Args:
+        model: a `LayAlignForCausalLM`, with or without an aligner.
+        encoder_tokenizer, llm_tokenizer: its tokenizers.
+        pairs: files of lines `source<TAB>english`; see :func:`layalign.analysis.read_pairs`.
+        output_dir: gets `report.html`, `analysis.json` and the pictures as PNG; None writes nothing.
+        languages: names or codes of the languages to look at; None is all.
+        limit: most sentences per language; None is all.
+        batch_size: sentences read together.
+        max_length: longest sentence in tokens; less where the model's positions do not suffice.
+        before: a second LayAlign model with the same tokenizers to compare with, or "untrained" for this one with fresh
+            weights; the LLM alone is always compared with.
+        layer: hidden state for the PCA and t-SNE, 0 being the embeddings; None is the middle one.
+        sentence: number, from 1, of the sentence whose attention is shown.
+        sentence_language: its language; None is the first.
+        generate: show the attention of an answer that the model writes, of at most so many tokens; 0 shows that of the
+            English translation.
+        checkpoint: the model's folder, for the gates over training.
+        seed: of the t-SNE, of the shuffled pairs and of fresh weights.
+        progress: show a progress bar.
+
+    Returns:
+        All numbers.
+
+    Raises:
+        ArgumentError: an argument is none of those expected.
+        DataError: a file of `pairs` has a malformed line.
+    """
+    _check(model, before, batch_size, max_length, generate)
+    place = _layer(model, layer)
+    data = read_pairs(pairs, languages=languages, limit=limit)
+    example = _example(data, sentence, sentence_language)
+    other = before if before is not None and before != UNTRAINED else model
+    similarity, projections = {}, {}
+    with evaluation_mode(model), evaluation_mode(other), _bar(progress, _amount(model, data, before)) as advance:
+        reader = Reader(model, encoder_tokenizer, llm_tokenizer, batch_size, max_length, advance)
+        for name, read, held in measure.views(reader, before, seed):
+            with held:
+                similarity[name], projections[name] = measure.read_view(read, data, place, seed)
+        contribution = measure.contributions(reader, data)
+        attention = measure.attention(reader, example, generate)
+    mix = fusion.mix_weights(model)
+    result = AnalysisResult(
+        sentences={name: len(found) for name, found in data.items()},
+        settings=_settings(model, reader, before, seed, checkpoint),
+        language_layers=list(model.config.language_layers),
+        encoder_layers=list(model.config.encoder_layers),
+        mix=None if mix is None else {"keys": mix[0].tolist(), "values": mix[1].tolist()},
+        gates=fusion.gate_values(model) or None,
+        gate_history=_history(model, checkpoint),
+        contribution=contribution,
+        similarity=similarity,
+        layer=place,
+        projections=projections,
+        attention=attention,
+    )
+    if output_dir is not None:
+        from layalign.analysis.report import write_report
+
+        write_report(result, Path(output_dir))
+        result.output_dir = Path(output_dir)
+    return result
+
+
+def _check(model: Any, before: Any, batch_size: int, max_length: int, generate: int) -> None:
+    if not hasattr(model, "cross_attention") or not hasattr(getattr(model, "config", None), "language_layers"):
+        raise ArgumentError(f"model: expected a LayAlign model, got {type(model).__name__}")
+    for name, number, least in (
+        ("batch_size", batch_size, 1),
+        ("max_length", max_length, 1),
+        ("generate", generate, 0),
+    ):
+        if number < least:
+            raise ArgumentError(f"{name}: expected a number >= {least}, got {number}")
+    if before is None or before == UNTRAINED:
+        return
+    if isinstance(before, str) or not hasattr(before, "cross_attention"):
+        found = repr(before) if isinstance(before, str) else type(before).__name__
+        raise ArgumentError(f"before: expected 'untrained' or a LayAlign model, got {found}")
+    for part in ("encoder", "llm"):
+        sizes = [getattr(one.config, f"{part}_config").get_text_config().vocab_size for one in (model, before)]
+        if sizes[0] != sizes[1]:
+            raise ArgumentError(f"before: expected the {part} vocabulary of the model, {sizes[0]}, got {sizes[1]}")
+    depths = [number_of_layers(one.config.get_text_config()) for one in (model, before)]
+    if depths[0] != depths[1]:
+        raise ArgumentError(f"before: expected an LLM of {depths[0]} layers like the model's, got {depths[1]}")
+
+
+def _layer(model: Any, layer: int | None) -> int:
+    last = number_of_layers(model.config.get_text_config())
+    if layer is not None and not 0 <= layer <= last:
+        raise ArgumentError(f"layer: expected 0 (embeddings) to {last}, got {layer}")
+    return (last + 1) // 2 if layer is None else layer
+
+
+def _example(data: dict[str, list[Example]], sentence: int, language: str | None) -> Example:
+    found = None if language is None else find_language(language)
+    name = next(iter(data)) if language is None else (found.name if found else language)
+    if name not in data:
+        raise ArgumentError(f"sentence_language: expected one of {', '.join(data)}, got {language!r}")
+    if not 1 <= sentence <= len(data[name]):
+        raise ArgumentError(f"sentence: expected 1 to {len(data[name])}, the sentences of {name}, got {sentence}")
+    return data[name][sentence - 1]
+
+
+def _history(model: Any, checkpoint: str | Path | None) -> list[dict[str, Any]] | None:
+    """The record of the checkpoint's folder, as far as it is of these layers."""
+    found = [] if checkpoint is None else read_gates(checkpoint)
+    return [entry for entry in found if len(entry["gates"]) == len(model.cross_attention)] or None
+
+
+def _settings(model: Any, reader: Reader, before: Any, seed: int, checkpoint: str | Path | None) -> dict[str, Any]:
+    config = model.config
+    return {
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "encoder": config.encoder_name_or_path,
+        "llm": config.llm_name_or_path,
+        "structure": config.structure,
+        "mix": getattr(config, "mix", "layer-wise"),
+        "adapter": model.mapping is not None,
+        "lora": config.lora is not None,
+        "llm_layers": number_of_layers(config.get_text_config()),
+        "before": before if before is None or isinstance(before, str) else "another checkpoint",
+        "max_length": reader.max_length,
+        "seed": seed,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _amount(model: Any, data: dict[str, list[Example]], before: Any) -> int:
+    """Sentences to read in all."""
+    sources = sum(len(rows) for rows in data.values())
+    with_aligner = sources + 1 if model.encoder_aligner is not None else 0
+    return (2 if before is None else 3) * (sources + len(measure.english_of(data))) + with_aligner
+
+
+@contextmanager
+def _bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that advances a progress bar, or does nothing."""
+    if not shown:
+        yield lambda count: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("reading", total=total)
+        yield lambda count: bar.update(task, advance=count)

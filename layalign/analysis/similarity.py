@@ -1,0 +1,102 @@
+"""How alike two sets of sentence vectors are, row i of the one being the translation of row i of the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layalign.errors import ArgumentError
+
+_TIE = 1e-12  # cosines of equal vectors differ by rounding
+
+
+def _checked(first: Tensor, second: Tensor, same_size: bool) -> tuple[Tensor, Tensor]:
+    """Both in float64 on the CPU."""
+    for name, states in (("first", first), ("second", second)):
+        if states.dim() != 2 or len(states) < 2 or not states.is_floating_point():
+            found = f"{tuple(states.shape)} {str(states.dtype).removeprefix('torch.')}"
+            raise ArgumentError(f"{name}: expected floating-point states (N, D) with N >= 2, got {found}")
+        if not bool(torch.isfinite(states).all()):
+            raise ArgumentError(f"{name}: expected finite states, got infinity or NaN")
+    if len(first) != len(second) or (same_size and first.shape != second.shape):
+        wanted = "the shape" if same_size else "as many rows"
+        raise ArgumentError(f"second: expected {wanted} of first, {tuple(first.shape)}, got {tuple(second.shape)}")
+    return first.to("cpu", torch.float64), second.to("cpu", torch.float64)
+
+
+def _centred(states: Tensor) -> Tensor:
+    return states - states.mean(dim=0)
+
+
+def _unit(states: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(states, dim=1, eps=torch.finfo(states.dtype).tiny)
+
+
+def centred_cosine(first: Tensor, second: Tensor) -> float:
+    """Mean cosine of the pairs (first[i], second[i]), each set with its own mean subtracted.
+
+    Without the subtraction the direction that all states of a language model share makes every cosine nearly 1, and a
+    language's own offset hides what its sentences have in common with their translations.
+
+    Args:
+        first, second: (N, D), any floating-point dtype; computed in float64.
+
+    Returns:
+        -1..1; a vector that equals its set's mean counts as 0.
+
+    Raises:
+        ArgumentError: shapes that differ, fewer than two rows, no floating-point numbers, or infinite ones.
+
+    Source: the offset of a language as its mean: Libovický, Rosa and Fraser, Findings of EMNLP 2020.
+    """
+    first, second = _checked(first, second, same_size=True)
+    return float((_unit(_centred(first)) * _unit(_centred(second))).sum(dim=1).mean())
+
+
+def linear_cka(first: Tensor, second: Tensor) -> float:
+    """Linear centred kernel alignment, ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) with centred X and Y.
+
+    It does not change under rotation and uniform scaling of either set: it compares structure, not coordinates. It is
+    biased towards 1 where there are few rows for the size of the vectors: compare with the value of shuffled rows.
+
+    Args:
+        first, second: (N, D) and (N, D'), any floating-point dtype; computed in float64.
+
+    Returns:
+        0..1; 0 where all rows of a set are the same.
+
+    Raises:
+        ArgumentError: another number of rows, fewer than two, no floating-point numbers, or infinite ones.
+
+    Source: Kornblith, Norouzi, Lee and Hinton, ICML 2019.
+    """
+    first, second = _checked(first, second, same_size=False)
+    x, y = _centred(first), _centred(second)
+    for centred, states in ((x, first), (y, second)):
+        if float(centred.norm()) <= 1e-12 * float(states.norm()):
+            return 0.0
+    x, y = x / x.norm(), y / y.norm()
+    if len(x) <= max(x.shape[1], y.shape[1]):  # the same numbers by N x N matrices
+        a, b = x @ x.T, y @ y.T
+        return float((a * b).sum() / (a.norm() * b.norm()))
+    return float((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def retrieval_accuracy(queries: Tensor, candidates: Tensor) -> float:
+    """Share of the rows of ``queries`` whose nearest candidate by cosine is the one in the same row.
+
+    Args:
+        queries, candidates: (N, D), any floating-point dtype; computed in float64.
+
+    Returns:
+        0..1, chance being 1 / N. A tie of k candidates that has the right one among them counts 1 / k.
+
+    Raises:
+        ArgumentError: shapes that differ, fewer than two rows, no floating-point numbers, or infinite ones.
+
+    Source: similarity search on Tatoeba, LASER: Artetxe and Schwenk, TACL 2019.
+    """
+    queries, candidates = _checked(queries, candidates, same_size=True)
+    cosines = _unit(queries) @ _unit(candidates).T
+    nearest = cosines >= cosines.amax(dim=1, keepdim=True) - _TIE
+    return float((nearest.diagonal() / nearest.sum(dim=1)).mean())

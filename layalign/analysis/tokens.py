@@ -1,0 +1,43 @@
+"""Labels of tokens that a person can read, in any script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+CONTINUED = "·"  # a token that only goes on with the character before it
+SPACE = "␣"
+_BROKEN = "\ufffd"
+_LONGEST = 8  # tokens of one character, at most
+
+
+def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """A label for each token.
+
+    Bytes of one character are decoded together: the character stands at the first of them, a dot at the others.
+
+    Args:
+        tokenizer: of transformers.
+        ids: token ids, special ones included.
+    """
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    labels: list[str] = []
+    while len(labels) < len(ids):
+        start = len(labels)
+        piece = str(tokenizer.convert_ids_to_tokens(int(ids[start])))
+        if ids[start] in special:
+            labels.append(piece)
+            continue
+        text, count = _whole(tokenizer, ids[start : start + _LONGEST])
+        labels.append(piece if text is None else (text.strip() or SPACE))
+        labels += [CONTINUED] * (count - 1)
+    return labels
+
+
+def _whole(tokenizer: Any, ids: Sequence[int]) -> tuple[str | None, int]:
+    """The shortest start of ``ids`` that decodes to whole characters, and its number of tokens; else (None, 1)."""
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(list(ids[:count]), clean_up_tokenization_spaces=False)
+        if _BROKEN not in text:
+            return text, count
+    return None, 1

@@ -1,0 +1,112 @@
+"""`layalign analyze`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layalign.cli.common import Device, Dtype, load_model
+
+Checkpoint = Annotated[str, typer.Argument(help="Folder or hub name of a trained model.")]
+PairFiles = Annotated[
+    list[str],
+    typer.Option(
+        "--pairs", "-p", help="NAME=FILE of lines source<TAB>english, or a folder of *.tsv named so; may be repeated."
+    ),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, analysis.json and PNG files.")]
+Languages = Annotated[
+    str | None, typer.Option("--languages", "-l", help="Names or codes with commas between. Default: all there are.")
+]
+Limit = Annotated[int, typer.Option("--limit", help="Most sentences per language.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Sentences read together.")]
+MaxLength = Annotated[int, typer.Option("--max-length", min=1, help="Longest sentence in tokens.")]
+Before = Annotated[
+    str | None,
+    typer.Option(
+        "--before", help="Compare with another checkpoint too, or with this model 'untrained' (fresh weights)."
+    ),
+]
+Layer = Annotated[int | None, typer.Option("--layer", help="Hidden state for PCA and t-SNE. Default: the middle one.")]
+Sentence = Annotated[str, typer.Option("--sentence", help="Whose attention is shown: N, from 1, or LANGUAGE:N.")]
+Generate = Annotated[
+    int,
+    typer.Option("--generate", min=0, help="Show attention of the model's answer, of so many tokens; 0: of English."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the t-SNE, of shuffled pairs and of fresh weights.")]
+
+
+def analyze(
+    checkpoint: Checkpoint,
+    pairs: PairFiles,
+    output: Output = Path("analysis"),
+    languages: Languages = None,
+    limit: Limit = 200,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 256,
+    before: Before = None,
+    layer: Layer = None,
+    sentence: Sentence = "1",
+    generate: Generate = 0,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Show what a model has learned: mix weights, gates, attention, and how alike X and English are inside the LLM.
+
+    Example: layalign analyze outputs/math/task -p sw=dev/sw.tsv -p de=dev/de.tsv -o results/analysis
+    """
+    from rich.console import Console
+
+    from layalign.analysis import analyze as run
+    from layalign.analysis import read_pairs
+
+    names = None if languages is None else [name.strip() for name in languages.split(",") if name.strip()]
+    language, number = _sentence(sentence)
+    read_pairs(pairs, languages=names, limit=limit)  # a mistake in them shows before a large model is loaded
+    console = Console()
+    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
+    result = run(
+        model,
+        encoder_tokenizer,
+        llm_tokenizer,
+        pairs,
+        output,
+        languages=names,
+        limit=limit,
+        batch_size=batch_size,
+        max_length=max_length,
+        before=_before(before, device, dtype),
+        layer=layer,
+        sentence=number,
+        sentence_language=language,
+        generate=generate,
+        checkpoint=checkpoint,
+        seed=seed,
+        progress=console.is_terminal,
+    )
+    console.print(result.table())
+    console.print(f"the report is {output / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _sentence(text: str) -> tuple[str | None, int]:
+    """(language or None, number) of "N" or "LANGUAGE:N"."""
+    from layalign.errors import ArgumentError
+
+    language, _, number = text.rpartition(":")
+    if not number.strip().isdigit():
+        raise ArgumentError(f"sentence: expected a number or LANGUAGE:NUMBER, got {text!r}")
+    return language.strip() or None, int(number)
+
+
+def _before(before: str | None, device: str | None, dtype: str) -> Any:
+    """What to compare with, loaded."""
+    from layalign.errors import ArgumentError
+
+    if before is None or before == "untrained":
+        return before
+    if not Path(before).exists() and before.count("/") != 1:
+        raise ArgumentError(f"before: expected 'untrained' or a checkpoint, no such folder: {before}")
+    return load_model(before, device, dtype)[0]

@@ -1,0 +1,44 @@
+"""`layalign compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunA = Annotated[Path, typer.Argument(metavar="RUN_A", help="Output folder of an evaluation: the baseline.")]
+RunB = Annotated[Path, typer.Argument(metavar="RUN_B", help="Output folder of another evaluation of the same data.")]
+By = Annotated[str, typer.Option("--by", help="language, or level: resource levels.")]
+Grouping = Annotated[str, typer.Option("--grouping", help="Of the levels: joshi, or paper (MGSM and MSVAMP only).")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write, with all that was computed.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")]
+
+
+def compare(
+    run_a: RunA, run_b: RunB, by: By = "language", grouping: Grouping = "joshi", output: Output = None, seed: Seed = 0
+) -> None:
+    """Compare two evaluations answer by answer: exact McNemar tests and bootstrap intervals of the difference.
+
+    Example: layalign compare results/baseline results/layalign --by level
+
+    For benchmark results see layalign bench --compare.
+    """
+    import json
+
+    from rich.console import Console
+
+    from layalign.evaluation.compare import compare_runs
+    from layalign.evaluation.store import write_whole
+
+    comparison = compare_runs(run_a, run_b, seed=seed)
+    table = comparison.table(by, grouping)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    Console().print(table)
+    for name, alone in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
+        if alone:
+            typer.echo(f"only in {name}, left out: {', '.join(alone)}")
+    if comparison.settings:
+        typer.echo(f"settings that differ: {', '.join(comparison.settings)}")

@@ -1,0 +1,91 @@
+"""The gates over training: one line per logged step, cut where a resumed run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_training import TinyParts, save_parts
+from transformers import TrainerCallback
+
+from layalign.training import TrainConfig, build_model, load_train_config, train
+from layalign.training.gates import FILE, GateHistory, read_gates
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
+    return save_parts(tmp_path_factory.mktemp("parts"))
+
+
+def make_config(parts: TinyParts, output: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "encoder": parts.encoder, "llm": parts.llm, "data": parts.data, "output_dir": str(output), "batch_size": 8,
+        "dev_size": 8, "max_steps": 6, "learning_rate": 5e-3, "logging_steps": 2, "eval_steps": 0, "save_steps": 3,
+        "progress": False, "use_cpu": True,
+    }  # fmt: skip
+    return load_train_config(values | changes)
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= self.step
+
+
+def test_a_run_records_its_gates_and_a_resumed_one_goes_on(parts: TinyParts, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    model = build_model(make_config(parts, whole))
+    train(make_config(parts, whole), model=model)
+    history = read_gates(whole)
+    assert [entry["step"] for entry in history] == [0, 2, 4, 6]
+    assert history[0]["gates"] == [0.0, 0.0]
+    assert history[-1]["gates"] == [module.adaption_gate.item() for module in model.cross_attention]
+    assert all(gate != 0 for gate in history[1]["gates"])
+
+    train(make_config(parts, broken), callbacks=[StopAfter(5)])
+    assert [entry["step"] for entry in read_gates(broken)][:3] == [0, 2, 4]
+    with (broken / FILE).open("a") as file:
+        file.write('{"step": 99, "gates": [9, 9]}\n{"step": 5, "ga')  # beyond the checkpoint, and cut off
+    # Stopping wrote a checkpoint of step 5; what is resumed is the one of step 3.
+    train(make_config(parts, broken, resume=str(broken / "checkpoint-3")))
+    again = read_gates(broken)
+    assert [entry["step"] for entry in again] == [0, 2, 3, 4, 6]
+    assert again[-1]["gates"] == pytest.approx(history[-1]["gates"], rel=1e-5)
+    assert len((broken / FILE).read_text().splitlines()) == 5
+    assert read_gates(broken / "checkpoint-3") == again[:3]
+
+    train(make_config(parts, broken, resume=False, max_steps=2))
+    assert [entry["step"] for entry in read_gates(broken)] == [0, 2]
+
+
+def test_no_gates_no_file(parts: TinyParts, tmp_path: Path) -> None:
+    train(make_config(parts, tmp_path, language_layers=[], max_steps=1, save_steps=0))
+    assert not (tmp_path / FILE).exists()
+    assert read_gates(tmp_path) == []
+
+
+def test_only_the_main_process_writes_and_only_while_training(tmp_path: Path) -> None:
+    import torch
+
+    model = SimpleNamespace(cross_attention=[SimpleNamespace(adaption_gate=torch.tensor([0.25]))])
+    arguments = SimpleNamespace(output_dir=str(tmp_path))
+
+    def state(step: int, main: bool = True) -> SimpleNamespace:
+        return SimpleNamespace(global_step=step, is_world_process_zero=main)
+
+    other = GateHistory()
+    other.on_train_begin(arguments, state(0, main=False), None, model=model)
+    other.on_log(arguments, state(1, main=False), None, model=model)
+    main = GateHistory()
+    main.on_log(arguments, state(0), None, model=model)  # the loss before training is logged before it begins
+    assert not (tmp_path / FILE).exists()
+    main.on_train_begin(arguments, state(0), None, model=model)
+    for step in (0, 1, 1):
+        main.on_log(arguments, state(step), None, model=model)
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert lines == [{"step": 0, "gates": [0.25]}, {"step": 1, "gates": [0.25]}]
