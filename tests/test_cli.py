@@ -19,7 +19,8 @@ from layalign.cli.app import app
 from layalign.doctor import examine
 
 COMMANDS = (
-    "demo", "baselines", "train", "experiment", "evaluate", "compare", "analyze", "generate", "convert", "doctor", "bench",
+    "demo", "baselines", "train", "experiment", "evaluate", "compare", "analyze", "generate", "convert", "doctor",
+    "bench",
 )  # fmt: skip
 
 
