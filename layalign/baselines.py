@@ -5,12 +5,12 @@ Used by ``layalign train --baseline NAME`` and by ``layalign experiment``; `laya
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layalign._pages import print_or_write, replaced
 from layalign.errors import ArgumentError
 
 __all__ = ["BASELINES", "Baseline", "baseline", "with_baseline"]
@@ -172,19 +172,9 @@ def markdown() -> str:
 
 
 def written_into(page: str) -> str:
-    """``page`` with the table between its two marks replaced."""
-    before, rest = page.split(BEGIN, 1)
-    return before + BEGIN + "\n" + markdown() + END + rest.split(END, 1)[1]
-
-
-def main() -> None:
-    """Print the table, or write it into a page: ``--write PAGE``."""
-    if len(sys.argv) == 3 and sys.argv[1] == "--write":
-        page = Path(sys.argv[2])
-        page.write_text(written_into(page.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(markdown(), end="")
+    """``page`` with the table between its two marks replaced by today's."""
+    return replaced(page, BEGIN, END, markdown())
 
 
 if __name__ == "__main__":
-    main()
+    print_or_write(markdown, written_into)

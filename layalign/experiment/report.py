@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from layalign._pages import replaced
 from layalign.experiment.results import GROUPS
 
 _COLUMNS = ("all", "high", "medium", "low", "trained", "unseen", "English")
@@ -178,10 +179,9 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
 def written_into(page: str, found: dict[str, Any]) -> str:
     """``page`` with each table between its marks (`<!-- experiment: NAME -->`, `<!-- end -->`) replaced."""
     for name, (_, rows) in TABLES.items():
-        begin, end = f"<!-- experiment: {name} -->", "<!-- end -->"
+        begin = f"<!-- experiment: {name} -->"
         if begin in page:
-            before, rest = page.split(begin, 1)
-            page = before + begin + "\n" + markdown_table(rows(found)) + end + rest.split(end, 1)[1]
+            page = replaced(page, begin, "<!-- end -->", markdown_table(rows(found)))
     return page
 
 

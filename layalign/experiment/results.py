@@ -10,6 +10,7 @@ from typing import Any
 
 from scipy import stats
 
+from layalign.evaluation.intervals import holm
 from layalign.experiment.runs import PREPARED, RESULT, read_done, run_folder, seed_folder
 from layalign.experiment.settings import LEVELS, ExperimentSettings
 
@@ -61,15 +62,10 @@ def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, float 
     return {"difference": mean, "half": half, "p": p}
 
 
-def holm(values: Sequence[float | None]) -> list[float | None]:
+def corrected(values: Sequence[float | None]) -> list[float | None]:
     """p-values corrected for their number by Holm's method, in the order given; None stays None."""
-    known = sorted((p, place) for place, p in enumerate(values) if p is not None)
-    corrected: list[float | None] = [None] * len(values)
-    largest = 0.0
-    for rank, (p, place) in enumerate(known):
-        largest = max(largest, min(1.0, p * (len(known) - rank)))
-        corrected[place] = largest
-    return corrected
+    known = iter(holm([p for p in values if p is not None]))
+    return [None if p is None else next(known) for p in values]
 
 
 def collect(settings: ExperimentSettings, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -128,8 +124,8 @@ def _tests(systems: dict[str, Any], first: str) -> None:
             mine, theirs = (systems[s]["groups"][group]["by_seed"] for s in (name, first))
             shared = [seed for seed in mine if seed in theirs]
             tests.append(paired([mine[s] for s in shared], [theirs[s] for s in shared]) if shared else None)
-        corrected = holm([None if test is None else test["p"] for test in tests])
-        for name, test, p in zip(others, tests, corrected, strict=True):
+        known = corrected([None if test is None else test["p"] for test in tests])
+        for name, test, p in zip(others, tests, known, strict=True):
             if test is not None:
                 systems[name]["groups"][group][f"against {first}"] = {**test, "p_holm": p}
 

@@ -6,16 +6,15 @@ answers for a GPU can be had on any machine. The table stands in docs/backends.m
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from layalign._pages import print_or_write, replaced
 from layalign.ops import _checks, backends
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -106,18 +105,8 @@ def markdown() -> str:
 
 def written_into(page: str) -> str:
     """``page`` with the table between its two marks replaced by today's."""
-    before, rest = page.split(BEGIN, 1)
-    return before + BEGIN + "\n" + markdown() + END + rest.split(END, 1)[1]
-
-
-def main() -> None:
-    """Print the table, or write it into a page: ``--write PAGE``."""
-    if len(sys.argv) == 3 and sys.argv[1] == "--write":
-        page = Path(sys.argv[2])
-        page.write_text(written_into(page.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(markdown(), end="")
+    return replaced(page, BEGIN, END, markdown())
 
 
 if __name__ == "__main__":
-    main()
+    print_or_write(markdown, written_into)

@@ -1,0 +1,22 @@
+"""Tables that the code writes into the documentation, between two marks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replaced(page: str, begin: str, end: str, table: str) -> str:
+    """``page`` with what stands between the marks ``begin`` and ``end`` replaced by ``table``."""
+    before, rest = page.split(begin, 1)
+    return before + begin + "\n" + table + end + rest.split(end, 1)[1]
+
+
+def print_or_write(markdown: Callable[[], str], written_into: Callable[[str], str]) -> None:
+    """Print a table, or write it into a page: ``--write PAGE``."""
+    if len(sys.argv) == 3 and sys.argv[1] == "--write":
+        page = Path(sys.argv[2])
+        page.write_text(written_into(page.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(markdown(), end="")
