@@ -59,6 +59,8 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m layalign.ops.support --write docs/backends.md
 	$(BIN)/python -m layalign.baselines --write docs/baselines.md
+	$(BIN)/python -m layalign.experiment.report benchmarks/results/experiment/results.json docs/experiment.md
+	$(BIN)/python benchmarks/estimate.py docs/reproduce.md
 
 # Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.
 kernels-report: $(STAMP)

@@ -17,12 +17,14 @@ from layalign.baselines import BASELINES
 from layalign.cli import main
 from layalign.errors import ArgumentError
 from layalign.experiment import load_settings, preset_names
-from layalign.experiment.report import accuracy_rows, picture, written_into
+from layalign.experiment.report import TABLES, accuracy_rows, picture, written_into
 from layalign.experiment.report import test_rows as difference_rows
-from layalign.experiment.results import holm, mean_interval, members, paired, summarise
+from layalign.experiment.results import corrected, mean_interval, members, paired, summarise
 from layalign.experiment.runs import PREPARED, RESULT, run_folder, seed_folder
 from layalign.experiment.schedule import run_all, tasks
 from layalign.experiment.settings import ExperimentSettings, settings_from
+
+ROOT = Path(__file__).parent.parent
 
 
 def smoke(**changes: Any) -> dict[str, Any]:
@@ -136,8 +138,8 @@ def test_paired_difference() -> None:
 
 
 def test_holm() -> None:
-    assert holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert corrected([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
+    assert corrected([0.5, 0.9]) == [1.0, 1.0] and corrected([None]) == [None]
 
 
 def _write_run(settings: ExperimentSettings, folder: Path, name: str, seed: int, correct: dict[str, int]) -> None:
@@ -172,6 +174,19 @@ def test_summary_of_runs(tmp_path: Path) -> None:
     page = written_into("a\n<!-- experiment: accuracy -->\nold\n<!-- end -->\nb", found)
     assert "68.8 ± 79.4" in page and "old" not in page and page.startswith("a\n") and page.endswith("\nb")
     assert picture(found).startswith(b"\x89PNG")
+
+
+def test_the_tables_in_the_documentation_are_the_committed_results() -> None:
+    found = json.loads((ROOT / "benchmarks/results/experiment/results.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/experiment.md").read_text(encoding="utf-8")
+    assert written_into(page, found) == page, "run `make docs`"
+    assert all(f"<!-- experiment: {name} -->" in page for name in TABLES)
+    settings = load_settings("controlled")
+    assert settings_from(found["settings"]).to_dict() == settings.to_dict()
+    for name, system in found["systems"].items():  # the means that the tables show, from the runs' own numbers
+        values = list(system["groups"]["all"]["by_seed"].values())
+        assert system["groups"]["all"]["mean"] == pytest.approx(sum(values) / len(values)), name
+        assert system["label"] in page and all(version["commit"] for version in system["versions"])
 
 
 # The whole thing
