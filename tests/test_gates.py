@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_training import TinyParts, save_parts
+from tiny_training import TinyParts, save_parts, training_config
 from transformers import TrainerCallback
 
-from layalign.training import TrainConfig, build_model, load_train_config, train
+from layalign.training import TrainConfig, build_model, train
 from layalign.training.gates import FILE, GateHistory, read_gates
 
 
@@ -21,12 +21,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
 
 
 def make_config(parts: TinyParts, output: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "encoder": parts.encoder, "llm": parts.llm, "data": parts.data, "output_dir": str(output), "batch_size": 8,
-        "dev_size": 8, "max_steps": 6, "learning_rate": 5e-3, "logging_steps": 2, "eval_steps": 0, "save_steps": 3,
-        "progress": False, "use_cpu": True,
-    }  # fmt: skip
-    return load_train_config(values | changes)
+    return training_config(parts, output, **{"logging_steps": 2, "save_steps": 3, **changes})
 
 
 class StopAfter(TrainerCallback):

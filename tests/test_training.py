@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from tiny_training import TinyParts, save_parts
+from tiny_training import training_config as make_config
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
 from layalign.errors import ArgumentError, CheckpointError
 from layalign.tokenization import load_tokenizers
-from layalign.training import TrainConfig, TrainSummary, build_model, load_train_config, train, training_arguments
+from layalign.training import TrainSummary, build_model, load_train_config, train, training_arguments
 from layalign.training.runs import checkpoints
 from layalign.training.trainer import LengthBucketSampler, load_trained
 
@@ -24,15 +25,6 @@ from layalign.training.trainer import LengthBucketSampler, load_trained
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
     return save_parts(tmp_path_factory.mktemp("parts"))
-
-
-def make_config(parts: TinyParts, output: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "encoder": parts.encoder, "llm": parts.llm, "data": parts.data, "output_dir": str(output), "batch_size": 8,
-        "dev_size": 8, "max_steps": 6, "learning_rate": 5e-3, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
-        "progress": False, "use_cpu": True,
-    }  # fmt: skip
-    return load_train_config(values | changes)
 
 
 def losses(summary: TrainSummary) -> list[float]:

@@ -6,10 +6,13 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
+
+from layalign.training import TrainConfig, load_train_config
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]
 WORDS = {
@@ -85,3 +88,13 @@ def write_data(folder: Path, pairs: int = 24) -> None:
         (mgsm / f"mgsm_{code}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "query_translation").mkdir()
     (folder / "query_translation" / "metamath_615k.json").write_text(json.dumps(questions), encoding="utf-8")
+
+
+def training_config(parts: TinyParts, output: Path, **changes: Any) -> TrainConfig:
+    """A few steps of the translation stage on the tiny parts."""
+    values: dict[str, Any] = {
+        "encoder": parts.encoder, "llm": parts.llm, "data": parts.data, "output_dir": str(output), "batch_size": 8,
+        "dev_size": 8, "max_steps": 6, "learning_rate": 5e-3, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
+        "progress": False, "use_cpu": True,
+    }  # fmt: skip
+    return load_train_config(values | changes)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from layalign.cli.common import Device, Dtype, load_model
+from layalign.cli.common import Device, Dtype, listed, load_model
 
 Checkpoint = Annotated[str, typer.Argument(help="Folder or hub name of a trained model.")]
 PairFiles = Annotated[
@@ -63,7 +63,7 @@ def analyze(
     from layalign.analysis import analyze as run
     from layalign.analysis import read_pairs
 
-    names = None if languages is None else [name.strip() for name in languages.split(",") if name.strip()]
+    names = listed(languages)
     language, number = _sentence(sentence)
     read_pairs(pairs, languages=names, limit=limit)  # a mistake in them shows before a large model is loaded
     console = Console()

@@ -14,6 +14,11 @@ Dtype = Annotated[
 ]
 
 
+def listed(text: str | None) -> list[str] | None:
+    """The names in a text with commas between them; None where the option was not given."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
 def quiet_transformers() -> None:
     """Leave out transformers' loading reports and bars; warnings of ours still show."""
     from rich.console import Console

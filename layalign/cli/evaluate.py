@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from layalign.cli.common import Device, Dtype, load_model
+from layalign.cli.common import Device, Dtype, listed, load_model
 
 Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Folder or hub name of a trained model.")]
 Task = Annotated[str, typer.Option("--task", "-t", help="mgsm, msvamp, xnli, x-csqa, xcopa, ...")]
@@ -64,7 +64,7 @@ def evaluate(
         task,
         data,
         output,
-        languages=None if languages is None else [name.strip() for name in languages.split(",") if name.strip()],
+        languages=listed(languages),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         limit=limit,

@@ -30,7 +30,7 @@ def experiment(
     from rich.console import Console
     from rich.table import Table
 
-    from layalign.cli.common import quiet_transformers
+    from layalign.cli.common import listed, quiet_transformers
     from layalign.errors import ArgumentError
     from layalign.experiment import load_settings
     from layalign.experiment.report import accuracy_rows, write_report
@@ -39,14 +39,13 @@ def experiment(
 
     quiet_transformers()
     console, settings = Console(), load_settings(config)
-    names = None if only is None else [name.strip() for name in only.split(",") if name.strip()]
     numbers = None if seeds is None else [_seed(text) for text in seeds.split(",")]
 
     def tell(task: Task, seconds: float, problem: str | None) -> None:
         text = f"{seconds:.0f} s" if problem is None else f"failed: {problem}"
         console.print(f"{task.name}: {text}", highlight=False, soft_wrap=True)
 
-    failed = [] if report else run_all(settings, output, only=names, seeds=numbers, jobs=jobs, tell=tell)
+    failed = [] if report else run_all(settings, output, only=listed(only), seeds=numbers, jobs=jobs, tell=tell)
     if not any((output / "runs").glob("*/*/result.json")):
         raise ArgumentError(f"output: no finished run in {output}")
     found = write_results(settings, output)

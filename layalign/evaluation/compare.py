@@ -8,7 +8,6 @@ McNemar test, for which every answer stands alone, is then too sure; an exact te
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from layalign.errors import ArgumentError, DataError
 from layalign.evaluation.intervals import holm, is_parallel, macro_interval, sign_flip_p
 from layalign.evaluation.levels import GROUPINGS, by_level
-from layalign.evaluation.store import SETTINGS
+from layalign.evaluation.store import SETTINGS, prediction_path
 
 
 @dataclass(frozen=True)
@@ -235,8 +234,7 @@ class _Run:
         self.scoring = found.get("scoring") if isinstance(found, dict) else None
 
     def answers(self, language: str) -> list[tuple[str, int]]:
-        # As `OutputStore.path_of` names it.
-        path = self.folder / "predictions" / (re.sub(r"[^\w() '.-]", "_", language) + ".json")
+        path = prediction_path(self.folder, language, ".json")
         if not path.is_file():
             raise ArgumentError(f"{self.name}: expected a finished evaluation, got none of {language} in {self.folder}")
         try:

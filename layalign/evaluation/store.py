@@ -32,6 +32,11 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
+def prediction_path(folder: Path, language: str, suffix: str) -> Path:
+    """File of a language in a run's folder; characters that a file name cannot hold become "_"."""
+    return folder / "predictions" / (re.sub(r"[^\w() '.-]", "_", language) + suffix)
+
+
 class OutputStore:
     """The generated texts of a run: `predictions/<language>.jsonl`, one line per text, appended batch by batch.
 
@@ -83,8 +88,8 @@ class OutputStore:
                 )
 
     def path_of(self, language: str, suffix: str) -> Path:
-        """File of a language; characters that a file name cannot hold become "_"."""
-        return self.predictions / (re.sub(r"[^\w() '.-]", "_", language) + suffix)
+        """See :func:`prediction_path`."""
+        return prediction_path(self.folder, language, suffix)
 
     def begin(self, language: str, examples: Sequence[Example]) -> dict[int, str]:
         """The outputs that are there already, by the number of their example.
