@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from layalign import LayAlignForCausalLM
 from layalign.baselines import baseline
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
-from layalign.demo.pretraining import Budget, encoder_config, llm_config, pretrain_encoder, pretrain_llm
+from layalign.demo.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
 from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
 from layalign.errors import ArgumentError
 from layalign.evaluation import evaluate
@@ -105,10 +105,6 @@ def _done(path: Path, fingerprint: str, found: dict[str, Any]) -> dict[str, Any]
 # A seed's data and models
 
 
-def _budget(steps: Steps) -> Budget:
-    return Budget(steps.steps, steps.batch, steps.learning_rate)
-
-
 def _every(losses: list[tuple[int, float]], interval: int) -> Callable[[int, int, float], None]:
     def record(step: int, steps: int, loss: float) -> None:
         if step % interval == 0 or step == steps:
@@ -131,12 +127,12 @@ def prepare(settings: ExperimentSettings, folder: Path, seed: int) -> dict[str, 
     losses: dict[str, list[tuple[int, float]]] = {"llm": [], "encoder": []}
     seconds = {}
     shape = llm_config(llm_tokenizer, settings.llm_size, settings.llm_layers)
-    llm = pretrain_llm(llm_tokenizer, _budget(settings.llm), seed, _every(losses["llm"], 25), shape)
+    llm = pretrain_llm(llm_tokenizer, settings.llm, seed, _every(losses["llm"], 25), shape)
     seconds["llm"] = time.perf_counter() - started
     wide = encoder_config(encoder_tokenizer, settings.encoder_size, settings.encoder_layers)
     encoder = pretrain_encoder(
         encoder_tokenizer,
-        _budget(settings.encoder),
+        settings.encoder,
         seed,
         _every(losses["encoder"], 25),
         settings.weights(),

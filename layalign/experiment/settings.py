@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from layalign.baselines import baseline
+from layalign.demo.pretraining import Budget
 from layalign.demo.problems import ALL_LANGUAGES
 from layalign.errors import ArgumentError
 
@@ -23,12 +24,8 @@ _WHOLE = (
 
 
 @dataclass(frozen=True)
-class Steps:
-    """How much a training reads: `steps` batches of `batch` texts, with a peak learning rate."""
-
-    steps: int
-    batch: int
-    learning_rate: float
+class Steps(Budget):
+    """A budget of pre-training or of a stage, checked."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
