@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from layalign.errors import CheckpointError
 logger = logging.getLogger("layalign")
 
 WEIGHTS = "model.safetensors"
+DIGEST = "sha256"  # in the metadata of the weights
 OWN_PARTS = ("mapping.", "encoder_aligner.", "cross_attention.")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
@@ -67,8 +69,34 @@ def save(
         model.generation_config.save_pretrained(folder)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     unfinished = folder / f"{WEIGHTS}.unfinished"
-    save_file(contiguous, unfinished, metadata={"format": "pt"})
+    save_file(contiguous, unfinished, metadata={"format": "pt", DIGEST: digest(contiguous)})
     unfinished.replace(folder / WEIGHTS)  # never a half-written checkpoint under the final name
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors, in hexadecimal."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def read_weights(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; those that `save` wrote are compared with their SHA-256.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its content is not what was written.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            written = (opened.metadata() or {}).get(DIGEST)
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}".splitlines()[0]) from error
+    if written is not None and digest(weights) != written:
+        raise CheckpointError(f"{file}: damaged: its content is not what was written (SHA-256)")
+    return weights
 
 
 def load(
@@ -142,9 +170,10 @@ def _read_config(name_or_path: str, hub: dict[str, Any]) -> LayAlignConfig:
 
 def _read_weights(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        return load_file(str(cached_file(name_or_path, WEIGHTS, **hub)))
-    except (OSError, SafetensorError) as error:
+        file = str(cached_file(name_or_path, WEIGHTS, **hub))
+    except OSError as error:
         raise CheckpointError(f"{name_or_path}: cannot read {WEIGHTS}: {error}".splitlines()[0]) from error
+    return read_weights(file)
 
 
 def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> None:

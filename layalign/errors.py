@@ -19,3 +19,11 @@ class BackendError(LayAlignError, RuntimeError):
 
 class CheckpointError(LayAlignError, ValueError):
     """A checkpoint is missing, foreign, or does not fit the model."""
+
+
+class OutputError(LayAlignError, OSError):
+    """Something cannot be written (disk full, no permission); the text says what is left on the disk."""
+
+
+class NonFiniteError(LayAlignError, ArithmeticError):
+    """A loss or a gradient is NaN or infinite; the text names the step and the tensor."""

@@ -18,7 +18,7 @@ from layalign import LayAlignForCausalLM
 from layalign.errors import ArgumentError, CheckpointError
 from layalign.tokenization import load_tokenizers
 from layalign.training import TrainSummary, build_model, load_train_config, train, training_arguments
-from layalign.training.runs import checkpoints
+from layalign.training.checkpoints import checkpoints
 from layalign.training.trainer import LengthBucketSampler, load_trained
 
 
@@ -262,7 +262,7 @@ def test_weights_of_another_shape_are_refused(parts: TinyParts, tmp_path: Path) 
     small = build_model(make_config(parts, tmp_path, language_layers=[0]))
     with pytest.raises(CheckpointError, match="does not fit the model"):
         load_trained(small, tmp_path / "all")
-    with pytest.raises(CheckpointError, match="cannot read model.safetensors"):
+    with pytest.raises(CheckpointError, match="model.safetensors: cannot be read"):
         load_trained(small, tmp_path / "none")
 
 

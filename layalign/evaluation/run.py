@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from layalign._files import write_whole
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example, ReadReport
 from layalign.data.languages import language_of
@@ -26,7 +27,7 @@ from layalign.evaluation.answering import ModelAnswers, evaluation_mode, llm_alo
 from layalign.evaluation.intervals import Interval
 from layalign.evaluation.levels import LevelScore, Outcomes, average_interval, level_scores
 from layalign.evaluation.metrics import last_number, parse_label, same_number, wilson_interval
-from layalign.evaluation.store import OutputStore, write_whole
+from layalign.evaluation.store import OutputStore
 
 __all__ = ["TASKS", "EvaluationResult", "LanguageScore", "Task", "evaluate", "llm_alone"]
 SCORERS = ("number", "signed-number", "label", "text")

@@ -10,17 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layalign._files import write_whole, writing
 from layalign.data.examples import Example
 from layalign.errors import ArgumentError, DataError
 
 SETTINGS = "settings.json"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -51,7 +45,8 @@ class OutputStore:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
         self.folder, self.predictions = folder, folder / "predictions"
-        self.predictions.mkdir(parents=True, exist_ok=True)
+        with writing(f"output_dir: {folder}"):
+            self.predictions.mkdir(parents=True, exist_ok=True)
         self._path = folder / SETTINGS
         old = self._read_settings()
         if not resume:
@@ -134,9 +129,15 @@ class OutputStore:
         return outputs
 
     def append(self, language: str, outputs: Mapping[int, str]) -> None:
-        """Add a batch of outputs, and see to it that they are on the disk."""
+        """Add a batch of outputs, and see to it that they are on the disk.
+
+        Raises:
+            OutputError: they cannot be written; a rerun goes on behind those that were.
+        """
         lines = [json.dumps({"index": i, "output": text}, ensure_ascii=False) + "\n" for i, text in outputs.items()]
-        with self.path_of(language, ".jsonl").open("ab") as file:
+        path = self.path_of(language, ".jsonl")
+        kept = "the answers written before are kept, and a rerun goes on behind them"
+        with writing(f"output_dir: {path}", kept), path.open("ab") as file:
             file.write("".join(lines).encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())

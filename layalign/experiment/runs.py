@@ -21,13 +21,13 @@ import transformers
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
+from layalign._files import write_whole
 from layalign.baselines import baseline
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
 from layalign.demo.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
 from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
 from layalign.errors import ArgumentError
 from layalign.evaluation import evaluate
-from layalign.evaluation.store import write_whole
 from layalign.experiment.settings import ExperimentSettings, Steps, System
 from layalign.tokenization import load_tokenizers
 from layalign.training import TrainConfig, train

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from layalign._files import write_whole
 from layalign.errors import ArgumentError
 from layalign.layers import named_layers
 
@@ -42,6 +43,7 @@ _INTEGERS = {
     "save_steps": 0,
     "save_total_limit": 1,
     "num_workers": 0,
+    "max_skipped_steps": 0,
     "seed": 0,
     "adapter_size": 1,
 }
@@ -54,6 +56,7 @@ _NUMBERS = {
     "adam_beta2": 0.0,
     "adam_epsilon": 0.0,
     "max_grad_norm": 0.0,
+    "spike_factor": 0.0,
     "gate": float("-inf"),
 }
 _FLAGS = (
@@ -124,6 +127,10 @@ class TrainConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    # A step with a NaN stops the run, or is left out, this often at most; so is one whose loss is a spike: more than
+    # spike_factor times the median of the last hundred steps (0: no spike is looked for).
+    max_skipped_steps: int = 0
+    spike_factor: float = 4.0
     bf16: bool = False
     gradient_checkpointing: bool = False
     group_by_length: bool = False
@@ -177,9 +184,17 @@ class TrainConfig:
         """Plain values only, ready for YAML."""
         return asdict(self)
 
+    def to_yaml(self) -> str:
+        """The configuration as YAML; `layalign.training.load_train_config` reads it back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
     def save(self, path: str | Path) -> None:
-        """Write the configuration as YAML; `layalign.training.load_train_config` reads it back."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        """Write the configuration as YAML.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        write_whole(Path(path), self.to_yaml())
 
 
 def _coerce(config: TrainConfig) -> None:
@@ -272,6 +287,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("epochs", "learning_rate"):
         if getattr(config, name) == 0:
             raise ArgumentError(f"{name}: expected more than 0, got 0")
+    if 0 < config.spike_factor <= 1:
+        raise ArgumentError(f"spike_factor: expected more than 1, or 0 for no look-out, got {config.spike_factor:g}")
     for name in ("encoder_layers", "language_layers"):
         layers = getattr(config, name)
         if isinstance(layers, str):

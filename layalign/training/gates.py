@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from layalign._files import write_whole, writing
+
 FILE = "gates.jsonl"
 
 
@@ -56,9 +58,7 @@ class GateHistory(TrainerCallback):
         folder = Path(args.output_dir)
         kept = [entry for entry in read_gates(folder) if entry["step"] < state.global_step]
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"{FILE}.unfinished"
-        unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        unfinished.replace(folder / FILE)
+        write_whole(folder / FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._append(folder, state.global_step, gates)
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -68,7 +68,7 @@ class GateHistory(TrainerCallback):
         self._append(Path(args.output_dir), state.global_step, _gates(model))
 
     def _append(self, folder: Path, step: int, gates: list[float]) -> None:
-        with (folder / FILE).open("a", encoding="utf-8") as file:
+        with writing(str(folder / FILE)), (folder / FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "gates": gates}) + "\n")
         self._step = step
 

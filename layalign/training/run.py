@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from layalign._files import writing
 from layalign.checkpoint import OWN_PARTS
 from layalign.config import number_of_layers
 from layalign.data import FORMATS, Example, LayAlignCollator, load_examples
@@ -29,6 +30,7 @@ from layalign.tokenization import load_tokenizers
 from layalign.training import runs
 from layalign.training.config import TrainConfig
 from layalign.training.gates import GateHistory
+from layalign.training.guard import StepGuard
 from layalign.training.loading import load_train_config
 from layalign.training.runs import is_main_process
 from layalign.training.trainer import LayAlignTrainer
@@ -66,6 +68,8 @@ class TrainSummary:
     train_examples: int
     dev_examples: int
     resumed_from: str | None = None
+    skipped_steps: list[int] = field(default_factory=list)
+    loss_spikes: list[int] = field(default_factory=list)
     log_history: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
@@ -93,6 +97,8 @@ def train(
         ArgumentError: the configuration does not fit itself, the data or an earlier run in the same folder.
         DataError: the data cannot be read.
         CheckpointError: `init_checkpoint` or a checkpoint to resume from cannot be used.
+        NonFiniteError: a loss or gradient is NaN or infinite and `max_skipped_steps` are used up.
+        OutputError: the disk is full, or something cannot be written for another reason; checkpoints stay whole.
     """
     started = time.perf_counter()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -118,7 +124,8 @@ def train(
     runs.save_run(config, {"loss_before": loss_before})
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     loss_after = trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")["eval_loss"]
-    trainer.save_model(config.output_dir)
+    with writing(f"output_dir: {config.output_dir}", "the checkpoints in it are whole"):
+        trainer.save_model(config.output_dir)
 
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     summary = TrainSummary(
@@ -132,6 +139,8 @@ def train(
         train_examples=len(train_set),
         dev_examples=len(dev_set),
         resumed_from=str(resume_from) if resume_from else None,
+        skipped_steps=trainer.guard.skipped,
+        loss_spikes=trainer.guard.spikes,
         log_history=[{"step": 0, "epoch": 0.0, "eval_loss": loss_before}, *trainer.state.log_history],
     )
     runs.save_run(config, asdict(summary))
@@ -290,6 +299,7 @@ def _trainer(
         train_dataset=train_set,
         eval_dataset=dev_set or None,
         data_collator=collator,
+        guard=StepGuard(config.max_skipped_steps, config.spike_factor),
         callbacks=[GateHistory()],
     )
     if not config.progress:

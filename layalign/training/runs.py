@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from layalign._files import write_whole, writing
 from layalign.errors import ArgumentError
+from layalign.training.checkpoints import check_writable, checkpoints, clear_unfinished, problem, remove
 from layalign.training.config import TrainConfig
 
 logger = logging.getLogger("layalign")
 
 CONFIG_FILE = "train_config.yaml"
 RUN_FILE = "training.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a resumed run may change: it alters neither the data nor the steps already taken.
 _FREE_KEYS = {
     "output_dir", "resume", "epochs", "max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "keep_best", "report_to", "progress", "num_workers", "eval_batch_size", "use_cpu", "init_checkpoint",
+    "max_skipped_steps", "spike_factor",
 }  # fmt: skip
 
 
@@ -32,49 +32,33 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The complete training checkpoints in a folder, oldest first; one cut off while it was written is left out."""
-    found = []
-    root = Path(folder)
-    for path in root.iterdir() if root.is_dir() else ():
-        match = _CHECKPOINT.fullmatch(path.name)
-        if match is None:
-            continue
-        if is_complete(path):
-            found.append((int(match.group(1)), path))
-        else:
-            logger.warning("%s: not a complete checkpoint, left out", path)
-    return [path for _, path in sorted(found)]
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a training checkpoint was written to its end (its state file comes last)."""
-    try:
-        return "global_step" in json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-
-
 def find_resume(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from, or None. Starting over removes the folder's old checkpoints.
 
     Raises:
-        ArgumentError: there is no such checkpoint, or its run had other settings.
+        ArgumentError: there is no such checkpoint, it is damaged, or its run had other settings.
+        OutputError: the run's folder cannot be written to.
     """
     output = Path(config.output_dir)
+    if is_main_process():
+        with writing(f"output_dir: {output}"):
+            check_writable(output)
+            clear_unfinished(output)
     if config.resume is False:
         if is_main_process():
             for path in checkpoints(output):
                 logger.warning("resume: false, so %s is removed", path)
-                shutil.rmtree(path)
+                remove(path)
         return None
     if config.resume == "auto":
         found = checkpoints(output)
         chosen = found[-1] if found else None
     else:
         chosen = Path(str(config.resume))
-        if not is_complete(chosen):
+        if not chosen.is_dir():
             raise ArgumentError(f"resume: expected auto, false or a checkpoint-N folder of a run, got {chosen}")
+        if (wrong := problem(chosen)) is not None:
+            raise ArgumentError(f"resume: {chosen} is not a whole checkpoint: {wrong}")
     if chosen is not None:
         _check_same_run(config, chosen.parent / CONFIG_FILE)
     return chosen
@@ -98,11 +82,10 @@ def save_run(config: TrainConfig, content: dict[str, Any]) -> None:
     if not is_main_process():
         return
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    config.save(output / CONFIG_FILE)
-    temporary = output / f"{RUN_FILE}.new"
-    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    temporary.replace(output / RUN_FILE)
+    with writing(f"output_dir: {output}"):
+        output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / CONFIG_FILE, config.to_yaml())
+    write_whole(output / RUN_FILE, json.dumps(content, indent=2))
 
 
 def read_run(folder: Path) -> dict[str, Any]:

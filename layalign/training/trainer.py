@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
 from layalign import checkpoint
+from layalign._files import writing
 from layalign.errors import CheckpointError
 from layalign.tokenization import save_tokenizers
+from layalign.training.checkpoints import UNFINISHED, clear_unfinished, publish, rotate
+from layalign.training.guard import StepGuard
 
 _BATCHES_PER_POOL = 50
 
@@ -59,19 +60,31 @@ class LayAlignTrainer(Trainer):
     """Trainer of a `LayAlignForCausalLM`.
 
     Weight decay covers every trained parameter, as published; the loss of a step is the mean over its micro batches, as
-    published; checkpoints hold the trained weights only, the tokenizers beside them.
+    published; checkpoints hold the trained weights only, the tokenizers beside them, and appear whole or not at all
+    (`layalign.training.checkpoints`); a step with a NaN is not taken (`layalign.training.guard`).
 
     Args:
         tokenizers: (encoder tokenizer, LLM tokenizer), saved with every checkpoint.
         lengths: one number per training example to bucket by, or None for a plain shuffle.
+        guard: what looks at each step; by default one that stops at a NaN.
         **kwargs: as transformers' Trainer.
     """
 
-    def __init__(self, *, tokenizers: tuple[Any, Any], lengths: Sequence[int] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        tokenizers: tuple[Any, Any],
+        lengths: Sequence[int] | None = None,
+        guard: StepGuard | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.guard = StepGuard() if guard is None else guard
+        # With the other callbacks from the start, so that the Trainer's state knows it.
+        super().__init__(**{**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), self.guard]})
         self.tokenizers = tokenizers
         self.lengths = lengths
         self.model_accepts_loss_kwargs = False
+        self._staging: Path | None = None
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them; transformers would leave out biases and norms."""
@@ -82,6 +95,47 @@ class LayAlignTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthBucketSampler(self.lengths, batch, self.args.seed)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the Trainer's; the guard looks at the gradients before they are clipped."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.guard.saw(loss, inputs)
+        if self.accelerator.sync_gradients:
+            step = self.state.global_step + 1
+            self.guard.check(step, model, self._mean_over_processes, lambda batch: model(**self._prepare_inputs(batch)))
+        return loss
+
+    def _mean_over_processes(self, number: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(number.float(), reduction="mean")
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, but aside; the checkpoint gets its name when all of it is on the disk."""
+        run, main = Path(super()._get_output_dir(trial)), self.args.should_save
+        name = f"checkpoint-{self.state.global_step}"
+        staged, final = run / UNFINISHED / name, run / name
+        with writing(str(final), "the checkpoints before it are whole, and the run can go on from the last of them"):
+            try:
+                if main:
+                    clear_unfinished(run)
+                    staged.mkdir(parents=True)
+                self.accelerator.wait_for_everyone()
+                self._staging = staged.parent
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.state.best_model_checkpoint == str(staged):
+                    self.state.best_model_checkpoint = str(final)
+                if main:
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+                    publish(staged, final)
+                    rotate(run, final, self.args.save_total_limit, self.state.best_model_checkpoint)
+            finally:
+                self._staging = None
+                if main:
+                    clear_unfinished(run)
+        self.accelerator.wait_for_everyone()  # nobody may need the checkpoint before it has its name
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -103,10 +157,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
     Raises:
         CheckpointError: the folder has no readable weights, or they do not fit.
     """
-    try:
-        weights = load_file(Path(folder) / checkpoint.WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot read {checkpoint.WEIGHTS}: {error}") from error
+    weights = checkpoint.read_weights(Path(folder) / checkpoint.WEIGHTS)
     places = dict(model.named_parameters())
     wanted = checkpoint.trained_names(model)
     stored = {name for name in weights if name in wanted or name.startswith(checkpoint.OWN_PARTS)}

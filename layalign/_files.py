@@ -1,0 +1,62 @@
+"""Writing so that a kill, a full disk or a missing permission never leaves half a file under its final name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from layalign.errors import LayAlignError, OutputError
+
+
+@contextmanager
+def writing(what: str, left: str = "") -> Iterator[None]:
+    """Turn every failure to write into one error: `what` cannot be written, why, and what is `left`.
+
+    torch reports a full disk as RuntimeError, safetensors as an error of its own, tokenizers as a bare Exception.
+    """
+    try:
+        yield
+    except LayAlignError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OutputError(f"{what}: cannot be written: {reason}{left and '; '}{left}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of it.
+
+    Raises:
+        OutputError: it cannot be written; the old file, if there was one, is untouched.
+    """
+    temporary = path.with_name(path.name + ".unfinished")
+    with writing(str(path)):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def sync(path: Path) -> None:
+    """See to it that a file, or the entries of a folder, are on the disk and not only in memory."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # Windows cannot open a folder; there is nothing to do there
+            return
+        raise
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

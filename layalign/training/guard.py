@@ -1,0 +1,220 @@
+"""Watches every step for NaN, infinity and loss spikes: names step and tensor, and stops or leaves the step out.
+
+The check comes between the backward pass and clipping (clipping by a NaN norm would spread it to every gradient). It
+costs one norm over the trained gradients and one number from each process.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from layalign.errors import NonFiniteError
+
+logger = logging.getLogger("layalign")
+
+WINDOW = 100
+_SEEN_AT_LEAST = 20  # a median of fewer losses says little
+
+
+class StepGuard(TrainerCallback, ExportableState):
+    """Looks at each optimizer step before it is taken.
+
+    Args:
+        max_skipped: steps that may be left out in the whole run, resumed parts included. A step left out changes no
+            weight and no state of the optimizer; the learning rate goes on.
+        spike_factor: a loss above this times the median of the last `WINDOW` steps' losses is a spike; 0: none is.
+
+    Attributes:
+        skipped: the steps left out so far.
+        spikes: the steps whose loss was a spike.
+        losses: the losses of the last steps taken.
+    """
+
+    def __init__(self, max_skipped: int = 0, spike_factor: float = 0.0) -> None:
+        self.max_skipped, self.spike_factor = max_skipped, spike_factor
+        self.skipped: list[int] = []
+        self.spikes: list[int] = []
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self._parts: list[Tensor] = []
+        self._suspect: Mapping[str, Any] | None = None
+
+    # What a checkpoint keeps, so that a resumed run decides as the uninterrupted one.
+
+    def state(self) -> dict[str, Any]:
+        """As transformers saves it in `trainer_state.json`."""
+        return {"args": {}, "attributes": {"skipped": self.skipped, "spikes": self.spikes, "losses": [*self.losses]}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        kept = saved.get("attributes", {}) if isinstance(saved, dict) and state.global_step else {}
+        self.skipped, self.spikes = list(kept.get("skipped", ())), list(kept.get("spikes", ()))
+        self.losses = deque(kept.get("losses", ()), maxlen=WINDOW)
+        self._parts, self._suspect = [], None
+
+    # One step
+
+    def saw(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
+        """Note the loss of a micro batch; `inputs` is kept until the step's end where it is not finite."""
+        self._parts.append(loss)
+        if self._suspect is None and not math.isfinite(loss.item()):
+            self._suspect = inputs
+
+    def check(
+        self, step: int, model: nn.Module, mean: Callable[[Tensor], Tensor], rerun: Callable[[Mapping[str, Any]], Any]
+    ) -> None:
+        """Judge the step whose gradients are there; drop them where it is to be left out.
+
+        Args:
+            step: its number, from 1.
+            model: whose gradients.
+            mean: mean of a number over all processes.
+            rerun: a forward pass of a micro batch, to find where a NaN comes from.
+
+        Raises:
+            NonFiniteError: NaN or infinity, and no step may be left out (any more).
+        """
+        loss = float(mean(torch.stack(self._parts).sum()))
+        suspect, self._parts, self._suspect = self._suspect, [], None
+        # Only where a gradient is: DeepSpeed keeps them to itself, and its own overflow check sees them.
+        norm = gradient_norm(model)
+        if math.isfinite(loss) and math.isfinite(norm):
+            median = self._median()
+            if not self.spike_factor or median is None or loss <= self.spike_factor * median:
+                self.losses.append(loss)
+                return
+            self.spikes.append(step)
+            found = (
+                f"step {step}: the loss {loss:.4g} is {loss / median:.1f} times the median of the last "
+                f"{len(self.losses)} steps; largest gradient: {largest_gradient(model)}"
+            )
+            if len(self.skipped) >= self.max_skipped:
+                logger.warning("%s (the step is taken)", found)
+                self.losses.append(loss)
+                return
+        else:
+            found = f"step {step}: {self._origin(loss, norm, model, suspect, rerun)}"
+            if len(self.skipped) >= self.max_skipped:
+                raise NonFiniteError(
+                    f"{found}; {len(self.skipped)} steps were left out before (max_skipped_steps {self.max_skipped}). "
+                    "The last checkpoint is from before this step: resume from it with a smaller learning_rate, "
+                    "another dtype, or a larger max_skipped_steps"
+                )
+        self.skipped.append(step)
+        logger.warning("%s; the step is left out, %d of at most %d", found, len(self.skipped), self.max_skipped)
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def _median(self) -> float | None:
+        return statistics.median(self.losses) if len(self.losses) >= _SEEN_AT_LEAST else None
+
+    @staticmethod
+    def _origin(
+        loss: float, norm: float, model: nn.Module, suspect: Mapping[str, Any] | None, rerun: Callable[..., Any]
+    ) -> str:
+        bad = [name for name, parameter in model.named_parameters() if _broken(parameter.detach())]
+        if bad:
+            return f"the loss is {loss:g}; {_some(bad)} of the weights not finite"
+        if not math.isfinite(loss):
+            if suspect is None:
+                return f"the loss is {loss:g}, of a batch of another process"
+            return f"the loss is {loss:g}; first not finite: {first_broken(model, lambda: rerun(suspect))}"
+        bad = [name for name, parameter in model.named_parameters() if _broken(parameter.grad)]
+        what = f"{_some(bad)} of the gradients not finite" if bad else f"the norm of the gradients is {norm:g}"
+        return f"the loss is {loss:.4g}; {what}"
+
+
+def gradient_norm(model: nn.Module) -> float:
+    """Norm of all gradients, in float64 where it is added up; 0 without any. Whole also where they are sharded."""
+    total = 0.0
+    for group in _gradients(model):
+        norm = torch.nn.utils.get_total_norm(group)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        total += float(norm) ** 2
+    return math.sqrt(total) if total == total else math.nan
+
+
+def _gradients(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Gradients, those sharded apart from the others: their norms cannot be stacked."""
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for sharded in (False, True):
+        group = [gradient for gradient in found if hasattr(gradient, "full_tensor") == sharded]
+        if group:
+            yield group
+
+
+def largest_gradient(model: nn.Module) -> str:
+    """Name and norm of the parameter with the largest gradient."""
+    norms = [
+        (float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm), name)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+        for norm in (parameter.grad.norm(),)
+    ]
+    if not norms:
+        return "none at hand"
+    norm, name = max(norms)
+    return f"{name} ({norm:.3g})"
+
+
+def first_broken(model: nn.Module, forward: Callable[[], Any]) -> str:
+    """The first tensor of a forward pass that is not finite: an input, or the output of a module, by its name."""
+    found: list[str] = []
+
+    def look(name: str, values: Any) -> None:
+        if not found and any(_broken(tensor) for tensor in _tensors(values)):
+            found.append(name)
+
+    with _hooks(model, look), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        forward()
+    return found[0] if found else "nothing in a second forward pass"
+
+
+@contextmanager
+def _hooks(model: nn.Module, look: Callable[[str, Any], None]) -> Iterator[None]:
+    """`look(name, output)` after every module, children before their parents."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, arguments, output: look(f"output of {name}", output)
+
+    # The outermost module's output is the loss itself, which says nothing.
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _broken(tensor: Tensor | None) -> bool:
+    """Whether a tensor holds a NaN or an infinity, in the part of it that this process has."""
+    if tensor is None or not tensor.is_floating_point():
+        return False
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return not bool(torch.isfinite(local).all())
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
