@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from layalign.errors import ArgumentError, NonFiniteError
 from layalign.training import TrainSummary, build_model, train
 from layalign.training.checkpoints import checkpoints
-from layalign.training.guard import gradient_norm
+from layalign.training.guard import StepGuard, gradient_norm
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +202,17 @@ def test_guard_state_after_resume_is_that_of_the_uninterrupted_run(parts: TinyPa
     train(cut)
     assert guard_of(tmp_path / "whole") == guard_of(tmp_path / "cut")
     assert len(guard_of(tmp_path / "cut")["attributes"]["losses"]) == 8
+
+
+@pytest.mark.parametrize("before, spikes", [(19, []), (20, [21]), (150, [151])])
+def test_a_spike_needs_losses_to_compare_with(before: int, spikes: list[int]) -> None:
+    model = nn.Linear(2, 2)
+    guard = StepGuard(0, 4.0)
+    for step in range(1, before + 2):
+        guard.saw(torch.tensor(1.0 if step <= before else 4.1), {})
+        guard.check(step, model, lambda number: number, lambda inputs: None)
+    assert guard.spikes == spikes and guard.skipped == []
+    assert len(guard.losses) == min(before + 1, 100)
 
 
 def test_gradient_norm_of_many_parameters_in_mixed_dtypes() -> None:
