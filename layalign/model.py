@@ -167,7 +167,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
 
     @property
     def source_attentions(self) -> tuple[nn.Module, ...]:
-        """The self-attention modules of the language layers, whose key and value maps the source's states go through."""
+        """The self-attention modules of the language layers: their key and value maps make the source's states."""
         return self._attentions
 
     def saved_names(self) -> set[str]:

@@ -75,6 +75,8 @@ def weights_of_step(batches: int, step: int, rounds: int, rank: int, world: int)
 class DistributedTrainer(Trainer):
     """transformers' Trainer with steps, dev losses and checkpoints that do not depend on the number of processes."""
 
+    is_fsdp_enabled: bool
+    control: Any
     _weights: list[float] | None = None
 
     @property
@@ -223,7 +225,7 @@ class DistributedTrainer(Trainer):
             put_optimizer_state(self.optimizer.optimizer, state)
         self.lr_scheduler.load_state_dict(schedule)
 
-    # ZeRO keeps its optimizer's state in flat partitions; each parameter's share is read and written by its own functions.
+    # ZeRO keeps its optimizer's state in flat partitions; its own functions read and write one parameter's share.
 
     def _zero_parts(self) -> tuple[Any, Any, list[Any]]:
         """(its functions, its optimizer, the trained parameters in the order of the optimizer of one process)."""

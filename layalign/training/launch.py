@@ -96,7 +96,9 @@ class LossBefore(TrainerCallback):
             self._record(known)
             return
         if resume_from is not None:
-            logger.warning("%s: no loss_before known; measured now, before the checkpoint is loaded", resume_from.parent)
+            logger.warning(
+                "%s: no loss_before known; measured now, before the checkpoint is loaded", resume_from.parent
+            )
         if trainer.sharding is None:
             metrics = trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")
             self._record(float(metrics["eval_loss"]))
