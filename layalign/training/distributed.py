@@ -167,7 +167,7 @@ class DistributedTrainer(Trainer):
         if resume_from_checkpoint is not None:  # while the weights are whole
             self._load_from_checkpoint(resume_from_checkpoint, self.model)
         if self.sharding == "FSDP2":
-            shard_source_maps(self.model, self.accelerator)
+            shard_first(self.model, self.accelerator)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self.create_optimizer()
         order = [[names[id(parameter)] for parameter in group["params"]] for group in self.optimizer.param_groups]
@@ -264,11 +264,12 @@ class DistributedTrainer(Trainer):
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def shard_source_maps(model: Any, accelerator: Any) -> None:
-    """Make each layer's key and value maps an FSDP2 unit of their own.
+def shard_first(model: Any, accelerator: Any) -> None:
+    """Make each layer's key and value maps, and the encoder's embeddings, FSDP2 units of their own.
 
     The source's keys and values are made by these maps before their layer runs, when the layer's other weights are
-    still spread; FSDP2 gathers a unit when its modules are called, wherever that is.
+    still spread; FSDP2 gathers a unit when its modules are called, wherever that is. The embeddings would otherwise
+    stay whole for all of a step.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -282,8 +283,9 @@ def shard_source_maps(model: Any, accelerator: Any) -> None:
         options["offload_policy"] = plugin.cpu_offload
     if mesh is not None:
         options["mesh"] = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
-    for attention in model.source_attentions:
-        modules = [module for module in key_value_modules(attention) if not isinstance(module, FSDPModule)]
+    units = [key_value_modules(attention) for attention in model.source_attentions]
+    for unit in (*units, [model.encoder.get_input_embeddings()]):
+        modules = [module for module in unit if module is not None and not isinstance(module, FSDPModule)]
         if modules:
             fully_shard(modules, reshard_after_forward=plugin.reshard_after_forward, **options)
 
@@ -291,11 +293,13 @@ def shard_source_maps(model: Any, accelerator: Any) -> None:
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """`optimizer.state_dict()` as one process has it; all processes call this together."""
     state = optimizer.state_dict()
-    for entry in state["state"].values():
-        for key, value in entry.items():
-            if _sharding.is_dtensor(value):
-                entry[key] = value.full_tensor().cpu()
-    return state
+    whole = {  # new dicts: these are the optimizer's own
+        number: {
+            key: value.full_tensor().cpu() if _sharding.is_dtensor(value) else value for key, value in entry.items()
+        }
+        for number, entry in state["state"].items()
+    }
+    return {**state, "state": whole}
 
 
 def put_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
