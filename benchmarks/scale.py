@@ -31,16 +31,18 @@ class Units:
     """Parameters by what FSDP2 gathers together.
 
     Attributes:
-        encoder: the encoder's layers, and its embeddings.
+        encoder: the encoder's layers and its embeddings.
+        encoder_last: of these its last layer, fetched ahead on the way back, where nothing needs it.
         key_value: key and value maps of the language layers.
         layers: the rest of the LLM's layers.
-        embeddings: of the LLM's input.
-        head: the LLM's last norm and output head.
+        embeddings: of the LLM's input; fetched ahead on the way back too.
+        head: the LLM's output head.
         root: everything else, the trained parameters among them.
         trained: parameters with gradients.
     """
 
     encoder: int
+    encoder_last: int
     key_value: int
     layers: int
     embeddings: int
@@ -55,47 +57,49 @@ class Units:
     def gathered(self) -> dict[str, int]:
         """How often each unit is gathered for one micro batch, forward and backward."""
         # The source's keys and values, then the layers; both again on the way back. The frozen encoder has no way back.
-        return dict(encoder=1, key_value=4, layers=2, embeddings=1, head=1, root=1)
+        return dict(encoder=1, encoder_last=1, key_value=4, layers=2, embeddings=2, head=1, root=1)
 
-    def gathered_bytes(self, size: dict[str, int] | int) -> int:
-        """Bytes of the gathered units for one micro batch; ``size`` bytes a parameter, for all units or by unit."""
-        each = (lambda name: size) if isinstance(size, int) else size.__getitem__
-        return sum(times * getattr(self, name) * each(name) for name, times in self.gathered().items())
+    def gathered_bytes(self, size: dict[str, int]) -> int:
+        """Bytes of the gathered units for one micro batch; ``size``: bytes of a parameter by unit."""
+        return sum(times * getattr(self, name) * size[name] for name, times in self.gathered().items())
 
 
-def units_of(model: Any) -> Units:
-    """The units of a model whose language layers have maps of their own for keys and values."""
+def units_of(model: Any, gpus: int = 1) -> Units:
+    """The units of a T5-like encoder with a Llama-like LLM, their parameters filled up to even shares of the GPUs."""
+
+    def padded(parameter: Any) -> int:
+        first = parameter.shape[0]
+        return math.ceil(first / gpus) * gpus * parameter.numel() // first
 
     def count(*modules: Any) -> int:
-        return sum(p.numel() for module in modules for p in module.parameters())
+        return sum(padded(p) for module in modules for p in module.parameters())
 
     maps = [m for attention in model.source_attentions for m in (attention.k_proj, attention.v_proj)]
-    encoder = model.encoder.block if hasattr(model.encoder, "block") else model.encoder.layers
-    base = model.llm.model
-    whole, key_value = count(model), count(*maps)
+    base, encoder, key_value = model.llm.model, model.encoder, count(*maps)
     parts = dict(
-        encoder=count(encoder, model.encoder.get_input_embeddings()),
+        encoder=count(encoder.block, encoder.embed_tokens),
         key_value=key_value,
         layers=count(base.layers) - key_value,
         embeddings=count(base.embed_tokens),
-        head=count(base.norm, model.llm.lm_head),
+        head=count(model.llm.lm_head),
     )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Units(**parts, root=whole - sum(parts.values()), trained=trained)
+    trained = sum(padded(p) for p in model.parameters() if p.requires_grad)
+    root = count(model) - sum(parts.values())
+    return Units(**parts, encoder_last=count(encoder.block[-1]), root=root, trained=trained)
 
 
 def published_units() -> Units:
     """mT5-xl's encoder and Llama-2-7B."""
     size, llm = estimate.parameters(), estimate.LLM
-    norm = estimate.D_E  # the encoder's last one
     key_value = 2 * estimate.L * estimate.D_L * estimate.D_KV
     return Units(
-        encoder=size["encoder"] - norm,
+        encoder=size["encoder"] - estimate.D_E,  # without its last norm
+        encoder_last=estimate.ENCODER_BLOCK + 2 * estimate.D_E,
         key_value=key_value,
         layers=estimate.L * (estimate.LLM_BLOCK + 2 * estimate.D_L) - key_value,
         embeddings=llm["vocab"] * estimate.D_L,
-        head=(llm["vocab"] + 1) * estimate.D_L,
-        root=size["trained"] + norm,
+        head=llm["vocab"] * estimate.D_L,
+        root=size["trained"] + estimate.D_E + estimate.D_L,
         trained=size["trained"],
     )
 
@@ -105,11 +109,8 @@ def step_bytes(units: Units, gpus: int, micro_batches: int) -> dict[str, float]:
     share = (gpus - 1) / gpus
     size = dict.fromkeys(units.gathered(), 2) | {"root": 4}
     reduce = 4 * units.trained * share
-    return {
-        "DDP": 2 * reduce,
-        "ZeRO-2": 2 * reduce,
-        "FSDP2": micro_batches * units.gathered_bytes(size) * share + reduce,
-    }
+    sharded = micro_batches * (units.gathered_bytes(size) * share + reduce)
+    return {"DDP": 2 * reduce, "ZeRO-2": 2 * reduce, "FSDP2": sharded}
 
 
 def weight_bytes(units: Units, gpus: int) -> dict[str, float]:
@@ -162,10 +163,9 @@ def memory_table() -> str:
 def units_table() -> str:
     """What is gathered how often."""
     units = published_units()
-    names = dict(
-        encoder="encoder", key_value="key and value maps", layers="the rest of the LLM's layers",
-        embeddings="LLM embeddings", head="last norm and head", root="trained, and the rest",
-    )  # fmt: skip
+    names = dict(encoder="encoder", encoder_last="its last layer once more", key_value="key and value maps")
+    names |= dict(layers="the rest of the LLM's layers", embeddings="LLM embeddings", head="output head")
+    names |= dict(root="trained, and the rest")
     rows = [[names[name], f"{getattr(units, name):,}", str(times)] for name, times in units.gathered().items()]
     return table(["unit", "parameters", "gathered per micro batch"], rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_worker import run_evaluation
 from safetensors.torch import load_file
 from tiny_training import TinyParts, save_parts, training_config
+from torch.utils.data import BatchSampler
 
-from layalign.training import train
+from layalign.training import build_model, load_train_config, train
+from layalign.training.distributed import EvenShares, weights_of_step
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5
@@ -75,38 +79,61 @@ def cut_off(run: Path, folder: Path) -> None:
         shutil.copy(run / name, folder / name)
 
 
-def run_engine(tmp_path: Path, engines: list[str | None]) -> None:
+def run_engines(folder: Path, engines: list[str | None]) -> dict[str, Any]:
     """Every engine against one process, and resuming from one to two processes and back."""
-    parts = save_parts(tmp_path)
-    whole = train(training_config(parts, tmp_path / "one", **_own(settings(parts, tmp_path / "one"))))
+    parts = save_parts(folder)
+    whole = train(training_config(parts, folder / "one", **_own(settings(parts, folder / "one"))))
     wanted = json.loads(json.dumps(whole.log_history))
     jobs = []
     for engine in engines:
-        name = str(engine)
-        jobs.append({"name": name, "kind": "train", "config": settings(parts, tmp_path / name, sharding=engine)})
-        cut_off(tmp_path / "one", tmp_path / f"{name}-on")
-        # The micro batch is left open: the run's own is kept.
-        config = settings(parts, tmp_path / f"{name}-on", sharding=engine)
-        jobs.append({"name": f"{name}-on", "kind": "train", "config": config})
-    found = launch(tmp_path, jobs)
+        for name in (str(engine), f"{engine}-on"):
+            config = settings(parts, folder / name, sharding=engine)
+            if name.endswith("-on"):
+                cut_off(folder / "one", folder / name)
+            jobs.append({"name": name, "kind": "train", "config": config})
+    jobs += evaluation_jobs(parts, folder)
+    found = launch(folder, jobs)
     for engine in engines:
         name = str(engine)
         assert_same_log(found[name]["log"], wanted)
         assert found[name]["before"] == pytest.approx(whole.loss_before, rel=TOLERANCE)
         assert found[name]["after"] == pytest.approx(whole.loss_after, rel=TOLERANCE)
-        assert_same_weights(tmp_path / name, tmp_path / "one")
+        assert_same_weights(folder / name, folder / "one")
         # One to two.
         assert found[f"{name}-on"]["resumed"] is not None
         assert_same_log(found[f"{name}-on"]["log"][1:], wanted, after=SAVED)
-        assert_same_weights(tmp_path / f"{name}-on", tmp_path / "one")
+        assert_same_weights(folder / f"{name}-on", folder / "one")
         # Two to one.
-        cut_off(tmp_path / name, tmp_path / f"{name}-back")
-        config = training_config(parts, tmp_path / f"{name}-back", **_own(settings(parts, tmp_path / f"{name}-back")))
-        back = train(config)
+        cut_off(folder / name, folder / f"{name}-back")
+        back = train(training_config(parts, folder / f"{name}-back", **_own(settings(parts, folder / f"{name}-back"))))
         assert back.resumed_from is not None
         assert_same_log(json.loads(json.dumps(back.log_history))[1:], wanted, after=SAVED)
-        assert_same_weights(tmp_path / f"{name}-back", tmp_path / "one")
-    (tmp_path / "found.json").write_text(json.dumps(found), encoding="utf-8")
+        assert_same_weights(folder / f"{name}-back", folder / "one")
+    check_evaluation(folder)
+    return found
+
+
+def evaluation_jobs(parts: TinyParts, folder: Path) -> list[dict[str, Any]]:
+    """The test set by one process here; then whole by two, and by two where one had been stopped in between."""
+    job = {"kind": "evaluate", "model": str(folder / "one"), "data": parts.data}
+    run_evaluation({**job, "output": str(folder / "answers-one")})
+    shutil.copytree(folder / "answers-one", folder / "answers-on")
+    for file in (folder / "answers-on/predictions").glob("*.json*"):
+        if file.suffix == ".json":
+            file.unlink()
+        else:
+            file.write_text(file.read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
+    names = ("answers-two", "answers-on")
+    return [{**job, "name": name, "output": str(folder / name)} for name in names]
+
+
+def check_evaluation(folder: Path) -> None:
+    files = sorted(path.relative_to(folder / "answers-one") for path in (folder / "answers-one").rglob("*.*"))
+    assert len([file for file in files if file.suffix == ".json"]) == 4  # two languages, settings and scores
+    for name in ("answers-two", "answers-on"):
+        assert sorted(path.relative_to(folder / name) for path in (folder / name).rglob("*.*")) == files
+        for file in files:
+            assert (folder / name / file).read_bytes() == (folder / "answers-one" / file).read_bytes(), (name, file)
 
 
 def _own(values: dict[str, Any]) -> dict[str, Any]:
@@ -114,15 +141,59 @@ def _own(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_ddp_and_fsdp2_equal_one_process(tmp_path: Path) -> None:
-    run_engine(tmp_path, [None, "fsdp2"])
-    print(
-        json.loads((tmp_path / "found.json").read_text())["fsdp2"]["steps"][:2],
-        json.loads((tmp_path / "found.json").read_text())["fsdp2"]["kinds"],
-        json.loads((tmp_path / "found.json").read_text())["None"]["steps"][:2],
-    )
+    found = run_engines(tmp_path, [None, "fsdp2"])
+    assert found["None"]["kinds"] == {"Parameter": 62}
+    assert found["fsdp2"]["kinds"] == {"DTensor": 62}
+    assert found["fsdp2"]["folding"] == "not folded: FSDP2 shards the model"
+    check_bytes(found, build_model(load_train_config(settings(TinyParts(*_places(tmp_path)), tmp_path / "none"))))
+
+
+def check_bytes(found: dict[str, Any], model: Any) -> None:
+    """What the two processes sent in a step is what docs/scale.md counts."""
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    try:
+        import scale
+    finally:
+        sys.path.pop(0)
+    units = scale.units_of(model, gpus=2)
+    each, micro_batches = dict.fromkeys(units.gathered(), 4), BATCH // MICRO // 2
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for step in (2, 3, 4, 5):
+        ddp, fsdp2 = (found[name]["steps"][step - 1] for name in ("None", "fsdp2"))
+        assert ddp["all-reduce"] - fsdp2["all-reduce"] == 4 * trained  # both add up the loss
+        # An evaluation leaves the output head and the root whole for the next step.
+        left = 4 * (units.head + units.root) if (step - 1) % 2 == 0 else 0
+        assert fsdp2["all-gather"] == micro_batches * units.gathered_bytes(each) - left, step
+        assert fsdp2["reduce-scatter"] == micro_batches * 4 * units.trained
+
+
+def _places(folder: Path) -> tuple[str, str, str]:
+    return str(folder / "encoder"), str(folder / "llm"), str(folder / "datas")
 
 
 def test_zero_equals_one_process(tmp_path: Path) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs the package deepspeed (the extra layalign[deepspeed]), which is not installed")
-    run_engine(tmp_path, ["zero2", "zero3"])
+    found = run_engines(tmp_path, ["zero2", "zero3"])
+    assert found["zero2"]["kinds"] == {"Parameter": 62}
+    assert found["zero3"]["kinds"] == {"ZeRO-3": 62}
+    assert found["zero3"]["folding"] == "not folded: ZeRO-3 shards the model"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("examples", [1, 7, 8, 41, 48])
+def test_a_step_is_the_mean_over_its_micro_batches_for_any_number_of_processes(world: int, examples: int) -> None:
+    micro, share = 2, 24 // world // 2  # 24 examples a step
+    inner = list(BatchSampler(range(examples), micro, drop_last=False))
+    shares = [list(EvenShares(inner, world, rank)) for rank in range(world)]  # type: ignore[arg-type]
+    assert {len(own) for own in shares} == {len(EvenShares(inner, world, 0))}  # type: ignore[arg-type]
+    loss = [sum(index**2 for index in batch) / len(batch) for batch in inner]
+    for step in range(math.ceil(len(inner) / (share * world))):
+        total = 0.0
+        for rank, own in enumerate(shares):
+            batches = own[step * share : (step + 1) * share]
+            weights = weights_of_step(len(inner), step, share, rank, world)
+            assert len(weights) == len(batches)
+            total += sum(w * loss[inner.index(b)] for w, b in zip(weights, batches, strict=True)) / len(batches)
+        of_step = loss[step * share * world : (step + 1) * share * world]
+        assert total / world == pytest.approx(sum(of_step) / len(of_step))

@@ -229,10 +229,10 @@ class DistributedTrainer(Trainer):
 
     def _zero_parts(self) -> tuple[Any, Any, list[Any]]:
         """(its functions, its optimizer, the trained parameters in the order of the optimizer of one process)."""
-        from deepspeed.utils import tensor_fragment
+        from deepspeed import utils as functions
 
         places = dict(self.accelerator.unwrap_model(self.model).named_parameters())
-        return tensor_fragment, self.model_wrapped.optimizer, [places[name] for name in self._trained_order]
+        return functions, self.model_wrapped.optimizer, [places[name] for name in self._trained_order]
 
     def _zero_state(self) -> dict[str, Any]:
         functions, zero, parameters = self._zero_parts()
@@ -254,11 +254,22 @@ class DistributedTrainer(Trainer):
         functions, zero, parameters = self._zero_parts()
         if len(state["state"]) != len(parameters):
             raise CheckpointError(f"{OPTIMIZER}: expected the state of {len(parameters)} weights")
+        steps = torch.as_tensor(float(state["state"][0]["step"]))
+        partitions = getattr(zero, "fp32_partitioned_groups_flat", None)  # ZeRO-3
+        for flat in zero.single_partition_of_fp32_groups if partitions is None else partitions:
+            # As the first step would make them.
+            zero.optimizer.state[flat] = {"step": steps.clone(), **{key: torch.zeros_like(flat) for key in _MOMENTS}}
+        if partitions is None:
+            zero._lazy_init_hp_params_optimizer_state()
         for parameter, (_, entry) in zip(parameters, sorted(state["state"].items()), strict=True):
             for key in _MOMENTS:
-                functions.safe_set_full_optimizer_state(parameter, entry[key].to(parameter.device), key)
-        for entry in zero.optimizer.state.values():
-            entry["step"] = torch.as_tensor(float(state["state"][0]["step"]))
+                value = entry[key].to(parameter.device)
+                if partitions is None:
+                    functions.safe_set_full_optimizer_state(parameter, value, key)
+                    continue
+                size, rank = parameter.ds_tensor.ds_numel, self.args.process_index  # with what fills up the last share
+                filled = nn.functional.pad(value.flatten(), (0, size * self.args.world_size - value.numel()))
+                functions.safe_set_local_optimizer_state(parameter, filled[size * rank : size * (rank + 1)], key)
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

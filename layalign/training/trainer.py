@@ -103,7 +103,9 @@ class LayAlignTrainer(DistributedTrainer):
         self.guard.saw(loss, inputs)
         if self.accelerator.sync_gradients:
             step = self.state.global_step + 1
-            self.guard.check(step, model, self._mean_over_processes, lambda batch: model(**self._prepare_inputs(batch)))
+            # One process alone cannot run a model that is spread over several.
+            rerun = None if self.sharding else lambda batch: model(**self._prepare_inputs(batch))
+            self.guard.check(step, model, self._mean_over_processes, rerun)
         return loss
 
     def _mean_over_processes(self, number: torch.Tensor) -> torch.Tensor:
