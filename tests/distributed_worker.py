@@ -80,7 +80,8 @@ def fresh_engine() -> None:
 
 
 def run_training(job: dict[str, Any]) -> dict[str, Any]:
-    fresh_engine()
+    if not job.get("goes_on"):
+        fresh_engine()
     watch = Watch()
     summary = train(load_train_config(job["config"]), callbacks=[watch])
     return {

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny_training import TinyParts, save_parts, training_config
 from torch.utils.data import BatchSampler
 
-from layalign.training import build_model, load_train_config, train
+from layalign.training import TrainConfig, build_model, load_train_config, train
 from layalign.training.distributed import EvenShares, weights_of_step
 
 HERE = Path(__file__).parent
@@ -92,7 +92,14 @@ def run_engines(folder: Path, engines: list[str | None]) -> dict[str, Any]:
                 cut_off(folder / "one", folder / name)
             jobs.append({"name": name, "kind": "train", "config": config})
     jobs += evaluation_jobs(parts, folder)
-    found = launch(folder, jobs)
+    stages = two_stages(parts, folder, engines[-1])
+    found = launch(folder, [*jobs, *stages])
+    for job in stages:
+        one = {**job["config"], "sharding": None, "output_dir": job["config"]["output_dir"] + "-one"}
+        if job["name"] == "task":
+            one["init_checkpoint"] += "-one"
+        train(TrainConfig(**one))
+        assert_same_weights(folder / job["name"], folder / f"{job['name']}-one")
     for engine in engines:
         name = str(engine)
         assert_same_log(found[name]["log"], wanted)
@@ -111,6 +118,19 @@ def run_engines(folder: Path, engines: list[str | None]) -> dict[str, Any]:
         assert_same_weights(folder / f"{name}-back", folder / "one")
     check_evaluation(folder)
     return found
+
+
+def two_stages(parts: TinyParts, folder: Path, engine: str | None) -> list[dict[str, Any]]:
+    """Both stages in one go, with what else shares the weights: LoRA, and checkpointed activations."""
+    common = dict(sharding=engine, max_steps=2, save_steps=0, gradient_checkpointing=True)
+    common |= dict(adam_epsilon=1e-3)  # with a small one AdamW makes whole steps of gradients that are mere rounding
+    first = settings(parts, folder / "translation", lora={"r": 2, "target_modules": ["q_proj", "k_proj"]}, **common)
+    start = str(folder / "translation")
+    second = settings(parts, folder / "task", stage="task", init_checkpoint=start, learning_rate=5e-3, **common)
+    return [
+        {"name": "translation", "kind": "train", "config": first},
+        {"name": "task", "kind": "train", "config": second, "goes_on": True},
+    ]
 
 
 def evaluation_jobs(parts: TinyParts, folder: Path) -> list[dict[str, Any]]:

@@ -172,7 +172,7 @@ class DistributedTrainer(Trainer):
         self.create_optimizer()
         order = [[names[id(parameter)] for parameter in group["params"]] for group in self.optimizer.param_groups]
         found = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self._trained_order = [name for group in order for name in group]
+        self._trained_order = order
         if self.sharding == "FSDP2":
             places = dict(self.model.named_parameters())
             for group, wanted in zip(self.optimizer.param_groups, order, strict=True):
@@ -208,7 +208,9 @@ class DistributedTrainer(Trainer):
         state = self._zero_state() if self.is_deepspeed_enabled else whole_optimizer_state(self.optimizer.optimizer)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            torch.save(
+                for_groups(self.lr_scheduler.state_dict(), len(self._trained_order)), Path(output_dir) / SCHEDULER
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.sharding is None:
@@ -223,16 +225,20 @@ class DistributedTrainer(Trainer):
             self._put_zero_state(state)
         else:
             put_optimizer_state(self.optimizer.optimizer, state)
-        self.lr_scheduler.load_state_dict(schedule)
+        self.lr_scheduler.load_state_dict(for_groups(schedule, len(self.lr_scheduler.optimizer.param_groups)))
 
     # ZeRO keeps its optimizer's state in flat partitions; its own functions read and write one parameter's share.
 
     def _zero_parts(self) -> tuple[Any, Any, list[Any]]:
-        """(its functions, its optimizer, the trained parameters in the order of the optimizer of one process)."""
+        """(its functions, its optimizer, the trained parameters in the order that the optimizer had before it)."""
         from deepspeed import utils as functions
 
         places = dict(self.accelerator.unwrap_model(self.model).named_parameters())
-        return functions, self.model_wrapped.optimizer, [places[name] for name in self._trained_order]
+        return (
+            functions,
+            self.model_wrapped.optimizer,
+            [places[name] for group in self._trained_order for name in group],
+        )
 
     def _zero_state(self) -> dict[str, Any]:
         functions, zero, parameters = self._zero_parts()
@@ -248,7 +254,9 @@ class DistributedTrainer(Trainer):
             state[number] = {"step": torch.as_tensor(float(steps[0])), **whole}
         first, *_ = inner.param_groups
         options = {key: value for key, value in first.items() if key != "params"}
-        return {"state": state, "param_groups": [{**options, "params": list(range(len(parameters)))}]}
+        numbers = iter(range(len(parameters)))
+        groups = [{**options, "params": [next(numbers) for _ in group]} for group in self._trained_order]
+        return {"state": state, "param_groups": groups}
 
     def _put_zero_state(self, state: dict[str, Any]) -> None:
         functions, zero, parameters = self._zero_parts()
@@ -299,6 +307,11 @@ def shard_first(model: Any, accelerator: Any) -> None:
         modules = [module for module in unit if module is not None and not isinstance(module, FSDPModule)]
         if modules:
             fully_shard(modules, reshard_after_forward=plugin.reshard_after_forward, **options)
+
+
+def for_groups(schedule: dict[str, Any], groups: int) -> dict[str, Any]:
+    """A scheduler's state for another number of parameter groups: ZeRO drops empty ones; all have one learning rate."""
+    return {key: (value * groups)[:groups] if isinstance(value, list) else value for key, value in schedule.items()}
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

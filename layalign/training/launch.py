@@ -56,6 +56,14 @@ def sharding_arguments(config: TrainConfig, world_size: int) -> dict[str, Any]:
     return {"deepspeed": json.loads(preset_file("deepspeed", f"{config.sharding}.json").read_text(encoding="utf-8"))}
 
 
+def leave_engine(trainer: LayAlignTrainer) -> None:
+    """ZeRO-3 stays switched on for models that are loaded later, while anything refers to the run's settings."""
+    if trainer.is_deepspeed_enabled:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
 def keep_micro_batch(config: TrainConfig, run: dict[str, Any], world_size: int) -> None:
     """Let a resumed run keep its micro batch: another one would be another mean, so other losses.
 

@@ -31,7 +31,7 @@ from layalign.training import runs
 from layalign.training.config import TrainConfig
 from layalign.training.gates import GateHistory
 from layalign.training.guard import StepGuard
-from layalign.training.launch import LossBefore, keep_micro_batch, sharding_arguments
+from layalign.training.launch import LossBefore, keep_micro_batch, leave_engine, sharding_arguments
 from layalign.training.loading import load_train_config
 from layalign.training.runs import is_main_process
 from layalign.training.trainer import LayAlignTrainer
@@ -148,6 +148,7 @@ def train(
     )
     runs.save_run(config, {**asdict(summary), "micro_batch": trainer.args.per_device_train_batch_size})
     trainer.accelerator.wait_for_everyone()  # the next stage of another process reads what this one's main has written
+    leave_engine(trainer)
     return summary
 
 
