@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
+from layalign.cli.evaluate import evaluate as command
 from layalign.evaluation import evaluate
 from layalign.tokenization import load_tokenizers
 from layalign.training import load_train_config, train
@@ -98,6 +99,11 @@ def run_evaluation(job: dict[str, Any]) -> dict[str, Any]:
     return {"average": result.average}
 
 
+def run_command(job: dict[str, Any]) -> None:
+    """`layalign evaluate`, which leaves the process group."""
+    command(job["model"], "mgsm", job["data"], Path(job["output"]), batch_size=2, max_new_tokens=6, device="cpu")
+
+
 def no_extension() -> None:
     """DeepSpeed would compile a shared-memory extension for CPUs on the first use."""
     import deepspeed
@@ -121,11 +127,11 @@ def main(plan: str, results: str) -> None:
         no_extension()
     found = {}
     for job in jobs:
-        found[job["name"]] = {"train": run_training, "evaluate": run_evaluation}[job["kind"]](job)
-    if dist.get_rank() == 0:
+        run = {"train": run_training, "evaluate": run_evaluation, "command": run_command}[job["kind"]]
+        found[job["name"]] = run(job)
+    assert not dist.is_initialized()
+    if os.environ["RANK"] == "0":
         Path(results).write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

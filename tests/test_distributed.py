@@ -91,9 +91,8 @@ def run_engines(folder: Path, engines: list[str | None]) -> dict[str, Any]:
             if name.endswith("-on"):
                 cut_off(folder / "one", folder / name)
             jobs.append({"name": name, "kind": "train", "config": config})
-    jobs += evaluation_jobs(parts, folder)
     stages = two_stages(parts, folder, engines[-1])
-    found = launch(folder, [*jobs, *stages])
+    found = launch(folder, [*jobs, *stages, *evaluation_jobs(parts, folder)])
     for job in stages:
         one = {**job["config"], "sharding": None, "output_dir": job["config"]["output_dir"] + "-one"}
         if job["name"] == "task":
@@ -143,8 +142,8 @@ def evaluation_jobs(parts: TinyParts, folder: Path) -> list[dict[str, Any]]:
             file.unlink()
         else:
             file.write_text(file.read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
-    names = ("answers-two", "answers-on")
-    return [{**job, "name": name, "output": str(folder / name)} for name in names]
+    kinds = {"answers-on": "evaluate", "answers-two": "command"}
+    return [{**job, "name": name, "kind": kind, "output": str(folder / name)} for name, kind in kinds.items()]
 
 
 def check_evaluation(folder: Path) -> None:

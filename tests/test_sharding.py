@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from layalign._plain import reason_against_reading
 from layalign.errors import ArgumentError
 from layalign.evaluation.processes import Processes, join
 from layalign.training import TrainConfig
+from layalign.training.distributed import shard_first
 from layalign.training.launch import keep_micro_batch, preset_file, sharding_arguments
 from layalign.training.trainer import load_trained
 
@@ -151,6 +153,12 @@ def test_fsdp2_weights_look_plain_while_a_module_runs_and_are_left_alone(alone: 
     assert _sharding.whole(sharded).item() == 5
     load_trained(model, tmp_path / "saved")
     torch.testing.assert_close(_sharding.whole(sharded), before)
+
+
+def test_what_fsdp2_cannot_load_is_refused() -> None:
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
+    with pytest.raises(ArgumentError, match="^fsdp_cpu_ram_efficient_loading: expected false"):
+        shard_first(tiny_model(), SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
 
 
 def test_fsdp1_weights_are_not_read(alone: None) -> None:

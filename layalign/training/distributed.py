@@ -269,6 +269,8 @@ class DistributedTrainer(Trainer):
             zero.optimizer.state[flat] = {"step": steps.clone(), **{key: torch.zeros_like(flat) for key in _MOMENTS}}
         if partitions is None:
             zero._lazy_init_hp_params_optimizer_state()
+        for group in zero.optimizer.param_groups:  # the scheduler sets it behind the next step only
+            group["lr"] = state["param_groups"][0]["lr"]
         for parameter, (_, entry) in zip(parameters, sorted(state["state"].items()), strict=True):
             for key in _MOMENTS:
                 value = entry[key].to(parameter.device)
@@ -295,8 +297,6 @@ def shard_first(model: Any, accelerator: Any) -> None:
     plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
     if plugin.cpu_ram_efficient_loading:
         raise ArgumentError("fsdp_cpu_ram_efficient_loading: expected false, every process loads the whole model")
-    if accelerator.device.type != "cpu":
-        model.to(accelerator.device)
     options: dict[str, Any] = {"mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy()}
     if plugin.cpu_offload:
         options["offload_policy"] = plugin.cpu_offload
