@@ -252,8 +252,8 @@ def test_sharding_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_resumed_run_keeps_its_micro_batch(caplog: pytest.LogCaptureFixture) -> None:
     config = TrainConfig(batch_size=16)
-    keep_micro_batch(config, {"micro_batch": 8}, 2)
-    assert config.batch_plan(2) == (8, 1)
+    keep_micro_batch(config, {"micro_batch": 4}, 2)
+    assert config.batch_plan(2) == (4, 2)
     config = TrainConfig(batch_size=16, micro_batch_size=2)
     keep_micro_batch(config, {"micro_batch": 8}, 2)
     assert config.micro_batch_size == 2

@@ -105,7 +105,6 @@ class DistributedTrainer(Trainer):
         loader = super()._get_dataloader(*args, **kwargs)
         if type(loader.batch_sampler) is BatchSamplerShard:
             loader.batch_sampler.__class__ = EvenShares  # the same fields; a loader's sampler cannot be replaced
-            self._batches = len(loader.batch_sampler.batch_sampler)
         return loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +212,7 @@ class DistributedTrainer(Trainer):
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.sharding is None:
+        if checkpoint is None or (self.sharding is None and self.args.world_size == 1):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         try:
