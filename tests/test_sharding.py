@@ -24,7 +24,7 @@ from layalign.errors import ArgumentError
 from layalign.evaluation.processes import Processes, join
 from layalign.training import TrainConfig
 from layalign.training.distributed import shard_first
-from layalign.training.launch import keep_micro_batch, preset_file, sharding_arguments
+from layalign.training.launch import preset_file, sharding_arguments, with_kept_micro_batch
 from layalign.training.trainer import load_trained
 
 
@@ -252,14 +252,13 @@ def test_sharding_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_resumed_run_keeps_its_micro_batch(caplog: pytest.LogCaptureFixture) -> None:
     config = TrainConfig(batch_size=16)
-    keep_micro_batch(config, {"micro_batch": 4}, 2)
-    assert config.batch_plan(2) == (4, 2)
-    config = TrainConfig(batch_size=16, micro_batch_size=2)
-    keep_micro_batch(config, {"micro_batch": 8}, 2)
-    assert config.micro_batch_size == 2
-    config = TrainConfig(batch_size=16)
-    keep_micro_batch(config, {"micro_batch": 8}, 4)
-    assert config.micro_batch_size is None
+    assert with_kept_micro_batch(config, {"micro_batch": 4}, 2).batch_plan(2) == (4, 2)
+    assert config.micro_batch_size is None  # what the run's file says stays
+    given = TrainConfig(batch_size=16, micro_batch_size=2)
+    assert with_kept_micro_batch(given, {"micro_batch": 8}, 2).micro_batch_size == 2
+    assert with_kept_micro_batch(config, {}, 2) is config
+    assert not caplog.text
+    assert with_kept_micro_batch(config, {"micro_batch": 8}, 4) is config
     assert "micro_batch_size: the run had 8, which does not fit 4 processes" in caplog.text
 
 

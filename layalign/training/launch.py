@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,25 +65,25 @@ def leave_engine(trainer: LayAlignTrainer) -> None:
         unset_hf_deepspeed_config()
 
 
-def keep_micro_batch(config: TrainConfig, run: dict[str, Any], world_size: int) -> None:
-    """Let a resumed run keep its micro batch: another one would be another mean, so other losses.
+def with_kept_micro_batch(config: TrainConfig, run: dict[str, Any], world_size: int) -> TrainConfig:
+    """The configuration of a resumed run with the micro batch it began with: another would be another mean, so losses.
 
     Args:
-        config: changed in place where it leaves the micro batch open.
+        config: stays as it is, so that the run's file keeps a micro batch that was left open.
         run: what `runs.read_run` found.
     """
     known = run.get("micro_batch")
     if config.micro_batch_size is not None or not isinstance(known, int):
-        return
+        return config
     if config.batch_size % (known * world_size) == 0:
-        config.micro_batch_size = known
-    else:
-        logger.warning(
-            "micro_batch_size: the run had %d, which does not fit %d processes: from here on its losses differ from "
-            "those of the uninterrupted run",
-            known,
-            world_size,
-        )
+        return replace(config, micro_batch_size=known)
+    logger.warning(
+        "micro_batch_size: the run had %d, which does not fit %d processes: from here on its losses differ from "
+        "those of the uninterrupted run",
+        known,
+        world_size,
+    )
+    return config
 
 
 class LossBefore(TrainerCallback):

@@ -31,7 +31,7 @@ from layalign.training import runs
 from layalign.training.config import TrainConfig
 from layalign.training.gates import GateHistory
 from layalign.training.guard import StepGuard
-from layalign.training.launch import LossBefore, keep_micro_batch, leave_engine, sharding_arguments
+from layalign.training.launch import LossBefore, leave_engine, sharding_arguments, with_kept_micro_batch
 from layalign.training.loading import load_train_config
 from layalign.training.runs import is_main_process
 from layalign.training.trainer import LayAlignTrainer
@@ -104,9 +104,10 @@ def train(
     started = time.perf_counter()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     resume_from = runs.find_resume(config)
+    running = config
     if resume_from is not None:
-        keep_micro_batch(config, runs.read_run(resume_from.parent), world_size)
-    config.batch_plan(world_size)
+        running = with_kept_micro_batch(config, runs.read_run(resume_from.parent), world_size)
+    running.batch_plan(world_size)
     if examples is None:
         examples = read_examples(config)
     train_set, dev_set = _split(config, list(examples), dev_examples)
@@ -119,7 +120,7 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _check_trained(model)
 
-    trainer = _trainer(config, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, world_size)
+    trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, world_size)
     for callback in callbacks:
         trainer.add_callback(callback)
     measured = dev_set or train_set[:MEASURED]
