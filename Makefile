@@ -61,6 +61,7 @@ docs: $(STAMP)
 	$(BIN)/python -m layalign.baselines --write docs/baselines.md
 	$(BIN)/python -m layalign.experiment.report benchmarks/results/experiment/results.json docs/experiment.md
 	$(BIN)/python benchmarks/estimate.py docs/reproduce.md
+	$(BIN)/python benchmarks/scale.py docs/scale.md
 
 # Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.
 kernels-report: $(STAMP)

@@ -80,7 +80,7 @@ setup(
     # the root of the checkout.
     package_dir={"layalign_kernels": "kernels"},
     package_data={
-        "layalign": ["py.typed", "presets/*.yaml"],
+        "layalign": ["py.typed", "presets/*.yaml", "presets/accelerate/*.yaml", "presets/deepspeed/*.json"],
         "layalign.demo": ["*.json", "templates/*.json"],
         "layalign.experiment": ["presets/*.yaml"],
     },

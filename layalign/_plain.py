@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from layalign._sharding import reason_whole_is_not_here
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something wants to see ``module`` called."""
@@ -20,8 +22,11 @@ def reason_against_reading(linear: Any) -> str | None:
         return f"{name} is not a plain Linear (quantised, LoRA-wrapped, or fused with others)"
     if has_hooks(linear) or "forward" in linear.__dict__ or nn.utils.parametrize.is_parametrized(linear):
         return f"{name} has hooks, a patched forward or parametrizations, which reading its weight would pass by"
+    for parameter in linear._parameters.values():  # as attributes, ZeRO-3 would gather them
+        if parameter is not None and (against := reason_whole_is_not_here(parameter)) is not None:
+            return against
     weight = linear.weight
-    whole = weight.shape == (linear.out_features, linear.in_features) and not hasattr(weight, "ds_id")
+    whole = weight.shape == (linear.out_features, linear.in_features)
     if type(weight) is not nn.Parameter or not whole or weight.is_meta:
         return "its weight is sharded or of a tensor type of its own"
     return None

@@ -123,6 +123,16 @@ def key_value_maps(attention: nn.Module) -> str | None:
     return None
 
 
+def key_value_modules(attention: Any) -> list[nn.Module]:
+    """The modules that :func:`key_value_states` calls."""
+    kind = key_value_maps(attention)
+    if kind == "separate":
+        return [attention.k_proj, attention.v_proj]
+    if kind == "fused":
+        return [attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.c_attn]
+    return [attention.query_key_value] if kind == "interleaved" else []
+
+
 def key_value_states(attention: Any, key_state: Tensor, value_state: Tensor) -> tuple[Tensor, Tensor]:
     """k_i and v_i: the LLM's own projections of the aligner's states, no rotation, as heads.
 

@@ -35,6 +35,16 @@ def trained_names(model: nn.Module) -> set[str]:
     return names | {name for name in model.state_dict() if name.startswith(OWN_PARTS)}
 
 
+def _unnamed(config: LayAlignConfig) -> list[str]:
+    """The frozen parts that no name leads back to."""
+    return [part for part in ("encoder", "llm") if not getattr(config, f"{part}_name_or_path")]
+
+
+def saved_names(model: Any) -> set[str]:
+    """Names of the weights that :func:`save` writes by default."""
+    return set(model.state_dict()) if _unnamed(model.config) else trained_names(model)
+
+
 def save(
     model: Any,
     save_all: Callable[..., None],
@@ -45,7 +55,7 @@ def save(
 ) -> None:
     """Write ``model`` to ``directory``; see ``LayAlignForCausalLM.save_pretrained``."""
     config: LayAlignConfig = model.config
-    unnamed = [part for part in ("encoder", "llm") if not getattr(config, f"{part}_name_or_path")]
+    unnamed = _unnamed(config)
     if unnamed and not save_frozen:
         logger.warning("saving the frozen parts too: the %s has no name to load it from again", " and ".join(unnamed))
         save_frozen = True

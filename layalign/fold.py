@@ -185,10 +185,18 @@ class Folding:
         return Folding(self.choice).__dict__
 
     def states(
-        self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module], hidden: Sequence[Tensor]
+        self,
+        projector: WeightedLinearProjector,
+        attentions: Sequence[nn.Module],
+        hidden: Sequence[Tensor],
+        engine: str | None = None,
     ) -> Sequence[Tensor] | None:
-        """2L tensors (B, S, D_kv), a key and a value by turns; None where the modules are to be called."""
-        against = self._against(projector, attentions, hidden)
+        """2L tensors (B, S, D_kv), a key and a value by turns; None where the modules are to be called.
+
+        Args:
+            engine: what shards the model, whose weights must be left alone even while they look whole.
+        """
+        against = f"{engine} shards the model" if engine else self._against(projector, attentions, hidden)
         self._say(against)
         if against is not None:
             return None

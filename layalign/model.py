@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 
 from layalign import attention, checkpoint, liger, slots
 from layalign import encoder as encoders
+from layalign._sharding import engine_of
 from layalign.config import LayAlignConfig, hidden_size
 from layalign.errors import ArgumentError
 from layalign.fold import Folding
@@ -164,6 +165,15 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         """
         self.config.lora = checkpoint.inject_lora(self.llm, settings)
 
+    @property
+    def source_attentions(self) -> tuple[nn.Module, ...]:
+        """The self-attention modules of the language layers: their key and value maps make the source's states."""
+        return self._attentions
+
+    def saved_names(self) -> set[str]:
+        """Names of the weights that :meth:`save_pretrained` writes."""
+        return checkpoint.saved_names(self)
+
     def unwrap(self) -> PreTrainedModel:
         """Give the LLM back as it was before: detached, its parameters trainable where they were."""
         attention.detach(self.llm)
@@ -265,7 +275,8 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         if self.encoder_aligner is None:
             return [], []
         layers, projector = self.encoder_aligner.layers(hidden), self.encoder_aligner.projector
-        folded = self.folding.states(projector, self._attentions, layers)
+        engine = None if torch.compiler.is_compiling() else engine_of(self)
+        folded = self.folding.states(projector, self._attentions, layers, engine)
         if folded is not None:
             size = attention.head_size(self._attentions[0])
             found = [attention.heads(state.to(dtype), size) for state in folded]

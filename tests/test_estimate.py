@@ -1,4 +1,4 @@
-"""benchmarks/estimate.py: its counts against models built on the meta device, its tables against docs/reproduce.md."""
+"""benchmarks/estimate.py and scale.py: counts against models on the meta device, tables against the pages."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ from layalign import LayAlignForCausalLM
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/reproduce.md"
+
+
+@pytest.fixture(scope="module")
+def scale() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import scale
+
+        return scale
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +84,27 @@ def test_operations_of_the_llm_are_those_torch_counts(estimate: ModuleType, mode
     ours = [estimate.flops(lengths, backward=b, logits=tokens)["LLM"] for b in (False, True)]
     # torch counts the upper half of causal attention too, 0.5 % here.
     assert ours == [pytest.approx(forward, rel=0.01), pytest.approx(both, rel=0.01)]
+
+
+def test_units_are_those_of_the_models(scale: ModuleType, model: LayAlignForCausalLM) -> None:
+    units = scale.published_units()
+    assert units == scale.units_of(model)
+    assert units.all == count(model)
+    # One GPU sends nothing; two send half of what is moved, for an all-reduce as much as there is.
+    assert set(scale.step_bytes(units, 1, 2).values()) == {0}
+    assert scale.step_bytes(units, 2, 1)["DDP"] == 4 * units.trained
+    frozen, trained = units.gathered_bytes(dict.fromkeys(units.gathered(), 2)) - 2 * units.root, 4 * units.root
+    assert scale.step_bytes(units, 2, 3)["FSDP2"] == 3 * (frozen + trained + 4 * units.trained) / 2
+
+
+def test_scale_page_has_the_tables_that_the_script_prints(scale: ModuleType, tmp_path: Path) -> None:
+    page = ROOT / "docs/scale.md"
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<!-- scale: ") == len(scale.TABLES) == 4
+    copied = tmp_path / page.name
+    copied.write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, "benchmarks/scale.py", str(copied)], cwd=ROOT, check=True)
+    assert copied.read_text(encoding="utf-8") == text, "run `python benchmarks/scale.py docs/scale.md`"
 
 
 def test_page_has_the_tables_that_the_script_prints(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def evaluate(
 ) -> None:
     """Answer a test set in every language and count what is right. A rerun goes on where the last one stopped.
 
+    Started by torchrun, several processes share the questions.
+
     Example: layalign evaluate -c outputs/math/task -t mgsm -d datas -o results/mgsm
     """
     from rich.console import Console
@@ -52,11 +54,12 @@ def evaluate(
     from layalign.errors import ArgumentError
     from layalign.evaluation import TASKS
     from layalign.evaluation import evaluate as run
+    from layalign.evaluation.processes import Processes, join, leave
 
     if task not in TASKS:
         raise ArgumentError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     console = Console()
-    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
+    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, join(device), dtype)
     result = run(
         model,
         encoder_tokenizer,
@@ -75,6 +78,10 @@ def evaluate(
         generation={"num_beams": num_beams} if num_beams > 1 else None,
         progress=console.is_terminal,
     )
+    main = Processes().main
+    leave()
+    if not main:
+        return
     if result.report.skipped:
         typer.echo(result.report.summary(), err=True)
     console.print(result.table())

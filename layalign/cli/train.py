@@ -90,24 +90,16 @@ def _print(configs: list[TrainConfig]) -> None:
         typer.echo(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
 
 
-def _leave_group() -> None:
-    """End a distributed run in step: a process that exits with its group alive may take the others down with it."""
-    import torch.distributed as group
-
-    if group.is_available() and group.is_initialized():
-        group.barrier()
-        group.destroy_process_group()
-
-
 def _train_all(configs: list[TrainConfig]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     quiet_transformers()
+    from layalign.evaluation.processes import leave
     from layalign.training import is_main_process, train
 
     summaries = [(config.stage, train(config)) for config in configs]
-    _leave_group()
+    leave()
     if not is_main_process():
         return
     table = Table(title="Training", show_edge=False)

@@ -6,6 +6,7 @@ otherwise. What is generated does not depend on the order: batches are sorted by
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from layalign.evaluation.answering import ModelAnswers, evaluation_mode, llm_alo
 from layalign.evaluation.intervals import Interval
 from layalign.evaluation.levels import LevelScore, Outcomes, average_interval, level_scores
 from layalign.evaluation.metrics import last_number, parse_label, same_number, wilson_interval
+from layalign.evaluation.processes import Processes
 from layalign.evaluation.store import OutputStore
 
 __all__ = ["TASKS", "EvaluationResult", "LanguageScore", "Task", "evaluate", "llm_alone"]
@@ -179,6 +181,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Evaluate a model, or anything that answers, on a task in every language.
 
+    With a process group (torch.distributed) all its processes call this and share the questions; the files and the
+    result are those of one process.
+
     Args:
         model: a `LayAlignForCausalLM`, an object with the same `generate` and ids in its `config`, or a function from
             a list of examples to their answers (see `llm_alone`).
@@ -232,17 +237,24 @@ def evaluate(
         # Only where padding is attended do outputs depend on the batch.
         "batch_size": None if getattr(getattr(model, "config", None), "mask_encoder_padding", True) else batch_size,
     }
-    store = OutputStore(Path(output_dir), settings, resume)
+    processes = Processes()
+    store = processes.all_get(lambda: OutputStore(Path(output_dir), settings, resume))
     scores, outcomes = {}, {}
-    with evaluation_mode(model), torch.no_grad(), _bar(progress, len(examples)) as advance:
+    with evaluation_mode(model), torch.no_grad(), _bar(progress and processes.main, len(examples)) as advance:
         for language, group in by_language(examples).items():
-            outputs = _outputs(answer, store, language, group, batch_size, advance)
-            scores[language], outcomes[language] = _score(store, language, group, outputs, kind, label_match)
+            outputs = _outputs(answer, store, language, group, batch_size, advance, processes)
+            scores[language], outcomes[language] = processes.all_get(
+                functools.partial(_score, store, language, group, outputs, kind, label_match)
+            )
     scoring = {"scorer": kind.scorer, "label_match": label_match}
     result = EvaluationResult(task, scores, report, Path(output_dir), outcomes, scoring)
-    write_whole(store.folder / "scores.json", json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    write_whole(store.folder / "scores.tsv", result.to_tsv())
+    processes.all_get(lambda: _write(result, store.folder))
     return result
+
+
+def _write(result: EvaluationResult, folder: Path) -> None:
+    write_whole(folder / "scores.json", json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "scores.tsv", result.to_tsv())
 
 
 def _task(task: str, scorer: str | None, label_match: str) -> Task:
@@ -286,26 +298,33 @@ def _outputs(
     examples: Sequence[Example],
     batch_size: int,
     advance: Callable[[str, int], None],
+    processes: Processes,
 ) -> list[str]:
-    """An answer to every example, in their order; those that the store has are not asked for again."""
-    done = store.begin(language, examples)
+    """An answer to every example, in their order; those that the store has are not asked for again.
+
+    Each process answers one batch of a round; the main one keeps them all before the next round.
+    """
+    done = processes.all_get(lambda: store.begin(language, examples))
     advance(language, len(done))
     # The longest first: a batch that does not fit into memory fails at once.
     rest = sorted(
         (i for i in range(len(examples)) if i not in done),
         key=lambda i: (-len(examples[i].source) - len(examples[i].prompt), i),
     )
-    for start in range(0, len(rest), batch_size):
-        batch = rest[start : start + batch_size]
-        texts = list(answer([examples[i] for i in batch]))
-        if len(texts) != len(batch) or not all(isinstance(text, str) for text in texts):
-            raise ArgumentError(f"model: expected {len(batch)} texts, one per example, got {len(texts)}")
+    batches = [rest[start : start + batch_size] for start in range(0, len(rest), batch_size)]
+    for together in processes.deal(batches):
+        # Without a batch of its own a process answers the first one too: the weights may be spread over all of them.
+        own = together[processes.rank] if processes.rank < len(together) else together[0]
+        texts = list(answer([examples[i] for i in own]))
+        if len(texts) != len(own) or not all(isinstance(text, str) for text in texts):
+            raise ArgumentError(f"model: expected {len(own)} texts, one per example, got {len(texts)}")
         # Half of a surrogate pair cannot stand in a file.
         texts = [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
-        new = dict(zip(batch, texts, strict=True))
-        store.append(language, new)
+        found = processes.all_gather(dict(zip(own, texts, strict=True)))
+        new = {i: text for batch in found[: len(together)] for i, text in batch.items()}
+        processes.all_get(functools.partial(store.append, language, new))
         done.update(new)
-        advance(language, len(batch))
+        advance(language, len(new))
     return [done[i] for i in range(len(examples))]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign import ops
+from layalign._plain import reason_against_reading
 from layalign.errors import ArgumentError
 
 STRUCTURES = ("Linear", "MLP")
@@ -37,10 +38,19 @@ class WeightedLinearProjector(nn.Module):
 
     def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
         """E tensors (B, S, D_e) -> (2L, B, S, D_l); with a shared mix (2, B, S, D_l)."""
-        y = ops.layer_projection(
-            hidden_states, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, impl=self.impl
-        )
+        if self._may_be_read():
+            y = ops.layer_projection(
+                hidden_states, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, impl=self.impl
+            )
+        else:  # as published: weights that are sharded, quantised or wrapped are only right inside their modules
+            mixed = torch.relu(self.fc1(torch.stack(tuple(hidden_states), dim=-1)))
+            y = self.fc2(mixed.movedim(-1, 0).contiguous())
         return self.fc3(torch.relu(y)) if self.structure == "MLP" else y
+
+    def _may_be_read(self) -> bool:
+        if torch.compiler.is_compiling():
+            return True
+        return all(reason_against_reading(linear) is None for linear in (self.fc1, self.fc2))
 
 
 class EncoderAligner(nn.Module):

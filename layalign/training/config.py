@@ -27,6 +27,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "structure": ("Linear", "MLP"),
     "mix": ("layer-wise", "shared"),
     "frozen_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "sharding": ("fsdp2", "zero2", "zero3"),
 }
 _INTEGERS = {
     "batch_size": 1,
@@ -137,6 +138,7 @@ class TrainConfig:
     seed: int = 0
     use_cpu: bool = False
     num_workers: int = 0
+    sharding: str | None = None  # None: as the launcher says, DDP by torchrun
 
     # What it leaves behind. eval_steps and save_steps: None is once per epoch, 0 is never.
     output_dir: str = "outputs"

@@ -71,7 +71,11 @@ class StepGuard(TrainerCallback, ExportableState):
             self._suspect = inputs
 
     def check(
-        self, step: int, model: nn.Module, mean: Callable[[Tensor], Tensor], rerun: Callable[[Mapping[str, Any]], Any]
+        self,
+        step: int,
+        model: nn.Module,
+        mean: Callable[[Tensor], Tensor],
+        rerun: Callable[[Mapping[str, Any]], Any] | None,
     ) -> None:
         """Judge the step whose gradients are there; drop them where it is to be left out.
 
@@ -79,7 +83,7 @@ class StepGuard(TrainerCallback, ExportableState):
             step: its number, from 1.
             model: whose gradients.
             mean: mean of a number over all processes.
-            rerun: a forward pass of a micro batch, to find where a NaN comes from.
+            rerun: a forward pass of a micro batch, to find where a NaN comes from; None where there cannot be one.
 
         Raises:
             NonFiniteError: NaN or infinity, and no step may be left out (any more).
@@ -120,7 +124,7 @@ class StepGuard(TrainerCallback, ExportableState):
 
     @staticmethod
     def _origin(
-        loss: float, norm: float, model: nn.Module, suspect: Mapping[str, Any] | None, rerun: Callable[..., Any]
+        loss: float, norm: float, model: nn.Module, suspect: Mapping[str, Any] | None, rerun: Callable[..., Any] | None
     ) -> str:
         bad = [name for name, parameter in model.named_parameters() if _broken(parameter.detach())]
         if bad:
@@ -128,6 +132,10 @@ class StepGuard(TrainerCallback, ExportableState):
         if not math.isfinite(loss):
             if suspect is None:
                 return f"the loss is {loss:g}, of a batch of another process"
+            if rerun is None:
+                return (
+                    f"the loss is {loss:g} of a batch of this process; where from is not looked for in a sharded model"
+                )
             return f"the loss is {loss:g}; first not finite: {first_broken(model, lambda: rerun(suspect))}"
         bad = [name for name, parameter in model.named_parameters() if _broken(parameter.grad)]
         what = f"{_some(bad)} of the gradients not finite" if bad else f"the norm of the gradients is {norm:g}"

@@ -31,6 +31,7 @@ from layalign.training import runs
 from layalign.training.config import TrainConfig
 from layalign.training.gates import GateHistory
 from layalign.training.guard import StepGuard
+from layalign.training.launch import LossBefore, leave_engine, sharding_arguments, with_kept_micro_batch
 from layalign.training.loading import load_train_config
 from layalign.training.runs import is_main_process
 from layalign.training.trainer import LayAlignTrainer
@@ -102,8 +103,11 @@ def train(
     """
     started = time.perf_counter()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config.batch_plan(world_size)
     resume_from = runs.find_resume(config)
+    running = config
+    if resume_from is not None:
+        running = with_kept_micro_batch(config, runs.read_run(resume_from.parent), world_size)
+    running.batch_plan(world_size)
     if examples is None:
         examples = read_examples(config)
     train_set, dev_set = _split(config, list(examples), dev_examples)
@@ -116,13 +120,13 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _check_trained(model)
 
-    trainer = _trainer(config, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, world_size)
+    trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, world_size)
     for callback in callbacks:
         trainer.add_callback(callback)
     measured = dev_set or train_set[:MEASURED]
-    loss_before = _loss_before(config, trainer, measured, resume_from)
-    runs.save_run(config, {"loss_before": loss_before})
+    before = LossBefore(config, trainer, measured, resume_from)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    loss_before = before.value
     loss_after = trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")["eval_loss"]
     with writing(f"output_dir: {config.output_dir}", "the checkpoints in it are whole"):
         trainer.save_model(config.output_dir)
@@ -143,8 +147,9 @@ def train(
         loss_spikes=trainer.guard.spikes,
         log_history=[{"step": 0, "epoch": 0.0, "eval_loss": loss_before}, *trainer.state.log_history],
     )
-    runs.save_run(config, asdict(summary))
+    runs.save_run(config, {**asdict(summary), "micro_batch": trainer.args.per_device_train_batch_size})
     trainer.accelerator.wait_for_everyone()  # the next stage of another process reads what this one's main has written
+    leave_engine(trainer)
     return summary
 
 
@@ -344,8 +349,11 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
         "save_total_limit": config.save_total_limit,
         "report_to": config.report_to or "none",
         "disable_tqdm": not config.progress,
+        "ddp_find_unused_parameters": False,  # all that trains takes part in every step
+        "ddp_broadcast_buffers": False,
         **evaluate,
         **save,
+        **sharding_arguments(config, world_size),
     }
     if config.keep_best:
         arguments.update(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
@@ -367,15 +375,3 @@ def _when(what: str, steps: int | None) -> dict[str, Any]:
     if steps is None:
         return {f"{what}_strategy": "epoch"}
     return {f"{what}_strategy": "steps", f"{what}_steps": steps} if steps else {f"{what}_strategy": "no"}
-
-
-def _loss_before(
-    config: TrainConfig, trainer: LayAlignTrainer, measured: list[Example], resume_from: Path | None
-) -> float:
-    """Loss of the untrained start; a resumed run takes it from its beginning."""
-    if resume_from is not None:
-        known = runs.read_run(resume_from.parent).get("loss_before")
-        if isinstance(known, float):
-            return known
-        logger.warning("%s: no loss_before known; measured now, before the checkpoint is loaded", resume_from.parent)
-    return float(trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")["eval_loss"])

@@ -23,7 +23,7 @@ RUN_FILE = "training.json"
 _FREE_KEYS = {
     "output_dir", "resume", "epochs", "max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "keep_best", "report_to", "progress", "num_workers", "eval_batch_size", "use_cpu", "init_checkpoint",
-    "max_skipped_steps", "spike_factor",
+    "max_skipped_steps", "spike_factor", "sharding",
 }  # fmt: skip
 
 

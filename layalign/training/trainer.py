@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer
 
 from layalign import checkpoint
 from layalign._files import writing
+from layalign._sharding import full_shape, put
 from layalign.errors import CheckpointError
 from layalign.tokenization import save_tokenizers
 from layalign.training.checkpoints import UNFINISHED, clear_unfinished, publish, rotate
+from layalign.training.distributed import DistributedTrainer
 from layalign.training.guard import StepGuard
 
 _BATCHES_PER_POOL = 50
@@ -56,7 +57,7 @@ class LengthBucketSampler(Sampler[int]):
         return iter([index for batch in shuffled + tail for index in batch])
 
 
-class LayAlignTrainer(Trainer):
+class LayAlignTrainer(DistributedTrainer):
     """Trainer of a `LayAlignForCausalLM`.
 
     Weight decay covers every trained parameter, as published; the loss of a step is the mean over its micro batches, as
@@ -102,7 +103,9 @@ class LayAlignTrainer(Trainer):
         self.guard.saw(loss, inputs)
         if self.accelerator.sync_gradients:
             step = self.state.global_step + 1
-            self.guard.check(step, model, self._mean_over_processes, lambda batch: model(**self._prepare_inputs(batch)))
+            # One process alone cannot run a model that is spread over several.
+            rerun = None if self.sharding else lambda batch: model(**self._prepare_inputs(batch))
+            self.guard.check(step, model, self._mean_over_processes, rerun)
         return loss
 
     def _mean_over_processes(self, number: torch.Tensor) -> torch.Tensor:
@@ -167,9 +170,9 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
         raise CheckpointError(f"{folder}: does not fit the model: {problem}")
     with torch.no_grad():
         for name in wanted:
-            if places[name].shape != weights[name].shape:
+            if full_shape(places[name]) != weights[name].shape:
                 raise CheckpointError(
-                    f"{folder}: {name}: expected {tuple(places[name].shape)}, got {tuple(weights[name].shape)}"
+                    f"{folder}: {name}: expected {tuple(full_shape(places[name]))}, got {tuple(weights[name].shape)}"
                 )
             # In place: the optimiser and any wrapper keep the parameter they have.
-            places[name].copy_(weights[name])
+            put(places[name], weights[name])
