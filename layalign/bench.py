@@ -12,7 +12,7 @@ from layalign.errors import ArgumentError, shown
 FORMAT = 1
 FILE = "bench.json"
 NEEDED = ("id", "group", "name", "unit", "labels", "median", "q1", "q3")
-_TYPES: dict[str, Any] = {key: int | float for key in ("median", "q1", "q3")}
+_TYPES: dict[str, Any] = dict.fromkeys(("median", "q1", "q3"), int | float)
 _TYPES |= {"id": str, "name": str, "unit": str, "labels": dict}
 
 

@@ -53,6 +53,13 @@ def shown(value: object, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+def first_line(error: BaseException, longest: int = 300) -> str:
+    """What another library's error says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def refuse(name: str, expected: str, value: object) -> NoReturn:
     """Raise the error for an argument: ``NAME: expected EXPECTED, got VALUE``."""
     raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")

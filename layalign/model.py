@@ -14,14 +14,15 @@ from transformers.utils import can_return_tuple
 
 from layalign import attention, checkpoint, liger, slots
 from layalign import encoder as encoders
-from layalign.config import LayAlignConfig, hidden_size
+from layalign.config import LayAlignConfig
 from layalign.errors import ArgumentError
 from layalign.fold import Folding
 from layalign.generation import SourceGenerationMixin
 from layalign.loss import label_loss, with_loss
-from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
+from layalign.nn import Adapter, GatedCrossAttention
 from layalign.packing import IGNORE_INDEX, PackedTokens, pack, real_positions
 from layalign.padding import real_tokens
+from layalign.parts import own_parts
 from layalign.source import SourceStates, bridge, get_source, put_source
 
 
@@ -50,7 +51,8 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         super().__init__(config)
         if config.encoder_config is None or config.llm_config is None:
             raise ArgumentError("config: expected encoder_config and llm_config; see LayAlignConfig")
-        self.llm = AutoModelForCausalLM.from_config(config.llm_config) if llm is None else llm
+        # A configuration may name code to run (auto_map): not here.
+        self.llm = AutoModelForCausalLM.from_config(config.llm_config, trust_remote_code=False) if llm is None else llm
         self.encoder = encoders.encoder_from_config(config.encoder_config) if encoder is None else encoder
         for part in (self.llm, self.encoder):
             if llm is not None or encoder is not None:
@@ -62,13 +64,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             self.add_lora(config.lora)
 
         assert config.encoder_layers is not None and config.language_layers is not None
-        encoder_size, llm_size = hidden_size(config.encoder_config), hidden_size(config.get_text_config())
-        self.mapping = Adapter(encoder_size, llm_size, config.adapter_size) if config.adapter else None
-        self.encoder_aligner = None
-        if config.language_layers:
-            self.encoder_aligner = EncoderAligner(config.aligner(), impl=config.impl)
-        gates = (GatedCrossAttention(config.impl, config.gate) for _ in config.language_layers)
-        self.cross_attention = nn.ModuleList(gates)
+        self.mapping, self.encoder_aligner, self.cross_attention = own_parts(config)
         # A tuple, so that the LLM's modules do not appear a second time among this module's children.
         self.attach_report = attention.attach(self.llm, config.language_layers)
         found = attention.attention_modules(self.llm)
@@ -129,6 +125,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             encoder, llm: frozen parts already in memory, instead of loading them by name.
             encoder_kwargs, llm_kwargs: further arguments for loading a frozen part by name.
             **kwargs: as transformers' ``from_pretrained`` (dtype, device_map, attn_implementation, revision, ...).
+                ``trust_remote_code`` is for the frozen parts; without it no code from a checkpoint runs.
 
         Raises:
             CheckpointError: the checkpoint is not one of ours, is damaged, or does not fit the model.

@@ -127,7 +127,7 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
         refuse("set", "key=value", item)
     key, equals, text = item.partition("=")
     key = key.strip()
-    if not equals or not key:
+    if not equals or not key.isprintable() or not key:
         refuse("set", "key=value", item)
     if key in TEXTS or (key == "data" and not text.lstrip().startswith(("{", "["))):
         value = None if text in ("null", "~", "") else text  # a folder may be called 2024 or true
