@@ -246,9 +246,13 @@ def _check_shards(name_or_path: str) -> None:
     for index in Path(name_or_path).glob("*.index.json") if Path(name_or_path).is_dir() else ():
         with _reading(name_or_path, index.name):
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            outside = [file for file in files if not isinstance(file, str) or Path(file).name != file]
+            outside = [file for file in files if not _is_name(file)]
             if outside:
                 raise CheckpointError(f"expected names of files in this folder, got {shown(outside[0])}")
+
+
+def _is_name(file: Any) -> bool:
+    return isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file
 
 
 def _part(name: str) -> str:
