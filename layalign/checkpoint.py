@@ -129,24 +129,24 @@ def load(
     attention = {key: arguments.pop(key) for key in ("attn_implementation",) if key in arguments}
     encoder, llm = parts["encoder"], parts["llm"]
     if encoder is None:
-        with _reading(name_or_path, f"the encoder {config.encoder_name_or_path!r} cannot be loaded"):
+        with reading(name_or_path, f"the encoder {config.encoder_name_or_path!r} cannot be loaded"):
             name = _part_name(config, "encoder")
             encoder = encoders.load_encoder(name, **{**common, **(parts["encoder_kwargs"] or {})})
     if llm is None:
-        with _reading(name_or_path, f"the LLM {config.llm_name_or_path!r} cannot be loaded"):
+        with reading(name_or_path, f"the LLM {config.llm_name_or_path!r} cannot be loaded"):
             name = _part_name(config, "llm")
             llm = encoders.load_llm(name, **{**common, **attention, **(parts["llm_kwargs"] or {})})
     encoder = encoders.encoder_part(encoder)
     for part, found in (("encoder", encoder), ("llm", llm)):
         _check_part(part, getattr(config, f"{part}_config"), found.config, name_or_path)
-    with _reading(name_or_path, CONFIG):
+    with reading(name_or_path, CONFIG):
         model = cls(config, encoder=encoder, llm=llm)
     _put_weights(model, weights, wanted)
     return model.eval()
 
 
 @contextmanager
-def _reading(name_or_path: str, what: str) -> Iterator[None]:
+def reading(name_or_path: str, what: str) -> Iterator[None]:
     """What goes wrong with a checkpoint's files, whoever notices it and however, as an error that names them."""
     try:
         yield
@@ -175,7 +175,7 @@ def _dtype(value: Any) -> torch.dtype | None:
 
 def _check_own(config: LayAlignConfig, weights: dict[str, Tensor], name_or_path: str) -> None:
     """The stored weights against the sizes in the configuration, without memory for either."""
-    with _reading(name_or_path, CONFIG), torch.device("meta"):
+    with reading(name_or_path, CONFIG), torch.device("meta"):
         parts = zip(("mapping", "encoder_aligner", "cross_attention"), own_parts(config), strict=True)
         own = {f"{part}.{name}": p for part, module in parts if module for name, p in module.named_parameters()}
     missing = sorted(set(own) - set(weights))
@@ -213,7 +213,7 @@ def _load_whole(
     arguments: dict[str, Any],
 ) -> Any:
     """transformers' own loading, and what it does not restore: a dtype for each part, and which weights train."""
-    with _reading(name_or_path, f"{CONFIG}: part_dtypes"):
+    with reading(name_or_path, f"{CONFIG}: part_dtypes"):
         dtypes = {part: _dtype(name) or torch.float32 for part, name in (config.part_dtypes or {}).items()}
     _check_shards(name_or_path)
     arguments.pop("trust_remote_code", None)
@@ -224,7 +224,7 @@ def _load_whole(
     else:
         dtypes = {}
     wants_info = arguments.pop("output_loading_info", False)
-    with _reading(name_or_path, "the weights cannot be loaded"):
+    with reading(name_or_path, "the weights cannot be loaded"):
         model, info = load_all(
             name_or_path, *positional, config=config, dtype=asked, output_loading_info=True, **arguments
         )
@@ -244,7 +244,7 @@ def _load_whole(
 def _check_shards(name_or_path: str) -> None:
     """An index of shards names files of its own folder."""
     for index in Path(name_or_path).glob("*.index.json") if Path(name_or_path).is_dir() else ():
-        with _reading(name_or_path, index.name):
+        with reading(name_or_path, index.name):
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             outside = [file for file in files if not _is_name(file)]
             if outside:
@@ -260,12 +260,12 @@ def _part(name: str) -> str:
 
 
 def _read_config(name_or_path: str, hub: dict[str, Any]) -> LayAlignConfig:
-    with _reading(name_or_path, "no readable LayAlign checkpoint"):
+    with reading(name_or_path, "no readable LayAlign checkpoint"):
         found, _ = LayAlignConfig.get_config_dict(name_or_path, **hub)
         kind = found.get("model_type")
     if kind != LayAlignConfig.model_type:
         raise CheckpointError(f"{name_or_path}: expected a layalign checkpoint, got {shown(kind)}")
-    with _reading(name_or_path, CONFIG):
+    with reading(name_or_path, CONFIG):
         config = LayAlignConfig.from_dict(found)
         if config.encoder_config is None or config.llm_config is None:
             raise CheckpointError("expected encoder_config and llm_config")
@@ -273,7 +273,7 @@ def _read_config(name_or_path: str, hub: dict[str, Any]) -> LayAlignConfig:
 
 
 def _read_weights(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    with _reading(name_or_path, f"cannot read {WEIGHTS}"):
+    with reading(name_or_path, f"cannot read {WEIGHTS}"):
         return read_weights(str(cached_file(name_or_path, WEIGHTS, **hub)))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
-from layalign.errors import ArgumentError, finite_number, first_line, refuse, shown, whole_number
+from layalign.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
 from layalign.fold import CHOICES
 from layalign.layers import named_layers
 from layalign.liger import CHOICES as LIGER_CHOICES
@@ -115,8 +114,7 @@ class LayAlignConfig(PretrainedConfig):
         super().__init__(**kwargs)
         choices = {"structure": STRUCTURES, "mix": MIXES, "fold": CHOICES, "liger": LIGER_CHOICES, "impl": IMPLS}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                refuse(name, f"one of {allowed}", getattr(self, name))
+            one_of(name, getattr(self, name), allowed)
         self._check_types()
         self._check_variant()
         if self.encoder_config is not None:
@@ -147,7 +145,7 @@ class LayAlignConfig(PretrainedConfig):
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             refuse("adapter_size", "a positive integer or None", size)
         if gate is not None:
-            finite_number("gate", gate)
+            finite_number("gate", gate, "a finite number or None")
 
     def aligner(self) -> SimpleNamespace:
         """The published configuration of the aligner that follows from this one."""
@@ -216,9 +214,13 @@ def _first(token: Any) -> int | None:
 
 
 def _layers(name: str, layers: Any) -> list[int]:
-    if isinstance(layers, str | bytes | dict) or not isinstance(layers, Iterable):
+    try:
+        found = None if isinstance(layers, str | bytes | dict) else list(layers)
+    except TypeError:
+        found = None
+    if found is None:
         refuse(name, "a list of indices", layers)
-    return [whole_number(name, layer) for layer in layers]
+    return [whole_number(name, layer) for layer in found]
 
 
 def _check_layers(name: str, layers: list[int], count: int, allow_empty: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import reprlib
 import sys
+from collections.abc import Iterable
 from math import inf
 from typing import Any, NoReturn
 
@@ -48,6 +49,7 @@ def shown(value: object, longest: int = 60) -> str:
     """
     try:
         text = " ".join(_SHORT.repr(value).split())
+        text.encode("utf-8")
     except Exception:  # a number with too many digits to print, an object whose repr fails
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= longest else text[: longest - 3] + "..."
@@ -76,10 +78,20 @@ def whole_number(name: str, value: Any, least: float = -inf, most: float = 2**63
     return number
 
 
-def finite_number(name: str, value: Any) -> float:
+MAX_SIZE = 2**31 - 1  # of a layer
+
+
+def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """``value`` is one of some words."""
+    allowed = tuple(allowed)
+    if not isinstance(value, str) or value not in allowed:
+        refuse(name, f"one of {', '.join(allowed)}", value)
+
+
+def finite_number(name: str, value: Any, expected: str = "a finite number") -> float:
     """``value`` as a float where it is a finite number; no bool, no text."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not -FLOAT_MAX <= value <= FLOAT_MAX:
-        refuse(name, "a finite number", value)
+        refuse(name, expected, value)
     return float(value)
 
 

@@ -403,6 +403,12 @@ def _read_dataset(request: _Request, collected: Collected) -> None:
 
 def by_language(examples: Iterable[Example]) -> dict[str, list[Example]]:
     """Examples by language, in the order in which the languages first appear."""
+    try:
+        examples = list(examples)
+    except TypeError:
+        refuse("examples", "some Example", examples)
+    if not all(isinstance(getattr(example, "language", None), str) for example in examples):
+        refuse("examples", "Example objects alone", examples)
     groups: dict[str, list[Example]] = {}
     for language, run in groupby(examples, key=lambda example: example.language):
         groups.setdefault(language, []).extend(run)

@@ -63,16 +63,16 @@ def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor
         raise ArgumentError(f"{name}: expected the device of {other_name} ({other.device}), got {value.device}")
 
 
-def check_hidden(hidden: object) -> Sequence[Tensor]:
+def check_hidden(hidden: object, name: str = "hidden") -> Sequence[Tensor]:
     """E >= 1 floating tensors (B, S, D_e) of one shape, dtype and device."""
     if not isinstance(hidden, (list, tuple)) or not hidden:
-        raise ArgumentError(f"hidden: expected a non-empty list of tensors (B, S, D_e), got {describe(hidden)}")
+        raise ArgumentError(f"{name}: expected a non-empty list of tensors (B, S, D_e), got {describe(hidden)}")
     first = hidden[0]
-    require_tensor("hidden[0]", first, 3, "(B, S, D_e)")
+    require_tensor(f"{name}[0]", first, 3, "(B, S, D_e)")
     shape, dtype, device = first.shape, first.dtype, first.device
     for i, layer in enumerate(hidden):
         if not is_plain(layer) or layer.shape != shape or layer.dtype != dtype or layer.device != device:
-            raise ArgumentError(f"hidden[{i}]: expected {describe(first)} like hidden[0], got {describe(layer)}")
+            raise ArgumentError(f"{name}[{i}]: expected {describe(first)} like {name}[0], got {describe(layer)}")
     return hidden
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from layalign._files import write_whole
-from layalign.errors import ArgumentError, shown
+from layalign.errors import ArgumentError, refuse, shown
 from layalign.layers import named_layers
 
 STAGES = ("translation", "task")
@@ -198,6 +198,12 @@ class TrainConfig:
             OutputError: it cannot be written.
         """
         write_whole(Path(path), self.to_yaml())
+
+
+def require_config(config: Any) -> None:
+    """What the functions of a training run take."""
+    if not isinstance(config, TrainConfig):
+        refuse("config", "a TrainConfig; see load_train_config", config)
 
 
 def _coerce(config: TrainConfig) -> None:

@@ -95,7 +95,7 @@ def _source_values(source: str | Path | Mapping[str, Any] | None, preset: str | 
             refuse("config", "a YAML file or a mapping", source)
         path = Path(source)
         if not _is_file(path):
-            raise ArgumentError(f"config: no such file: {shown(str(path), 300)}")
+            raise ArgumentError(f"config: no such file: {path}")
         return _mapping(read_file(path), str(path))
     return {}
 

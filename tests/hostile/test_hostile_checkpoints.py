@@ -112,7 +112,8 @@ def header(entries: dict[str, Any], data: bytes = b"", length: int | None = None
 
 
 BROKEN = {
-    "empty": b"", "short": b"\x00" * 7, "zeros": b"\x00" * 4096, "foreign": b"PK\x03\x04" + b"x" * 100, "text": b"{}" * 50,
+    "empty": b"", "short": b"\x00" * 7, "zeros": b"\x00" * 4096, "foreign": b"PK\x03\x04" + b"x" * 100,
+    "text": b"{}" * 50,
     "a huge header": struct.pack("<Q", 2**62) + b"{}", "a header of everything": struct.pack("<Q", 2**64 - 1),
     "no JSON": struct.pack("<Q", 4) + b"[[[[", "deep": struct.pack("<Q", 90_000) + b"[" * 90_000,
     "beyond the file": header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}),
@@ -187,12 +188,15 @@ def test_mutated_configurations(work: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        [], 5, None, {"model_type": "llama"}, {"model_type": None}, {"model_type": ["layalign"]}, {"encoder_config": None},
+        [], 5, None, {"model_type": "llama"}, {"model_type": None}, {"model_type": ["layalign"]},
+        {"encoder_config": None},
         {"encoder_config": {}}, {"encoder_config": {"model_type": "evil"}}, {"encoder_config": {"model_type": 5}},
         {"llm_config": {"model_type": "llama", "hidden_size": "x"}}, {"llm_config": {"model_type": "layalign"}},
         {"llm_config": {"model_type": "llama", "hidden_size": 10**12}}, {"llm_config": []}, {"adapter_size": 10**12},
-        {"adapter_size": 10**9}, {"adapter_size": -1}, {"encoder_layers": [10**30]}, {"encoder_layers": 5}, {"encoder_layers": [0.5]},
-        {"language_layers": [0, 0]}, {"language_layers": {}}, {"structure": ["Linear"]}, {"impl": "evil"}, {"gate": 10**400},
+        {"adapter_size": 10**9}, {"adapter_size": -1}, {"encoder_layers": [10**30]}, {"encoder_layers": 5},
+        {"encoder_layers": [0.5]},
+        {"language_layers": [0, 0]}, {"language_layers": {}}, {"structure": ["Linear"]}, {"impl": "evil"},
+        {"gate": 10**400},
         {"gate": "1"}, {"source_token_id": 1.5}, {"llm_bos_token_id": 10**6}, {"llm_bos_token_id": "1"}, {"lora": [1]},
         {"lora": {"r": -1, "target_modules": "all-linear"}}, {"lora": {"nothing": 1}}, {"frozen_saved": "yes"},
         {"encoder_name_or_path": 5}, {"encoder_name_or_path": None}, {"encoder_name_or_path": "../../nothing"},
@@ -267,7 +271,7 @@ def test_code_that_a_checkpoint_names_is_not_run(
     monkeypatch.setattr("sys.stdin", io.StringIO(asked))  # transformers would ask there, and run it on a "y"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForTextEncoding", "AutoTokenizer")
-    auto_map = {name: "hostile.Hostile" for name in classes} | {"AutoTokenizer": ["hostile.Hostile", None]}
+    auto_map = dict.fromkeys(classes, "hostile.Hostile") | {"AutoTokenizer": ["hostile.Hostile", None]}
     for folder in ("encoder", "llm"):
         shutil.copytree(saved / folder, work / folder)
     for folder in ("encoder", "llm", "small", "whole"):
@@ -319,7 +323,7 @@ def test_shards_outside_the_folder_are_refused(work: Path) -> None:
         None,
         "..",
     ):
-        index = {"metadata": {}, "weight_map": {name: file for name in weights}}
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file)}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         assert "expected names of files in this folder" in refused(folder)
     for text in ("[]", "{", '{"weight_map": 5}', "[" * 100_000):
@@ -373,9 +377,12 @@ def test_published_files_that_do_not_fit_leave_the_output_alone(saved: Path, wor
     fc1, gate = "encoder_aligner.projector.fc1.weight", next(name for name in state if name.endswith("adaption_gate"))
     wrong: list[Any] = [
         {}, [], 5, "text", {1: torch.zeros(1)}, {"a": 5}, {"model_state_dict": 5}, {**state, fc1: state[fc1][:1]},
-        {**state, fc1: state[fc1].long()}, {**state, fc1: state[fc1].to(torch.complex64)}, {**state, fc1: state[fc1] * float("nan")},
-        {**state, fc1: state[fc1].to_sparse()}, {**state, fc1: torch.zeros(1).expand(10**6, 10**6)}, {**state, "surprise": state[fc1]},
-        {name: tensor for name, tensor in state.items() if name != fc1}, {gate.replace(".0.", f".{'9' * 5000}."): state[gate], fc1: state[fc1]},
+        {**state, fc1: state[fc1].long()}, {**state, fc1: state[fc1].to(torch.complex64)}, {**state,
+        fc1: state[fc1] * float("nan")},
+        {**state, fc1: state[fc1].to_sparse()}, {**state, fc1: torch.zeros(1).expand(10**6, 10**6)}, {**state,
+        "surprise": state[fc1]},
+        {name: tensor for name, tensor in state.items() if name != fc1}, {gate.replace(".0.",
+        f".{'9' * 5000}."): state[gate], fc1: state[fc1]},
         {name: tensor for name, tensor in state.items() if name != gate}, {**state, gate: torch.tensor(float("inf"))},
         {**state, fc1: torch.quantize_per_tensor(state[fc1], 0.1, 0, torch.qint8)},
     ]  # fmt: skip

@@ -28,12 +28,14 @@ MATH = {"query": "2 + 2?", "response": "The answer is 4", "lang": "Swahili"}
 # (format, file, valid lines)
 LINES: dict[str, tuple[str, str, list[bytes]]] = {
     "pairs.tsv": ("pairs", "sw.tsv", lines_of("paka\tcat", "mbwa mkubwa\ta large dog", "\u00e9t\u00e9\tsummer")),
-    "pairs.jsonl": ("pairs", "sw.jsonl", lines_of({"source": "paka", "target": "cat", "id": 5}, {"source": "a", "target": "b"})),
+    "pairs.jsonl": ("pairs", "sw.jsonl", lines_of({"source": "paka", "target": "cat", "id": 5}, {"source": "a",
+    "target": "b"})),
     "free.tsv": ("tsv", "sw.tsv", lines_of("swali\tjibu", "1\t2")),
     "free.jsonl": ("jsonl", "de.jsonl", lines_of({"source": "a", "target": "b", "prompt": "c", "language": "de"})),
     "math.jsonl": ("math", "math.jsonl", lines_of(MATH, {**MATH, "lang": "German", "id": "x"})),
     "mgsm.tsv": ("mgsm", "mgsm_sw.tsv", lines_of("Ngapi?\t1,234", "Ngapi tena?\t-7.5")),
-    "msvamp.json": ("msvamp", "test_Swahili.json", lines_of({"m_query": "Ngapi?", "response": 12.0}, {"m_query": "a", "response": "3"})),
+    "msvamp.json": ("msvamp", "test_Swahili.json", lines_of({"m_query": "Ngapi?", "response": 12.0}, {"m_query": "a",
+    "response": "3"})),
     "xnli.tsv": ("xnli", "sw.tsv", lines_of("Paka\tMbwa\tneutral", "a\tb\t0")),
     "xnli.jsonl": ("xnli", "any.jsonl", lines_of(XNLI, {**XNLI, "label": "contradictory"})),
     "x-csqa.jsonl": ("x-csqa", "dev_sw.jsonl", lines_of(CSQA)),
@@ -119,7 +121,7 @@ def test_mutated_parallel_files(tmp_path: Path) -> None:
         try:
             examples, report = load_examples(f"bilingual_pairs:{tmp_path}", skip_bad=True)
         except DataError as error:
-            assert len(one) != len(two) and f"train_100k.sw:{len(one) + 2}: no such line" in str(error)
+            assert len(one) != len(two) and f"train_100k.sw:{len(one) + 2}: no such line" in str(error)  # noqa: PT017
         else:
             check_examples(examples)
             assert len(examples) + len(report.skipped) == len(one) + 1 == len(two) + 1
@@ -129,16 +131,21 @@ def test_mutated_parallel_files(tmp_path: Path) -> None:
 
 DEEP = "[" * 100_000
 FILES = {
-    "sw.tsv": [b"", b"\n", b"\x00" * 4096, b"\xef\xbb\xbf", b"a" * 10**6, "\ufeff\ufeff".encode(), b"a\tb\tc", b"\xff\xfea\x00\t\x00"],
+    "sw.tsv": [b"", b"\n", b"\x00" * 4096, b"\xef\xbb\xbf", b"a" * 10**6, "\ufeff\ufeff".encode(), b"a\tb\tc",
+    b"\xff\xfea\x00\t\x00"],
     "math.json": [
-        b"", b"[", b"{", b"[]", b"{}", b'{"data": 5}', b'{"data": []}', b"null", b"NaN", DEEP.encode(), b"[" + b"9" * 5000 + b"]",
-        b'[{"query": "a", "response": "b", "lang": "sw"}] trailing', b'[{"query": "a"}][{"query": "b"}]', b"[,]", b"[1,]", b"\xff\xfe[\x00",
+        b"", b"[", b"{", b"[]", b"{}", b'{"data": 5}', b'{"data": []}', b"null", b"NaN", DEEP.encode(),
+        b"[" + b"9" * 5000 + b"]",
+        b'[{"query": "a", "response": "b", "lang": "sw"}] trailing', b'[{"query": "a"}][{"query": "b"}]', b"[,]",
+        b"[1,]", b"\xff\xfe[\x00",
         b'{"a": ' * 5000, b'["\\ud800"]', b"[NaN]", b'{"data":\n\n[{]', b'{"version" "1"}', b"{1: 2}",
     ],
     "sw.jsonl": [
-        DEEP.encode(), b"9" * 5000, b'{"source": NaN, "target": "a"}', b'{"source": 1e999, "target": "a"}', b"\xef\xbb\xbf\xef\xbb\xbf{}",
+        DEEP.encode(), b"9" * 5000, b'{"source": NaN, "target": "a"}', b'{"source": 1e999, "target": "a"}',
+        b"\xef\xbb\xbf\xef\xbb\xbf{}",
         b'{"source": "\\ud800", "target": "a"}', b'{"source": "a", "target": "b", "id": "\\udfff"}', b'"text"', b"[]",
-        b'{"source": {"a": 1}, "target": true}', b'{"source": "", "target": " "}', b'{"source": "a", "target": ' + b"9" * 4400 + b"}",
+        b'{"source": {"a": 1}, "target": true}', b'{"source": "", "target": " "}',
+        b'{"source": "a", "target": ' + b"9" * 4400 + b"}",
     ],
 }  # fmt: skip
 
@@ -211,7 +218,7 @@ def test_wrong_options_are_named(name: str, values: list, tmp_path: Path) -> Non
     path = tmp_path / "sw.tsv"
     path.write_text("paka\tcat\n")
     for value in values:
-        with pytest.raises(ArgumentError, match=f"^{name.removesuffix('s')}"):
+        with pytest.raises(ArgumentError, match=f"^{name.removesuffix('s')}"):  # noqa: PT012
             if name == "spec":
                 load_examples(value)
             elif name == "seed":

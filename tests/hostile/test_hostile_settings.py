@@ -27,17 +27,22 @@ PRESETS = Path(__file__).resolve().parents[2] / "layalign"
 TRAINING = (PRESETS / "presets" / "math.yaml").read_bytes()
 EXPERIMENT = (PRESETS / "experiment" / "presets" / "smoke.yaml").read_bytes()
 VALUES: list[Any] = [
-    None, "", "x", "\ud800", "a\x00b", b"x", True, 0, -1, 2**31, 2**64, 10**400, 1.5, -0.0, 1e308, float("nan"), float("inf"),
+    None, "", "x", "\ud800", "a\x00b", b"x", True, 0, -1, 2**31, 2**64, 10**400, 1.5, -0.0, 1e308, float("nan"),
+    float("inf"),
     1j, [], [None], [[]], [1, "a"], ["x"] * 3, {}, {"a": 1}, {1: 2}, {"r": "x"}, object(), Path("x"), (1, 2), {1, 2},
 ]  # fmt: skip
 # Alone, each of these broke a reader of YAML that only expects YAMLError, or ran what it holds.
 WICKED = [
     "a: !!python/object/apply:os.system ['touch RAN']", "!!python/object/new:subprocess.Popen [['touch', 'RAN']]",
-    "a: !!python/name:os.system", "a: !!python/module:os", "a: 2001-13-45", "a: 2001-01-01T99:99:99Z", "a: 0b", "a: 0o_",
-    "a: 0x_", "a: !!int x", "a: !!float x", "a: !!bool x", "a: !!timestamp x", "a: !!binary '&'", "a: !!omap 1", "a: !!set [1]",
-    "a: " + "9" * 5000, "a: " + "[" * 900, "a: " + "{a: " * 900, "? {a: b}\n: c", "a: &x [*x]", "&x {a: *x}", "a: *nobody",
-    "\x00", "\ufffe", "a: \x07", "%YAML 9.9\n---\na: 1", "- 1", "5", "text", "--- 1\n--- 2", "<<: 5", "a: !<tag:x> 1", "a: 1e400",
-    "\n".join(["a0: &a0 [x, x, x, x, x, x, x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 12)]),
+    "a: !!python/name:os.system", "a: !!python/module:os", "a: 2001-13-45", "a: 2001-01-01T99:99:99Z", "a: 0b",
+    "a: 0o_",
+    "a: 0x_", "a: !!int x", "a: !!float x", "a: !!bool x", "a: !!timestamp x", "a: !!binary '&'", "a: !!omap 1",
+    "a: !!set [1]",
+    "a: " + "9" * 5000, "a: " + "[" * 900, "a: " + "{a: " * 900, "? {a: b}\n: c", "a: &x [*x]", "&x {a: *x}",
+    "a: *nobody",
+    "\x00", "\ufffe", "a: \x07", "%YAML 9.9\n---\na: 1", "- 1", "5", "text", "--- 1\n--- 2", "<<: 5", "a: !<tag:x> 1",
+    "a: 1e400",
+    "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 12))]),
     "a: " + "x" * 2**18,
     "data: [" + ", ".join(["x"] * 11_000) + "]",
 ]  # fmt: skip
