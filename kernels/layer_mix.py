@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.ahead_of_time import Entry, entry
-from layalign_kernels.common import aligned16, ceil_div, dot_precision, next_power_of_2, offset64, pointer_table
+from layalign_kernels.common import aligned16, ceil_div, dot_precision, next_power_of_2, offset64, pointer_table, relu
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 AMD = torch.version.hip is not None
@@ -64,7 +64,7 @@ def layer_mix_forward_kernel(
             b_x = tl.dot(b_w, b_h, input_precision=PRECISION)
             if HAS_BIAS:
                 b_x += tl.load(bias + i_j + o_j, mask=m_j, other=0.0).to(tl.float32)[:, None]
-            b_x = tl.maximum(b_x, 0.0)
+            b_x = relu(b_x)
             p_x = out + offset64(i_j + o_j, rows)[:, None] * D + (offset64(i_row, D) + o_n)[None, :]
             tl.store(p_x, b_x.to(DTYPE), mask=m_j[:, None] & (o_n < D)[None, :] & m_row)
 

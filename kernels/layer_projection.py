@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.ahead_of_time import Entry, entry
-from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64, pointer_table
+from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64, pointer_table, relu
 from layalign_kernels.layer_mix import TRITON_DTYPES, same_layout
 
 
@@ -55,7 +55,7 @@ def shared_projection_kernel(
         if HAS_MIX_BIAS:
             b_x += tl.load(mix_bias + o_j, mask=m_j, other=0.0).to(tl.float32)[:, None]
         # [BJ * BM, BK]
-        b_a = tl.reshape(tl.maximum(b_x, 0.0).to(DTYPE), [BJ * BM, BK])
+        b_a = tl.reshape(relu(b_x).to(DTYPE), [BJ * BM, BK])
         o_w = i_k + tl.arange(0, BK)
         # [BK, BN]
         p_w = weight + offset64(o_o, D)[None, :] + o_w[:, None]
@@ -99,7 +99,7 @@ def slot_projection_kernel(
         # [BK, BN]
         p_w = p_w0 + offset64(o_o, D)[None, :] + o_k[:, None]
         b_w = tl.load(p_w, mask=m_o[None, :] & (o_k < D)[:, None], other=0.0).to(DTYPE)
-        b_acc = tl.dot(tl.maximum(b_x, 0.0).to(DTYPE), b_w, acc=b_acc, input_precision=PRECISION)
+        b_acc = tl.dot(relu(b_x).to(DTYPE), b_w, acc=b_acc, input_precision=PRECISION)
     if HAS_BIAS:
         b_acc += tl.load(bias + offset64(i_slot, stride_bj) + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
     p_y = out + (offset64(i_slot, rows) + o_m)[:, None] * OUT + o_o[None, :]

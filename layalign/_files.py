@@ -38,7 +38,8 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".unfinished")
     with writing(str(path)):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            # A name of a file that is no UTF-8 comes as surrogates; in JSON their escapes mean the same.
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from layalign._sharding import reason_whole_is_not_here
+from layalign.errors import ArgumentError
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something wants to see ``module`` called."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks)
+
+
+def require_input(name: str, value: Any, linear: Any) -> None:
+    """``value`` is what a linear map reads; of one that is wrapped, quantised or sharded only the size is known."""
+    from layalign.ops._checks import describe, is_floating
+
+    size = getattr(linear, "in_features", None)
+    if not is_floating(value) or value.dim() == 0 or (size is not None and value.shape[-1] != size):
+        raise ArgumentError(f"{name}: expected a floating tensor (..., {size}), got {describe(value)}")
+    weight = getattr(linear, "weight", None)
+    if type(linear) is not nn.Linear or type(weight) is not nn.Parameter or weight.dtype == value.dtype:
+        return
+    if not torch.is_autocast_enabled(value.device.type):
+        raise ArgumentError(f"{name}: expected the weights' dtype {weight.dtype}, got {describe(value)}")
 
 
 def reason_against_reading(linear: Any) -> str | None:

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, refuse, whole_number
 from layalign.source import SourceStates
 
 PREFIX = "layalign_"
@@ -211,6 +211,9 @@ def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = No
     Raises:
         ArgumentError: the architecture does not go through the interface, or a layer has no attention to attach to.
     """
+    given: Any = llm
+    if not isinstance(given, nn.Module):
+        raise ArgumentError(f"llm: expected a transformers model, got {type(llm).__name__}")
     if is_attached(llm):
         raise ArgumentError("llm: expected an LLM that is not attached yet; call detach first")
     if not getattr(llm, "_supports_attention_backend", False):
@@ -218,7 +221,9 @@ def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = No
             f"llm: {type(llm).__name__} does not go through transformers' attention interface, so no layer can attend"
         )
     found = attention_modules(llm)
-    wanted = sorted(found) if layers is None else list(layers)
+    if not isinstance(layers, list | tuple | range | None):
+        refuse("layers", "a list of indices, or None", layers)
+    wanted = sorted(found) if layers is None else [whole_number("layers", layer) for layer in layers]
     missing = [layer for layer in wanted if layer not in found]
     if missing:
         raise ArgumentError(f"language_layers: expected layers among {sorted(found)}, got {missing}")
@@ -239,7 +244,8 @@ def detach(llm: PreTrainedModel) -> AttachReport:
     Raises:
         ArgumentError: the LLM is not attached.
     """
-    if not is_attached(llm):
+    given: Any = llm
+    if not isinstance(given, nn.Module) or not is_attached(given):
         raise ArgumentError("llm: expected an attached LLM, this one is not")
     for module in llm.modules():
         if "_layalign_config" in module.__dict__:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layalign._pages import print_or_write, replaced
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, one_of, refuse
 
 __all__ = ["BASELINES", "Baseline", "baseline", "with_baseline"]
 
@@ -123,8 +123,7 @@ def baseline(name: str) -> Baseline:
     Raises:
         ArgumentError: there is none of that name.
     """
-    if name not in BASELINES:
-        raise ArgumentError(f"baseline: expected one of {', '.join(BASELINES)}, got {name!r}")
+    one_of("baseline", name, BASELINES)
     return BASELINES[name]
 
 
@@ -135,6 +134,9 @@ def with_baseline(values: Mapping[str, Any], name: str, stage: str) -> dict[str,
         ArgumentError: the baseline is unknown, or has no such stage.
     """
     chosen = baseline(name)
+    if not isinstance(values, Mapping):
+        refuse("values", "a mapping of keys to values", values)
+    one_of("stage", stage, BOTH)
     if stage not in chosen.stages:
         has = f"only the {chosen.stages[0]} stage" if chosen.stages else "no stage: nothing of it trains"
         raise ArgumentError(f"baseline: {name} has {has}, got {stage}")

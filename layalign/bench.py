@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, shown
 
 FORMAT = 1
 FILE = "bench.json"
 NEEDED = ("id", "group", "name", "unit", "labels", "median", "q1", "q3")
+_TYPES: dict[str, Any] = dict.fromkeys(("median", "q1", "q3"), int | float)
+_TYPES |= {"id": str, "name": str, "unit": str, "labels": dict}
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def load(path: Path) -> Results:
         raise ArgumentError(f"results: no such file: {file}")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArgumentError(f"results: {file} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(f"results: {file} is not JSON: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
         raise ArgumentError(f"results: {file} has no rows; expected what `pytest benchmarks/ --results DIR` writes")
     if data.get("format") != FORMAT:
@@ -72,11 +74,19 @@ def load(path: Path) -> Results:
     for key in ("facts", "shapes", "dtype"):
         if key not in data:
             raise ArgumentError(f"results: {file} lacks {key!r}")
+    device = data["facts"].get("device") if isinstance(data["facts"], dict) else None
+    if not isinstance(device, dict) or not {"type", "name"} <= device.keys():
+        raise ArgumentError(f"results: {file} does not say the device, expected facts with its type and name")
     rows: dict[str, dict[str, Any]] = {}
     for index, row in enumerate(data["rows"]):
+        if not isinstance(row, dict):
+            raise ArgumentError(f"results: {file}, row {index}: expected an object, got {shown(row)}")
         missing = [key for key in NEEDED if key not in row]
         if missing:
             raise ArgumentError(f"results: {file}, row {index} lacks {', '.join(missing)}")
+        wrong = [key for key, kind in _TYPES.items() if isinstance(row[key], bool) or not isinstance(row[key], kind)]
+        if wrong:
+            raise ArgumentError(f"results: {file}, row {index}: {wrong[0]} is {shown(row[wrong[0]])}")
         if row["id"] in rows:
             raise ArgumentError(f"results: {file} has two rows {row['id']!r}")
         rows[row["id"]] = row
@@ -95,7 +105,7 @@ def load_folder(folder: Path) -> list[Results]:
     for file in sorted(folder.glob("*.json")):
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             data = None
         if isinstance(data, dict) and "rows" in data and "format" in data:
             found.append(load(file))

@@ -6,7 +6,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from layalign import encoder as encoders
-from layalign.config import LayAlignConfig
-from layalign.errors import CheckpointError
+from layalign.config import LayAlignConfig, hidden_size, number_of_layers
+from layalign.errors import ArgumentError, BackendError, CheckpointError, first_line, refuse, shown
+from layalign.ops._checks import FLOAT_DTYPES
+from layalign.parts import own_parts
 
 logger = logging.getLogger("layalign")
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIGEST = "sha256"  # in the metadata of the weights
 OWN_PARTS = ("mapping.", "encoder_aligner.", "cross_attention.")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
@@ -126,20 +129,90 @@ def load(
             config.llm_config._attn_implementation = arguments.pop("attn_implementation")
         return _load_whole(load_all, name_or_path, positional, config, arguments)
 
-    common = {key: arguments.pop(key) for key in ("dtype", "device_map", "local_files_only") if key in arguments}
+    # What does not fit is found before the frozen parts are loaded, and before memory is taken for its sizes.
+    weights = _read_weights(name_or_path, hub)
+    _check_own(config, weights, name_or_path)
+    names = ("dtype", "device_map", "local_files_only", "trust_remote_code")
+    common = {key: arguments.pop(key) for key in names if key in arguments}
     common.setdefault("dtype", "auto")
+    wanted = _dtype(common["dtype"])
     attention = {key: arguments.pop(key) for key in ("attn_implementation",) if key in arguments}
     encoder, llm = parts["encoder"], parts["llm"]
     if encoder is None:
-        encoder = encoders.load_encoder(
-            str(config.encoder_name_or_path), **{**common, **(parts["encoder_kwargs"] or {})}
-        )
+        with reading(name_or_path, f"the encoder {config.encoder_name_or_path!r} cannot be loaded"):
+            name = _part_name(config, "encoder")
+            encoder = encoders.load_encoder(name, **{**common, **(parts["encoder_kwargs"] or {})})
     if llm is None:
-        llm = encoders.load_llm(str(config.llm_name_or_path), **{**common, **attention, **(parts["llm_kwargs"] or {})})
-    model = cls(config, encoder=encoders.encoder_part(encoder), llm=llm)
-    weights = _read_weights(name_or_path, hub)
-    _put_weights(model, weights, None if common["dtype"] == "auto" else common["dtype"])
+        with reading(name_or_path, f"the LLM {config.llm_name_or_path!r} cannot be loaded"):
+            name = _part_name(config, "llm")
+            llm = encoders.load_llm(name, **{**common, **attention, **(parts["llm_kwargs"] or {})})
+    encoder = encoders.encoder_part(encoder)
+    for part, found in (("encoder", encoder), ("llm", llm)):
+        _check_part(part, getattr(config, f"{part}_config"), found.config, name_or_path)
+    with reading(name_or_path, CONFIG):
+        model = cls(config, encoder=encoder, llm=llm)
+    _put_weights(model, weights, wanted)
     return model.eval()
+
+
+@contextmanager
+def reading(name_or_path: str, what: str) -> Iterator[None]:
+    """What goes wrong with a checkpoint's files, whoever notices it and however, as an error that names them."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, BackendError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{name_or_path}: {what}: {first_line(error)}") from error
+
+
+def _part_name(config: LayAlignConfig, part: str) -> str:
+    name = getattr(config, f"{part}_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"expected {part}_name_or_path, or the {part} itself as an argument, got {shown(name)}")
+    return name
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    """A dtype or its name; None for "auto"."""
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if value in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        refuse("dtype", "a floating dtype, its name, or 'auto'", value)
+    return found
+
+
+def _check_own(config: LayAlignConfig, weights: dict[str, Tensor], name_or_path: str) -> None:
+    """The stored weights against the sizes in the configuration, without memory for either."""
+    with reading(name_or_path, CONFIG), torch.device("meta"):
+        parts = zip(("mapping", "encoder_aligner", "cross_attention"), own_parts(config), strict=True)
+        own = {f"{part}.{name}": p for part, module in parts if module for name, p in module.named_parameters()}
+    missing = sorted(set(own) - set(weights))
+    foreign = sorted(name for name in weights if name.startswith(OWN_PARTS) and name not in own)
+    if missing or foreign:
+        problem = f"{missing[0]} is missing" if missing else f"the model has no {shown(foreign[0], 100)}"
+        raise CheckpointError(f"{name_or_path}: {WEIGHTS}: does not fit the model: {problem}")
+    for name, tensor in weights.items():
+        if name in own and own[name].shape != tensor.shape:
+            shapes = f"expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
+            raise CheckpointError(f"{name_or_path}: {WEIGHTS}: {name}: {shapes}")
+        _require_sound(f"{name_or_path}: {WEIGHTS}: {shown(name, 100)}", tensor)
+
+
+def _require_sound(where: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"{where}: expected floating numbers, got {tensor.dtype}")
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{where}: expected finite numbers, got NaN or infinity")
+
+
+def _check_part(part: str, wanted: Any, found: Any, name_or_path: str) -> None:
+    """A frozen part must have the sizes that the trained weights were made for."""
+    for what, size in (("hidden size", hidden_size), ("number of layers", number_of_layers)):
+        one, two = (size(config.get_text_config() if part == "llm" else config) for config in (wanted, found))
+        if one != two:
+            raise CheckpointError(f"{name_or_path}: {CONFIG}: {part}_config: {what} {one}, but the {part} has {two}")
 
 
 def _load_whole(
@@ -150,18 +223,46 @@ def _load_whole(
     arguments: dict[str, Any],
 ) -> Any:
     """transformers' own loading, and what it does not restore: a dtype for each part, and which weights train."""
-    dtypes = {part: getattr(torch, name) for part, name in (config.part_dtypes or {}).items()}
+    with reading(name_or_path, f"{CONFIG}: part_dtypes"):
+        dtypes = {part: _dtype(name) or torch.float32 for part, name in (config.part_dtypes or {}).items()}
+    _check_shards(name_or_path)
+    arguments.pop("trust_remote_code", None)
     asked = arguments.pop("dtype", "auto")
-    if asked == "auto" and dtypes:
+    _dtype(asked)
+    if asked in (None, "auto") and dtypes:
         asked = functools.reduce(torch.promote_types, dtypes.values())  # the widest, so that nothing is rounded
     else:
         dtypes = {}
-    model = load_all(name_or_path, *positional, config=config, dtype=asked, **arguments)
+    wants_info = arguments.pop("output_loading_info", False)
+    with reading(name_or_path, "the weights cannot be loaded"):
+        model, info = load_all(
+            name_or_path, *positional, config=config, dtype=asked, output_loading_info=True, **arguments
+        )
+    # transformers only warns, and draws what is missing at random.
+    for problem, names in (("is missing", info["missing_keys"]), ("is foreign", info["unexpected_keys"])):
+        if names:
+            raise CheckpointError(f"{name_or_path}: {WEIGHTS}: does not fit the model: {min(names)} {problem}")
     for name, parameter in model.named_parameters():
+        if name.startswith(OWN_PARTS):
+            _require_sound(f"{name_or_path}: {WEIGHTS}: {name}", parameter)
         parameter.data = parameter.data.to(dtypes.get(_part(name), parameter.dtype))
         fixed = config.gate is not None and name.endswith("adaption_gate")
         parameter.requires_grad_((name.startswith(OWN_PARTS) and not fixed) or ".lora_" in name)
-    return model
+    return (model, info) if wants_info else model
+
+
+def _check_shards(name_or_path: str) -> None:
+    """An index of shards names files of its own folder."""
+    for index in Path(name_or_path).glob("*.index.json") if Path(name_or_path).is_dir() else ():
+        with reading(name_or_path, index.name):
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            outside = [file for file in files if not _is_name(file)]
+            if outside:
+                raise CheckpointError(f"expected names of files in this folder, got {shown(outside[0])}")
+
+
+def _is_name(file: Any) -> bool:
+    return isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file
 
 
 def _part(name: str) -> str:
@@ -169,27 +270,25 @@ def _part(name: str) -> str:
 
 
 def _read_config(name_or_path: str, hub: dict[str, Any]) -> LayAlignConfig:
-    try:
+    with reading(name_or_path, "no readable LayAlign checkpoint"):
         found, _ = LayAlignConfig.get_config_dict(name_or_path, **hub)
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{name_or_path}: no readable LayAlign checkpoint: {error}".splitlines()[0]) from error
-    if found.get("model_type") != LayAlignConfig.model_type:
-        raise CheckpointError(f"{name_or_path}: expected a layalign checkpoint, got {found.get('model_type')!r}")
-    return LayAlignConfig.from_dict(found)
+        kind = found.get("model_type")
+    if kind != LayAlignConfig.model_type:
+        raise CheckpointError(f"{name_or_path}: expected a layalign checkpoint, got {shown(kind)}")
+    with reading(name_or_path, CONFIG):
+        config = LayAlignConfig.from_dict(found)
+        if config.encoder_config is None or config.llm_config is None:
+            raise CheckpointError("expected encoder_config and llm_config")
+    return config
 
 
 def _read_weights(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    try:
-        file = str(cached_file(name_or_path, WEIGHTS, **hub))
-    except OSError as error:
-        raise CheckpointError(f"{name_or_path}: cannot read {WEIGHTS}: {error}".splitlines()[0]) from error
-    return read_weights(file)
+    with reading(name_or_path, f"cannot read {WEIGHTS}"):
+        return read_weights(str(cached_file(name_or_path, WEIGHTS, **hub)))
 
 
 def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> None:
     """Put the stored weights in, in their stored dtype unless one is asked for; each must fit, none may be missing."""
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
     places = dict(model.named_parameters())
     expected = {name for name in model.state_dict() if name.startswith(OWN_PARTS)}
     missing, foreign = sorted(expected - set(weights)), sorted(set(weights) - set(places))
@@ -217,8 +316,11 @@ def inject_lora(llm: PreTrainedModel, settings: Any) -> dict[str, Any]:
         from peft import LoraConfig
     except ImportError as error:
         raise CheckpointError("lora: expected the package peft (pip install 'layalign[lora]')") from error
-    lora = settings if isinstance(settings, LoraConfig) else LoraConfig(**_plain(settings))
-    llm.add_adapter(lora)
+    try:
+        lora = settings if isinstance(settings, LoraConfig) else LoraConfig(**_plain(settings))
+        llm.add_adapter(lora)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ArgumentError(f"lora: expected the fields of a peft LoraConfig: {first_line(error)}") from error
     return _plain(lora.to_dict())
 
 

@@ -72,6 +72,8 @@ class LayAlign(nn.Module):
 
     def __init__(self, config: LayAlignConfig, freeze: bool = True, encoder_freeze: bool = True) -> None:
         super().__init__()
+        if not hasattr(config, "max_gen_len") or not hasattr(config, "encoder_aligner_config"):
+            raise ArgumentError(f"config: expected the published LayAlignConfig, got {type(config).__name__}")
         self.config = config
         self.max_gen_len = config.max_gen_len
         self.llm_pad_token_id = config.llm_pad_token_id

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
 from layalign.fold import CHOICES
 from layalign.layers import named_layers
 from layalign.liger import CHOICES as LIGER_CHOICES
 from layalign.nn.aligner import MIXES, STRUCTURES
+from layalign.ops.backends import BACKENDS
+
+IMPLS = ("auto", *BACKENDS)
 
 
 def _as_config(name: str, value: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig | None:
@@ -20,7 +22,10 @@ def _as_config(name: str, value: dict[str, Any] | PretrainedConfig | None) -> Pr
         return value
     if not isinstance(value, dict) or "model_type" not in value:
         raise ArgumentError(f"{name}: expected a transformers configuration or its dict with a model_type")
-    return AutoConfig.for_model(**value)
+    try:
+        return AutoConfig.for_model(**value)
+    except Exception as error:  # what the configurations' own checks raise
+        raise ArgumentError(f"{name}: no configuration of a model: {first_line(error)}") from error
 
 
 class LayAlignConfig(PretrainedConfig):
@@ -87,8 +92,10 @@ class LayAlignConfig(PretrainedConfig):
         self.llm_config = _as_config("llm_config", llm_config)
         self.encoder_name_or_path = encoder_name_or_path
         self.llm_name_or_path = llm_name_or_path
-        self.encoder_layers: Any = encoder_layers if isinstance(encoder_layers, str | None) else list(encoder_layers)
-        self.language_layers = None if language_layers is None else list(language_layers)
+        self.encoder_layers: Any = encoder_layers
+        if not isinstance(encoder_layers, str | None):
+            self.encoder_layers = _layers("encoder_layers", encoder_layers)
+        self.language_layers = None if language_layers is None else _layers("language_layers", language_layers)
         self.structure = structure
         self.mix = mix
         self.adapter = adapter
@@ -105,28 +112,40 @@ class LayAlignConfig(PretrainedConfig):
         self.fold = fold
         self.liger = liger
         super().__init__(**kwargs)
-        if structure not in STRUCTURES:
-            raise ArgumentError(f"structure: expected one of {STRUCTURES}, got {structure!r}")
-        for name, value, choices in (("mix", mix, MIXES), ("fold", fold, CHOICES), ("liger", liger, LIGER_CHOICES)):
-            if value not in choices:
-                raise ArgumentError(f"{name}: expected one of {choices}, got {value!r}")
+        choices = {"structure": STRUCTURES, "mix": MIXES, "fold": CHOICES, "liger": LIGER_CHOICES, "impl": IMPLS}
+        for name, allowed in choices.items():
+            one_of(name, getattr(self, name), allowed)
+        self._check_types()
         self._check_variant()
         if self.encoder_config is not None:
             self._resolve_encoder(self.encoder_config)
         if self.llm_config is not None:
             self._resolve_llm(self.llm_config.get_text_config(decoder=True))
 
+    def _check_types(self) -> None:
+        for name in ("encoder_name_or_path", "llm_name_or_path"):
+            if not isinstance(getattr(self, name), str | None):
+                refuse(name, "a folder or hub name", getattr(self, name))
+        for name in ("lora", "part_dtypes"):
+            if not isinstance(getattr(self, name), dict | None):
+                refuse(name, "a mapping or None", getattr(self, name))
+        for name in ("llm_bos_token_id", "source_token_id"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least=0)
+        if not isinstance(self.frozen_saved, bool):
+            refuse("frozen_saved", "true or false", self.frozen_saved)
+
     def _check_variant(self) -> None:
         for name in ("adapter", "prompt"):
             if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+                refuse(name, "true or false", getattr(self, name))
         if not self.adapter and not self.prompt:
             raise ArgumentError("prompt: expected true for a model without an adapter, whose LLM would read nothing")
         size, gate = self.adapter_size, self.gate
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ArgumentError(f"adapter_size: expected a positive integer or None, got {size!r}")
-        if gate is not None and (isinstance(gate, bool) or not isinstance(gate, int | float) or not isfinite(gate)):
-            raise ArgumentError(f"gate: expected a finite number or None, got {gate!r}")
+            refuse("adapter_size", "a positive integer or None", size)
+        if gate is not None:
+            finite_number("gate", gate, "a finite number or None")
 
     def aligner(self) -> SimpleNamespace:
         """The published configuration of the aligner that follows from this one."""
@@ -160,6 +179,8 @@ class LayAlignConfig(PretrainedConfig):
         if self.source_token_id is None:
             candidates = (_first(getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
             self.source_token_id = next((token for token in candidates if token is not None and token >= 0), 0)
+        if self.llm_bos_token_id is not None and not 0 <= self.llm_bos_token_id < config.vocab_size:
+            raise ArgumentError(f"llm_bos_token_id: expected 0..{config.vocab_size - 1}, got {self.llm_bos_token_id}")
         if not 0 <= self.source_token_id < config.vocab_size:
             raise ArgumentError(f"source_token_id: expected 0..{config.vocab_size - 1}, got {self.source_token_id}")
 
@@ -192,11 +213,21 @@ def _first(token: Any) -> int | None:
     return (token[0] if token else None) if isinstance(token, (list, tuple)) else token
 
 
+def _layers(name: str, layers: Any) -> list[int]:
+    try:
+        found = None if isinstance(layers, str | bytes | dict) else list(layers)
+    except TypeError:
+        found = None
+    if found is None:
+        refuse(name, "a list of indices", layers)
+    return [whole_number(name, layer) for layer in found]
+
+
 def _check_layers(name: str, layers: list[int], count: int, allow_empty: bool) -> None:
     if not layers and not allow_empty:
         raise ArgumentError(f"{name}: expected at least one layer, got none")
-    bad = [layer for layer in layers if not isinstance(layer, int) or not 0 <= layer < count]
+    bad = [layer for layer in layers if not 0 <= layer < count]
     if bad:
-        raise ArgumentError(f"{name}: expected indices in 0..{count - 1}, got {bad}")
+        raise ArgumentError(f"{name}: expected indices in 0..{count - 1}, got {shown(bad)}")
     if name == "language_layers" and len(set(layers)) != len(layers):
         raise ArgumentError(f"{name}: expected each layer once, got {layers}")

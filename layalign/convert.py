@@ -98,7 +98,9 @@ def convert_to_published(model_dir: str | Path, output_file: str | Path) -> Conv
         )
     state = published.to_published(model, model.state_dict())
     Path(output_file).parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, output_file)
+    unfinished = Path(f"{output_file}.unfinished")
+    torch.save(state, unfinished)
+    unfinished.replace(output_file)  # never half a file under the final name
     return ConversionReport(
         Path(output_file), config.encoder_layers, config.language_layers, config.structure, True, len(state)
     )
@@ -106,7 +108,7 @@ def convert_to_published(model_dir: str | Path, output_file: str | Path) -> Conv
 
 def _read_aligner(checkpoint: Any, state: dict[str, Tensor]) -> tuple[list[int], int, str]:
     """(language layers, number of encoder layers, structure) as the tensors show them."""
-    gate = re.compile(re.escape(published.LLM_PREFIX) + r".*\.(\d+)\.[^.]+\.adaption_gate$")
+    gate = re.compile(re.escape(published.LLM_PREFIX) + r".*\.(\d{1,6})\.[^.]+\.adaption_gate$")
     layers = [int(match[1]) for match in map(gate.match, state) if match]
     mix = state.get("encoder_aligner.projector.fc1.weight")
     if mix is None or not layers:
@@ -131,6 +133,10 @@ def _put(checkpoint: Any, model: LayAlignForCausalLM, weights: dict[str, Tensor]
         if own[name].shape != tensor.shape:
             shapes = f"expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
             raise CheckpointError(f"{checkpoint}: does not fit these frozen parts: {name}: {shapes}")
+        if own[name].is_floating_point() and not tensor.is_floating_point():
+            raise CheckpointError(f"{checkpoint}: {name}: expected floating numbers, got {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{checkpoint}: {name}: expected finite numbers, got NaN or infinity")
         if name.startswith(("encoder.", "llm.")):  # compared in the coarser of the two dtypes: files may be bf16
             changed |= not torch.equal(own[name].to(tensor.dtype).float(), tensor.float())
     for name, tensor in weights.items():

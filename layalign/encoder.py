@@ -25,6 +25,7 @@ def encoder_part(model: PreTrainedModel) -> PreTrainedModel:
 
 def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """The encoder of a checkpoint; of a T5-like one only the encoder's weights are read."""
+    kwargs.setdefault("trust_remote_code", False)  # transformers would ask on the terminal
     names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
     config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in names if key in kwargs})
     t5_like = config.model_type in ("t5", "mt5", "umt5")
@@ -34,12 +35,13 @@ def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
 def load_llm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """The causal language model of a checkpoint."""
+    kwargs.setdefault("trust_remote_code", False)
     return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
 
 
 def encoder_from_config(config: Any) -> PreTrainedModel:
     """An encoder with fresh weights, built from the configuration of the whole model it belongs to."""
-    return encoder_part(AutoModel.from_config(config))
+    return encoder_part(AutoModel.from_config(config, trust_remote_code=False))
 
 
 def encode(

@@ -1,5 +1,14 @@
 """The errors layalign raises. Each is also the builtin a caller would expect to catch."""
 
+from __future__ import annotations
+
+import operator
+import reprlib
+import sys
+from collections.abc import Iterable
+from math import inf
+from typing import Any, NoReturn
+
 
 class LayAlignError(Exception):
     """Base of every error raised by layalign; its text is one line that names the argument and what was expected."""
@@ -27,3 +36,63 @@ class OutputError(LayAlignError, OSError):
 
 class NonFiniteError(LayAlignError, ArithmeticError):
     """A loss or a gradient is NaN or infinite; the text names the step and the tensor."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 60, 60
+
+
+def shown(value: object, longest: int = 60) -> str:
+    """A value as it stands in an error's text: one line, short, whatever it is.
+
+    A plain ``repr`` of nested lists that share their parts would take all memory.
+    """
+    try:
+        text = " ".join(_SHORT.repr(value).split())
+        text.encode("utf-8")
+    except Exception:  # a number with too many digits to print, an object whose repr fails
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def first_line(error: BaseException, longest: int = 300) -> str:
+    """What another library's error says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def refuse(name: str, expected: str, value: object) -> NoReturn:
+    """Raise the error for an argument: ``NAME: expected EXPECTED, got VALUE``."""
+    raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
+
+
+def whole_number(name: str, value: Any, least: float = -inf, most: float = 2**63 - 1) -> int:
+    """``value`` as an int where it is one (of numpy and torch too) and within its range; no bool, no fraction."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None or not least <= number <= most:
+        refuse(name, f"a whole number from {least:g} up" if most >= 2**63 - 1 else f"{least:g}..{most:g}", value)
+    return number
+
+
+MAX_SIZE = 2**31 - 1  # of a layer
+
+
+def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """``value`` is one of some words."""
+    allowed = tuple(allowed)
+    if not isinstance(value, str) or value not in allowed:
+        refuse(name, f"one of {', '.join(allowed)}", value)
+
+
+def finite_number(name: str, value: Any, expected: str = "a finite number") -> float:
+    """``value`` as a float where it is a finite number; no bool, no text."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -FLOAT_MAX <= value <= FLOAT_MAX:
+        refuse(name, expected, value)
+    return float(value)
+
+
+FLOAT_MAX = sys.float_info.max

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,14 +16,16 @@ from transformers.utils import can_return_tuple
 from layalign import attention, checkpoint, liger, slots
 from layalign import encoder as encoders
 from layalign._sharding import engine_of
-from layalign.config import LayAlignConfig, hidden_size
-from layalign.errors import ArgumentError
+from layalign.config import LayAlignConfig
+from layalign.errors import ArgumentError, refuse, shown
 from layalign.fold import Folding
 from layalign.generation import SourceGenerationMixin
+from layalign.inputs import require_ids, require_labels, require_mask
 from layalign.loss import label_loss, with_loss
-from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
+from layalign.nn import Adapter, GatedCrossAttention
 from layalign.packing import IGNORE_INDEX, PackedTokens, pack, real_positions
 from layalign.padding import real_tokens
+from layalign.parts import own_parts
 from layalign.source import SourceStates, bridge, get_source, put_source
 
 
@@ -48,10 +51,13 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
     def __init__(
         self, config: LayAlignConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None
     ) -> None:
+        if not isinstance(config, LayAlignConfig):
+            raise ArgumentError(f"config: expected a LayAlignConfig, got {type(config).__name__}")
         super().__init__(config)
         if config.encoder_config is None or config.llm_config is None:
             raise ArgumentError("config: expected encoder_config and llm_config; see LayAlignConfig")
-        self.llm = AutoModelForCausalLM.from_config(config.llm_config) if llm is None else llm
+        # A configuration may name code to run (auto_map): not here.
+        self.llm = AutoModelForCausalLM.from_config(config.llm_config, trust_remote_code=False) if llm is None else llm
         self.encoder = encoders.encoder_from_config(config.encoder_config) if encoder is None else encoder
         for part in (self.llm, self.encoder):
             if llm is not None or encoder is not None:
@@ -63,13 +69,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             self.add_lora(config.lora)
 
         assert config.encoder_layers is not None and config.language_layers is not None
-        encoder_size, llm_size = hidden_size(config.encoder_config), hidden_size(config.get_text_config())
-        self.mapping = Adapter(encoder_size, llm_size, config.adapter_size) if config.adapter else None
-        self.encoder_aligner = None
-        if config.language_layers:
-            self.encoder_aligner = EncoderAligner(config.aligner(), impl=config.impl)
-        gates = (GatedCrossAttention(config.impl, config.gate) for _ in config.language_layers)
-        self.cross_attention = nn.ModuleList(gates)
+        self.mapping, self.encoder_aligner, self.cross_attention = own_parts(config)
         # A tuple, so that the LLM's modules do not appear a second time among this module's children.
         self.attach_report = attention.attach(self.llm, config.language_layers)
         found = attention.attention_modules(self.llm)
@@ -102,9 +102,11 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             ArgumentError: a layer does not exist, or the LLM does not go through the attention interface.
         """
         if isinstance(encoder, str):
-            encoder = encoders.load_encoder(encoder, **(encoder_kwargs or {}))
+            with checkpoint.reading("encoder", f"{shown(encoder, 200)} cannot be loaded"):
+                encoder = encoders.load_encoder(encoder, **(encoder_kwargs or {}))
         if isinstance(llm, str):
-            llm = encoders.load_llm(llm, **(llm_kwargs or {}))
+            with checkpoint.reading("llm", f"{shown(llm, 200)} cannot be loaded"):
+                llm = encoders.load_llm(llm, **(llm_kwargs or {}))
         for name, part in (("encoder", encoder), ("llm", llm)):
             if not isinstance(part, PreTrainedModel):
                 raise ArgumentError(f"{name}: expected a transformers model or its name, got {type(part).__name__}")
@@ -130,10 +132,13 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             encoder, llm: frozen parts already in memory, instead of loading them by name.
             encoder_kwargs, llm_kwargs: further arguments for loading a frozen part by name.
             **kwargs: as transformers' ``from_pretrained`` (dtype, device_map, attn_implementation, revision, ...).
+                ``trust_remote_code`` is for the frozen parts; without it no code from a checkpoint runs.
 
         Raises:
             CheckpointError: the checkpoint is not one of ours, is damaged, or does not fit the model.
         """
+        if not isinstance(pretrained_model_name_or_path, str | Path):
+            refuse("pretrained_model_name_or_path", "a folder or hub name", pretrained_model_name_or_path)
         return checkpoint.load(cls, super().from_pretrained, str(pretrained_model_name_or_path), args, kwargs)
 
     def save_pretrained(  # type: ignore[override]
@@ -298,16 +303,20 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         encoder_attention_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, SourceStates]:
         """(input_ids, attention_mask, inputs_embeds, source) of a new sequence; packs when there are no input ids."""
+        require_ids("encoder_input_ids", encoder_input_ids, self.encoder.get_input_embeddings())
         if encoder_attention_mask is None:
             encoder_attention_mask = torch.ones_like(encoder_input_ids)
+        require_mask("encoder_attention_mask", encoder_attention_mask)
         if encoder_input_ids.dim() != 2 or encoder_attention_mask.shape != encoder_input_ids.shape:
             found = f"{tuple(encoder_input_ids.shape)} and {tuple(encoder_attention_mask.shape)}"
             raise ArgumentError(f"encoder_input_ids, encoder_attention_mask: expected one shape (B, S), got {found}")
         if input_ids is None:
             packed = self.pack(encoder_attention_mask)
             input_ids, attention_mask = packed["input_ids"], packed["attention_mask"]
+        require_ids("input_ids", input_ids, self.get_input_embeddings())
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        require_mask("attention_mask", attention_mask)
         if input_ids.dim() != 2 or len(input_ids) != len(encoder_input_ids) or attention_mask.shape != input_ids.shape:
             found = f"{tuple(input_ids.shape)}, {tuple(attention_mask.shape)}, {tuple(encoder_input_ids.shape)}"
             raise ArgumentError(
@@ -371,6 +380,8 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             if input_ids is None:
                 raise ArgumentError("input_ids: expected (B, T) token ids, got None")
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if labels is not None:
+            require_labels(labels, inputs_embeds.shape[:2], self.config.get_text_config().vocab_size)
         if position_ids is None and attention_mask is not None and self.config.mask_encoder_padding:
             position_ids = real_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
         if past_key_values is not None:

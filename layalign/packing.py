@@ -6,15 +6,17 @@ blocks and squeezing the padding out afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, refuse, whole_number
 
 IGNORE_INDEX = -100
+MAX_LENGTH = 2**24  # of a source, in tokens: more would take all memory before any model is asked
 
 
 def pack(
@@ -44,9 +46,17 @@ def pack(
     Raises:
         ArgumentError: the arguments describe different batch sizes, or a source length is negative.
     """
+    source_lengths = _ids("source_lengths", source_lengths, "a list of whole numbers")
     batch = len(source_lengths)
     if batch == 0:
         raise ArgumentError("source_lengths: expected at least one row, got none")
+    if max(source_lengths) > MAX_LENGTH:
+        raise ArgumentError(f"source_lengths: expected at most {MAX_LENGTH}, got {max(source_lengths)}")
+    for name, token in (("bos_token_id", bos_token_id), ("source_token_id", source_token_id)):
+        if token is not None or name == "source_token_id":
+            whole_number(name, token, least=0)
+    _check_place(slots, device)
+    prompts, targets = _rows("prompts", prompts), _rows("targets", targets)
     for name, rows in (("prompts", prompts), ("targets", targets)):
         if rows is not None and len(rows) != batch:
             raise ArgumentError(f"{name}: expected {batch} rows (one per source length), got {len(rows)}")
@@ -55,10 +65,10 @@ def pack(
 
     bos = [] if bos_token_id is None else [bos_token_id]
     heads = [
-        bos + [source_token_id] * (int(length) + 1 if slots else 0) + list(prompts[i] if prompts is not None else ())
+        bos + [source_token_id] * (length + 1 if slots else 0) + (prompts[i] if prompts is not None else [])
         for i, length in enumerate(source_lengths)
     ]
-    tails = [list(row) for row in targets] if targets is not None else [[] for _ in range(batch)]
+    tails: list[list[int]] = targets if targets is not None else [[] for _ in range(batch)]
     width = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True))
     if not all(heads):
         raise ArgumentError(
@@ -78,6 +88,40 @@ def pack(
     if targets is not None:
         packed["labels"] = torch.tensor(labels, dtype=torch.long, device=device)
     return packed
+
+
+def _ids(name: str, row: Any, expected: str) -> list[int]:
+    """A row of whole numbers, which may come from numpy or torch; those that the collator makes pass at once."""
+    try:
+        listed = None if isinstance(row, str | bytes | Mapping) else list(row)
+    except TypeError:
+        listed = None
+    if listed is None:
+        refuse(name, expected, row)
+    row = listed
+    if set(map(type, row)) <= {int} and (not row or max(row) < 2**63):
+        return row
+    # Sums of a floating mask are whole numbers too.
+    return [whole_number(name, int(n) if isinstance(n, float) and n.is_integer() else n) for n in row]
+
+
+def _rows(name: str, rows: Any) -> list[list[int]] | None:
+    if rows is None:
+        return None
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable) or getattr(rows, "ndim", 1) == 0:
+        refuse(name, "a list of lists of token ids", rows)
+    return [_ids(name, row, "lists of token ids") for row in rows]
+
+
+def _check_place(slots: Any, device: Any) -> None:
+    if not isinstance(slots, bool):
+        refuse("slots", "true or false", slots)
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        refuse("device", "a torch device", device)
 
 
 def real_positions(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from layalign import attention
-from layalign.errors import CheckpointError
+from layalign.errors import CheckpointError, first_line
 from layalign.model import LayAlignForCausalLM
+from layalign.ops._checks import describe, is_floating
 
 LLM_PREFIX = "model_llm.model."
 EMBEDDING = "llm_embedding_layer.weight"  # the published module registers the LLM's embedding a second time
@@ -79,9 +80,12 @@ def load_bin(path: Any) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, OSError, EOFError, ...
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a readable checkpoint of tensors: {reason}") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint of tensors: {first_line(error)}") from error
     state = state.get("model_state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path}: expected a state dict of tensors by name, got {type(state).__name__}")
+    for name, tensor in state.items():
+        if not is_floating(tensor) and tensor.dtype not in (torch.int64, torch.int32, torch.bool):  # buffers
+            raise CheckpointError(f"{path}: {name}: expected plain floating numbers, got {describe(tensor)}")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}

@@ -120,5 +120,6 @@ def gated_cross_attention(
         # 0 * NaN is NaN: what lies in the padding must not matter.
         value = value.masked_fill(~key_mask[:, None, :, None], 0.0)
     attended = torch.einsum("bgrts,bgsd->btgrd", probabilities.to(query.dtype), value.to(query.dtype))
-    out = gate.to(query.dtype) * attended.reshape(batch, length, heads, size)
-    return out if base is None else base + out
+    # A gate of any shape is one number; a base of a wider type does not widen the result.
+    out = gate.to(query.dtype).reshape(()) * attended.reshape(batch, length, heads, size)
+    return out if base is None else (base + out).to(query.dtype)

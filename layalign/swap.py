@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from layalign import _recognise, _swapped
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, one_of, refuse
 from layalign.fold import CHOICES
 from layalign.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector
@@ -98,10 +98,9 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
     Source: LayAlign's published code; :mod:`layalign.reference` has the mathematics.
     """
     _check(model)
-    if impl != "auto" and impl not in backends.BACKENDS:
-        raise ArgumentError(f"impl: expected 'auto' or one of {', '.join(backends.BACKENDS)}, got {impl!r}")
-    if fold not in CHOICES:
-        raise ArgumentError(f"fold: expected one of {', '.join(CHOICES)}, got {fold!r}")
+    if not isinstance(impl, str) or (impl != "auto" and impl not in backends.BACKENDS):
+        refuse("impl", f"'auto' or one of {', '.join(backends.BACKENDS)}", impl)
+    one_of("fold", fold, CHOICES)
     report = SwapReport()
     for name, module in _candidates(model):
         _swap(name, module, impl, fold, report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layalign.errors import CheckpointError
+from layalign.errors import CheckpointError, first_line
 
 FOLDERS = {"encoder": "encoder_tokenizer", "llm": "llm_tokenizer"}
 
@@ -38,6 +38,6 @@ def _load(part: str, checkpoint: str | Path | None, name: str | None) -> Any:
     if source is None:
         raise CheckpointError(f"{part} tokenizer: expected {FOLDERS[part]}/ in {checkpoint}, or the {part}'s name")
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{part} tokenizer: cannot be loaded from {source}: {error}") from error
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the libraries of the tokenizers raise what they like for a damaged file
+        raise CheckpointError(f"{part} tokenizer: cannot be loaded from {source}: {first_line(error)}") from error

@@ -1,10 +1,33 @@
-"""Before anything imports Triton: without a GPU its kernels run in the interpreter."""
+"""Before anything imports Triton: without a GPU its kernels run in the interpreter. And the count of bad inputs."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from typing import Any
 
+import bad_inputs
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of xdist sends its counts with its last message."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["bad_inputs"] = dict(bad_inputs.TRIED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    bad_inputs.TRIED.update(Counter(getattr(node, "workeroutput", {}).get("bad_inputs", {})))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if bad_inputs.TRIED:
+        terminalreporter.section("bad inputs tried")
+        for kind, count in sorted(bad_inputs.TRIED.items()):
+            terminalreporter.line(f"{count:>9,}  {kind}")
+        terminalreporter.line(f"{sum(bad_inputs.TRIED.values()):>9,}  in all")

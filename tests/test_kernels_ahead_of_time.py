@@ -65,3 +65,22 @@ def test_a_kernel_that_spills_is_reported(tmp_path: Path) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.startswith("spills "), done.stdout
+
+
+@pytest.mark.parametrize("file", ["layer_mix", "layer_projection"])
+def test_the_relu_of_the_kernels_keeps_nan(file: str) -> None:
+    """A GPU's plain maximum turns NaN into zero; the interpreter has only numpy's, which does not."""
+    code = (
+        "import triton\n"
+        f"from layalign_kernels.{file} import ahead_of_time\n"
+        "from layalign_kernels.ahead_of_time import TARGETS\n"
+        "what = next(e for e in ahead_of_time('sm_80') if 'backward' not in e[0] and 'fp32' not in e[0])\n"
+        "source = triton.compiler.ASTSource(what[1], what[2], constexprs=what[3], attrs=what[4])\n"
+        "text = triton.compile(source, target=TARGETS['sm_80'], options=dict(what[5])).asm['ptx']\n"
+        "print(text.count('max.NaN.'), text.count('max.f32') + text.count('max.f16'))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    kept, dropped = map(int, done.stdout.split())
+    assert kept and not dropped

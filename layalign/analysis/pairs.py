@@ -8,7 +8,7 @@ from pathlib import Path
 from layalign.data import Example, load_examples
 from layalign.data.languages import find_language
 from layalign.data.readers import language_of_path
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, refuse, whole_number
 
 Pairs = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 FEWEST = 2
@@ -32,8 +32,10 @@ def read_pairs(
         ArgumentError: a language is unknown, named twice, English or not there, or has fewer than two sentences.
         DataError: a file is missing or has a malformed line ("file:line: what, expected what").
     """
-    if limit is not None and limit < FEWEST:
+    if limit is not None and whole_number("limit", limit) < FEWEST:
         raise ArgumentError(f"limit: expected a number >= {FEWEST}, got {limit}")
+    if languages is not None and (isinstance(languages, str) or not isinstance(languages, Sequence)):
+        refuse("languages", "a list of names or codes", languages)
     files = _files(pairs)
     if languages is not None:
         wanted = list(dict.fromkeys(_known("languages", language) for language in languages))
@@ -51,32 +53,36 @@ def read_pairs(
 
 
 def _known(argument: str, text: str) -> str:
-    language = find_language(text)
+    language = find_language(text) if isinstance(text, str) else None
     if language is None:
-        raise ArgumentError(f"{argument}: expected the name or code of a known language, got {text!r}")
+        refuse(argument, "the name or code of a known language", text)
     return language.name
 
 
 def _files(pairs: Pairs) -> dict[str, Path]:
     """Language name -> file."""
+    files = pairs.values() if isinstance(pairs, Mapping) else [pairs] if isinstance(pairs, str | Path) else pairs
+    listed = isinstance(pairs, Mapping | Sequence | Path) and not isinstance(pairs, bytes)
+    if not listed or not all(isinstance(file, str | Path) for file in files):
+        refuse("pairs", "NAME=FILE, a TSV file or a folder of them, or several", pairs)
     if isinstance(pairs, Mapping):
         named = [(name, Path(file)) for name, file in pairs.items()]
     else:
         parts = [pairs] if isinstance(pairs, str | Path) else list(pairs)
         named = [pair for part in parts for pair in _named(str(part))]
-    files: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for given, file in named:
         name = _known("pairs", given)
-        if name in files:
-            raise ArgumentError(f"pairs: expected one file for {name}, got {files[name]} and {file}")
+        if name in by_name:
+            raise ArgumentError(f"pairs: expected one file for {name}, got {by_name[name]} and {file}")
         if name == "English":
             raise ArgumentError(f"pairs: expected languages other than English, got {file}")
         if not file.is_file():
             raise ArgumentError(f"pairs: expected a file for {name}, there is no {file}")
-        files[name] = file
-    if not files:
+        by_name[name] = file
+    if not by_name:
         raise ArgumentError("pairs: expected NAME=FILE or a folder of TSV files, got none")
-    return files
+    return by_name
 
 
 def _named(part: str) -> list[tuple[str, Path]]:

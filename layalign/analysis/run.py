@@ -18,7 +18,7 @@ from layalign.analysis.result import AnalysisResult
 from layalign.config import number_of_layers
 from layalign.data import Example
 from layalign.data.languages import find_language
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, refuse, whole_number
 from layalign.evaluation.answering import evaluation_mode
 from layalign.training.gates import read_gates
 
@@ -75,6 +75,10 @@ def analyze(
         DataError: a file of `pairs` has a malformed line.
     """
     _check(model, before, batch_size, max_length, generate)
+    whole_number("seed", seed, least=0)
+    for name, path in (("output_dir", output_dir), ("checkpoint", checkpoint)):
+        if not isinstance(path, str | Path | None):
+            refuse(name, "a folder or None", path)
     place = _layer(model, layer)
     data = read_pairs(pairs, languages=languages, limit=limit)
     example = _example(data, sentence, sentence_language)
@@ -118,9 +122,9 @@ def _check(model: Any, before: Any, batch_size: int, max_length: int, generate: 
         ("max_length", max_length, 1),
         ("generate", generate, 0),
     ):
-        if number < least:
+        if whole_number(name, number) < least:
             raise ArgumentError(f"{name}: expected a number >= {least}, got {number}")
-    if before is None or before == UNTRAINED:
+    if before is None or (isinstance(before, str) and before == UNTRAINED):
         return
     if isinstance(before, str) or not hasattr(before, "cross_attention"):
         found = repr(before) if isinstance(before, str) else type(before).__name__
@@ -136,17 +140,19 @@ def _check(model: Any, before: Any, batch_size: int, max_length: int, generate: 
 
 def _layer(model: Any, layer: int | None) -> int:
     last = number_of_layers(model.config.get_text_config())
-    if layer is not None and not 0 <= layer <= last:
+    if layer is not None and not 0 <= whole_number("layer", layer) <= last:
         raise ArgumentError(f"layer: expected 0 (embeddings) to {last}, got {layer}")
     return (last + 1) // 2 if layer is None else layer
 
 
 def _example(data: dict[str, list[Example]], sentence: int, language: str | None) -> Example:
+    if not isinstance(language, str | None):
+        refuse("sentence_language", f"one of {', '.join(data)}", language)
     found = None if language is None else find_language(language)
     name = next(iter(data)) if language is None else (found.name if found else language)
     if name not in data:
         raise ArgumentError(f"sentence_language: expected one of {', '.join(data)}, got {language!r}")
-    if not 1 <= sentence <= len(data[name]):
+    if not 1 <= whole_number("sentence", sentence) <= len(data[name]):
         raise ArgumentError(f"sentence: expected 1 to {len(data[name])}, the sentences of {name}, got {sentence}")
     return data[name][sentence - 1]
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from layalign.errors import ArgumentError
+from layalign.ops._checks import describe, is_floating
 
 _TIE = 1e-12  # cosines of equal vectors differ by rounding
 
@@ -13,9 +14,8 @@ _TIE = 1e-12  # cosines of equal vectors differ by rounding
 def _checked(first: Tensor, second: Tensor, same_size: bool) -> tuple[Tensor, Tensor]:
     """Both in float64 on the CPU."""
     for name, states in (("first", first), ("second", second)):
-        if states.dim() != 2 or len(states) < 2 or not states.is_floating_point():
-            found = f"{tuple(states.shape)} {str(states.dtype).removeprefix('torch.')}"
-            raise ArgumentError(f"{name}: expected floating-point states (N, D) with N >= 2, got {found}")
+        if not is_floating(states) or states.dim() != 2 or len(states) < 2 or states.is_meta:
+            raise ArgumentError(f"{name}: expected floating-point states (N, D) with N >= 2, got {describe(states)}")
         if not bool(torch.isfinite(states).all()):
             raise ArgumentError(f"{name}: expected finite states, got infinity or NaN")
     if len(first) != len(second) or (same_size and first.shape != second.shape):

@@ -71,5 +71,6 @@ def describe(error: Exception) -> tuple[str, int]:
 
 
 def _one_line(text: str, longest: int = 600) -> str:
-    line = " ".join(text.split())
+    # Half of a surrogate pair, as from a name of a file that is no text, cannot be printed everywhere.
+    line = " ".join(text.encode("utf-8", errors="backslashreplace").decode().split())
     return line if len(line) <= longest else line[: longest - 3] + "..."

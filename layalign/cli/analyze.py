@@ -88,7 +88,7 @@ def analyze(
         progress=console.is_terminal,
     )
     console.print(result.table())
-    console.print(f"the report is {output / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"the report is {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _sentence(text: str) -> tuple[str | None, int]:

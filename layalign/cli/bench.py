@@ -37,13 +37,15 @@ def bench(compare: Compare = None, threshold: Threshold = 1.1, report: Report = 
 def _regressed(first: Path, second: Path, threshold: float) -> bool:
     """Print the table; whether anything regressed."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from layalign import bench
 
     one, two = bench.load(first), bench.load(second)
     changes = bench.compare(one, two, threshold)
-    table = Table(title=f"{one.commit} against {two.commit}, {one.device}, {one.shapes}", show_edge=False)
+    title = escape(f"{one.commit} against {two.commit}, {one.device}, {one.shapes}")
+    table = Table(title=title, show_edge=False)
     table.add_column("row", overflow="fold")
     for column in ("A", "B", "B / A"):
         table.add_column(column, justify="right")
@@ -51,7 +53,7 @@ def _regressed(first: Path, second: Path, threshold: float) -> bool:
     for change in changes:
         mark = "[red]regression[/red]" if change.regression else "[green]better[/green]" if change.improvement else ""
         values = (bench.quantity(value, change.unit) for value in (change.first, change.second))
-        table.add_row(change.id, *values, f"{change.ratio:.3f}", mark)
+        table.add_row(escape(change.id), *values, f"{change.ratio:.3f}", mark)
     Console().print(table)
     only = [len(a.rows.keys() - b.rows.keys()) for a, b in ((one, two), (two, one))]
     worse = sum(change.regression for change in changes)

@@ -85,4 +85,4 @@ def evaluate(
     if result.report.skipped:
         typer.echo(result.report.summary(), err=True)
     console.print(result.table())
-    console.print(f"predictions and scores are in {output}", highlight=False, soft_wrap=True)
+    console.print(f"predictions and scores are in {output}", highlight=False, markup=False, soft_wrap=True)

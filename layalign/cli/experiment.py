@@ -43,7 +43,7 @@ def experiment(
 
     def tell(task: Task, seconds: float, problem: str | None) -> None:
         text = f"{seconds:.0f} s" if problem is None else f"failed: {problem}"
-        console.print(f"{task.name}: {text}", highlight=False, soft_wrap=True)
+        console.print(f"{task.name}: {text}", highlight=False, markup=False, soft_wrap=True)
 
     failed = [] if report else run_all(settings, output, only=listed(only), seeds=numbers, jobs=jobs, tell=tell)
     if not any((output / "runs").glob("*/*/result.json")):
@@ -57,7 +57,7 @@ def experiment(
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
     if failed:
         raise ArgumentError(f"{len(failed)} runs failed ({failed[0].name}, ...); {output / 'log.jsonl'} says why")
 

@@ -119,4 +119,4 @@ def _train_all(configs: list[TrainConfig]) -> None:
     console = Console()
     console.print(table)
     for name, summary in summaries:
-        console.print(f"{name}: saved in {summary.output_dir}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: saved in {summary.output_dir}", highlight=False, markup=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import torch
 
 from layalign.data.examples import Example
 from layalign.data.languages import tokenizer_source_language
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, one_of, refuse, whole_number
 from layalign.packing import pack
 
 logger = logging.getLogger(__name__)
@@ -53,14 +53,19 @@ class LayAlignCollator:
         slots: bool = True,
         prompt: bool = True,
     ) -> None:
-        if stage not in STAGES:
-            raise ArgumentError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+        one_of("stage", stage, STAGES)
+        for name, tokenizer in (("encoder_tokenizer", encoder_tokenizer), ("llm_tokenizer", llm_tokenizer)):
+            if not callable(tokenizer) or not hasattr(tokenizer, "pad_token_id" if name[0] == "e" else "eos_token_id"):
+                raise ArgumentError(f"{name}: expected a tokenizer of transformers, got {type(tokenizer).__name__}")
+        if bos_token_id is not None:
+            whole_number("bos_token_id", bos_token_id, least=0)
+        whole_number("source_token_id", source_token_id, least=0)
         for name, length in (
             ("max_source_length", max_source_length),
             ("max_prompt_length", max_prompt_length),
             ("max_target_length", max_target_length),
         ):
-            if length < 1:
+            if whole_number(name, length) < 1:
                 raise ArgumentError(f"{name}: expected a number >= 1, got {length}")
         if with_targets and llm_tokenizer.eos_token_id is None:
             raise ArgumentError("llm_tokenizer: expected an eos_token, with which every target ends; it has none")
@@ -102,6 +107,8 @@ class LayAlignCollator:
         Raises:
             ArgumentError: no examples, a source without any token, or a task example without a prompt.
         """
+        if not isinstance(examples, Sequence) or not all(hasattr(example, "source") for example in examples):
+            refuse("examples", "a list of Example", examples)
         if not examples:
             raise ArgumentError("examples: expected at least one, got none")
         sources = self.encode_sources(examples)

@@ -17,7 +17,20 @@ from layalign.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)
+
+
+def _what(error: ValueError | RecursionError) -> str:
+    """Why a text is no JSON. Besides bad syntax: NaN, a number of more digits than Python reads, deep nesting."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deep" if isinstance(error, RecursionError) else str(error).split(" for ")[0].split(";")[0]
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -40,10 +53,10 @@ def decode(raw: bytes) -> str:
 def parse_json(line: str) -> Any:
     """The value on a line of JSON lines; BadRecord when it is none."""
     try:
-        return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        raise BadRecord(f"bad JSON ({what}), expected an object") from None
+        return _DECODER.decode(line)
+    except (ValueError, RecursionError) as error:
+        where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise BadRecord(f"bad JSON ({_what(error)}{where}), expected an object") from None
 
 
 def split_columns(line: str, names: tuple[str, ...]) -> dict[str, str]:
@@ -78,7 +91,7 @@ def is_json_lines(path: Path) -> bool:
         first = file.readline().removeprefix(_BOM).strip()
     try:
         value = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and "data" not in value
 
@@ -87,11 +100,12 @@ class JsonRecords:
     """The records of a JSON file: those of its array, or of the array under "data" of its object.
 
     Raises:
-        DataError: the file is not UTF-8, not JSON, or has no such array.
+        DataError: the file is not UTF-8, not JSON, has no such array, or more behind it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._counted = 0, 1  # a position and its line: counting goes on from there, not from the start
         raw = path.read_bytes().removeprefix(_BOM)
         try:
             self.text = raw.decode("utf-8")
@@ -101,7 +115,10 @@ class JsonRecords:
 
     def line_of(self, position: int) -> int:
         """Number of the line that a character stands in."""
-        return self.text.count("\n", 0, position) + 1
+        start, line = self._counted if self._counted[0] <= position else (0, 1)
+        line += self.text.count("\n", start, position)
+        self._counted = position, line
+        return line
 
     def _skip(self, position: int, expected: str) -> tuple[int, str]:
         """Past white space and one of the `expected` characters: (position, that character)."""
@@ -117,20 +134,21 @@ class JsonRecords:
         start = _SPACE.match(self.text, position).end()  # type: ignore[union-attr]
         try:
             value, end = _DECODER.raw_decode(self.text, start)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{self.path}:{error.lineno}: bad JSON ({error.msg}), expected a value") from None
+        except (ValueError, RecursionError) as error:
+            line = error.lineno if isinstance(error, json.JSONDecodeError) else self.line_of(start)
+            raise DataError(f"{self.path}:{line}: bad JSON ({_what(error)}), expected a value") from None
         return start, value, end
 
-    def _array(self) -> int:
-        """Position after the "[" that opens the records."""
+    def _array(self) -> tuple[int, bool]:
+        """Position after the "[" that opens the records, and whether that is all there is."""
         position, opening = self._skip(0, "[{")
         if opening == "[":
-            return position
+            return position, True
         while True:
             _, key, position = self._value(position)
             position, _ = self._skip(position, ":")
             if key == "data":
-                return self._skip(position, "[")[0]
+                return self._skip(position, "[")[0], False
             _, _, position = self._value(position)
             position, closing = self._skip(position, ",}")
             if closing == "}":
@@ -138,11 +156,13 @@ class JsonRecords:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """(position, record) of each record; `line_of` gives the line."""
-        position = self._array()
-        if self.text.startswith("]", _SPACE.match(self.text, position).end()):  # type: ignore[union-attr]
-            return
-        closing = ","
+        position, alone = self._array()
+        empty = self.text.startswith("]", _SPACE.match(self.text, position).end())  # type: ignore[union-attr]
+        position, closing = self._skip(position, "]") if empty else (position, ",")
         while closing == ",":
             start, value, position = self._value(position)
             yield start, value
             position, closing = self._skip(position, ",]")
+        end = _SPACE.match(self.text, position).end()  # type: ignore[union-attr]
+        if alone and end < len(self.text):
+            raise DataError(f"{self.path}:{self.line_of(end)}: {self.text[end]!r}, expected the end of the file")

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from layalign.data.language_table import TABLE
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, refuse
 
 # Scripts that NLLB knows besides the one in the table.
 _NLLB_OTHER_SCRIPTS = ("ace_Arab", "bjn_Arab", "kas_Deva", "knc_Arab", "taq_Tfng", "zho_Hant")
@@ -104,9 +104,7 @@ def language_of(text: str | Language) -> Language:
         return text
     language = find_language(text) if isinstance(text, str) else None
     if language is None:
-        raise ArgumentError(
-            f"language: expected an English name or a language code such as 'Swahili', 'sw' or 'swh', got {text!r}"
-        )
+        refuse("language", "an English name or a language code such as 'Swahili', 'sw' or 'swh'", text)
     return language
 
 

@@ -26,9 +26,10 @@ from layalign.data.examples import BadRecord, Collected, Example, ReadReport
 from layalign.data.files import JsonRecords, decode, is_json_lines, parallel_lines, parse_json, raw_lines, split_columns
 from layalign.data.languages import Language, find_language, language_of
 from layalign.data.records import PROMPTS, Record
-from layalign.errors import ArgumentError, BackendError, DataError
+from layalign.errors import ArgumentError, BackendError, DataError, refuse, whole_number
 
 DATASETS = "datasets:"
+MAX_DEPTH = 8  # of lists in lists
 Spec = str | Path | Mapping[str, Any] | Sequence["str | Path | Mapping[str, Any]"]
 
 
@@ -154,9 +155,14 @@ def load_examples(
         subset=subset,
     )
     report, examples = ReadReport(), []
+    if seed is not None:
+        whole_number("seed", seed)
     with _collector_paused():
         for request in _requests(spec, defaults):
-            collected = _read(request)
+            try:
+                collected = _read(request)
+            except OSError as error:
+                raise DataError(f"{error.filename or request.path}: cannot be read: {error.strerror}") from error
             report.merge(collected.report)
             examples += collected.examples
     if seed is not None:
@@ -177,34 +183,35 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _names(languages: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(languages, str):
-        raise ArgumentError(f"languages: expected a list of names or codes, got the text {languages!r}")
+    if isinstance(languages, str) or not isinstance(languages, Sequence):
+        refuse("languages", "a list of names or codes", languages)
     return tuple(language_of(language).name for language in languages)
 
 
-def _requests(spec: Spec, defaults: _Request) -> Iterable[_Request]:
+def _requests(spec: Spec, defaults: _Request, depth: int = 0) -> Iterable[_Request]:
     if isinstance(spec, str | Path):
         text = str(spec)
         format, colon, path = text.partition(":")
         spec = {"format": format, "path": path} if colon and format in FORMATS else {"path": text}
     if isinstance(spec, Mapping):
         yield _checked(spec, defaults)
-    elif isinstance(spec, Sequence) and spec:
+    elif isinstance(spec, Sequence) and spec and depth < MAX_DEPTH and not isinstance(spec, bytes):
         for part in spec:
-            yield from _requests(part, defaults)
+            yield from _requests(part, defaults, depth + 1)
     else:
-        raise ArgumentError(f"spec: expected 'FORMAT:PATH', a mapping with 'path', or a list of these, got {spec!r}")
+        refuse("spec", "'FORMAT:PATH', a mapping with 'path', or a list of these", spec)
 
 
 def _checked(spec: Mapping[str, Any], defaults: _Request) -> _Request:
     options = {key: value for key, value in spec.items() if value is not None}
-    unknown = sorted(set(options) - set(_Request.__dataclass_fields__))
+    unknown = [key for key in options if key not in _Request.__dataclass_fields__]
     if unknown:
-        raise ArgumentError(f"spec: expected keys {', '.join(_Request.__dataclass_fields__)}, got {unknown[0]!r}")
+        refuse("spec", f"keys {', '.join(_Request.__dataclass_fields__)}", unknown[0])
     options["path"] = str(options.get("path", ""))
     if "languages" in options:
         options["languages"] = _names(options["languages"])
     request = replace(defaults, **options)
+    _check_types(request)
     if not request.path:
         raise ArgumentError("spec: expected a 'path'")
     if not request.format:
@@ -215,12 +222,27 @@ def _checked(spec: Mapping[str, Any], defaults: _Request) -> _Request:
         raise ArgumentError(f"format: expected one of {', '.join(FORMATS)}, got {request.format!r} for {request.path}")
     if request.prompt and request.prompt not in PROMPTS:
         raise ArgumentError(f"prompt: expected one of {', '.join(PROMPTS)}, got {request.prompt!r}")
-    if request.limit is not None and request.limit < 1:
-        raise ArgumentError(f"limit: expected a number >= 1, got {request.limit}")
+    if not request.path.startswith(DATASETS) and request.split not in ("train", "test"):
+        raise ArgumentError(f"split: expected 'train' or 'test', got {request.split!r} for {request.path}")
     if request.language is not None:
         found = find_language(request.language)
         request = replace(request, language=found.name if found else request.language)
     return request
+
+
+def _check_types(request: _Request) -> None:
+    """What a YAML file or a caller may have got wrong."""
+    for name in ("format", "split", "prompt", "language", "subset"):
+        value = getattr(request, name)
+        if not isinstance(value, str) and not (value is None and name in ("language", "subset")):
+            refuse(name, "text", value)
+    if not isinstance(request.skip_bad, bool):
+        refuse("skip_bad", "true or false", request.skip_bad)
+    columns = request.columns
+    if not isinstance(columns, Mapping) or not all(isinstance(part, str) for pair in columns.items() for part in pair):
+        refuse("columns", "a mapping of our field names to the data's", columns)
+    if request.limit is not None and whole_number("limit", request.limit) < 1:
+        raise ArgumentError(f"limit: expected a number >= 1, got {request.limit}")
 
 
 def _read(request: _Request) -> Collected:
@@ -260,7 +282,8 @@ def _files(request: _Request) -> list[tuple[Path, str | None]]:
     root, form = Path(request.path), FORMATS[request.format]
     if root.is_dir():
         patterns = form.test if request.split == "test" and form.test else form.train
-        paths = next((found for found in (sorted(root.glob(pattern)) for pattern in patterns) if found), [])
+        matching = ([path for path in sorted(root.glob(pattern)) if path.is_file()] for pattern in patterns)
+        paths = next((found for found in matching if found), [])
         if not paths:
             raise DataError(f"{root}: no {request.format} files, expected {' or '.join(patterns)}")
     elif root.is_file():
@@ -334,7 +357,7 @@ def _read_bilingual(request: _Request, collected: Collected) -> None:
 
 def _read_bilingual_folder(folder: Path, language: str, collected: Collected) -> None:
     code = folder.name.removeprefix("en-")
-    sources = sorted(folder.glob(f"train_*.{code}"))
+    sources = sorted(path for path in folder.glob(f"train_*.{code}") if path.is_file())
     if len(sources) != 1:
         raise DataError(f"{folder}: {len(sources)} files train_*.{code}, expected one")
     source, target = sources[0], sources[0].with_suffix(".en")
@@ -380,6 +403,12 @@ def _read_dataset(request: _Request, collected: Collected) -> None:
 
 def by_language(examples: Iterable[Example]) -> dict[str, list[Example]]:
     """Examples by language, in the order in which the languages first appear."""
+    try:
+        examples = list(examples)
+    except TypeError:
+        refuse("examples", "some Example", examples)
+    if not all(isinstance(getattr(example, "language", None), str) for example in examples):
+        refuse("examples", "Example objects alone", examples)
     groups: dict[str, list[Example]] = {}
     for language, run in groupby(examples, key=lambda example: example.language):
         groups.setdefault(language, []).extend(run)

@@ -6,6 +6,7 @@ Every function takes a `Record` and raises `BadRecord`, with what was found and 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,6 +73,8 @@ class Record:
         """A value as text without outer white space; empty or not text raises. Numbers count as text."""
         value = self.get(*names)
         if type(value) in (int, float):
+            if not math.isfinite(value):
+                raise BadRecord(f"{names[0]!r} is {value}, expected a number or text")
             value = str(value)
         if not isinstance(value, str):
             raise BadRecord(f"{names[0]!r} is a {type(value).__name__}, expected text")
@@ -79,10 +82,7 @@ class Record:
         if not value:
             raise BadRecord(f"{names[0]!r} is empty, expected text")
         if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError:
-                raise BadRecord(f"{names[0]!r} holds half of a surrogate pair, expected valid text") from None
+            _require_valid(names[0], value)
         return value
 
     def name_of_language(self) -> str:
@@ -99,21 +99,33 @@ class Record:
     def own_id(self) -> str:
         """The record's own id, or the one given."""
         value = self.find("id", "idx")
-        return self.id if value is None else str(value)
+        if value is None:
+            return self.id
+        text = str(value)
+        _require_valid("id", text)
+        return text
 
     def prompt_for(self, source: str, default: str) -> str:
         """The prompt around a source text."""
         return PROMPTS[self.prompt or default](source)
 
 
+def _require_valid(name: str, text: str) -> None:
+    """No half of a surrogate pair, which JSON can write and no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRecord(f"{name!r} holds half of a surrogate pair, expected valid text") from None
+
+
+# As the scorers read numbers: Python's float takes "1_000", "1e3" and ".5" too, of which they see the last digits.
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?")
+
+
 def number_text(record: Record, *names: str) -> str:
     """A numeric answer as text, without thousands commas."""
     text = record.text(*names).replace(",", "")
-    try:
-        finite = math.isfinite(float(text))
-    except ValueError:
-        finite = False
-    if not finite:
+    if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
         raise BadRecord(f"{names[0]!r} is {text!r}, expected a number")
     return text
 

@@ -11,7 +11,7 @@ import torch
 
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, whole_number
 
 
 class ModelAnswers:
@@ -86,6 +86,12 @@ def llm_alone(
     Returns:
         A callable from examples to answers. An example without a prompt is asked by its source.
     """
+    if not hasattr(llm, "generate") or not hasattr(llm, "parameters"):
+        raise ArgumentError(f"llm: expected a causal language model of transformers, got {type(llm).__name__}")
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise ArgumentError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
+    whole_number("max_new_tokens", max_new_tokens, least=1)
+    whole_number("max_prompt_length", max_prompt_length, least=1)
     return LlmAnswers(llm, tokenizer, max_new_tokens, max_prompt_length, generation)
 
 

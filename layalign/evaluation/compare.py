@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layalign.errors import ArgumentError, DataError
+from layalign.errors import ArgumentError, DataError, refuse, whole_number
 from layalign.evaluation.intervals import holm, is_parallel, macro_interval, sign_flip_p
 from layalign.evaluation.levels import GROUPINGS, by_level
 from layalign.evaluation.store import SETTINGS, prediction_path
@@ -89,14 +89,16 @@ class Comparison:
             ArgumentError: neither of these, or the grouping has no levels for the task.
         """
         from rich import box
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=f"{self.task}: A {self.a}, B {self.b}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        title = escape(f"{self.task}: A {self.a}, B {self.b}")
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column(by, no_wrap=True)
         for name in ("A %", "B %", "B - A", "95% interval", "only A : B", "p", "Holm", "by question"):
             table.add_column(name, justify="right", no_wrap=name == "95% interval")
         for name, pairing in self.rows(by, grouping).items():
-            table.add_row(name, *_cells(pairing))
+            table.add_row(escape(name), *_cells(pairing))
         table.add_section()
         table.add_row(f"all {len(self.languages)}", *_cells(self.pooled))
         return table
@@ -139,6 +141,10 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *, seed: int = 0) -> Comp
             no language in common.
         DataError: a file in a folder is damaged.
     """
+    for name, folder in (("run_a", run_a), ("run_b", run_b)):
+        if not isinstance(folder, str | Path):
+            refuse(name, "the output folder of an evaluation", folder)
+    whole_number("seed", seed, least=0)
     a, b = _Run("run_a", Path(run_a)), _Run("run_b", Path(run_b))
     if a.settings.get("task") != b.settings.get("task"):
         found = f"{a.settings.get('task')} and {b.settings.get('task')}"
@@ -221,8 +227,12 @@ class _Run:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
-        if not (folder / SETTINGS).is_file():
-            raise ArgumentError(f"{name}: expected the output folder of an evaluation, got {folder}")
+        try:
+            there = (folder / SETTINGS).is_file()
+        except (OSError, ValueError):
+            there = False
+        if not there:
+            refuse(name, "the output folder of an evaluation", str(folder))
         whole = _read(folder / SETTINGS)
         if not isinstance(whole, dict) or not all(
             isinstance(whole.get(key), dict) for key in ("settings", "languages")
@@ -250,5 +260,7 @@ class _Run:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{path}:1: not JSON, expected a file that layalign wrote") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from layalign.data.languages import Language, find_language
-from layalign.errors import ArgumentError
+from layalign.errors import one_of, refuse
 from layalign.evaluation.intervals import Interval, is_parallel, macro_interval
 
 # Of one language: (id of the question, whether the answer is right), in file order.
@@ -94,8 +94,9 @@ def resource_level(language: str | Language, grouping: str = "joshi") -> str | N
     Raises:
         ArgumentError: there is no such grouping.
     """
-    if grouping not in GROUPINGS:
-        raise ArgumentError(f"grouping: expected one of {', '.join(GROUPINGS)}, got {grouping!r}")
+    one_of("grouping", grouping, GROUPINGS)
+    if not isinstance(language, str | Language):
+        refuse("language", "the name or code of a language", language)
     if grouping == "paper":
         found = find_language(language) if isinstance(language, str) else language
         return next((level for level, names in _PAPER.items() if found is not None and found.name in names), None)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from layalign._files import write_whole
-from layalign.data.collator import LayAlignCollator
+from layalign.data.collator import STAGES, LayAlignCollator
 from layalign.data.examples import Example, ReadReport
 from layalign.data.languages import language_of
 from layalign.data.readers import Spec, by_language, load_examples
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, one_of, refuse, whole_number
 from layalign.evaluation.answering import ModelAnswers, evaluation_mode, llm_alone, model_fingerprint
 from layalign.evaluation.intervals import Interval
 from layalign.evaluation.levels import LevelScore, Outcomes, average_interval, level_scores
@@ -135,6 +135,7 @@ class EvaluationResult:
 
     def table(self) -> Any:
         """A `rich` table for the terminal."""
+        from rich.markup import escape
         from rich.table import Table
 
         skipped = f", {len(self.report.skipped)} malformed lines left out" if self.report.skipped else ""
@@ -143,7 +144,9 @@ class EvaluationResult:
         for name in ("accuracy %", "95% interval", "correct", "of"):
             table.add_column(name, justify="right")
         for s in self.scores.values():
-            table.add_row(s.language, f"{s.accuracy:.1f}", f"{s.low:.1f} - {s.high:.1f}", str(s.correct), str(s.count))
+            table.add_row(
+                escape(s.language), f"{s.accuracy:.1f}", f"{s.low:.1f} - {s.high:.1f}", str(s.correct), str(s.count)
+            )
         table.add_section()
         ends = "" if (all_ := self.average_interval) is None else f"{all_.low:.1f} - {all_.high:.1f}"
         table.add_row("average", f"{self.average:.1f}", ends, "", "")
@@ -212,19 +215,21 @@ def evaluate(
     """
     kind = _task(task, scorer, label_match)
     for name, number in (("batch_size", batch_size), ("limit", limit), ("max_new_tokens", max_new_tokens)):
-        if number is not None and number < 1:
+        if (number is not None or name == "batch_size") and whole_number(name, number) < 1:
             raise ArgumentError(f"{name}: expected a number >= 1, got {number}")
+    _check_types(output_dir, generation, model_name, max_source_length, max_prompt_length, resume, skip_bad)
     examples, report = _examples(data, kind, languages, limit, skip_bad)
     new_tokens = kind.max_new_tokens if max_new_tokens is None else max_new_tokens
     options = dict(generation or {})
     answer = model
+    one_of("stage", stage, STAGES)
     if hasattr(model, "generate"):
         lengths = {"max_source_length": max_source_length, "max_prompt_length": max_prompt_length}
         collator = LayAlignCollator.from_model(
             model, encoder_tokenizer, llm_tokenizer, stage=stage, with_targets=False, **lengths
         )
         answer = ModelAnswers(model, collator, new_tokens, options)
-    elif not callable(model):
+    elif not callable(model) or isinstance(model, type):
         raise ArgumentError(f"model: expected something with generate, or a function, got {type(model).__name__}")
     settings = {
         "task": task,
@@ -257,14 +262,28 @@ def _write(result: EvaluationResult, folder: Path) -> None:
     write_whole(folder / "scores.tsv", result.to_tsv())
 
 
+def _check_types(
+    output_dir: Any, generation: Any, model_name: Any, source_length: Any, prompt_length: Any, *flags: Any
+) -> None:
+    if not isinstance(output_dir, str | Path) or not str(output_dir).isprintable():
+        refuse("output_dir", "a folder", output_dir)
+    if not isinstance(generation, Mapping | None) or not all(isinstance(key, str) for key in generation or ()):
+        refuse("generation", "a mapping of arguments of generate", generation)
+    if not isinstance(model_name, str | None):
+        refuse("model_name", "text", model_name)
+    whole_number("max_source_length", source_length, least=1)
+    whole_number("max_prompt_length", prompt_length, least=1)
+    for name, flag in zip(("resume", "skip_bad"), flags, strict=True):
+        if not isinstance(flag, bool):
+            refuse(name, "true or false", flag)
+
+
 def _task(task: str, scorer: str | None, label_match: str) -> Task:
-    if task not in TASKS:
-        raise ArgumentError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    one_of("task", task, TASKS)
     kind = TASKS[task] if scorer is None else Task(TASKS[task].format, scorer, TASKS[task].max_new_tokens)
-    if kind.scorer not in SCORERS:
-        raise ArgumentError(f"scorer: expected one of {', '.join(SCORERS)}, got {scorer!r}")
-    if label_match not in ("exact", "start"):
-        raise ArgumentError(f"label_match: expected 'exact' or 'start', got {label_match!r}")
+    one_of("scorer", kind.scorer, SCORERS)
+    if not isinstance(label_match, str) or label_match not in ("exact", "start"):
+        refuse("label_match", "'exact' or 'start'", label_match)
     return kind
 
 
@@ -282,6 +301,8 @@ def _examples(
         )
     groups = by_language(data)  # type: ignore[arg-type]
     if languages is not None:
+        if isinstance(languages, str | bytes) or not isinstance(languages, Sequence) or not languages:
+            refuse("languages", "a list of names or codes", languages)
         names = [language_of(language).name for language in languages]
         missing = [name for name in names if name not in groups]
         if missing:

@@ -15,6 +15,7 @@ from layalign.data.examples import Example
 from layalign.errors import ArgumentError, DataError
 
 SETTINGS = "settings.json"
+LONGEST_NAME = 160  # bytes; file systems take 255
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -27,8 +28,15 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def prediction_path(folder: Path, language: str, suffix: str) -> Path:
-    """File of a language in a run's folder; characters that a file name cannot hold become "_"."""
-    return folder / "predictions" / (re.sub(r"[^\w() '.-]", "_", language) + suffix)
+    """File of a language in a run's folder.
+
+    Characters that a file name cannot hold become "_"; a hash then keeps apart what would be one name.
+    """
+    name = re.sub(r"[^\w() '.-]", "_", language)
+    if name != language or len(name.encode()) > LONGEST_NAME:
+        whole = language.encode("utf-8", errors="surrogatepass")
+        name = f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
+    return folder / "predictions" / (name + suffix)
 
 
 class OutputStore:
@@ -63,9 +71,9 @@ class OutputStore:
             return {}
         try:
             old = json.loads(self._path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             old = None
-        if not isinstance(old, dict) or not isinstance(old.get("languages"), dict):
+        if not isinstance(old, dict) or not all(isinstance(old.get(key), dict) for key in ("settings", "languages")):
             raise DataError(f"{self._path}:1: not the settings of an evaluation, expected a file that layalign wrote")
         return old
 
@@ -121,7 +129,7 @@ class OutputStore:
                 entry = json.loads(line)
                 index, output = entry["index"], entry["output"]
                 good = isinstance(output, str) and isinstance(index, int) and 0 <= index < count
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 good = False
             if not good:
                 raise DataError(f"{path}:{number}: a damaged line, expected the index and output of one example")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from layalign._yaml import read_file, read_text
 from layalign.baselines import baseline
 from layalign.demo.pretraining import Budget
 from layalign.demo.problems import ALL_LANGUAGES
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, refuse, shown
 
 LEVELS = ("high", "medium", "low")
+MAX_SHARE = 1e6
+_NAME = re.compile(r"[^\W_][\w.-]*")
 _WHOLE = (
     "llm_size", "llm_layers", "encoder_size", "encoder_layers", "encoder_vocabulary", "questions", "max_new_tokens",
 )  # fmt: skip
@@ -32,7 +34,7 @@ class Steps(Budget):
             _whole(name, getattr(self, name))
         rate = self.learning_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1:
-            raise ArgumentError(f"learning_rate: expected a number above 0 and below 1, got {rate!r}")
+            refuse("learning_rate", "a number above 0 and below 1", rate)
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,17 @@ class System:
     label: str = ""
 
     def __post_init__(self) -> None:
-        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
-            raise ArgumentError(f"systems: expected names of letters, digits and - _ ., got {self.name!r}")
-        if not isinstance(self.steps_factor, int | float) or not 0 < self.steps_factor <= 100:
-            raise ArgumentError(f"systems.{self.name}.steps_factor: expected 0 to 100, got {self.steps_factor!r}")
+        # It names a folder: not "." and not "..".
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            refuse("systems", "names of letters, digits and - _ ., with a letter or digit first", self.name)
+        factor, where = self.steps_factor, f"systems.{self.name}"
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 100:
+            refuse(f"{where}.steps_factor", "0 to 100", factor)
+        if not isinstance(self.settings, Mapping) or not all(isinstance(key, str) for key in self.settings):
+            refuse(f"{where}.settings", "a mapping of keys to values", self.settings)
+        for key in ("baseline", "label"):
+            if not isinstance(getattr(self, key), str):
+                refuse(f"{where}.{key}", "text", getattr(self, key))
         object.__setattr__(self, "label", self.label or baseline(self.baseline).label)
 
 
@@ -102,9 +111,15 @@ class ExperimentSettings:
         for name in _WHOLE:
             _whole(name, getattr(self, name))
         if self.split not in ("test", "dev"):
-            raise ArgumentError(f"split: expected test or dev, got {self.split!r}")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or any(not _is_whole(s, 0) for s in self.seeds):
-            raise ArgumentError(f"seeds: expected different whole numbers from 0, got {self.seeds!r}")
+            refuse("split", "test or dev", self.split)
+        whole = isinstance(self.seeds, list) and all(_is_whole(seed, 0) and seed < 2**32 for seed in self.seeds)
+        if not whole or not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            refuse("seeds", "different whole numbers from 0, below 2**32", self.seeds)
+        for name, kind in (("llm", Steps), ("encoder", Steps), ("translation", Steps), ("task", Steps)):
+            if not isinstance(getattr(self, name), kind):
+                refuse(name, "its steps, batch and learning_rate", getattr(self, name))
+        if not isinstance(self.systems, list) or not all(isinstance(system, System) for system in self.systems):
+            refuse("systems", "a list of systems", self.systems)
         names = [system.name for system in self.systems]
         if not names or len(set(names)) != len(names):
             raise ArgumentError(f"systems: expected at least one, with different names, got {names}")
@@ -167,20 +182,17 @@ def load_settings(source: str | Path = "controlled") -> ExperimentSettings:
     Raises:
         ArgumentError: no such file or preset, or a key is unknown, missing or wrong; the text names it.
     """
+    if not isinstance(source, str | Path):
+        refuse("config", "a .yaml file or the name of a preset", source)
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ArgumentError(f"config: no such file: {path}")
-        text = path.read_text(encoding="utf-8")
-    elif str(source) in preset_names():
+        return settings_from(read_file(path))
+    if str(source) in preset_names():
         text = (resources.files("layalign.experiment") / "presets" / f"{source}.yaml").read_text(encoding="utf-8")
-    else:
-        raise ArgumentError(f"config: expected a .yaml file or one of {', '.join(preset_names())}, got {str(source)!r}")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"config: {source} is not YAML: {' '.join(str(error).split())}") from error
-    return settings_from(values)
+        return settings_from(read_text(text, f"config: {source}"))
+    refuse("config", f"a .yaml file or one of {', '.join(preset_names())}", source)
 
 
 def settings_from(values: Any) -> ExperimentSettings:
@@ -190,7 +202,7 @@ def settings_from(values: Any) -> ExperimentSettings:
         known[key] = _made(Steps, known.get(key), key)
     systems = known.get("systems")
     if not isinstance(systems, list):
-        raise ArgumentError(f"systems: expected a list, got {systems!r}")
+        refuse("systems", "a list", systems)
     known["systems"] = [_made(System, entry, "systems") for entry in systems]
     return _made(ExperimentSettings, known, "")
 
@@ -207,40 +219,45 @@ def _made(kind: Any, values: Any, where: str) -> Any:
 
 def _keys(kind: Any, values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise ArgumentError(f"{where or 'config'}: expected a mapping of keys to values, got {values!r}")
+        refuse(where or "config", "a mapping of keys to values", values)
     names = [entry.name for entry in fields(kind)]
     for key in values:
         if key not in names:
-            raise ArgumentError(
-                f"{where + '.' if where else ''}{key}: no such key, expected some of {', '.join(names)}"
-            )
+            whole = f"{where + '.' if where else ''}{key if isinstance(key, str) else shown(key)}"
+            raise ArgumentError(f"{whole[:80]}: no such key, expected some of {', '.join(names)}")
     return dict(values)
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**40
 
 
 def _whole(name: str, value: Any) -> None:
     if not _is_whole(value, 1):
-        raise ArgumentError(f"{name}: expected a whole number from 1, got {value!r}")
+        refuse(name, "a whole number from 1", value)
 
 
 def _check_languages(settings: ExperimentSettings) -> None:
-    if not isinstance(settings.languages, dict) or not set(settings.languages) <= set(LEVELS):
-        raise ArgumentError(f"languages: expected lists under {', '.join(LEVELS)}, got {settings.languages!r}")
+    levels = settings.languages
+    lists = isinstance(levels, dict) and all(isinstance(names, list) for names in levels.values())
+    if not lists or not set(levels) <= set(LEVELS):
+        refuse("languages", f"lists under {', '.join(LEVELS)}", levels)
+    if not isinstance(settings.encoder_share, dict):
+        refuse("encoder_share", f"numbers under {', '.join(LEVELS)}", settings.encoder_share)
+    if not isinstance(settings.unseen, list):
+        refuse("unseen", "a list of languages", settings.unseen)
     named = [language for names in settings.languages.values() for language in names]
     for language in named:
-        if language not in ALL_LANGUAGES:
-            raise ArgumentError(f"languages: expected some of {', '.join(ALL_LANGUAGES)}, got {language!r}")
+        if not isinstance(language, str) or language not in ALL_LANGUAGES:
+            refuse("languages", f"some of {', '.join(ALL_LANGUAGES)}", language)
     if len(set(named)) != len(named) or "English" not in named:
         raise ArgumentError("languages: expected English, and every language once")
     for level in settings.languages:
         share = settings.encoder_share.get(level)
-        if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
-            raise ArgumentError(f"encoder_share.{level}: expected a number above 0, got {share!r}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= MAX_SHARE:
+            refuse(f"encoder_share.{level}", f"a number above 0, up to {MAX_SHARE:g}", share)
     foreign = [language for language in settings.unseen if language not in named or language == "English"]
     if foreign:
-        raise ArgumentError(f"unseen: expected some of the languages, and not English, got {foreign[0]!r}")
+        refuse("unseen", "some of the languages, and not English", foreign[0])
     if not settings.trained_languages:
         raise ArgumentError("unseen: expected to leave a language to train on")

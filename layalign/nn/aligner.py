@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from layalign import ops
 from layalign._plain import reason_against_reading
-from layalign.errors import ArgumentError
+from layalign.errors import MAX_SIZE, ArgumentError, one_of, refuse
+from layalign.ops._checks import check_hidden
 
 STRUCTURES = ("Linear", "MLP")
 MIXES = ("layer-wise", "shared")
@@ -27,6 +28,7 @@ class WeightedLinearProjector(nn.Module):
 
     def __init__(self, config: Any, bias: bool = True, impl: str = "auto") -> None:
         super().__init__()
+        _check(config)
         self.structure = config.structure
         self.impl = impl
         # How often each slot serves: the slots of a shared mix serve every language layer.
@@ -53,6 +55,15 @@ class WeightedLinearProjector(nn.Module):
         return all(reason_against_reading(linear) is None for linear in (self.fc1, self.fc2))
 
 
+def _check(config: Any) -> None:
+    for field in ("encoder_hidden_dim", "language_hidden_dim", "num_encoder_layers", "num_language_layers"):
+        number = getattr(config, field, None)
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MAX_SIZE:
+            refuse(f"config.{field}", "a positive integer", number)
+    one_of("config.structure", getattr(config, "structure", None), STRUCTURES)
+    one_of("config.mix", getattr(config, "mix", MIXES[0]), MIXES)
+
+
 class EncoderAligner(nn.Module):
     """The layer-wise aligner with the published constructor, parameter names and output.
 
@@ -72,16 +83,6 @@ class EncoderAligner(nn.Module):
 
     def __init__(self, config: Any, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
         super().__init__()
-        for field in ("encoder_hidden_dim", "language_hidden_dim", "num_encoder_layers", "num_language_layers"):
-            number = getattr(config, field, None)
-            if not isinstance(number, int) or number < 1:
-                raise ArgumentError(f"config.{field}: expected a positive integer, got {number!r}")
-        if getattr(config, "structure", None) not in STRUCTURES:
-            raise ArgumentError(
-                f"config.structure: expected one of {STRUCTURES}, got {getattr(config, 'structure', None)!r}"
-            )
-        if getattr(config, "mix", MIXES[0]) not in MIXES:
-            raise ArgumentError(f"config.mix: expected one of {MIXES}, got {config.mix!r}")
         if getattr(config, "num_transformer_submodules", 1) != 1:
             raise ArgumentError(
                 f"config.num_transformer_submodules: expected 1, got {config.num_transformer_submodules!r}"
@@ -96,8 +97,9 @@ class EncoderAligner(nn.Module):
                 shape = tuple(hidden_states.shape)
                 raise ArgumentError(f"hidden_states: expected a list of (B, S, D_e) or (B, E, S, D_e), got {shape}")
             hidden_states = hidden_states.unbind(1)
+        hidden_states = check_hidden(hidden_states, "hidden_states")
         expected = (self.config.num_encoder_layers, self.config.encoder_hidden_dim)
-        found = (len(hidden_states), hidden_states[0].shape[-1] if len(hidden_states) else None)
+        found = (len(hidden_states), hidden_states[0].shape[-1])
         if found != expected:
             raise ArgumentError(f"hidden_states: expected (layers, hidden size) = {expected}, got {found}")
         return list(hidden_states)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign import ops
+from layalign.errors import finite_number
 
 
 class GatedCrossAttention(nn.Module):
@@ -21,7 +22,7 @@ class GatedCrossAttention(nn.Module):
     def __init__(self, impl: str = "auto", gate: float | None = None) -> None:
         super().__init__()
         self.impl = impl
-        self.start = 0.0 if gate is None else float(gate)
+        self.start = 0.0 if gate is None else finite_number("gate", gate)
         self.adaption_gate = nn.Parameter(torch.full((1,), self.start), requires_grad=gate is None)
 
     def forward(

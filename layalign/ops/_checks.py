@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from layalign.errors import ArgumentError
 
 MAX_LAYERS, MAX_SLOTS = 64, 256  # of one call, for the fused kernels
+MAX_SIZE = 2**31 - 1  # of one dimension, for the fused kernels, which count tokens in 32 bits
+MAX_ELEMENTS = 2**60 - 1  # of a result: their 8 bytes each are counted in 64 bits
 MIN_TRAINED = 2**18
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -17,14 +20,35 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def describe(value: object) -> str:
     """A tensor as ``dtype (shape) on device``, anything else as its type."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+        layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        # A nested tensor has no shape to show.
+        shape = "nested" if value.is_nested else tuple(value.shape)
+        return f"{layout}{str(value.dtype).removeprefix('torch.')} {shape} on {value.device}"
     return type(value).__name__
+
+
+def is_plain(value: object) -> bool:
+    """Whether ``value`` is a tensor with sizes and strides: sparse, nested, quantised and opaque ones have none."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    return not (value.is_nested or value.is_quantized)
+
+
+def is_floating(value: object) -> bool:
+    """Whether ``value`` is a plain tensor of one of :data:`FLOAT_DTYPES`."""
+    return is_plain(value) and value.dtype in FLOAT_DTYPES  # type: ignore[attr-defined]
 
 
 def require_tensor(name: str, value: object, dims: int, shape_text: str) -> None:
     """A floating tensor with ``dims`` dimensions."""
-    if not isinstance(value, Tensor) or value.dim() != dims or value.dtype not in FLOAT_DTYPES:
+    if not is_floating(value) or value.dim() != dims:  # type: ignore[attr-defined]
         raise ArgumentError(f"{name}: expected a floating tensor {shape_text}, got {describe(value)}")
+
+
+def require_addressable(name: str, *sizes: int) -> None:
+    """A result of these sizes can be addressed; whether there is memory for it only the allocation shows."""
+    if not torch.compiler.is_compiling() and prod(sizes) > MAX_ELEMENTS:
+        raise ArgumentError(f"{name}: expected sizes whose result can be addressed, got one of sizes {tuple(sizes)}")
 
 
 def require_shape(name: str, value: Tensor, shape: Sequence[int], shape_text: str) -> None:
@@ -39,16 +63,16 @@ def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor
         raise ArgumentError(f"{name}: expected the device of {other_name} ({other.device}), got {value.device}")
 
 
-def check_hidden(hidden: object) -> Sequence[Tensor]:
+def check_hidden(hidden: object, name: str = "hidden") -> Sequence[Tensor]:
     """E >= 1 floating tensors (B, S, D_e) of one shape, dtype and device."""
     if not isinstance(hidden, (list, tuple)) or not hidden:
-        raise ArgumentError(f"hidden: expected a non-empty list of tensors (B, S, D_e), got {describe(hidden)}")
+        raise ArgumentError(f"{name}: expected a non-empty list of tensors (B, S, D_e), got {describe(hidden)}")
     first = hidden[0]
-    require_tensor("hidden[0]", first, 3, "(B, S, D_e)")
+    require_tensor(f"{name}[0]", first, 3, "(B, S, D_e)")
     shape, dtype, device = first.shape, first.dtype, first.device
     for i, layer in enumerate(hidden):
-        if not isinstance(layer, Tensor) or layer.shape != shape or layer.dtype != dtype or layer.device != device:
-            raise ArgumentError(f"hidden[{i}]: expected {describe(first)} like hidden[0], got {describe(layer)}")
+        if not is_plain(layer) or layer.shape != shape or layer.dtype != dtype or layer.device != device:
+            raise ArgumentError(f"{name}[{i}]: expected {describe(first)} like {name}[0], got {describe(layer)}")
     return hidden
 
 
@@ -58,6 +82,7 @@ def check_mix(hidden: Sequence[Tensor], weight: object, bias: object, prefix: st
     assert isinstance(weight, Tensor)
     require_shape(f"{prefix}weight", weight, (weight.shape[0], len(hidden)), "(2L, E)")
     require_same_device(f"{prefix}weight", weight, "hidden[0]", hidden[0])
+    require_addressable("hidden", max(weight.shape[0], len(hidden)), *hidden[0].shape)
     if bias is not None:
         require_tensor(f"{prefix}bias", bias, 1, "(2L,)")
         assert isinstance(bias, Tensor)
@@ -91,6 +116,8 @@ def accepts_mix(backend: str, hidden: Sequence[Tensor], weight: Tensor) -> tuple
     if len(hidden) > MAX_LAYERS or weight.shape[0] > MAX_SLOTS:
         limit = f"{MAX_LAYERS} layers into {MAX_SLOTS} slots"
         return False, f"it mixes at most {limit}, got {len(hidden)} and {weight.shape[0]}"
+    if max(hidden[0].shape) > MAX_SIZE:
+        return False, f"its kernels go up to sizes of {MAX_SIZE}, got {max(hidden[0].shape)}"
     if backend == "triton":
         return kernel_dtype(hidden[0], wide_tiles=True)
     from layalign.ops import extension

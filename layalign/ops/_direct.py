@@ -34,8 +34,8 @@ def unobserved(tensors: Iterable[Tensor | None]) -> bool:
     """Whether nothing would notice that a call's registered operation is skipped.
 
     False under ``torch.compile``, ``torch.export``, ``torch.jit.trace``, functional transforms, dispatch and function
-    modes, forward-mode differentiation and the profiler; for a tensor that is a subclass; and where a gradient is asked
-    for. ``tensors`` are all tensors of the call; None stands for one that was not given.
+    modes, forward-mode differentiation and the profiler; for a tensor that is a subclass or a lazily negated view; and
+    where a gradient is asked for. ``tensors`` are all tensors of the call; None stands for one that was not given.
     """
     if torch.compiler.is_compiling() or not _WATCHERS or any(watch() for watch in _WATCHERS):
         return False
@@ -43,6 +43,10 @@ def unobserved(tensors: Iterable[Tensor | None]) -> bool:
         return False
     training = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or (training and tensor.requires_grad)):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or (training and tensor.requires_grad):
             return False
+        if tensor.is_neg() or tensor._is_zerotensor():
+            return False  # its memory does not hold its values: the dispatcher brings them there
     return True

@@ -55,8 +55,8 @@ class RepeatedDecode:
         plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
         if impl != "cpp" or not plain or torch.is_autocast_enabled("cpu") or query.numel() == 0:
             return None
-        if not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
-            return None  # a full call brings them to float32 first
+        if gate.dim() > 1 or not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
+            return None  # a full call brings them to one number and to float32 first
         return RepeatedDecode(_described(query, gate, base), key, value, mask, scale, asked)
 
     def __deepcopy__(self, memo: Any) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from layalign.errors import ArgumentError, BackendError
+from layalign.errors import BackendError, refuse
 
 logger = logging.getLogger("layalign")
 
@@ -160,11 +160,11 @@ def dispatch(operation: str, impl: str, device: torch.device, *args: Any, **kwar
         ArgumentError: ``impl`` is not a backend's name.
         BackendError: the named backend cannot serve the call; the text gives the reason.
     """
-    if impl == "auto":
+    if isinstance(impl, str) and impl == "auto":
         impl = choose(operation, device.type, *args, **kwargs)
     else:
-        if impl not in BACKENDS:
-            raise ArgumentError(f"impl: expected 'auto' or one of {', '.join(BACKENDS)}, got {impl!r}")
+        if not isinstance(impl, str) or impl not in BACKENDS:
+            refuse("impl", f"'auto' or one of {', '.join(BACKENDS)}", impl)
         usable, reason = serves(operation, impl, device.type)
         if usable:
             usable, reason = accepts(operation, impl, *args, **kwargs)

@@ -115,7 +115,9 @@ def describe(tensor: Tensor | None) -> Described | None:
 
 def unit(tensor: Tensor) -> Tensor:
     """With a last stride of 1, copied only where it is another."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.contiguous() if tensor.numel() else tensor.new_empty(tensor.shape)  # empty ones count as contiguous
 
 
 def describe_layers(hidden: Sequence[Tensor]) -> tuple[list[Described], Sequence[Tensor]]:

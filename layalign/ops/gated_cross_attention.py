@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.errors import ArgumentError, BackendError
+from layalign.errors import ArgumentError, BackendError, shown
 from layalign.ops import _checks, _direct, backends
 
 MAX_HEAD_SIZE = 256
 MAX_DECODE_ROWS = 16
+MAX_SCALE = torch.finfo(torch.float32).max  # the kernels multiply in float32
 _FORWARD = "layalign::gated_cross_attention"
 _BACKWARD = "layalign::gated_cross_attention_backward"
 _DECODE = "layalign::gated_decode"
@@ -189,6 +190,8 @@ def _fused(backend: str) -> backends.Implementation:
 def _accepts(backend: str) -> backends.Accepts:
     def accepts(query: Tensor, *rest: Any, **options: Any) -> tuple[bool, str]:
         dtype = _compute_dtype(query)
+        if max(*query.shape, rest[0].shape[2]) > _checks.MAX_SIZE:
+            return False, f"its kernels go up to sizes of {_checks.MAX_SIZE}"
         if query.shape[-1] > MAX_HEAD_SIZE:
             return False, f"its kernels go up to head size {MAX_HEAD_SIZE}, this is {query.shape[-1]}"
         if backend != "triton":
@@ -241,6 +244,9 @@ def gated_cross_attention(
     Source: LayAlign, adaptive fusion-enhanced attention.
     """
     _check(query, key, value, gate, base, key_mask)
+    _check_scale(scale)
+    if gate.dim() > 1:
+        gate = gate.reshape(1)
     return backends.dispatch(
         "gated_cross_attention",
         impl,
@@ -263,13 +269,16 @@ def _check(
     _checks.require_tensor("value", value, 4, "(B, G, S, d)")
     batch, heads, length, size = query.shape
     groups, source = key.shape[1], key.shape[2]
+    if size == 0:
+        raise ArgumentError(f"query: expected a head size d of 1 and more, got {_checks.describe(query)}")
     if groups == 0 or heads % groups:
         raise ArgumentError(f"key: expected a number of heads G that divides H = {heads}, got G = {groups}")
     _checks.require_shape("key", key, (batch, groups, source, size), "(B, G, S, d)")
     _checks.require_shape("value", value, (batch, groups, source, size), "(B, G, S, d)")
+    _checks.require_addressable("query, key", batch, heads, length, source + size)
     _checks.require_same_device("key", key, "query", query)
     _checks.require_same_device("value", value, "query", query)
-    if not isinstance(gate, Tensor) or gate.numel() != 1 or not gate.is_floating_point():
+    if not _checks.is_floating(gate) or gate.numel() != 1:
         raise ArgumentError(f"gate: expected a floating tensor with one number, got {_checks.describe(gate)}")
     _checks.require_same_device("gate", gate, "query", query)
     if base is not None:
@@ -277,7 +286,14 @@ def _check(
         _checks.require_shape("base", base, (batch, length, heads, size), "(B, T, H, d)")
         _checks.require_same_device("base", base, "query", query)
     if key_mask is not None:
-        if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+        if not _checks.is_plain(key_mask) or key_mask.dtype != torch.bool:
             raise ArgumentError(f"key_mask: expected a bool tensor (B, S), got {_checks.describe(key_mask)}")
         _checks.require_shape("key_mask", key_mask, (batch, source), "(B, S)")
         _checks.require_same_device("key_mask", key_mask, "query", query)
+
+
+def _check_scale(scale: float | None) -> None:
+    if torch.compiler.is_compiling() or scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -MAX_SCALE <= scale <= MAX_SCALE:
+        raise ArgumentError(f"scale: expected a finite float32 number or None, got {shown(scale)}")

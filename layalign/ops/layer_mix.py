@@ -54,10 +54,11 @@ def _backward_op(
     """(dW, db, dh); an empty tensor stands for what is not needed."""
     launch = backends.launcher(backend, "layer_mix", "layer_mix_backward")
     found = launch(grad, x, hidden, weight, need_weight, need_hidden)
-    shapes = (weight.dtype, weight.dtype, x.dtype)
+    # The bias may have a wider dtype than the weight: its gradient stays in float32 until its own is known.
+    dtypes = (weight.dtype, torch.float32, x.dtype)
     return tuple(  # type: ignore[return-value]
         x.new_empty(0, dtype=dtype) if part is None else part.to(dtype)
-        for part, dtype in zip(found, shapes, strict=True)
+        for part, dtype in zip(found, dtypes, strict=True)
     )
 
 
@@ -72,7 +73,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
-    bias_grad = weight.new_empty(weight.shape[0] if need_weight else 0)
+    bias_grad = weight.new_empty(weight.shape[0] if need_weight else 0, dtype=torch.float32)
     return weight_grad, bias_grad, x.new_empty((len(hidden), *x.shape[1:]) if need_hidden else 0)
 
 

@@ -106,7 +106,10 @@ def _backward_op(
     need_hidden: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[d mix_weight, d mix_bias, d weight, d bias, d hidden]; an empty tensor stands for what is not needed."""
+    """[d mix_weight, d mix_bias, d weight, d bias, d hidden]; an empty tensor stands for what is not needed.
+
+    Those of the biases are float32: a bias may have a wider dtype than its weight.
+    """
     # x again, instead of keeping it since the forward
     x = backends.launcher(backend, "layer_mix", "layer_mix_forward")(hidden, mix_weight, mix_bias)
     grad = grad.to(x.dtype)
@@ -120,14 +123,14 @@ def _backward_op(
             product = pair[0].flatten(0, 1).mT @ pair[1].flatten(0, 1)
         found[2] = product.to(weight.dtype)
     if bias_dims:
-        found[3] = grad.sum(dim=(0, 1, 2) if bias_dims == 1 else (1, 2), dtype=torch.float32).to(weight.dtype)
+        found[3] = grad.sum(dim=(0, 1, 2) if bias_dims == 1 else (1, 2), dtype=torch.float32)
     if need_mix or need_hidden:
         w = weight.to(x.dtype)
         inner = grad @ w if w.dim() == 2 else torch.bmm(grad.flatten(1, 2), w).view_as(x)
         launch = backends.launcher(backend, "layer_mix", "layer_mix_backward")
         parts = launch(inner, x, hidden, mix_weight, need_mix, need_hidden)
         if parts[0] is not None and parts[1] is not None:
-            found[0], found[1] = parts[0].to(mix_weight.dtype), parts[1].to(mix_weight.dtype)
+            found[0], found[1] = parts[0].to(mix_weight.dtype), parts[1].float()
         if parts[2] is not None:
             found[4] = parts[2]
     return [part.clone() if part is empty else part for part in found]  # an op's outputs must not share memory
@@ -150,9 +153,9 @@ def _(
     bias_shape: tuple[int, ...] = ((0,), (weight.shape[-2],), (slots, weight.shape[-2]))[bias_dims]
     return [
         torch.empty_like(mix_weight) if need_mix else first.new_empty(0),
-        mix_weight.new_empty(slots) if need_mix else first.new_empty(0),
+        mix_weight.new_empty(slots, dtype=torch.float32) if need_mix else first.new_empty(0),
         torch.empty_like(weight) if need_weight else first.new_empty(0),
-        weight.new_empty(bias_shape) if bias_dims else first.new_empty(0),
+        weight.new_empty(bias_shape, dtype=torch.float32) if bias_dims else first.new_empty(0),
         first.new_empty((len(hidden), *first.shape) if need_hidden else 0),
     ]
 
@@ -261,15 +264,16 @@ def layer_projection(
 
 def _check_projection(first: Tensor, slots: int, weight: Tensor, bias: Tensor | None) -> None:
     text = "(D_out, D_e) or (2L, D_out, D_e)"
-    if not isinstance(weight, Tensor) or weight.dim() not in (2, 3) or not weight.is_floating_point():
+    if not _checks.is_floating(weight) or weight.dim() not in (2, 3):
         raise ArgumentError(f"weight: expected a floating tensor {text}, got {_checks.describe(weight)}")
     lead = () if weight.dim() == 2 else (slots,)
     outputs = weight.shape[-2]
     _checks.require_shape("weight", weight, (*lead, outputs, first.shape[-1]), text)
     _checks.require_same_device("weight", weight, "hidden[0]", first)
+    _checks.require_addressable("weight", slots, *first.shape[:2], outputs)
     if bias is None:
         return
-    if not isinstance(bias, Tensor) or bias.dim() not in (1, 2) or not bias.is_floating_point():
+    if not _checks.is_floating(bias) or bias.dim() not in (1, 2):
         expected = "a floating tensor (D_out,) or (2L, D_out)"
         raise ArgumentError(f"bias: expected {expected}, got {_checks.describe(bias)}")
     _checks.require_shape("bias", bias, (outputs,) if bias.dim() == 1 else (slots, outputs), "(D_out,) or (2L, D_out)")

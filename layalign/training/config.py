@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from layalign._files import write_whole
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, refuse, shown
 from layalign.layers import named_layers
 
 STAGES = ("translation", "task")
 TASKS = ("math", "x-csqa", "xnli")
 LEARNING_RATES = {"translation": 4e-5, "task": 3e-5}
 MAX_MICRO_BATCH = 8
+LARGEST = 2**62  # of any number
+SEEDS = 2**32  # what numpy takes
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "stage": STAGES,
@@ -199,6 +202,12 @@ class TrainConfig:
         write_whole(Path(path), self.to_yaml())
 
 
+def require_config(config: Any) -> None:
+    """What the functions of a training run take."""
+    if not isinstance(config, TrainConfig):
+        refuse("config", "a TrainConfig; see load_train_config", config)
+
+
 def _coerce(config: TrainConfig) -> None:
     """Check every value's type; numbers written as text (YAML reads 4e-5 as text) become numbers."""
     optional = {entry.name for entry in fields(TrainConfig) if "None" in str(entry.type)}
@@ -237,16 +246,21 @@ def _coerce(config: TrainConfig) -> None:
 
 
 def _number(name: str, value: Any, *, whole: bool) -> Any:
-    expected = "a whole number" if whole else "a number"
+    expected, number = "a whole number" if whole else "a number", float("nan")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
     try:
         number = float(value)
-    except ValueError as error:
-        raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}") from error
-    if number != number or number in (float("inf"), float("-inf")) or (whole and number != int(number)):
+        if whole and not isinstance(value, float):  # a large whole number is not rounded through a float
+            number = int(value)
+    except (ValueError, OverflowError):
+        pass  # a text such as 1e3 may still be a whole number
+    if not isinstance(number, int) and (not isfinite(number) or (whole and number != int(number))):
         raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
-    return int(number) if whole else number
+    number = int(number) if whole else number
+    if abs(number) > LARGEST:
+        raise ArgumentError(f"{name}: expected {expected} up to {LARGEST:.3g}, got {shown(value)}")
+    return number
 
 
 def _list(name: str, value: Any, kind: type) -> list[Any]:
@@ -283,6 +297,8 @@ def _check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < lowest:
             raise ArgumentError(f"{name}: expected at least {lowest:g}, got {value:g}")
+    if config.seed >= SEEDS:
+        raise ArgumentError(f"seed: expected a whole number below {SEEDS}, got {config.seed}")
     for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
         if getattr(config, name) >= 1:
             raise ArgumentError(f"{name}: expected at least 0 and below 1, got {getattr(config, name):g}")
@@ -303,8 +319,3 @@ def _check_ranges(config: TrainConfig) -> None:
         )
     if config.keep_best and config.save_steps not in (None, config.eval_steps):
         raise ArgumentError("keep_best: saves where it evaluates; leave save_steps out or set it to eval_steps")
-
-
-def shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -9,11 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from layalign._yaml import read_file, read_text
 from layalign.baselines import baseline, with_baseline
-from layalign.errors import ArgumentError
-from layalign.training.config import STAGES, TEXTS, TrainConfig, shown
+from layalign.errors import ArgumentError, refuse, shown
+from layalign.training.config import STAGES, TEXTS, TrainConfig
 
 
 def load_train_config(
@@ -31,9 +30,8 @@ def load_train_config(
         ArgumentError: unknown key, wrong value, unreadable YAML or unknown preset; the text names which.
     """
     values = _source_values(source, preset)
-    stages = values.pop("stages", None) or {}
-    if not isinstance(stages, Mapping) or not set(stages) <= set(STAGES):
-        raise ArgumentError(f"stages: expected a mapping with the keys {' and '.join(STAGES)}, got {shown(stages)}")
+    stages = _stages(values)
+    values.pop("stages", None)
     chosen = stage or values.get("stage") or "translation"
     if chosen not in STAGES:
         raise ArgumentError(f"stage: expected one of {', '.join(STAGES)}, got {shown(chosen)}")
@@ -67,10 +65,16 @@ def configured_stages(
     values = _source_values(source, preset)
     of_baseline = baseline_of(values, overrides)
     if of_baseline is not None and values.get("stages"):
-        return [stage for stage in STAGES if stage in baseline(of_baseline).stages and stage in values["stages"]]
-    named = values.get("stages") or {}
-    stages = [stage for stage in STAGES if isinstance(named, Mapping) and stage in named]
+        return [stage for stage in STAGES if stage in baseline(of_baseline).stages and stage in _stages(values)]
+    stages = [stage for stage in STAGES if stage in _stages(values)]
     return stages or [values.get("stage") or STAGES[0]]
+
+
+def _stages(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    stages = values.get("stages") or {}
+    if not isinstance(stages, Mapping) or not set(stages) <= set(STAGES):
+        refuse("stages", f"a mapping with the keys {' and '.join(STAGES)}", stages)
+    return stages
 
 
 def preset_names() -> list[str]:
@@ -83,15 +87,24 @@ def _source_values(source: str | Path | Mapping[str, Any] | None, preset: str | 
     if source is not None and preset is not None:
         raise ArgumentError("preset: give either a preset or a configuration file, not both")
     if preset is not None:
-        return _read_yaml(_preset_text(preset), f"preset {preset}")
+        return _mapping(read_text(_preset_text(preset), f"config: preset {preset}"), f"preset {preset}")
     if isinstance(source, Mapping):
         return dict(source)
     if source is not None:
+        if not isinstance(source, str | Path):
+            refuse("config", "a YAML file or a mapping", source)
         path = Path(source)
-        if not path.is_file():
+        if not _is_file(path):
             raise ArgumentError(f"config: no such file: {path}")
-        return _read_yaml(path.read_text(encoding="utf-8"), str(path))
+        return _mapping(read_file(path), str(path))
     return {}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a null byte in it
+        return False
 
 
 def _preset_text(name: str) -> str:
@@ -100,11 +113,7 @@ def _preset_text(name: str) -> str:
     return (resources.files("layalign") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def _read_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"config: {where} is not YAML: {' '.join(str(error).split())}") from error
+def _mapping(values: Any, where: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -114,24 +123,26 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
 
 def _apply_override(values: dict[str, Any], item: str) -> None:
     """`key=value`, the value in YAML; `lora.r=4` reaches into a mapping."""
+    if not isinstance(item, str):
+        refuse("set", "key=value", item)
     key, equals, text = item.partition("=")
     key = key.strip()
-    if not equals or not key:
-        raise ArgumentError(f"set: expected key=value, got {item!r}")
+    if not equals or not key.isprintable() or not key:
+        refuse("set", "key=value", item)
     if key in TEXTS or (key == "data" and not text.lstrip().startswith(("{", "["))):
         value = None if text in ("null", "~", "") else text  # a folder may be called 2024 or true
     else:
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ArgumentError(f"{key}: {text!r} is not a YAML value") from error
+            value = read_text(text, "")
+        except ArgumentError as error:
+            raise ArgumentError(f"{key}: {shown(text)} is not a YAML value") from error
     outer, dot, inner = key.partition(".")
     if not dot:
         values[key] = value
         return
     nested = values.get(outer) or {}
     if not isinstance(nested, Mapping):
-        raise ArgumentError(f"{key}: {outer} is not a mapping")
+        raise ArgumentError(f"{shown(key)}: {shown(outer)} is not a mapping")
     values[outer] = {**nested, inner: value}
 
 
@@ -141,4 +152,5 @@ def _check_keys(values: Mapping[str, Any]) -> None:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ArgumentError(f"{key}: no such key in a training configuration{hint}")
+            name = key if isinstance(key, str) and key.isprintable() and len(key) < 80 else shown(key)
+            raise ArgumentError(f"{name}: no such key in a training configuration{hint}")

@@ -28,7 +28,7 @@ from layalign.layers import named_layers
 from layalign.model import LayAlignForCausalLM
 from layalign.tokenization import load_tokenizers
 from layalign.training import runs
-from layalign.training.config import TrainConfig
+from layalign.training.config import TrainConfig, require_config
 from layalign.training.gates import GateHistory
 from layalign.training.guard import StepGuard
 from layalign.training.launch import LossBefore, leave_engine, sharding_arguments, with_kept_micro_batch
@@ -101,6 +101,7 @@ def train(
         NonFiniteError: a loss or gradient is NaN or infinite and `max_skipped_steps` are used up.
         OutputError: the disk is full, or something cannot be written for another reason; checkpoints stay whole.
     """
+    require_config(config)
     started = time.perf_counter()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     resume_from = runs.find_resume(config)
@@ -158,6 +159,7 @@ def train(
 
 def read_examples(config: TrainConfig) -> list[Example]:
     """The stage's examples, shuffled with `config.seed`; malformed lines left out under `skip_bad` are logged."""
+    require_config(config)
     data = config.data
     default = _translation_format(data) if config.stage == "translation" else config.task
     # A path that names no format is read in the stage's own.
@@ -208,6 +210,7 @@ def build_model(config: TrainConfig) -> LayAlignForCausalLM:
         ArgumentError: neither a checkpoint nor both frozen parts are named.
         CheckpointError: the checkpoint cannot be used.
     """
+    require_config(config)
     set_seed(config.seed)
     kwargs = {"dtype": config.frozen_dtype}
     if config.init_checkpoint is None:
@@ -318,6 +321,7 @@ def _trainer(
 
 def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: bool = True) -> TrainingArguments:
     """The Trainer's arguments that follow from a configuration."""
+    require_config(config)
     micro, accumulation = config.batch_plan(world_size)
     evaluate = _when("eval", config.eval_steps if has_dev else 0)
     save = _when("save", config.eval_steps if config.keep_best else config.save_steps)
