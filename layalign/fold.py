@@ -237,7 +237,9 @@ class Folding:
         return self._folded
 
     def _say(self, against: str | None) -> None:
+        if torch.compiler.is_compiling():  # a log line would break the graph, reading `last` would guard it
+            return
         now = "folded" if against is None else f"not folded: {against}"
-        if now != self.last and not torch.compiler.is_compiling():  # a log line would break the graph
+        if now != self.last:
             logger.info("layalign: keys and values of the source: %s", now)
             self.last = now

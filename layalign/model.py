@@ -22,7 +22,7 @@ from layalign.loss import label_loss, with_loss
 from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
 from layalign.packing import IGNORE_INDEX, PackedTokens, pack, real_positions
 from layalign.padding import real_tokens
-from layalign.source import SourceStates, bridge, get_source, put_source
+from layalign.source import SourceStates, bridge, cache_for_compiled, get_source, put_source
 
 
 class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
@@ -58,6 +58,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
                     module._is_hf_initialized = True  # type: ignore[assignment]  # post_init must not touch their weights
         self._trainable_before = [p for part in (self.llm, self.encoder) for p in part.parameters() if p.requires_grad]
         self.freeze()
+        encoders.record_layers(self.encoder)
         if config.lora is not None:
             self.add_lora(config.lora)
 
@@ -349,11 +350,13 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         Raises:
             ArgumentError: shapes do not fit, the input is not packed, or there is no source.
         """
-        source = source_states if source_states is not None else get_source(past_key_values)
+        source = source_states
         if encoder_input_ids is not None:
             input_ids, attention_mask, inputs_embeds, source = self._begin(
                 input_ids, attention_mask, encoder_input_ids, encoder_attention_mask
             )
+        elif source is None:
+            source = get_source(past_key_values)
         if source is None:
             raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
         if inputs_embeds is None:
@@ -362,6 +365,9 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if position_ids is None and attention_mask is not None and self.config.mask_encoder_padding:
             position_ids = real_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
+        use_cache = use_cache if labels is None else bool(use_cache)
+        if past_key_values is None:
+            past_key_values = cache_for_compiled(self.llm, use_cache)
         if past_key_values is not None:
             put_source(past_key_values, source)
         if attention.is_reentrant(self.llm) and torch.is_grad_enabled():
@@ -373,7 +379,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=use_cache if labels is None else bool(use_cache),
+            use_cache=use_cache,
             layalign_source=source,
             **kwargs,
         )

@@ -103,6 +103,8 @@ def cpp_mix_pays(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> boo
 
     Measured on two cores (docs/backends.md): below that, two operations' overhead is more than the kernels save.
     """
+    if torch.compiler.is_compiling():
+        return True  # whatever the size: asking for it would build one graph for each side of the threshold
     trained = torch.is_grad_enabled() and (weight.requires_grad or any(layer.requires_grad for layer in hidden))
     return not trained or hidden[0].numel() * weight.shape[0] >= MIN_TRAINED
 
