@@ -19,13 +19,14 @@ from transformers.utils import cached_file
 
 from layalign import encoder as encoders
 from layalign.config import LayAlignConfig
-from layalign.errors import CheckpointError
+from layalign.errors import ArgumentError, CheckpointError
 
 logger = logging.getLogger("layalign")
 
 WEIGHTS = "model.safetensors"
 DIGEST = "sha256"  # in the metadata of the weights
 OWN_PARTS = ("mapping.", "encoder_aligner.", "cross_attention.")
+QUANTISERS = ("bitsandbytes", "optimum", "torchao", "hqq")  # packages whose modules hold packed weights
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -33,6 +34,23 @@ def trained_names(model: nn.Module) -> set[str]:
     """Names of the weights that training changes: adapter, aligner, gates, and whatever else requires gradients."""
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return names | {name for name in model.state_dict() if name.startswith(OWN_PARTS)}
+
+
+def is_quantised(part: nn.Module) -> bool:
+    """Whether a frozen part holds packed weights, by transformers or by a quantiser's own modules."""
+    if getattr(part, "is_quantized", False) or getattr(part, "hf_quantizer", None) is not None:
+        return True
+    return any(type(module).__module__.split(".")[0] in QUANTISERS for module in part.modules())
+
+
+def _dtypes(model: nn.Module) -> dict[str, str]:
+    """The dtype of each part, and of every weight that has another than its part (T5 keeps some of its in fp32)."""
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        if found.setdefault(_part(name), dtype) != dtype:
+            found[name] = dtype
+    return found
 
 
 def save(
@@ -51,8 +69,13 @@ def save(
         save_frozen = True
     config.frozen_saved = save_frozen
     if save_frozen:
-        floating = {_part(n): p.dtype for n, p in reversed(list(model.named_parameters())) if p.is_floating_point()}
-        config.part_dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in floating.items()}
+        quantised = [part for part in ("encoder", "llm") if is_quantised(getattr(model, part))]
+        if quantised:
+            raise CheckpointError(
+                f"save_frozen: the {' and '.join(quantised)} is quantised; save the trained weights alone, with its "
+                f"name in config.{quantised[0]}_name_or_path, and quantise it again when you load them"
+            )
+        config.part_dtypes = _dtypes(model)
         save_all(directory, state_dict=state_dict, **arguments)
         return
     if not arguments.get("is_main_process", True):
@@ -110,11 +133,16 @@ def load(
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
     config = arguments.pop("config", None) or _read_config(name_or_path, hub)
     parts = {key: arguments.pop(key, None) for key in ("encoder", "llm", "encoder_kwargs", "llm_kwargs")}
+    if "quantization_config" in arguments:
+        raise ArgumentError("quantization_config: expected it in llm_kwargs or encoder_kwargs, as it is for one part")
+    if "torch_dtype" in arguments:  # the name of transformers 4
+        arguments.setdefault("dtype", arguments.pop("torch_dtype"))
     if config.frozen_saved and parts["encoder"] is None and parts["llm"] is None:
         if "attn_implementation" in arguments:
             assert config.llm_config is not None
             config.llm_config._attn_implementation = arguments.pop("attn_implementation")
-        return _load_whole(load_all, name_or_path, positional, config, arguments)
+        asked = {part: _only_dtype(part, parts[f"{part}_kwargs"]) for part in ("encoder", "llm")}
+        return _load_whole(load_all, name_or_path, positional, config, arguments, asked)
 
     common = {key: arguments.pop(key) for key in ("dtype", "device_map", "local_files_only") if key in arguments}
     common.setdefault("dtype", "auto")
@@ -128,8 +156,19 @@ def load(
         llm = encoders.load_llm(str(config.llm_name_or_path), **{**common, **attention, **(parts["llm_kwargs"] or {})})
     model = cls(config, encoder=encoders.encoder_part(encoder), llm=llm)
     weights = _read_weights(name_or_path, hub)
-    _put_weights(model, weights, None if common["dtype"] == "auto" else common["dtype"])
+    dtype = _dtype(common["dtype"])
+    _put_weights(model, weights, None if dtype == "auto" else dtype)
     return model.eval()
+
+
+def _only_dtype(part: str, arguments: dict[str, Any] | None) -> Any:
+    """The dtype in a part's arguments; a checkpoint that holds the parts takes no others."""
+    others = sorted(set(arguments or {}) - {"dtype"})
+    if others:
+        raise ArgumentError(
+            f"{part}_kwargs: expected only dtype, for the checkpoint holds the frozen parts itself, got {others[0]}"
+        )
+    return (arguments or {}).get("dtype")
 
 
 def _load_whole(
@@ -138,20 +177,34 @@ def _load_whole(
     positional: tuple[Any, ...],
     config: LayAlignConfig,
     arguments: dict[str, Any],
+    of_parts: dict[str, Any],
 ) -> Any:
-    """transformers' own loading, and what it does not restore: a dtype for each part, and which weights train."""
-    dtypes = {part: getattr(torch, name) for part, name in (config.part_dtypes or {}).items()}
-    asked = arguments.pop("dtype", "auto")
-    if asked == "auto" and dtypes:
-        asked = functools.reduce(torch.promote_types, dtypes.values())  # the widest, so that nothing is rounded
-    else:
-        dtypes = {}
-    model = load_all(name_or_path, *positional, config=config, dtype=asked, **arguments)
+    """transformers' own loading, and what it does not restore: the dtypes of the parts, and which weights train."""
+    saved = {name: _dtype(dtype) for name, dtype in (config.part_dtypes or {}).items()}
+    asked = _dtype(arguments.pop("dtype", "auto"))
+    wide = functools.reduce(torch.promote_types, saved.values()) if saved else asked  # so that nothing is rounded twice
+    for part in (config.encoder_config, config.llm_config):
+        assert part is not None
+        part.dtype = None if wide == "auto" else wide
+    model = load_all(name_or_path, *positional, config=config, dtype=wide, **arguments)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(_part(name), parameter.dtype))
+        part = _part(name)
+        want = _dtype(of_parts.get(part) or asked)
+        if want == "auto":
+            want = saved.get(name) or saved.get(part) or parameter.dtype
+        parameter.data = parameter.data.to(want)
         fixed = config.gate is not None and name.endswith("adaption_gate")
         parameter.requires_grad_((name.startswith(OWN_PARTS) and not fixed) or ".lora_" in name)
+    for name in ("encoder", "llm"):
+        getattr(model, name).config.dtype = getattr(model, name).dtype
     return model
+
+
+def _dtype(dtype: Any) -> Any:
+    """A dtype or "auto", from that, None or a name."""
+    if dtype is None:
+        return "auto"
+    return getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
 
 
 def _part(name: str) -> str:
@@ -178,8 +231,6 @@ def _read_weights(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
 
 def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> None:
     """Put the stored weights in, in their stored dtype unless one is asked for; each must fit, none may be missing."""
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
     places = dict(model.named_parameters())
     expected = {name for name in model.state_dict() if name.startswith(OWN_PARTS)}
     missing, foreign = sorted(expected - set(weights)), sorted(set(weights) - set(places))

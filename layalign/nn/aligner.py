@@ -40,7 +40,9 @@ class WeightedLinearProjector(nn.Module):
         y = ops.layer_projection(
             hidden_states, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, impl=self.impl
         )
-        return self.fc3(torch.relu(y)) if self.structure == "MLP" else y
+        if self.structure != "MLP":
+            return y
+        return self.fc3(torch.relu(y).to(self.fc3.weight.dtype)).to(y.dtype)  # hidden states and masters may differ
 
 
 class EncoderAligner(nn.Module):

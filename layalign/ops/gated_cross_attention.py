@@ -179,7 +179,9 @@ def _fused(backend: str) -> backends.Implementation:
             found = launch(*inputs, scale)
             return found if few else found[0]  # type: ignore[no-any-return]
         training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        if not training and query.shape[2] <= MAX_DECODE_ROWS:  # in this order: a length is asked for, a graph guards it
+        if (
+            not training and query.shape[2] <= MAX_DECODE_ROWS
+        ):  # in this order: a length is asked for, a graph guards it
             return torch.ops.layalign.gated_decode(*inputs, scale, backend)  # type: ignore[no-any-return]
         return torch.ops.layalign.gated_cross_attention(*inputs, scale, backend)[0]  # type: ignore[no-any-return]
 
