@@ -17,12 +17,12 @@ from layalign import encoder as encoders
 from layalign.config import LayAlignConfig, hidden_size
 from layalign.errors import ArgumentError
 from layalign.fold import Folding
-from layalign.generation import SourceGenerationMixin
+from layalign.generation import SourceGenerationMixin, cache_for_compiled
 from layalign.loss import label_loss, with_loss
 from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
 from layalign.packing import IGNORE_INDEX, PackedTokens, pack, real_positions
 from layalign.padding import real_tokens
-from layalign.source import SourceStates, bridge, cache_for_compiled, get_source, put_source
+from layalign.source import SourceStates, bridge, get_source, put_source
 
 
 class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
@@ -371,10 +371,14 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             past_key_values = cache_for_compiled(self.llm, use_cache)
         if past_key_values is not None:
             put_source(past_key_values, source)
-        if attention.is_reentrant(self.llm) and torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and attention.is_reentrant(self.llm) and torch.is_grad_enabled():
             inputs_embeds, source = bridge(inputs_embeds, source)
-        # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes.
-        source.seen = set() if torch.compiler.is_compiling() or not self._source_reaches_layers else None
+        # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes. A
+        # compiled checkpoint must not write to it.
+        if torch.compiler.is_compiling():
+            source.seen = None if attention.is_checkpointing(self.llm) else set()
+        else:
+            source.seen = None if self._source_reaches_layers else set()
         inputs = dict(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -125,7 +125,7 @@ class PackedTokens:
         if not torch.compiler.is_compiling():
             self._check(is_slot, lengths)
 
-        # Real tokens first, in order, wherever the encoder's padding is; the boundary, which sorts last, behind them all.
+        # Real tokens first, in order, wherever the encoder's padding is; the boundary, ranked last, behind them all.
         rank = F.pad(source_mask.bool().logical_not().to(torch.uint8), (0, 1), value=2)
         order = rank.argsort(dim=1, stable=True).to(device)
         index = torch.where(slot == lengths, soft.shape[1], slot.clamp(0, max(soft.shape[1] - 1, 0)))

@@ -139,15 +139,6 @@ def get_source(cache: Any) -> SourceStates | None:
     return getattr(cache, "source", None)
 
 
-def cache_for_compiled(llm: Any, use_cache: bool | None) -> Cache | None:
-    """The cache that ``llm`` would make by itself in this call, already one for a source; None outside compiled code."""
-    if not torch.compiler.is_compiling() or (llm.training and llm.is_gradient_checkpointing):
-        return None
-    config = llm.config.get_text_config(decoder=True)
-    wanted = config.use_cache if use_cache is None else use_cache
-    return SourceDynamicCache(config=config) if wanted else None
-
-
 class _Bridge(torch.autograd.Function):
     """Carry gradients of the source states around re-entrant checkpoints.
 
