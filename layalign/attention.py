@@ -239,11 +239,6 @@ def detach(llm: PreTrainedModel) -> AttachReport:
     return report
 
 
-def is_checkpointing(llm: nn.Module) -> bool:
-    """Whether ``llm`` uses gradient checkpointing now."""
-    return llm.training and any(getattr(module, "gradient_checkpointing", False) for module in llm.modules())
-
-
 def is_reentrant(llm: nn.Module) -> bool:
     """Whether ``llm`` uses re-entrant gradient checkpointing, which loses gradients of keyword tensors."""
     if not llm.training:

@@ -30,10 +30,18 @@ QUANTISERS = ("bitsandbytes", "optimum", "torchao", "hqq")  # packages whose mod
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of adapter, aligner and gates. Asking a whole model would make bitsandbytes repack its 4-bit LLM."""
+    found: dict[str, Tensor] = {}
+    for name, part in model.named_children():
+        if f"{name}." in OWN_PARTS:
+            found.update(part.state_dict(prefix=f"{name}."))
+    return found
+
+
 def trained_names(model: nn.Module) -> set[str]:
     """Names of the weights that training changes: adapter, aligner, gates, and whatever else requires gradients."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return names | {name for name in model.state_dict() if name.startswith(OWN_PARTS)}
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad} | set(own_state(model))
 
 
 def is_quantised(part: nn.Module) -> bool:
@@ -81,7 +89,8 @@ def save(
     if not arguments.get("is_main_process", True):
         return
     names = trained_names(model)
-    weights = {name: tensor for name, tensor in (state_dict or model.state_dict()).items() if name in names}
+    state = state_dict or {**dict(model.named_parameters()), **own_state(model)}
+    weights = {name: tensor for name, tensor in state.items() if name in names}
     missing = sorted(names - set(weights))
     if missing:
         raise CheckpointError(f"state_dict: expected every trained weight, {missing[0]} is missing")
@@ -232,7 +241,7 @@ def _read_weights(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
 def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> None:
     """Put the stored weights in, in their stored dtype unless one is asked for; each must fit, none may be missing."""
     places = dict(model.named_parameters())
-    expected = {name for name in model.state_dict() if name.startswith(OWN_PARTS)}
+    expected = set(own_state(model))
     missing, foreign = sorted(expected - set(weights)), sorted(set(weights) - set(places))
     if missing or foreign:
         problem = f"{missing[0]} is missing" if missing else f"the model has no {foreign[0]}"

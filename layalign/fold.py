@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from layalign import ops, slots
 from layalign._plain import reason_against_reading
 from layalign.nn.aligner import WeightedLinearProjector
+from layalign.ops import _checks
 
 logger = logging.getLogger("layalign")
 
@@ -130,14 +131,15 @@ class _Fold(torch.autograd.Function):
         need_weight, need_bias, *_ = ctx.needs_input_grad
         total: Tensor | None = None
         total_bias: Tensor | None = None
-        for slot, linear in enumerate(ctx.maps):
-            own = linear.weight
-            if need_weight and grad is not None:
-                part = (own.T.to(grad.dtype) @ grad[slot]).to(ctx.dtypes[0])
-                total = part if total is None else total.add_(part)
-            if need_bias and grad_bias is not None:
-                part = (grad_bias[slot] @ own.to(grad_bias.dtype)).to(ctx.dtypes[1])
-                total_bias = part if total_bias is None else total_bias.add_(part)
+        with _checks.without_autocast(ctx.maps[0].weight):
+            for slot, linear in enumerate(ctx.maps):
+                own = linear.weight
+                if need_weight and grad is not None:
+                    part = (own.T.to(grad.dtype) @ grad[slot]).to(ctx.dtypes[0])
+                    total = part if total is None else total.add_(part)
+                if need_bias and grad_bias is not None:
+                    part = (grad_bias[slot] @ own.to(grad_bias.dtype)).to(ctx.dtypes[1])
+                    total_bias = part if total_bias is None else total_bias.add_(part)
         return total, total_bias, None, None
 
 
@@ -233,7 +235,8 @@ class Folding:
         key = (dtype, STEPS[0], *((id(p), p.data_ptr(), p._version) for p in parameters))
         if self._folded is None or self._folded.key != key:
             self._folded = None  # the old one's memory first
-            self._folded = _fold(fc2, maps, dtype, key)
+            with _checks.without_autocast(like):
+                self._folded = _fold(fc2, maps, dtype, key)
         return self._folded
 
     def _say(self, against: str | None) -> None:

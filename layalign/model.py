@@ -371,14 +371,10 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             past_key_values = cache_for_compiled(self.llm, use_cache)
         if past_key_values is not None:
             put_source(past_key_values, source)
-        if not torch.compiler.is_compiling() and attention.is_reentrant(self.llm) and torch.is_grad_enabled():
+        if attention.is_reentrant(self.llm) and torch.is_grad_enabled():
             inputs_embeds, source = bridge(inputs_embeds, source)
-        # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes. A
-        # compiled checkpoint must not write to it.
-        if torch.compiler.is_compiling():
-            source.seen = None if attention.is_checkpointing(self.llm) else set()
-        else:
-            source.seen = None if self._source_reaches_layers else set()
+        # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes.
+        source.seen = set() if torch.compiler.is_compiling() or not self._source_reaches_layers else None
         inputs = dict(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

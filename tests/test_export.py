@@ -20,7 +20,10 @@ from layalign.ops import backends
 
 ROOT = Path(__file__).parents[1]
 BATCH, SOURCE = Dim("batch", min=1, max=512), Dim("source", min=1, max=8192)
-IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not backends.capability("cpp", "cpu")[0], reason="no _C"))]
+IMPLS = [
+    "torch",
+    pytest.param("cpp", marks=pytest.mark.skipif(not backends.capability("cpp", "cpu")[0], reason="no _C")),
+]
 SIZES = [(3, 7), (1, 5), (9, 300), (2, 1)]
 CONFIG = dict(encoder_hidden_dim=24, language_hidden_dim=32, num_encoder_layers=4, num_language_layers=3)
 

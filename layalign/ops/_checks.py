@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -115,3 +116,9 @@ def autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return tensors
     return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """A block that computes in the dtypes it is given: what a backward casts by hand must not be cast again."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
