@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 from layalign import LayAlignForCausalLM
 from layalign.ops import _checks
-from layalign.source import get_source, source_cache
+from layalign.source import SourceDynamicCache, get_source, source_cache
 
 DEPTH = {"m2m_100": "encoder_layers", "mt5": "num_layers", "xlm-roberta": "num_hidden_layers"}
 # The first two differ in every size, so that the second compilation knows what varies.
@@ -127,7 +127,7 @@ def test_a_first_pass_compiles_and_its_cache_carries_the_source(cache: str | Non
     torch.testing.assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-5)
     cache_out = output.past_key_values
     assert keep.get("past_key_values", cache_out) is cache_out
-    assert isinstance(cache_out, StaticCache if cache == "static" else DynamicCache)
+    assert isinstance(cache_out, StaticCache if cache == "static" else SourceDynamicCache)
     real = inputs["encoder_attention_mask"].bool()[:, None, :, None]  # eager calls leave padding out
     keys, expected_keys = get_source(cache_out).keys[0], get_source(expected.past_key_values).keys[0]
     torch.testing.assert_close(keys * real, expected_keys)

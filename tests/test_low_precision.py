@@ -113,6 +113,25 @@ def test_generation_under_autocast(dtype: torch.dtype) -> None:
     assert (again - wanted).norm() <= bound
 
 
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_folding_rounds_once_under_autocast(impl: str) -> None:
+    """Folded weights and the gradient through them are made in fp32, however the block casts products."""
+    model = tiny_model(fold="always", impl=impl)
+    inputs = batch(model=model)
+    with torch.no_grad():
+        model(**inputs)
+    whole = model.folding._folded.weight
+    with torch.autocast("cpu", BF16):
+        loss = model(**inputs).loss
+    assert torch.equal(model.folding._folded.weight, whole.to(BF16))
+    parameters = list(own(model).values())
+    outside = torch.autograd.grad(loss, parameters, retain_graph=True)
+    with torch.autocast("cpu", BF16):
+        inside = torch.autograd.grad(loss, parameters)
+    assert model.folding.last == "folded"
+    torch.testing.assert_close(inside, outside, rtol=1e-5, atol=1e-6)
+
+
 def test_float64_is_left_alone_by_autocast() -> None:
     model = plain(tiny_model()).double()
     inputs = batch(model=model, targets=None)
