@@ -131,15 +131,14 @@ class _Fold(torch.autograd.Function):
         need_weight, need_bias, *_ = ctx.needs_input_grad
         total: Tensor | None = None
         total_bias: Tensor | None = None
-        with _checks.without_autocast(ctx.maps[0].weight):
-            for slot, linear in enumerate(ctx.maps):
-                own = linear.weight
-                if need_weight and grad is not None:
-                    part = (own.T.to(grad.dtype) @ grad[slot]).to(ctx.dtypes[0])
-                    total = part if total is None else total.add_(part)
-                if need_bias and grad_bias is not None:
-                    part = (grad_bias[slot] @ own.to(grad_bias.dtype)).to(ctx.dtypes[1])
-                    total_bias = part if total_bias is None else total_bias.add_(part)
+        for slot, linear in enumerate(ctx.maps):
+            own = linear.weight
+            if need_weight and grad is not None:
+                part = (own.T.to(grad.dtype) @ grad[slot]).to(ctx.dtypes[0])
+                total = part if total is None else total.add_(part)
+            if need_bias and grad_bias is not None:
+                part = (grad_bias[slot] @ own.to(grad_bias.dtype)).to(ctx.dtypes[1])
+                total_bias = part if total_bias is None else total_bias.add_(part)
         return total, total_bias, None, None
 
 
