@@ -29,13 +29,39 @@ logger = logging.getLogger("layalign")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIGEST = "sha256"  # in the metadata of the weights
 OWN_PARTS = ("mapping.", "encoder_aligner.", "cross_attention.")
+QUANTISERS = ("bitsandbytes", "optimum", "torchao", "hqq")  # packages whose modules hold packed weights
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of adapter, aligner and gates. Asking a whole model would make bitsandbytes repack its 4-bit LLM."""
+    found: dict[str, Tensor] = {}
+    for name, part in model.named_children():
+        if f"{name}." in OWN_PARTS:
+            found.update(part.state_dict(prefix=f"{name}."))
+    return found
 
 
 def trained_names(model: nn.Module) -> set[str]:
     """Names of the weights that training changes: adapter, aligner, gates, and whatever else requires gradients."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return names | {name for name in model.state_dict() if name.startswith(OWN_PARTS)}
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad} | set(own_state(model))
+
+
+def is_quantised(part: nn.Module) -> bool:
+    """Whether a frozen part holds packed weights, by transformers or by a quantiser's own modules."""
+    if getattr(part, "is_quantized", False) or getattr(part, "hf_quantizer", None) is not None:
+        return True
+    return any(type(module).__module__.split(".")[0] in QUANTISERS for module in part.modules())
+
+
+def _dtypes(model: nn.Module) -> dict[str, str]:
+    """The dtype of each part, and of every weight that has another than its part (T5 keeps some of its in fp32)."""
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        if found.setdefault(_part(name), dtype) != dtype:
+            found[name] = dtype
+    return found
 
 
 def _unnamed(config: LayAlignConfig) -> list[str]:
@@ -64,14 +90,20 @@ def save(
         save_frozen = True
     config.frozen_saved = save_frozen
     if save_frozen:
-        floating = {_part(n): p.dtype for n, p in reversed(list(model.named_parameters())) if p.is_floating_point()}
-        config.part_dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in floating.items()}
+        quantised = [part for part in ("encoder", "llm") if is_quantised(getattr(model, part))]
+        if quantised:
+            raise CheckpointError(
+                f"save_frozen: the {' and '.join(quantised)} is quantised; save the trained weights alone, with its "
+                f"name in config.{quantised[0]}_name_or_path, and quantise it again when you load them"
+            )
+        config.part_dtypes = _dtypes(model)
         save_all(directory, state_dict=state_dict, **arguments)
         return
     if not arguments.get("is_main_process", True):
         return
     names = trained_names(model)
-    weights = {name: tensor for name, tensor in (state_dict or model.state_dict()).items() if name in names}
+    state = state_dict or {**dict(model.named_parameters()), **own_state(model)}
+    weights = {name: tensor for name, tensor in state.items() if name in names}
     missing = sorted(names - set(weights))
     if missing:
         raise CheckpointError(f"state_dict: expected every trained weight, {missing[0]} is missing")
@@ -123,11 +155,16 @@ def load(
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
     config = arguments.pop("config", None) or _read_config(name_or_path, hub)
     parts = {key: arguments.pop(key, None) for key in ("encoder", "llm", "encoder_kwargs", "llm_kwargs")}
+    if "quantization_config" in arguments:
+        raise ArgumentError("quantization_config: expected it in llm_kwargs or encoder_kwargs, as it is for one part")
+    if "torch_dtype" in arguments:  # the name of transformers 4
+        arguments.setdefault("dtype", arguments.pop("torch_dtype"))
     if config.frozen_saved and parts["encoder"] is None and parts["llm"] is None:
         if "attn_implementation" in arguments:
             assert config.llm_config is not None
             config.llm_config._attn_implementation = arguments.pop("attn_implementation")
-        return _load_whole(load_all, name_or_path, positional, config, arguments)
+        asked = {part: _only_dtype(part, parts[f"{part}_kwargs"]) for part in ("encoder", "llm")}
+        return _load_whole(load_all, name_or_path, positional, config, arguments, asked)
 
     # What does not fit is found before the frozen parts are loaded, and before memory is taken for its sizes.
     weights = _read_weights(name_or_path, hub)
@@ -215,39 +252,55 @@ def _check_part(part: str, wanted: Any, found: Any, name_or_path: str) -> None:
             raise CheckpointError(f"{name_or_path}: {CONFIG}: {part}_config: {what} {one}, but the {part} has {two}")
 
 
+def _only_dtype(part: str, arguments: dict[str, Any] | None) -> Any:
+    """The dtype in a part's arguments; a checkpoint that holds the parts takes no others."""
+    others = sorted(set(arguments or {}) - {"dtype"})
+    if others:
+        raise ArgumentError(
+            f"{part}_kwargs: expected only dtype, for the checkpoint holds the frozen parts itself, got {others[0]}"
+        )
+    return (arguments or {}).get("dtype")
+
+
 def _load_whole(
     load_all: Callable[..., Any],
     name_or_path: str,
     positional: tuple[Any, ...],
     config: LayAlignConfig,
     arguments: dict[str, Any],
+    of_parts: dict[str, Any],
 ) -> Any:
-    """transformers' own loading, and what it does not restore: a dtype for each part, and which weights train."""
+    """transformers' own loading, and what it does not restore: the dtypes of the parts, and which weights train."""
     with reading(name_or_path, f"{CONFIG}: part_dtypes"):
-        dtypes = {part: _dtype(name) or torch.float32 for part, name in (config.part_dtypes or {}).items()}
+        saved = {name: _dtype(dtype) or torch.float32 for name, dtype in (config.part_dtypes or {}).items()}
     _check_shards(name_or_path)
     arguments.pop("trust_remote_code", None)
     asked = arguments.pop("dtype", "auto")
-    _dtype(asked)
-    if asked in (None, "auto") and dtypes:
-        asked = functools.reduce(torch.promote_types, dtypes.values())  # the widest, so that nothing is rounded
-    else:
-        dtypes = {}
+    # The widest, so that nothing is rounded twice.
+    wide = functools.reduce(torch.promote_types, saved.values()) if saved else _dtype(asked)
+    for config_of_part in (config.encoder_config, config.llm_config):
+        assert config_of_part is not None
+        config_of_part.dtype = wide
     wants_info = arguments.pop("output_loading_info", False)
     with reading(name_or_path, "the weights cannot be loaded"):
         model, info = load_all(
-            name_or_path, *positional, config=config, dtype=asked, output_loading_info=True, **arguments
+            name_or_path, *positional, config=config, dtype=wide or "auto", output_loading_info=True, **arguments
         )
     # transformers only warns, and draws what is missing at random.
     for problem, names in (("is missing", info["missing_keys"]), ("is foreign", info["unexpected_keys"])):
         if names:
             raise CheckpointError(f"{name_or_path}: {WEIGHTS}: does not fit the model: {min(names)} {problem}")
     for name, parameter in model.named_parameters():
-        if name.startswith(OWN_PARTS):
+        part = _part(name)
+        if part == "own":
             _require_sound(f"{name_or_path}: {WEIGHTS}: {name}", parameter)
-        parameter.data = parameter.data.to(dtypes.get(_part(name), parameter.dtype))
+        of_part = of_parts.get(part)
+        want = _dtype(asked if of_part is None else of_part) or saved.get(name) or saved.get(part) or parameter.dtype
+        parameter.data = parameter.data.to(want)
         fixed = config.gate is not None and name.endswith("adaption_gate")
-        parameter.requires_grad_((name.startswith(OWN_PARTS) and not fixed) or ".lora_" in name)
+        parameter.requires_grad_((part == "own" and not fixed) or ".lora_" in name)
+    for part in ("encoder", "llm"):
+        getattr(model, part).config.dtype = getattr(model, part).dtype
     return (model, info) if wants_info else model
 
 
@@ -290,7 +343,7 @@ def _read_weights(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
 def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> None:
     """Put the stored weights in, in their stored dtype unless one is asked for; each must fit, none may be missing."""
     places = dict(model.named_parameters())
-    expected = {name for name in model.state_dict() if name.startswith(OWN_PARTS)}
+    expected = set(own_state(model))
     missing, foreign = sorted(expected - set(weights)), sorted(set(weights) - set(places))
     if missing or foreign:
         problem = f"{missing[0]} is missing" if missing else f"the model has no {foreign[0]}"

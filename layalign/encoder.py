@@ -44,6 +44,15 @@ def encoder_from_config(config: Any) -> PreTrainedModel:
     return encoder_part(AutoModel.from_config(config, trust_remote_code=False))
 
 
+def record_layers(encoder: PreTrainedModel) -> None:
+    """Let transformers put its recorders of hidden states in place now: in a first call that is compiled it cannot."""
+    try:
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    except ImportError:  # other releases record in another way, or need no recorders
+        return
+    maybe_install_capturing_hooks(encoder)
+
+
 def encode(
     encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]
 ) -> tuple[list[Tensor], Tensor]:

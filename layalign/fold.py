@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from layalign import ops, slots
 from layalign._plain import reason_against_reading
 from layalign.nn.aligner import WeightedLinearProjector
+from layalign.ops import _checks
 
 logger = logging.getLogger("layalign")
 
@@ -241,11 +242,14 @@ class Folding:
         key = (dtype, STEPS[0], *((id(p), p.data_ptr(), p._version) for p in parameters))
         if self._folded is None or self._folded.key != key:
             self._folded = None  # the old one's memory first
-            self._folded = _fold(fc2, maps, dtype, key)
+            with _checks.without_autocast(like):
+                self._folded = _fold(fc2, maps, dtype, key)
         return self._folded
 
     def _say(self, against: str | None) -> None:
+        if torch.compiler.is_compiling():  # a log line would break the graph, reading `last` would guard it
+            return
         now = "folded" if against is None else f"not folded: {against}"
-        if now != self.last and not torch.compiler.is_compiling():  # a log line would break the graph
+        if now != self.last:
             logger.info("layalign: keys and values of the source: %s", now)
             self.last = now

@@ -9,7 +9,16 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
 from layalign.errors import ArgumentError
-from layalign.source import SourceStates, get_source, put_source
+from layalign.source import SourceDynamicCache, SourceStates, get_source, put_source
+
+
+def cache_for_compiled(llm: Any, use_cache: bool | None) -> DynamicCache | None:
+    """The cache that ``llm`` would make by itself in this call, but one for a source; None outside compiled code."""
+    if not torch.compiler.is_compiling():
+        return None
+    config = llm.config.get_text_config(decoder=True)
+    wanted = config.use_cache if use_cache is None else use_cache
+    return SourceDynamicCache(config=config) if wanted else None
 
 
 class SourceGenerationMixin(GenerationMixin):

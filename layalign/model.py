@@ -19,7 +19,7 @@ from layalign._sharding import engine_of
 from layalign.config import LayAlignConfig
 from layalign.errors import ArgumentError, refuse, shown
 from layalign.fold import Folding
-from layalign.generation import SourceGenerationMixin
+from layalign.generation import SourceGenerationMixin, cache_for_compiled
 from layalign.inputs import require_ids, require_labels, require_mask
 from layalign.loss import label_loss, with_loss
 from layalign.nn import Adapter, GatedCrossAttention
@@ -65,6 +65,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
                     module._is_hf_initialized = True  # type: ignore[assignment]  # post_init must not touch their weights
         self._trainable_before = [p for part in (self.llm, self.encoder) for p in part.parameters() if p.requires_grad]
         self.freeze()
+        encoders.record_layers(self.encoder)
         if config.lora is not None:
             self.add_lora(config.lora)
 
@@ -284,7 +285,8 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         folded = self.folding.states(projector, self._attentions, layers, engine)
         if folded is not None:
             size = attention.head_size(self._attentions[0])
-            found = [attention.heads(state.to(dtype), size) for state in folded]
+            under = torch.is_autocast_enabled(folded[0].device.type)  # then in its dtype, as from the LLM's own modules
+            found = [attention.heads(state if under else state.to(dtype), size) for state in folded]
             return found[0::2], found[1::2]
         if slots.useful(projector, layers):
             states = slots.project(projector, layers)
@@ -369,11 +371,13 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         Raises:
             ArgumentError: shapes do not fit, the input is not packed, or there is no source.
         """
-        source = source_states if source_states is not None else get_source(past_key_values)
+        source = source_states
         if encoder_input_ids is not None:
             input_ids, attention_mask, inputs_embeds, source = self._begin(
                 input_ids, attention_mask, encoder_input_ids, encoder_attention_mask
             )
+        elif source is None:
+            source = get_source(past_key_values)
         if source is None:
             raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
         if inputs_embeds is None:
@@ -384,6 +388,9 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             require_labels(labels, inputs_embeds.shape[:2], self.config.get_text_config().vocab_size)
         if position_ids is None and attention_mask is not None and self.config.mask_encoder_padding:
             position_ids = real_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
+        use_cache = use_cache if labels is None else bool(use_cache)
+        if past_key_values is None:
+            past_key_values = cache_for_compiled(self.llm, use_cache)
         if past_key_values is not None:
             put_source(past_key_values, source)
         if attention.is_reentrant(self.llm) and torch.is_grad_enabled():
@@ -395,7 +402,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=use_cache if labels is None else bool(use_cache),
+            use_cache=use_cache,
             layalign_source=source,
             **kwargs,
         )

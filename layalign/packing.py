@@ -169,10 +169,11 @@ class PackedTokens:
         if not torch.compiler.is_compiling():
             self._check(is_slot, lengths)
 
-        # Real tokens first, in order, wherever the encoder's padding is; the boundary behind them all.
-        order = source_mask.bool().logical_not().to(torch.uint8).argsort(dim=1, stable=True).to(device)
+        # Real tokens first, in order, wherever the encoder's padding is; the boundary, ranked last, behind them all.
+        rank = F.pad(source_mask.bool().logical_not().to(torch.uint8), (0, 1), value=2)
+        order = rank.argsort(dim=1, stable=True).to(device)
         index = torch.where(slot == lengths, soft.shape[1], slot.clamp(0, max(soft.shape[1] - 1, 0)))
-        order = F.pad(order, (0, 1), value=soft.shape[1]).gather(1, index)
+        order = order.gather(1, index)
         rows = torch.cat([soft, boundary.to(soft.dtype).expand(len(soft), 1, -1)], dim=1).to(device)
         rows = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
         return torch.where(is_slot[..., None], rows, embeds)

@@ -188,20 +188,21 @@ class _Slots(torch.autograd.Function):
         mixed = _Mixed((mix_weight, mix_bias, *hidden), (need_mix, need_mix_bias, *needs_hidden), ctx.kept.impl)
         dtype = hidden[0].dtype
         sums = _InnerSums(ctx.kept, inner if need_inner else None, inner_bias if need_inner_bias else None, dtype)
-        for group in _groups(hidden, len(mix_weight)):
-            x = mixed.again(group)
-            parts = grads[group]
-            if ctx.kept.weight is None:  # one product for the whole group
-                like = next((grad for grad in parts if grad is not None), None)
-                if like is not None:
-                    whole = [torch.zeros_like(like) if grad is None else grad for grad in parts]
-                    mixed.backward(group, sums.add(torch.stack(whole).to(dtype), x, inner.to(dtype)))
-                continue
-            x_grad = torch.zeros_like(x)
-            for place, (slot, grad) in enumerate(zip(range(len(mix_weight))[group], parts, strict=True)):
-                if grad is not None:
-                    x_grad[place] = sums.add(grad.to(dtype), x[place], ctx.kept.map(slot, dtype)[0], slot)
-            mixed.backward(group, x_grad)
+        with _checks.without_autocast(hidden[0]):
+            for group in _groups(hidden, len(mix_weight)):
+                x = mixed.again(group)
+                parts = grads[group]
+                if ctx.kept.weight is None:  # one product for the whole group
+                    like = next((grad for grad in parts if grad is not None), None)
+                    if like is not None:
+                        whole = [torch.zeros_like(like) if grad is None else grad for grad in parts]
+                        mixed.backward(group, sums.add(torch.stack(whole).to(dtype), x, inner.to(dtype)))
+                    continue
+                x_grad = torch.zeros_like(x)
+                for place, (slot, grad) in enumerate(zip(range(len(mix_weight))[group], parts, strict=True)):
+                    if grad is not None:
+                        x_grad[place] = sums.add(grad.to(dtype), x[place], ctx.kept.map(slot, dtype)[0], slot)
+                mixed.backward(group, x_grad)
         found = mixed.totals
         inner_grads = (None if g is None else g.to(p.dtype) for g, p in ((sums.weight, inner), (sums.bias, inner_bias)))
         return (None, *found[:2], *inner_grads, *found[2:])

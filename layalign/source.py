@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from layalign._plain import has_hooks
 from layalign.ops._repeated import RepeatedDecode
@@ -98,7 +99,11 @@ class _SourceCacheMixin:
         self.source = self.source.select(indices)
 
 
-_CACHE_CLASSES: dict[type, type] = {}
+class SourceDynamicCache(_SourceCacheMixin, DynamicCache):
+    """transformers' default cache with a source. A class of its own: compiled code cannot change an object's class."""
+
+
+_CACHE_CLASSES: dict[type, type] = {DynamicCache: SourceDynamicCache}
 
 
 def _source_cache_class(cache_class: type) -> type:
@@ -108,11 +113,24 @@ def _source_cache_class(cache_class: type) -> type:
     return _CACHE_CLASSES[cache_class]
 
 
-def put_source(cache: Cache, source: SourceStates) -> Cache:
-    """Let ``cache`` carry ``source``: the object stays the same, and an instance of its old class."""
+def source_cache(cache: Cache) -> Cache:
+    """Make ``cache`` one that can carry a source: the object stays the same, and an instance of its old class.
+
+    The model does this by itself, except in a compiled call: do it before you compile a first pass over a cache.
+    """
     if not isinstance(cache, _SourceCacheMixin):
         cache.__class__ = _source_cache_class(type(cache))  # any cache will do, static and quantised ones too
-    cache.source = source  # type: ignore[attr-defined]
+    return cache
+
+
+def put_source(cache: Cache, source: SourceStates) -> Cache:
+    """Let ``cache`` carry ``source``."""
+    if torch.compiler.is_compiling() and not isinstance(cache, _SourceCacheMixin):
+        torch._dynamo.graph_break(
+            msg="past_key_values: expected a cache from layalign.source.source_cache(cache) or one that carries a "
+            "source already; compiled code cannot change the class of another"
+        )
+    source_cache(cache).source = source  # type: ignore[attr-defined]
     return cache
 
 

@@ -47,7 +47,9 @@ class WeightedLinearProjector(nn.Module):
         else:  # as published: weights that are sharded, quantised or wrapped are only right inside their modules
             mixed = torch.relu(self.fc1(torch.stack(tuple(hidden_states), dim=-1)))
             y = self.fc2(mixed.movedim(-1, 0).contiguous())
-        return self.fc3(torch.relu(y)) if self.structure == "MLP" else y
+        if self.structure != "MLP":
+            return y
+        return self.fc3(torch.relu(y).to(self.fc3.weight.dtype)).to(y.dtype)  # hidden states and masters may differ
 
     def _may_be_read(self) -> bool:
         if torch.compiler.is_compiling():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 
 import torch
@@ -130,6 +131,8 @@ def cpp_mix_pays(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> boo
 
     Measured on two cores (docs/backends.md): below that, two operations' overhead is more than the kernels save.
     """
+    if torch.compiler.is_compiling():
+        return True  # whatever the size: asking for it would build one graph for each side of the threshold
     trained = torch.is_grad_enabled() and (weight.requires_grad or any(layer.requires_grad for layer in hidden))
     return not trained or hidden[0].numel() * weight.shape[0] >= MIN_TRAINED
 
@@ -140,3 +143,9 @@ def autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return tensors
     return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """A block that computes in the dtypes it is given: what a backward casts by hand must not be cast again."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

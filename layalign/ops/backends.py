@@ -131,7 +131,12 @@ def report(device_type: str | None = None) -> list[BackendStatus]:
 
 
 def choose(operation: str, device_type: str, *args: Any, **kwargs: Any) -> str:
-    """The backend that ``impl="auto"`` takes for these arguments; logged when it is first taken."""
+    """The backend that ``impl="auto"`` takes for these arguments; logged when it is first taken.
+
+    In ``torch.export`` plain torch: the program may be loaded on another device, or without this package.
+    """
+    if torch.compiler.is_exporting():
+        return "torch"
     for backend in BACKENDS:
         if backend in ("triton", "cuda") and device_type == "cpu":
             continue  # interpreted or emulated, thousands of times slower than torch

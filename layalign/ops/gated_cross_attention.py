@@ -174,13 +174,15 @@ def _fused(backend: str) -> backends.Implementation:
         dtype = _compute_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         inputs = query, key, value, gate, base, key_mask
-        few = query.shape[2] <= MAX_DECODE_ROWS
         if _direct.unobserved(inputs):
+            few = query.shape[2] <= MAX_DECODE_ROWS
             launch = backends.launcher(backend, *(_DECODE_LAUNCHER if few else _LAUNCHER))
             found = launch(*inputs, scale)
             return found if few else found[0]  # type: ignore[no-any-return]
         training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        if few and not training:
+        if (
+            not training and query.shape[2] <= MAX_DECODE_ROWS
+        ):  # in this order: a length is asked for, a graph guards it
             return torch.ops.layalign.gated_decode(*inputs, scale, backend)  # type: ignore[no-any-return]
         return torch.ops.layalign.gated_cross_attention(*inputs, scale, backend)[0]  # type: ignore[no-any-return]
 
