@@ -36,6 +36,7 @@ NUMERICS = [
     "tests/test_compiled_decoding.py::test_a_step_is_one_graph_with_the_eager_logits",
     "tests/test_compiled_decoding.py::test_generate_with_a_compiled_forward",
 ]
+CORE = 4  # so many of them make the short set: golden cases, architectures, model, generation
 PACKAGES = ("transformers", "torch", "triton", "tokenizers", "huggingface_hub", "accelerate", "peft")
 SECTION = re.compile(r"(<!-- watched -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -93,7 +94,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run() -> dict[str, Any]:
+def run(core: bool) -> dict[str, Any]:
     """One row: versions, commit, counts, golden differences."""
     import pytest
     from facts import facts
@@ -101,12 +102,13 @@ def run() -> dict[str, Any]:
     counts, begin = Counts(), time.perf_counter()
     os.chdir(ROOT)
     options = ["-q", "-p", "no:cacheprovider", "--show-capture=no", "--tb=line", "--durations=0", "--durations-min=20"]
-    code = pytest.main([*options, *NUMERICS], plugins=[counts])
+    code = pytest.main([*options, *(NUMERICS[:CORE] if core else NUMERICS)], plugins=[counts])
     if code not in (0, 1) and not counts.failed:
         counts.failed.append(f"pytest ended with {code}")
     where = facts(gpu=False)
     return {
         "versions": versions(),
+        "tests": "core" if core else "all",
         "commit": where["commit"],
         "changed files": where["changed files"],
         "passed": counts.passed,
@@ -130,8 +132,8 @@ def merged(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, An
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per row."""
     lines = [
-        "| transformers | torch | Python | passed | failed | skipped | golden loss | golden gradient | golden ids |",
-        "|---|---|---|---:|---:|---:|---:|---:|---|",
+        "| transformers | torch | Python | tests | passed | failed | skipped | golden loss | golden gradient | golden ids |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in sorted(rows, key=_key):
         cases, found = row["golden"].values(), row["versions"]
@@ -140,7 +142,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             figures = [f"{max(case[name] for case in cases):.1e}" for name in ("loss", "gradient")]
             figures.append("equal" if all(case["ids equal"] for case in cases) else "**differ**")
         counts = (row["passed"], len(row["failed"]), sum(row["skipped"].values()))
-        cells = [found["transformers"], found["torch"], found["python"], *map(str, counts), *figures]
+        cells = [found["transformers"], found["torch"], found["python"], row["tests"], *map(str, counts), *figures]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -149,6 +151,7 @@ def main() -> int:
     """Run and record, or write the page; 1 when a test failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
+    parser.add_argument("--core", action="store_true", help="the short set of tests")
     parser.add_argument("--page", type=Path, help="write the recorded rows into this page instead of running")
     options = parser.parse_args()
     rows = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else []
@@ -157,7 +160,7 @@ def main() -> int:
         written = SECTION.sub(lambda match: match[1] + table(rows) + match[2], text)
         options.page.write_text(written, encoding="utf-8")
         return 0
-    row = run()
+    row = run(options.core)
     # Read again: another environment may have written meanwhile.
     rows = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else []
     options.results.parent.mkdir(parents=True, exist_ok=True)
