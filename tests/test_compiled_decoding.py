@@ -214,24 +214,29 @@ def test_generate_compiles_its_steps_by_itself(llm: str) -> None:
         assert graphs() == 1 and not counters["graph_break"]
 
 
+def generated(model: Any, **arguments: Any) -> tuple[torch.Tensor, list[int]]:
+    """The ids of a compiled forward, and the number of graphs after the first and the second time."""
+    torch._dynamo.reset()
+    counters.clear()
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    counts = []
+    for _ in range(2):
+        found = model.generate(**arguments, **settings(cache_implementation="static", disable_compile=True))
+        counts.append(graphs())
+    return found, counts
+
+
 def test_generate_with_a_compiled_forward() -> None:
-    """One graph for the first pass and one for the steps; in older transformers a cache used again makes a third."""
-    model, bare = built(), tiny_llm()
+    model = built()
     inputs = batch(model=model, targets=None)
     expected = model.generate(**inputs, **settings())
-    text = dict(attention_mask=inputs["attention_mask"])
-    text["inputs_embeds"] = bare.get_input_embeddings()(inputs["input_ids"]).detach()
-    counts = []
-    for each, arguments in ((bare, text), (model, inputs)):
-        torch._dynamo.reset()
-        counters.clear()
-        each.forward = torch.compile(each.forward, fullgraph=True, dynamic=False, backend="aot_eager")
-        counts.append([])
-        for _ in range(2):
-            found = each.generate(**arguments, **settings(cache_implementation="static", disable_compile=True))
-            counts[-1].append(graphs())
+    found, counts = generated(model, **inputs)
     assert torch.equal(found, expected)
-    assert counts[1] == counts[0] and counts[0][0] == 2
+    assert counts[0] == 2  # the first pass and the steps
+    if counts[1] != 2:  # in older transformers a cache used again makes a third, whatever the model
+        bare = tiny_llm()
+        embeds = bare.get_input_embeddings()(inputs["input_ids"]).detach()
+        assert generated(bare, inputs_embeds=embeds, attention_mask=inputs["attention_mask"])[1] == counts
 
 
 def test_the_class_says_what_the_llm_says(monkeypatch: pytest.MonkeyPatch) -> None:
