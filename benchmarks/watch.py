@@ -132,7 +132,7 @@ def merged(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, An
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per row."""
     lines = [
-        "| transformers | torch | Python | tests | passed | failed | skipped | golden loss | golden gradient | golden ids |",
+        "| transformers | torch | Python | tests | passed | failed | skipped | loss | gradient | ids |",
         "|---|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in sorted(rows, key=_key):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batch, open_gates, tiny_encoder, tiny_llm, tiny_model
+from tiny import batch, compiles, open_gates, tiny_encoder, tiny_llm, tiny_model
 from torch._dynamo.utils import counters
 from torch.nn.functional import pad
 from transformers import LlamaForCausalLM, StaticCache
@@ -21,6 +21,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from layalign import ArgumentError, LayAlignForCausalLM
 from layalign.source import get_source, put_source
 
+pytestmark = compiles
 FULL = {"layer_types": ["full_attention"] * 3}  # transformers' sliding static cache counts its length in Python
 LLMS = {"llama": {}, "llama_gqa_wide_heads": {}, "qwen2": {"use_sliding_window": False}, "gemma2": FULL}
 STEPS = 5

@@ -73,6 +73,10 @@ REFUSED = {
     "gpt2": (range(3), "transformers 5.0 to 5.2: GPT2LMHeadModel keeps keyword arguments from its layers"),
     "olmo2": (range(4, 5), "transformers 5.4: Olmo2Config takes no bool for tie_word_embeddings"),
 }
+compiles = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="torch below 2.11: whole models in one graph are not supported (2.6 refuses the bare LLM too)",
+)
 
 
 def tiny_llm(name: str = "llama", seed: int = 0, attention: str = "sdpa", **changes) -> PreTrainedModel:
