@@ -71,7 +71,6 @@ ENCODERS = {
 MINOR = int(transformers.__version__.split(".")[1])
 REFUSED = {
     "gpt2": (range(3), "transformers 5.0 to 5.2: GPT2LMHeadModel keeps keyword arguments from its layers"),
-    "olmo2": (range(4, 5), "transformers 5.4: Olmo2Config takes no bool for tie_word_embeddings"),
 }
 compiles = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
