@@ -13,10 +13,10 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables clean
+.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables watch clean
 
 help:
-	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | clean"
+	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | watch | clean"
 
 venv: $(STAMP)
 
@@ -62,6 +62,8 @@ docs: $(STAMP)
 	$(BIN)/python -m layalign.experiment.report benchmarks/results/experiment/results.json docs/experiment.md
 	$(BIN)/python benchmarks/estimate.py docs/reproduce.md
 	$(BIN)/python benchmarks/scale.py docs/scale.md
+	$(BIN)/python benchmarks/watch.py benchmarks/results/watch/versions.json --page docs/versions.md
+	$(BIN)/python benchmarks/curves.py --page docs/versions.md
 
 # Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.
 kernels-report: $(STAMP)
@@ -79,5 +81,11 @@ bench: $(STAMP)
 bench-tables: $(STAMP)
 	$(BIN)/python benchmarks/tables.py benchmarks/results/cpu docs/benchmarks.md docs/backends.md
 
+# The nightly run: golden cases over transformers and torch versions, training curves of every backend. Each torch gets
+# an environment of its own, of gigabytes where the index has CUDA builds only. WATCH="-- --all" takes every minor.
+watch: $(STAMP) $(EMULATED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt nox
+	LAYALIGN_EMULATE_CUDA=$(abspath $(EMULATED)) $(BIN)/nox -s watch curves $(WATCH)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,9 +51,10 @@ def rows_for_logits(head: nn.Module, rows: Tensor) -> Iterator[list[Tensor]]:
 
 
 def label_loss(logits: Tensor, targets: Tensor, divisor: Tensor | int | None) -> Tensor:
-    """Cross-entropy in fp32 over labelled positions, summed and divided by their number (or by ``divisor``)."""
+    """Cross-entropy in fp32 (fp64 for fp64) over labelled positions, divided by their number (or by ``divisor``)."""
     targets = targets.to(logits.device).flatten()
-    total = F.cross_entropy(logits.flatten(0, -2).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(wide.flatten(0, -2), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return divided(total, targets, divisor)
 
 

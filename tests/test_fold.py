@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import batch, tiny_model
+from tiny import batch, compiles, tiny_model
 
 from layalign import ArgumentError, LayAlignConfig
 from layalign.fold import MARGIN, break_even_rows, reason_against
@@ -205,6 +205,7 @@ def test_copies_and_pickles_do_not_carry_the_folded_weights() -> None:
     assert pickle.loads(pickle.dumps(model.folding))._folded is None
 
 
+@compiles
 def test_compiled_it_calls_the_modules() -> None:
     modules, folded = both()
     ids = torch.randint(4, 60, (2, 7))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from layalign import LayAlignForCausalLM
@@ -65,9 +67,21 @@ ENCODERS = {
     "qwen2": dict(_DECODER, hidden_size=24, num_hidden_layers=4, num_key_value_heads=4),
 }  # fmt: skip
 
+# What transformers itself cannot do, by its minor version: a later version that fails again fails the tests.
+MINOR = int(transformers.__version__.split(".")[1])
+REFUSED = {
+    "gpt2": (range(3), "transformers 5.0 to 5.2: GPT2LMHeadModel keeps keyword arguments from its layers"),
+}
+compiles = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="torch below 2.11: whole models in one graph are not supported (2.6 refuses the bare LLM too)",
+)
+
 
 def tiny_llm(name: str = "llama", seed: int = 0, attention: str = "sdpa", **changes) -> PreTrainedModel:
     attention = "eager" if name == "gemma2" else attention  # transformers has no sdpa for it
+    if name in REFUSED and MINOR in REFUSED[name][0]:
+        pytest.skip(REFUSED[name][1])
     settings = {**LLMS[name], **changes}
     config = AutoConfig.for_model(settings.pop("model_type", name), **settings)
     torch.manual_seed(seed)

@@ -1,0 +1,65 @@
+"""The numerics watch over a grid of versions: ``make watch`` every night, or ``nox -s watch -- --all`` for every minor.
+
+One environment per torch; transformers is exchanged inside it. Each combination adds its row to
+benchmarks/results/watch/versions.json, and a failure in one does not keep the others from running. PyPI's torch brings
+gigabytes of CUDA libraries along on Linux; point pip at another index (PIP_INDEX_URL) for CPU builds.
+"""
+
+import re
+from pathlib import Path
+
+import nox
+from nox.command import CommandFailed
+
+TORCH = ["2.6.0", "2.13.0", "2.15.0"]  # lowest, the pinned one, newest
+TRANSFORMERS = ["5.0.0", "5.11.0", "5.23.0"]  # lowest, a middle one, newest
+MINORS = [  # without 5.4, see docs/versions.md
+    "5.0.0", "5.1.0", "5.2.0", "5.3.0", "5.5.4", "5.6.2", "5.7.0", "5.8.1", "5.9.0", "5.10.4", "5.11.0",
+    "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2",
+    "5.23.0",
+]  # fmt: skip
+RESULTS = "benchmarks/results/watch"
+# What changes with the two packages under watch; everything else stays as in constraints.txt.
+FREE = {"torch", "triton", "transformers", "tokenizers", "huggingface_hub", "sympy"}
+
+nox.options.sessions = ["watch"]
+nox.options.reuse_venv = "yes"
+
+
+def constraints(session: nox.Session) -> str:
+    """constraints.txt without the packages under watch."""
+    lines = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if re.split(r"[=; ]", line)[0] not in FREE]
+    path = Path(session.create_tmp()) / "constraints.txt"
+    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@nox.session
+@nox.parametrize("torch", TORCH)
+def watch(session: nox.Session, torch: str) -> None:
+    """Golden cases and numerics tests. Arguments: --all (minors), --core (the short set), or versions by name."""
+    named = [argument for argument in session.posargs if not argument.startswith("-")]
+    versions = named or (MINORS if "--all" in session.posargs else TRANSFORMERS)
+    short = ["--core"] if "--core" in session.posargs else []
+    pins = constraints(session)
+    session.install("-c", pins, f"torch=={torch}")
+    session.install("-c", pins, f"torch=={torch}", "-e", ".[dev,lora]", env={"LAYALIGN_CUDA": "0"})
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    failed = []
+    for version in versions:
+        session.install("-c", pins, f"torch=={torch}", f"transformers=={version}")
+        try:
+            session.run("python", "benchmarks/watch.py", f"{RESULTS}/versions.json", *short, env=environment)
+        except CommandFailed:
+            failed.append(version)
+    if failed:
+        session.error(f"torch {torch}: tests failed with transformers {', '.join(failed)}")
+
+
+@nox.session
+def curves(session: nox.Session) -> None:
+    """200 training steps with every backend that runs here; with LAYALIGN_EMULATE_CUDA the CUDA kernels too."""
+    session.install("-c", "constraints.txt", "-e", ".[dev]", env={"LAYALIGN_CUDA": "0"})
+    environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    session.run("python", "benchmarks/curves.py", "--output", RESULTS, env=environment)
