@@ -24,7 +24,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(filter-out csrc/__pycache__/%,$(SOURCES))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard,liger,lm-eval]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard,liger,lm-eval,serve]'
 	@touch $(STAMP)
 
 $(EMULATED): $(STAMP)
