@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -118,7 +119,12 @@ class _EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(data: Any) -> None:
             text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
-            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+            message = {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True}
+            try:
+                await asyncio.wait_for(send(message), self.call.left + 1.0)
+            except asyncio.TimeoutError:  # a client that does not read must not keep its place
+                self.call.too_late()
+                raise ClientGone from None
 
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

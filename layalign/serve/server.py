@@ -36,8 +36,7 @@ class Server(uvicorn.Server):
             print(f"layalign serve: listening on http://{host}:{port}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. Second: stop now."""
-        self._captured_signals.append(sig)
+        """First signal: drain. Second: stop now. The process ends with code 0: uvicorn would raise the signal again."""
         if self.service.draining or self._loop is None:
             self.should_exit = self.force_exit = True
             return

@@ -186,6 +186,11 @@ class Call:
             if self._whole:
                 return
 
+    @property
+    def left(self) -> float:
+        """Seconds until time is up."""
+        return max(self._until - time.monotonic(), 0.0)
+
     async def _next(self) -> Event:
         if not self._events.empty():
             return self._events.get_nowait()
@@ -193,17 +198,20 @@ class Call:
         get = asyncio.ensure_future(self._events.get())
         try:
             waits = {get, self._gone}
-            left = max(self._until - time.monotonic(), 0)
-            await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=self.left, return_when=asyncio.FIRST_COMPLETED)
             if get.done():
                 return get.result()
             if self._gone.done():
                 self.service.metrics.cancelled.labels("disconnect").inc()
                 raise ClientGone
-            self.service.metrics.cancelled.labels("timeout").inc()
-            raise ApiError(504, "the answer took too long", code="timeout")
+            raise self.too_late()
         finally:
             get.cancel()
+
+    def too_late(self) -> ApiError:
+        """The error of a request whose time is up, counted."""
+        self.service.metrics.cancelled.labels("timeout").inc()
+        return ApiError(504, "the answer took too long", code="timeout")
 
     async def _wait_for_disconnect(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
