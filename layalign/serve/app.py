@@ -38,8 +38,10 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         service.start()
-        yield
-        service.close()
+        try:
+            yield
+        finally:
+            service.close()
 
     app = FastAPI(title="layalign serve", lifespan=life, docs_url=None, redoc_url=None)
     app.state.service = service

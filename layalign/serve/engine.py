@@ -204,7 +204,6 @@ class Engine:
         joining = self._admitted()
         if joining:
             self._prefill(joining)
-        self.metrics.batch_rows.set(len(self._active))
 
     def _admitted(self) -> list[Job]:
         """Waiting jobs for which there is a place, first come, first served."""

@@ -54,6 +54,7 @@ class Service:
         ends = frozenset(_eos_ids(model, llm_tokenizer))
         self.engine = Engine(decoder, ends, settings.max_batch, settings.max_batch_tokens, self.metrics)
         self.metrics.queue_length.set_function(lambda: self.engine.waiting)
+        self.metrics.batch_rows.set_function(lambda: self.engine.active)
         self.metrics.open.set_function(lambda: self.open)
         self.open, self.draining = 0, False
         self._seconds = 1.0  # a running mean of how long an answer takes
