@@ -76,7 +76,7 @@ def byte_tokenizer(*, add_eos: bool) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model() -> LayAlignForCausalLM:
+def tiny_model(ends: bool = True) -> LayAlignForCausalLM:
     """Random weights that make every answer another one: wide weights, open gates."""
     torch.manual_seed(0)
     encoder = MT5EncoderModel(
@@ -97,7 +97,7 @@ def tiny_model() -> LayAlignForCausalLM:
         # Mostly letters: parts of characters that never become one all look alike. And an end token now and then.
         letters = byte_tokenizer(add_eos=False)("".join(map(chr, range(32, 127))))["input_ids"]
         llm.lm_head.weight[sorted(set(range(len(SPECIAL), SIZE)) - set(letters))] *= 0.5
-        llm.lm_head.weight[1] *= 1.15
+        llm.lm_head.weight[1] *= 1.15 if ends else 0.0
     model = LayAlignForCausalLM.from_encoder_and_llm(encoder, llm)
     with torch.no_grad():
         for index, module in enumerate(model.cross_attention):
@@ -107,9 +107,9 @@ def tiny_model() -> LayAlignForCausalLM:
     return model.eval()
 
 
-def write_checkpoint(folder: Path) -> tuple[LayAlignForCausalLM, Any, Any]:
+def write_checkpoint(folder: Path, ends: bool = True) -> tuple[LayAlignForCausalLM, Any, Any]:
     """Save the model with its frozen parts and tokenizers; (model, encoder tokenizer, LLM tokenizer)."""
-    model, tokenizers = tiny_model(), (byte_tokenizer(add_eos=True), byte_tokenizer(add_eos=False))
+    model, tokenizers = tiny_model(ends), (byte_tokenizer(add_eos=True), byte_tokenizer(add_eos=False))
     model.save_pretrained(folder, save_frozen=True)
     save_tokenizers(folder, *tokenizers)
     return model, *tokenizers

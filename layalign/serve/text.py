@@ -12,8 +12,10 @@ class TextStream:
     """The text of a growing row of tokens, in pieces that are never taken back.
 
     The pieces put together are the whole row's text (cut before the first stop text). A piece ends where a character
-    ends: tokens may hold parts of one. tokenizers' own `DecodeStream` would do, but raises on bytes that never become
-    a character, does not give its rest at the end, and needs a fast tokenizer.
+    ends: tokens may hold parts of one. Only where an answer breaks off inside a character is there a difference for
+    tokenizers with byte fallback (Llama 2): what came before it stays, and is not replaced as well. tokenizers' own
+    `DecodeStream` would do, but raises on bytes that never become a character, does not give its rest at the end, and
+    needs a fast tokenizer.
 
     Args:
         tokenizer: the LLM's; special tokens are left out of the text.
