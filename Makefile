@@ -13,10 +13,10 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables clean
+.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables soak clean
 
 help:
-	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | clean"
+	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | soak | clean"
 
 venv: $(STAMP)
 
@@ -61,6 +61,7 @@ docs: $(STAMP)
 	$(BIN)/python -m layalign.baselines --write docs/baselines.md
 	$(BIN)/python -m layalign.experiment.report benchmarks/results/experiment/results.json docs/experiment.md
 	$(BIN)/python benchmarks/estimate.py docs/reproduce.md
+	$(BIN)/python benchmarks/soak_report.py benchmarks/results/serve/soak.json docs/serving.md
 
 # Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.
 kernels-report: $(STAMP)
@@ -77,6 +78,10 @@ bench: $(STAMP)
 # The measured tables in the documentation, from the committed CPU results.
 bench-tables: $(STAMP)
 	$(BIN)/python benchmarks/tables.py benchmarks/results/cpu docs/benchmarks.md docs/backends.md
+
+# A server at saturation for half an hour, then killed while it is asked; writes what docs/serving.md shows.
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py --output benchmarks/results/serve/soak.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

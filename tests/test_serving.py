@@ -109,7 +109,7 @@ class Slow:
 @pytest.fixture
 def long_body(parts: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A request whose answer takes all its tokens: no token ends it."""
-    monkeypatch.setattr("layalign.serve.service._eos_ids", lambda model, tokenizer: [])
+    monkeypatch.setattr("layalign.serve.service.eos_ids", lambda model, tokenizer: [])
     return {"prompt": "paka mbwa", "max_tokens": 200}
 
 

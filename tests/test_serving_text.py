@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +16,14 @@ from tiny_training import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from layalign._pages import replaced
 from layalign.errors import ArgumentError
 from layalign.serve import ServeSettings
 from layalign.serve.sampling import Chooser, choose
 from layalign.serve.server import is_loopback
 from layalign.serve.text import TextStream
 
+ROOT = Path(__file__).parents[1]
 SPECIAL = ["<pad>", "</s>"]
 
 
@@ -164,3 +170,29 @@ def test_settings_are_checked(change: dict[str, Any], word: str) -> None:
 def test_loopback_addresses() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "[::1]", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.4", "example.org", "")))
+
+
+def test_the_page_shows_the_committed_soak() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import soak_report
+    finally:
+        sys.path.pop(0)
+    result = json.loads((ROOT / "benchmarks/results/serve/soak.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    assert replaced(page, soak_report.BEGIN, soak_report.END, soak_report.markdown(result)) == page, "run `make docs`"
+    for phase in ("saturation", "kills"):
+        counts = result[phase]["counts"]
+        assert counts["checked"] > 0 and counts["wrong"] == counts["lost"] == counts["4xx missing"] == 0
+
+
+def test_the_page_names_every_option_status_and_metric() -> None:
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    said = {"--checkpoint", "--device", "--dtype", "--port", "--default-new-tokens", "--help"}
+    source = (ROOT / "layalign/cli/serve.py").read_text(encoding="utf-8")
+    assert set(re.findall(r'"(--[a-z-]+)"', source)) - said <= set(re.findall(r"--[a-z-]+", page))
+    metrics = set(re.findall(r'"(layalign_\w+)"', (ROOT / "layalign/serve/metrics.py").read_text()))
+    assert {name for name in metrics if name not in page} == set()
+    defaults = ServeSettings()
+    for name in ("max_characters", "max_source_tokens", "max_new_tokens", "max_batch", "max_queue", "timeout", "grace"):
+        assert re.search(rf"`--{name.replace('_', '-')}` \({getattr(defaults, name):g}( s)?\)", page), name

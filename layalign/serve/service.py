@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from layalign.evaluation.answering import _eos_ids, _pad_id
+from layalign.evaluation.answering import eos_ids, pad_id
 from layalign.serve.decoding import Decoder
 from layalign.serve.engine import Done, Engine, Event, Failed, Job, Piece
 from layalign.serve.messages import ApiError, ChatRequest, CompletionRequest
@@ -50,8 +50,8 @@ class Service:
         # One thread, because tokenizers are not thread-safe; and for the engine's thread a tokenizer of its own.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="layalign-tokenize")
         self.tokenizer = copy.deepcopy(llm_tokenizer)
-        decoder = Decoder(model.eval(), _pad_id(encoder_tokenizer))
-        ends = frozenset(_eos_ids(model, llm_tokenizer))
+        decoder = Decoder(model.eval(), pad_id(encoder_tokenizer))
+        ends = frozenset(eos_ids(model, llm_tokenizer))
         self.engine = Engine(decoder, ends, settings.max_batch, settings.max_batch_tokens, self.metrics)
         self.metrics.queue_length.set_function(lambda: self.engine.waiting)
         self.metrics.batch_rows.set_function(lambda: self.engine.active)
