@@ -12,25 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
+from helpers_serving import ROOT, case
 
 from layalign.cli import main
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def case() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import serving_case
-    finally:
-        sys.path.pop(0)
-    return serving_case
 
 
 @contextmanager
@@ -64,7 +52,7 @@ def wait_for(client: httpx.Client, name: str, value: float) -> None:
         time.sleep(0.05)
 
 
-def test_from_start_to_sigterm(case: ModuleType, tmp_path: Path) -> None:
+def test_from_start_to_sigterm(tmp_path: Path) -> None:
     parts = case.write_checkpoint(tmp_path, ends=False)
     questions = case.questions(*parts, 8, seed=1)
     body = {"prompt": "siri kubwa", "task": "source", "max_tokens": 1500, "stream": True}
