@@ -125,6 +125,18 @@ def test_positions_of_a_stream(parts: Parts) -> None:
     run(parts, test)
 
 
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_what_may_begin_a_stop_text_comes_at_the_end(parts: Parts, questions: list[Any], reason: str) -> None:
+    question = next(q for q in questions if q.reason == reason and q.stop is None and len(q.text) > 1)
+
+    async def test(service: Service, client: Client) -> None:
+        body = {**question.body(), "stop": question.text[-2:] + "\x00"}
+        (choice,) = (await client.post(COMPLETIONS, json=body)).json()["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (question.text, reason)
+
+    run(parts, test)
+
+
 def test_drawn_answers_follow_their_seed_in_any_company(parts: Parts) -> None:
     async def test(service: Service, client: Client) -> None:
         async def drawn(**fields: Any) -> str:

@@ -50,7 +50,6 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         settings=service.settings,
         metrics=service.metrics,
         api_key=api_key,
-        draining=lambda: service.draining,
     )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -1,11 +1,10 @@
-"""What every request passes before the application: key, drain, size and time of the body; and what is counted."""
+"""What every request passes before the application: key, kind, size and time of the body; and what is counted."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import time
-from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -28,18 +27,10 @@ class Guard:
         settings: limits of the body.
         metrics: where requests are counted.
         api_key: what `Authorization: Bearer` must carry; None asks for nothing.
-        draining: whether no new request is taken any more.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        settings: ServeSettings,
-        metrics: Metrics,
-        api_key: str | None,
-        draining: Callable[[], bool],
-    ) -> None:
-        self.app, self.settings, self.metrics, self.draining = app, settings, metrics, draining
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, api_key: str | None) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
         self.api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,8 +71,6 @@ class Guard:
                 raise ApiError(401, "expected the header Authorization: Bearer with this server's key")
         if scope["method"] != "POST":
             return
-        if self.draining():
-            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":  # a page of another site can post any other kind unasked
             raise ApiError(415, "content-type: expected application/json")
