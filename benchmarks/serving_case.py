@@ -88,7 +88,7 @@ def tiny_model(ends: bool = True) -> LayAlignForCausalLM:
     llm = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=SIZE, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=2, max_position_embeddings=2048,
+            num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=2, max_position_embeddings=8192,
         )
     )  # fmt: skip
     with torch.no_grad():

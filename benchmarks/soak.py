@@ -246,6 +246,12 @@ async def phase(server: ServerProcess, pool: list[Question], seconds: float, kil
     return tally
 
 
+def _tree() -> str:
+    """Git's name of the server's source, which a rebase does not change."""
+    command = ["git", "rev-parse", "HEAD:layalign/serve"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+
+
 def _alike(pool: list[Question]) -> float:
     """How often two different questions have the same answer: a crossed answer would go unseen then."""
     counts = Counter((question.text, question.reason) for question in pool)
@@ -286,6 +292,7 @@ async def soak(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     server.start()
     result: dict[str, Any] = {
         "facts": facts(),
+        "tree of layalign/serve": _tree(),
         "limits": LIMITS,
         "clients": CLIENTS,
         "questions": len(pool),

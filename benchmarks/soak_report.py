@@ -54,7 +54,8 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     where = (
         f"{facts['device']['name']}, one thread; torch {versions['torch']}, transformers {versions['transformers']}; "
-        f"commit {facts['commit'][:7]}; {result['clients']} clients, `--max-batch {result['limits']['--max-batch']}`, "
+        f"layalign/serve as of git tree {result['tree of layalign/serve'][:7]}; {result['clients']} clients, "
+        f"`--max-batch {result['limits']['--max-batch']}`, "
         f"`--max-queue {result['limits']['--max-queue']}`; {result['questions']} questions.\n\n"
     )
     text = (
