@@ -7,9 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from layalign._pages import replaced
 
 BEGIN, END = "<!-- soak -->", "<!-- end of soak -->"
+
+
+def _slope(samples: list[list[float]], seconds: float) -> float:
+    """MiB an hour over the last `seconds`."""
+    times, sizes = np.array([sample for sample in samples if sample[0] >= samples[-1][0] - seconds]).T
+    return float(np.polyfit(times, sizes, 1)[0] * 3600)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -61,7 +69,8 @@ def markdown(result: dict[str, Any]) -> str:
     text = (
         f"\nMemory of the server: {memory['after warm-up']:.0f} MiB after three minutes, {memory['last']:.0f} at the "
         f"end, {memory['largest']:.0f} at most; the line through the samples after the first three minutes rises by "
-        f"{memory['MiB per hour']:.1f} MiB an hour. From a kill to the next right answer: "
+        f"{memory['MiB per hour']:.1f} MiB an hour, the one through the last ten minutes by "
+        f"{_slope(memory['samples'], 600):.1f}. From a kill to the next right answer: "
         f"{min(recovery):.0f} to {max(recovery):.0f} s, the start of the process included. Errors in the server's log: "
         f"{result['errors in the log']}. SIGTERM at the end: exit code {result['SIGTERM']['exit code']} after "
         f"{result['SIGTERM']['seconds']:.1f} s.\n"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from helpers_serving import CHAT, COMPLETIONS, SETTINGS, Client, Parts, Slow, figures, run, tiny_parts, until
+from torch import Tensor
 
-from layalign.serve.decoding import Decoder
-from layalign.serve.service import Service
+from layalign.serve.decoding import Decoder, State
+from layalign.serve.engine import Job
+from layalign.serve.service import Call, Service
 
 SECRET = "siri kubwa 5521"
 
@@ -269,6 +273,28 @@ def test_who_does_not_read_is_left(parts: Parts, long_body: dict[str, Any]) -> N
         assert service.open == 0
 
     run(parts, test, replace(SETTINGS, timeout=0.3))
+
+
+def test_nothing_of_a_request_stays(parts: Parts) -> None:
+    def living() -> Counter[str]:
+        gc.collect()
+        kinds = {Job, Call, State, Tensor}
+        return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in kinds)
+
+    async def test(service: Service, client: Client) -> None:
+        app = client._transport.app  # type: ignore[attr-defined]
+        before: Counter[str] = Counter()
+        for number in range(12):
+            before = living() if number == 2 else before  # the first rounds leave what is made once
+            bodies = [{"prompt": "a" * (1 + number + row), "max_tokens": 4, "stream": row % 2 == 0} for row in range(6)]
+            asked = [client.post(COMPLETIONS, json=body) for body in [*bodies, {"prompt": ""}]]
+            gone = asyncio.Event()
+            gone.set()
+            await asyncio.gather(*asked, leave(app, bodies[0], gone))
+        await until(lambda: service.engine.active == 0)
+        assert living() == before and not before["Job"]
+
+    run(parts, test)
 
 
 # Failures
