@@ -13,10 +13,10 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables watch clean
+.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables watch soak clean
 
 help:
-	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | watch | clean"
+	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | watch | soak | clean"
 
 venv: $(STAMP)
 
@@ -24,7 +24,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(filter-out csrc/__pycache__/%,$(SOURCES))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard,liger,lm-eval,quantised]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard,liger,lm-eval,quantised,serve]'
 	@touch $(STAMP)
 
 $(EMULATED): $(STAMP)
@@ -64,6 +64,7 @@ docs: $(STAMP)
 	$(BIN)/python benchmarks/scale.py docs/scale.md
 	$(BIN)/python benchmarks/watch.py benchmarks/results/watch/versions.json --page docs/versions.md
 	$(BIN)/python benchmarks/curves.py --page docs/versions.md
+	$(BIN)/python benchmarks/soak_report.py benchmarks/results/serve/soak.json docs/serving.md
 
 # Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.
 kernels-report: $(STAMP)
@@ -86,6 +87,10 @@ bench-tables: $(STAMP)
 watch: $(STAMP) $(EMULATED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt nox
 	LAYALIGN_EMULATE_CUDA=$(abspath $(EMULATED)) $(BIN)/nox -s watch curves $(WATCH)
+
+# A server at saturation for half an hour, then killed while it is asked; writes what docs/serving.md shows.
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py --output benchmarks/results/serve/soak.json
 
 clean:
 	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

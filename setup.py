@@ -31,6 +31,7 @@ PACKAGES = [
     "layalign.experiment",
     "layalign.nn",
     "layalign.ops",
+    "layalign.serve",
     "layalign.training",
     "layalign_kernels",
 ]

@@ -19,8 +19,8 @@ from layalign.cli.app import app
 from layalign.doctor import examine
 
 COMMANDS = (
-    "demo", "baselines", "train", "experiment", "evaluate", "compare", "analyze", "generate", "convert", "doctor",
-    "bench",
+    "demo", "baselines", "train", "experiment", "evaluate", "compare", "analyze", "generate", "serve", "convert",
+    "doctor", "bench",
 )  # fmt: skip
 
 
@@ -109,6 +109,9 @@ def test_help_and_version_load_neither_torch_nor_transformers() -> None:
         (["generate", "-c", "none", "-s", "a", "--num-return-sequences", "2"], "num_return_sequences: needs --sample"),
         (["generate", "-c", "none", "-s", "a", "-l", "Klingon"], ""),
         (["generate", "-c", "none", "-s", "a", "--dtype", "int3"], "dtype: expected one of auto, float32"),
+        (["serve", "-c", "none"], "checkpoint: no such folder: none"),
+        (["serve", "-c", "none", "--task", "chess"], "task: expected one of math, source, none, got 'chess'"),
+        (["serve", "-c", "none", "--max-batch", "0"], "Invalid value for '--max-batch'"),
         (["convert", "none.bin", "-o", "x"], "source: no such file or folder: none.bin"),
     ],
 )  # fmt: skip

@@ -15,6 +15,7 @@ from layalign.cli import (
     evaluate,
     experiment,
     generate,
+    serve,
     train,
 )
 
@@ -35,6 +36,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("analyze")(analyze.analyze)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)

@@ -57,7 +57,7 @@ class LlmAnswers:
         if self._adds_eos():
             rows = [row[:-1] for row in rows]
         rows = [list(row)[-self.max_prompt_length :] for row in rows]
-        width, pad, device = max(map(len, rows)), _pad_id(self.tokenizer), _device(self.llm)
+        width, pad, device = max(map(len, rows)), pad_id(self.tokenizer), _device(self.llm)
         batch = {
             "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
             "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device),
@@ -98,8 +98,8 @@ def llm_alone(
 def _generate(
     model: Any, tokenizer: Any, batch: Mapping[str, torch.Tensor], max_new_tokens: int, options: Mapping[str, Any]
 ) -> list[str]:
-    ends = _eos_ids(model, tokenizer)
-    arguments: dict[str, Any] = {"do_sample": False, "pad_token_id": _pad_id(tokenizer), **options}
+    ends = eos_ids(model, tokenizer)
+    arguments: dict[str, Any] = {"do_sample": False, "pad_token_id": pad_id(tokenizer), **options}
     if ends:
         arguments.setdefault("eos_token_id", ends)
     rows, width = model.generate(**batch, max_new_tokens=max_new_tokens, **arguments), batch["input_ids"].shape[1]
@@ -113,14 +113,16 @@ def _generate(
     return texts
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Token ids that end an answer: the tokenizer's, and those of the model's generation configuration."""
     ids: list[int] = []
     for value in (tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)):
         ids += value if isinstance(value, list | tuple) else [] if value is None else [value]
     return list(dict.fromkeys(int(value) for value in ids))
 
 
-def _pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills padding: the tokenizer's pad, else its end, else 0."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 

@@ -1,0 +1,88 @@
+"""The table of a soak, from its result file: ``python benchmarks/soak_report.py soak.json docs/serving.md``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layalign._pages import replaced
+
+BEGIN, END = "<!-- soak -->", "<!-- end of soak -->"
+
+
+def _slope(samples: list[list[float]], seconds: float) -> float:
+    """MiB an hour over the last `seconds`."""
+    times, sizes = np.array([sample for sample in samples if sample[0] >= samples[-1][0] - seconds]).T
+    return float(np.polyfit(times, sizes, 1)[0] * 3600)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The figures of both phases."""
+    phases = [result["saturation"], result["kills"]]
+    counts = [phase["counts"] for phase in phases]
+    memory, versions, facts = phases[0]["memory MiB"], result["facts"]["versions"], result["facts"]
+
+    def line(name: str, *values: Any) -> str:
+        return f"| {name} | " + " | ".join(f"{value:,}" if isinstance(value, int) else value for value in values) + " |"
+
+    def each(name: str) -> list[int]:
+        return [count.get(name, 0) for count in counts]
+
+    def triple(name: str) -> list[str]:
+        return [" / ".join(f"{phase[name][q]:.2f}" for q in ("p50", "p90", "p99")) for phase in phases]
+
+    left = [sum(value for key, value in count.items() if key.startswith("left over")) for count in counts]
+    recovery = phases[1]["seconds from kill to a right answer"]
+    rows = [
+        line("", "at saturation", "killed and restarted"),
+        "|---|---:|---:|",
+        line("minutes", *(f"{phase['seconds'] / 60:.1f}" for phase in phases)),
+        line("answers, each compared with the single request's", *each("checked")),
+        line("of them streamed", *each("streamed")),
+        line("**wrong or crossed**", *each("wrong")),
+        line("**lost** (no answer and no error within a minute)", *each("lost")),
+        line("refused with 429", *each("429")),
+        line("malformed requests, each with its 4xx", *each("4xx")),
+        line("malformed requests let through", *each("4xx missing")),
+        line("clients that left: in a stream", *each("left in the middle")),
+        line("clients that left: while waiting", *each("left while waiting")),
+        line("places still taken afterwards", *left),
+        line("SIGKILL", *each("kills")),
+        line(
+            "connections refused or cut, streams included",
+            *map(sum, zip(each("connection errors"), each("streams cut"), strict=True)),
+        ),
+        line("answers per second", *(f"{phase['answers per second']:.1f}" for phase in phases)),
+        line("seconds to an answer, p50 / p90 / p99", *triple("answer seconds")),
+        line("seconds to the first piece, p50 / p90 / p99", *triple("first piece seconds")),
+    ]
+    where = (
+        f"{facts['device']['name']}, one thread; torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"layalign/serve as of git tree {result['tree of layalign/serve'][:7]}; {result['clients']} clients, "
+        f"`--max-batch {result['limits']['--max-batch']}`, "
+        f"`--max-queue {result['limits']['--max-queue']}`; {result['questions']} questions.\n\n"
+    )
+    text = (
+        f"\nMemory of the server: {memory['after warm-up']:.0f} MiB after three minutes, {memory['last']:.0f} at the "
+        f"end, {memory['largest']:.0f} at most; the line through the samples after the first three minutes rises by "
+        f"{memory['MiB per hour']:.1f} MiB an hour, the one through the last ten minutes by "
+        f"{_slope(memory['samples'], 600):.1f}. From a kill to the next right answer: "
+        f"{min(recovery):.0f} to {max(recovery):.0f} s, the start of the process included. Errors in the server's log: "
+        f"{result['errors in the log']}. SIGTERM at the end: exit code {result['SIGTERM']['exit code']} after "
+        f"{result['SIGTERM']['seconds']:.1f} s.\n"
+    )
+    return where + "\n".join(rows) + "\n" + text
+
+
+def main() -> None:
+    result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    page = Path(sys.argv[2])
+    page.write_text(replaced(page.read_text(encoding="utf-8"), BEGIN, END, markdown(result)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`layalign serve`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from layalign.cli.common import Device, Dtype, load_model
+from layalign.cli.generate import Checkpoint
+
+KEY = "LAYALIGN_API_KEY"
+Host = Annotated[str, typer.Option("--host", help="Address to listen on; the default is this machine alone.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one and prints it.")]
+Name = Annotated[str, typer.Option("--model-name", help="What requests call the model.")]
+Task = Annotated[str, typer.Option("--task", help="Prompt of requests that name none: none, math or source.")]
+Language = Annotated[str, typer.Option("--language", "-l", help="Language of requests that name none.")]
+Rows = Annotated[int, typer.Option("--max-batch", min=1, help="Most sequences decoded together.")]
+Cache = Annotated[int, typer.Option("--max-batch-tokens", min=1, help="Most cache entries of the batch.")]
+Queue = Annotated[int, typer.Option("--max-queue", min=0, help="Most requests that wait; one more gets 429.")]
+Characters = Annotated[int, typer.Option("--max-characters", min=1, help="Longest text of a request.")]
+Source = Annotated[int, typer.Option("--max-source-tokens", min=1, help="Longest text in encoder tokens.")]
+Prompt = Annotated[int, typer.Option("--max-prompt-tokens", min=1, help="Longest prompt in LLM tokens.")]
+New = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
+Default = Annotated[int, typer.Option("--default-new-tokens", min=1, help="Longest answer unless a request says.")]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds for a whole answer.")]
+Body = Annotated[int, typer.Option("--max-body-bytes", min=1, help="Longest body of a request.")]
+Grace = Annotated[float, typer.Option("--grace", min=0.001, help="Seconds running requests have after SIGTERM.")]
+
+
+def serve(
+    checkpoint: Checkpoint,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    model_name: Name = "layalign",
+    task: Task = "none",
+    language: Language = "English",
+    max_batch: Rows = 16,
+    max_batch_tokens: Cache = 32768,
+    max_queue: Queue = 64,
+    max_characters: Characters = 8000,
+    max_source_tokens: Source = 512,
+    max_prompt_tokens: Prompt = 512,
+    max_new_tokens: New = 512,
+    default_new_tokens: Default = 256,
+    timeout: Timeout = 120.0,
+    max_body_bytes: Body = 256 * 1024,
+    grace: Grace = 30.0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer requests over HTTP, as OpenAI's completions endpoints do. Needs layalign[serve].
+
+    Where the environment variable LAYALIGN_API_KEY is set, requests must carry it (Authorization: Bearer).
+    """
+    from layalign.errors import ArgumentError
+    from layalign.serve import ServeSettings
+
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ArgumentError(f"serve: {error.name} is not installed; pip install 'layalign[serve]'") from None
+    settings = ServeSettings(
+        model_name=model_name,
+        task=task,
+        language=language,
+        max_batch=max_batch,
+        max_batch_tokens=max_batch_tokens,
+        max_queue=max_queue,
+        max_characters=max_characters,
+        max_source_tokens=max_source_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        default_new_tokens=min(default_new_tokens, max_new_tokens),
+        timeout=timeout,
+        max_body_bytes=max_body_bytes,
+        grace=grace,
+    )
+    model = load_model(checkpoint, device, dtype)
+    from layalign.serve.server import run
+    from layalign.serve.service import Service
+
+    run(Service(*model, settings), host, port, os.environ.get(KEY) or None)

@@ -1,0 +1,163 @@
+"""The FastAPI application: OpenAI's endpoints, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from layalign.serve.engine import Done
+from layalign.serve.guard import Guard
+from layalign.serve.messages import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Shape,
+    error_body,
+    first_problem,
+)
+from layalign.serve.service import Call, ClientGone, Service
+
+
+def create_app(service: Service, api_key: str | None = None) -> FastAPI:
+    """The application around a service, which starts and stops with it.
+
+    Args:
+        service: who answers; also found as `app.state.service`.
+        api_key: what requests must carry; None asks for nothing.
+    """
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            service.close()
+
+    app = FastAPI(title="layalign serve", lifespan=life, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_middleware(
+        Guard,  # type: ignore[arg-type]
+        settings=service.settings,
+        metrics=service.metrics,
+        api_key=api_key,
+    )
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    _add_watching(app, service)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await _answer(service, request, body)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await _answer(service, request, body)
+
+    return app
+
+
+def _add_watching(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        return _state(service.engine.healthy, "ok", "the model's thread has failed")
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        return _state(service.engine.healthy and not service.draining, "ready", "not ready")
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        entry = {"id": service.settings.model_name, "object": "model", "created": 0, "owned_by": "layalign"}
+        return JSONResponse({"object": "list", "data": [entry]})
+
+
+async def _answer(service: Service, request: Request, body: CompletionRequest | ChatRequest) -> Response:
+    call = Call(service, request, body)
+    await call.begin()
+    assert call.job is not None
+    inputs = call.job.inputs
+    name = service.settings.model_name
+    shape = Shape(isinstance(body, ChatRequest), name, len(inputs.packed), len(inputs.source))
+    handed_over = False
+    try:
+        events = call.events()
+        first = await anext(events)  # what fails before it has a status of its own
+        if body.stream:
+            handed_over = True
+            return _EventStream(call, shape, first, events)
+        while not isinstance(first, Done):
+            first = await anext(events)
+        return JSONResponse(shape.whole(first.text, first.reason, first.tokens))
+    except ClientGone:
+        return Response(status_code=499)  # nobody reads it; the metrics count it
+    finally:
+        if not handed_over:
+            call.end()
+
+
+class _EventStream(Response):
+    """An answer as server-sent events. Starlette's own streaming would watch for the client's leaving a second time."""
+
+    def __init__(self, call: Call, shape: Shape, first: Any, events: AsyncIterator[Any]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self.call, self.shape, self.first, self.events = call, shape, first, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(data: Any) -> None:
+            text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+            message = {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True}
+            try:
+                await asyncio.wait_for(send(message), self.call.left + 1.0)
+            except asyncio.TimeoutError:  # a client that does not read must not keep its place
+                self.call.too_late()
+                raise ClientGone from None
+
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                await self._write_events(write)
+            except ApiError as error:  # too late for a status
+                await write(error_body(error))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except (ClientGone, OSError):  # servers may raise OSError when they write to a closed connection
+            pass
+        finally:
+            self.call.end()
+
+    async def _write_events(self, write: Any) -> None:
+        event, first = self.first, True
+        while not isinstance(event, Done):
+            await write(self.shape.piece(event.text, first=first))
+            event, first = await anext(self.events), False
+        await write(self.shape.piece("", event.reason, first=first))
+        if self.call.body.include_usage:
+            await write(self.shape.last(event.tokens))
+        await write("[DONE]")
+
+
+def _state(good: bool, word: str, otherwise: str) -> Response:
+    return JSONResponse({"status": word if good else otherwise}, 200 if good else 503)
+
+
+async def _http_error(request: Request, error: Any) -> Response:
+    return JSONResponse(error_body(error), error.status_code, headers=error.headers)
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    message, field = first_problem(error.errors())
+    return JSONResponse(error_body(ApiError(400, message, field)), 400)

@@ -1,0 +1,303 @@
+"""The thread that owns the model: takes waiting requests into the batch, steps, hands out text.
+
+Everything of torch happens in this one thread. Other threads submit a `Job`, may cancel it, and get its events through
+the job's `emit`, which is called in the engine's thread and must not block.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from layalign.serve.decoding import Decoder, Inputs, State, kept, merged
+from layalign.serve.sampling import Chooser, choose
+from layalign.serve.text import TextStream
+
+if TYPE_CHECKING:
+    from layalign.serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+UNHEALTHY_AFTER = 3  # failed steps in a row: some errors of a GPU never go away in the same process
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text of an answer that is streamed."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """An answer has ended: "stop" (end token or stop text) or "length". `text` is all of it, `tokens` their number."""
+
+    reason: str
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An answer cannot be given; the text says why, without anything of the request's contents."""
+
+    reason: str
+
+
+Event = Piece | Done | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """One request inside the engine.
+
+    Attributes:
+        inputs, chooser, text: what the model reads, how tokens are chosen, what makes text of them.
+        max_new_tokens: longest answer.
+        emit: gets every event, the last one a `Done` or `Failed`; none after `cancel`.
+        streamed: whether pieces are wanted.
+        cancelled: nobody waits for the answer any more; the engine drops the job before its next step.
+    """
+
+    inputs: Inputs
+    chooser: Chooser
+    text: TextStream
+    max_new_tokens: int
+    emit: Callable[[Event], None]
+    streamed: bool = False
+    cancelled: bool = False
+    tokens: int = 0
+    last: int = -1
+    arrived: float = field(default_factory=time.monotonic)
+    _parts: list[str] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        """Cache entries this job may need."""
+        return len(self.inputs.packed) + self.max_new_tokens
+
+    def send(self, event: Event) -> None:
+        """Emit an event, unless nobody listens."""
+        if not self.cancelled:
+            self.emit(event)
+
+    def take(self, token: int, ends: frozenset[int]) -> bool:
+        """Add a token; whether the answer goes on. Emits what became certain."""
+        self.tokens, self.last = self.tokens + 1, token
+        ended = token in ends
+        new = self.text.finish() if ended else self.text.push(token)
+        reason = "stop" if ended or self.text.stopped else "length" if self.tokens >= self.max_new_tokens else ""
+        if reason == "length":
+            new += self.text.finish()
+            reason = "stop" if self.text.stopped else reason
+        if new:
+            self._parts.append(new)
+            if self.streamed:
+                self.send(Piece(new))
+        if reason:
+            self.send(Done(reason, "".join(self._parts), self.tokens))
+        return not reason
+
+
+class Engine:
+    """A model and its thread.
+
+    Args:
+        decoder: the model's steps.
+        ends: token ids that end an answer.
+        max_batch, max_batch_tokens: most rows, and most rows times the cache entries of the longest.
+        metrics: where steps and tokens are counted.
+    """
+
+    def __init__(
+        self, decoder: Decoder, ends: frozenset[int], max_batch: int, max_batch_tokens: int, metrics: Metrics
+    ) -> None:
+        self.decoder, self.ends, self.metrics = decoder, ends, metrics
+        self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
+        self._waiting: deque[Job] = deque()
+        self._active: list[Job] = []
+        self._state: State | None = None
+        self._changed = threading.Condition()
+        self._closed, self._failures = False, 0
+        self._thread: threading.Thread | None = None
+
+    # From other threads
+
+    def start(self) -> None:
+        """Start the thread, if it does not run yet."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="layalign-engine", daemon=True)
+            self._thread.start()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Fail what has not ended and stop the thread; waits for the step in progress."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread runs and the last steps did not all fail."""
+        alive = self._thread is not None and self._thread.is_alive()
+        return alive and self._failures < UNHEALTHY_AFTER
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have no place in the batch yet."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Jobs in the batch."""
+        return len(self._active)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its events come through `job.emit`."""
+        with self._changed:
+            if not self._closed:
+                self._waiting.append(job)
+                self._changed.notify()
+                return
+        job.send(Failed("the server is shutting down"))
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job: at once where it waits, before the next step where it runs."""
+        job.cancelled = True
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not (self._closed or self._waiting or self._active):
+                        self._changed.wait()
+                    if self._closed:
+                        break
+                self._turn()
+        except BaseException as error:  # a bug here, or the interpreter's end
+            log_error("the engine's thread has ended", error)
+        finally:  # nobody may wait for ever
+            with self._changed:
+                self._closed = True
+                left = [*self._waiting, *self._active]
+                self._waiting.clear()
+            self._active, self._state = [], None
+            for job in left:
+                job.send(Failed("the server is shutting down"))
+
+    def _turn(self) -> None:
+        """One step: cancelled rows leave, waiting ones join, everyone gets a token."""
+        if self._active:
+            self._step()
+        joining = self._admitted()
+        if joining:
+            self._prefill(joining)
+
+    def _admitted(self) -> list[Job]:
+        """Waiting jobs for which there is a place, first come, first served."""
+        taken: list[Job] = []
+        longest = max((job.longest for job in self._active), default=0)
+        with self._changed:
+            while self._waiting:
+                rows, width = len(self._active) + len(taken) + 1, max(longest, self._waiting[0].longest)
+                if rows > self.max_batch or (rows > 1 and rows * width > self.max_batch_tokens):
+                    break
+                longest = width
+                taken.append(self._waiting.popleft())
+        now = time.monotonic()
+        for job in taken:
+            self.metrics.queue_seconds.observe(now - job.arrived)
+        return taken
+
+    def _prefill(self, jobs: list[Job]) -> None:
+        try:
+            state, logits = self.decoder.prefill([job.inputs for job in jobs])
+        except Exception as error:
+            if len(jobs) > 1:  # one of them may be to blame, the others are not
+                for job in jobs:
+                    self._prefill([job])
+                return
+            self._failed(jobs, error)
+            return
+        try:
+            going = self._deal(jobs, logits)
+            rows = [row for row, goes in enumerate(going) if goes]
+            if rows:
+                state = state if len(rows) == len(jobs) else kept(state, rows)
+                self._state = state if self._state is None else merged(self._state, state)
+                self._active += [jobs[row] for row in rows]
+        except Exception as error:  # out of memory, say: those that ran before go on
+            self._failed(jobs, error)
+            return
+        self._failures = 0
+        self.metrics.step_rows.observe(len(jobs))
+
+    def _step(self) -> None:
+        jobs = self._active
+        try:
+            self._keep([not job.cancelled for job in jobs])
+            if self._state is None:
+                return
+            logits = self.decoder.step(self._state, [job.last for job in self._active])
+            self.metrics.step_rows.observe(len(self._active))
+            self._keep(self._deal(self._active, logits))
+            self._failures = 0
+        except Exception as error:
+            self._active, self._state = [], None
+            self._failed(jobs, error)
+
+    def _deal(self, jobs: list[Job], logits: Tensor) -> list[bool]:
+        """Give each job its next token; whether each goes on."""
+        going = []
+        for job, token in zip(jobs, choose(logits, [job.chooser for job in jobs]), strict=True):
+            if job.cancelled:
+                going.append(False)
+                continue
+            if token is None:
+                job.send(Failed("the model's logits are not finite"))
+                self.metrics.failures.inc()
+                going.append(False)
+                continue
+            if job.tokens == 0:
+                self.metrics.first_token_seconds.observe(time.monotonic() - job.arrived)
+            self.metrics.generated.inc()
+            going.append(job.take(token, self.ends))
+        return going
+
+    def _keep(self, going: list[bool]) -> None:
+        """Only those of the active jobs that go on stay in the batch."""
+        if all(going) or self._state is None:
+            return
+        rows = [row for row, goes in enumerate(going) if goes]
+        self._active = [self._active[row] for row in rows]
+        self._state = kept(self._state, rows) if rows else None
+
+    def _failed(self, jobs: list[Job], error: Exception) -> None:
+        self._failures += 1
+        self.metrics.failures.inc()
+        log_error("a step failed", error)
+        for job in jobs:
+            job.send(Failed("the model failed"))
+
+
+def log_error(what: str, error: BaseException) -> None:
+    """Log an exception's type and where it came from, not its text: that may hold what a user asked."""
+    frames: list[str] = []
+    trace: Any = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        frames.append(f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}")
+        trace = trace.tb_next
+    logger.error("%s: %s\n  %s", what, type(error).__name__, "\n  ".join(frames))

@@ -1,0 +1,121 @@
+"""From a request's text to what the model reads, with the limits checked on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layalign.data.collator import LayAlignCollator
+from layalign.data.examples import Example
+from layalign.data.languages import find_language
+from layalign.data.records import PROMPTS
+from layalign.errors import ArgumentError
+from layalign.serve.decoding import Inputs
+from layalign.serve.messages import ApiError
+from layalign.serve.settings import ServeSettings
+
+
+class Preparer:
+    """Tokenises requests. Not thread-safe, as tokenizers are not.
+
+    Args:
+        model: a `LayAlignForCausalLM`.
+        encoder_tokenizer, llm_tokenizer: its tokenizers.
+        settings: the limits.
+    """
+
+    def __init__(self, model: Any, encoder_tokenizer: Any, llm_tokenizer: Any, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.max_source = min(settings.max_source_tokens, _known_limit(encoder_tokenizer))
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.collators = {
+            stage: LayAlignCollator.from_model(
+                model, encoder_tokenizer, llm_tokenizer, stage=stage, with_targets=False,
+                # One token more than allowed, to see what is too long: nothing is cut silently.
+                max_source_length=self.max_source + 1, max_prompt_length=settings.max_prompt_tokens + 1,
+            )
+            for stage in ("translation", "task")
+        }  # fmt: skip
+
+    def __call__(
+        self,
+        text: str,
+        *,
+        field: str,
+        language: str | None,
+        task: str | None,
+        llm_prompt: str | None,
+        new_tokens: int,
+    ) -> Inputs:
+        """What the model reads for one text.
+
+        Args:
+            text: for the encoder. `field` is its name in the request, for errors.
+            language, task, llm_prompt: as in the request; None for the server's own.
+            new_tokens: longest answer, which must fit behind the prompt.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        source, name = self._text(text, field), self._language(language)
+        prompt = self._prompt(source, task, llm_prompt)
+        example = Example(source=source, target="", language=name, prompt=prompt)
+        collator = self.collators["task" if prompt else "translation"]
+        try:
+            batch = collator([example])
+        except ArgumentError as error:
+            blamed = "language" if str(error).startswith("language:") else field
+            message = str(error).removeprefix("language: ") if blamed == "language" else "no tokens in this text"
+            raise ApiError(400, f"{blamed}: {message}", blamed) from None
+        inputs = Inputs(tuple(batch["encoder_input_ids"][0].tolist()), tuple(batch["input_ids"][0].tolist()))
+        if len(inputs.source) > self.max_source:
+            raise ApiError(400, f"{field}: expected at most {self.max_source} encoder tokens", field, "too_long")
+        if len(inputs.packed) - self._head(inputs) > self.settings.max_prompt_tokens:
+            blamed = field if llm_prompt is None else "llm_prompt"
+            most = self.settings.max_prompt_tokens
+            raise ApiError(400, f"{blamed}: expected at most {most} LLM tokens", blamed, "too_long")
+        if len(inputs.packed) + new_tokens > self.context:
+            message = f"max_tokens: {len(inputs.packed)} of {self.context} positions are taken, {new_tokens} do not fit"
+            raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+        return inputs
+
+    def _head(self, inputs: Inputs) -> int:
+        """Tokens of the packed input before the prompt: bos, one slot per source token, boundary."""
+        collator = self.collators["task"]
+        return (collator.bos_token_id is not None) + (len(inputs.source) + 1 if collator.slots else 0)
+
+    def _text(self, text: str, field: str) -> str:
+        if len(text) > self.settings.max_characters:
+            most = self.settings.max_characters
+            raise ApiError(400, f"{field}: expected at most {most} characters, got {len(text)}", field, "too_long")
+        text = text.strip()
+        if not text:
+            raise ApiError(400, f"{field}: expected a text, got an empty one", field)
+        return text
+
+    def _language(self, language: str | None) -> str:
+        found = find_language(language or self.settings.language) if language != "" else None
+        if found is None:
+            expected = "an English name or a language code such as 'Swahili', 'sw' or 'swh'"
+            raise ApiError(400, f"language: expected {expected}", "language")
+        return found.name
+
+    def _prompt(self, source: str, task: str | None, llm_prompt: str | None) -> str:
+        if llm_prompt is None:
+            task = self.settings.task if task is None else task
+            if task not in PROMPTS:
+                raise ApiError(400, f"task: expected one of {', '.join(PROMPTS)}", "task")
+            return PROMPTS[task](source)
+        if task is not None:
+            raise ApiError(400, "llm_prompt: give either task or llm_prompt, not both", "llm_prompt")
+        size = len(llm_prompt) + llm_prompt.count("{source}") * len(source)  # before it is made: it may be huge
+        most = 2 * self.settings.max_characters
+        if not llm_prompt.strip() or size > most:
+            message = f"llm_prompt: expected 1 to {most} characters, the text in it included"
+            raise ApiError(400, message, "llm_prompt")
+        return llm_prompt.replace("{source}", source)
+
+
+def _known_limit(tokenizer: Any) -> int:
+    """The most tokens that the encoder's tokenizer says it takes; many say nothing (a huge number)."""
+    limit = getattr(tokenizer, "model_max_length", None)
+    return limit if isinstance(limit, int) and limit > 0 else 1 << 30

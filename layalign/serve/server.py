@@ -1,0 +1,92 @@
+"""The process: uvicorn, signals, and the end of its life."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from layalign.serve.app import create_app
+from layalign.serve.service import Service
+
+logger = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server that answers 503 to new requests after the first signal, until the running ones have ended."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        """As uvicorn's; then says where the server listens."""
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            print(f"layalign serve: listening on http://{host}:{port}", flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: stop now. The process ends with code 0: uvicorn would raise the signal again."""
+        if self.service.draining or self._loop is None:
+            self.should_exit = self.force_exit = True
+            return
+        self.service.draining = True
+        self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        self._drain = asyncio.ensure_future(self._drained())
+
+    async def _drained(self) -> None:
+        until = time.monotonic() + self.service.settings.grace
+        while self.service.open and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        if self.service.open:
+            logger.warning("%d requests did not end in the grace time and fail", self.service.open)
+            self.service.engine.close()  # each of them gets its error
+        self.should_exit = True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host to bind to is this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def run(service: Service, host: str, port: int, api_key: str | None = None) -> None:
+    """Serve until a signal ends it.
+
+    Args:
+        service: who answers.
+        host, port: where to listen; port 0 takes a free one, and the line on stdout says which.
+        api_key: what requests must carry; None asks for nothing, with a warning where others can reach the server.
+    """
+    if api_key is None and not is_loopback(host):
+        logger.warning("%s is reachable from other machines, and no key is asked for (set LAYALIGN_API_KEY)", host)
+    config = uvicorn.Config(
+        create_app(service, api_key),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_graceful_shutdown=5,
+        # Connections beyond this get uvicorn's own 503, before anything is read of them.
+        limit_concurrency=service.settings.max_open + 1024,
+    )
+    Server(config, service).run()

@@ -1,0 +1,219 @@
+"""One model as a service: admission, the engine, and one call's life from text to last event."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from starlette.requests import Request
+
+from layalign.evaluation.answering import eos_ids, pad_id
+from layalign.serve.decoding import Decoder
+from layalign.serve.engine import Done, Engine, Event, Failed, Job, Piece
+from layalign.serve.messages import ApiError, ChatRequest, CompletionRequest
+from layalign.serve.metrics import Metrics
+from layalign.serve.preparing import Preparer
+from layalign.serve.sampling import Chooser, repetition_penalty
+from layalign.serve.settings import ServeSettings
+from layalign.serve.text import TextStream
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was whole."""
+
+
+class Service:
+    """A model with its limits. Its methods run in the event loop; the model's work is the engine's.
+
+    Args:
+        model: a `LayAlignForCausalLM`; is put into eval mode.
+        encoder_tokenizer, llm_tokenizer: its tokenizers.
+        settings: the limits.
+
+    Attributes:
+        open: requests between admission and the end of their answer.
+        draining: no new ones are taken.
+
+    Raises:
+        ArgumentError: the model's generation configuration asks for something that is not served.
+    """
+
+    def __init__(self, model: Any, encoder_tokenizer: Any, llm_tokenizer: Any, settings: ServeSettings) -> None:
+        self.settings, self.metrics = settings, Metrics()
+        self.penalty = repetition_penalty(model.generation_config)
+        self.preparer = Preparer(model, encoder_tokenizer, llm_tokenizer, settings)
+        # One thread, because tokenizers are not thread-safe; and for the engine's thread a tokenizer of its own.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="layalign-tokenize")
+        self.tokenizer = copy.deepcopy(llm_tokenizer)
+        decoder = Decoder(model.eval(), pad_id(encoder_tokenizer))
+        ends = frozenset(eos_ids(model, llm_tokenizer))
+        self.engine = Engine(decoder, ends, settings.max_batch, settings.max_batch_tokens, self.metrics)
+        self.metrics.queue_length.set_function(lambda: self.engine.waiting)
+        self.metrics.batch_rows.set_function(lambda: self.engine.active)
+        self.metrics.open.set_function(lambda: self.open)
+        self.open, self.draining = 0, False
+        self._seconds = 1.0  # a running mean of how long an answer takes
+
+    def start(self) -> None:
+        """Start the engine."""
+        self.engine.start()
+
+    def close(self) -> None:
+        """Stop the engine; answers that are not whole fail."""
+        self.draining = True
+        self.engine.close()
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    def admit(self) -> None:
+        """Take a place; `release` gives it back.
+
+        Raises:
+            ApiError: 429 when all places are taken, 503 while the server shuts down.
+        """
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+        if self.open >= self.settings.max_open:
+            rounds = (self.engine.waiting + 1) / self.settings.max_batch
+            seconds = min(max(math.ceil(rounds * self._seconds), 1), 60)
+            raise ApiError(429, "too many requests wait already", code="queue_full", retry_after=seconds)
+        self.open += 1
+
+    def release(self, seconds: float | None) -> None:
+        """Give a place back; `seconds` is how long a whole answer took."""
+        self.open -= 1
+        if seconds is not None:
+            self._seconds += 0.1 * (seconds - self._seconds)
+
+    async def prepare(self, body: CompletionRequest | ChatRequest, emit: Any) -> Job:
+        """Check a request and make the engine's job of it.
+
+        Raises:
+            ApiError: 400 naming the field, 404 for another model.
+        """
+        settings = self.settings
+        if body.model is not None and body.model != settings.model_name:
+            raise ApiError(404, f"model: this server has {settings.model_name!r}", "model", "model_not_found")
+        given = body.longest
+        if given is not None and given > settings.max_new_tokens:
+            name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+            raise ApiError(400, f"{name}: expected at most {settings.max_new_tokens}", name)
+        longest = settings.default_new_tokens if given is None else given
+        inputs = await asyncio.get_running_loop().run_in_executor(
+            self._tokenizing,
+            lambda: self.preparer(
+                body.text,
+                field="messages" if isinstance(body, ChatRequest) else "prompt",
+                language=body.language,
+                task=body.task,
+                llm_prompt=body.llm_prompt,
+                new_tokens=longest,
+            ),
+        )
+        ids = list(inputs.packed) if self.penalty != 1.0 else []
+        top_p = 1.0 if body.top_p is None else body.top_p
+        chooser = Chooser(body.temperature or 0.0, top_p, body.seed, self.penalty, ids)
+        self.metrics.source.inc(len(inputs.source))
+        self.metrics.prompt.inc(len(inputs.packed))
+        return Job(inputs, chooser, TextStream(self.tokenizer, body.stops), longest, emit, bool(body.stream))
+
+
+class Call:
+    """One admitted request; use it as an asynchronous context manager, which gives everything back at its end.
+
+    Args:
+        service: who answers.
+        request: where the client's leaving is noticed; its body must have been read.
+        body: the parsed body.
+    """
+
+    def __init__(self, service: Service, request: Request, body: CompletionRequest | ChatRequest) -> None:
+        self.service, self.request, self.body = service, request, body
+        self.job: Job | None = None
+        self._started = time.monotonic()
+        self._until = self._started + min(body.timeout or service.settings.timeout, service.settings.timeout)
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._gone: asyncio.Task[None] | None = None
+        self._whole = False
+
+    async def begin(self) -> None:
+        """Take a place and start the work.
+
+        Raises:
+            ApiError: 429, 503, or what `Service.prepare` raises.
+        """
+        self.service.admit()
+        try:
+            loop = asyncio.get_running_loop()
+
+            def emit(event: Event) -> None:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+            self.job = await self.service.prepare(self.body, emit)
+            self.job.arrived = self._started
+            self._gone = asyncio.create_task(self._wait_for_disconnect())
+            self.service.engine.submit(self.job)
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Give the place back; an answer that is not whole is given up, wherever it stands."""
+        if self._gone is not None:
+            self._gone.cancel()
+        if self.job is not None and not self._whole:
+            self.service.engine.cancel(self.job)
+        self.service.release(time.monotonic() - self._started if self._whole else None)
+
+    async def events(self) -> AsyncIterator[Piece | Done]:
+        """The answer, the last event a `Done`.
+
+        Raises:
+            ApiError: 500 when the model failed, 503 at the end of the server's life, 504 when time is up.
+            ClientGone: nobody reads the answer.
+        """
+        while True:
+            event = await self._next()
+            if isinstance(event, Failed):
+                closing = self.service.draining
+                raise ApiError(503 if closing else 500, event.reason, code="shutting_down" if closing else None)
+            self._whole = isinstance(event, Done)
+            yield event
+            if self._whole:
+                return
+
+    @property
+    def left(self) -> float:
+        """Seconds until time is up."""
+        return max(self._until - time.monotonic(), 0.0)
+
+    async def _next(self) -> Event:
+        if not self._events.empty():
+            return self._events.get_nowait()
+        assert self._gone is not None
+        get = asyncio.ensure_future(self._events.get())
+        try:
+            waits = {get, self._gone}
+            await asyncio.wait(waits, timeout=self.left, return_when=asyncio.FIRST_COMPLETED)
+            if get.done():
+                return get.result()
+            if self._gone.done():
+                self.service.metrics.cancelled.labels("disconnect").inc()
+                raise ClientGone
+            raise self.too_late()
+        finally:
+            get.cancel()
+
+    def too_late(self) -> ApiError:
+        """The error of a request whose time is up, counted."""
+        self.service.metrics.cancelled.labels("timeout").inc()
+        return ApiError(504, "the answer took too long", code="timeout")
+
+    async def _wait_for_disconnect(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
