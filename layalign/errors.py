@@ -34,6 +34,10 @@ class OutputError(LayAlignError, OSError):
     """Something cannot be written (disk full, no permission); the text says what is left on the disk."""
 
 
+class StoppedError(LayAlignError, RuntimeError):
+    """Training was asked to stop (SIGTERM) and did, with a checkpoint; the text says which."""
+
+
 class NonFiniteError(LayAlignError, ArithmeticError):
     """A loss or a gradient is NaN or infinite; the text names the step and the tensor."""
 

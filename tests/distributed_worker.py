@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
 from layalign.cli.evaluate import evaluate as command
+from layalign.errors import StoppedError
 from layalign.evaluation import evaluate
 from layalign.tokenization import load_tokenizers
 from layalign.training import load_train_config, train
@@ -70,6 +72,33 @@ class Watch(TrainerCallback):
         self.steps.append(dict(self.mode.counts))
         self.kinds = dict(Counter("ZeRO-3" if hasattr(p, "ds_id") else type(p).__name__ for p in model.parameters()))
         self.folding = model.folding.last
+
+
+class InOneProcess(TrainerCallback):
+    """A NaN in the third step, or SIGTERM in the second, of the second process alone."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.second = what, os.environ["RANK"] == "1"
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.second and self.what == "nan" and state.global_step == 2:
+            hook = model.mapping.register_forward_hook(lambda module, arguments, output: output * float("nan"))
+            self.remove = hook.remove
+        if self.second and self.what == "sigterm" and state.global_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.second and self.what == "nan" and state.global_step == 3:
+            self.remove()
+
+
+def run_trouble(job: dict[str, Any]) -> dict[str, Any]:
+    fresh_engine()
+    try:
+        summary = train(load_train_config(job["config"]), callbacks=[InOneProcess(job["what"])])
+    except StoppedError as error:
+        return {"stopped": str(error)}
+    return {"skipped": summary.skipped_steps, "after": summary.loss_after}
 
 
 def fresh_engine() -> None:
@@ -127,8 +156,8 @@ def main(plan: str, results: str) -> None:
         no_extension()
     found = {}
     for job in jobs:
-        run = {"train": run_training, "evaluate": run_evaluation, "command": run_command}[job["kind"]]
-        found[job["name"]] = run(job)
+        kinds = {"train": run_training, "evaluate": run_evaluation, "command": run_command, "trouble": run_trouble}
+        found[job["name"]] = kinds[job["kind"]](job)
     assert not dist.is_initialized()
     if os.environ["RANK"] == "0":
         Path(results).write_text(json.dumps(found), encoding="utf-8")

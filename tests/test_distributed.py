@@ -20,6 +20,7 @@ from tiny_training import TinyParts, save_parts, training_config
 from torch.utils.data import BatchSampler
 
 from layalign.training import TrainConfig, build_model, load_train_config, train
+from layalign.training.checkpoints import checkpoints
 from layalign.training.distributed import EvenShares, weights_of_step
 
 HERE = Path(__file__).parent
@@ -92,7 +93,8 @@ def run_engines(folder: Path, engines: list[str | None]) -> dict[str, Any]:
                 cut_off(folder / "one", folder / name)
             jobs.append({"name": name, "kind": "train", "config": config})
     stages = two_stages(parts, folder, engines[-1])
-    found = launch(folder, [*jobs, *stages, *evaluation_jobs(parts, folder)])
+    trouble = [job for engine in engines for job in trouble_of(parts, folder, engine)]
+    found = launch(folder, [*jobs, *trouble, *stages, *evaluation_jobs(parts, folder)])
     for job in stages:
         one = {**job["config"], "sharding": None, "output_dir": job["config"]["output_dir"] + "-one"}
         if job["name"] == "task":
@@ -115,8 +117,33 @@ def run_engines(folder: Path, engines: list[str | None]) -> dict[str, Any]:
         assert back.resumed_from is not None
         assert_same_log(json.loads(json.dumps(back.log_history))[1:], wanted, after=SAVED)
         assert_same_weights(folder / f"{name}-back", folder / "one")
+        check_trouble(found, folder, name)
     check_evaluation(folder)
     return found
+
+
+def trouble_of(parts: TinyParts, folder: Path, engine: str | None) -> list[dict[str, Any]]:
+    """One of the two processes has a NaN, or gets SIGTERM; DeepSpeed cannot leave a step out."""
+    kinds = {"sigterm": 0} if str(engine).startswith("zero") else {"nan": 1, "sigterm": 0}
+    common = dict(sharding=engine, max_steps=4, save_steps=0, eval_steps=0)
+    return [
+        {
+            "name": f"{what}-{engine}", "kind": "trouble", "what": what,
+            "config": settings(parts, folder / f"{what}-{engine}", max_skipped_steps=skipped, **common),
+        }
+        for what, skipped in kinds.items()
+    ]  # fmt: skip
+
+
+def check_trouble(found: dict[str, Any], folder: Path, engine: str) -> None:
+    """All processes leave the same step out, and all stop behind the same one."""
+    assert "checkpoint-2 is whole" in found[f"sigterm-{engine}"]["stopped"]
+    assert [path.name for path in checkpoints(folder / f"sigterm-{engine}")] == ["checkpoint-2"]
+    if f"nan-{engine}" in found:
+        assert found[f"nan-{engine}"]["skipped"] == [3]
+        assert math.isfinite(found[f"nan-{engine}"]["after"])
+        weights = load_file(folder / f"nan-{engine}" / "model.safetensors")
+        assert all(weight.isfinite().all() for weight in weights.values())
 
 
 def two_stages(parts: TinyParts, folder: Path, engine: str | None) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from layalign.errors import ArgumentError, NonFiniteError
 from layalign.training import TrainSummary, build_model, train
 from layalign.training.checkpoints import checkpoints
 from layalign.training.guard import StepGuard, gradient_norm
+from layalign.training.trainer import LayAlignTrainer
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,12 @@ def test_gradient_norm_of_many_parameters_in_mixed_dtypes() -> None:
 def test_settings_are_checked(parts: TinyParts, tmp_path: Path, changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ArgumentError, match=f"^{name}"):
         make_config(parts, tmp_path, **changes)
+
+
+def test_deepspeed_cannot_leave_steps_out(parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayAlignTrainer, "sharding", "ZeRO-2")
+    with pytest.raises(ArgumentError, match="^max_skipped_steps: expected 0 with DeepSpeed"):
+        train(make_config(parts, tmp_path, max_skipped_steps=1))
 
 
 def test_no_false_alarm_in_a_normal_run(parts: TinyParts, tmp_path: Path) -> None:

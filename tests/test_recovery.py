@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from layalign import LayAlignForCausalLM
 from layalign._files import write_whole
 from layalign.cli import describe
 from layalign.data import Example
-from layalign.errors import ArgumentError, CheckpointError, OutputError
+from layalign.errors import ArgumentError, CheckpointError, OutputError, StoppedError
 from layalign.evaluation import evaluate
 from layalign.training import TrainSummary, train
 from layalign.training.checkpoints import MANIFEST, UNFINISHED, checkpoints, problem, rotate
@@ -58,6 +59,22 @@ def test_runs_and_evaluations_killed_at_random_moments(tmp_path: Path) -> None:
     assert len(told["kills"]) == 20 and len(told["evaluations"]) == 5
     assert any(kill["unfinished"] for kill in told["kills"])  # some did cut a checkpoint off
     assert any(kill["from step"] > 0 for kill in told["kills"])
+
+
+def test_sigterm_ends_the_step_saves_and_stops(
+    parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    config = make_config(parts, tmp_path, save_steps=4, save_total_limit=None)
+    with pytest.raises(StoppedError, match="^stopped by SIGTERM after step 3; .*checkpoint-3 is whole") as error:
+        train(config, callbacks=[From(2, lambda: signal.raise_signal(signal.SIGTERM))])
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert describe(error.value)[1] == 143
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert not (tmp_path / "model.safetensors").exists()  # no unfinished model where a finished one is looked for
+    summary = train(config)
+    assert summary.resumed_from == str(tmp_path / "checkpoint-3")
+    assert losses(summary) == losses(whole[1])
 
 
 # Checkpoints

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 INTERRUPTED = 130
+STOPPED = 143  # what a shell reports of a program that SIGTERM ended
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0, 1 after an unforeseen error, 2 after one the user can mend, 130 after Ctrl-C.
+    """Run the command line and exit: 0, 1 after an unforeseen error, 2 after one the user can mend, 130 after Ctrl-C,
+    143 after SIGTERM in training.
 
     Errors are one line on stderr; `--debug`, anywhere on the line, adds the traceback.
     """
@@ -54,13 +56,15 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 def describe(error: Exception) -> tuple[str, int]:
     """One line for an exception, and the exit code that goes with it."""
-    from layalign.errors import LayAlignError
+    from layalign.errors import LayAlignError, StoppedError
 
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         # A usage error of the command line parser, whichever copy of click it comes from.
         context = getattr(error, "ctx", None)
         where = f" (see {context.command_path} --help)" if context is not None else ""
         return _one_line(error.format_message()).rstrip(".") + where, 2
+    if isinstance(error, StoppedError):
+        return _one_line(str(error)), STOPPED
     if isinstance(error, LayAlignError):
         return _one_line(str(error)), 2
     if isinstance(error, OSError) or type(error).__module__.startswith("yaml"):

@@ -95,10 +95,15 @@ def _train_all(configs: list[TrainConfig]) -> None:
     from rich.table import Table
 
     quiet_transformers()
+    from layalign.errors import StoppedError
     from layalign.evaluation.processes import leave
     from layalign.training import is_main_process, train
 
-    summaries = [(config.stage, train(config)) for config in configs]
+    try:
+        summaries = [(config.stage, train(config)) for config in configs]
+    except StoppedError:  # all processes stop in the same step
+        leave()
+        raise
     leave()
     if not is_main_process():
         return

@@ -23,7 +23,7 @@ from layalign._files import writing
 from layalign.checkpoint import OWN_PARTS
 from layalign.config import number_of_layers
 from layalign.data import FORMATS, Example, LayAlignCollator, load_examples
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, StoppedError
 from layalign.layers import named_layers
 from layalign.model import LayAlignForCausalLM
 from layalign.tokenization import load_tokenizers
@@ -100,6 +100,7 @@ def train(
         CheckpointError: `init_checkpoint` or a checkpoint to resume from cannot be used.
         NonFiniteError: a loss or gradient is NaN or infinite and `max_skipped_steps` are used up.
         OutputError: the disk is full, or something cannot be written for another reason; checkpoints stay whole.
+        StoppedError: SIGTERM came; the step was finished and a checkpoint written.
     """
     require_config(config)
     started = time.perf_counter()
@@ -126,7 +127,7 @@ def train(
         trainer.add_callback(callback)
     measured = dev_set or train_set[:MEASURED]
     before = LossBefore(config, trainer, measured, resume_from)
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    _train(trainer, resume_from)
     loss_before = before.value
     loss_after = trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")["eval_loss"]
     with writing(f"output_dir: {config.output_dir}", "the checkpoints in it are whole"):
@@ -152,6 +153,19 @@ def train(
     trainer.accelerator.wait_for_everyone()  # the next stage of another process reads what this one's main has written
     leave_engine(trainer)
     return summary
+
+
+def _train(trainer: LayAlignTrainer, resume_from: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        trainer.stop.restore()
+    step = trainer.state.global_step
+    if trainer.stop.agreed and step < trainer.state.max_steps:
+        raise StoppedError(
+            f"stopped by SIGTERM after step {step}; {trainer.args.output_dir}/checkpoint-{step} is whole, and the same "
+            "command goes on from it"
+        )
 
 
 # Data
@@ -310,6 +324,11 @@ def _trainer(
         guard=StepGuard(config.max_skipped_steps, config.spike_factor),
         callbacks=[GateHistory()],
     )
+    if config.max_skipped_steps and (trainer.sharding or "").startswith("ZeRO"):
+        raise ArgumentError(
+            f"max_skipped_steps: expected 0 with DeepSpeed, which takes its step inside the backward pass, got "
+            f"{config.max_skipped_steps}"
+        )
     if not config.progress:
         trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:

@@ -18,6 +18,7 @@ from layalign.tokenization import save_tokenizers
 from layalign.training.checkpoints import UNFINISHED, clear_unfinished, publish, rotate
 from layalign.training.distributed import DistributedTrainer
 from layalign.training.guard import StepGuard
+from layalign.training.stop import StopOnSignal
 
 _BATCHES_PER_POOL = 50
 
@@ -79,9 +80,9 @@ class LayAlignTrainer(DistributedTrainer):
         guard: StepGuard | None = None,
         **kwargs: Any,
     ) -> None:
-        self.guard = StepGuard() if guard is None else guard
+        self.guard, self.stop = StepGuard() if guard is None else guard, StopOnSignal()
         # With the other callbacks from the start, so that the Trainer's state knows it.
-        super().__init__(**{**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), self.guard]})
+        super().__init__(**{**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), self.guard, self.stop]})
         self.tokenizers = tokenizers
         self.lengths = lengths
         self.model_accepts_loss_kwargs = False
@@ -106,6 +107,8 @@ class LayAlignTrainer(DistributedTrainer):
             # One process alone cannot run a model that is spread over several.
             rerun = None if self.sharding else lambda batch: model(**self._prepare_inputs(batch))
             self.guard.check(step, model, self._mean_over_processes, rerun)
+            asked = torch.tensor(float(self.stop.requested), device=loss.device)
+            self.stop.agreed = bool(self._mean_over_processes(asked) > 0)
         return loss
 
     def _mean_over_processes(self, number: torch.Tensor) -> torch.Tensor:
