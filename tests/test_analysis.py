@@ -142,9 +142,9 @@ def test_similarity_against_plain_loops(rows: int, size: int, dtype: torch.dtype
 def test_similarity_errors(function: Any) -> None:
     x = states(4, 3)
     for bad, message in (
-        (x[0], "expected floating-point states (N, D) with N >= 2, got (3,) float64"),
-        (x[:1], "got (1, 3) float64"),
-        (x.long(), "got (4, 3) int64"),
+        (x[0], "expected floating-point states (N, D) with N >= 2, got float64 (3,) on cpu"),
+        (x[:1], "got float64 (1, 3) on cpu"),
+        (x.long(), "got int64 (4, 3) on cpu"),
         (x / 0, "expected finite states"),
     ):
         with pytest.raises(ArgumentError, match=re.escape(message)):

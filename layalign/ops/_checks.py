@@ -117,8 +117,8 @@ def accepts_mix(backend: str, hidden: Sequence[Tensor], weight: Tensor) -> tuple
     if len(hidden) > MAX_LAYERS or weight.shape[0] > MAX_SLOTS:
         limit = f"{MAX_LAYERS} layers into {MAX_SLOTS} slots"
         return False, f"it mixes at most {limit}, got {len(hidden)} and {weight.shape[0]}"
-    if max(hidden[0].shape) > MAX_SIZE:
-        return False, f"its kernels go up to sizes of {MAX_SIZE}, got {max(hidden[0].shape)}"
+    if any(size > MAX_SIZE for size in hidden[0].shape):  # one by one: a graph would tie open sizes to one another
+        return False, f"its kernels go up to sizes of {MAX_SIZE}, got {tuple(hidden[0].shape)}"
     if backend == "triton":
         return kernel_dtype(hidden[0], wide_tiles=True)
     from layalign.ops import extension

@@ -192,7 +192,8 @@ def _fused(backend: str) -> backends.Implementation:
 def _accepts(backend: str) -> backends.Accepts:
     def accepts(query: Tensor, *rest: Any, **options: Any) -> tuple[bool, str]:
         dtype = _compute_dtype(query)
-        if max(*query.shape, rest[0].shape[2]) > _checks.MAX_SIZE:
+        # One by one: a max() over sizes that an exported graph leaves open would tie them to one another.
+        if any(size > _checks.MAX_SIZE for size in (*query.shape, rest[0].shape[2])):
             return False, f"its kernels go up to sizes of {_checks.MAX_SIZE}"
         if query.shape[-1] > MAX_HEAD_SIZE:
             return False, f"its kernels go up to head size {MAX_HEAD_SIZE}, this is {query.shape[-1]}"
