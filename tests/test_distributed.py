@@ -18,10 +18,13 @@ from distributed_worker import run_evaluation
 from safetensors.torch import load_file
 from tiny_training import TinyParts, save_parts, training_config
 from torch.utils.data import BatchSampler
+from transformers import Trainer
 
+from layalign.errors import ArgumentError
 from layalign.training import TrainConfig, build_model, load_train_config, train
 from layalign.training.checkpoints import checkpoints
 from layalign.training.distributed import EvenShares, weights_of_step
+from layalign.training.trainer import LayAlignTrainer
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5
@@ -187,11 +190,21 @@ def _own(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_ddp_and_fsdp2_equal_one_process(tmp_path: Path) -> None:
-    found = run_engines(tmp_path, [None, "fsdp2"])
+    sharded = hasattr(Trainer, "_prepare_for_training")  # since transformers 5.3
+    found = run_engines(tmp_path, [None, "fsdp2"] if sharded else [None])
     assert found["None"]["kinds"] == {"Parameter": 62}
+    if not sharded:
+        return
     assert found["fsdp2"]["kinds"] == {"DTensor": 62}
     assert found["fsdp2"]["folding"] == "not folded: FSDP2 shards the model"
     check_bytes(found, build_model(load_train_config(settings(TinyParts(*_places(tmp_path)), tmp_path / "none"))))
+
+
+def test_sharding_needs_a_trainer_that_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayAlignTrainer, "sharding", "FSDP2")
+    monkeypatch.delattr(Trainer, "_prepare_for_training", raising=False)
+    with pytest.raises(ArgumentError, match="^sharding: FSDP2 needs transformers 5.3 or later"):
+        train(training_config(save_parts(tmp_path), tmp_path / "out"))
 
 
 def check_bytes(found: dict[str, Any], model: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, __version__, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from layalign._files import writing
@@ -324,6 +324,8 @@ def _trainer(
         guard=StepGuard(config.max_skipped_steps, config.spike_factor),
         callbacks=[GateHistory()],
     )
+    if trainer.sharding is not None and not hasattr(Trainer, "_prepare_for_training"):
+        raise ArgumentError(f"sharding: {trainer.sharding} needs transformers 5.3 or later, this is {__version__}")
     if config.max_skipped_steps and (trainer.sharding or "").startswith("ZeRO"):
         raise ArgumentError(
             f"max_skipped_steps: expected 0 with DeepSpeed, which takes its step inside the backward pass, got "
