@@ -74,12 +74,14 @@ def test_from_start_to_sigterm(tmp_path: Path) -> None:
         assert list(pool.map(ask, questions)) == [(question.text, question.reason) for question in questions]
 
         # A client that closes its connection in the middle of a stream.
-        with connect() as leaving:
-            with leaving.stream("POST", "/v1/completions", json=body) as response:
+        for _ in range(5):  # on a busy machine the whole answer may be there before this process gets to its first line
+            with connect() as leaving, leaving.stream("POST", "/v1/completions", json=body) as response:
                 assert response.status_code == 200
                 next(response.iter_lines())
-                assert metric(client, "layalign_requests_admitted") == 1
-            leaving.close()
+                if metric(client, "layalign_requests_admitted") == 1:
+                    break
+        else:
+            pytest.fail("every stream had ended before it was looked at")
         wait_for(client, "layalign_requests_admitted", 0)
         wait_for(client, "layalign_batch_rows", 0)
         assert metric(client, 'layalign_cancelled_total{reason="disconnect"}') == 1

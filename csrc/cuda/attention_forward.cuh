@@ -71,7 +71,7 @@ DEVICE void online_softmax(float (&score)[N / 8][4], float (&acc)[D / 8][4], flo
 // Merges the staged results of the warps that share rows, and stores the rows: gated and with base, or as a part.
 template <typename T, int D, int ROW_WARPS, int SOURCE_WARPS>
 DEVICE void finish_rows(const AttentionParameters& p, int64_t b, int g, int first, int split, const float* staged,
-                        const float* stats, bool attended) {
+                        const float* stats) {
   constexpr int kRows = 16 * ROW_WARPS, kThreads = 32 * ROW_WARPS * SOURCE_WARPS;
   const float gate = load_any(p.gate, 0, p.gate_dtype);
   LAYALIGN_NO_UNROLL
@@ -94,9 +94,7 @@ DEVICE void finish_rows(const AttentionParameters& p, int64_t b, int g, int firs
       LAYALIGN_UNROLL
       for (int k = 0; k < 4; ++k) x.at[k] += weight[w] * y.at[k];
     }
-    // Zero where nothing is attended. Where all scores are -inf (an infinite key) 0 / 0 is NaN, as in torch; not in a
-    // part, which counts nothing beside the others. A NaN stays one.
-    const float inverse = sum == 0.0f && (p.part || !attended) ? 0.0f : 1.0f / sum;
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // a NaN stays one
     const PackedRow at = packed_row(p, g, first + r);
     const int64_t row = (b * p.length + at.t) * p.heads + at.head;
     const float lse = sum == 0.0f ? -infinity() : reference + log2_of(sum);
@@ -177,7 +175,7 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * SOURCE_WARPS, 1)
     }
   }
   sync_threads();
-  finish_rows<T, D, ROW_WARPS, SOURCE_WARPS>(p, b, g, first, split, staged, stats, range.first < range.end);
+  finish_rows<T, D, ROW_WARPS, SOURCE_WARPS>(p, b, g, first, split, staged, stats);
 }
 
 template <typename T, int D, int ROW_WARPS, int SOURCE_WARPS>
