@@ -7,13 +7,10 @@
 from __future__ import annotations
 
 import math
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from tables import table
+from tables import print_or_fill, table
 
 # mT5-xl's encoder and Llama-2-7B; the aligner reads as many states as the encoder has layers.
 ENCODER = dict(vocab=250112, width=2048, inner=32 * 64, mlp=5120, layers=24, heads=32, buckets=32)
@@ -137,12 +134,7 @@ def evaluation_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = dict(sizes=sizes_table, training=training_table, evaluation=evaluation_table)
-SECTION = re.compile(r"(<!-- estimated: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print("\n".join(make() for make in TABLES.values()), end="")
-    for path in map(Path, sys.argv[1:]):
-        page = path.read_text(encoding="utf-8")
-        path.write_text(SECTION.sub(lambda m: m[1] + TABLES[m["name"]]() + m[3], page), encoding="utf-8")
+    print_or_fill("estimated", TABLES)

@@ -8,15 +8,12 @@ really send, on a small model (``tests/test_distributed.py``); times are not mea
 from __future__ import annotations
 
 import math
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import estimate
-from tables import table
+from tables import print_or_fill, table
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 NODE = 8
@@ -173,12 +170,7 @@ def units_table() -> str:
 TABLES: dict[str, Callable[[], str]] = dict(
     units=units_table, fixed=fixed_table, growing=growing_table, memory=memory_table
 )
-SECTION = re.compile(r"(<!-- scale: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print("\n".join(make() for make in TABLES.values()), end="")
-    for path in map(Path, sys.argv[1:]):
-        page = path.read_text(encoding="utf-8")
-        path.write_text(SECTION.sub(lambda m: m[1] + TABLES[m["name"]]() + m[3], page), encoding="utf-8")
+    print_or_fill("scale", TABLES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown; the first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def print_or_fill(kind: str, tables: Mapping[str, Callable[[], str]]) -> None:
+    """Print the tables, or write each into the named pages, between ``<!-- KIND: NAME -->`` and ``<!-- end -->``."""
+    if len(sys.argv) == 1:
+        print("\n".join(make() for make in tables.values()), end="")
+    section = re.compile(rf"(<!-- {kind}: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    for path in map(Path, sys.argv[1:]):
+        page = path.read_text(encoding="utf-8")
+        path.write_text(section.sub(lambda m: m[1] + tables[m["name"]]() + m[3], page), encoding="utf-8")
 
 
 def provenance(results: Results) -> str:

@@ -107,8 +107,10 @@ class LayAlignTrainer(DistributedTrainer):
             # One process alone cannot run a model that is spread over several.
             rerun = None if self.sharding else lambda batch: model(**self._prepare_inputs(batch))
             self.guard.check(step, model, self._mean_over_processes, rerun)
-            asked = torch.tensor(float(self.stop.requested), device=loss.device)
-            self.stop.agreed = bool(self._mean_over_processes(asked) > 0)
+            self.stop.agreed = self.stop.requested
+            if self.args.world_size > 1:  # one process alone need not wait for its device to know
+                asked = torch.tensor(float(self.stop.requested), device=loss.device)
+                self.stop.agreed = bool(self._mean_over_processes(asked) > 0)
         return loss
 
     def _mean_over_processes(self, number: torch.Tensor) -> torch.Tensor:
