@@ -67,6 +67,13 @@ void run(const Place& where, const Cpu& on_cpu, [[maybe_unused]] const Cuda& on_
 #endif
 }
 
+// The same for what only the CPU has.
+template <typename Call>
+void run_on_cpu(const Call& call) {
+  py::gil_scoped_release unlocked;
+  call();
+}
+
 #ifdef LAYALIGN_HAVE_CUDA
 #define ON_CUDA(function, call) [&](cuda::Launch launch) { cuda::function(call, launch); }
 #else
@@ -94,6 +101,34 @@ void mix_backward(const py::sequence& hidden, py::handle weight, py::handle grad
   const Place at = place(name, where);
   check(call, mix_workspace(call, at.device));
   if (call.dweight || call.dhidden) RUN(at, layer_mix_backward, call);
+}
+
+bool pack_weight(py::handle weight, py::handle packed, int threads) {
+  const char* name = "pack_weight";
+  const PackWeight call{tensor(name, "weight", weight), tensor(name, "packed", packed)};
+  check(call, threads);
+  bool finite = false;
+  run_on_cpu([&] { finite = cpu::pack_weight(call, threads); });
+  return finite;
+}
+
+void projection_forward(const py::sequence& hidden, py::handle mix_weight, py::handle mix_bias, py::handle packed,
+                        bool finite, py::handle bias, const py::sequence& out, int threads) {
+  const char* name = "layer_projection";
+  const auto layers = tensors(name, "hidden", hidden), outs = tensors(name, "out", out);
+  const LayerProjectionForward call{layers.data(), static_cast<int>(layers.size()), tensor(name, "mix_weight", mix_weight),
+                                    tensor(name, "mix_bias", mix_bias), tensor(name, "packed", packed),
+                                    tensor(name, "bias", bias), outs.data(), finite};
+  check(call, outs.size(), threads);
+  run_on_cpu([&] { cpu::layer_projection_forward(call, threads); });
+}
+
+void projection_backward(py::handle x, const py::sequence& grad, py::handle dweight, int threads) {
+  const char* name = "layer_projection_backward";
+  const auto grads = tensors(name, "grad", grad);
+  const LayerProjectionBackward call{tensor(name, "x", x), grads.data(), tensor(name, "dweight", dweight)};
+  check(call, grads.size(), threads);
+  run_on_cpu([&] { cpu::layer_projection_backward(call, threads); });
 }
 
 Attention attention(const char* name, const py::tuple& given) {
@@ -183,6 +218,10 @@ PYBIND11_MODULE(LAYALIGN_MODULE, module) {
   module.def("use_instruction_set", &cpu::use_instruction_set);
   module.def("layer_mix_forward", &mix_forward);
   module.def("layer_mix_backward", &mix_backward);
+  module.def("packed_width", &cpu::packed_width);
+  module.def("pack_weight", &pack_weight);
+  module.def("layer_projection_forward", &projection_forward);
+  module.def("layer_projection_backward", &projection_backward);
   module.def("gated_cross_attention_forward", &forward);
   module.def("gated_decode", &decode);
   module.def("gated_cross_attention_backward", &backward);

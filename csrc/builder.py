@@ -29,8 +29,8 @@ HERE = Path(__file__).resolve().parent
 ARCHS = ("80", "90", "100")  # machine code for these, and PTX of the newest for what comes after
 X86 = ("x86_64", "amd64")
 ISA_FLAGS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512",
-    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mbmi -mprefer-vector-width=512",
+    "avx2": "-mavx2 -mfma -mf16c -mbmi",
     "baseline": "",
     "neon": "",
 }

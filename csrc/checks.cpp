@@ -51,6 +51,7 @@ struct Checker {
 
   // A result, or None: its sizes and dtype, and memory that is written as a whole.
   void contiguous(const char* name, const Tensor& tensor) const {
+    if (elements(tensor) == 0) return;
     int64_t step = 1;
     for (int i = tensor.dims - 1; i >= 0; --i) {
       need(tensor.size[i] <= 1 || tensor.stride[i] == step, name, "expected contiguous memory");
@@ -67,7 +68,8 @@ struct Checker {
   }
 };
 
-void check_layers(const Checker& checker, const Tensor* hidden, int layers, const Tensor& weight) {
+void check_layers(const Checker& checker, const Tensor* hidden, int layers, const Tensor& weight,
+                  const char* weight_name = "weight") {
   if (layers < 1 || layers > kMaxLayers)
     fail(checker.operation, "hidden", "expected 1 to 64 layers, got " + std::to_string(layers));
   checker.need(hidden[0].dims == 3 && floating(hidden[0].dtype), "hidden[0]", "expected a floating tensor (B, S, D)");
@@ -82,10 +84,17 @@ void check_layers(const Checker& checker, const Tensor* hidden, int layers, cons
     checker.dtype(name, hidden[e], hidden[0].dtype);
     checker.unit_last_stride(name, hidden[e]);
   }
-  checker.need(weight.dims == 2 && floating(weight.dtype), "weight", "expected a floating tensor (J, E)");
-  checker.need(weight.size[0] >= 1 && weight.size[0] <= kMaxSlots, "weight", "expected 1 to 256 slots");
-  checker.shape("weight", weight, {weight.size[0], layers});
-  checker.unit_last_stride("weight", weight);
+  checker.need(weight.dims == 2 && floating(weight.dtype), weight_name, "expected a floating tensor (J, E)");
+  checker.need(weight.size[0] >= 1 && weight.size[0] <= kMaxSlots, weight_name, "expected 1 to 256 slots");
+  checker.shape(weight_name, weight, {weight.size[0], layers});
+  checker.unit_last_stride(weight_name, weight);
+}
+
+// One number a slot, or none at all.
+void check_slots(const Checker& checker, const char* name, const Tensor& bias, int64_t slots) {
+  if (!bias) return;
+  checker.need(floating(bias.dtype), name, "expected a floating tensor");
+  checker.shape(name, bias, {slots});
 }
 
 void check_inputs(const Checker& checker, const Attention& in) {
@@ -140,10 +149,7 @@ void check(const LayerMixForward& call) {
   const Checker checker{"layer_mix"};
   check_layers(checker, call.hidden, call.layers, call.weight);
   const Tensor& first = call.hidden[0];
-  if (call.bias) {
-    checker.need(floating(call.bias.dtype), "bias", "expected a floating tensor");
-    checker.shape("bias", call.bias, {call.weight.size[0]});
-  }
+  check_slots(checker, "bias", call.bias, call.weight.size[0]);
   checker.shape("out", call.out, {call.weight.size[0], first.size[0], first.size[1], first.size[2]});
   checker.dtype("out", call.out, first.dtype);
   checker.contiguous("out", call.out);
@@ -174,6 +180,71 @@ void check(const LayerMixBackward& call, int64_t workspace) {
     checker.contiguous("dhidden", call.dhidden);
   }
   checker.workspace(call.workspace, workspace);
+}
+
+namespace {
+
+// What pack_weight makes of a weight (slots, columns, depth).
+void check_packed(const Checker& checker, const Tensor& packed, int64_t slots, int64_t columns, int64_t depth) {
+  const int64_t width = cpu::packed_width();
+  checker.shape("packed", packed, {slots, (columns + width - 1) / width, depth, width});
+  checker.dtype("packed", packed, DType::float32);
+  checker.contiguous("packed", packed);
+}
+
+}  // namespace
+
+void check(const PackWeight& call, int threads) {
+  const Checker checker{"pack_weight"};
+  checker.need(threads >= 1, "threads", "expected at least one");
+  checker.need(call.weight.dims == 3, "weight", "expected a tensor (J, N, K)");
+  checker.dtype("weight", call.weight, DType::float32);
+  checker.unit_last_stride("weight", call.weight);
+  check_packed(checker, call.packed, call.weight.size[0], call.weight.size[1], call.weight.size[2]);
+}
+
+void check(const LayerProjectionForward& call, size_t outs, int threads) {
+  const Checker checker{"layer_projection"};
+  checker.need(threads >= 1, "threads", "expected at least one");
+  check_layers(checker, call.hidden, call.layers, call.mix_weight, "mix_weight");
+  const Tensor& first = call.hidden[0];
+  const int64_t slots = call.mix_weight.size[0];
+  checker.dtype("hidden[0]", first, DType::float32);
+  checker.need(first.size[2] >= 1, "hidden[0]", "expected at least one column");
+  check_slots(checker, "mix_bias", call.mix_bias, slots);
+  checker.need(outs == static_cast<size_t>(slots) && call.out[0].dims == 3, "out", "expected a tensor (B, S, N) a slot");
+  const int64_t columns = call.out[0].size[2];
+  for (size_t j = 0; j < outs; ++j) {
+    checker.shape("out", call.out[j], {first.size[0], first.size[1], columns});
+    checker.dtype("out", call.out[j], DType::float32);
+    checker.contiguous("out", call.out[j]);
+  }
+  const bool shared = call.packed.dims == 4 && call.packed.size[0] == 1;
+  check_packed(checker, call.packed, shared ? 1 : slots, columns, first.size[2]);
+  if (!call.bias) return;
+  checker.shape("bias", call.bias, {slots, columns});
+  checker.dtype("bias", call.bias, DType::float32);
+  checker.unit_last_stride("bias", call.bias);
+}
+
+void check(const LayerProjectionBackward& call, size_t grads, int threads) {
+  const Checker checker{"layer_projection_backward"};
+  checker.need(threads >= 1, "threads", "expected at least one");
+  const Tensor &x = call.x, &sums = call.dweight;
+  checker.need(x.dims == 3 && x.size[0] >= 1 && x.size[2] >= 1, "x", "expected a tensor (J, R, K)");
+  checker.dtype("x", x, DType::float32);
+  checker.contiguous("x", x);
+  checker.need(sums.dims == 3, "dweight", "expected a tensor (1 or J, K, N)");
+  checker.shape("dweight", sums, {sums.size[0] == 1 ? 1 : x.size[0], x.size[2], sums.size[2]});
+  checker.dtype("dweight", sums, DType::float32);
+  checker.contiguous("dweight", sums);
+  checker.need(grads == static_cast<size_t>(x.size[0]), "grad", "expected one a slot");
+  for (size_t j = 0; j < grads; ++j) {
+    if (!call.grad[j]) continue;
+    checker.shape("grad", call.grad[j], {x.size[1], sums.size[2]});
+    checker.dtype("grad", call.grad[j], DType::float32);
+    checker.unit_last_stride("grad", call.grad[j]);
+  }
 }
 
 void check(const AttentionForward& call) {

@@ -16,6 +16,9 @@ void check_tensor(const char* operation, const char* name, const Tensor& tensor)
 
 void check(const LayerMixForward& call);
 void check(const LayerMixBackward& call, int64_t workspace);
+void check(const PackWeight& call, int threads);
+void check(const LayerProjectionForward& call, size_t outs, int threads);
+void check(const LayerProjectionBackward& call, size_t grads, int threads);
 void check(const AttentionForward& call);
 void check(const AttentionDecode& call, int64_t workspace);
 void check(const AttentionBackward& call, int64_t workspace);

@@ -52,6 +52,31 @@ struct LayerMixBackward {
   Tensor workspace;  // fp32, layer_mix_workspace(...) elements; absent where that is 0
 };
 
+// The CPU's layer projection reads weights packed: packed_width() columns side by side, zeros at the end.
+struct PackWeight {
+  Tensor weight;  // (J, N, K) fp32 with a unit last stride
+  Tensor packed;  // (J, ceil(N / width), K, width) fp32 contiguous, written
+};
+
+// out[j] = relu(sum_e mix_weight[j, e] * hidden[e] + mix_bias[j]) @ weight[j].T + bias[j], on the CPU, fp32. The zeros of
+// the relu cost nothing.
+struct LayerProjectionForward {
+  const Tensor* hidden;  // E of (B, S, K), fp32, unit last stride
+  int layers;
+  Tensor mix_weight, mix_bias;  // (J, E) floating, unit last stride; (J) floating or absent
+  Tensor packed;                // of J weights, or of one that all slots share
+  Tensor bias;                  // (J, N) fp32, unit last stride, or absent
+  const Tensor* out;            // J tensors (B, S, N) fp32 contiguous
+  bool finite;                  // whether the packed weight is
+};
+
+// dweight[j] += x[j].T @ grad[j], or all of them into one, on the CPU; in a fixed order, whatever the number of threads.
+struct LayerProjectionBackward {
+  Tensor x;            // (J, R, K) fp32 contiguous
+  const Tensor* grad;  // J tensors (R, N) fp32 with a unit last stride, absent where there is none
+  Tensor dweight;      // (1 or J, K, N) fp32 contiguous, added to
+};
+
 // out[b, t, h] = base[b, t, h] + gate * sum_s softmax_s(query[b, h, t] . key[b, g, s] * scale) * value[b, g, s]
 // with g = h / (H / G); a row whose key_mask is all false contributes zero; what lies under a false mask (NaN, say) has
 // no influence. Softmax and sums in fp32.
@@ -103,6 +128,10 @@ namespace cpu {
 void layer_mix_forward(const LayerMixForward& call, int threads);
 void layer_mix_backward(const LayerMixBackward& call, int threads);
 int64_t layer_mix_workspace(int64_t slots, int64_t layers, int64_t rows, int64_t width);
+int64_t packed_width();
+bool pack_weight(const PackWeight& call, int threads);  // whether the weight is finite
+void layer_projection_forward(const LayerProjectionForward& call, int threads);
+void layer_projection_backward(const LayerProjectionBackward& call, int threads);
 void attention_forward(const AttentionForward& call, int threads);
 void attention_decode(const AttentionDecode& call, int threads);
 void attention_backward(const AttentionBackward& call, int threads);

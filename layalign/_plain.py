@@ -33,16 +33,14 @@ def require_input(name: str, value: Any, linear: Any) -> None:
 
 def reason_against_reading(linear: Any) -> str | None:
     """Why a linear map's weight must not be read directly; None if it may."""
-    name = type(linear).__name__
     if type(linear) is not nn.Linear:
-        return f"{name} is not a plain Linear (quantised, LoRA-wrapped, or fused with others)"
+        return f"{type(linear).__name__} is not a plain Linear (quantised, LoRA-wrapped, or fused with others)"
     if has_hooks(linear) or "forward" in linear.__dict__ or nn.utils.parametrize.is_parametrized(linear):
-        return f"{name} has hooks, a patched forward or parametrizations, which reading its weight would pass by"
+        return "Linear has hooks, a patched forward or parametrizations, which reading its weight would pass by"
     for parameter in linear._parameters.values():  # as attributes, ZeRO-3 would gather them
         if parameter is not None and (against := reason_whole_is_not_here(parameter)) is not None:
             return against
-    weight = linear.weight
-    whole = weight.shape == (linear.out_features, linear.in_features)
-    if type(weight) is not nn.Parameter or not whole or weight.is_meta:
+    weight = linear._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.is_meta or weight.shape != (linear.out_features, linear.in_features):
         return "its weight is sharded or of a tensor type of its own"
     return None

@@ -24,6 +24,7 @@ from layalign import ops, slots
 from layalign._plain import reason_against_reading
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.ops import _checks
+from layalign.ops._packed import PackedWeight
 
 logger = logging.getLogger("layalign")
 
@@ -66,15 +67,16 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
     shapes = set()
     for attention in attentions:
         for name in ("k_proj", "v_proj"):
-            linear = getattr(attention, name, None)
+            linear: Any = attention._modules.get(name)
             if linear is None:
                 return f"{type(attention).__name__} has no {name} of its own"
             problem = reason_against_reading(linear)
             if problem is not None:
                 return f"{name}: {problem}"
-            if any(parameter.requires_grad for parameter in linear.parameters()):
+            weight, bias = _parameters(linear)
+            if weight.requires_grad or (bias is not None and bias.requires_grad):
                 return f"{name} trains"
-            shapes.add((linear.weight.shape, linear.weight.device, linear.bias is None))
+            shapes.add((weight.shape, weight.device, bias is None))
     if len(shapes) != 1:
         return "the layers' key and value maps differ in shape, device or bias"
     if next(iter(shapes))[1] != projector.fc2.weight.device:
@@ -84,30 +86,48 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
 
 @dataclass(frozen=True)
 class Folded:
-    """The folded weight (2L, D_kv, D_e) and bias (2L, D_kv), and what they were made from."""
+    """The folded weight (2L, D_kv, D_e), as it is or packed, the bias (2L, D_kv), and what they were made from."""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None
     key: tuple[Any, ...]
 
 
+# Through the modules' own tables: their attributes cost a microsecond each, and a call asks a hundred of them.
+
+
 def _maps(attentions: Sequence[Any]) -> list[nn.Linear]:
-    return [linear for attention in attentions for linear in (attention.k_proj, attention.v_proj)]
+    return [attention._modules[name] for attention in attentions for name in ("k_proj", "v_proj")]
+
+
+def _parameters(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """(weight, bias) of a linear map that :func:`reason_against_reading` has passed."""
+    own: Any = linear._parameters
+    return own["weight"], own.get("bias")
 
 
 @torch.no_grad()
-def _fold(fc2: nn.Linear, maps: Sequence[nn.Linear], dtype: torch.dtype, key: tuple[Any, ...]) -> Folded:
+def _fold(
+    fc2: nn.Linear, maps: Sequence[nn.Linear], dtype: torch.dtype, key: tuple[Any, ...], packed: bool = False
+) -> Folded:
     wide = torch.float64 if dtype == torch.float64 else torch.float32  # one rounding, at the end
     inner = fc2.weight.to(wide)
     if fc2.bias is not None:
         inner = torch.cat([inner, fc2.bias.to(wide)[:, None]], dim=1)  # W_i @ [W2 | b2]
     shape = len(maps), maps[0].out_features
-    weight = torch.empty((*shape, fc2.in_features), dtype=dtype, device=inner.device)
+    weight: Tensor | PackedWeight
+    if packed:
+        weight = PackedWeight(*shape, fc2.in_features)
+    else:
+        weight = torch.empty((*shape, fc2.in_features), dtype=dtype, device=inner.device)
     has_bias = fc2.bias is not None or maps[0].bias is not None
     bias = torch.zeros(shape, dtype=dtype, device=inner.device) if has_bias else None
     for slot, linear in enumerate(maps):
         product = linear.weight.to(wide) @ inner
-        weight[slot] = product[:, : fc2.in_features]
+        if isinstance(weight, PackedWeight):
+            weight.put(slice(slot, slot + 1), product[None, :, : fc2.in_features])
+        else:
+            weight[slot] = product[:, : fc2.in_features]
         if bias is not None:
             offset = product[:, fc2.in_features :].sum(dim=1)  # one column, or none
             bias[slot] = offset if linear.bias is None else offset + linear.bias.to(wide)
@@ -122,6 +142,7 @@ class _Fold(torch.autograd.Function):
         ctx: Any, weight: Tensor, bias: Tensor | None, folded: Folded, maps: Sequence[nn.Linear]
     ) -> tuple[Tensor, Tensor | None]:
         ctx.maps, ctx.dtypes = maps, (weight.dtype, None if bias is None else bias.dtype)
+        assert isinstance(folded.weight, Tensor)
         # Views: the cached tensors serve later calls too.
         return folded.weight.view_as(folded.weight), None if folded.bias is None else folded.bias.view_as(folded.bias)
 
@@ -202,10 +223,14 @@ class Folding:
         if against is not None:
             return None
         fc1, fc2, maps = projector.fc1, projector.fc2, _maps(attentions)
-        folded = self._current(fc2, maps, hidden[0])
+        by_slots = slots.useful(projector, hidden)
+        packed = by_slots and slots.packable(projector, hidden, maps[0].out_features)
+        packed = packed and not slots.differentiated(projector, hidden)
+        folded = self._current(fc2, maps, hidden[0], packed)
         weight, bias = folded.weight, folded.bias
-        if slots.useful(projector, hidden):
+        if by_slots:
             return slots.project(projector, hidden, weight, bias, maps)
+        assert isinstance(weight, Tensor)
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (fc2.weight, fc2.bias)):
             weight, bias = _Fold.apply(fc2.weight, fc2.bias, folded, maps)
         return ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl).unbind(0)
@@ -234,16 +259,17 @@ class Folding:
         needed *= MARGIN
         return None if rows >= needed else f"{rows} rows a call, folding pays from {needed:.0f}"
 
-    def _current(self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor) -> Folded:
+    def _current(self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor, packed: bool) -> Folded:
         dtype = like.dtype
         if torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(like.device.type)
-        parameters = [p for linear in (fc2, *maps) for p in (linear.weight, linear.bias) if p is not None]
-        key = (dtype, STEPS[0], *((id(p), p.data_ptr(), p._version) for p in parameters))
+        parameters = [p for linear in (fc2, *maps) for p in _parameters(linear) if p is not None]
+        packed = packed and dtype == torch.float32
+        key = (dtype, packed, STEPS[0], *((id(p), p.data_ptr(), p._version) for p in parameters))
         if self._folded is None or self._folded.key != key:
             self._folded = None  # the old one's memory first
             with _checks.without_autocast(like):
-                self._folded = _fold(fc2, maps, dtype, key)
+                self._folded = _fold(fc2, maps, dtype, key, packed)
         return self._folded
 
     def _say(self, against: str | None) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from layalign import ops
 from layalign._plain import has_hooks, reason_against_reading
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.ops import _checks
+from layalign.ops import _checks, _direct, _packed
+from layalign.ops._packed import PackedWeight
 
 GROUP_BYTES = 2**24  # of x at once: stays in a third-level cache
 FEW_ROWS = 256  # below them, one slot's product does not fill the cores
@@ -36,10 +37,20 @@ def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool
     return all(reason_against_reading(linear) is None for linear in (projector.fc1, projector.fc2))
 
 
+def differentiated(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
+    """Whether autograd follows a call."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*projector.parameters(), *hidden))
+
+
+def packable(projector: WeightedLinearProjector, hidden: Sequence[Tensor], columns: int) -> bool:
+    """Whether folded maps (2L, columns, D_e) are best kept packed for the C++ kernel, if no gradients are wanted."""
+    return projector.impl in ("auto", "cpp") and _packed.serves(hidden, columns) and _direct.plain(hidden)
+
+
 def project(
     projector: WeightedLinearProjector,
     hidden: Sequence[Tensor],
-    weight: Tensor | None = None,
+    weight: Tensor | PackedWeight | None = None,
     bias: Tensor | None = None,
     outer: Sequence[nn.Linear] = (),
 ) -> list[Tensor]:
@@ -48,6 +59,7 @@ def project(
     Args:
         hidden: E tensors (B, S, D_e).
         weight, bias: folded, (2L, D_out, D_e) and (2L, D_out) or None; by default the projector's own for every slot.
+            A packed weight is for calls that nobody differentiates.
         outer: with ``weight``, the 2L frozen maps that were folded into it.
 
     Source: LayAlign, layer-wise aligner; gradients: dW2 = sum_j (dy[j].T @ x[j]), each led by Wk.T where folded.
@@ -55,20 +67,37 @@ def project(
     fc1, fc2 = projector.fc1, projector.fc2
     hidden = _checks.autocast(hidden)
     kept = _Kept(projector.impl, weight, bias, outer)
-    return list(_Slots.apply(kept, fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden))
+    inputs = fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden
+    direct = _direct.plain(inputs) and not differentiated(projector, hidden)
+    return list(_forward(kept, *inputs) if direct else _Slots.apply(kept, *inputs))
 
 
 class _Kept:
     """What a call keeps beside its tensors with gradients."""
 
-    def __init__(self, impl: str, weight: Tensor | None, bias: Tensor | None, outer: Sequence[nn.Linear]) -> None:
+    def __init__(
+        self, impl: str, weight: Tensor | PackedWeight | None, bias: Tensor | None, outer: Sequence[nn.Linear]
+    ) -> None:
         self.impl, self.weight, self.bias, self.outer = impl, weight, bias, outer
+
+    def packed(
+        self, hidden: Sequence[Tensor], slots: int, inner: Tensor, inner_bias: Tensor | None
+    ) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
+        """(weight, bias) for the C++ kernel, which mixes and multiplies at once; None where it is not to be taken."""
+        if isinstance(self.weight, PackedWeight):
+            return self.weight, self.bias
+        weight, bias = (inner, inner_bias) if self.weight is None else (self.weight, self.bias)
+        weight, bias = _as(hidden[0].dtype, weight, bias)
+        served = self.impl in ("auto", "cpp") and _packed.serves(hidden, weight.shape[-2])
+        if not served or not _direct.plain((*hidden, weight, bias)):
+            return None
+        return (weight, bias) if _packed.pays(hidden, weight, slots) else None
 
     def products(self, x: Tensor, group: slice) -> list[Tensor]:
         """x (slots, B, S, D_e) of a group by the folded maps."""
         if x[0, ..., 0].numel() >= FEW_ROWS:
             return [F.linear(each, *self.map(slot, x.dtype)) for slot, each in enumerate(x.unbind(0), group.start)]
-        assert self.weight is not None
+        assert isinstance(self.weight, Tensor)
         weight, bias = _as(x.dtype, self.weight[group], None if self.bias is None else self.bias[group])
         rows, flat = weight.mT, x.flatten(1, 2)
         y = torch.bmm(flat, rows) if bias is None else torch.baddbmm(bias[:, None], flat, rows)
@@ -76,7 +105,7 @@ class _Kept:
 
     def map(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The folded (W[j], c[j]) in the dtype of x."""
-        assert self.weight is not None
+        assert isinstance(self.weight, Tensor)  # packed ones are for calls without gradients
         return _as(dtype, self.weight[slot], None if self.bias is None else self.bias[slot])
 
 
@@ -90,39 +119,59 @@ def _groups(hidden: Sequence[Tensor], slots: int) -> Iterator[slice]:
     return (slice(begin, min(begin + step, slots)) for begin in range(0, slots, step))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, the sum in the dtype of ``total``."""
-    if left.dtype == right.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left.to(right.dtype) @ right)
-
-
 class _InnerSums:
-    """dW2 and db2, slot by slot; summed in fp32 at least."""
+    """dW2 and db2, group by group; summed in fp32 at least."""
 
     def __init__(self, kept: _Kept, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self._outer = kept.outer
+        self._kept = kept
         wide = torch.promote_types(dtype, torch.float32)
-        self.weight = None if weight is None else torch.zeros_like(weight, dtype=wide)
-        self.bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        self._weight = None if weight is None else weight.new_zeros((weight.shape[1], weight.shape[0]), dtype=wide)
+        self._bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        self._folded: Tensor | None = None  # one slot's gradient of its folded weight
 
-    def add(self, grad: Tensor, x: Tensor, weight: Tensor, slot: int | None = None) -> Tensor:
-        """Take y's gradient (..., D_out) with its x (..., D_e) into account; returns x's gradient, grad @ weight.
+    @property
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """dW2 (D_l, D_e) and db2 (D_l)."""
+        return None if self._weight is None else self._weight.T, self._bias
+
+    def add(self, grads: Sequence[Tensor | None], x: Tensor, group: slice, inner: Tensor) -> Tensor:
+        """Take a group's gradients of y (B, S, D_out) with their x (slots, B, S, D_e) into account.
 
         Args:
-            slot: of a folded weight, whose outer map the sums pass through; None for the projector's own.
+            grads: one a slot; None where nobody used its y.
+            inner: W2.
+
+        Returns:
+            The gradients of x.
         """
-        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        outer = None if slot is None else self._outer[slot].weight
-        if self.weight is not None and outer is None:
-            _add_product(self.weight, rows.T, inputs)
-        elif self.weight is not None and outer is not None:
-            _add_product(self.weight, outer.T, rows.T @ inputs)
-        if self.bias is not None:
-            column = rows.sum(dim=0, dtype=self.bias.dtype)
-            self.bias += column if outer is None else column @ outer.to(column.dtype)
-        return (rows @ weight).view_as(x)
+        found = torch.empty_like(x)
+        folded = self._kept.weight is not None
+        shared = None if folded else inner.to(x.dtype)
+        for place, grad in enumerate(grads):
+            slot, rows = group.start + place, found[place].flatten(0, 1)
+            if grad is None:
+                rows.zero_()
+                continue
+            flat = grad.reshape(-1, grad.shape[-1])
+            torch.mm(flat, self._kept.map(slot, x.dtype)[0] if shared is None else shared, out=rows)
+            if self._bias is not None:
+                column = flat.sum(dim=0, dtype=self._bias.dtype)
+                self._bias += column @ self._kept.outer[slot].weight.to(column.dtype) if folded else column
+        if self._weight is not None and not folded:
+            _packed.add_weight_gradient(self._weight, grads, x)
+        elif self._weight is not None:
+            self._add_folded(self._weight, grads, x, group.start)
+        return found
+
+    def _add_folded(self, weight: Tensor, grads: Sequence[Tensor | None], x: Tensor, first: int) -> None:
+        """The sums pass through each slot's outer map."""
+        for place, grad in enumerate(grads):
+            if grad is None:
+                continue
+            if self._folded is None:
+                self._folded = weight.new_empty((x.shape[-1], grad.shape[-1]))
+            _packed.add_weight_gradient(self._folded.zero_(), [grad], x[place : place + 1])
+            weight.addmm_(self._folded, self._kept.outer[first + place].weight.to(weight.dtype))
 
 
 class _Mixed:
@@ -156,6 +205,28 @@ class _Mixed:
                 total[group if i < 2 else slice(None)] += part
 
 
+def _forward(
+    kept: _Kept,
+    mix_weight: Tensor,
+    mix_bias: Tensor | None,
+    inner: Tensor,
+    inner_bias: Tensor | None,
+    *hidden: Tensor,
+) -> Sequence[Tensor]:
+    packed = kept.packed(hidden, len(mix_weight), inner, inner_bias)
+    if packed is not None:
+        return _packed.project(hidden, mix_weight, mix_bias, *packed)
+    found: list[Tensor] = []
+    for group in _groups(hidden, len(mix_weight)):
+        part_bias = None if mix_bias is None else mix_bias[group]
+        x = ops.layer_mix(hidden, mix_weight[group], part_bias, impl=kept.impl)
+        if kept.weight is None:
+            found += F.linear(x, *_as(x.dtype, inner, inner_bias)).unbind(0)
+        else:
+            found += kept.products(x, group)
+    return found
+
+
 class _Slots(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -170,15 +241,7 @@ class _Slots(torch.autograd.Function):
         ctx.kept = kept
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mix_weight, mix_bias, inner, inner_bias, *hidden)
-        found: list[Tensor] = []
-        for group in _groups(hidden, len(mix_weight)):
-            part_bias = None if mix_bias is None else mix_bias[group]
-            x = ops.layer_mix(hidden, mix_weight[group], part_bias, impl=kept.impl)
-            if kept.weight is None:
-                found += F.linear(x, *_as(x.dtype, inner, inner_bias)).unbind(0)
-                continue
-            found += kept.products(x, group)
-        return tuple(found)
+        return tuple(_forward(kept, mix_weight, mix_bias, inner, inner_bias, *hidden))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -191,18 +254,10 @@ class _Slots(torch.autograd.Function):
         with _checks.without_autocast(hidden[0]):
             for group in _groups(hidden, len(mix_weight)):
                 x = mixed.again(group)
-                parts = grads[group]
-                if ctx.kept.weight is None:  # one product for the whole group
-                    like = next((grad for grad in parts if grad is not None), None)
-                    if like is not None:
-                        whole = [torch.zeros_like(like) if grad is None else grad for grad in parts]
-                        mixed.backward(group, sums.add(torch.stack(whole).to(dtype), x, inner.to(dtype)))
-                    continue
-                x_grad = torch.zeros_like(x)
-                for place, (slot, grad) in enumerate(zip(range(len(mix_weight))[group], parts, strict=True)):
-                    if grad is not None:
-                        x_grad[place] = sums.add(grad.to(dtype), x[place], ctx.kept.map(slot, dtype)[0], slot)
-                mixed.backward(group, x_grad)
+                parts = [None if grad is None else grad.to(dtype) for grad in grads[group]]
+                if any(grad is not None for grad in parts):
+                    mixed.backward(group, sums.add(parts, x, group, inner))
         found = mixed.totals
-        inner_grads = (None if g is None else g.to(p.dtype) for g, p in ((sums.weight, inner), (sums.bias, inner_bias)))
+        pairs = zip(sums.gradients, (inner, inner_bias), strict=True)
+        inner_grads = (None if grad is None else grad.to(p.dtype) for grad, p in pairs)
         return (None, *found[:2], *inner_grads, *found[2:])

@@ -13,17 +13,22 @@
 #include <cpuid.h>
 #endif
 
-#define LAYALIGN_DECLARE(isa)                                            \
-  namespace isa {                                                        \
-  void layer_mix_forward(const LayerMixForward& call, int threads);      \
-  void layer_mix_backward(const LayerMixBackward& call, int threads);    \
-  void attention_forward(const AttentionForward& call, int threads);     \
-  void attention_decode(const AttentionDecode& call, int threads);       \
-  void attention_backward(const AttentionBackward& call, int threads);   \
+#define LAYALIGN_DECLARE(isa)                                                         \
+  namespace isa {                                                                     \
+  void layer_mix_forward(const LayerMixForward& call, int threads);                   \
+  void layer_mix_backward(const LayerMixBackward& call, int threads);                 \
+  int64_t packed_width();                                                             \
+  bool pack_weight(const PackWeight& call, int threads);                              \
+  void layer_projection_forward(const LayerProjectionForward& call, int threads);     \
+  void layer_projection_backward(const LayerProjectionBackward& call, int threads);   \
+  void attention_forward(const AttentionForward& call, int threads);                  \
+  void attention_decode(const AttentionDecode& call, int threads);                    \
+  void attention_backward(const AttentionBackward& call, int threads);                \
   }
-#define LAYALIGN_TABLE(isa, works)                                                                      \
-  Kernels{#isa, works, isa::layer_mix_forward, isa::layer_mix_backward, isa::attention_forward, isa::attention_decode, \
-          isa::attention_backward}
+#define LAYALIGN_TABLE(isa, works)                                                                       \
+  Kernels{#isa, works, isa::layer_mix_forward, isa::layer_mix_backward, isa::packed_width, isa::pack_weight, \
+          isa::layer_projection_forward, isa::layer_projection_backward, isa::attention_forward,             \
+          isa::attention_decode, isa::attention_backward}
 
 namespace layalign::cpu {
 
@@ -47,6 +52,10 @@ struct Kernels {
   bool (*works)();  // on this machine
   void (*layer_mix_forward)(const LayerMixForward&, int);
   void (*layer_mix_backward)(const LayerMixBackward&, int);
+  int64_t (*packed_width)();
+  bool (*pack_weight)(const PackWeight&, int);
+  void (*layer_projection_forward)(const LayerProjectionForward&, int);
+  void (*layer_projection_backward)(const LayerProjectionBackward&, int);
   void (*attention_forward)(const AttentionForward&, int);
   void (*attention_decode)(const AttentionDecode&, int);
   void (*attention_backward)(const AttentionBackward&, int);
@@ -62,7 +71,7 @@ bool has_f16c() {
 }
 [[maybe_unused]] bool has_avx2() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && has_f16c();
 }
 [[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -121,6 +130,14 @@ const Kernels& kernels() {
 void layer_mix_forward(const LayerMixForward& call, int threads) { kernels().layer_mix_forward(call, threads); }
 void layer_mix_backward(const LayerMixBackward& call, int threads) { kernels().layer_mix_backward(call, threads); }
 int64_t layer_mix_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }  // the kernels have scratch of their own
+int64_t packed_width() { return kernels().packed_width(); }
+bool pack_weight(const PackWeight& call, int threads) { return kernels().pack_weight(call, threads); }
+void layer_projection_forward(const LayerProjectionForward& call, int threads) {
+  kernels().layer_projection_forward(call, threads);
+}
+void layer_projection_backward(const LayerProjectionBackward& call, int threads) {
+  kernels().layer_projection_backward(call, threads);
+}
 void attention_forward(const AttentionForward& call, int threads) { kernels().attention_forward(call, threads); }
 void attention_decode(const AttentionDecode& call, int threads) { kernels().attention_decode(call, threads); }
 void attention_backward(const AttentionBackward& call, int threads) { kernels().attention_backward(call, threads); }

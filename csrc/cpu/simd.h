@@ -123,7 +123,7 @@ static inline Vec load(const Half* from) {
 #elif defined(__ARM_NEON)
   return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)from)));
 #else
-  Vec value;
+  Vec value{};
   for (int i = 0; i < kLanes; ++i) value[i] = to_float(from[i]);
   return value;
 #endif

@@ -141,6 +141,130 @@ void check_mix(const MixCase& n) {
   }
 }
 
+// -- layer projection -------------------------------------------------------------------------------------------------
+
+bool sometimes(int64_t one_in) { return below(one_in) == 0; }
+
+// What NaN makes of a sum in double precision it must make of ours: here nothing is left out.
+void same_nan(const std::string& group, const std::string& what, const Array& found, const Exact& exact) {
+  size_t n = 0;
+  found.each([&](int64_t i, int64_t j, int64_t k, int64_t l) {
+    const double want = exact.value[n++], got = found(i, j, k, l);
+    const bool same = std::isnan(want) ? std::isnan(got) : std::isinf(want) ? got == want : std::isfinite(got);
+    if (!same) fail(group, what + ": " + std::to_string(got) + " for " + std::to_string(want));
+  });
+  ++results[group].checks;
+}
+
+// The weights (J, N, K) as the kernels read them.
+Array packed(const Array& weight, int threads, bool* finite) {
+  const int64_t width = cpu::packed_width();
+  Array to(DType::float32, {weight.size[0], (weight.size[1] + width - 1) / width, weight.size[2], width});
+  *finite = cpu::pack_weight({weight, to}, threads);
+  return to;
+}
+
+void check_projection(const MixCase& n, int64_t columns) {
+  const std::string group = "layer_projection", what = n.text() + " N" + std::to_string(columns);
+  const bool shared = below(2) != 0, infinite = sometimes(6);
+  std::vector<Array> hidden, outs;
+  for (int64_t e = 0; e < n.layers; ++e) {
+    const std::vector<int> order = below(2) != 0 ? std::vector<int>{1, 0, 2} : std::vector<int>{0, 1, 2};
+    hidden.push_back(Array(DType::float32, {n.batch, n.length, n.width}, order, below(3)).fill());
+  }
+  const std::vector<Tensor> layers(hidden.begin(), hidden.end());
+  Array mix = Array(DType::float32, {n.slots, n.layers}, {}, below(3)).fill(0.4), mix_bias(DType::float32, {n.slots});
+  mix_bias.fill(one_of({0.0, 0.5, 4.0}));  // about half of x is zero, or less, or nothing
+  Array weight = Array(DType::float32, {shared ? 1 : n.slots, columns, n.width}, {0, 1, 2}, below(3)).fill();
+  Array bias = Array(DType::float32, {n.slots, columns}, {}, below(3)).fill();
+  const bool mix_biased = below(3) != 0, biased = below(3) != 0;
+  if (infinite && weight.elements > 0) {
+    const double value = one_of({kNan, kInfinity, -kInfinity});
+    write(weight.data, DType::float32, weight.offset(below(weight.size[0]), below(columns), below(n.width)), value);
+  }
+  bool finite = false;
+  const Array whole = packed(weight, 1, &finite);
+  if (finite == (infinite && weight.elements > 0)) fail(group, what + ": an infinity in the weight was not seen");
+  for (int64_t j = 0; j < n.slots; ++j) outs.push_back(Array(DType::float32, {n.batch, n.length, columns}));
+  for (int threads : {1, 2, 3}) {
+    std::vector<Array> found;
+    for (const Array& out : outs) found.push_back(out.fresh());
+    const std::vector<Tensor> to(found.begin(), found.end());
+    const LayerProjectionForward call{layers.data(), static_cast<int>(n.layers), mix, mix_biased ? mix_bias : Tensor{},
+                                      whole, biased ? bias : Tensor{}, to.data(), finite};
+    cpu::layer_projection_forward(call, threads);
+    for (size_t j = 0; threads > 1 && j < outs.size(); ++j) same_bits(group, what, outs[j], found[j]);
+    outs = found;
+  }
+  std::vector<double> x(static_cast<size_t>(n.width)), sizes(x.size());
+  for (int64_t j = 0; j < n.slots; ++j) {
+    Exact exact(n.batch * n.length * columns);
+    size_t at = 0;
+    for (int64_t row = 0; row < n.batch * n.length; ++row) {
+      for (int64_t k = 0; k < n.width; ++k) {
+        double total = mix_biased ? mix_bias(j) : 0, terms = std::fabs(total);
+        for (int64_t e = 0; e < n.layers; ++e) {
+          const double term = mix(j, e) * hidden[static_cast<size_t>(e)](row / n.length, row % n.length, k);
+          total += term, terms += std::fabs(term);
+        }
+        x[static_cast<size_t>(k)] = std::max(total, 0.0), sizes[static_cast<size_t>(k)] = total > -1e-5 * terms ? terms : 0;
+      }
+      for (int64_t c = 0; c < columns; ++c, ++at) {
+        exact.value[at] = biased ? bias(j, c) : 0, exact.terms[at] = std::fabs(exact.value[at]);
+        for (int64_t k = 0; k < n.width; ++k) {
+          const double w = weight(shared ? 0 : j, c, k);
+          exact.value[at] += x[static_cast<size_t>(k)] * w, exact.terms[at] += sizes[static_cast<size_t>(k)] * std::fabs(w);
+        }
+      }
+    }
+    if (infinite) same_nan(group, what, outs[static_cast<size_t>(j)], exact);
+    else compare(group, what, outs[static_cast<size_t>(j)], exact, 4);
+  }
+}
+
+void check_projection_backward(int64_t slots, int64_t rows, int64_t width, int64_t columns) {
+  const std::string group = "layer_projection backward", what = "J" + std::to_string(slots) + " R" + std::to_string(rows) +
+                            " K" + std::to_string(width) + " N" + std::to_string(columns);
+  const bool shared = below(2) != 0, infinite = sometimes(6);
+  Array x = Array(DType::float32, {slots, rows, width}).fill();
+  const double above = one_of({0.0, 0.0, 1.0, -5.0});  // half of x is zero, most of it, or nothing
+  x.each([&](int64_t j, int64_t r, int64_t k, int64_t) {
+    write(x.data, DType::float32, x.offset(j, r, k), x(j, r, k) > above ? x(j, r, k) : 0);
+  });
+  std::vector<Array> grads;
+  std::vector<Tensor> given;
+  for (int64_t j = 0; j < slots; ++j) {
+    grads.push_back(Array(DType::float32, {rows, columns}, {0, 1}, below(3)).fill());
+    given.push_back(sometimes(5) ? Tensor{} : grads.back());
+  }
+  if (infinite && grads[0].elements > 0) {
+    write(grads[0].data, DType::float32, grads[0].offset(below(rows), below(columns)), one_of({kNan, kInfinity}));
+  }
+  const Array before = Array(DType::float32, {shared ? 1 : slots, width, columns}).fill();
+  Array first;
+  for (int threads : {1, 2, 3}) {
+    Array found = before.fresh();
+    std::memcpy(found.data, before.data, static_cast<size_t>(before.elements) * 4);
+    cpu::layer_projection_backward({x, given.data(), found}, threads);
+    if (threads > 1) same_bits(group, what, first, found);
+    first = found;
+  }
+  Exact exact(before.elements);
+  size_t at = 0;
+  first.each([&](int64_t group_, int64_t k, int64_t c, int64_t) {
+    exact.value[at] = before(group_, k, c), exact.terms[at] = std::fabs(exact.value[at]);
+    for (int64_t j = shared ? 0 : group_; j < (shared ? slots : group_ + 1); ++j) {
+      for (int64_t r = 0; given[static_cast<size_t>(j)] && r < rows; ++r) {
+        const double term = x(j, r, k) * grads[static_cast<size_t>(j)](r, c);
+        exact.value[at] += term, exact.terms[at] += std::fabs(term);
+      }
+    }
+    ++at;
+  });
+  if (infinite) same_nan(group, what, first, exact);
+  else compare(group, what, first, exact, 4);
+}
+
 // -- attention --------------------------------------------------------------------------------------------------------
 
 AttentionData attention_data(const AttentionCase& n) {
@@ -239,7 +363,27 @@ void check_attention(const AttentionCase& n) {
 
 // -- what is checked --------------------------------------------------------------------------------------------------
 
+void check_projections(int cases) {
+  check_projection({2, 37, 100, 8, 24, DType::float32}, 130);
+  check_projection({1, 150, 512, 8, 4, DType::float32}, 64);  // more rows and slots than a task takes
+  check_projection({2, 0, 16, 2, 4, DType::float32}, 5);
+  check_projection({1, 3, 16, 2, 4, DType::float32}, 0);
+  check_projection({1, 2, 3000, 2, 3, DType::float32}, 7);  // x of one slot is more than a task mixes at a time
+  check_projection_backward(3, 200, 300, 70);
+  check_projection_backward(2, 30, 40, 1100);  // more tiles than a task sums up
+  check_projection_backward(2, 0, 8, 8);
+  check_projection_backward(2, 8, 8, 0);
+  for (int i = 0; i < cases; ++i) {
+    const int64_t layers = one_of<int64_t>({1, 2, 7, 8, 13}), slots = one_of<int64_t>({1, 2, 6, 7});
+    const int64_t width = one_of<int64_t>({1, 7, 16, 47, 48, 49, 64, 97, 130});
+    const int64_t columns = one_of<int64_t>({1, 3, 15, 16, 17, 33, 50, 64, 70, 100, 128, 129, 200});
+    check_projection({1 + below(3), 1 + below(40), width, layers, slots, DType::float32}, columns);
+    check_projection_backward(slots, 1 + below(210), width, columns);
+  }
+}
+
 void check_all(int cases) {
+  check_projections(cases);
   for (DType type : {DType::float32, DType::bfloat16, DType::float16}) {
     const MixCase mixes[] = {{1, 1, 1, 1, 2, type},   {2, 3, 7, 3, 6, type},  {1, 5, 2048, 24, 64, type},
                              {2, 9, 512, 8, 24, type}, {1, 2, 17, 64, 256, type}, {0, 3, 16, 2, 4, type},

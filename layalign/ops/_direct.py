@@ -7,7 +7,7 @@ them is at work, the launcher is called; in any doubt the registered operation i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,30 +23,35 @@ try:
         torch._C._len_torch_function_stack,
         torch._C._functorch.peek_interpreter_stack,
         torch._C._get_tracing_state,
-        torch.autograd._profiler_enabled,
     )
+    _profiling: Callable[[], bool] = torch.autograd._profiler_enabled
     _ = forward_ad._current_level
 except AttributeError:
     _WATCHERS = ()
 
 
-def unobserved(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether nothing would notice that a call's registered operation is skipped.
+def plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the memory of a call's tensors may be read past the dispatcher.
 
     False under ``torch.compile``, ``torch.export``, ``torch.jit.trace``, functional transforms, dispatch and function
-    modes, forward-mode differentiation and the profiler; for a tensor that is a subclass or a lazily negated view; and
-    where a gradient is asked for. ``tensors`` are all tensors of the call; None stands for one that was not given.
+    modes and forward-mode differentiation; and for a tensor that is a subclass or a lazily negated view. ``tensors``
+    are all tensors of the call; None stands for one that was not given.
     """
     if torch.compiler.is_compiling() or not _WATCHERS or any(watch() for watch in _WATCHERS):
         return False
     if forward_ad._current_level >= 0:
         return False
-    training = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or (training and tensor.requires_grad):
-            return False
-        if tensor.is_neg() or tensor._is_zerotensor():
-            return False  # its memory does not hold its values: the dispatcher brings them there
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
+            return False  # neg, zero: its memory does not hold its values, the dispatcher brings them there
     return True
+
+
+def unobserved(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing would notice that a call's registered operation is skipped.
+
+    False where its tensors are not :func:`plain`, under the profiler, and where a gradient is asked for.
+    """
+    if not plain(tensors) or _profiling():
+        return False
+    return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))

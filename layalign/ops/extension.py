@@ -197,6 +197,39 @@ def layer_mix_backward(
     return dweight, dbias, dhidden
 
 
+def pack_weight(weight: Tensor, packed: Tensor) -> bool:
+    """weight (J, N, K) fp32 into packed (J, tiles, K, width), contiguous; returns whether the weight is finite."""
+    weight = unit(weight)
+    arguments = describe(weight), describe(packed), torch.get_num_threads()
+    return _call("cpp", weight.device, "pack_weight", *arguments)  # type: ignore[no-any-return]
+
+
+def layer_projection_forward(
+    hidden: Sequence[Tensor],
+    mix_weight: Tensor,
+    mix_bias: Tensor | None,
+    packed: Tensor,
+    finite: bool,
+    bias: Tensor | None,
+    outs: Sequence[Tensor],
+) -> None:
+    """The C++ kernel's: hidden E of (B, S, K) fp32, packed (1 or J, ...), bias (N,) or (J, N), into J (B, S, N)."""
+    slots = mix_weight.shape[0]
+    mix_weight, mix_bias = unit(float_like(mix_weight)), None if mix_bias is None else float_like(mix_bias).contiguous()
+    bias = None if bias is None else unit(bias).expand(slots, bias.shape[-1])
+    layers, _kept = describe_layers(hidden)
+    mix = layers, describe(mix_weight), describe(mix_bias)
+    projection = describe(packed), finite, describe(bias), [describe(out) for out in outs]
+    _call("cpp", hidden[0].device, "layer_projection_forward", *mix, *projection, torch.get_num_threads())
+
+
+def layer_projection_backward(x: Tensor, grads: Sequence[Tensor | None], dweight: Tensor) -> None:
+    """The C++ kernel's: dweight (1 or J, K, N) += x (J, R, K) transposed times grads, J of (R, N) or None, all fp32."""
+    kept = [None if grad is None else unit(grad) for grad in grads]
+    arguments = describe(x), [describe(grad) for grad in kept], describe(dweight), torch.get_num_threads()
+    _call("cpp", x.device, "layer_projection_backward", *arguments)
+
+
 def _inputs(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor | None, mask: Tensor | None, scale: Any
 ) -> tuple[tuple[Any, ...], list[Tensor | None]]:

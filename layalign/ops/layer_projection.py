@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layalign import reference
 from layalign.errors import ArgumentError, BackendError
-from layalign.ops import _checks, _direct, backends, plans
+from layalign.ops import _checks, _direct, _packed, backends, plans
 
 
 def _torch(
@@ -61,9 +61,14 @@ def _run(
     if plan == "fused":
         launch = backends.launcher(backend, "layer_projection", "layer_projection_forward")
         return launch(hidden, mix_weight, mix_bias, weight, bias)  # type: ignore[no-any-return]
+    dtype = hidden[0].dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if backend == "cpp" and _packed.serves(hidden, weight.shape[-2]) and _packed.pays(hidden, weight, len(mix_weight)):
+        y = hidden[0].new_empty((len(mix_weight), *hidden[0].shape[:2], weight.shape[-2]))
+        _packed.project(hidden, mix_weight, mix_bias, weight, bias, y.unbind(0))
+        return y
     x = backends.launcher(backend, "layer_mix", "layer_mix_forward")(hidden, mix_weight, mix_bias)
-    dtype = x.dtype
-    return _project(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return _project(x, weight, bias)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -116,12 +121,7 @@ def _backward_op(
     empty = x.new_empty(0)
     found = [empty] * 5
     if need_weight:
-        pair = grad.flatten(1, 2), x.flatten(1, 2)
-        if weight.dim() == 3:
-            product = torch.bmm(pair[0].mT, pair[1])
-        else:
-            product = pair[0].flatten(0, 1).mT @ pair[1].flatten(0, 1)
-        found[2] = product.to(weight.dtype)
+        found[2] = _weight_gradient(grad, x, weight, backend).to(weight.dtype)
     if bias_dims:
         found[3] = grad.sum(dim=(0, 1, 2) if bias_dims == 1 else (1, 2), dtype=torch.float32)
     if need_mix or need_hidden:
@@ -134,6 +134,18 @@ def _backward_op(
         if parts[2] is not None:
             found[4] = parts[2]
     return [part.clone() if part is empty else part for part in found]  # an op's outputs must not share memory
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """grad[j].T @ x[j], their sum for a weight that the slots share; in the layout of ``weight``."""
+    pair = grad.flatten(1, 2), x.flatten(1, 2)
+    if backend == "cpp" and weight.dim() == 2:
+        total = x.new_zeros((x.shape[-1], weight.shape[0]))
+        _packed.add_weight_gradient(total, pair[0].unbind(0), pair[1])
+        return total.T.contiguous()
+    if weight.dim() == 3:
+        return torch.bmm(pair[0].mT, pair[1])
+    return pair[0].flatten(0, 1).mT @ pair[1].flatten(0, 1)
 
 
 @torch.library.register_fake(_BACKWARD)

@@ -1,0 +1,186 @@
+// y[j] = relu(sum_e mix[j, e] * hidden[e] + mix_bias[j]) @ weight[j].T + bias[j], without x, the relu's result, in memory.
+//
+// Shapes: a task takes some slots and up to kRows rows. It mixes x (slots, rows, K) into scratch, of which kMixed floats
+// stay in the second-level cache, and multiplies slot after slot by the tiles of its packed weight (relu_product.h).
+// Arithmetic: rows (E K + zeros-free share of K N) multiply-adds a slot; bytes: weight once per kRows rows, a tile ahead
+// of its use; hidden once per group of slots, which is why it pays only where E is small against slots * N.
+// Scratch per thread: kMixed + kRows * (kWidth + K / 16) + E * kChunk floats, 0.7 MiB for K = 512, E = 8.
+#include "relu_product.h"
+
+namespace layalign::cpu::LAYALIGN_ISA {
+namespace {
+
+constexpr int64_t kRows = 64;
+constexpr int64_t kMixed = 1 << 17;           // floats of x in scratch: 512 KiB
+constexpr int64_t kChunk = 256;               // columns mixed at a time
+constexpr int64_t kStreamedBytes = 16 << 20;  // results from this size on are not looked for in the caches
+constexpr double kWorthwhile = 0.85;          // share of x that is not zero above which zeros are multiplied like others
+
+// C = relu(bias[i] + A B), to (slots, rows, K).
+struct Relu {
+  float* data;
+  int64_t row, count;
+  const float* bias;
+  Vec first(int64_t i, int64_t) const { return splat(bias[i]); }
+  void last(int64_t i, int64_t column, Vec value) const {
+    float* to = data + i * row + column;
+    if (column + kLanes <= count) store(to, relu(value));
+    else store_first(to, relu(value), count - column);
+  }
+};
+
+struct Sizes {
+  int64_t slots, layers, batch, length, rows, depth, columns;  // 2L, E, B, S, B * S, D_e, D_out
+  int64_t tiles, blocks;
+  int64_t row_parts, groups;  // of the rows and of the slots
+
+  Sizes(const LayerProjectionForward& call, int threads)
+      : slots(call.mix_weight.size[0]),
+        layers(call.layers),
+        batch(call.hidden[0].size[0]),
+        length(call.hidden[0].size[1]),
+        rows(batch * length),
+        depth(call.hidden[0].size[2]),
+        columns(call.out[0].size[2]),
+        tiles(ceil_div(columns, kWidth)),
+        blocks(ceil_div(depth, kDepth)),
+        row_parts(ceil_div(rows, kRows)) {
+    const int64_t together = smaller(slots, larger(1, kMixed / larger(1, kRows * depth)));
+    groups = ceil_div(slots, together);
+    groups *= parts_for(groups * row_parts, together, threads);
+    groups = smaller(groups, slots);
+  }
+  int64_t group_slots() const { return ceil_div(slots, groups); }
+};
+
+struct Buffers {
+  float *x, *chunk, *sums;
+  uint64_t* words;
+
+  static int64_t size(const Sizes& n) {
+    return round_up(n.group_slots() * kRows * n.depth, 16) + n.layers * kChunk + kRows * (kWidth + 2 * n.blocks);
+  }
+  Buffers(const Sizes& n, float* memory) : x(memory) {
+    chunk = x + round_up(n.group_slots() * kRows * n.depth, 16);
+    sums = chunk + n.layers * kChunk;
+    words = reinterpret_cast<uint64_t*>(sums + kRows * kWidth);
+  }
+};
+
+// Some slots and rows of one call.
+struct Part {
+  const LayerProjectionForward& call;
+  const Sizes& n;
+  const Buffers& own;
+  const float *mix_weight, *mix_bias;
+  int64_t first, rows;
+  bool streamed;
+
+  void mix(int64_t slot, int64_t slots) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t b = (first + i) / n.length, s = (first + i) % n.length;
+      for (int64_t d = 0; d < n.depth; d += kChunk) {
+        const int64_t wide = smaller(kChunk, n.depth - d);
+        for (int64_t e = 0; e < n.layers; ++e) {
+          widen(DType::float32, at(call.hidden[e], b, s, d), wide, own.chunk + e * kChunk);
+        }
+        const Left left{mix_weight + slot * n.layers, n.layers, 1};
+        const Relu to{own.x + i * n.depth + d, rows * n.depth, wide, mix_bias + slot};
+        multiply(slots, ceil_div(wide, kLanes), n.layers, left, Right{own.chunk, kChunk}, to);
+      }
+    }
+  }
+
+  void project(int64_t slot, const float* x) const {
+    const int64_t found = mark(x, n.depth, rows, n.depth, own.words);
+    const bool sparse = call.finite && static_cast<double>(found) <= kWorthwhile * static_cast<double>(rows * n.depth);
+    const float* weight = floats(call.packed) + (call.packed.size[0] == 1 ? 0 : slot) * n.tiles * n.depth * kWidth;
+    for (int64_t t = 0; t < n.tiles; ++t) {
+      const int64_t column = t * kWidth, wide = smaller(kWidth, n.columns - column);
+      for (int64_t k = 0; k < n.depth; k += kDepth) {
+        const float* tile = weight + (t * n.depth + k) * kWidth;
+        const uint64_t* words = own.words + k / kDepth * rows;
+        const Step step{x + k, n.depth, rows, words, tile, tile + kDepth * kWidth, own.sums, k > 0};
+        if (sparse) multiply_marked(step, wide);
+        else multiply_full(step, smaller(kDepth, n.depth - k), wide);
+      }
+      put(slot, column, wide);
+    }
+  }
+
+  // The sums and the bias, to `columns` of the result.
+  void put(int64_t slot, int64_t column, int64_t columns) const {
+    const float* bias = call.bias ? floats(call.bias) + slot * call.bias.stride[0] + column : nullptr;
+    Vec start[kVecs] = {};
+    for (int64_t c = 0; bias != nullptr && c < columns; c += kLanes) {
+      start[c / kLanes] = c + kLanes <= columns ? load(bias + c) : load_first(bias + c, columns - c);
+    }
+    const float* sums = own.sums;
+    float* to = static_cast<float*>(call.out[slot].data) + first * n.columns + column;
+    for (int64_t i = 0; i < rows; ++i, sums += kWidth, to += n.columns) {
+      int64_t c = 0;
+      for (; c + kLanes <= columns; c += kLanes) {
+        const Vec value = load(sums + c) + start[c / kLanes];
+        if (streamed) stream(to + c, value);
+        else store(to + c, value);
+      }
+      if (c < columns) store_first(to + c, load(sums + c) + start[c / kLanes], columns - c);
+    }
+  }
+};
+
+bool streamable(const LayerProjectionForward& call, const Sizes& n) {
+  bool aligned = n.columns % (kStreamBytes / 4) == 0 && n.slots * n.rows * n.columns * 4 >= kStreamedBytes;
+  for (int64_t j = 0; j < n.slots; ++j) {
+    aligned = aligned && reinterpret_cast<uintptr_t>(call.out[j].data) % kStreamBytes == 0;
+  }
+  return aligned;
+}
+
+}  // namespace
+
+int64_t packed_width() { return kWidth; }
+
+bool pack_weight(const PackWeight& call, int threads) {
+  const int64_t slots = call.weight.size[0], columns = call.weight.size[1], depth = call.weight.size[2];
+  const int64_t tiles = ceil_div(columns, kWidth);
+  const Scratch whole(slots * tiles);
+  parallel(slots * tiles, threads, [&](int64_t task, int) {
+    const int64_t j = task / tiles, column = task % tiles * kWidth, count = smaller(kWidth, columns - column);
+    const float* from = floats(call.weight) + j * call.weight.stride[0] + column * call.weight.stride[1];
+    float* to = static_cast<float*>(call.packed.data) + task * depth * kWidth;
+    if (count < kWidth) memset(to, 0, sizeof(float) * static_cast<size_t>(depth * kWidth));
+    whole.data[task] = turn(from, call.weight.stride[1], count, depth, to, kWidth) ? 1.0f : 0.0f;
+  });
+  bool all = true;
+  for (int64_t task = 0; task < slots * tiles; ++task) all = all && whole.data[task] != 0;
+  return all;
+}
+
+void layer_projection_forward(const LayerProjectionForward& call, int threads) {
+  const Sizes n(call, threads);
+  if (n.rows * n.columns == 0) return;
+  const int64_t each = round_up(Buffers::size(n), 16);
+  const Scratch memory(threads * each), mix_weight(n.slots * n.layers), mix_bias(n.slots);
+  for (int64_t j = 0; j < n.slots; ++j) {
+    const Tensor& weight = call.mix_weight;
+    for (int64_t e = 0; e < n.layers; ++e) {
+      mix_weight.data[j * n.layers + e] = number(weight, j * weight.stride[0] + e * weight.stride[1]);
+    }
+    mix_bias.data[j] = call.mix_bias ? number(call.mix_bias, j * call.mix_bias.stride[0]) : 0;
+  }
+  const bool streamed = streamable(call, n);
+
+  parallel(n.groups * n.row_parts, threads, [&](int64_t task, int worker) {
+    const int64_t group = task / n.row_parts, row_part = task % n.row_parts;
+    const int64_t first = n.rows * row_part / n.row_parts, rows = n.rows * (row_part + 1) / n.row_parts - first;
+    const int64_t slot = n.slots * group / n.groups, last = n.slots * (group + 1) / n.groups;
+    const Buffers own(n, memory.data + worker * each);
+    const Part part{call, n, own, mix_weight.data, mix_bias.data, first, rows, streamed};
+    part.mix(slot, last - slot);
+    for (int64_t j = slot; j < last; ++j) part.project(j, own.x + (j - slot) * rows * n.depth);
+    if (streamed) stream_end();
+  });
+}
+
+}  // namespace layalign::cpu::LAYALIGN_ISA

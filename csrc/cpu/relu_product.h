@@ -1,0 +1,143 @@
+// Products with what a relu has left: about half of it is zero, and a zero's multiply-adds are not done.
+//
+// C (M, N) = A (M, depth) B (depth, N), with zeros in A. B lies in tiles of kDepth rows and kWidth columns that fit the
+// first-level cache. For every row of A and tile, the bits of a word say which numbers are not zero; the row walks over
+// them: one broadcast and kVecs multiply-adds with operands from the tile each, the sums in registers. A core that loads
+// a register for nearly every multiply-add does that at the rate of a dense product, over half of the numbers.
+// Zeros only vanish next to finite numbers: where B has an infinity or NaN, and where A has few zeros, it is multiplied
+// in full. The order of a row's sum is fixed by its own zeros: its bits do not depend on the rows beside it.
+#pragma once
+
+#include "tiles.h"
+
+namespace layalign::cpu::LAYALIGN_ISA {
+
+constexpr int kVecs = 8;                            // registers across a tile
+constexpr int64_t kWidth = kVecs * kLanes;          // columns of a tile
+constexpr int64_t kDepth = kLanes == 16 ? 48 : 64;  // rows of a tile, of at most 24 KiB; no more than a word has bits
+
+static inline const float* floats(const Tensor& x) { return static_cast<const float*>(x.data); }
+
+// Bit k says that from[k] is not zero (NaN is not), for k < count <= 64.
+static inline uint64_t nonzero(const float* from, int64_t count) {
+  uint64_t found = 0;
+  int64_t k = 0;
+#if defined(__AVX512F__)
+  for (; k + kLanes <= count; k += kLanes) {
+    const __mmask16 part = _mm512_cmp_ps_mask((__m512)load(from + k), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    found |= static_cast<uint64_t>(part) << k;
+  }
+#elif defined(__AVX2__)
+  for (; k + kLanes <= count; k += kLanes) {
+    const int part = _mm256_movemask_ps(_mm256_cmp_ps((__m256)load(from + k), _mm256_setzero_ps(), _CMP_NEQ_UQ));
+    found |= static_cast<uint64_t>(part) << k;
+  }
+#endif
+  for (; k < count; ++k) found |= static_cast<uint64_t>(from[k] != 0) << k;
+  return found;
+}
+
+// The words of A's rows, (blocks, rows); returns the number of their bits.
+static inline int64_t mark(const float* a, int64_t row, int64_t rows, int64_t depth, uint64_t* words) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const uint64_t word = nonzero(a + i * row + k, smaller(kDepth, depth - k));
+      words[k / kDepth * rows + i] = word;
+      found += __builtin_popcountll(word);
+    }
+  }
+  return found;
+}
+
+// Rows of A, `row` numbers apart, times a tile, to or onto (rows, kWidth) sums.
+struct Step {
+  const float* a;
+  int64_t row, rows;
+  const uint64_t* words;
+  const float* tile;
+  const float* ahead;  // the tile that comes next, to be fetched meanwhile; or null
+  float* sums;
+  bool add;
+};
+
+template <int kCount>
+static void multiply_marked(const Step& step) {
+  constexpr int64_t kLines = kDepth * kWidth * 4 / 64;
+  const int64_t lines = step.ahead == nullptr ? 0 : ceil_div(kLines, step.rows);  // with each row
+  const char* ahead = reinterpret_cast<const char*>(step.ahead);
+  const float* a = step.a;
+  float* sums = step.sums;
+  for (int64_t i = 0; i < step.rows; ++i, a += step.row, sums += kWidth) {
+    for (int64_t line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    Vec total[kCount];
+    LAYALIGN_UNROLL
+    for (int v = 0; v < kCount; ++v) total[v] = Vec{};
+    for (uint64_t left = step.words[i]; left != 0; left &= left - 1) {
+      const int64_t k = __builtin_ctzll(left);
+      const Vec one = splat(a[k]);
+      const float* from = step.tile + k * kWidth;
+#if defined(__x86_64__)
+      asm("" : "+r"(from));  // an operand with two registers in its address is an instruction more
+#endif
+      LAYALIGN_UNROLL
+      for (int v = 0; v < kCount; ++v) total[v] += one * load(from + v * kLanes);
+    }
+    LAYALIGN_UNROLL
+    for (int v = 0; v < kCount; ++v) store(sums + v * kLanes, step.add ? total[v] + load(sums + v * kLanes) : total[v]);
+  }
+}
+
+// For `columns` of the tile, up to whole registers.
+static void multiply_marked(const Step& step, int64_t columns) {
+  switch (ceil_div(columns, kLanes)) {
+    case 1: return multiply_marked<1>(step);
+    case 2: return multiply_marked<2>(step);
+    case 3: return multiply_marked<3>(step);
+    case 4: return multiply_marked<4>(step);
+    case 5: return multiply_marked<5>(step);
+    case 6: return multiply_marked<6>(step);
+    case 7: return multiply_marked<7>(step);
+    default: return multiply_marked<8>(step);
+  }
+}
+
+// The same with the zeros: `depth` numbers of each row.
+static void multiply_full(const Step& step, int64_t depth, int64_t columns) {
+  const Left a{step.a, step.row, 1};
+  const Right b{step.tile, kWidth};
+  const int64_t vecs = ceil_div(columns, kLanes);
+  if (step.add) multiply(step.rows, vecs, depth, a, b, Accumulate{step.sums, kWidth});
+  else multiply(step.rows, vecs, depth, a, b, Overwrite{step.sums, kWidth});
+}
+
+static inline bool finite(Vec sum) {  // x - x is NaN for what is not finite
+  const Vec none = sum - sum;
+  return largest(none == none ? Vec{} : splat(1.0f)) == 0;
+}
+
+// (rows, columns), rows `row` apart, turned to (columns, step); zeros up to whole registers, and whether all is finite.
+static bool turn(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t step) {
+  Vec seen{};  // 0 * x is NaN for what is not finite, and NaN stays
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const int64_t wide = smaller(kLanes, columns - c);
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const float* at = from + (r + i) * row + c;
+        square[i] = r + i >= rows ? Vec{} : wide == kLanes ? load(at) : load_first(at, wide);
+        seen += square[i] * 0.0f;
+      }
+      transpose(square);
+      for (int64_t i = 0; i < wide; ++i) store(to + (c + i) * step + r, square[i]);
+    }
+  }
+  return finite(seen);
+}
+
+// Into how many parts, at most `most`, to cut each of `tasks` tasks, so that the threads are busy to the end.
+static inline int64_t parts_for(int64_t tasks, int64_t most, int threads) {
+  return larger(1, smaller(most, ceil_div(2 * threads, larger(tasks, 1))));
+}
+
+}  // namespace layalign::cpu::LAYALIGN_ISA

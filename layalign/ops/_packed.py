@@ -1,0 +1,136 @@
+"""The C++ layer projection: weights packed for it, and when it is taken.
+
+The kernels never write x, the relu's result, to memory, and skip the arithmetic of its zeros (about half of it). Exact,
+whatever x and the weights hold: what vanishes is a zero times a finite number.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from layalign.ops import extension
+
+MIN_WORK = 2**21  # multiply-adds of one slot: below them the call costs more than it saves
+MIN_ROWS = 320  # of x for each weight that is packed for a single call
+SETS = ("avx512", "avx2")  # instruction sets on which the kernels have beaten torch's dense product
+CACHED = (
+    2**17
+)  # numbers of x that a task mixes at a time (kMixed in csrc/cpu/layer_projection.cpp), 64 rows of each slot
+COLUMNS_PER_LAYER = 48  # columns of the result that pay for reading one layer's states for a slot
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels are there."""
+    return extension.available("cpp", "cpu")[0] and extension.module().instruction_set() in SETS
+
+
+def serves(hidden: Sequence[Tensor], columns: int, *others: Tensor | None) -> bool:
+    """Whether the kernel takes E tensors (B, S, K) and weights (..., columns, K) of this kind, however many rows.
+
+    It reads the E states again for every few slots, which must be small against their products.
+    """
+    first, depth = hidden[0], hidden[0].shape[-1]
+    if first.device.type != "cpu" or first.dtype != torch.float32 or depth == 0 or not available():
+        return False
+    together = max(1, CACHED // (64 * depth))
+    if len(hidden) * COLUMNS_PER_LAYER > together * columns:
+        return False
+    return all(other is None or other.dtype == torch.float32 for other in others)
+
+
+def pays(hidden: Sequence[Tensor], weight: Tensor, slots: int) -> bool:
+    """Whether a call is worth packing ``weight``, (N, K) for all slots or (2L, N, K), for it alone."""
+    batch, length, depth = hidden[0].shape
+    rows = batch * length
+    packed_for = slots * rows if weight.dim() == 2 else rows
+    return rows * depth * weight.shape[-2] >= MIN_WORK and packed_for >= MIN_ROWS
+
+
+class PackedWeight:
+    """Weights (J, N, K) as the kernel reads them: columns of ``width`` side by side, no larger than the weights.
+
+    Attributes:
+        data: (J, ceil(N / width), K, width) float32.
+        columns: N.
+        finite: whether every weight put so far is.
+    """
+
+    def __init__(self, slots: int, columns: int, depth: int) -> None:
+        width = extension.module().packed_width()
+        self.data = torch.empty((slots, -(-columns // width), depth, width))
+        self.columns = columns
+        self.finite = True
+
+    @classmethod
+    def of(cls, weight: Tensor) -> PackedWeight:
+        """(J, N, K), or (N, K) for a single one."""
+        weight = weight if weight.dim() == 3 else weight[None]
+        packed = cls(*weight.shape)
+        packed.put(slice(None), weight)
+        return packed
+
+    def put(self, slots: slice, weight: Tensor) -> None:
+        """Write the weights (J', N, K) of ``slots``."""
+        self.finite = extension.pack_weight(weight, self.data[slots]) and self.finite
+
+    def dense(self) -> Tensor:
+        """The weights (J, N, K), a copy."""
+        return self.data.transpose(2, 3).flatten(1, 2)[:, : self.columns]
+
+
+def project(
+    hidden: Sequence[Tensor],
+    mix_weight: Tensor,
+    mix_bias: Tensor | None,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    outs: Sequence[Tensor] | None = None,
+) -> Sequence[Tensor]:
+    """:func:`layalign.ops.layer_projection` by the kernel, each slot's result a tensor of its own.
+
+    Args:
+        weight: as there, or packed; float32 like ``hidden`` and ``bias``.
+        outs: 2L tensors (B, S, N) to write to, contiguous.
+
+    Returns:
+        ``outs``, or 2L new tensors.
+    """
+    packed = weight if isinstance(weight, PackedWeight) else PackedWeight.of(weight)
+    if packed.data.shape[-1] != extension.module().packed_width():  # for an instruction set that is no longer used
+        packed = PackedWeight.of(packed.dense())
+    first = hidden[0]
+    if outs is None:
+        outs = [first.new_empty((*first.shape[:2], packed.columns)) for _ in range(mix_weight.shape[0])]
+    if outs and outs[0].numel():
+        extension.layer_projection_forward(hidden, mix_weight, mix_bias, packed.data, packed.finite, bias, outs)
+    return outs
+
+
+def add_weight_gradient(total: Tensor, grads: Sequence[Tensor | None], x: Tensor) -> None:
+    """total += sum_j x[j].T @ grads[j].
+
+    Args:
+        total: (K, N) contiguous, in the dtype of x or a wider one.
+        grads: J tensors (..., N); None for nothing.
+        x: (J, ..., K) contiguous.
+    """
+    if x.numel() == 0 or total.numel() == 0:
+        return
+    flat = x.view(x.shape[0], -1, x.shape[-1])
+    rows = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+    fp32 = all(tensor is None or tensor.dtype == torch.float32 for tensor in (x, total, *rows))
+    if x.device.type == "cpu" and fp32 and available() and flat.shape[1] * total.numel() >= MIN_WORK:
+        extension.layer_projection_backward(flat, rows, total[None])
+        return
+    for each, grad in zip(flat, rows, strict=True):
+        if grad is None:
+            continue
+        if grad.dtype == x.dtype == total.dtype:
+            total.addmm_(each.T, grad)
+        else:
+            total.add_(each.T.to(grad.dtype) @ grad)
