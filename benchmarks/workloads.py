@@ -10,8 +10,9 @@ from models import Models
 from shapes import Work
 from torch import Tensor
 
-from layalign.loss import label_loss, only_rows
+from layalign.loss import label_loss
 from layalign.packing import IGNORE_INDEX
+from layalign.rows import Rows, only_rows
 
 Call = Callable[[], Any]
 
@@ -161,7 +162,7 @@ def bare_losses(models: Models, data: Data) -> tuple[Tensor, dict[str, Call]]:
     leaf = data.embeds.clone().requires_grad_()
     labels = data.packed["labels"]
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    labelled = targets != IGNORE_INDEX
+    labelled = Rows(targets != IGNORE_INDEX)
 
     def whole() -> Tensor:
         encoded(models, data)
@@ -169,9 +170,9 @@ def bare_losses(models: Models, data: Data) -> tuple[Tensor, dict[str, Call]]:
 
     def labelled_only() -> Tensor:
         encoded(models, data)
-        with only_rows(models.bare.get_output_embeddings(), labelled):
+        with only_rows([models.bare.get_output_embeddings()], labelled, spread=False):
             logits = models.bare(inputs_embeds=leaf, attention_mask=data.attention, use_cache=False).logits
-        return label_loss(logits, targets[labelled], None)
+        return label_loss(logits, labelled.select(targets[..., None]), None)
 
     return leaf, {BARE: whole, FEW_LOGITS: labelled_only}
 

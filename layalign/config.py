@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from layalign.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
 from layalign.fold import CHOICES
+from layalign.last_layer import CHOICES as LAST_LAYER_CHOICES
 from layalign.layers import named_layers
 from layalign.liger import CHOICES as LIGER_CHOICES
 from layalign.nn.aligner import MIXES, STRUCTURES
@@ -55,6 +56,8 @@ class LayAlignConfig(PretrainedConfig):
             "auto" where it takes less work, "always" where it can be done, "never".
         liger: whether Liger's fused linear cross-entropy computes the loss (:mod:`layalign.liger`): "auto" in training
             on a CUDA GPU where it is installed and applies, "always" with an error where it cannot be, "never".
+        last_layer: "auto" computes the LLM's last layer only where its logits are wanted (:mod:`layalign.last_layer`),
+            "whole" at all positions.
 
     Raises:
         ArgumentError: a value is out of range; the message names it.
@@ -86,6 +89,7 @@ class LayAlignConfig(PretrainedConfig):
         impl: str = "auto",
         fold: str = "auto",
         liger: str = "auto",
+        last_layer: str = "auto",
         **kwargs: Any,
     ) -> None:
         self.encoder_config = _as_config("encoder_config", encoder_config)
@@ -111,8 +115,10 @@ class LayAlignConfig(PretrainedConfig):
         self.impl = impl
         self.fold = fold
         self.liger = liger
+        self.last_layer = last_layer
         super().__init__(**kwargs)
         choices = {"structure": STRUCTURES, "mix": MIXES, "fold": CHOICES, "liger": LIGER_CHOICES, "impl": IMPLS}
+        choices["last_layer"] = LAST_LAYER_CHOICES
         for name, allowed in choices.items():
             one_of(name, getattr(self, name), allowed)
         self._check_types()

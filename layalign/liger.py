@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from layalign._plain import reason_against_reading
 from layalign.errors import ArgumentError, BackendError
-from layalign.loss import divided, label_loss, only_rows, rows_for_logits, with_loss
+from layalign.loss import divided, label_loss, rows_for_logits, with_loss
 from layalign.ops.backends import interpreting
-from layalign.packing import IGNORE_INDEX
+from layalign.rows import Rows, only_rows
 
 logger = logging.getLogger("layalign")
 
@@ -137,13 +137,13 @@ def _once() -> Callable[[Tensor], None]:
 
 
 def labelled_output(
-    llm: Any, inputs: dict[str, Any], targets: Tensor, divisor: Tensor | int | None, choice: str
+    llm: Any, inputs: dict[str, Any], targets: Tensor, rows: Rows, divisor: Tensor | int | None, choice: str
 ) -> Any:
     """One pass of ``llm`` with the loss and without logits, through Liger where ``choice`` takes it.
 
     Args:
         llm: the causal LM; ``inputs`` are its arguments.
-        targets: (B, T) int64, position t's label, -100 where there is none.
+        targets: (B, T) int64, position t's label; rows: where there is one.
         divisor: of the summed loss; None for the number of labels.
         choice: see :func:`chosen`.
 
@@ -153,22 +153,21 @@ def labelled_output(
     Raises:
         ArgumentError: "always", and something is in the way.
     """
-    head, labelled = llm.get_output_embeddings(), targets != IGNORE_INDEX
+    head, labels = llm.get_output_embeddings(), targets.flatten().index_select(0, rows.index)
     if chosen(choice, llm):
         _say(choice)
-        with rows_for_logits(head, labelled) as rows:
+        with rows_for_logits(head, rows) as states:
             output = llm(**inputs, return_dict=True)
-        if rows and output.logits is rows[-1]:
-            loss = fused_label_loss(rows[-1].flatten(0, -2), head, targets[labelled], divisor)
-            return with_loss(output, loss, None)
+        if states and output.logits is states[-1]:
+            return with_loss(output, fused_label_loss(states[-1].flatten(0, -2), head, labels, divisor), None)
         logger.info("layalign: %s changes its logits behind its head; no Liger", type(llm).__name__)
         _CHANGES_ITS_LOGITS.add(llm)
         if inputs.get("past_key_values") is not None:  # one pass has filled it, a second would fill it twice
             raise ArgumentError(f"liger: expected 'never' for {type(llm).__name__}, which changes its logits")
         chosen(choice, llm)  # "always" is told so
-    with only_rows(head, labelled):
+    with only_rows([head], rows, spread=False):
         output = llm(**inputs, return_dict=True)
-    return with_loss(output, label_loss(output.logits, targets[labelled], divisor), None)
+    return with_loss(output, label_loss(output.logits, labels, divisor), None)
 
 
 def _say(choice: str) -> None:

@@ -11,25 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layalign.packing import IGNORE_INDEX
+from layalign.rows import Rows
 
 
 @contextmanager
-def only_rows(head: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Within the block, ``head`` sees only the hidden states where ``rows`` (B, T) is true, as (1, N, D)."""
-
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][rows.to(args[0].device)][None], *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def rows_for_logits(head: nn.Module, rows: Tensor) -> Iterator[list[Tensor]]:
-    """Within the block, ``head`` does not run: it returns its input (1, N, D) where ``rows`` (B, T) is true.
+def rows_for_logits(head: nn.Module, rows: Rows) -> Iterator[list[Tensor]]:
+    """Within the block, ``head`` does not run: it returns its input (1, N, D) at the positions of ``rows``.
 
     Yields:
         The tensors it has returned so far.
@@ -37,7 +24,7 @@ def rows_for_logits(head: nn.Module, rows: Tensor) -> Iterator[list[Tensor]]:
     returned: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:
-        returned.append(hidden[rows.to(hidden.device)][None])
+        returned.append(rows.select(hidden))
         return returned[-1]
 
     before = head.__dict__.get("forward")

@@ -21,11 +21,13 @@ from layalign.errors import ArgumentError, refuse, shown
 from layalign.fold import Folding
 from layalign.generation import SourceGenerationMixin, cache_for_compiled
 from layalign.inputs import require_ids, require_labels, require_mask
+from layalign.last_layer import LastLayer
 from layalign.loss import label_loss, with_loss
 from layalign.nn import Adapter, GatedCrossAttention
 from layalign.packing import IGNORE_INDEX, PackedTokens, pack, real_positions
 from layalign.padding import real_tokens
 from layalign.parts import own_parts
+from layalign.rows import Rows
 from layalign.source import SourceStates, bridge, get_source, put_source
 
 
@@ -76,7 +78,7 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         found = attention.attention_modules(self.llm)
         self._attentions = tuple(found[layer][1] for layer in config.language_layers)
         self._source_reaches_layers = False
-        self.folding = Folding(config.fold)
+        self.folding, self.last_layer = Folding(config.fold), LastLayer(self.llm, config.last_layer)
         self.generation_config = self.llm.generation_config
         self._can_compile_fullgraph = getattr(self.llm, "_can_compile_fullgraph", False)
         self.post_init()
@@ -417,11 +419,16 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
     def _run(
         self, inputs: dict[str, Any], labels: Tensor | None, keep: int | Tensor | None, divisor: Tensor | int | None
     ) -> CausalLMOutputWithPast:
+        shape, device = inputs["inputs_embeds"].shape[:2], inputs["inputs_embeds"].device
         if labels is None:
-            return self.llm(**inputs, logits_to_keep=0 if keep is None else keep, return_dict=True)
+            rows = Rows.last(shape, keep, device) if isinstance(keep, int) and 0 < keep < shape[1] else None
+            with self.last_layer.only(rows, inputs):
+                return self.llm(**inputs, logits_to_keep=0 if keep is None else keep, return_dict=True)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # position t predicts label t + 1
         if keep is None and not torch.compiler.is_compiling():
-            return liger.labelled_output(self.llm, inputs, targets, divisor, self.config.liger)
+            rows = Rows(targets != IGNORE_INDEX)
+            with self.last_layer.only(rows, inputs):
+                return liger.labelled_output(self.llm, inputs, targets, rows, divisor, self.config.liger)
         if self.config.liger == "always":
             liger.chosen("always", self.llm, keep)  # raises: there are logits to return, or the call is compiled
         output = self.llm(**inputs, logits_to_keep=keep or 0, return_dict=True)

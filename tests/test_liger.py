@@ -18,7 +18,8 @@ from transformers import DynamicCache
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, liger
 from layalign.errors import BackendError
-from layalign.loss import only_rows, rows_for_logits
+from layalign.loss import rows_for_logits
+from layalign.rows import Rows, only_rows
 
 TESTS = Path(__file__).parent
 NAMES = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional")
@@ -117,18 +118,18 @@ def test_blocks_nest_and_an_inner_exception_leaves_the_outer_one() -> None:
     rows = torch.tensor([[True, False, False], [False, True, True]])
 
     def fails() -> None:
-        with rows_for_logits(head, ~rows) as inner:
+        with rows_for_logits(head, Rows(~rows)) as inner:
             assert head(hidden) is inner[0] and torch.equal(inner[0], hidden[~rows][None])
             raise ZeroDivisionError
 
-    with rows_for_logits(head, rows) as outer:
+    with rows_for_logits(head, Rows(rows)) as outer:
         assert torch.equal(head(hidden), hidden[rows][None])
         with pytest.raises(ZeroDivisionError):
             fails()
         assert torch.equal(head(hidden), hidden[rows][None])
         assert len(outer) == 2 and torch.equal(outer[1], hidden[rows][None])
     assert "forward" not in head.__dict__ and head(hidden).shape == (2, 3, 9)
-    with only_rows(head, rows):
+    with only_rows([head], Rows(rows), spread=False):
         assert head(hidden).shape == (1, 3, 9)
 
 
