@@ -130,17 +130,17 @@ class Models:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within, ``ours`` computes every operation by layalign/reference.py, and folds nothing."""
+        """Within, ``ours`` computes every operation by layalign/reference.py, folds nothing and leaves nothing out."""
         model = self.ours
         assert model.encoder_aligner is not None
         places = [model.encoder_aligner.projector, *model.cross_attention]
-        before = [place.impl for place in places], model.folding.choice
+        before = [place.impl for place in places], model.folding.choice, model.last_layer.choice
         for place in places:
             place.impl = "torch"
-        model.folding.choice = "never"
+        model.folding.choice, model.last_layer.choice = "never", "whole"
         try:
             yield
         finally:
             for place, impl in zip(places, before[0], strict=True):
                 place.impl = impl
-            model.folding.choice = before[1]
+            model.folding.choice, model.last_layer.choice = before[1:]

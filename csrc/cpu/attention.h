@@ -65,11 +65,40 @@ struct Sizes {
   int64_t token(int64_t row) const { return row % length; }
 };
 
+// Asks for rows that will be read or written soon: they lie too far apart for the hardware to foresee.
+static inline void expect(const char* row, int64_t bytes, bool written) {
+  for (int64_t line = 0; line < bytes; line += 64) {
+    if (written) __builtin_prefetch(row + line, 1, 3);
+    else __builtin_prefetch(row + line, 0, 3);
+  }
+}
+
+// Where the rows begin .. begin + rows - 1 of a group are: one division for all of them, which a row each would feel.
+constexpr int64_t kMostRows = 64;
+struct Places {
+  int32_t head[kMostRows], token[kMostRows];
+
+  Places(const Sizes& n, int64_t g, int64_t begin, int64_t rows) {
+    int64_t h = n.head(g, begin), t = n.token(begin);
+    for (int64_t i = 0; i < rows; ++i) {
+      head[i] = static_cast<int32_t>(h), token[i] = static_cast<int32_t>(t);
+      if (++t == n.length) t = 0, ++h;
+    }
+  }
+};
+
 // The rows found by `address`, as (count, width) floats.
 template <typename Address>
 static void pack_rows(DType type, const Address& address, int64_t count, int64_t size, int64_t width, float* to) {
-  for (int64_t i = 0; i < count; ++i) widen(type, address(i), size, to + i * width);
+  constexpr int64_t kAhead = 4;
+  const int64_t bytes = size * element_size(type);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) expect(address(i + kAhead), bytes, false);
+    widen(type, address(i), size, to + i * width);
+  }
 }
+
+constexpr int64_t kKept = 4096;  // tokens of a group that a task keeps, as floats, for all its rows
 
 // K or V of some attended tokens, (count, d) floats: where they lie if that serves, else copied to `buffer`.
 // `whole`: up to whole registers. `reused`: read many times over, when it pays to bring far rows together (rows at
@@ -85,6 +114,8 @@ static inline Left token_rows(
   pack_rows(x.dtype, [&](int64_t s) { return at(x, b, g, tokens[s]); }, count, n.size, n.width, buffer);
   return {buffer, n.width, 1};
 }
+
+static inline Left rows_from(const Left& a, int64_t row) { return {a.data + row * a.row, a.row, a.step}; }
 
 // (rows, width) as (width, columns), times `factor`; columns is a multiple of kLanes, those past `rows` are zero.
 static inline void pack_transposed(
@@ -109,6 +140,15 @@ void attend(const Attention& in, const Tensor& out, const Tensor& lse, int threa
 static inline void finish_row(
     const Attention& in, const Sizes& n, const Tensor& out, int64_t b, int64_t t, int64_t h, float* total,
     float factor) {
+  if (out.dtype == DType::float32 && n.size == n.width && (!in.base || in.base.dtype == DType::float32)) {
+    const float* base = in.base ? reinterpret_cast<const float*>(at(in.base, b, t, h)) : nullptr;
+    float* to = reinterpret_cast<float*>(at(out, b, t, h));
+    for (int64_t c = 0; c < n.width; c += kLanes) {
+      const Vec value = load(total + c) * factor;
+      store(to + c, base == nullptr ? value : value + load(base + c));
+    }
+    return;
+  }
   for (int64_t c = 0; c < n.width; c += kLanes) store(total + c, load(total + c) * factor);
   if (in.base) {
     float base[kMaxHeadSize];

@@ -8,18 +8,18 @@
 // P^T and dP^T (keys, rows), lanes over the rows. delta needs the whole sum over s before anything else can go on:
 // up to kKept tokens the two panels are simply kept, above that they are computed a second time.
 // Arithmetic: 10 rows n d flop (14 above kKept); bytes: K, V, dK, dV once per block of rows, 16 n d, from L2 or L3.
-// dK and dV are summed over a task's blocks in scratch; where there is one block only, they go straight to their place.
-// The number of parts depends on the shape only, and parts are added in order: the same bits whatever the number of
-// threads. Scratch: per thread kRowBlock * (5 d + 2 min(S, kKept)) + 3 * kKeyBlock * d floats at most, 2.5 MiB; for dK
-// and dV 2 S d per part, of which there are at most B G + kTasks. Linear in S, independent of T.
+// K and V are copied once for all rows of a task, up to kKept tokens. dK and dV are summed over a task's blocks in
+// scratch; where there is one block only, they go straight to their place. The number of parts depends on the shape
+// only, and parts are added in order: the same bits whatever the number of threads.
+// Scratch: per thread kRowBlock * (5 d + 2 n) + (2 n + kKeyBlock) * d floats for n = min(S, kKept) tokens; for dK and dV
+// 2 S d per part, of which there are at most B G + kTasks. Linear in S, independent of T.
 #include "attention.h"
 
 namespace layalign::cpu::LAYALIGN_ISA {
 namespace {
 
-constexpr int64_t kRowBlock = 64;
+constexpr int64_t kRowBlock = kMostRows;
 constexpr int64_t kKeyBlock = 64;
-constexpr int64_t kKept = 4096;
 constexpr int64_t kTasks = 16;  // groups are split into parts until there are so many
 
 struct Plan {
@@ -33,7 +33,8 @@ struct Plan {
 };
 
 struct Buffers {
-  float *key, *value, *product;                                // of kKeyBlock tokens
+  float *key, *value;                                          // of all tokens, or of kKeyBlock above kKept
+  float* product;                                              // of kKeyBlock tokens
   float *query, *query_turned, *grad, *grad_turned, *dquery;   // of a block of rows
   float *powers, *dpowers;                                     // P^T and dP^T
   float *lse, *delta, *sums;                                   // one number per row
@@ -41,14 +42,14 @@ struct Buffers {
 
   static int64_t panel_tokens(const Sizes& n) { return n.source <= kKept ? n.source : kKeyBlock; }
   static int64_t size(const Sizes& n, const Plan& plan) {
-    return 3 * kKeyBlock * n.width + plan.columns * (5 * n.width + 2 * panel_tokens(n) + 3);
+    return (2 * panel_tokens(n) + kKeyBlock) * n.width + plan.columns * (5 * n.width + 2 * panel_tokens(n) + 3);
   }
   Buffers(const Sizes& n, const Plan& plan, float* memory) : columns(plan.columns) {
-    const int64_t block = kKeyBlock * n.width, panel = columns * n.width;
+    const int64_t panel = columns * n.width;
     key = memory;
-    value = key + block;
-    product = value + block;
-    query = product + block;
+    value = key + panel_tokens(n) * n.width;
+    product = value + panel_tokens(n) * n.width;
+    query = product + kKeyBlock * n.width;
     query_turned = query + panel;
     grad = query_turned + panel;
     grad_turned = grad + panel;
@@ -70,11 +71,21 @@ struct Block {
   const int32_t* tokens;
   int64_t count;
   float gate;
-  float *dkey, *dvalue;  // (count, width) sums to add to; null: the results themselves are written
+  float *dkey, *dvalue;  // (count, width) sums; null: the results themselves are written
+  bool first;            // of the blocks that the sums are of
+  Left all_keys, all_values;  // kept: those of the task
+  Places places;
 
   float* panel(float* of, int64_t from) const { return kept() ? of + from * x.columns : of; }
   bool kept() const { return n.source <= kKept; }
-  bool reused() const { return rows > kLanes; }
+  Left keys_from(int64_t from, int64_t keys, bool whole) const {
+    if (kept()) return rows_from(all_keys, from);
+    return token_rows(call.in.key, n, b, g, tokens + from, keys, whole, true, x.key);
+  }
+  Left values_from(int64_t from, int64_t keys) const {
+    if (kept()) return rows_from(all_values, from);
+    return token_rows(call.in.value, n, b, g, tokens + from, keys, false, true, x.value);
+  }
 
   void pack() const;
   void probabilities(int64_t from, int64_t keys) const;
@@ -89,15 +100,15 @@ struct Block {
 
 void Block::pack() const {
   const Attention& in = call.in;
-  auto query = [&](int64_t i) { return at(in.query, b, n.head(g, begin + i), n.token(begin + i)); };
-  auto grad = [&](int64_t i) { return at(call.grad, b, n.token(begin + i), n.head(g, begin + i)); };
+  auto query = [&](int64_t i) { return at(in.query, b, places.head[i], places.token[i]); };
+  auto grad = [&](int64_t i) { return at(call.grad, b, places.token[i], places.head[i]); };
   pack_rows(in.query.dtype, query, rows, n.size, n.width, x.query);
   pack_rows(call.grad.dtype, grad, rows, n.size, n.width, x.grad);
   pack_transposed(x.query, rows, n.width, in.scale * kLog2e, x.columns, x.query_turned);
   pack_transposed(x.grad, rows, n.width, 1, x.columns, x.grad_turned);
   const float* lse = static_cast<const float*>(call.lse.data) + b * n.heads * n.length;
   for (int64_t i = 0; i < x.columns; ++i) {  // with lse = inf the rows past the end have P = 0
-    x.lse[i] = i < rows ? lse[n.head(g, begin + i) * n.length + n.token(begin + i)] : kInfinity;
+    x.lse[i] = i < rows ? lse[places.head[i] * n.length + places.token[i]] : kInfinity;
     x.delta[i] = x.sums[i] = 0;
   }
 }
@@ -105,8 +116,7 @@ void Block::pack() const {
 // P^T and dP^T of tokens from .. from + keys.
 void Block::probabilities(int64_t from, int64_t keys) const {
   float *powers = panel(x.powers, from), *dpowers = panel(x.dpowers, from);
-  const Left key = token_rows(call.in.key, n, b, g, tokens + from, keys, false, reused(), x.key);
-  const Left value = token_rows(call.in.value, n, b, g, tokens + from, keys, false, reused(), x.value);
+  const Left key = keys_from(from, keys, false), value = values_from(from, keys);
   const int64_t vecs = x.columns / kLanes;
   multiply_deep(keys, vecs, n.size, key, Right{x.query_turned, x.columns}, powers);
   multiply_deep(keys, vecs, n.size, value, Right{x.grad_turned, x.columns}, dpowers);
@@ -157,6 +167,7 @@ void Block::token_gradient(
     float* sums) const {
   const Left a{left, x.columns, 1};
   const Right b_{right, n.width};
+  if (sums != nullptr && first) return multiply(keys, n.vecs, rows, a, b_, Overwrite{sums + from * n.width, n.width});
   if (sums != nullptr) return multiply(keys, n.vecs, rows, a, b_, Accumulate{sums + from * n.width, n.width});
   multiply(keys, n.vecs, rows, a, b_, Overwrite{x.product, n.width});
   for (int64_t s = 0; s < keys; ++s) {
@@ -166,7 +177,7 @@ void Block::token_gradient(
 
 void Block::query_gradient(int64_t from, int64_t keys) const {
   const Left dscores{panel(x.dpowers, from), 1, x.columns};
-  const Left key = token_rows(call.in.key, n, b, g, tokens + from, keys, true, reused(), x.key);
+  const Left key = keys_from(from, keys, true);
   const Right right{key.data, key.row};
   if (from == 0) multiply(rows, n.vecs, keys, dscores, right, Overwrite{x.dquery, n.width});
   else multiply(rows, n.vecs, keys, dscores, right, Accumulate{x.dquery, n.width});
@@ -193,9 +204,14 @@ double Block::run() const {
     if (call.dkey) token_gradient(call.dkey, factor, from, keys, panel(x.dpowers, from), x.query, dkey);
     if (call.dquery) query_gradient(from, keys);
   }
+  constexpr int64_t kAhead = 4;
   for (int64_t i = 0; call.dquery && i < rows; ++i) {
+    if (i + kAhead < rows) {
+      const char* later = at(call.dquery, b, places.head[i + kAhead], places.token[i + kAhead]);
+      expect(later, n.size * element_size(call.dquery.dtype), true);
+    }
     narrow_scaled(call.dquery.dtype, x.dquery + i * n.width, n.size, gate * call.in.scale,
-                  at(call.dquery, b, n.head(g, begin + i), n.token(begin + i)));
+                  at(call.dquery, b, places.head[i], places.token[i]));
   }
   double dgate = 0;
   for (int64_t i = 0; i < rows; ++i) dgate += static_cast<double>(x.delta[i]);
@@ -225,6 +241,52 @@ void store_tokens(
   }
 }
 
+// What all tasks of a call share.
+struct Whole {
+  const AttentionBackward& call;
+  const Sizes& n;
+  const Plan& plan;
+  const Attended& attended;
+  float gate;
+  int64_t sums;             // floats of dkey's or dvalue's sums of one task; 0 where the results themselves are written
+  float *dkeys, *dvalues;   // of all tasks
+  double* dgates;           // one per task
+
+  int64_t edge(int64_t block) const { return n.rows * block / plan.blocks; }
+
+  // dkey and dvalue of one group, after all of its parts.
+  void store(int64_t pair) const {
+    const int64_t b = pair / n.groups, g = pair % n.groups, parts = sums == 0 ? 0 : plan.parts, from = pair * parts * sums;
+    if (call.dkey) store_tokens(n, attended, call.dkey, b, g, parts, gate * call.in.scale, dkeys + from);
+    if (call.dvalue) store_tokens(n, attended, call.dvalue, b, g, parts, gate, dvalues + from);
+  }
+
+  void run(int64_t task, const Buffers& x) const {
+    const int64_t pair = task / plan.parts, part = task % plan.parts, b = pair / n.groups, g = pair % n.groups;
+    const int64_t first = plan.blocks * part / plan.parts, last = plan.blocks * (part + 1) / plan.parts;
+    const int64_t count = attended.count(b);
+    const int32_t* tokens = attended.of(b);
+    dgates[task] = 0;
+    for (int64_t i = edge(first); count == 0 && call.dquery && i < edge(last); ++i) {
+      zero_row(call.dquery, n.size, at(call.dquery, b, n.head(g, i), n.token(i)));
+    }
+    Left keys{}, values{};
+    if (n.source <= kKept && count > 0) {
+      keys = token_rows(call.in.key, n, b, g, tokens, count, true, true, x.key);
+      values = token_rows(call.in.value, n, b, g, tokens, count, false, true, x.value);
+    }
+    float* dkey = call.dkey && sums != 0 ? dkeys + task * sums : nullptr;
+    float* dvalue = call.dvalue && sums != 0 ? dvalues + task * sums : nullptr;
+    for (int64_t block = first; count > 0 && block < last; ++block) {
+      const int64_t begin = edge(block), rows = edge(block + 1) - begin;
+      const Block work{call, n,    x,      b,    g,      begin,          rows, tokens,
+                       count, gate, dkey, dvalue, block == first, keys, values, Places(n, g, begin, rows)};
+      dgates[task] += work.run();
+    }
+    if (plan.parts == 1) store(pair);  // while it is in the caches
+  }
+};
+
 }  // namespace
 
 void attention_backward(const AttentionBackward& call, int threads) {
@@ -235,42 +297,18 @@ void attention_backward(const AttentionBackward& call, int threads) {
   threads = worth_threads(threads, steps / 3e3 / kLanes);
   const Attended attended(call.in.key_mask, n.batch, n.source);
   const int64_t tasks = plan.pairs * plan.parts, each = round_up(Buffers::size(n, plan), 16);
-  const int64_t sums = plan.blocks > 1 ? n.source * n.width : 0;  // dkey's or dvalue's, of one task
-  const Scratch memory(each * smaller(threads, tasks)), dgate_memory(2 * tasks);
-  double* dgates = reinterpret_cast<double*>(dgate_memory.data);
+  const int64_t sums = plan.blocks > 1 ? n.source * n.width : 0;
+  const Scratch memory(each * smaller(threads, tasks)), dgates(2 * tasks);
   const Scratch dkeys(call.dkey ? tasks * sums : 0), dvalues(call.dvalue ? tasks * sums : 0);
-  const float gate = number(call.in.gate);
-
+  const Whole whole{call, n, plan, attended, number(call.in.gate), sums, dkeys.data, dvalues.data,
+                    reinterpret_cast<double*>(dgates.data)};
   parallel(tasks, threads, [&](int64_t task, int worker) {
-    const int64_t pair = task / plan.parts, part = task % plan.parts, b = pair / n.groups, g = pair % n.groups;
-    const int64_t count = attended.count(b), first = plan.blocks * part / plan.parts;
-    const int64_t last = plan.blocks * (part + 1) / plan.parts;
-    auto edge = [&](int64_t block) { return n.rows * block / plan.blocks; };
-    dgates[task] = 0;
-    for (int64_t i = edge(first); count == 0 && call.dquery && i < edge(last); ++i) {
-      zero_row(call.dquery, n.size, at(call.dquery, b, n.head(g, i), n.token(i)));
-    }
-    if (count == 0) return;
-    float* dkey = call.dkey && sums != 0 ? dkeys.data + task * sums : nullptr;
-    float* dvalue = call.dvalue && sums != 0 ? dvalues.data + task * sums : nullptr;
-    if (dkey != nullptr) memset(dkey, 0, sizeof(float) * static_cast<size_t>(count * n.width));
-    if (dvalue != nullptr) memset(dvalue, 0, sizeof(float) * static_cast<size_t>(count * n.width));
-    const Buffers x(n, plan, memory.data + worker * each);
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = edge(block), rows = edge(block + 1) - begin;
-      dgates[task] += Block{call, n, x, b, g, begin, rows, attended.of(b), count, gate, dkey, dvalue}.run();
-    }
+    whole.run(task, Buffers(n, plan, memory.data + worker * each));
   });
-
-  const int64_t parts = sums == 0 ? 0 : plan.parts;
-  parallel(plan.pairs, threads, [&](int64_t pair, int) {
-    const int64_t b = pair / n.groups, g = pair % n.groups, from = pair * parts * sums;
-    if (call.dkey) store_tokens(n, attended, call.dkey, b, g, parts, gate * call.in.scale, dkeys.data + from);
-    if (call.dvalue) store_tokens(n, attended, call.dvalue, b, g, parts, gate, dvalues.data + from);
-  });
+  if (plan.parts != 1) parallel(plan.pairs, threads, [&](int64_t pair, int) { whole.store(pair); });
   if (!call.dgate) return;
   double dgate = 0;
-  for (int64_t task = 0; task < tasks; ++task) dgate += dgates[task];
+  for (int64_t task = 0; task < tasks; ++task) dgate += whole.dgates[task];
   *static_cast<float*>(call.dgate.data) = static_cast<float>(dgate);
 }
 

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <mutex>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -75,13 +76,83 @@ void parallel_for(int64_t count, int threads, void (*task)(void*, int64_t, int),
 
 int worth_threads(int threads, double microseconds) { return microseconds < 40 || threads < 1 ? 1 : threads; }
 
-void* allocate(int64_t bytes) {
-  const size_t size = (static_cast<size_t>(bytes) + 63) / 64 * 64;
-  void* memory = std::aligned_alloc(64, size == 0 ? 64 : size);
-  if (memory == nullptr) throw Error("layalign: no memory for " + std::to_string(bytes) + " bytes of scratch");
+// Scratch of a call is needed again by the next one. Given back to the system it would come anew page by page, each page
+// at the price of a thousand additions or more: as much as a small call's arithmetic.
+namespace {
+
+constexpr size_t kLine = 64;
+constexpr size_t kKept = size_t{64} << 20;  // bytes that wait for their next use, at most
+
+struct Block {
+  void* memory;
+  size_t size;
+};
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> blocks;
+  size_t bytes = 0;
+};
+
+Pool& pool() {
+  static Pool* const kept = new Pool;  // never destroyed: threads may still run when the process ends
+  return *kept;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kPooled = false;  // every scratch its own memory, whose ends are guarded
+#else
+constexpr bool kPooled = true;
+#endif
+
+// Whoever finds the pool taken does without, so that a process that was forked meanwhile does not wait for ever.
+void* taken(size_t size) {
+  const std::unique_lock<std::mutex> held(pool().mutex, std::try_to_lock);
+  if (!kPooled || !held) return nullptr;
+  auto& blocks = pool().blocks;
+  size_t best = blocks.size();
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const bool fits = blocks[i].size >= size && blocks[i].size <= 4 * size;
+    if (fits && (best == blocks.size() || blocks[i].size < blocks[best].size)) best = i;
+  }
+  if (best == blocks.size()) return nullptr;
+  void* const memory = blocks[best].memory;
+  pool().bytes -= blocks[best].size;
+  blocks[best] = blocks.back();
+  blocks.pop_back();
   return memory;
 }
 
-void release(void* memory) { std::free(memory); }
+bool put(void* memory, size_t size) {
+  const std::unique_lock<std::mutex> held(pool().mutex, std::try_to_lock);
+  if (!kPooled || !held || size > kKept) return false;
+  auto& blocks = pool().blocks;
+  while (!blocks.empty() && pool().bytes + size > kKept) {  // the one that has waited longest
+    pool().bytes -= blocks.front().size;
+    std::free(blocks.front().memory);
+    blocks.erase(blocks.begin());
+  }
+  blocks.push_back({memory, size});
+  pool().bytes += size;
+  return true;
+}
+
+}  // namespace
+
+void* allocate(int64_t bytes) {
+  const size_t size = (static_cast<size_t>(bytes) + 2 * kLine - 1) / kLine * kLine;  // a line in front holds the size
+  void* memory = taken(size);
+  if (memory == nullptr) {
+    memory = std::aligned_alloc(kLine, size);
+    if (memory == nullptr) throw Error("layalign: no memory for " + std::to_string(bytes) + " bytes of scratch");
+    *static_cast<size_t*>(memory) = size;
+  }
+  return static_cast<char*>(memory) + kLine;
+}
+
+void release(void* memory) {
+  void* const whole = static_cast<char*>(memory) - kLine;
+  if (!put(whole, *static_cast<size_t*>(whole))) std::free(whole);
+}
 
 }  // namespace layalign::cpu

@@ -66,8 +66,13 @@ static inline void narrow(DType type, const float* from, int64_t count, void* to
 
 // The same times `factor`, which changes `from`.
 static inline void narrow_scaled(DType type, float* from, int64_t count, float factor, void* to) {
-  for (int64_t i = 0; i < count; i += kLanes) store(from + i, load(from + i) * factor);
-  narrow(type, from, count, to);
+  if (type != DType::float32) {
+    for (int64_t i = 0; i < count; i += kLanes) store(from + i, load(from + i) * factor);
+    return narrow(type, from, count, to);
+  }
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(static_cast<float*>(to) + i, load(from + i) * factor);
+  if (i < count) store_first(static_cast<float*>(to) + i, load(from + i) * factor, count - i);
 }
 
 static inline void zero_row(const Tensor& x, int64_t count, void* to) {  // zero has no bits set in any type

@@ -207,13 +207,15 @@ void check_projection(const MixCase& n, int64_t columns) {
           const double term = mix(j, e) * hidden[static_cast<size_t>(e)](row / n.length, row % n.length, k);
           total += term, terms += std::fabs(term);
         }
-        x[static_cast<size_t>(k)] = std::max(total, 0.0), sizes[static_cast<size_t>(k)] = total > -1e-5 * terms ? terms : 0;
+        x[static_cast<size_t>(k)] = std::max(total, 0.0);
+        sizes[static_cast<size_t>(k)] = total > -1e-5 * terms ? terms : 0;
       }
       for (int64_t c = 0; c < columns; ++c, ++at) {
         exact.value[at] = biased ? bias(j, c) : 0, exact.terms[at] = std::fabs(exact.value[at]);
         for (int64_t k = 0; k < n.width; ++k) {
           const double w = weight(shared ? 0 : j, c, k);
-          exact.value[at] += x[static_cast<size_t>(k)] * w, exact.terms[at] += sizes[static_cast<size_t>(k)] * std::fabs(w);
+          exact.value[at] += x[static_cast<size_t>(k)] * w;
+          exact.terms[at] += sizes[static_cast<size_t>(k)] * std::fabs(w);
         }
       }
     }

@@ -47,11 +47,16 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
+def unprofiled(tensors: Sequence[Tensor | None]) -> bool:
+    """:func:`plain`, and no profiler that would show the registered operation by its name."""
+    return plain(tensors) and not _profiling()
+
+
 def unobserved(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing would notice that a call's registered operation is skipped.
 
     False where its tensors are not :func:`plain`, under the profiler, and where a gradient is asked for.
     """
-    if not plain(tensors) or _profiling():
+    if not unprofiled(tensors):
         return False
     return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))

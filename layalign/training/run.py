@@ -360,7 +360,7 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
         "adam_beta2": config.adam_beta2,
         "adam_epsilon": config.adam_epsilon,
         "max_grad_norm": config.max_grad_norm,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",  # one pass over each parameter, on CPUs too
         "bf16": config.bf16,
         "seed": config.seed,
         "data_seed": config.seed,
