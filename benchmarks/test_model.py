@@ -19,8 +19,11 @@ pytestmark = pytest.mark.timeout(900)
 SHAPES = chosen()
 GENERATE_TARGET = {"baseline": BARE, "must": 1.08, "aim": 1.03}
 TRAIN_TARGET = {"baseline": BARE, "must": 1.15, "aim": 1.05}
-SOURCE_TARGETS = {"mha": {"baseline": REFERENCE, "must": 1 / 3}, "gqa": {"baseline": REFERENCE, "must": 1 / 5}}
-MEMORY_TARGET = {"baseline": REFERENCE, "must": 1 / 3}
+SOURCE_TARGETS = {
+    "mha": {"baseline": REFERENCE, "must": 1 / 3, "aim": 1 / 4},
+    "gqa": {"baseline": REFERENCE, "must": 1 / 5, "aim": 1 / 6},
+}
+MEMORY_TARGET = {"baseline": REFERENCE, "must": 1 / 3, "aim": 1 / 6}
 SLOW = (FEW_LOGITS, PUBLISHED, PROMPT, REFERENCE)
 
 
@@ -141,10 +144,15 @@ def test_source_states(models: Models, right: None, work: Work, rows: Any, bench
     size, calls = models.size, workloads.source_calls(models, work)
     n, slots = work.batch * work.source, 2 * size.layers
     out = size.width // size.heads * size.groups
-    flop = 2 * n * slots * size.encoder_width * out  # the folded form's: the least that is known to do
+    # The folded form's, zeros of the relu among them: where these are left out, the ceiling can be exceeded.
+    flop = 2 * n * slots * size.encoder_width * out
     moved = models.bare.dtype.itemsize * (n * size.encoder_layers * size.encoder_width + n * slots * out)
     target = SOURCE_TARGETS.get(size.name)
-    group, labels = "aligner to keys and values", {**labels_of(models, work), "form": models.ours.folding.last}
+    labels = {**labels_of(models, work), "form": models.ours.folding.last}
+    labels["zeros of the relu"] = round(
+        workloads.zeros(models, work), 3
+    )  # kernels that leave them out are so much faster
+    group = "aligner to keys and values"
     rows.time(group, name_of(models, work), calls, labels, moved=moved, flop=flop, target=target)
 
 

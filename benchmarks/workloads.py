@@ -10,6 +10,7 @@ from models import Models
 from shapes import Work
 from torch import Tensor
 
+from layalign import reference
 from layalign.loss import label_loss
 from layalign.packing import IGNORE_INDEX
 from layalign.rows import Rows, only_rows
@@ -208,6 +209,17 @@ def gradients(model: Any) -> dict[str, Tensor]:
     """Gradients of aligner and adapter by name, as the last backward left them."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: grad.clone() for name, grad in found.items() if name.startswith(("mapping", "encoder_aligner"))}
+
+
+@torch.no_grad()
+def zeros(models: Models, work: Work) -> float:
+    """The share of zeros in what the aligner's relu gives."""
+    hidden = encoded(models, Data(models, work, labels=False)).hidden_states
+    layers, mix = (
+        [hidden[layer] for layer in models.ours.config.encoder_layers],
+        models.ours.encoder_aligner.projector.fc1,
+    )
+    return float((reference.layer_mix(layers, mix.weight, mix.bias) == 0).float().mean())
 
 
 def source_calls(models: Models, work: Work) -> dict[str, Call]:

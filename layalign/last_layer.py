@@ -9,7 +9,7 @@ what is in the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -104,14 +104,15 @@ class LastLayer:
         config = self._path[0].config
         if any(options.get(name) or getattr(config, name, False) for name in _WATCHED):
             return "states of all positions are asked for"
-        return self._reason_against_modules()
+        source = options.get("layalign_source")
+        return self._reason_against_modules(() if source is None else source.attentions)
 
-    def _reason_against_modules(self) -> str | None:
+    def _reason_against_modules(self, beside: Iterable[nn.Module]) -> str | None:
         if self._layer.training and getattr(self._layer, "gradient_checkpointing", False):
             return "the layer's activations are checkpointed: it runs again in the backward"
         if any(getattr(part, "_compiled_call_impl", None) is not None for part in (*self._path, self._layer)):
             return "a part of the LLM is compiled"
-        if any(_watched(module) for module in self._observers()):
+        if any(_watched(module) for module in (*self._observers(), *beside)):
             return "hooks want to see the last layer"
         maps = self.maps()
         if not maps:

@@ -146,6 +146,9 @@ def refusals() -> dict[str, tuple[str, Callable[[LayAlignForCausalLM], object], 
     def on_norm(model):
         model.llm.model.norm.register_forward_pre_hook(lambda *_: None)
 
+    def on_the_gated_term(model):
+        model.cross_attention[-1].register_forward_pre_hook(lambda *_: None)
+
     def on_model(model):
         model.llm.model.register_full_backward_hook(lambda *_: None)
 
@@ -177,6 +180,7 @@ def refusals() -> dict[str, tuple[str, Callable[[LayAlignForCausalLM], object], 
         "hook inside the block": ("hooks want to see the last layer", inside_block, {}),
         "hook on the layer": ("hooks want to see the last layer", on_layer, {}),
         "hook on the norm": ("hooks want to see the last layer", on_norm, {}),
+        "hook on the gated term": ("hooks want to see the last layer", on_the_gated_term, {}),
         "hook on the model": ("hooks want to see the last layer", on_model, {}),
         "checkpointed": ("the layer's activations are checkpointed", checkpointed, {}),
         "dropout": ("LlamaMLP is not made of linear maps and activations alone, or drops out", drops_out, {}),

@@ -1,20 +1,20 @@
-// y[j] = relu(sum_e mix[j, e] * hidden[e] + mix_bias[j]) @ weight[j].T + bias[j], without x, the relu's result, in memory.
+// y[j] = relu(sum_e mix[j, e] * hidden[e] + mix_bias[j]) @ weight[j].T + bias[j]; x, the relu's result, stays in scratch.
 //
-// Shapes: a task takes some slots and up to kRows rows. It mixes x (slots, rows, K) into scratch, of which kMixed floats
-// stay in the second-level cache, and multiplies slot after slot by the tiles of its packed weight (relu_product.h).
+// Shapes: a task takes some slots and up to kRows rows. It mixes x (slots, rows, K), kMixed floats at most or one slot,
+// and multiplies slot after slot by the tiles of its packed weight (relu_product.h).
 // Arithmetic: rows (E K + zeros-free share of K N) multiply-adds a slot; bytes: weight once per kRows rows, a tile ahead
 // of its use; hidden once per group of slots, which is why it pays only where E is small against slots * N.
-// Scratch per thread: kMixed + kRows * (kWidth + K / 16) + E * kChunk floats, 0.7 MiB for K = 512, E = 8.
+// Scratch per thread: kMixed + kRows * (kWidth + K / 16) + E * kChunk floats, 2.1 MiB for K = 512, E = 8.
 #include "relu_product.h"
 
 namespace layalign::cpu::LAYALIGN_ISA {
 namespace {
 
-constexpr int64_t kRows = 64;
-constexpr int64_t kMixed = 1 << 17;           // floats of x in scratch: 512 KiB
-constexpr int64_t kChunk = 256;               // columns mixed at a time
-constexpr int64_t kStreamedBytes = 16 << 20;  // results from this size on are not looked for in the caches
-constexpr double kWorthwhile = 0.85;          // share of x that is not zero above which zeros are multiplied like others
+constexpr int64_t kRows = 128;
+constexpr int64_t kMixed = 1 << 19;          // floats of x in scratch: 2 MiB
+constexpr int64_t kChunk = 256;              // columns mixed at a time
+constexpr int64_t kStreamedBytes = 2 << 20;  // results from this size on are not looked for in the caches
+constexpr double kWorthwhile = 0.85;         // share of x that is not zero above which zeros are multiplied like others
 
 // C = relu(bias[i] + A B), to (slots, rows, K).
 struct Relu {

@@ -17,9 +17,8 @@ from layalign.ops import extension
 MIN_WORK = 2**21  # multiply-adds of one slot: below them the call costs more than it saves
 MIN_ROWS = 320  # of x for each weight that is packed for a single call
 SETS = ("avx512", "avx2")  # instruction sets on which the kernels have beaten torch's dense product
-CACHED = (
-    2**17
-)  # numbers of x that a task mixes at a time (kMixed in csrc/cpu/layer_projection.cpp), 64 rows of each slot
+# Numbers of x that a task mixes at a time, and rows of each slot: kMixed and kRows in csrc/cpu/layer_projection.cpp.
+CACHED, ROWS = 2**19, 128
 COLUMNS_PER_LAYER = 48  # columns of the result that pay for reading one layer's states for a slot
 
 
@@ -37,7 +36,7 @@ def serves(hidden: Sequence[Tensor], columns: int, *others: Tensor | None) -> bo
     first, depth = hidden[0], hidden[0].shape[-1]
     if first.device.type != "cpu" or first.dtype != torch.float32 or depth == 0 or not available():
         return False
-    together = max(1, CACHED // (64 * depth))
+    together = max(1, CACHED // (ROWS * depth))
     if len(hidden) * COLUMNS_PER_LAYER > together * columns:
         return False
     return all(other is None or other.dtype == torch.float32 for other in others)
