@@ -154,6 +154,31 @@ void decode(const py::tuple& inputs, py::handle out, int splits, py::handle work
   if (call.out) RUN(at, attention_decode, call);
 }
 
+// A decoding call on the CPU that comes again with another query, gate, base and result of the same kind: checked once.
+class RepeatedDecode {
+ public:
+  RepeatedDecode(const py::tuple& inputs, py::handle out)
+      : call_{attention(kName, inputs), tensor(kName, "out", out), 1, {}} {
+    check(call_, 0);
+    if (!call_.in.base) fail(kName, "base", "expected a tensor");
+  }
+
+  void run(uintptr_t query, uintptr_t gate, uintptr_t base, uintptr_t out, int threads) const {
+    if (query == 0 || gate == 0 || base == 0 || out == 0) fail(kName, "address", "expected none of them to be null");
+    if (threads < 1) fail(kName, "threads", "expected at least one");
+    AttentionDecode call = call_;
+    call.in.query.data = reinterpret_cast<void*>(query);
+    call.in.gate.data = reinterpret_cast<void*>(gate);
+    call.in.base.data = reinterpret_cast<void*>(base);
+    call.out.data = reinterpret_cast<void*>(out);
+    run_on_cpu([&] { cpu::attention_decode(call, threads); });
+  }
+
+ private:
+  static constexpr const char* kName = "gated_decode";
+  AttentionDecode call_;
+};
+
 void backward(const py::tuple& inputs, py::handle grad, py::handle lse, py::handle dquery, py::handle dkey,
               py::handle dvalue, py::handle dgate, py::handle workspace, const py::tuple& where) {
   const char* name = "gated_cross_attention_backward";
@@ -224,6 +249,9 @@ PYBIND11_MODULE(LAYALIGN_MODULE, module) {
   module.def("layer_projection_backward", &projection_backward);
   module.def("gated_cross_attention_forward", &forward);
   module.def("gated_decode", &decode);
+  py::class_<RepeatedDecode>(module, "RepeatedDecode")
+      .def(py::init<const py::tuple&, py::handle>())
+      .def("__call__", &RepeatedDecode::run);
   module.def("gated_cross_attention_backward", &backward);
   module.def("layer_mix_workspace", &workspace_for_mix);
   module.def("decode_workspace", &workspace_for_decode);

@@ -110,7 +110,7 @@ def test_whoever_watches_is_seen() -> None:
 
 
 def test_a_torch_without_these_hooks_loses_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_direct, "_WATCHERS", ())
+    monkeypatch.setattr(_direct, "_KNOWN", False)
     assert not _direct.unobserved([torch.ones(2)])
 
 

@@ -15,19 +15,30 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_WATCHERS: tuple[Callable[[], Any], ...]
 try:
     # Not public, so their absence in another torch must only cost speed.
-    _WATCHERS = (
-        torch._C._len_torch_dispatch_stack,
-        torch._C._len_torch_function_stack,
-        torch._C._functorch.peek_interpreter_stack,
-        torch._C._get_tracing_state,
-    )
+    _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+    _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+    _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+    _tracing: Callable[[], Any] = torch._C._get_tracing_state
     _profiling: Callable[[], bool] = torch.autograd._profiler_enabled
     _ = forward_ad._current_level
+    _KNOWN = True
 except AttributeError:
-    _WATCHERS = ()
+    _KNOWN = False
+
+
+def _watched() -> bool:
+    """Whether something sees every call that goes through the dispatcher, tensors apart."""
+    if not _KNOWN or torch.compiler.is_compiling():
+        return True
+    return bool(
+        _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or _tracing() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
@@ -37,9 +48,7 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     modes and forward-mode differentiation; and for a tensor that is a subclass or a lazily negated view. ``tensors``
     are all tensors of the call; None stands for one that was not given.
     """
-    if torch.compiler.is_compiling() or not _WATCHERS or any(watch() for watch in _WATCHERS):
-        return False
-    if forward_ad._current_level >= 0:
+    if _watched():
         return False
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()):

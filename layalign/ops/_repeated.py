@@ -1,7 +1,8 @@
 """Decoding asks for the same attention again and again, with a new query: what the first call checked is kept.
 
 A full call describes and checks six tensors, 25 microseconds of Python, and several times that where the LLM's weights
-have just swept the caches. :class:`RepeatedDecode` keeps what cannot have changed and looks only at what may have.
+have just swept the caches. :class:`RepeatedDecode` keeps what cannot have changed, looks at what may have, and hands
+over addresses.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from layalign.ops import _direct, backends, extension
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
 
-def _described(query: Tensor, gate: Tensor, base: Tensor) -> tuple[Any, ...]:
+def _kind(query: Tensor, gate: Tensor, base: Tensor) -> tuple[Any, ...]:
     """What must not change from call to call in the tensors that do."""
-    return query.shape, query.dtype, query.device, gate.dtype, gate.device, base.shape, base.dtype, base.device
+    return (
+        query.shape, query.stride(), query.dtype, base.shape, base.stride(), base.dtype, gate.dtype,
+        query.is_cpu, gate.is_cpu, base.is_cpu,
+    )  # fmt: skip
 
 
 class RepeatedDecode:
@@ -27,13 +31,23 @@ class RepeatedDecode:
     """
 
     def __init__(
-        self, like: Any, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, impl: str
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor,
+        base: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        impl: str,
     ) -> None:
         self._kept = key, value, mask, scale, impl  # the addresses of the first three are in what follows
-        self._key, self._value, self._mask = map(extension.describe, self._kept[:3])
-        self._scale = key.shape[-1] ** -0.5 if scale is None else float(scale)
-        self._like = like
-        self._decode = extension.module().gated_decode
+        self._like = _kind(query, gate, base)
+        self._base_is_like_out = base.is_contiguous() and base.dtype == query.dtype
+        described = map(extension.describe, (query, key, value, gate, base, mask))
+        factor = key.shape[-1] ** -0.5 if scale is None else float(scale)
+        out = extension.describe(torch.empty(base.shape, dtype=query.dtype))
+        self._decode = extension.module().RepeatedDecode((*described, factor), out)
 
     @staticmethod
     def after(
@@ -57,7 +71,9 @@ class RepeatedDecode:
             return None
         if gate.dim() > 1 or not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
             return None  # a full call brings them to one number and to float32 first
-        return RepeatedDecode(_described(query, gate, base), key, value, mask, scale, asked)
+        if query.stride(-1) != 1 or base.stride(-1) != 1:
+            return None
+        return RepeatedDecode(query, key, value, gate, base, mask, scale, asked)
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy's tensors lie elsewhere; it starts with a full call."""
@@ -80,12 +96,12 @@ class RepeatedDecode:
         kept = self._kept
         if key is not kept[0] or value is not kept[1] or mask is not kept[2] or (scale, impl) != kept[3:]:
             return None
-        if not _direct.unobserved((query, gate, base)) or torch.is_autocast_enabled("cpu"):
+        if _kind(query, gate, base) != self._like or not _direct.unobserved((query, gate, base)):
             return None
-        if _described(query, gate, base) != self._like or query.stride(-1) != 1 or base.stride(-1) != 1:
+        if torch.is_autocast_enabled("cpu"):
             return None
-        q, b, g = extension.describe(query), extension.describe(base), extension.describe(gate)
-        out = torch.empty(base.shape, dtype=query.dtype)
-        inputs = q, self._key, self._value, g, b, self._mask, self._scale
-        self._decode(inputs, extension.describe(out), 1, None, extension.place("cpp", query.device))
+        # The first is the quicker one by microseconds.
+        out = torch.empty_like(base) if self._base_is_like_out else torch.empty(base.shape, dtype=query.dtype)
+        addresses = query.data_ptr(), gate.data_ptr(), base.data_ptr(), out.data_ptr()
+        self._decode(*addresses, torch.get_num_threads())
         return out
