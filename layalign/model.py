@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from layalign import attention, checkpoint, liger, slots
+from layalign import attention, checkpoint, slots
 from layalign import encoder as encoders
 from layalign._sharding import engine_of
 from layalign.config import LayAlignConfig
@@ -22,16 +21,15 @@ from layalign.fold import Folding
 from layalign.generation import SourceGenerationMixin, cache_for_compiled
 from layalign.inputs import require_ids, require_labels, require_mask
 from layalign.last_layer import LastLayer
-from layalign.loss import label_loss, with_loss
+from layalign.llm_pass import LLMPartMixin, run_llm
 from layalign.nn import Adapter, GatedCrossAttention
-from layalign.packing import IGNORE_INDEX, PackedTokens, pack, real_positions
+from layalign.packing import PackedTokens, pack, real_positions
 from layalign.padding import real_tokens
 from layalign.parts import own_parts
-from layalign.rows import Rows
 from layalign.source import SourceStates, bridge, get_source, put_source
 
 
-class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
+class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
     """LayAlign over any transformers encoder and decoder.
 
     Build it with :meth:`from_encoder_and_llm` or :meth:`from_pretrained`. Encoder and LLM are frozen; ``mapping``
@@ -188,34 +186,6 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
         for parameter in self._trainable_before:
             parameter.requires_grad_(True)
         return self.llm
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """Checkpoint the LLM's layers (the frozen encoder keeps no activations)."""
-        new = getattr(self.llm, "activation_checkpointing_enable", None)  # its name in later transformers
-        (new or self.llm.gradient_checkpointing_enable)(gradient_checkpointing_kwargs, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep the LLM's activations again."""
-        new = getattr(self.llm, "activation_checkpointing_disable", None)
-        (new or self.llm.gradient_checkpointing_disable)()
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """The later name of :meth:`gradient_checkpointing_enable`."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
-
-    activation_checkpointing_disable = gradient_checkpointing_disable
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The LLM's."""
-        return self.llm.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The LLM's."""
-        return self.llm.get_output_embeddings()
-
-    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The frozen multilingual encoder."""
-        return self.encoder
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -408,35 +378,13 @@ class LayAlignForCausalLM(PreTrainedModel, SourceGenerationMixin):
             layalign_source=source,
             **kwargs,
         )
-        output = self._run(inputs, labels, logits_to_keep, num_items_in_batch)
+        output = run_llm(self, inputs, labels, logits_to_keep, num_items_in_batch)
         if source.seen is not None:
             attention.require_attended(self.llm, source)
             self._source_reaches_layers, source.seen = True, None
         if output.past_key_values is not None:
             put_source(output.past_key_values, source)
         return output
-
-    def _run(
-        self, inputs: dict[str, Any], labels: Tensor | None, keep: int | Tensor | None, divisor: Tensor | int | None
-    ) -> CausalLMOutputWithPast:
-        shape, device = inputs["inputs_embeds"].shape[:2], inputs["inputs_embeds"].device
-        if labels is None:
-            rows = Rows.last(shape, keep, device) if isinstance(keep, int) and 0 < keep < shape[1] else None
-            with self.last_layer.only(rows, inputs):
-                return self.llm(**inputs, logits_to_keep=0 if keep is None else keep, return_dict=True)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # position t predicts label t + 1
-        if keep is None and not torch.compiler.is_compiling():
-            rows = Rows(targets != IGNORE_INDEX)
-            with self.last_layer.only(rows, inputs):
-                return liger.labelled_output(self.llm, inputs, targets, rows, divisor, self.config.liger)
-        if self.config.liger == "always":
-            liger.chosen("always", self.llm, keep)  # raises: there are logits to return, or the call is compiled
-        output = self.llm(**inputs, logits_to_keep=keep or 0, return_dict=True)
-        if isinstance(keep, Tensor):
-            targets = targets[:, keep]
-        elif keep:
-            targets = targets[:, -keep:]
-        return with_loss(output, label_loss(output.logits, targets, divisor), output.logits)
 
 
 AutoConfig.register(LayAlignConfig.model_type, LayAlignConfig)
