@@ -77,6 +77,23 @@ def test_sigterm_ends_the_step_saves_and_stops(
     assert losses(summary) == losses(whole[1])
 
 
+@pytest.mark.parametrize("changes", [{}, {"max_steps": 5}], ids=str)
+def test_a_run_killed_behind_its_last_checkpoint_takes_no_step_more(
+    parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    for name in ("model.safetensors", "training.json"):  # written at the end
+        (run / name).unlink()
+    manifest = (run / "checkpoint-6" / MANIFEST).read_bytes()
+    summary = train(make_config(parts, run, save_steps=2, save_total_limit=None, **changes))
+    assert summary.resumed_from == str(run / "checkpoint-6") and summary.steps == 6
+    assert losses(summary) == losses(whole[1]) and summary.loss_after == whole[1].loss_after
+    assert (run / "checkpoint-6" / MANIFEST).read_bytes() == manifest and not (run / "checkpoint-7").exists()
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole[0], run))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 # Checkpoints
 
 

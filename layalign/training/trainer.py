@@ -98,6 +98,19 @@ class LayAlignTrainer(DistributedTrainer):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthBucketSampler(self.lengths, batch, self.args.seed)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; no batch for a run that is over.
+
+        A run that was killed between its last checkpoint and its end goes on from there with no step left, and the
+        Trainer asks itself only behind a step whether it was the last.
+        """
+        if self.state.global_step < self.state.max_steps:
+            return super().get_batch_samples(*args, **kwargs)
+        self.control.should_training_stop = True
+        # The checkpoint remembers its own saving, and what it says is still to do was done.
+        self.control.should_save = self.control.should_evaluate = self.control.should_log = False
+        return [], None
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the Trainer's; the guard looks at the gradients before they are clipped."""
         loss = super().training_step(model, inputs, *args, **kwargs)
