@@ -64,7 +64,7 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
     problem = reason_against_reading(projector.fc2)
     if problem is not None:
         return f"fc2: {problem}"
-    shapes = set()
+    first: Any = None
     for attention in attentions:
         for name in ("k_proj", "v_proj"):
             linear: Any = attention._modules.get(name)
@@ -76,10 +76,11 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
             weight, bias = _parameters(linear)
             if weight.requires_grad or (bias is not None and bias.requires_grad):
                 return f"{name} trains"
-            shapes.add((weight.shape, weight.device, bias is None))
-    if len(shapes) != 1:
-        return "the layers' key and value maps differ in shape, device or bias"
-    if next(iter(shapes))[1] != projector.fc2.weight.device:
+            kind = weight.shape, weight.device, bias is None
+            first = kind if first is None else first
+            if kind != first:
+                return "the layers' key and value maps differ in shape, device or bias"
+    if first is not None and first[1] != projector.fc2.weight.device:
         return "aligner and LLM are on different devices"
     return None
 

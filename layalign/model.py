@@ -258,7 +258,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if folded is not None:
             size = attention.head_size(self._attentions[0])
             under = torch.is_autocast_enabled(folded[0].device.type)  # then in its dtype, as from the LLM's own modules
-            found = [attention.heads(state if under else state.to(dtype), size) for state in folded]
+            kept = under or folded[0].dtype == dtype
+            found = [attention.heads(state if kept else state.to(dtype), size) for state in folded]
             return found[0::2], found[1::2]
         if slots.useful(projector, layers):
             states = slots.project(projector, layers)
