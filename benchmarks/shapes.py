@@ -59,6 +59,7 @@ class Shapes:
     scaling: tuple[int, ...]  # the multiples over which a dimension grows
     scaling_sizes: dict[str, int]  # B, S, T, E, L, and the fixed D_e, D_l, H, d
     seconds: float  # for the rounds of one row
+    patience: float  # the same for a whole model's row with a target
 
     @property
     def device(self) -> str:
@@ -85,6 +86,7 @@ QUICK = Shapes(
     scaling=(1, 2, 4),
     scaling_sizes=dict(B=1, S=16, T=16, E=3, L=2, De=48, Dl=64, H=4, d=16),
     seconds=0.05,
+    patience=0.05,
 )
 CPU = Shapes(
     name="cpu",
@@ -101,6 +103,7 @@ CPU = Shapes(
     scaling=(1, 2, 4, 8),
     scaling_sizes=dict(B=1, S=64, T=64, E=4, L=2, De=512, Dl=768, H=12, d=64),
     seconds=0.7,
+    patience=15.0,
 )
 GPU = Shapes(
     name="gpu",
@@ -117,6 +120,7 @@ GPU = Shapes(
     scaling=(1, 2, 4, 8),
     scaling_sizes=dict(B=4, S=256, T=512, E=6, L=8, De=2048, Dl=4096, H=32, d=128),
     seconds=2.0,
+    patience=6.0,
 )
 
 

@@ -111,21 +111,22 @@ def test_generate(models: Models, right: None, work: Work, rows: Any, benchmark:
             # The logits were compared; where two are as good as equal, all that follows in that row may differ.
             same = (new[OURS][:, 0] == new[PUBLISHED][:, 0]).all()
             assert bool(same), "first new ids differ from published; not timed"
-    rows.time("generate", name_of(models, work), calls, labels_of(models, work), few=SLOW, target=GENERATE_TARGET)
+    labels, seconds = labels_of(models, work), shapes.patience
+    rows.time("generate", name_of(models, work), calls, labels, few=SLOW, target=GENERATE_TARGET, seconds=seconds)
 
 
 @works("decode")
 def test_decode_step(models: Models, right: None, work: Work, rows: Any, benchmark: Any, shapes: Shapes) -> None:
     calls = workloads.decode_calls(models, work)
-    seconds = max(5.0, shapes.seconds) if shapes.name == "cpu" else None  # short calls, and a ratio close to 1
-    rows.time("decode step", name_of(models, work), calls, labels_of(models, work), seconds=seconds)
+    rows.time("decode step", name_of(models, work), calls, labels_of(models, work), seconds=shapes.patience / 3)
 
 
 @works("train")
 def test_training_step(models: Models, right: None, work: Work, rows: Any, benchmark: Any, shapes: Shapes) -> None:
     """With the optimizer's step wherever something trains: folded weights are folded anew each time."""
     calls = affordable(workloads.loss_calls(models, work, "training step"), shapes, models, work)
-    rows.time("training step", name_of(models, work), calls, labels_of(models, work), few=SLOW, target=TRAIN_TARGET)
+    labels, seconds = labels_of(models, work), shapes.patience
+    rows.time("training step", name_of(models, work), calls, labels, few=SLOW, target=TRAIN_TARGET, seconds=seconds)
 
 
 @works("forward")
@@ -139,7 +140,7 @@ def test_loss(models: Models, right: None, work: Work, mode: str, rows: Any, ben
 
 
 @works("decode")
-def test_source_states(models: Models, right: None, work: Work, rows: Any, benchmark: Any) -> None:
+def test_source_states(models: Models, right: None, work: Work, rows: Any, benchmark: Any, shapes: Shapes) -> None:
     """The aligner to keys and values, as inference runs it."""
     size, calls = models.size, workloads.source_calls(models, work)
     n, slots = work.batch * work.source, 2 * size.layers
@@ -149,11 +150,9 @@ def test_source_states(models: Models, right: None, work: Work, rows: Any, bench
     moved = models.bare.dtype.itemsize * (n * size.encoder_layers * size.encoder_width + n * slots * out)
     target = SOURCE_TARGETS.get(size.name)
     labels = {**labels_of(models, work), "form": models.ours.folding.last}
-    labels["zeros of the relu"] = round(
-        workloads.zeros(models, work), 3
-    )  # kernels that leave them out are so much faster
-    group = "aligner to keys and values"
-    rows.time(group, name_of(models, work), calls, labels, moved=moved, flop=flop, target=target)
+    labels["zeros of the relu"] = round(workloads.zeros(models, work), 3)  # kernels may leave their arithmetic out
+    about = {"moved": moved, "flop": flop, "target": target, "seconds": shapes.patience / 3}
+    rows.time("aligner to keys and values", name_of(models, work), calls, labels, **about)
 
 
 @works("train")
