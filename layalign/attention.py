@@ -42,8 +42,8 @@ class AttachReport:
 
 def _base_function(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """transformers' function ``name``; "eager" is each architecture's own."""
-    if name in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[name]
+    if (known := ALL_ATTENTION_FUNCTIONS.get(name)) is not None:
+        return known
     for cls in type(module).__mro__:
         function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if function is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -379,7 +380,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             layalign_source=source,
             **kwargs,
         )
-        output = run_llm(self, inputs, labels, logits_to_keep, num_items_in_batch)
+        with nullcontext() if torch.compiler.is_compiling() else source.one_pass():
+            output = run_llm(self, inputs, labels, logits_to_keep, num_items_in_batch)
         if source.seen is not None:
             attention.require_attended(self.llm, source)
             self._source_reaches_layers, source.seen = True, None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from layalign._plain import has_hooks
+from layalign.ops import _direct
 from layalign.ops._repeated import RepeatedDecode
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ class SourceStates:
     mask: Tensor | None
     attentions: tuple[GatedCrossAttention, ...]
     seen: set[int] | None = None
+    # By LLM layer: what the last call left for the next, and which of these holds for the pass under way.
     _again: dict[int, RepeatedDecode | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ready: dict[int, RepeatedDecode] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SourceStates:
         """The same states with ``function`` applied to every tensor (all have the batch first)."""
@@ -60,8 +64,28 @@ class SourceStates:
         """The states on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Around one pass of the LLM: what its decoding calls have in common is asked once for all of them."""
+        from layalign.nn import GatedCrossAttention
+
+        if self._again and self.seen is None and _direct.quiet():
+            for slot, (layer, module) in enumerate(zip(self.layers, self.attentions, strict=True)):
+                again, gate = self._again.get(layer), module._parameters.get("adaption_gate")
+                if again is None or type(module) is not GatedCrossAttention or has_hooks(module):
+                    continue
+                if again.prepare(self.keys[slot], self.values[slot], gate, self.mask, module.impl):
+                    self._ready[layer] = again
+        try:
+            yield
+        finally:
+            self._ready.clear()
+
     def attend(self, layer: int, query: Tensor, base: Tensor, scale: float | None) -> Tensor:
         """``base`` (B, T, H, d) plus the gated attention of LLM layer ``layer``; other layers return ``base``."""
+        ready = self._ready.get(layer)  # first, and little of it: between the LLM's products all Python comes slowly
+        if ready is not None and (found := ready(query, base, scale)) is not None:
+            return found
         if layer not in self.layers:
             return base
         if self.seen is not None:
@@ -70,14 +94,11 @@ class SourceStates:
         module = self.attentions[slot]
         key, value = self.keys[slot].to(query.device), self.values[slot].to(query.device)
         mask = None if self.mask is None else self.mask.to(query.device)
-        if torch.compiler.is_compiling() or has_hooks(module):
-            return module(query, key, value, base=base, key_mask=mask, scale=scale)
-        arguments = query, key, value, module.adaption_gate, base, mask, scale, module.impl
-        again = self._again.get(slot)
-        found = None if again is None else again(*arguments)
-        if found is None:
-            found = module(query, key, value, base=base, key_mask=mask, scale=scale)
-            self._again[slot] = RepeatedDecode.after(*arguments)
+        found = module(query, key, value, base=base, key_mask=mask, scale=scale)
+        if not torch.compiler.is_compiling():
+            self._again[layer] = RepeatedDecode.after(
+                query, key, value, module.adaption_gate, base, mask, scale, module.impl
+            )
         return found
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layalign import ops
+from layalign.nn import GatedCrossAttention
 from layalign.ops import _direct, backends
 from layalign.ops._repeated import RepeatedDecode
+from layalign.source import SourceStates
 
 IMPLS = [name for name in ("cpp", "cuda") if backends.capability(name, "cpu")[0]]
 needs_kernels = pytest.mark.skipif(not IMPLS, reason="no compiled kernels here")
@@ -81,7 +84,8 @@ class Subclass(Tensor):
 
 
 class Watching(TorchFunctionMode):
-    pass
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def test_whoever_watches_is_seen() -> None:
@@ -102,6 +106,12 @@ def test_whoever_watches_is_seen() -> None:
     def inside(x: Tensor) -> Tensor:
         seen.append(_direct.unobserved([plain]))
         return x
+
+    with torch.no_grad():
+        assert _direct.quiet()
+        for mode in (Watching(), torch.profiler.profile(), torch.autocast("cpu"), torch.enable_grad()):
+            with mode:
+                assert not _direct.quiet(), mode
 
     torch.vmap(inside)(plain)
     torch.func.grad(lambda x: inside(x).sum())(plain)
@@ -126,6 +136,12 @@ def full_call(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Ten
     return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl="torch")
 
 
+def repeated(again: RepeatedDecode, arguments: Sequence[Any]) -> Tensor | None:
+    """As SourceStates calls it: prepared, then called."""
+    query, key, value, gate, base, mask, scale, impl = arguments
+    return again(query, base, scale) if again.prepare(key, value, gate, mask, impl) else None
+
+
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_a_repeated_decode_is_the_full_call() -> None:
     arguments = decode_arguments()
@@ -134,7 +150,9 @@ def test_a_repeated_decode_is_the_full_call() -> None:
     for step in range(3):
         arguments[0], arguments[4] = torch.randn(2, 1, 4, 16).transpose(1, 2), torch.randn(2, 1, 4, 16)
         arguments[3].fill_(step - 1.0)  # the gate's number is read anew
-        found = again(*arguments)
+        if step == 2:
+            arguments[3] = arguments[3].clone()  # and the gate may be another tensor
+        found = repeated(again, arguments)
         assert found is not None
         torch.testing.assert_close(found, full_call(*arguments[:7]), rtol=1e-5, atol=1e-5)
 
@@ -143,29 +161,70 @@ def test_a_repeated_decode_is_the_full_call() -> None:
 def test_a_repeated_decode_leaves_other_calls_alone() -> None:
     arguments = decode_arguments()
     again = RepeatedDecode.after(*arguments)
-    assert again is not None and again(*arguments) is not None
+    assert again is not None and repeated(again, arguments) is not None
     query, key, value, gate, base, mask, scale, impl = arguments
     others = [
         [query[:, :, :, :8], key, value, gate, base, mask, scale, impl],
         [query.double(), key, value, gate, base, mask, scale, impl],
+        [query.as_subclass(Subclass), key, value, gate, base, mask, scale, impl],
         [torch.randn(2, 4, 1, 32)[..., ::2], key, value, gate, base, mask, scale, impl],
         [query, key.clone(), value, gate, base, mask, scale, impl],
         [query, key, value.clone(), gate, base, mask, scale, impl],
         [query, key, value, gate, base.double(), mask, scale, impl],
+        [query, key, value, gate, torch._neg_view(base), mask, scale, impl],
+        [torch._neg_view(query), key, value, gate, base, mask, scale, impl],
         [query, key, value, gate, base, None, scale, impl],
         [query, key, value, gate, base, mask, 0.1, impl],
         [query, key, value, gate, base, mask, scale, "torch"],
-        [query, key, value, torch.nn.Parameter(gate), base, mask, scale, impl],
         [query, key, value, gate.double(), base, mask, scale, impl],
+        [query, key, value, gate.as_subclass(Subclass), base, mask, scale, impl],
+        [query, key, value, torch._neg_view(gate), base, mask, scale, impl],
+        [query, key, value, None, base, mask, scale, impl],
     ]
-    assert [again(*other) for other in others] == [None] * len(others)
-    with torch.autocast("cpu"):
-        assert again(*arguments) is None
-    with Recorded():
-        assert again(*arguments) is None
+    assert [repeated(again, other) for other in others] == [None] * len(others)
     assert copy.deepcopy(again) is None and pickle.loads(pickle.dumps(again)) is None
     assert RepeatedDecode.after(query, key, value, gate, base, mask, scale, "torch") is None
     for wide in ([query, key, value, gate.double(), base], [query, key, value, gate, base.double()]):
         assert RepeatedDecode.after(*wide, mask, scale, impl) is None
     many = torch.randn(2, 4, 17, 16)
     assert RepeatedDecode.after(many, key, value, gate, torch.randn(2, 17, 4, 16), mask, scale, "cpp") is None
+
+
+@contextmanager
+def hooked(module: nn.Module) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda *_: None)
+    yield
+    handle.remove()
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value, gate, base, mask, scale, _ = decode_arguments()
+    module = GatedCrossAttention("cpp")
+    torch.nn.init.constant_(module.adaption_gate, 0.5)
+    source = SourceStates((3,), (key,), (value,), mask, (module,))
+    short: list[bool] = []
+    call = RepeatedDecode.__call__
+    monkeypatch.setattr(RepeatedDecode, "__call__", lambda *given: short.append(True) or call(*given))
+
+    def ran_short(within: Any, grad: bool = False) -> bool:
+        short.clear()
+        with torch.set_grad_enabled(grad), within, source.one_pass():
+            found = source.attend(3, query, base, scale)
+            assert source.attend(2, query, base, scale) is base  # no language layer
+        torch.testing.assert_close(found, full_call(query, key, value, gate, base, mask, scale), rtol=1e-5, atol=1e-5)
+        return bool(short)
+
+    for watched in (Watching(), Recorded(), torch.profiler.profile(), hooked(module), nullcontext()):
+        ran_short(nullcontext())  # the pass that the next ones are like
+        assert ran_short(nullcontext())
+        assert not ran_short(watched, grad=isinstance(watched, nullcontext)), watched
+    assert not ran_short(nullcontext())
+    assert ran_short(nullcontext())
+    with torch.no_grad():
+        source.attend(3, query, base, scale)  # outside a pass nothing was asked
+        assert len(short) == 1
+        source.seen = set()
+        with source.one_pass():
+            source.attend(3, query, base, scale)
+        assert source.seen == {3} and len(short) == 1

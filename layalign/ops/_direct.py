@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 try:
     # Not public, so their absence in another torch must only cost speed.
     _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -51,7 +51,7 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     if _watched():
         return False
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
             return False  # neg, zero: its memory does not hold its values, the dispatcher brings them there
     return True
 
@@ -69,3 +69,11 @@ def unobserved(tensors: Sequence[Tensor | None]) -> bool:
     if not unprofiled(tensors):
         return False
     return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
+
+
+def quiet() -> bool:
+    """Whether nothing here watches calls, profiles, asks for gradients or autocasts.
+
+    Then :func:`unobserved` hangs on the tensors alone: what many calls of one pass have in common is asked once.
+    """
+    return not (_watched() or _profiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
