@@ -11,6 +11,7 @@ this library's C++ kernels allocate on their own is not seen. On a GPU: ``torch.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import subprocess
 import time
@@ -159,6 +160,7 @@ def peak_memory(call: Callable[[], Any], device: str, warm: bool = True) -> int:
     """Bytes alive at the highest point of ``call`` above those alive before; what it counts: see the module."""
     if warm:
         call()  # what is allocated once and kept does not count
+    gc.collect()  # so that no garbage of earlier calls is given back within this one
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -168,8 +170,12 @@ def peak_memory(call: Callable[[], Any], device: str, warm: bool = True) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
+    gc.disable()  # nor at a moment of its own choosing
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            call()
+    finally:
+        gc.enable()
     events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
     alive, peak = 0, 0
     for _, change in sorted(((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda e: e[0]):
