@@ -156,16 +156,26 @@ def ceilings(watch: Stopwatch, dtype: torch.dtype, quick: bool) -> dict[str, flo
     return {"copy GB/s": 2 * size / copy / 1e9, "matmul TFLOP/s": 2 * n**3 / product / 1e12}
 
 
-def peak_memory(call: Callable[[], Any], device: str, warm: bool = True) -> int:
-    """Bytes alive at the highest point of ``call`` above those alive before; what it counts: see the module."""
-    if warm:
-        call()  # what is allocated once and kept does not count
+def peak_memory(call: Callable[[], Any], device: str, forget: Callable[[], None] | None = None) -> int:
+    """Bytes alive at the highest point of ``call`` above those alive before; what it counts: see the module.
+
+    Args:
+        call: leaves as much memory behind as it found; where it keeps something for the next call, ``forget`` drops it.
+            On a CPU torch does not see memory come back that it did not see go out.
+    """
+
+    def whole() -> None:
+        call()
+        if forget is not None:
+            forget()
+
+    whole()  # what is allocated once and kept for good does not count
     gc.collect()  # so that no garbage of earlier calls is given back within this one
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        whole()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
@@ -173,7 +183,7 @@ def peak_memory(call: Callable[[], Any], device: str, warm: bool = True) -> int:
     gc.disable()  # nor at a moment of its own choosing
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            call()
+            whole()
     finally:
         gc.enable()
     events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]

@@ -162,11 +162,12 @@ def test_training_memory(models: Models, right: None, work: Work, rows: Any, sha
     if shapes.name != "cpu" or models.size.name == "mha":
         names += [BARE, PUBLISHED]
     peaks = {}
-    calls = workloads.loss_calls(models, work, "training step")
+    calls = workloads.loss_calls(models, work, "one training step")
     calls[OURS]()  # folding goes by the calls between the last two optimizer steps: not by those of earlier tests
     for name, call in calls.items():
         if name in names:
-            peaks[name] = measure.peak_memory(call, shapes.device, warm=name not in (BARE, FEW_LOGITS))
+            forget = models.ours.folding.forget if name == OURS else None
+            peaks[name] = measure.peak_memory(call, shapes.device, forget)
     for kind, floor in (("whole", 0), ("extra", peaks[FEW_LOGITS])):
         found = {name: max(peak - floor, 0) for name, peak in peaks.items()}
         mine = found.pop(OURS)

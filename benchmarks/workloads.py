@@ -140,7 +140,10 @@ def optimizer_of(model: Any) -> Any:
 
 
 def passes(loss: Call, parameters: list[Tensor], mode: str, optimizer: Any = None) -> Call:
-    """``loss`` as "forward" (no gradient wanted), "forward and backward", or "training step" (and the optimizer's)."""
+    """``loss`` as "forward" (no gradient wanted), "forward and backward", or "training step" (and the optimizer's).
+
+    "one training step" leaves no gradients behind, for whoever counts memory.
+    """
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -151,8 +154,11 @@ def passes(loss: Call, parameters: list[Tensor], mode: str, optimizer: Any = Non
             parameter.grad = None
         found = loss()
         found.backward()
-        if optimizer is not None and mode == "training step":
+        if optimizer is not None and mode.endswith("training step"):
             optimizer.step()
+        if mode == "one training step":
+            for parameter in parameters:
+                parameter.grad = None
         return found.detach()
 
     return forward if mode == "forward" else both
