@@ -95,7 +95,7 @@ class SourceStates:
         key, value = self.keys[slot].to(query.device), self.values[slot].to(query.device)
         mask = None if self.mask is None else self.mask.to(query.device)
         found = module(query, key, value, base=base, key_mask=mask, scale=scale)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not has_hooks(module):  # with them its gate may be elsewhere by now
             self._again[layer] = RepeatedDecode.after(
                 query, key, value, module.adaption_gate, base, mask, scale, module.impl
             )

@@ -68,7 +68,7 @@ class RepeatedDecode:
         plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
         if impl != "cpp" or not plain or torch.is_autocast_enabled("cpu") or query.numel() == 0:
             return None
-        if gate.dim() > 1 or not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
+        if gate.dim() > 1 or gate.numel() != 1 or not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
             return None  # a full call brings them to one number and to float32 first
         if query.stride(-1) != 1 or base.stride(-1) != 1:
             return None
