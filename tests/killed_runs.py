@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from tiny_training import TinyParts, save_parts, training_config
+from tqdm import tqdm
 
 from layalign import LayAlignForCausalLM
 from layalign.evaluation import evaluate
@@ -77,8 +78,11 @@ def kill_while_writing(pid: int, output: Path, draw: random.Random) -> str | Non
         if begun and (count >= wanted or not staging.is_dir()):
             break
         begun = begun or staging.is_dir()
-        if os.waitpid(pid, os.WNOHANG)[0] or time.monotonic() > end:
+        if os.waitpid(pid, os.WNOHANG)[0]:
             return None
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"a run does not get on: {sorted(path.name for path in output.glob('*'))}")
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     left = sorted(path.name for path in staging.rglob("*") if path.is_file())
@@ -103,7 +107,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
-    torch.set_num_threads(1)  # a forked process has no other threads
+    # A forked process has no other threads, and would wait for ever for a lock that one of them holds.
+    torch.set_num_threads(1)
+    tqdm.monitor_interval = 0
     parts = save_parts(options.folder)
 
     whole = options.folder / "whole"
