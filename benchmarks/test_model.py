@@ -162,7 +162,7 @@ def test_training_memory(models: Models, right: None, work: Work, rows: Any, sha
     if shapes.name != "cpu" or models.size.name == "mha":
         names += [BARE, PUBLISHED]
     peaks = {}
-    calls = workloads.loss_calls(models, work, "one training step")
+    calls = workloads.loss_calls(models, work, "training step")
     calls[OURS]()  # folding goes by the calls between the last two optimizer steps: not by those of earlier tests
     for name, call in calls.items():
         if name in names:

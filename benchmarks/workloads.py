@@ -142,7 +142,7 @@ def optimizer_of(model: Any) -> Any:
 def passes(loss: Call, parameters: list[Tensor], mode: str, optimizer: Any = None) -> Call:
     """``loss`` as "forward" (no gradient wanted), "forward and backward", or "training step" (and the optimizer's).
 
-    "one training step" leaves no gradients behind, for whoever counts memory.
+    A training step leaves no gradients behind, as a loop that sets them to None.
     """
 
     def forward() -> Tensor:
@@ -154,9 +154,9 @@ def passes(loss: Call, parameters: list[Tensor], mode: str, optimizer: Any = Non
             parameter.grad = None
         found = loss()
         found.backward()
-        if optimizer is not None and mode.endswith("training step"):
-            optimizer.step()
-        if mode == "one training step":
+        if mode == "training step":
+            if optimizer is not None:
+                optimizer.step()
             for parameter in parameters:
                 parameter.grad = None
         return found.detach()
@@ -221,10 +221,8 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def zeros(models: Models, work: Work) -> float:
     """The share of zeros in what the aligner's relu gives."""
     hidden = encoded(models, Data(models, work, labels=False)).hidden_states
-    layers, mix = (
-        [hidden[layer] for layer in models.ours.config.encoder_layers],
-        models.ours.encoder_aligner.projector.fc1,
-    )
+    layers = [hidden[layer] for layer in models.ours.config.encoder_layers]
+    mix = models.ours.encoder_aligner.projector.fc1
     return float((reference.layer_mix(layers, mix.weight, mix.bias) == 0).float().mean())
 
 
