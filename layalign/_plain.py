@@ -17,6 +17,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(hooks)
 
 
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does other things than its class says: hooks, or a patched forward."""
+    return has_hooks(module) or "forward" in module.__dict__
+
+
 def require_input(name: str, value: Any, linear: Any) -> None:
     """``value`` is what a linear map reads; of one that is wrapped, quantised or sharded only the size is known."""
     from layalign.ops._checks import describe, is_floating
@@ -31,33 +36,11 @@ def require_input(name: str, value: Any, linear: Any) -> None:
         raise ArgumentError(f"{name}: expected the weights' dtype {weight.dtype}, got {describe(value)}")
 
 
-def _evidently_plain(linear: Any) -> bool:
-    """The usual answer of :func:`reason_against_reading`, by the module's own table: a call asks for dozens of maps."""
-    if type(linear) is not nn.Linear:
-        return False
-    own = linear.__dict__
-    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or type(weight) is not nn.Parameter
-        or weight.__dict__  # where engines leave their marks
-        or weight.is_meta
-        or weight.shape != (own["out_features"], own["in_features"])
-        or (bias is not None and (type(bias) is not nn.Parameter or bias.__dict__))
-    )
-
-
 def reason_against_reading(linear: Any) -> str | None:
     """Why a linear map's weight must not be read directly; None if it may."""
-    if not torch.compiler.is_compiling() and _evidently_plain(linear):
-        return None
     if type(linear) is not nn.Linear:
         return f"{type(linear).__name__} is not a plain Linear (quantised, LoRA-wrapped, or fused with others)"
-    if has_hooks(linear) or "forward" in linear.__dict__ or nn.utils.parametrize.is_parametrized(linear):
+    if is_intercepted(linear):  # parametrizations change the class
         return "Linear has hooks, a patched forward or parametrizations, which reading its weight would pass by"
     for parameter in linear._parameters.values():  # as attributes, ZeRO-3 would gather them
         if parameter is not None and (against := reason_whole_is_not_here(parameter)) is not None:

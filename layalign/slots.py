@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layalign import ops
-from layalign._plain import has_hooks, reason_against_reading
+from layalign._plain import is_intercepted, reason_against_reading
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.ops import _checks, _direct, _packed
 from layalign.ops._packed import PackedWeight
@@ -32,7 +32,7 @@ def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool
     """Whether the model should go by slots: on a CPU, where the projector's weights may be read."""
     if torch.compiler.is_compiling() or hidden[0].device.type != "cpu" or projector.impl == "torch":
         return False
-    if projector.structure != "Linear" or has_hooks(projector) or "forward" in projector.__dict__:
+    if projector.structure != "Linear" or is_intercepted(projector):
         return False
     return all(reason_against_reading(linear) is None for linear in (projector.fc1, projector.fc2))
 

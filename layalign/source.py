@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from layalign._plain import has_hooks
+from layalign._plain import is_intercepted
 from layalign.ops import _direct
 from layalign.ops._repeated import RepeatedDecode
 
@@ -67,12 +67,12 @@ class SourceStates:
     @contextmanager
     def one_pass(self) -> Iterator[None]:
         """Around one pass of the LLM: what its decoding calls have in common is asked once for all of them."""
-        from layalign.nn import GatedCrossAttention
-
         if self._again and self.seen is None and _direct.quiet():
+            from layalign.nn import GatedCrossAttention
+
             for slot, (layer, module) in enumerate(zip(self.layers, self.attentions, strict=True)):
                 again, gate = self._again.get(layer), module._parameters.get("adaption_gate")
-                if again is None or type(module) is not GatedCrossAttention or has_hooks(module):
+                if again is None or type(module) is not GatedCrossAttention or is_intercepted(module):
                     continue
                 if again.prepare(self.keys[slot], self.values[slot], gate, self.mask, module.impl):
                     self._ready[layer] = again
@@ -95,7 +95,7 @@ class SourceStates:
         key, value = self.keys[slot].to(query.device), self.values[slot].to(query.device)
         mask = None if self.mask is None else self.mask.to(query.device)
         found = module(query, key, value, base=base, key_mask=mask, scale=scale)
-        if not torch.compiler.is_compiling() and not has_hooks(module):  # with them its gate may be elsewhere by now
+        if not torch.compiler.is_compiling() and not is_intercepted(module):  # else its gate may be elsewhere by now
             self._again[layer] = RepeatedDecode.after(
                 query, key, value, module.adaption_gate, base, mask, scale, module.impl
             )

@@ -186,8 +186,16 @@ def test_a_repeated_decode_leaves_other_calls_alone() -> None:
     assert RepeatedDecode.after(query, key, value, gate, base, mask, scale, "torch") is None
     for wide in ([query, key, value, gate.double(), base], [query, key, value, gate, base.double()]):
         assert RepeatedDecode.after(*wide, mask, scale, impl) is None
+    assert RepeatedDecode.after(query, key, value, gate.to("meta"), base, mask, scale, impl) is None
     many = torch.randn(2, 4, 17, 16)
     assert RepeatedDecode.after(many, key, value, gate, torch.randn(2, 17, 4, 16), mask, scale, "cpp") is None
+
+
+@contextmanager
+def patched(module: nn.Module) -> Iterator[None]:
+    module.forward = module.forward
+    yield
+    del module.forward
 
 
 @contextmanager
@@ -215,7 +223,7 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
         torch.testing.assert_close(found, full_call(query, key, value, gate, base, mask, scale), rtol=1e-5, atol=1e-5)
         return bool(short)
 
-    for watched in (Watching(), Recorded(), torch.profiler.profile(), hooked(module), nullcontext()):
+    for watched in (Watching(), Recorded(), torch.profiler.profile(), hooked(module), patched(module), nullcontext()):
         ran_short(nullcontext())  # the pass that the next ones are like
         assert ran_short(nullcontext())
         assert not ran_short(watched, grad=isinstance(watched, nullcontext)), watched

@@ -27,26 +27,17 @@ class RepeatedDecode:
     Use :meth:`after`, which knows where it applies.
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gate: Tensor,
-        base: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        impl: str,
-    ) -> None:
+    def __init__(self, inputs: tuple[Any, ...], scale: float | None, impl: str) -> None:
+        query, key, value, gate, base, mask = inputs
         self._kept = key, value, mask  # their addresses are in what follows
         self._impl, self._scale, self._gate_dtype = impl, scale, gate.dtype
         self._like = _kind(query, base)
         self._base_is_like_out = base.is_contiguous() and base.dtype == query.dtype
-        described = map(extension.describe, (query, key, value, gate, base, mask))
+        described = map(extension.describe, inputs)
         factor = key.shape[-1] ** -0.5 if scale is None else float(scale)
         out = extension.describe(torch.empty(base.shape, dtype=query.dtype))
         self._decode = extension.module().RepeatedDecode((*described, factor), out)
-        self._gate, self._threads = gate.data_ptr(), torch.get_num_threads()
+        self._gate, self._threads = 0, 0  # told by `prepare`; the kernel refuses these
 
     @staticmethod
     def after(
@@ -68,11 +59,13 @@ class RepeatedDecode:
         plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
         if impl != "cpp" or not plain or torch.is_autocast_enabled("cpu") or query.numel() == 0:
             return None
-        if gate.dim() > 1 or gate.numel() != 1 or not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
+        if gate.numel() != 1 or not gate.is_cpu:
+            return None  # sharded or offloaded: it is here only while its module runs
+        if gate.dim() > 1 or not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
             return None  # a full call brings them to one number and to float32 first
         if query.stride(-1) != 1 or base.stride(-1) != 1:
             return None
-        return RepeatedDecode(query, key, value, gate, base, mask, scale, asked)
+        return RepeatedDecode(kept, scale, asked)
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy's tensors lie elsewhere; it starts with a full call."""
