@@ -219,12 +219,16 @@ class Folding:
         Args:
             engine: what shards the model, whose weights must be left alone even while they look whole.
         """
-        against = f"{engine} shards the model" if engine else self._against(projector, attentions, hidden)
+        reading = f"{engine} shards the model" if engine else self._against_reading(projector, attentions)
+        against = reading if reading is not None else self._against(projector, attentions, hidden)
         self._say(against)
-        if against is not None:
+        if reading is not None:
             return None
         fc1, fc2, maps = projector.fc1, projector.fc2, _maps(attentions)
         by_slots = slots.useful(projector, hidden)
+        if against is not None:  # in two steps, without the modules between them where that is the same
+            alike = maps[0].weight.dtype == hidden[0].dtype and not torch.is_autocast_enabled(hidden[0].device.type)
+            return slots.project(projector, hidden, outer=maps) if by_slots and alike else None
         packed = by_slots and slots.packable(projector, hidden, maps[0].out_features)
         packed = packed and not slots.differentiated(projector, hidden)
         folded = self._current(fc2, maps, hidden[0], packed)
@@ -236,16 +240,22 @@ class Folding:
             weight, bias = _Fold.apply(fc2.weight, fc2.bias, folded, maps)
         return ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl).unbind(0)
 
+    def _against_reading(self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module]) -> str | None:
+        """Why the modules must be called; None if their weights may be read."""
+        if not attentions:
+            return "no layer attends"
+        if torch.compiler.is_compiling():
+            return "fold='never'" if self.choice == "never" else "compiled: the weights' versions cannot be watched"
+        return reason_against(projector, attentions)
+
     def _against(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module], hidden: Sequence[Tensor]
     ) -> str | None:
-        if self.choice == "never" or not attentions:
+        """Why folding is not wanted where the weights may be read."""
+        if self.choice == "never":
             return "fold='never'"
-        if torch.compiler.is_compiling():
-            return "compiled: the weights' versions cannot be watched"
-        against = reason_against(projector, attentions)
-        if against is not None or self.choice == "always":
-            return against
+        if self.choice == "always":
+            return None
         fc2, linear = projector.fc2, _maps(attentions)[0]
         version = fc2.weight._version, STEPS[0]
         if version != self._version:

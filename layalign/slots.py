@@ -2,6 +2,7 @@
 
     y[j] = x[j] @ W[j].T + c[j],   W[j] = W2, c[j] = b2            (the aligner's projection)
                                    W[j] = Wk @ W2, c[j] = Wk @ b2 + bk   (folded, :mod:`layalign.fold`)
+    k[j] = y[j] @ Wk.T + bk        (in two steps, where folding does not pay: Wk is the LLM's own and frozen)
 
 Neither x nor the gradients of x, W[j] and y are ever whole in memory: a group of slots is mixed, multiplied and
 forgotten, in the forward and, mixed again, in the backward. On a CPU that is faster too: a group of x stays in the
@@ -39,7 +40,9 @@ def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool
 
 def differentiated(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
     """Whether autograd follows a call."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (*projector.parameters(), *hidden))
+    fc1, fc2 = projector.fc1, projector.fc2
+    inputs = fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def packable(projector: WeightedLinearProjector, hidden: Sequence[Tensor], columns: int) -> bool:
@@ -60,7 +63,8 @@ def project(
         hidden: E tensors (B, S, D_e).
         weight, bias: folded, (2L, D_out, D_e) and (2L, D_out) or None; by default the projector's own for every slot.
             A packed weight is for calls that nobody differentiates.
-        outer: with ``weight``, the 2L frozen maps that were folded into it.
+        outer: 2L frozen maps, plain ones whose weights may be read: those that were folded into ``weight``; without it
+            they are applied to y.
 
     Source: LayAlign, layer-wise aligner; gradients: dW2 = sum_j (dy[j].T @ x[j]), each led by Wk.T where folded.
     """
@@ -79,6 +83,28 @@ class _Kept:
         self, impl: str, weight: Tensor | PackedWeight | None, bias: Tensor | None, outer: Sequence[nn.Linear]
     ) -> None:
         self.impl, self.weight, self.bias, self.outer = impl, weight, bias, outer
+        self.in_two_steps = weight is None and len(outer) > 0
+
+    def through(self, y: Sequence[Tensor], first: int = 0) -> Sequence[Tensor]:
+        """Slots' y (B, S, D_l) from ``first`` on by the maps that follow, if any do; y is forgotten on the way."""
+        if not self.in_two_steps:
+            return y
+        y = list(y)
+        for place, state in enumerate(y):
+            linear = self.outer[first + place]
+            y[place] = F.linear(state, *_as(state.dtype, linear.weight, linear.bias))
+        return y
+
+    def back(self, grads: Sequence[Tensor | None], first: int, rows: int) -> Tensor:
+        """The gradients of y (slots, rows, D_l) from those of what :meth:`through` returned, zeros for None."""
+        like = next(grad for grad in grads if grad is not None)
+        found = like.new_empty((len(grads), rows, self.outer[0].in_features))
+        for place, grad in enumerate(grads):
+            if grad is None:
+                found[place].zero_()
+            else:
+                torch.mm(grad.reshape(rows, -1), self.outer[first + place].weight.to(grad.dtype), out=found[place])
+        return found
 
     def packed(
         self, hidden: Sequence[Tensor], slots: int, inner: Tensor, inner_bias: Tensor | None
@@ -135,16 +161,24 @@ class _InnerSums:
         return None if self._weight is None else self._weight.T, self._bias
 
     def add(self, grads: Sequence[Tensor | None], x: Tensor, group: slice, inner: Tensor) -> Tensor:
-        """Take a group's gradients of y (B, S, D_out) with their x (slots, B, S, D_e) into account.
+        """Take a group's gradients of the results (B, S, D_out) with their x (slots, B, S, D_e) into account.
 
         Args:
-            grads: one a slot; None where nobody used its y.
+            grads: one a slot; None where nobody used its result.
             inner: W2.
 
         Returns:
             The gradients of x.
         """
         found = torch.empty_like(x)
+        if self._kept.in_two_steps:
+            dy = self._kept.back(grads, group.start, x[0, ..., 0].numel())
+            torch.mm(dy.flatten(0, 1), inner.to(x.dtype), out=found.view(-1, x.shape[-1]))
+            if self._bias is not None:
+                self._bias += dy.sum(dim=(0, 1), dtype=self._bias.dtype)
+            if self._weight is not None:
+                _packed.add_weight_gradient(self._weight, dy.unbind(0), x)
+            return found
         folded = self._kept.weight is not None
         shared = None if folded else inner.to(x.dtype)
         for place, grad in enumerate(grads):
@@ -215,13 +249,13 @@ def _forward(
 ) -> Sequence[Tensor]:
     packed = kept.packed(hidden, len(mix_weight), inner, inner_bias)
     if packed is not None:
-        return _packed.project(hidden, mix_weight, mix_bias, *packed)
+        return kept.through(_packed.project(hidden, mix_weight, mix_bias, *packed))
     found: list[Tensor] = []
     for group in _groups(hidden, len(mix_weight)):
         part_bias = None if mix_bias is None else mix_bias[group]
         x = ops.layer_mix(hidden, mix_weight[group], part_bias, impl=kept.impl)
         if kept.weight is None:
-            found += F.linear(x, *_as(x.dtype, inner, inner_bias)).unbind(0)
+            found += kept.through(F.linear(x, *_as(x.dtype, inner, inner_bias)).unbind(0), group.start)
         else:
             found += kept.products(x, group)
     return found

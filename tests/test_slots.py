@@ -14,6 +14,7 @@ from layalign.fold import _fold
 from layalign.nn.aligner import WeightedLinearProjector
 
 E, L, D_E, D_L, D_KV = 3, 2, 12, 10, 6
+FORMS = ["shared", "folded", "in-two-steps"]
 
 
 def parts(dtype: torch.dtype = torch.float64, bias: bool = True, hidden_grad: bool = True):
@@ -39,25 +40,25 @@ def expected(projector: WeightedLinearProjector, hidden: list[Tensor], outer: li
     return list(y) if outer is None else [linear(each) for linear, each in zip(outer, y, strict=True)]
 
 
-def found(projector: WeightedLinearProjector, hidden: list[Tensor], outer: list[nn.Linear] | None) -> list[Tensor]:
-    if outer is None:
-        return slots.project(projector, hidden)
+def found(
+    projector: WeightedLinearProjector, hidden: list[Tensor], outer: list[nn.Linear] | None, fold: bool = True
+) -> list[Tensor]:
+    if outer is None or not fold:
+        return slots.project(projector, hidden, outer=outer or ())
     folded = _fold(projector.fc2, outer, hidden[0].dtype, ())
     return slots.project(projector, hidden, folded.weight, folded.bias, outer)
 
 
 @pytest.mark.parametrize("group", [1, 3, 99], ids=lambda n: f"{n}-slots-a-group")
-@pytest.mark.parametrize("folded", [False, True], ids=["shared", "folded"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("used", ["all", "some"])
-def test_numbers_and_gradients(
-    used: str, bias: bool, folded: bool, group: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_numbers_and_gradients(used: str, bias: bool, form: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "GROUP_BYTES", group * 2 * 5 * D_E * 8)
     projector, hidden, outer = parts(bias=bias)
     leaves = [*projector.parameters(), *hidden]
-    right = expected(projector, hidden, outer if folded else None)
-    mine = found(projector, hidden, outer if folded else None)
+    right = expected(projector, hidden, None if form == "shared" else outer)
+    mine = found(projector, hidden, None if form == "shared" else outer, form == "folded")
     for one, other in zip(mine, right, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     chosen = [0, 1, 2, 3] if used == "all" else [2]  # a slot that nobody used has no gradient
@@ -80,35 +81,39 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert all(layer.grad is None for layer in hidden)
 
 
-def test_nothing_of_x_or_y_is_kept() -> None:
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "in-two-steps"])
+def test_nothing_of_x_or_y_is_kept(fold: bool) -> None:
     """Saved for the backward: the encoder's states and the parameters, no more."""
     projector, hidden, outer = parts(hidden_grad=False)
     known = {t.data_ptr() for t in (*hidden, *projector.parameters())}
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        found(projector, hidden, outer)
+        found(projector, hidden, outer, fold)
     assert saved and set(saved) <= known
 
 
-@pytest.mark.parametrize("folded", [False, True], ids=["shared", "folded"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_keeps_to_the_error_of_plain_torch(dtype: torch.dtype, folded: bool) -> None:
+def test_low_precision_keeps_to_the_error_of_plain_torch(dtype: torch.dtype, form: str) -> None:
     projector, hidden, outer = parts(torch.float64, hidden_grad=False)
     for module in (projector, *outer):
         module.to(dtype).double()  # numbers that dtype has
     hidden = [layer.to(dtype).double() for layer in hidden]
-    grad = [torch.randn(2, 5, D_KV if folded else D_L, dtype=dtype) for _ in range(2 * L)]
+    grad = [torch.randn(2, 5, D_L if form == "shared" else D_KV, dtype=dtype) for _ in range(2 * L)]
 
     def gradients(results: list[Tensor]) -> list[Tensor]:
         loss = sum((y * g.to(y.dtype)).sum() for y, g in zip(results, grad, strict=True))
         return list(torch.autograd.grad(loss, list(projector.parameters())))
 
-    maps = outer if folded else None
+    maps = None if form == "shared" else outer
     right = gradients(expected(projector, hidden, maps))
     for module in (projector, *outer):
         module.to(dtype)
     hidden = [layer.to(dtype) for layer in hidden]
-    plain, mine = gradients(expected(projector, hidden, maps)), gradients(found(projector, hidden, maps))
+    plain, mine = (
+        gradients(expected(projector, hidden, maps)),
+        gradients(found(projector, hidden, maps, form == "folded")),
+    )
     for one, other, exact in zip(mine, plain, right, strict=True):
         allowed = 2 * (other.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         assert (one.double() - exact).abs().max() <= allowed
@@ -142,3 +147,21 @@ def test_the_model_trains_by_slots_as_by_modules(monkeypatch: pytest.MonkeyPatch
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("llm", ["llama", "gemma2", "qwen2"])
+def test_without_folding_the_maps_are_called_only_where_somebody_looks(llm: str) -> None:
+    model = tiny_model(llm=llm, fold="never")
+    inputs = batch(model=model)
+    called: list[str] = []
+    linear = model.source_attentions[1].k_proj
+    plain = type(linear).forward
+    with pytest.MonkeyPatch.context() as patch:  # the class's: nobody is seen to look
+        patch.setattr(nn.Linear, "forward", lambda self, x: (self is linear and called.append("k")) or plain(self, x))
+        first = model(**inputs).loss
+        assert len(called) == 1  # by the LLM itself, for its own positions
+        handle = linear.register_forward_hook(lambda *_: called.append("hook"))
+        second = model(**inputs).loss
+        assert called[1:].count("k") == called[1:].count("hook") == 2
+        handle.remove()
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
