@@ -11,6 +11,24 @@ from layalign._sharding import reason_whole_is_not_here
 from layalign.errors import ArgumentError
 
 
+def parts(module: nn.Module) -> list[nn.Module]:
+    """``module`` and all modules in it, in a tenth of the time of its ``modules()``, which builds a name for each."""
+    if torch.compiler.is_compiling():
+        return list(module.modules())
+    found, seen = [module], {module}
+    for each in found:  # which grows
+        for part in each._modules.values():
+            if part is not None and part not in seen:
+                seen.add(part)
+                found.append(part)
+    return found
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether any parameter of ``module`` asks for a gradient."""
+    return any(p is not None and p.requires_grad for each in parts(module) for p in each._parameters.values())
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether something wants to see ``module`` called."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from layalign._plain import parts
 from layalign.errors import ArgumentError, refuse, whole_number
 from layalign.source import SourceStates
 
@@ -259,8 +260,8 @@ def is_reentrant(llm: nn.Module) -> bool:
     """Whether ``llm`` uses re-entrant gradient checkpointing, which loses gradients of keyword tensors."""
     if not llm.training:
         return False
-    for module in llm.modules():
-        if getattr(module, "gradient_checkpointing", False):
+    for module in parts(llm):
+        if module.__dict__.get("gradient_checkpointing"):  # where transformers switches it on
             function: Any = getattr(module, "_gradient_checkpointing_func", None)
             keywords = getattr(function, "keywords", None) or {}
             if keywords.get("use_reentrant", True) and function is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding, PreTrainedModel
 
+from layalign._plain import trains
 from layalign.errors import ArgumentError
 
 
@@ -66,9 +67,8 @@ def encode(
     Returns:
         E hidden states (B, S, D_e) and the last hidden state (B, S, D_e).
     """
-    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters())
     extra = {"use_cache": False} if "use_cache" in inspect.signature(encoder.forward).parameters else {}
-    with torch.set_grad_enabled(trains):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains(encoder)):
         output = encoder(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **extra
         )
