@@ -13,12 +13,15 @@ from transformers import DynamicCache
 
 from layalign._plain import is_intercepted
 from layalign.ops import _direct
-from layalign.ops._repeated import RepeatedDecode
+from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from layalign.nn import GatedCrossAttention
+
+
+Ready = RepeatedDecode | RepeatedTraining
 
 
 @dataclass
@@ -41,7 +44,7 @@ class SourceStates:
     seen: set[int] | None = None
     # By LLM layer: what the last call left for the next, and which of these holds for the pass under way.
     _again: dict[int, RepeatedDecode | None] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _ready: dict[int, RepeatedDecode] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ready: dict[int, Ready] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SourceStates:
         """The same states with ``function`` applied to every tensor (all have the batch first)."""
@@ -66,20 +69,26 @@ class SourceStates:
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Around one pass of the LLM: what its decoding calls have in common is asked once for all of them."""
-        if self._again and self.seen is None and _direct.quiet():
-            from layalign.nn import GatedCrossAttention
-
-            for slot, (layer, module) in enumerate(zip(self.layers, self.attentions, strict=True)):
-                again, gate = self._again.get(layer), module._parameters.get("adaption_gate")
-                if again is None or type(module) is not GatedCrossAttention or is_intercepted(module):
-                    continue
-                if again.prepare(self.keys[slot], self.values[slot], gate, self.mask, module.impl):
-                    self._ready[layer] = again
+        """Around one pass of the LLM: what its calls have in common is asked once for all of them."""
+        grads = torch.is_grad_enabled()
+        if (grads or self._again) and self.seen is None and _direct.undisturbed():
+            self._prepare(grads)
         try:
             yield
         finally:
             self._ready.clear()
+
+    def _prepare(self, grads: bool) -> None:
+        from layalign.nn import GatedCrossAttention
+
+        for slot, (layer, module) in enumerate(zip(self.layers, self.attentions, strict=True)):
+            if type(module) is not GatedCrossAttention or is_intercepted(module):
+                continue
+            own = self.keys[slot], self.values[slot], module._parameters.get("adaption_gate"), self.mask, module.impl
+            if grads:
+                self._ready[layer] = RepeatedTraining(*own)
+            elif (again := self._again.get(layer)) is not None and again.prepare(*own):
+                self._ready[layer] = again
 
     def attend(self, layer: int, query: Tensor, base: Tensor, scale: float | None) -> Tensor:
         """``base`` (B, T, H, d) plus the gated attention of LLM layer ``layer``; other layers return ``base``."""
@@ -96,9 +105,10 @@ class SourceStates:
         mask = None if self.mask is None else self.mask.to(query.device)
         found = module(query, key, value, base=base, key_mask=mask, scale=scale)
         if not torch.compiler.is_compiling() and not is_intercepted(module):  # else its gate may be elsewhere by now
-            self._again[layer] = RepeatedDecode.after(
-                query, key, value, module.adaption_gate, base, mask, scale, module.impl
-            )
+            arguments = query, key, value, module.adaption_gate, base, mask, scale, module.impl
+            self._again[layer] = RepeatedDecode.after(*arguments)
+            if isinstance(ready, RepeatedTraining):
+                RepeatedTraining.after(*arguments)
         return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import batch, tiny_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -17,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layalign import ops
 from layalign.nn import GatedCrossAttention
-from layalign.ops import _direct, backends
-from layalign.ops._repeated import RepeatedDecode
+from layalign.ops import _direct, _repeated, backends
+from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
 from layalign.source import SourceStates
 
 IMPLS = [name for name in ("cpp", "cuda") if backends.capability(name, "cpu")[0]]
@@ -236,3 +237,184 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
         with source.one_pass():
             source.attend(3, query, base, scale)
         assert source.seen == {3} and len(short) == 1
+
+
+TRAINED = {
+    "as in a model": {},
+    "no mask": {"mask": None},
+    "scaled": {"scale": 0.3},
+    "grouped heads side by side": {"query": lambda: torch.randn(2, 4, 20, 16)},
+    "few rows": {"query": lambda: torch.randn(2, 3, 4, 16).transpose(1, 2), "base": lambda: torch.randn(2, 3, 4, 16)},
+    "base of another type": {"base": lambda: torch.randn(2, 20, 4, 16).half()},
+    "base in pieces": {"base": lambda: torch.randn(2, 20, 4, 32)[..., :16]},
+    "gate of half precision": {"gate": lambda: torch.tensor([0.5]).half()},
+    "gate without dimensions": {"gate": lambda: torch.tensor(0.5)},
+    "half precision": {"dtype": torch.float16},
+}
+
+
+def training_arguments(change: dict[str, Any], seed: int = 0) -> list[Any]:
+    """query, key, value, gate, base, mask, scale, impl."""
+    torch.manual_seed(seed)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    made = {
+        "query": lambda: torch.randn(2, 20, 4, 16).transpose(1, 2),
+        "key": lambda: torch.randn(2, 5, 2, 16).transpose(1, 2),
+        "value": lambda: torch.randn(2, 5, 2, 16).transpose(1, 2),
+        "gate": lambda: torch.tensor([0.5]),
+        "base": lambda: torch.randn(2, 20, 4, 16),
+        **change,
+    }
+    tensors = [made[name]() for name in ("query", "key", "value", "gate", "base")]
+    if "dtype" in change:
+        tensors = [tensor.to(change["dtype"]) for tensor in tensors]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    return [*tensors, change.get("mask", mask), change.get("scale"), "cpp"]
+
+
+def trained(arguments: list[Any]) -> Tensor | None:
+    """As SourceStates calls it."""
+    query, key, value, gate, base, mask, scale, impl = arguments
+    return RepeatedTraining(key, value, gate, mask, impl)(query, base, scale)
+
+
+def called(arguments: list[Any]) -> Tensor:
+    query, key, value, gate, base, mask, scale, impl = arguments
+    return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl=impl)
+
+
+def leaves(arguments: list[Any]) -> list[Tensor]:
+    return [each for each in arguments if isinstance(each, Tensor) and each.requires_grad]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """The kept kernels: none yet."""
+    monkeypatch.setattr(_repeated, "_KERNELS", found := {})
+    return found
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+@pytest.mark.parametrize("change", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize(
+    "frozen", [(), (0, 4), (1, 2), (3,), (0, 1, 2, 3)], ids=lambda f: "frozen-" + "-".join(map(str, f))
+)
+def test_repeated_training_is_the_full_call(change: dict[str, Any], frozen: tuple[int, ...], kernels: Any) -> None:
+    first = training_arguments(change)
+    assert trained(first) is None  # no full call of the kind yet
+    RepeatedTraining.after(*first)
+    assert len(kernels) == 1
+    arguments = training_arguments(change, seed=1)
+    for place in frozen:
+        arguments[place].requires_grad_(False)
+    short, full = trained(arguments), called(arguments)
+    assert short is not None and torch.equal(short, full)
+    weight = torch.randn_like(full)
+    gradients = [torch.autograd.grad(result, leaves(arguments), weight) for result in (short, full)]
+    for one, other in zip(*gradients, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+def test_repeated_training_leaves_other_calls_alone(kernels: Any) -> None:
+    arguments = training_arguments({})
+    RepeatedTraining.after(*arguments)
+    assert trained(arguments) is not None
+    query, key, value, gate, base, mask, scale, impl = arguments
+    others = [
+        [query[:, :, 1:], key, value, gate, base[:, 1:], mask, scale, impl],
+        [query.contiguous(), key, value, gate, base, mask, scale, impl],
+        [query.double(), key, value, gate, base, mask, scale, impl],
+        [query.as_subclass(Subclass), key, value, gate, base, mask, scale, impl],
+        [torch._neg_view(query), key, value, gate, base, mask, scale, impl],
+        [query.to("meta"), key, value, gate, base, mask, scale, impl],
+        [query, key.contiguous(), value, gate, base, mask, scale, impl],
+        [query, key, torch._neg_view(value), gate, base, mask, scale, impl],
+        [query, key, value, gate.to("meta"), base, mask, scale, impl],
+        [query, key, value, gate.as_subclass(Subclass), base, mask, scale, impl],
+        [query, key, value, gate.double(), base, mask, scale, impl],
+        [query, key, value, None, base, mask, scale, impl],
+        [query, key, value, gate, base.double(), mask, scale, impl],
+        [query, key, value, gate, base, None, scale, impl],
+        [query, key, value, gate, base, mask, 0.1, impl],
+        [query, key, value, gate, base, mask, scale, "auto"],
+        [each.detach() if isinstance(each, Tensor) else each for each in arguments],  # nothing asks for a gradient
+    ]
+    assert [trained(other) for other in others] == [None] * len(others)
+    count = len(kernels)
+    for refused in (
+        [query, key, value, gate, base, mask, scale, "torch"],
+        [query, key, value, gate.double(), base, mask, scale, impl],
+        [query, key, value, torch.ones(1, 1), base, mask, scale, impl],
+        [query, key, value, gate.to("meta"), base, mask, scale, impl],
+        [query, key[:, :, :1].expand(2, 2, 5, 16)[..., :0], value, gate, base, mask, scale, impl],
+    ):
+        RepeatedTraining.after(*refused)
+    assert len(kernels) == count
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+def test_repeated_training_answers_who_looks_in_the_backward(kernels: Any) -> None:
+    arguments = training_arguments({})
+    RepeatedTraining.after(*arguments)
+    weight = torch.randn(2, 20, 4, 16)
+    right = torch.autograd.grad(called(arguments), leaves(arguments), weight)
+
+    def same(result: Tensor | None, grad: Tensor = weight) -> None:
+        assert result is not None
+        for one, other in zip(torch.autograd.grad(result, leaves(arguments), grad), right, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+    same(trained(arguments))
+    same(trained(arguments), torch.empty(20, 2, 4, 16).copy_(weight.transpose(0, 1)).transpose(0, 1))  # in pieces
+    same(trained(arguments), torch._neg_view(-weight))
+    with torch.autograd.graph.save_on_cpu():  # brings tensors back laid out anew
+        result = trained(arguments)
+    same(result)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        same(trained(arguments))
+    assert "layalign::gated_cross_attention_backward" in {event.key for event in profiled.key_averages()}
+    first = torch.autograd.grad(trained(arguments), leaves(arguments), weight, create_graph=True)
+    with pytest.raises(ops.backends.BackendError, match="no second derivative"):
+        first[0].sum().backward()
+    assert trained(arguments)[:0].sum().backward() is None  # a gradient of zeros
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+def test_no_more_kinds_are_kept_than_a_process_needs(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_repeated, "MOST_KINDS", 3)
+    for length in range(4, 9):
+        RepeatedTraining.after(*training_arguments({"mask": torch.ones(2, 5, dtype=torch.bool), "scale": length / 10}))
+    assert len(kernels) == 2
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpoints", "reentrant-checkpoints"])
+def test_a_model_trains_the_short_way_as_the_long_one(
+    checkpointing: bool | None, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model().train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    inputs = batch(model=model)
+    short: list[bool] = []
+    apply = _repeated._Short.apply
+    monkeypatch.setattr(_repeated._Short, "apply", lambda *given: short.append(True) or apply(*given))
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        torch.manual_seed(0)  # the encoder drops out
+        loss = model(**inputs).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    step()  # the model's own check that the source arrives: full calls
+    assert not short
+    step()
+    layers, before = len(model.config.language_layers), len(short)
+    found = step()
+    assert len(short) == (before + layers if checkpointing is not True else before)
+    monkeypatch.setattr(RepeatedTraining, "__call__", lambda *_: None)
+    for one, other in zip(found, step(), strict=True):
+        assert torch.equal(one, other)

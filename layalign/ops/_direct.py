@@ -48,11 +48,14 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     modes and forward-mode differentiation; and for a tensor that is a subclass or a lazily negated view. ``tensors``
     are all tensors of the call; None stands for one that was not given.
     """
-    if _watched():
-        return False
+    return not _watched() and whole(tensors)
+
+
+def whole(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the memory of tensors holds their values, as far as the tensors themselves can tell."""
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
-            return False  # neg, zero: its memory does not hold its values, the dispatcher brings them there
+            return False  # neg, zero: the dispatcher brings the values there
     return True
 
 
@@ -71,9 +74,14 @@ def unobserved(tensors: Sequence[Tensor | None]) -> bool:
     return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
 
 
+def undisturbed() -> bool:
+    """Whether nothing here watches calls, profiles or autocasts."""
+    return not (_watched() or _profiling() or torch.is_autocast_enabled("cpu"))
+
+
 def quiet() -> bool:
-    """Whether nothing here watches calls, profiles, asks for gradients or autocasts.
+    """:func:`undisturbed`, and nothing asks for gradients.
 
     Then :func:`unobserved` hangs on the tensors alone: what many calls of one pass have in common is asked once.
     """
-    return not (_watched() or _profiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    return undisturbed() and not torch.is_grad_enabled()

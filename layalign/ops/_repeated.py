@@ -1,24 +1,52 @@
-"""Decoding asks for the same attention again and again, with a new query: what the first call checked is kept.
+"""A model asks for the same attention again and again, with other tensors of the same kind: what was checked is kept.
 
-A full call describes and checks six tensors, 25 microseconds of Python, and several times that where the LLM's weights
-have just swept the caches. :class:`RepeatedDecode` keeps what cannot have changed and looks at what may have: once for
-all layers of a pass through the LLM (:meth:`RepeatedDecode.prepare`), at the query and the base in each.
+A full call describes and checks six tensors, 25 microseconds of Python in decoding and 100 in training, and several
+times that where the LLM's products have just swept the caches. What a full call has passed is kept here, and what
+follows it hands over addresses alone:
+
+- :class:`RepeatedDecode`, a layer's own: keys, values, mask and scale are held fast. It looks at what may have changed
+  once for all layers of a pass through the LLM (:meth:`RepeatedDecode.prepare`), and at query and base in each.
+- :class:`RepeatedTraining`: a call with gradients, for one layer in one pass; every tensor is new in every step, and
+  the kernels' calls are kept by the kinds of all of them, for all layers together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layalign.ops import _direct, backends, extension
-from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
+from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS, EagerAttention
+
+MOST_KINDS = 256  # kept at a time
 
 
-def _kind(query: Tensor, base: Tensor) -> tuple[Any, ...]:
+def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """What must not change from call to call in the tensors that do."""
-    return query.shape, query.stride(), query.dtype, base.shape, base.stride(), base.dtype
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cpu)
+
+
+def _described(inputs: tuple[Any, ...], scale: float | None) -> tuple[Any, ...]:
+    """As the extension takes them: (query, key, value, gate, base, mask, scale)."""
+    return (*map(extension.describe, inputs), inputs[0].shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+def _is_served(kept: tuple[Any, ...], impl: str) -> bool:
+    """Whether the C++ kernels take (query, key, value, gate, base, mask) as they are, without a copy or a cast."""
+    query, key, value, gate, base, _ = kept
+    if impl == "auto":
+        impl = backends.choose("gated_cross_attention", "cpu", query, key, value, gate, base)
+    plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
+    if impl != "cpp" or not plain or torch.is_autocast_enabled("cpu") or query.numel() == 0:
+        return False
+    if gate.numel() != 1 or not gate.is_cpu:
+        return False  # sharded or offloaded: it is here only while its module runs
+    if gate.dim() > 1 or not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
+        return False  # a full call brings them to one number and to float32 first
+    return query.stride(-1) == base.stride(-1) == 1
 
 
 class RepeatedDecode:
@@ -31,12 +59,10 @@ class RepeatedDecode:
         query, key, value, gate, base, mask = inputs
         self._kept = key, value, mask  # their addresses are in what follows
         self._impl, self._scale, self._gate_dtype = impl, scale, gate.dtype
-        self._like = _kind(query, base)
+        self._like = _kind(query), _kind(base)
         self._base_is_like_out = base.is_contiguous() and base.dtype == query.dtype
-        described = map(extension.describe, inputs)
-        factor = key.shape[-1] ** -0.5 if scale is None else float(scale)
         out = extension.describe(torch.empty(base.shape, dtype=query.dtype))
-        self._decode = extension.module().RepeatedDecode((*described, factor), out)
+        self._decode = extension.module().RepeatedDecode(_described(inputs, scale), out)
         self._gate, self._threads = 0, 0  # told by `prepare`; the kernel refuses these
 
     @staticmethod
@@ -51,21 +77,10 @@ class RepeatedDecode:
         impl: str,
     ) -> RepeatedDecode | None:
         """For the calls that follow one with these arguments; None where only full calls will do."""
-        asked, kept = impl, (query, key, value, gate, base, mask)
+        kept = query, key, value, gate, base, mask
         if query.device.type != "cpu" or query.shape[2] > MAX_DECODE_ROWS or not _direct.unobserved(kept):
             return None
-        if impl == "auto":
-            impl = backends.choose("gated_cross_attention", "cpu", query, key, value, gate, base)
-        plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
-        if impl != "cpp" or not plain or torch.is_autocast_enabled("cpu") or query.numel() == 0:
-            return None
-        if gate.numel() != 1 or not gate.is_cpu:
-            return None  # sharded or offloaded: it is here only while its module runs
-        if gate.dim() > 1 or not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
-            return None  # a full call brings them to one number and to float32 first
-        if query.stride(-1) != 1 or base.stride(-1) != 1:
-            return None
-        return RepeatedDecode(kept, scale, asked)
+        return RepeatedDecode(kept, scale, impl) if _is_served(kept, impl) else None
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy's tensors lie elsewhere; it starts with a full call."""
@@ -88,11 +103,117 @@ class RepeatedDecode:
 
     def __call__(self, query: Tensor, base: Tensor, scale: float | None) -> Tensor | None:
         """(B, T, H, d), or None where this call is not like the first one."""
-        if type(query) is not Tensor or type(base) is not Tensor or _kind(query, base) != self._like:
+        if type(query) is not Tensor or type(base) is not Tensor or (_kind(query), _kind(base)) != self._like:
             return None
-        if scale != self._scale or not query.is_cpu or not base.is_cpu or query.is_neg() or base.is_neg():
+        if scale != self._scale or query.is_neg() or base.is_neg():
             return None
         # The first is the quicker one by microseconds.
         out = torch.empty_like(base) if self._base_is_like_out else torch.empty(base.shape, dtype=query.dtype)
         self._decode(query.data_ptr(), self._gate, base.data_ptr(), out.data_ptr(), self._threads)
         return out
+
+
+class _Kernels:
+    """Forward and backward in C++ for tensors of one kind."""
+
+    def __init__(self, inputs: tuple[Any, ...], scale: float | None) -> None:
+        query, key, value, gate, base, mask = inputs
+        self.lse = query.shape[:3]
+        self.base_is_like_out = base.is_contiguous() and base.dtype == query.dtype
+        self.saved = [_kind(tensor) for tensor in (query, key, value, gate, mask)]
+        out, lse = torch.empty(base.shape, dtype=query.dtype), torch.empty(self.lse, dtype=torch.float32)
+        self.out = _kind(out)
+        results, described = tuple(map(extension.describe, (out, lse))), _described(inputs, scale)
+        self.forward = extension.module().RepeatedForward(described, *results)
+        gradients = *map(torch.empty_like, inputs[:3]), torch.empty(gate.shape, dtype=torch.float32)
+        without_base = *described[:4], None, *described[5:]
+        self.backward = extension.module().RepeatedBackward(without_base, *results, *map(extension.describe, gradients))
+
+
+class _Short(EagerAttention):
+    """The same operation and gradients as its parent's, by :class:`_Kernels`."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: _Kernels, *inputs: Any) -> Tensor:  # type: ignore[override]
+        query, key, value, gate, base, mask, *_ = inputs
+        out = torch.empty_like(base) if kernels.base_is_like_out else torch.empty(base.shape, dtype=query.dtype)
+        lse = torch.empty(kernels.lse, dtype=torch.float32)
+        addresses = query.data_ptr(), key.data_ptr(), value.data_ptr(), gate.data_ptr(), base.data_ptr()
+        at_mask = 0 if mask is None else mask.data_ptr()
+        kernels.forward(*addresses, at_mask, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
+        EagerAttention.save(ctx, inputs, (out, lse))
+        ctx.kernels = kernels
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        kernels, needs, saved = ctx.kernels, ctx.needs_input_grad[1:6], ctx.saved_tensors
+        if grad is None or not any(needs[:4]) or not _Short.serves(kernels, saved, grad):
+            return None, *EagerAttention.gradients(ctx, needs, grad)
+        # Laid out like the inputs, which the projections behind them wrote.
+        found = [torch.empty_like(saved[i]) if needs[i] else None for i in range(3)]
+        gate = saved[3]
+        found.append(torch.empty(gate.shape, dtype=torch.float32) if needs[3] else None)
+        parts = *saved[:5], grad, saved[5], *found
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in parts]
+        kernels.backward(*addresses, torch.get_num_threads())
+        if found[3] is not None and gate.dtype != torch.float32:
+            found[3] = found[3].to(gate.dtype)
+        return None, *found, grad.to(ctx.base_dtype) if needs[4] else None, None, None, None
+
+    @staticmethod
+    def serves(kernels: _Kernels, saved: Sequence[Tensor], grad: Tensor) -> bool:
+        """Whether the backward may be short as the forward was: hooks on saved tensors may lay them out anew."""
+        if not _direct.quiet() or _kind(grad) != kernels.out or not _direct.whole((grad, *saved)):
+            return False
+        return all(_kind(tensor) == kind for tensor, kind in zip(saved, kernels.saved, strict=False))
+
+
+_KERNELS: dict[tuple[Any, ...], _Kernels] = {}
+
+
+class RepeatedTraining:
+    """One layer's call with gradients in the pass under way, whose key, value, gate and mask are known beforehand.
+
+    The caller has asked :func:`layalign.ops._direct.undisturbed`.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> None:
+        self._key, self._value, self._gate, self._mask = key, value, gate, mask
+        kept = key, value, gate, mask
+        self._serves = all(t is None or type(t) in _direct.PLAIN for t in kept) and _direct.whole(kept)
+        self._kinds = (impl, *map(_kind, kept)) if self._serves else ()
+
+    def __call__(self, query: Tensor, base: Tensor, scale: float | None) -> Tensor | None:
+        """(B, T, H, d), or None where no full call of this kind has been made, or none with gradients."""
+        if not self._serves or type(query) is not Tensor or type(base) is not Tensor:
+            return None
+        kernels = _KERNELS.get((scale, _kind(query), _kind(base), *self._kinds))
+        if kernels is None or not _direct.whole((query, base)):
+            return None
+        inputs = query, self._key, self._value, self._gate, base, self._mask
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
+            return None  # re-entrant checkpoints ask for no gradients in between
+        return _Short.apply(kernels, *inputs, scale, "cpp")  # type: ignore[no-any-return]
+
+    @staticmethod
+    def after(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor,
+        base: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        impl: str,
+    ) -> None:
+        """Keep what the calls that follow one with these arguments need, where they need no full one."""
+        kept = query, key, value, gate, base, mask
+        if query.device.type != "cpu" or key.numel() == 0 or not _direct.unprofiled(kept) or not _is_served(kept, impl):
+            return
+        if any(torch.empty_like(tensor).stride(-1) != 1 for tensor in (query, key, value)):
+            return  # expanded over their rows: no layout for gradients
+        if len(_KERNELS) >= MOST_KINDS:
+            _KERNELS.clear()
+        kind = scale, _kind(query), _kind(base), impl, *map(_kind, (key, value, gate, mask))
+        _KERNELS[kind] = _Kernels(kept, scale)

@@ -13,6 +13,7 @@ base stay as they are. float64 is left to plain torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -135,9 +136,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, ctx.needs_input_grad[:5], grad)
+
+
+def _gradients(ctx: Any, wanted: Sequence[bool], grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of the 8 arguments, from what :func:`_save` kept; ``wanted``: of query, key, value, gate and base."""
     if grad is None:
         return (None,) * 8
-    *needs, need_base = ctx.needs_input_grad[:5]
+    *needs, need_base = wanted
     gradients: list[Tensor | None] = [None] * 4
     if any(needs):
         query, key, value, gate, key_mask, lse = ctx.saved_tensors
@@ -150,7 +156,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return (*gradients, grad.to(ctx.base_dtype) if need_base else None, None, None, None)
 
 
-class _Eager(torch.autograd.Function):
+class EagerAttention(torch.autograd.Function):
     """The first operation and its gradients without ``torch.library``'s way through Python, 0.2 ms a layer and step."""
 
     @staticmethod
@@ -162,6 +168,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return _autograd(ctx, grad, None)
+
+    save = staticmethod(_save)
+    gradients = staticmethod(_gradients)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -205,7 +214,7 @@ def _fused(backend: str) -> backends.Implementation:
             return found if few else found[0]  # type: ignore[no-any-return]
         training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
         if training and _direct.unprofiled(inputs):
-            return _Eager.apply(*inputs, scale, backend)  # type: ignore[no-any-return]
+            return EagerAttention.apply(*inputs, scale, backend)  # type: ignore[no-any-return]
         if (
             not training and query.shape[2] <= MAX_DECODE_ROWS
         ):  # in this order: a length is asked for, a graph guards it
