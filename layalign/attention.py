@@ -165,8 +165,8 @@ def key_value_states(attention: Any, key_state: Tensor, value_state: Tensor) -> 
 
 
 def heads(states: Tensor, size: int) -> Tensor:
-    """(B, S, G * d) -> (B, G, S, d), a view."""
-    return states.view(*states.shape[:-1], -1, size).transpose(1, 2)
+    """(..., S, G * d) -> (..., G, S, d), a view."""
+    return states.view(*states.shape[:-1], -1, size).transpose(-3, -2)
 
 
 def head_size(attention: nn.Module) -> int:

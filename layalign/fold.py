@@ -213,8 +213,10 @@ class Folding:
         attentions: Sequence[nn.Module],
         hidden: Sequence[Tensor],
         engine: str | None = None,
-    ) -> Sequence[Tensor] | None:
-        """2L tensors (B, S, D_kv), a key and a value by turns; None where the modules are to be called.
+    ) -> Sequence[Tensor] | Tensor | None:
+        """2L tensors (B, S, D_kv), a key and a value by turns, or one (2L, B, S, D_kv).
+
+        None where the modules are to be called.
 
         Args:
             engine: what shards the model, whose weights must be left alone even while they look whole.

@@ -260,7 +260,10 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             size = attention.head_size(self._attentions[0])
             under = torch.is_autocast_enabled(folded[0].device.type)  # then in its dtype, as from the LLM's own modules
             kept = under or folded[0].dtype == dtype
-            found = [attention.heads(state if kept else state.to(dtype), size) for state in folded]
+            if isinstance(folded, Tensor):
+                found = list(attention.heads(folded if kept else folded.to(dtype), size).unbind(0))
+            else:
+                found = [attention.heads(state if kept else state.to(dtype), size) for state in folded]
             return found[0::2], found[1::2]
         if slots.useful(projector, layers):
             states = slots.project(projector, layers)

@@ -56,8 +56,8 @@ def project(
     weight: Tensor | PackedWeight | None = None,
     bias: Tensor | None = None,
     outer: Sequence[nn.Linear] = (),
-) -> list[Tensor]:
-    """2L tensors (B, S, D_out), differentiable in the projector's parameters and in ``hidden``.
+) -> Sequence[Tensor] | Tensor:
+    """2L tensors (B, S, D_out), or all in one, differentiable in the projector's parameters and in ``hidden``.
 
     Args:
         hidden: E tensors (B, S, D_e).
@@ -73,7 +73,7 @@ def project(
     kept = _Kept(projector.impl, weight, bias, outer)
     inputs = fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden
     direct = _direct.plain(inputs) and not differentiated(projector, hidden)
-    return list(_forward(kept, *inputs) if direct else _Slots.apply(kept, *inputs))
+    return _forward(kept, *inputs) if direct else list(_Slots.apply(kept, *inputs))
 
 
 class _Kept:
@@ -85,7 +85,7 @@ class _Kept:
         self.impl, self.weight, self.bias, self.outer = impl, weight, bias, outer
         self.in_two_steps = weight is None and len(outer) > 0
 
-    def through(self, y: Sequence[Tensor], first: int = 0) -> Sequence[Tensor]:
+    def through(self, y: Sequence[Tensor] | Tensor, first: int = 0) -> Sequence[Tensor] | Tensor:
         """Slots' y (B, S, D_l) from ``first`` on by the maps that follow, if any do; y is forgotten on the way."""
         if not self.in_two_steps:
             return y
@@ -246,7 +246,7 @@ def _forward(
     inner: Tensor,
     inner_bias: Tensor | None,
     *hidden: Tensor,
-) -> Sequence[Tensor]:
+) -> Sequence[Tensor] | Tensor:
     packed = kept.packed(hidden, len(mix_weight), inner, inner_bias)
     if packed is not None:
         return kept.through(_packed.project(hidden, mix_weight, mix_bias, *packed))
@@ -275,7 +275,8 @@ class _Slots(torch.autograd.Function):
         ctx.kept = kept
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mix_weight, mix_bias, inner, inner_bias, *hidden)
-        return tuple(_forward(kept, mix_weight, mix_bias, inner, inner_bias, *hidden))
+        found = _forward(kept, mix_weight, mix_bias, inner, inner_bias, *hidden)
+        return found.unbind(0) if isinstance(found, Tensor) else tuple(found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

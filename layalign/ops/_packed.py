@@ -7,6 +7,7 @@ whatever x and the weights hold: what vanishes is a zero times a finite number.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ MIN_ROWS = 320  # of x for each weight that is packed for a single call
 SETS = ("avx512", "avx2")  # instruction sets on which the kernels have beaten torch's dense product
 # Numbers of x that a task mixes at a time, and rows of each slot: kMixed and kRows in csrc/cpu/layer_projection.cpp.
 CACHED, ROWS = 2**19, 128
+TOGETHER = 2**24  # bytes; glibc keeps blocks of up to twice that for their next use
 COLUMNS_PER_LAYER = 48  # columns of the result that pay for reading one layer's states for a slot
 
 
@@ -89,25 +91,32 @@ def project(
     weight: Tensor | PackedWeight,
     bias: Tensor | None,
     outs: Sequence[Tensor] | None = None,
-) -> Sequence[Tensor]:
-    """:func:`layalign.ops.layer_projection` by the kernel, each slot's result a tensor of its own.
+) -> Sequence[Tensor] | Tensor:
+    """:func:`layalign.ops.layer_projection` by the kernel.
 
     Args:
         weight: as there, or packed; float32 like ``hidden`` and ``bias``.
         outs: 2L tensors (B, S, N) to write to, contiguous.
 
     Returns:
-        ``outs``, or 2L new tensors.
+        ``outs``; or (2L, B, S, N), from :data:`TOGETHER` bytes on 2L tensors of their own: as a whole the memory would
+        come fresh from the system in every call.
     """
     packed = weight if isinstance(weight, PackedWeight) else PackedWeight.of(weight)
     if packed.data.shape[-1] != extension.module().packed_width():  # for an instruction set that is no longer used
         packed = PackedWeight.of(packed.dense())
-    first = hidden[0]
-    if outs is None:
-        outs = [first.new_empty((*first.shape[:2], packed.columns)) for _ in range(mix_weight.shape[0])]
-    if outs and outs[0].numel():
-        extension.layer_projection_forward(hidden, mix_weight, mix_bias, packed.data, packed.finite, bias, outs)
-    return outs
+    first, slots = hidden[0], mix_weight.shape[0]
+    shape = *first.shape[:2], packed.columns
+    found: Sequence[Tensor] | Tensor
+    if outs is not None:
+        found = outs
+    elif slots * first.element_size() * math.prod(shape) < TOGETHER:
+        found = first.new_empty((slots, *shape))
+    else:
+        found = [first.new_empty(shape) for _ in range(slots)]
+    if math.prod(shape):
+        extension.layer_projection_forward(hidden, mix_weight, mix_bias, packed.data, packed.finite, bias, found)
+    return found
 
 
 def add_weight_gradient(total: Tensor, grads: Sequence[Tensor | None], x: Tensor) -> None:

@@ -113,6 +113,15 @@ def describe(tensor: Tensor | None) -> Described | None:
     return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
 
 
+def describe_each(tensors: Sequence[Tensor] | Tensor) -> list[Described]:
+    """Several of one kind described; those of a tensor are its parts along the first dimension."""
+    if not isinstance(tensors, Tensor):
+        return [(t.data_ptr(), DTYPES[t.dtype], t.shape, t.stride()) for t in tensors]
+    begin, code, (step, *strides) = tensors.data_ptr(), DTYPES[tensors.dtype], tensors.stride()
+    shape, stride, step = tensors.shape[1:], tuple(strides), step * tensors.element_size()
+    return [(begin + j * step, code, shape, stride) for j in range(tensors.shape[0])]
+
+
 def unit(tensor: Tensor) -> Tensor:
     """With a last stride of 1, copied only where it is another."""
     if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
@@ -211,7 +220,7 @@ def layer_projection_forward(
     packed: Tensor,
     finite: bool,
     bias: Tensor | None,
-    outs: Sequence[Tensor],
+    outs: Sequence[Tensor] | Tensor,
 ) -> None:
     """The C++ kernel's: hidden E of (B, S, K) fp32, packed (1 or J, ...), bias (N,) or (J, N), into J (B, S, N)."""
     slots = mix_weight.shape[0]
@@ -219,7 +228,7 @@ def layer_projection_forward(
     bias = None if bias is None else unit(bias).expand(slots, bias.shape[-1])
     layers, _kept = describe_layers(hidden)
     mix = layers, describe(mix_weight), describe(mix_bias)
-    projection = describe(packed), finite, describe(bias), [describe(out) for out in outs]
+    projection = describe(packed), finite, describe(bias), describe_each(outs)
     _call("cpp", hidden[0].device, "layer_projection_forward", *mix, *projection, torch.get_num_threads())
 
 
