@@ -114,7 +114,7 @@ def project(
         found = first.new_empty((slots, *shape))
     else:
         found = [first.new_empty(shape) for _ in range(slots)]
-    if math.prod(shape):
+    if slots and math.prod(shape):
         extension.layer_projection_forward(hidden, mix_weight, mix_bias, packed.data, packed.finite, bias, found)
     return found
 
