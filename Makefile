@@ -73,9 +73,10 @@ kernels-report: $(STAMP)
 	    --output benchmarks/results/kernels/$$target.md || exit 1; done
 	$(BIN)/python benchmarks/cuda_report.py --output benchmarks/results/kernels/cuda.md
 
-# Minutes on a CPU, under twenty on a GPU. LAYALIGN_BENCH=quick|cpu|gpu chooses the shapes, by default by the machine.
+# Minutes on a CPU, under twenty on a GPU. LAYALIGN_BENCH=quick|cpu|gpu chooses the shapes, by default by the machine;
+# PATIENCE=2 takes twice as many rounds of every row.
 bench: $(STAMP)
-	$(BIN)/python -m pytest -q benchmarks --results benchmarks/results/$(DEVICE); code=$$?; \
+	$(BIN)/python -m pytest -q benchmarks --results benchmarks/results/$(DEVICE) --patience $(or $(PATIENCE),1); code=$$?; \
 	  $(BIN)/python benchmarks/report.py benchmarks/results/$(DEVICE) && exit $$code
 
 # The measured tables in the documentation, from the committed CPU results.

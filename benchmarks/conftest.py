@@ -1,10 +1,11 @@
-"""`pytest benchmarks/ [--results DIR]`: the rows of a run, its ceilings, and the file they end up in.
+"""`pytest benchmarks/ [--results DIR] [--patience N]`: the rows of a run, its ceilings, and the file they end up in.
 
 Every test makes rows with the fixture ``rows``; ``--results DIR`` writes them to ``DIR/bench.json`` when all is done.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import logging
@@ -27,6 +28,15 @@ NOTES = pytest.StashKey[dict[str, Any]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", metavar="DIR", type=Path, help="write every row to DIR/bench.json")
+    parser.addoption("--patience", metavar="N", type=positive, default=1.0, help="N times as many rounds of every row")
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return number
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,6 +78,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "dtype": str(shapes.dtype).removeprefix("torch."),
         "ceilings": notes.get("ceilings", {}),
         "seconds": round(time.time() - notes["start"], 1),
+        "patience": config.getoption("--patience"),
         "left out": {**notes["left out"], **LEFT_OUT},
         "failed": FAILED,
         "rows": rows,
@@ -128,6 +139,7 @@ class Rows:
     ) -> None:
         self.shapes, self.watch, self.ceiling, self._benchmark = shapes, watch, ceiling, benchmark
         self._rows, self._notes = config.stash[ROWS], config.stash[NOTES]
+        self._patience = config.getoption("--patience")
 
     def add(self, group: str, name: str, unit: str, labels: dict[str, Any], values: dict[str, Any]) -> None:
         """Keep a row; ``values`` has at least median, q1 and q3 in ``unit`` ("s" or "bytes")."""
@@ -153,7 +165,7 @@ class Rows:
     ) -> None:
         """Time the first of ``calls`` against the others, by turns, through pytest-benchmark's fixture."""
         (headline, ours), *others = calls.items()
-        turns = measure.Turns(self.watch, ours, dict(others), seconds or self.shapes.seconds, few)
+        turns = measure.Turns(self.watch, ours, dict(others), seconds or self.shapes.seconds, few, self._patience)
         self._benchmark.group = group
         self._benchmark.name = name
         self._benchmark.pedantic(turns.ours, setup=turns.baselines, rounds=turns.rounds)

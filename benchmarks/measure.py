@@ -57,7 +57,9 @@ class Turns:
     Args:
         few: baselines that are timed in the first two rounds only where a call takes longer than 0.3 s, in the first
             alone where it takes over 1 s, and once, before it, over 3 s: no target hangs on their last percent.
-        seconds: about how long all rounds should take; never fewer than ``least`` rounds, never more than 200.
+        seconds: about how long all rounds should take; never fewer than five rounds, three where one takes 5 s, never
+            more than 200.
+        patience: how many times as many rounds (at most the 200) are wanted.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Turns:
         baselines: dict[str, Callable[[], Any]],
         seconds: float,
         few: tuple[str, ...] = (),
-        least: int = 5,
+        patience: float = 1.0,
     ) -> None:
         self._watch, self._ours, self._baselines = watch, ours, baselines
         self.times: list[float] = []
@@ -83,7 +85,8 @@ class Turns:
             self.against[name].append(found[name])
         self._short = {name for name, seconds in found.items() if seconds < SHORT}
         per_round = sum(2 * t if name in self._short else t for name, t in found.items() if name not in self._few)
-        self.rounds = max(least, min(200, int(seconds / per_round)))
+        wanted = max(3 if per_round > 5 else 5, seconds / per_round)
+        self.rounds = max(1, min(200, int(wanted * patience)))
 
     def baselines(self) -> None:
         """One call of every baseline; ours is warm afterwards."""

@@ -163,7 +163,7 @@ def test_smoke_of_the_suite(tmp_path: Path) -> None:
     chosen = "(source_states and mha) or (test_scaling and layer_mix-S-forward)"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "benchmarks",
-         "-k", chosen, "--results", str(tmp_path)],
+         "-k", chosen, "--results", str(tmp_path), "--patience", "2"],
         capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=240,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
@@ -176,8 +176,15 @@ def test_smoke_of_the_suite(tmp_path: Path) -> None:
         1 / 3
     )
     assert states["percent of ceiling"] > 0 and states["median"] > 0
+    assert states["rounds"] >= 10  # twice the least
     assert kinds["scaling"]["slopes"]["layalign"]["bytes"] == pytest.approx(1, abs=0.2)
     assert write_report(tmp_path).is_file()
+
+
+def test_patience_is_a_number_above_zero() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--patience", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
+    assert result.returncode == 4 and "--patience: expected a number above 0, got 0" in result.stderr
 
 
 PAGES = [ROOT / "docs/benchmarks.md", ROOT / "docs/backends.md"]
