@@ -102,8 +102,8 @@ CPU = Shapes(
     attention_heads=(12, 64),
     scaling=(1, 2, 4, 8),
     scaling_sizes=dict(B=1, S=64, T=64, E=4, L=2, De=512, Dl=768, H=12, d=64),
-    seconds=0.7,
-    patience=15.0,
+    seconds=0.5,
+    patience=10.0,
 )
 GPU = Shapes(
     name="gpu",

@@ -96,8 +96,10 @@ def right(models: Models, shapes: Shapes) -> None:
 
 
 def affordable(calls: dict[str, Any], shapes: Shapes, models: Models, work: Work) -> dict[str, Any]:
-    """On a CPU, peft and reference.py are measured with one model and the smallest work only."""
+    """On a CPU, peft and reference.py are measured with one model and the smallest work only; few logits with B 1."""
     leave = {PROMPT, REFERENCE} if shapes.name == "cpu" and (models.size.name, work.batch) != ("mha", 1) else set()
+    if shapes.name == "cpu" and work in shapes.train and work.batch > 1:
+        leave.add(FEW_LOGITS)
     return {name: call for name, call in calls.items() if name not in leave}
 
 
