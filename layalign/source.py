@@ -92,7 +92,8 @@ class SourceStates:
 
     def attend(self, layer: int, query: Tensor, base: Tensor, scale: float | None) -> Tensor:
         """``base`` (B, T, H, d) plus the gated attention of LLM layer ``layer``; other layers return ``base``."""
-        ready = self._ready.get(layer)  # first, and little of it: between the LLM's products all Python comes slowly
+        # First, and little of it: between the LLM's products all Python comes slowly. Graphs must not guard it.
+        ready = None if torch.compiler.is_compiling() else self._ready.get(layer)
         if ready is not None and (found := ready(query, base, scale)) is not None:
             return found
         if layer not in self.layers:
@@ -105,10 +106,10 @@ class SourceStates:
         mask = None if self.mask is None else self.mask.to(query.device)
         found = module(query, key, value, base=base, key_mask=mask, scale=scale)
         if not torch.compiler.is_compiling() and not is_intercepted(module):  # else its gate may be elsewhere by now
-            arguments = query, key, value, module.adaption_gate, base, mask, scale, module.impl
-            self._again[layer] = RepeatedDecode.after(*arguments)
+            inputs = query, key, value, module.adaption_gate, base, mask
+            self._again[layer] = RepeatedDecode.after(inputs, scale, module.impl)
             if isinstance(ready, RepeatedTraining):
-                RepeatedTraining.after(*arguments)
+                RepeatedTraining.after(inputs, scale, module.impl)
         return found
 
 

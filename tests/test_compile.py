@@ -176,3 +176,22 @@ def test_a_compiled_first_pass_over_a_plain_cache_says_what_to_do() -> None:
     output = torch.compile(model, backend="eager")(**inputs, **plain)  # with a break in the graph it goes on
     torch.testing.assert_close(output.logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
     assert get_source(output.past_key_values) is not None
+
+
+def test_layers_compiled_one_by_one_train_without_compiling_again() -> None:
+    """What a pass keeps for eager calls is new in every step: no graph may look at it."""
+    model = small().train()
+    inputs = batch(model=model)
+
+    def step() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)  # the encoder drops out
+        return loss_and_gradients(model, model, inputs)
+
+    eager = [step() for _ in range(3)][-1]  # the third takes what the second kept
+    for layer in model.llm.model.layers:
+        layer.compile(backend="eager")
+    for _ in range(4):
+        found = step()
+    assert graphs() == 1 and not counters["graph_break"]
+    for name, value in eager.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)

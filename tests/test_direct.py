@@ -133,6 +133,11 @@ def decode_arguments() -> list[Any]:
     return [query, key, value, torch.tensor([0.5]), torch.randn(2, 1, 4, 16), mask, None, "cpp"]
 
 
+def split(arguments: list[Any]) -> tuple[Any, ...]:
+    """The tensors, scale and impl."""
+    return tuple(arguments[:6]), *arguments[6:]
+
+
 def full_call(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, mask: Any, scale: Any) -> Tensor:
     return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl="torch")
 
@@ -146,7 +151,7 @@ def repeated(again: RepeatedDecode, arguments: Sequence[Any]) -> Tensor | None:
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_a_repeated_decode_is_the_full_call() -> None:
     arguments = decode_arguments()
-    again = RepeatedDecode.after(*arguments)
+    again = RepeatedDecode.after(*split(arguments))
     assert again is not None
     for step in range(3):
         arguments[0], arguments[4] = torch.randn(2, 1, 4, 16).transpose(1, 2), torch.randn(2, 1, 4, 16)
@@ -161,7 +166,7 @@ def test_a_repeated_decode_is_the_full_call() -> None:
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_a_repeated_decode_leaves_other_calls_alone() -> None:
     arguments = decode_arguments()
-    again = RepeatedDecode.after(*arguments)
+    again = RepeatedDecode.after(*split(arguments))
     assert again is not None and repeated(again, arguments) is not None
     query, key, value, gate, base, mask, scale, impl = arguments
     others = [
@@ -184,12 +189,12 @@ def test_a_repeated_decode_leaves_other_calls_alone() -> None:
     ]
     assert [repeated(again, other) for other in others] == [None] * len(others)
     assert copy.deepcopy(again) is None and pickle.loads(pickle.dumps(again)) is None
-    assert RepeatedDecode.after(query, key, value, gate, base, mask, scale, "torch") is None
+    assert RepeatedDecode.after((query, key, value, gate, base, mask), scale, "torch") is None
     for wide in ([query, key, value, gate.double(), base], [query, key, value, gate, base.double()]):
-        assert RepeatedDecode.after(*wide, mask, scale, impl) is None
-    assert RepeatedDecode.after(query, key, value, gate.to("meta"), base, mask, scale, impl) is None
+        assert RepeatedDecode.after((*wide, mask), scale, impl) is None
+    assert RepeatedDecode.after((query, key, value, gate.to("meta"), base, mask), scale, impl) is None
     many = torch.randn(2, 4, 17, 16)
-    assert RepeatedDecode.after(many, key, value, gate, torch.randn(2, 17, 4, 16), mask, scale, "cpp") is None
+    assert RepeatedDecode.after((many, key, value, gate, torch.randn(2, 17, 4, 16), mask), scale, "cpp") is None
 
 
 @contextmanager
@@ -303,7 +308,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
 def test_repeated_training_is_the_full_call(change: dict[str, Any], frozen: tuple[int, ...], kernels: Any) -> None:
     first = training_arguments(change)
     assert trained(first) is None  # no full call of the kind yet
-    RepeatedTraining.after(*first)
+    RepeatedTraining.after(*split(first))
     assert len(kernels) == 1
     arguments = training_arguments(change, seed=1)
     for place in frozen:
@@ -319,7 +324,7 @@ def test_repeated_training_is_the_full_call(change: dict[str, Any], frozen: tupl
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_repeated_training_leaves_other_calls_alone(kernels: Any) -> None:
     arguments = training_arguments({})
-    RepeatedTraining.after(*arguments)
+    RepeatedTraining.after(*split(arguments))
     assert trained(arguments) is not None
     query, key, value, gate, base, mask, scale, impl = arguments
     others = [
@@ -350,14 +355,14 @@ def test_repeated_training_leaves_other_calls_alone(kernels: Any) -> None:
         [query, key, value, gate.to("meta"), base, mask, scale, impl],
         [query, key[:, :, :1].expand(2, 2, 5, 16)[..., :0], value, gate, base, mask, scale, impl],
     ):
-        RepeatedTraining.after(*refused)
+        RepeatedTraining.after(*split(refused))
     assert len(kernels) == count
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_repeated_training_answers_who_looks_in_the_backward(kernels: Any) -> None:
     arguments = training_arguments({})
-    RepeatedTraining.after(*arguments)
+    RepeatedTraining.after(*split(arguments))
     weight = torch.randn(2, 20, 4, 16)
     right = torch.autograd.grad(called(arguments), leaves(arguments), weight)
 
@@ -385,7 +390,8 @@ def test_repeated_training_answers_who_looks_in_the_backward(kernels: Any) -> No
 def test_no_more_kinds_are_kept_than_a_process_needs(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_repeated, "MOST_KINDS", 3)
     for length in range(4, 9):
-        RepeatedTraining.after(*training_arguments({"mask": torch.ones(2, 5, dtype=torch.bool), "scale": length / 10}))
+        change = {"mask": torch.ones(2, 5, dtype=torch.bool), "scale": length / 10}
+        RepeatedTraining.after(*split(training_arguments(change)))
     assert len(kernels) == 2
 
 

@@ -22,6 +22,7 @@ from layalign.ops import _direct, backends, extension
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS, EagerAttention
 
 MOST_KINDS = 256  # kept at a time
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, gate, base, mask
 
 
 def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
@@ -29,14 +30,14 @@ def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cpu)
 
 
-def _described(inputs: tuple[Any, ...], scale: float | None) -> tuple[Any, ...]:
+def _described(inputs: Inputs, scale: float | None) -> tuple[Any, ...]:
     """As the extension takes them: (query, key, value, gate, base, mask, scale)."""
     return (*map(extension.describe, inputs), inputs[0].shape[-1] ** -0.5 if scale is None else float(scale))
 
 
-def _is_served(kept: tuple[Any, ...], impl: str) -> bool:
-    """Whether the C++ kernels take (query, key, value, gate, base, mask) as they are, without a copy or a cast."""
-    query, key, value, gate, base, _ = kept
+def _is_served(inputs: Inputs, impl: str) -> bool:
+    """Whether the C++ kernels take the tensors as they are, without a copy or a cast."""
+    query, key, value, gate, base, _ = inputs
     if impl == "auto":
         impl = backends.choose("gated_cross_attention", "cpu", query, key, value, gate, base)
     plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
@@ -55,7 +56,7 @@ class RepeatedDecode:
     Use :meth:`after`, which knows where it applies.
     """
 
-    def __init__(self, inputs: tuple[Any, ...], scale: float | None, impl: str) -> None:
+    def __init__(self, inputs: Inputs, scale: float | None, impl: str) -> None:
         query, key, value, gate, base, mask = inputs
         self._kept = key, value, mask  # their addresses are in what follows
         self._impl, self._scale, self._gate_dtype = impl, scale, gate.dtype
@@ -66,21 +67,12 @@ class RepeatedDecode:
         self._gate, self._threads = 0, 0  # told by `prepare`; the kernel refuses these
 
     @staticmethod
-    def after(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gate: Tensor,
-        base: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        impl: str,
-    ) -> RepeatedDecode | None:
+    def after(inputs: Inputs, scale: float | None, impl: str) -> RepeatedDecode | None:
         """For the calls that follow one with these arguments; None where only full calls will do."""
-        kept = query, key, value, gate, base, mask
-        if query.device.type != "cpu" or query.shape[2] > MAX_DECODE_ROWS or not _direct.unobserved(kept):
+        query = inputs[0]
+        if query.device.type != "cpu" or query.shape[2] > MAX_DECODE_ROWS or not _direct.unobserved(inputs):
             return None
-        return RepeatedDecode(kept, scale, impl) if _is_served(kept, impl) else None
+        return RepeatedDecode(inputs, scale, impl) if _is_served(inputs, impl) else None
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy's tensors lie elsewhere; it starts with a full call."""
@@ -116,7 +108,7 @@ class RepeatedDecode:
 class _Kernels:
     """Forward and backward in C++ for tensors of one kind."""
 
-    def __init__(self, inputs: tuple[Any, ...], scale: float | None) -> None:
+    def __init__(self, inputs: Inputs, scale: float | None) -> None:
         query, key, value, gate, base, mask = inputs
         self.lse = query.shape[:3]
         self.base_is_like_out = base.is_contiguous() and base.dtype == query.dtype
@@ -197,23 +189,16 @@ class RepeatedTraining:
         return _Short.apply(kernels, *inputs, scale, "cpp")  # type: ignore[no-any-return]
 
     @staticmethod
-    def after(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gate: Tensor,
-        base: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        impl: str,
-    ) -> None:
+    def after(inputs: Inputs, scale: float | None, impl: str) -> None:
         """Keep what the calls that follow one with these arguments need, where they need no full one."""
-        kept = query, key, value, gate, base, mask
-        if query.device.type != "cpu" or key.numel() == 0 or not _direct.unprofiled(kept) or not _is_served(kept, impl):
+        query, key, value, gate, base, mask = inputs
+        if query.device.type != "cpu" or key.numel() == 0:
+            return
+        if not _direct.unprofiled(inputs) or not _is_served(inputs, impl):
             return
         if any(torch.empty_like(tensor).stride(-1) != 1 for tensor in (query, key, value)):
             return  # expanded over their rows: no layout for gradients
         if len(_KERNELS) >= MOST_KINDS:
             _KERNELS.clear()
         kind = scale, _kind(query), _kind(base), impl, *map(_kind, (key, value, gate, mask))
-        _KERNELS[kind] = _Kernels(kept, scale)
+        _KERNELS[kind] = _Kernels(inputs, scale)
