@@ -23,8 +23,6 @@ def is_partitioned(parameter: Any) -> bool:
 
 def reason_whole_is_not_here(parameter: Any) -> str | None:
     """Why the data of ``parameter`` must not be read as they are; None if nothing speaks against it."""
-    if type(parameter) is nn.Parameter and not parameter.__dict__:
-        return None  # engines leave attributes or types of their own: four questions to most weights in one
     if is_partitioned(parameter):
         return "its weight is partitioned by ZeRO-3"
     if is_dtensor(parameter):

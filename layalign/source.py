@@ -82,7 +82,7 @@ class SourceStates:
         from layalign.nn import GatedCrossAttention
 
         for slot, (layer, module) in enumerate(zip(self.layers, self.attentions, strict=True)):
-            if type(module) is not GatedCrossAttention or is_intercepted(module):
+            if not self.keys[slot].is_cpu or type(module) is not GatedCrossAttention or is_intercepted(module):
                 continue
             own = self.keys[slot], self.values[slot], module._parameters.get("adaption_gate"), self.mask, module.impl
             if grads:
