@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign import ops, slots
-from layalign._plain import reason_against_reading
+from layalign._plain import is_intercepted, reason_against_reading
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.ops import _checks
 from layalign.ops._packed import PackedWeight
@@ -59,8 +59,8 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
         return f'structure "{projector.structure}" has a relu between the two maps'
     if projector.times > 1:
         return 'with mix "shared" one product serves all layers'
-    if projector._forward_hooks or projector._forward_pre_hooks:
-        return "the aligner's projector has hooks, which want to see it called"
+    if is_intercepted(projector):
+        return "the aligner's projector has hooks or a patched forward, which reading its weights would pass by"
     problem = reason_against_reading(projector.fc2)
     if problem is not None:
         return f"fc2: {problem}"
@@ -247,7 +247,7 @@ class Folding:
         if not attentions:
             return "no layer attends"
         if torch.compiler.is_compiling():
-            return "fold='never'" if self.choice == "never" else "compiled: the weights' versions cannot be watched"
+            return "compiled: the weights' versions cannot be watched"
         return reason_against(projector, attentions)
 
     def _against(

@@ -115,6 +115,10 @@ def reasons():
     def projector(model):
         model.encoder_aligner.projector.register_forward_hook(lambda *_: None)
 
+    def patched_projector(model):
+        own = model.encoder_aligner.projector
+        own.forward = own.forward
+
     def quantised(model):
         class OtherLinear(torch.nn.Linear):
             pass
@@ -127,6 +131,7 @@ def reasons():
         patched: "k_proj: Linear has hooks, a patched forward",
         trains: "k_proj trains",
         projector: "the aligner's projector has hooks",
+        patched_projector: "the aligner's projector has hooks or a patched forward",
         quantised: "k_proj: OtherLinear is not a plain Linear",
     }
 
