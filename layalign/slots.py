@@ -275,8 +275,7 @@ class _Slots(torch.autograd.Function):
         ctx.kept = kept
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mix_weight, mix_bias, inner, inner_bias, *hidden)
-        found = _forward(kept, mix_weight, mix_bias, inner, inner_bias, *hidden)
-        return found.unbind(0) if isinstance(found, Tensor) else tuple(found)
+        return tuple(_forward(kept, mix_weight, mix_bias, inner, inner_bias, *hidden))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

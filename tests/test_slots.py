@@ -110,10 +110,8 @@ def test_low_precision_keeps_to_the_error_of_plain_torch(dtype: torch.dtype, for
     for module in (projector, *outer):
         module.to(dtype)
     hidden = [layer.to(dtype) for layer in hidden]
-    plain, mine = (
-        gradients(expected(projector, hidden, maps)),
-        gradients(found(projector, hidden, maps, form == "folded")),
-    )
+    plain = gradients(expected(projector, hidden, maps))
+    mine = gradients(found(projector, hidden, maps, form == "folded"))
     for one, other, exact in zip(mine, plain, right, strict=True):
         allowed = 2 * (other.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         assert (one.double() - exact).abs().max() <= allowed

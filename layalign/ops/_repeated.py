@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from layalign.ops import _direct, backends, extension
-from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS, EagerAttention
+from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS, gradients, keep
 
 MOST_KINDS = 256  # kept at a time
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, gate, base, mask
@@ -33,6 +33,18 @@ def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
 def _described(inputs: Inputs, scale: float | None) -> tuple[Any, ...]:
     """As the extension takes them: (query, key, value, gate, base, mask, scale)."""
     return (*map(extension.describe, inputs), inputs[0].shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+def _held(key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> tuple[Any, ...]:
+    """What is known of a layer's calls before its query comes."""
+    return (impl, *map(_kind, (key, value, gate, mask)))
+
+
+def _result(query: Tensor, base: Tensor) -> Tensor:
+    """Memory for (B, T, H, d) in the query's dtype."""
+    if base.dtype == query.dtype and base.is_contiguous():
+        return torch.empty_like(base)  # the quicker one by microseconds
+    return torch.empty(base.shape, dtype=query.dtype)
 
 
 def _is_served(inputs: Inputs, impl: str) -> bool:
@@ -61,8 +73,7 @@ class RepeatedDecode:
         self._kept = key, value, mask  # their addresses are in what follows
         self._impl, self._scale, self._gate_dtype = impl, scale, gate.dtype
         self._like = _kind(query), _kind(base)
-        self._base_is_like_out = base.is_contiguous() and base.dtype == query.dtype
-        out = extension.describe(torch.empty(base.shape, dtype=query.dtype))
+        out = extension.describe(_result(query, base))
         self._decode = extension.module().RepeatedDecode(_described(inputs, scale), out)
         self._gate, self._threads = 0, 0  # told by `prepare`; the kernel refuses these
 
@@ -99,8 +110,7 @@ class RepeatedDecode:
             return None
         if scale != self._scale or query.is_neg() or base.is_neg():
             return None
-        # The first is the quicker one by microseconds.
-        out = torch.empty_like(base) if self._base_is_like_out else torch.empty(base.shape, dtype=query.dtype)
+        out = _result(query, base)
         self._decode(query.data_ptr(), self._gate, base.data_ptr(), out.data_ptr(), self._threads)
         return out
 
@@ -111,37 +121,38 @@ class _Kernels:
     def __init__(self, inputs: Inputs, scale: float | None) -> None:
         query, key, value, gate, base, mask = inputs
         self.lse = query.shape[:3]
-        self.base_is_like_out = base.is_contiguous() and base.dtype == query.dtype
         self.saved = [_kind(tensor) for tensor in (query, key, value, gate, mask)]
-        out, lse = torch.empty(base.shape, dtype=query.dtype), torch.empty(self.lse, dtype=torch.float32)
+        out, lse = _result(query, base), torch.empty(self.lse, dtype=torch.float32)
         self.out = _kind(out)
         results, described = tuple(map(extension.describe, (out, lse))), _described(inputs, scale)
         self.forward = extension.module().RepeatedForward(described, *results)
-        gradients = *map(torch.empty_like, inputs[:3]), torch.empty(gate.shape, dtype=torch.float32)
+        found = *map(torch.empty_like, inputs[:3]), torch.empty(gate.shape, dtype=torch.float32)
         without_base = *described[:4], None, *described[5:]
-        self.backward = extension.module().RepeatedBackward(without_base, *results, *map(extension.describe, gradients))
+        self.backward = extension.module().RepeatedBackward(without_base, *results, *map(extension.describe, found))
 
 
-class _Short(EagerAttention):
-    """The same operation and gradients as its parent's, by :class:`_Kernels`."""
+class _Short(torch.autograd.Function):
+    """The operation and its gradients by :class:`_Kernels`."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: _Kernels, *inputs: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, kernels: _Kernels, *inputs: Any) -> Tensor:
         query, key, value, gate, base, mask, *_ = inputs
-        out = torch.empty_like(base) if kernels.base_is_like_out else torch.empty(base.shape, dtype=query.dtype)
-        lse = torch.empty(kernels.lse, dtype=torch.float32)
+        out, lse = _result(query, base), torch.empty(kernels.lse, dtype=torch.float32)
         addresses = query.data_ptr(), key.data_ptr(), value.data_ptr(), gate.data_ptr(), base.data_ptr()
         at_mask = 0 if mask is None else mask.data_ptr()
         kernels.forward(*addresses, at_mask, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
-        EagerAttention.save(ctx, inputs, (out, lse))
+        keep(ctx, inputs, (out, lse))
         ctx.kernels = kernels
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernels, needs, saved = ctx.kernels, ctx.needs_input_grad[1:6], ctx.saved_tensors
-        if grad is None or not any(needs[:4]) or not _Short.serves(kernels, saved, grad):
-            return None, *EagerAttention.gradients(ctx, needs, grad)
+        kernels, needs = ctx.kernels, ctx.needs_input_grad[1:6]
+        if grad is None or not any(needs[:4]):
+            return None, *gradients(ctx, needs, grad)
+        saved = ctx.saved_tensors
+        if not _Short.serves(kernels, saved, grad):
+            return None, *gradients(ctx, needs, grad, saved)
         # Laid out like the inputs, which the projections behind them wrote.
         found = [torch.empty_like(saved[i]) if needs[i] else None for i in range(3)]
         gate = saved[3]
@@ -172,15 +183,13 @@ class RepeatedTraining:
 
     def __init__(self, key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> None:
         self._key, self._value, self._gate, self._mask = key, value, gate, mask
-        kept = key, value, gate, mask
-        self._serves = all(t is None or type(t) in _direct.PLAIN for t in kept) and _direct.whole(kept)
-        self._kinds = (impl, *map(_kind, kept)) if self._serves else ()
+        self._held = _held(key, value, gate, mask, impl) if _direct.whole((key, value, gate, mask)) else None
 
     def __call__(self, query: Tensor, base: Tensor, scale: float | None) -> Tensor | None:
         """(B, T, H, d), or None where no full call of this kind has been made, or none with gradients."""
-        if not self._serves or type(query) is not Tensor or type(base) is not Tensor:
+        if self._held is None or type(query) is not Tensor or type(base) is not Tensor:
             return None
-        kernels = _KERNELS.get((scale, _kind(query), _kind(base), *self._kinds))
+        kernels = _KERNELS.get((scale, _kind(query), _kind(base), *self._held))
         if kernels is None or not _direct.whole((query, base)):
             return None
         inputs = query, self._key, self._value, self._gate, base, self._mask
@@ -197,8 +206,8 @@ class RepeatedTraining:
         if not _direct.unprofiled(inputs) or not _is_served(inputs, impl):
             return
         if any(torch.empty_like(tensor).stride(-1) != 1 for tensor in (query, key, value)):
-            return  # expanded over their rows: no layout for gradients
+            return  # rows that overlap: a gradient's layout would be another
         if len(_KERNELS) >= MOST_KINDS:
             _KERNELS.clear()
-        kind = scale, _kind(query), _kind(base), impl, *map(_kind, (key, value, gate, mask))
+        kind = scale, _kind(query), _kind(base), *_held(key, value, gate, mask, impl)
         _KERNELS[kind] = _Kernels(inputs, scale)

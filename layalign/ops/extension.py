@@ -113,10 +113,10 @@ def describe(tensor: Tensor | None) -> Described | None:
     return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
 
 
-def describe_each(tensors: Sequence[Tensor] | Tensor) -> list[Described]:
+def describe_each(tensors: Sequence[Tensor] | Tensor) -> list[Described | None]:
     """Several of one kind described; those of a tensor are its parts along the first dimension."""
     if not isinstance(tensors, Tensor):
-        return [(t.data_ptr(), DTYPES[t.dtype], t.shape, t.stride()) for t in tensors]
+        return list(map(describe, tensors))
     begin, code, (step, *strides) = tensors.data_ptr(), DTYPES[tensors.dtype], tensors.stride()
     shape, stride, step = tensors.shape[1:], tuple(strides), step * tensors.element_size()
     return [(begin + j * step, code, shape, stride) for j in range(tensors.shape[0])]

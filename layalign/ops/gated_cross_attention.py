@@ -124,10 +124,11 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    _save(ctx, inputs, output)
+    keep(ctx, inputs, output)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """For :func:`gradients`: the forward's 8 arguments, and its result with the log-sum-exp."""
     query, key, value, gate, base, key_mask, scale, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, gate, key_mask, output[1])
@@ -136,41 +137,45 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, ctx.needs_input_grad[:5], grad)
+    return gradients(ctx, ctx.needs_input_grad[:5], grad)
 
 
-def _gradients(ctx: Any, wanted: Sequence[bool], grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of the 8 arguments, from what :func:`_save` kept; ``wanted``: of query, key, value, gate and base."""
+def gradients(
+    ctx: Any, wanted: Sequence[bool], grad: Tensor | None, saved: Sequence[Tensor] | None = None
+) -> tuple[Tensor | None, ...]:
+    """Of the 8 arguments, from what :func:`keep` saved.
+
+    Args:
+        wanted: of query, key, value, gate and base.
+        saved: the saved tensors, where they were unpacked already: checkpoints let it happen once.
+    """
     if grad is None:
         return (None,) * 8
     *needs, need_base = wanted
-    gradients: list[Tensor | None] = [None] * 4
+    each: list[Tensor | None] = [None] * 4
     if any(needs):
-        query, key, value, gate, key_mask, lse = ctx.saved_tensors
+        query, key, value, gate, key_mask, lse = ctx.saved_tensors if saved is None else saved
         # With gradients of gradients wanted, the operation: it refuses the second derivative.
         direct = _direct.unobserved((grad, query, key, value, gate, key_mask, lse))
         found = (_backward if direct else torch.ops.layalign.gated_cross_attention_backward)(
             grad, query, key, value, gate, key_mask, lse, ctx.scale, needs, ctx.backend
         )
-        gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
-    return (*gradients, grad.to(ctx.base_dtype) if need_base else None, None, None, None)
+        each = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+    return (*each, grad.to(ctx.base_dtype) if need_base else None, None, None, None)
 
 
-class EagerAttention(torch.autograd.Function):
+class _Eager(torch.autograd.Function):
     """The first operation and its gradients without ``torch.library``'s way through Python, 0.2 ms a layer and step."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         output = _forward(*inputs)
-        _save(ctx, inputs, output)
+        keep(ctx, inputs, output)
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return _autograd(ctx, grad, None)
-
-    save = staticmethod(_save)
-    gradients = staticmethod(_gradients)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -214,7 +219,7 @@ def _fused(backend: str) -> backends.Implementation:
             return found if few else found[0]  # type: ignore[no-any-return]
         training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
         if training and _direct.unprofiled(inputs):
-            return EagerAttention.apply(*inputs, scale, backend)  # type: ignore[no-any-return]
+            return _Eager.apply(*inputs, scale, backend)  # type: ignore[no-any-return]
         if (
             not training and query.shape[2] <= MAX_DECODE_ROWS
         ):  # in this order: a length is asked for, a graph guards it
