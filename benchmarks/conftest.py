@@ -165,7 +165,9 @@ class Rows:
     ) -> None:
         """Time the first of ``calls`` against the others, by turns, through pytest-benchmark's fixture."""
         (headline, ours), *others = calls.items()
-        turns = measure.Turns(self.watch, ours, dict(others), seconds or self.shapes.seconds, few, self._patience)
+        fewest = 3 if target is None and self.shapes.name == "cpu" else 5
+        seconds = self.shapes.seconds if seconds is None else seconds
+        turns = measure.Turns(self.watch, ours, dict(others), seconds, few, self._patience, fewest)
         self._benchmark.group = group
         self._benchmark.name = name
         self._benchmark.pedantic(turns.ours, setup=turns.baselines, rounds=turns.rounds)

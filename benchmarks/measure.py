@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-SHORT, LONG, VERY_LONG = 2e-3, 0.3, 3.0  # seconds of a call
+SHORT, LONG, VERY_LONG, LONGEST = 2e-3, 0.3, 3.0, 5.0  # seconds of a call
 
 
 class Stopwatch:
@@ -57,9 +57,11 @@ class Turns:
     Args:
         few: baselines that are timed in the first two rounds only where a call takes longer than 0.3 s, in the first
             alone where it takes over 1 s, and once, before it, over 3 s: no target hangs on their last percent.
-        seconds: about how long all rounds should take; never fewer than five rounds, three where one takes 5 s, never
-            more than 200.
+        seconds: about how long all rounds should take; never fewer than ``fewest`` rounds, three where one takes 5 s,
+            never more than 200. Where every single call takes 5 s, the first, untimed for others, is a round too: what
+            it finds cold is lost in its length.
         patience: how many times as many rounds (at most the 200) are wanted.
+        fewest: at least so many rounds.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Turns:
         seconds: float,
         few: tuple[str, ...] = (),
         patience: float = 1.0,
+        fewest: int = 5,
     ) -> None:
         self._watch, self._ours, self._baselines = watch, ours, baselines
         self.times: list[float] = []
@@ -81,17 +84,22 @@ class Turns:
             found[name] = first if first > (VERY_LONG if name == "" else LONG) else watch.once(call)
         few = tuple(name for name in few if name in found)
         self._few = {name: sum(found[name] < limit for limit in (1, VERY_LONG)) for name in few if found[name] > LONG}
-        for name in (name for name, rounds in self._few.items() if rounds == 0):
-            self.against[name].append(found[name])
+        whole = [name for name in found if name not in self._few]  # timed in every round
+        self._first = int(min(found[name] for name in whole) > LONGEST)
+        if self._first:
+            self.times.append(found[""])
+        for name, times in self.against.items():
+            if self._first or self._few.get(name) == 0:
+                times.append(found[name])
         self._short = {name for name, seconds in found.items() if seconds < SHORT}
-        per_round = sum(2 * t if name in self._short else t for name, t in found.items() if name not in self._few)
-        wanted = max(3 if per_round > 5 else 5, seconds / per_round)
-        self.rounds = max(1, min(200, int(wanted * patience)))
+        per_round = sum(2 * found[name] if name in self._short else found[name] for name in whole)
+        wanted = max(min(3, fewest) if per_round > LONGEST else fewest, seconds / per_round)
+        self.rounds = max(1, min(200, int(wanted * patience)) - self._first)
 
     def baselines(self) -> None:
         """One call of every baseline; ours is warm afterwards."""
         for name, call in self._baselines.items():
-            if len(self.times) < self._few.get(name, self.rounds):
+            if len(self.against[name]) < self._few.get(name, self._first + self.rounds):
                 if name in self._short:
                     call()
                 self.against[name].append(self._watch.once(call))
@@ -161,12 +169,15 @@ def ceilings(watch: Stopwatch, dtype: torch.dtype, quick: bool) -> dict[str, flo
     return {"copy GB/s": 2 * size / copy / 1e9, "matmul TFLOP/s": 2 * n**3 / product / 1e12}
 
 
-def peak_memory(call: Callable[[], Any], device: str, forget: Callable[[], None] | None = None) -> int:
+def peak_memory(
+    call: Callable[[], Any], device: str, forget: Callable[[], None] | None = None, warm: bool = False
+) -> int:
     """Bytes alive at the highest point of ``call`` above those alive before; what it counts: see the module.
 
     Args:
         call: leaves as much memory behind as it found; where it keeps something for the next call, ``forget`` drops it.
             On a CPU torch does not see memory come back that it did not see go out.
+        warm: what is allocated once and kept for good is there already; else a call makes it so.
     """
 
     def whole() -> None:
@@ -174,7 +185,8 @@ def peak_memory(call: Callable[[], Any], device: str, forget: Callable[[], None]
         if forget is not None:
             forget()
 
-    whole()  # what is allocated once and kept for good does not count
+    if not warm:
+        whole()
     gc.collect()  # so that no garbage of earlier calls is given back within this one
     if device == "cuda":
         torch.cuda.synchronize()

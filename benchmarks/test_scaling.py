@@ -44,7 +44,7 @@ def test_scaling(name: str, dimension: str, backward: bool, rows: Any, benchmark
         calls = {"layalign": calls["auto"], REFERENCE: calls[REFERENCE]}
         for who, call in calls.items():
             points[who]["s"].append(rows.watch.median(call))
-            points[who]["bytes"].append(measure.peak_memory(call, shapes.device))
+            points[who]["bytes"].append(measure.peak_memory(call, shapes.device, warm=True))
     kind = "forward and backward" if backward else "forward"
     labels = {"operation": name, "over": dimension, "sizes": sizes, "fixed": shapes.scaling_sizes, "pass": kind}
     exponents = {

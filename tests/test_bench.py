@@ -181,6 +181,43 @@ def test_smoke_of_the_suite(tmp_path: Path) -> None:
     assert write_report(tmp_path).is_file()
 
 
+class Clock:
+    """A stopwatch of calls that say how long they take."""
+
+    def once(self, call: Any) -> float:
+        return float(call())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "timed"),
+    [
+        ((0.1, 0.1, 0.2), (9, 9, 9)),  # 2 s of rounds, without the untimed ones
+        ((2.0, 2.0, 2.0), (5, 5, 1)),  # the third is only compared with, and slow
+        ((3.5, 3.5, 4.0), (3, 3, 1)),
+        ((6.0, 7.0, 20.0), (3, 3, 1)),  # of these the first calls count
+    ],
+)
+def test_calls_take_turns(seconds: tuple[float, ...], timed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from measure import Turns, compared
+
+    calls: list[str] = []
+
+    def taking(name: str, time: float) -> Any:
+        return lambda: calls.append(name) or time
+
+    ours, bare, slow = (taking(name, time) for name, time in zip(("ours", "bare", "slow"), seconds, strict=True))
+    turns = Turns(Clock(), ours, {"bare": bare, "slow": slow}, seconds=3.6, few=("slow",))  # type: ignore[arg-type]
+    for _ in range(turns.rounds):
+        turns.baselines()
+        turns.ours()
+    assert (len(turns.times), len(turns.against["bare"]), len(turns.against["slow"])) == timed
+    assert compared(turns.times, turns.against["bare"])["ratio"] == pytest.approx(seconds[0] / seconds[1])
+    first = min(seconds[:2]) > 5
+    untimed = 2 if seconds[0] < 3 else 1  # ours may do other things the first time
+    assert calls.count("ours") == timed[0] + (0 if first else untimed)
+
+
 def test_patience_is_a_number_above_zero() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--patience", "0"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
