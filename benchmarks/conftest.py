@@ -1,6 +1,7 @@
 """`pytest benchmarks/ [--results DIR] [--patience N]`: the rows of a run, its ceilings, and the file they end up in.
 
-Every test makes rows with the fixture ``rows``; ``--results DIR`` writes them to ``DIR/bench.json`` when all is done.
+Every test makes rows with the fixture ``rows``; ``--results DIR`` writes them to ``DIR/bench.json`` when all is done,
+or those there are when the run is stopped (Ctrl-C, SIGTERM).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import importlib.util
 import json
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +43,8 @@ def positive(text: str) -> float:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest ends in order, and the rows are written
     config.stash[ROWS], config.stash[NOTES] = [], {"start": time.time(), "left out": {}}
     if not config.pluginmanager.hasplugin("benchmark"):
         config.pluginmanager.register(PlainPlugin(), "plain-benchmark")
@@ -65,8 +70,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         FAILED.append(f"{item.name}: {text[0]}")
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        LEFT_OUT["the rows that would follow"] = "the run was stopped before its end"
     folder, rows, notes = config.getoption("--results"), config.stash[ROWS], config.stash[NOTES]
     if folder is None or not rows:
         return

@@ -1,46 +1,91 @@
 #!/usr/bin/env bash
-# The whole check on a GPU: correctness, compute-sanitizer, benchmarks. One command, in a bare checkout without network:
-#   benchmarks/gpu_check.sh [output folder]
-# Each step's log and result lands in the output folder; the last line says which steps failed. Exits 1 if any did.
+# The check on a GPU: correctness, compute-sanitizer, benchmarks; in a bare checkout, without network or installation.
+#   benchmarks/gpu_check.sh [-o FOLDER] [-t SECONDS] [STEP ...]
+# Steps, all of them by default, always in this order:
+#   build facts sanitize tests memcheck racecheck bench report
+# -t: for all steps together. What is running then is stopped, and the benchmarks leave the rows they have; what has not
+#     begun is not run. So a short lease can be used up in a few calls: "-t 500 build facts sanitize tests", "-t 200 bench".
+# BENCH: more arguments for the benchmarks, e.g. BENCH='--patience 0.3'.
+# FOLDER (benchmarks/results/gpu): check.log, facts.json, bench.json, and the report made of it. Exits 1 if a step failed
+# or was not run, 2 for a wrong argument.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${1:-benchmarks/results/gpu}
+known=(build facts sanitize tests memcheck racecheck bench report)
+out=benchmarks/results/gpu end=0
+while getopts o:t: option; do
+  case $option in
+    o) out=$OPTARG ;;
+    t) [[ $OPTARG =~ ^[1-9][0-9]*$ ]] || { echo "-t: expected seconds, got $OPTARG" >&2; exit 2; }
+      end=$((SECONDS + OPTARG)) ;;
+    *) exit 2 ;;
+  esac
+done
+shift $((OPTIND - 1))
+wanted=" ${*:-${known[*]}} "
+for name in $wanted; do
+  [[ " ${known[*]} " == *" $name "* ]] || { echo "$name: expected a step of ${known[*]}" >&2; exit 2; }
+done
 mkdir -p "$out"
+log=$out/check.log
 python=${PYTHON:-python3}
 paths=$(mktemp -d)
+trap 'rm -rf "$paths"' EXIT
 ln -s "$PWD/kernels" "$paths/layalign_kernels" # as an installation would have it, without one
-export PYTHONPATH="$PWD:$paths${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD:$paths${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=()
 
 step() { # step NAME SECONDS COMMAND...
-  local name=$1 seconds=$2 start=$SECONDS
+  local name=$1 seconds=$2 start=$SECONDS from
   shift 2
-  echo "== $name"
-  timeout "$seconds" "$@" > "$out/$name.log" 2>&1
+  [[ $wanted == *" $name "* ]] || return 0
+  echo "== $name" | tee -a "$log"
+  if [ "$end" -gt 0 ] && [ $((end - start)) -lt "$seconds" ]; then seconds=$((end - start)); fi
+  if [ "$seconds" -le 0 ]; then
+    echo "   not run: no time left" | tee -a "$log"
+    failed+=("$name")
+    return 0
+  fi
+  from=$(wc -l < "$log")
+  timeout --kill-after 20 "$seconds" "$@" >> "$log" 2>&1
   local code=$?
-  tail -n 3 "$out/$name.log"
-  echo "   exit $code after $((SECONDS - start)) s"
+  tail -n +$((from + 1)) "$log" | tail -n 5
+  echo "   exit $code after $((SECONDS - start)) of $seconds s" | tee -a "$log"
   [ $code -eq 0 ] || failed+=("$name")
 }
 
-# The extension, for this GPU only, beside the package as an editable installation has it.
-arch=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())" 2> /dev/null || echo 90)
-built=$(mktemp -d)
-LAYALIGN_CUDA=1 LAYALIGN_CUDA_ARCHS=$arch step build 300 "$python" csrc/builder.py extension --output "$built"
-cp "$built"/_C*.so layalign/ 2> /dev/null || true
+build() { # the extension, for this GPU only, beside the package as an editable installation has it
+  [[ $wanted == *" build "* ]] || return 0
+  local arch
+  arch=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())" 2> /dev/null || echo 90)
+  LAYALIGN_CUDA=1 LAYALIGN_CUDA_ARCHS=$arch step build 300 "$python" csrc/builder.py extension --output "$paths/built"
+  cp "$paths"/built/_C*.so layalign/ 2> /dev/null || true
+}
 
+tests() {
+  [[ $wanted == *" tests "* ]] || return 0
+  local workers=() # compiling the kernels takes the CPU's cores more than the GPU
+  "$python" -c "import xdist" 2> /dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  step tests 600 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/test_ops.py \
+    tests/test_layer_kernels.py tests/test_gated_cross_attention.py tests/test_gated_cross_attention_op.py \
+    tests/test_triton_kernels.py tests/test_extension.py tests/test_cuda_graphs.py
+}
+
+sanitizer() { # sanitizer TOOL
+  if [[ $wanted == *" $1 "* ]] && ! command -v compute-sanitizer > /dev/null; then
+    echo "== $1: compute-sanitizer is not here" | tee -a "$log"
+    return 0
+  fi
+  step "$1" 300 compute-sanitizer --tool "$1" --error-exitcode 1 "$python" benchmarks/sanitize.py
+}
+
+build
 step facts 60 "$python" benchmarks/facts.py "$out/facts.json"
-step tests 600 "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_layer_kernels.py \
-  tests/test_gated_cross_attention.py tests/test_gated_cross_attention_op.py tests/test_triton_kernels.py \
-  tests/test_extension.py tests/test_cuda_graphs.py
 step sanitize 120 "$python" benchmarks/sanitize.py
-if command -v compute-sanitizer > /dev/null; then
-  step memcheck 300 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" benchmarks/sanitize.py
-  step racecheck 300 compute-sanitizer --tool racecheck --error-exitcode 1 "$python" benchmarks/sanitize.py
-else
-  echo "== memcheck, racecheck: compute-sanitizer is not here"
-fi
-step bench 1200 env LAYALIGN_BENCH=gpu "$python" -m pytest -q -p no:cacheprovider benchmarks --results "$out"
+tests
+sanitizer memcheck
+sanitizer racecheck
+step bench 1200 env LAYALIGN_BENCH="${LAYALIGN_BENCH:-gpu}" bash -c 'exec "$0" -m pytest -q -p no:cacheprovider benchmarks --results "$1" '"${BENCH:-}" \
+  "$python" "$out"
 step report 60 "$python" benchmarks/report.py "$out"
 
 if [ ${#failed[@]} -gt 0 ]; then
