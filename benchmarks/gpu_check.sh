@@ -84,8 +84,8 @@ step sanitize 120 "$python" benchmarks/sanitize.py
 tests
 sanitizer memcheck
 sanitizer racecheck
-step bench 1200 env LAYALIGN_BENCH="${LAYALIGN_BENCH:-gpu}" bash -c 'exec "$0" -m pytest -q -p no:cacheprovider benchmarks --results "$1" '"${BENCH:-}" \
-  "$python" "$out"
+bench='exec "$0" -m pytest -q -p no:cacheprovider benchmarks --results "$1" '${BENCH:-} # BENCH has quotes of its own
+LAYALIGN_BENCH=${LAYALIGN_BENCH:-gpu} step bench 1200 bash -c "$bench" "$python" "$out"
 step report 60 "$python" benchmarks/report.py "$out"
 
 if [ ${#failed[@]} -gt 0 ]; then
