@@ -37,7 +37,6 @@ failed=()
 step() { # step NAME SECONDS COMMAND...
   local name=$1 seconds=$2 start=$SECONDS from
   shift 2
-  [[ $wanted == *" $name "* ]] || return 0
   echo "== $name" | tee -a "$log"
   if [ "$end" -gt 0 ] && [ $((end - start)) -lt "$seconds" ]; then seconds=$((end - start)); fi
   if [ "$seconds" -le 0 ]; then
@@ -54,7 +53,6 @@ step() { # step NAME SECONDS COMMAND...
 }
 
 build() { # the extension, for this GPU only, beside the package as an editable installation has it
-  [[ $wanted == *" build "* ]] || return 0
   local arch
   arch=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())" 2> /dev/null || echo 90)
   LAYALIGN_CUDA=1 LAYALIGN_CUDA_ARCHS=$arch step build 300 "$python" csrc/builder.py extension --output "$paths/built"
@@ -62,7 +60,6 @@ build() { # the extension, for this GPU only, beside the package as an editable 
 }
 
 tests() {
-  [[ $wanted == *" tests "* ]] || return 0
   local workers=() # compiling the kernels takes the CPU's cores more than the GPU
   "$python" -c "import xdist" 2> /dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   step tests 600 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/test_ops.py \
@@ -71,22 +68,28 @@ tests() {
 }
 
 sanitizer() { # sanitizer TOOL
-  if [[ $wanted == *" $1 "* ]] && ! command -v compute-sanitizer > /dev/null; then
+  if command -v compute-sanitizer > /dev/null; then
+    step "$1" 300 compute-sanitizer --tool "$1" --error-exitcode 1 "$python" benchmarks/sanitize.py
+  else
     echo "== $1: compute-sanitizer is not here" | tee -a "$log"
-    return 0
   fi
-  step "$1" 300 compute-sanitizer --tool "$1" --error-exitcode 1 "$python" benchmarks/sanitize.py
 }
 
-build
-step facts 60 "$python" benchmarks/facts.py "$out/facts.json"
-step sanitize 120 "$python" benchmarks/sanitize.py
-tests
-sanitizer memcheck
-sanitizer racecheck
-bench='exec "$0" -m pytest -q -p no:cacheprovider benchmarks --results "$1" '${BENCH:-} # BENCH has quotes of its own
-LAYALIGN_BENCH=${LAYALIGN_BENCH:-gpu} step bench 1200 bash -c "$bench" "$python" "$out"
-step report 60 "$python" benchmarks/report.py "$out"
+bench() {
+  local command='exec "$0" -m pytest -q -p no:cacheprovider benchmarks --results "$1" '${BENCH:-} # with quotes of its own
+  LAYALIGN_BENCH=${LAYALIGN_BENCH:-gpu} step bench 1200 bash -c "$command" "$python" "$out"
+}
+
+for name in "${known[@]}"; do
+  [[ $wanted == *" $name "* ]] || continue
+  case $name in
+    facts) step facts 60 "$python" benchmarks/facts.py "$out/facts.json" ;;
+    sanitize) step sanitize 120 "$python" benchmarks/sanitize.py ;;
+    memcheck | racecheck) sanitizer "$name" ;;
+    report) step report 60 "$python" benchmarks/report.py "$out" ;;
+    *) "$name" ;; # build, tests, bench
+  esac
+done
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "FAILED: ${failed[*]}"

@@ -85,21 +85,21 @@ class Turns:
         few = tuple(name for name in few if name in found)
         self._few = {name: sum(found[name] < limit for limit in (1, VERY_LONG)) for name in few if found[name] > LONG}
         whole = [name for name in found if name not in self._few]  # timed in every round
-        self._first = int(min(found[name] for name in whole) > LONGEST)
-        if self._first:
+        first_counts = min(found[name] for name in whole) > LONGEST
+        if first_counts:
             self.times.append(found[""])
         for name, times in self.against.items():
-            if self._first or self._few.get(name) == 0:
+            if first_counts or self._few.get(name) == 0:
                 times.append(found[name])
         self._short = {name for name, seconds in found.items() if seconds < SHORT}
         per_round = sum(2 * found[name] if name in self._short else found[name] for name in whole)
         wanted = max(min(3, fewest) if per_round > LONGEST else fewest, seconds / per_round)
-        self.rounds = max(1, min(200, int(wanted * patience)) - self._first)
+        self.rounds = max(1, min(200, int(wanted * patience)) - first_counts)
 
     def baselines(self) -> None:
         """One call of every baseline; ours is warm afterwards."""
         for name, call in self._baselines.items():
-            if len(self.against[name]) < self._few.get(name, self._first + self.rounds):
+            if name not in self._few or len(self.against[name]) < self._few[name]:
                 if name in self._short:
                     call()
                 self.against[name].append(self._watch.once(call))

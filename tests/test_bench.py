@@ -189,15 +189,17 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "timed"),
+    ("seconds", "timed", "untimed"),
     [
-        ((0.1, 0.1, 0.2), (9, 9, 9)),  # 2 s of rounds, without the untimed ones
-        ((2.0, 2.0, 2.0), (5, 5, 1)),  # the third is only compared with, and slow
-        ((3.5, 3.5, 4.0), (3, 3, 1)),
-        ((6.0, 7.0, 20.0), (3, 3, 1)),  # of these the first calls count
+        ((0.1, 0.1, 0.2), (9, 9, 9), 2),  # ours may do other things the first time
+        ((2.0, 2.0, 2.0), (5, 5, 1), 2),  # the third is only compared with, and slow
+        ((3.5, 3.5, 4.0), (3, 3, 1), 1),
+        ((6.0, 7.0, 20.0), (3, 3, 1), 0),  # of these the first calls count
     ],
 )
-def test_calls_take_turns(seconds: tuple[float, ...], timed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_take_turns(
+    seconds: tuple[float, ...], timed: tuple[int, ...], untimed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from measure import Turns, compared
 
@@ -213,9 +215,7 @@ def test_calls_take_turns(seconds: tuple[float, ...], timed: tuple[int, ...], mo
         turns.ours()
     assert (len(turns.times), len(turns.against["bare"]), len(turns.against["slow"])) == timed
     assert compared(turns.times, turns.against["bare"])["ratio"] == pytest.approx(seconds[0] / seconds[1])
-    first = min(seconds[:2]) > 5
-    untimed = 2 if seconds[0] < 3 else 1  # ours may do other things the first time
-    assert calls.count("ours") == timed[0] + (0 if first else untimed)
+    assert calls.count("ours") == timed[0] + untimed
 
 
 def test_patience_is_a_number_above_zero() -> None:
