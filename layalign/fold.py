@@ -53,6 +53,12 @@ def break_even_rows(encoder_size: int, llm_size: int, kv_size: int, training: bo
     return cost / saved if saved > 0 else float("inf")
 
 
+def _reason_against_watching(linear: nn.Linear) -> str | None:
+    """Why a change of the weights would go unnoticed."""
+    unwatched = any(p is not None and p.is_inference() for p in linear._parameters.values())
+    return "made in inference mode, it has no versions" if unwatched else None
+
+
 def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.Module]) -> str | None:
     """Why the weights cannot be folded; None if they can."""
     if projector.structure != "Linear":
@@ -61,7 +67,7 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
         return 'with mix "shared" one product serves all layers'
     if is_intercepted(projector):
         return "the aligner's projector has hooks or a patched forward, which reading its weights would pass by"
-    problem = reason_against_reading(projector.fc2)
+    problem = reason_against_reading(projector.fc2) or _reason_against_watching(projector.fc2)
     if problem is not None:
         return f"fc2: {problem}"
     first: Any = None
@@ -70,7 +76,7 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
             linear: Any = attention._modules.get(name)
             if linear is None:
                 return f"{type(attention).__name__} has no {name} of its own"
-            problem = reason_against_reading(linear)
+            problem = reason_against_reading(linear) or _reason_against_watching(linear)
             if problem is not None:
                 return f"{name}: {problem}"
             weight, bias = _parameters(linear)
@@ -83,6 +89,20 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
     if first is not None and first[1] != projector.fc2.weight.device:
         return "aligner and LLM are on different devices"
     return None
+
+
+def _seen(projector: WeightedLinearProjector, attentions: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """All that :func:`reason_against` and a fold hang on: while it is the same, so are the answer and the weights."""
+    own: Any = projector._modules
+    found: list[Any] = [projector.structure, projector.times, is_intercepted(projector)]
+    for linear in (own["fc2"], *(each._modules.get(name) for each in attentions for name in ("k_proj", "v_proj"))):
+        found += id(linear), type(linear), linear is not None and is_intercepted(linear)
+        for p in () if linear is None else linear._parameters.values():
+            if type(p) is nn.Parameter and not p.is_inference():
+                found += id(p), p.data_ptr(), p._version, p.requires_grad, p.shape, len(p.__dict__)
+            else:  # which may have no address or version
+                found += id(p), type(p)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -193,6 +213,7 @@ class Folding:
         self.choice = choice
         self.last: str = "not asked yet"  # what was done for the last call, and why
         self._folded: Folded | None = None
+        self._passed: tuple[Any, ...] | None = None  # what was seen when nothing spoke against reading it
         self._version: tuple[int, int] | None = None
         self._calls, self._calls_before = 0, 1  # of training, with the current weights and with those before
         count_steps()
@@ -221,7 +242,9 @@ class Folding:
         Args:
             engine: what shards the model, whose weights must be left alone even while they look whole.
         """
-        reading = f"{engine} shards the model" if engine else self._against_reading(projector, attentions)
+        reading, seen = f"{engine} shards the model" if engine else None, None
+        if reading is None:
+            reading, seen = self._against_reading(projector, attentions)
         against = reading if reading is not None else self._against(projector, attentions, hidden)
         self._say(against)
         if reading is not None:
@@ -233,7 +256,7 @@ class Folding:
             return slots.project(projector, hidden, outer=maps) if by_slots and alike else None
         packed = by_slots and slots.packable(projector, hidden, maps[0].out_features)
         packed = packed and not slots.differentiated(projector, hidden)
-        folded = self._current(fc2, maps, hidden[0], packed)
+        folded = self._current(fc2, maps, hidden[0], packed, seen)
         weight, bias = folded.weight, folded.bias
         if by_slots:
             return slots.project(projector, hidden, weight, bias, maps)
@@ -242,13 +265,20 @@ class Folding:
             weight, bias = _Fold.apply(fc2.weight, fc2.bias, folded, maps)
         return ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl).unbind(0)
 
-    def _against_reading(self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module]) -> str | None:
-        """Why the modules must be called; None if their weights may be read."""
+    def _against_reading(
+        self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module]
+    ) -> tuple[str | None, tuple[Any, ...] | None]:
+        """Why the modules must be called, or None if their weights may be read; and what was seen of them."""
         if not attentions:
-            return "no layer attends"
+            return "no layer attends", None
         if torch.compiler.is_compiling():
-            return "compiled: the weights' versions cannot be watched"
-        return reason_against(projector, attentions)
+            return "compiled: the weights' versions cannot be watched", None
+        seen = _seen(projector, attentions)
+        if seen == self._passed:
+            return None, seen
+        against = reason_against(projector, attentions)
+        self._passed = seen if against is None else None
+        return against, seen
 
     def _against(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module], hidden: Sequence[Tensor]
@@ -272,13 +302,12 @@ class Folding:
         needed *= MARGIN
         return None if rows >= needed else f"{rows} rows a call, folding pays from {needed:.0f}"
 
-    def _current(self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor, packed: bool) -> Folded:
+    def _current(self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor, packed: bool, seen: Any) -> Folded:
         dtype = like.dtype
         if torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(like.device.type)
-        parameters = [p for linear in (fc2, *maps) for p in _parameters(linear) if p is not None]
         packed = packed and dtype == torch.float32
-        key = (dtype, packed, STEPS[0], *((id(p), p.data_ptr(), p._version) for p in parameters))
+        key = dtype, packed, STEPS[0], seen
         if self._folded is None or self._folded.key != key:
             self._folded = None  # the old one's memory first
             with _checks.without_autocast(like):

@@ -119,6 +119,13 @@ def reasons():
         own = model.encoder_aligner.projector
         own.forward = own.forward
 
+    def partitioned(model):
+        model._attentions[1].v_proj.weight.ds_id = 0  # as ZeRO-3 marks its parameters
+
+    def reshaped(model):
+        weight = model._attentions[1].k_proj.weight
+        weight.data = weight.data.view(-1)  # in the same place
+
     def quantised(model):
         class OtherLinear(torch.nn.Linear):
             pass
@@ -132,18 +139,26 @@ def reasons():
         trains: "k_proj trains",
         projector: "the aligner's projector has hooks",
         patched_projector: "the aligner's projector has hooks or a patched forward",
+        partitioned: "v_proj: its weight is partitioned by ZeRO-3",
+        reshaped: "k_proj: its weight is sharded",
         quantised: "k_proj: OtherLinear is not a plain Linear",
     }
 
 
+@pytest.mark.parametrize("folded_before", [False, True])
 @pytest.mark.parametrize(("change", "reason"), reasons().items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_weights_that_must_not_be_read_are_not(change, reason: str) -> None:
+def test_weights_that_must_not_be_read_are_not(change, reason: str, folded_before: bool) -> None:
     if change.__name__ == "lora":
         pytest.importorskip("peft")
     model = tiny_model(fold="always")
+    if folded_before:
+        model(**batch(model=model))
+        assert model.folding.last == "folded"
     change(model)
     assert reason_against(model.encoder_aligner.projector, model._attentions).startswith(reason)
-    if change.__name__ != "patched":  # that one changes the width
+    if change.__name__ == "reshaped":  # no call of the module works either
+        assert model.folding._against_reading(model.encoder_aligner.projector, model._attentions)[0].startswith(reason)
+    elif change.__name__ != "patched":  # that one changes the width
         model(**batch(model=model))
         assert model.folding.last.startswith(f"not folded: {reason}")
 
@@ -160,6 +175,17 @@ def test_models_that_cannot_be_folded_say_so(options: dict, reason: str) -> None
     model = tiny_model(fold="always", **options)
     model(**batch(model=model))
     assert model.folding.last == f"not folded: {reason}"
+
+
+@pytest.mark.parametrize("fold", ["auto", "always"])
+def test_a_model_made_in_inference_mode_is_not_folded(fold: str) -> None:
+    expected = tiny_model(fold="never")
+    inputs = batch(model=expected)
+    with torch.inference_mode():
+        model = tiny_model(fold=fold)
+        for _ in range(2):
+            torch.testing.assert_close(model(**inputs).loss, expected(**inputs).loss)
+    assert model.folding.last == "not folded: fc2: made in inference mode, it has no versions"
 
 
 def test_break_even() -> None:
