@@ -223,7 +223,9 @@ class _Term:
     def __init__(self, wrapper: Any, attention: nn.Module) -> None:
         self.wrapper, self.attention, self.attended = wrapper, attention, False
 
-    def attend(self, layer: int, query: Tensor, base: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
+    ) -> Tensor:
         """``base`` (B, T, H, d) plus the gated term; as published, 1 / sqrt(d) whatever the LLM's own scale."""
         self.attended = True
         swap = self.wrapper.layalign_swap

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -84,7 +85,8 @@ def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         base = _base_function(base_name, module)
         out, weights = base(_as_seen_by(base_name, module), query, key, value, attention_mask, **kwargs)
         if layalign_source is not None:
-            out = layalign_source.attend(_layer_index(module), query, out, kwargs.get("scaling"))
+            new = base is sdpa_attention_forward  # its result is nobody else's
+            out = layalign_source.attend(_layer_index(module), query, out, kwargs.get("scaling"), overwrite=new)
         return out, weights
 
     return layalign_attention

@@ -164,6 +164,58 @@ def test_a_repeated_decode_is_the_full_call() -> None:
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+@pytest.mark.parametrize("kind", ["contiguous", "in pieces", "half precision"])
+def test_a_repeated_decode_overwrites_a_base_that_can_hold_the_result(kind: str) -> None:
+    arguments = decode_arguments()
+    bases = {"in pieces": torch.randn(2, 1, 4, 32)[..., :16], "half precision": arguments[4].half()}
+    arguments[4] = bases.get(kind, arguments[4])
+    query, key, value, gate, base, mask, scale, impl = arguments
+    expected, before = full_call(query, key, value, gate, base.float(), mask, scale), base.clone()
+    again = RepeatedDecode.after((query, key, value, gate, base, mask), scale, impl)
+    assert again is not None and again.prepare(key, value, gate, mask, impl)
+    kept = again(query, base, scale)
+    assert kept is not None and torch.equal(base, before)  # unasked, it stays as it is
+    found = again(query, base, scale, overwrite=True)
+    assert (found is base) == (kind == "contiguous") and found is not None
+    assert torch.equal(found, kept) and (found is base or torch.equal(base, before))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "grads", "moved"), [(1, False, True), (17, False, False), (1, True, False)])
+def test_a_decoding_step_brings_the_tokens_of_a_head_together(rows: int, grads: bool, moved: bool) -> None:
+    key, value = (torch.randn(2, 5, 2, 16).transpose(1, 2) for _ in range(2))
+    module = GatedCrossAttention()
+    torch.nn.init.constant_(module.adaption_gate, 0.5)
+    other = torch.randn(2, 2, 5, 16)
+    source = SourceStates((1, 3), (other, key), (other, value), None, (module, module))
+    query, base = torch.randn(2, 4, rows, 16), torch.randn(2, rows, 4, 16)
+    with torch.set_grad_enabled(grads), source.one_pass():
+        found = source.attend(3, query, base, None)
+    torch.testing.assert_close(
+        found, full_call(query, key, value, module.adaption_gate, base, None, None), rtol=1e-5, atol=1e-5
+    )
+    assert source.keys[0] is source.values[0] is other
+    assert torch.equal(source.keys[1], key) and torch.equal(source.values[1], value)
+    assert source.keys[1].is_contiguous() == source.values[1].is_contiguous() == moved
+    assert (source.keys[1] is key) == (not moved)
+
+
+@pytest.mark.parametrize(("attention", "own"), [("sdpa", True), ("eager", False)])
+def test_only_what_sdpa_returned_is_overwritten(monkeypatch: pytest.MonkeyPatch, attention: str, own: bool) -> None:
+    asked: list[bool] = []
+    attend = SourceStates.attend
+
+    def watched(*args: Any, overwrite: bool = False) -> Any:
+        asked.append(overwrite)
+        return attend(*args, overwrite=overwrite)
+
+    monkeypatch.setattr(SourceStates, "attend", watched)
+    model = tiny_model(attention=attention)
+    model(**batch(model=model))
+    assert asked and set(asked) == {own}
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_a_repeated_decode_leaves_other_calls_alone() -> None:
     arguments = decode_arguments()
     again = RepeatedDecode.after(*split(arguments))

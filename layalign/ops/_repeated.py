@@ -73,6 +73,7 @@ class RepeatedDecode:
         self._kept = key, value, mask  # their addresses are in what follows
         self._impl, self._scale, self._gate_dtype = impl, scale, gate.dtype
         self._like = _kind(query), _kind(base)
+        self._in_place = base.dtype == query.dtype and base.is_contiguous()
         out = extension.describe(_result(query, base))
         self._decode = extension.module().RepeatedDecode(_described(inputs, scale), out)
         self._gate, self._threads = 0, 0  # told by `prepare`; the kernel refuses these
@@ -104,14 +105,15 @@ class RepeatedDecode:
         self._gate, self._threads = gate.data_ptr(), torch.get_num_threads()
         return True
 
-    def __call__(self, query: Tensor, base: Tensor, scale: float | None) -> Tensor | None:
-        """(B, T, H, d), or None where this call is not like the first one."""
+    def __call__(self, query: Tensor, base: Tensor, scale: float | None, overwrite: bool = False) -> Tensor | None:
+        """(B, T, H, d), or None where this call is not like the first one; ``overwrite``: written into ``base``."""
         if type(query) is not Tensor or type(base) is not Tensor or (_kind(query), _kind(base)) != self._like:
             return None
         if scale != self._scale or query.is_neg() or base.is_neg():
             return None
-        out = _result(query, base)
-        self._decode(query.data_ptr(), self._gate, base.data_ptr(), out.data_ptr(), self._threads)
+        address = base.data_ptr()
+        out = base if overwrite and self._in_place else _result(query, base)
+        self._decode(query.data_ptr(), self._gate, address, out.data_ptr(), self._threads)
         return out
 
 
@@ -185,7 +187,7 @@ class RepeatedTraining:
         self._key, self._value, self._gate, self._mask = key, value, gate, mask
         self._held = _held(key, value, gate, mask, impl) if _direct.whole((key, value, gate, mask)) else None
 
-    def __call__(self, query: Tensor, base: Tensor, scale: float | None) -> Tensor | None:
+    def __call__(self, query: Tensor, base: Tensor, scale: float | None, overwrite: bool = False) -> Tensor | None:
         """(B, T, H, d), or None where no full call of this kind has been made, or none with gradients."""
         if self._held is None or type(query) is not Tensor or type(base) is not Tensor:
             return None
