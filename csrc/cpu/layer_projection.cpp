@@ -4,28 +4,95 @@
 // and multiplies slot after slot by the tiles of its packed weight (relu_product.h).
 // Arithmetic: rows (E K + zeros-free share of K N) multiply-adds a slot; bytes: weight once per kRows rows, a tile ahead
 // of its use; hidden once per group of slots, which is why it pays only where E is small against slots * N.
-// Scratch per thread: kMixed + kRows * (kWidth + K / 16) + E * kChunk floats, 2.1 MiB for K = 512, E = 8.
+// Scratch per thread: kMixed + kRows * (kWidth + K / 16) floats, 1.1 MiB for K = 512: a second-level cache.
 #include "relu_product.h"
 
 namespace layalign::cpu::LAYALIGN_ISA {
 namespace {
 
-constexpr int64_t kRows = 128;
-constexpr int64_t kMixed = 1 << 19;          // floats of x in scratch: 2 MiB
-constexpr int64_t kChunk = 256;              // columns mixed at a time
+constexpr int64_t kRows = 64;
+constexpr int64_t kMixed = 1 << 18;          // floats of x in scratch: 1 MiB
+constexpr int64_t kAhead = 2;                // tokens by which states are asked for before their turn
 constexpr int64_t kStreamedBytes = 2 << 20;  // results from this size on are not looked for in the caches
 constexpr double kWorthwhile = 0.85;         // share of x that is not zero above which zeros are multiplied like others
 
-// C = relu(bias[i] + A B), to (slots, rows, K).
-struct Relu {
+// The states of one token in all layers, and the mix of some slots.
+struct Mix {
+  const float* const* states;  // (E), of D_e each
+  int64_t layers;
+  const float *weight, *bias;  // (slots, E), (slots)
+  float* x;                    // of the token, slots `step` apart
+  int64_t step, ahead;         // states that come soon lie `ahead` behind these
+};
+
+// x of kSlots slots, kVecs registers from `column` on, of the last one `last` numbers.
+template <int kSlots, int kVecs>
+inline void mix_tile(const Mix& mix, int64_t slot, int64_t column, int64_t last = kLanes) {
+  Vec total[kSlots][kVecs];
+  LAYALIGN_UNROLL
+  for (int j = 0; j < kSlots; ++j) {
+    LAYALIGN_UNROLL
+    for (int v = 0; v < kVecs; ++v) total[j][v] = splat(mix.bias[slot + j]);
+  }
+  for (int64_t e = 0; e < mix.layers; ++e) {
+    const float* from = mix.states[e] + column;
+    Vec loaded[kVecs];
+    if (slot == 0) {
+      LAYALIGN_UNROLL
+      for (int v = 0; v < kVecs; v += 64 / (4 * kLanes)) __builtin_prefetch(from + v * kLanes + mix.ahead, 0, 2);
+    }
+    LAYALIGN_UNROLL
+    for (int v = 0; v < kVecs; ++v) loaded[v] = last == kLanes ? load(from + v * kLanes) : load_first(from, last);
+    LAYALIGN_UNROLL
+    for (int j = 0; j < kSlots; ++j) {
+      const Vec one = splat(mix.weight[(slot + j) * mix.layers + e]);
+      LAYALIGN_UNROLL
+      for (int v = 0; v < kVecs; ++v) total[j][v] += one * loaded[v];
+    }
+  }
+  LAYALIGN_UNROLL
+  for (int j = 0; j < kSlots; ++j) {
+    float* to = mix.x + (slot + j) * mix.step + column;
+    LAYALIGN_UNROLL
+    for (int v = 0; v < kVecs; ++v) {
+      if (last == kLanes) store(to + v * kLanes, relu(total[j][v]));
+      else store_first(to, relu(total[j][v]), last);
+    }
+  }
+}
+
+template <int kSlots>
+void mix_columns(const Mix& mix, int64_t slot, int64_t columns) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= columns; c += 2 * kLanes) mix_tile<kSlots, 2>(mix, slot, c);
+  if (c + kLanes <= columns) mix_tile<kSlots, 1>(mix, slot, c), c += kLanes;
+  if (c < columns) mix_tile<kSlots, 1>(mix, slot, c, columns - c);
+}
+
+void mix_token(const Mix& mix, int64_t slots, int64_t columns) {
+  constexpr int kTogether = kRegisters == 32 ? 8 : 4;  // with two registers each, they and their states fit
+  int64_t j = 0;
+  for (; j + kTogether <= slots; j += kTogether) mix_columns<kTogether>(mix, j, columns);
+  if constexpr (kTogether > 4) {
+    if (j + 4 <= slots) mix_columns<4>(mix, j, columns), j += 4;
+  }
+  if (j + 2 <= slots) mix_columns<2>(mix, j, columns), j += 2;
+  if (j < slots) mix_columns<1>(mix, j, columns);
+}
+
+// The last of a row's sums of one tile: with the others and the bias, to the result.
+struct ToResult {
+  const float* sums;
+  bool add;
+  const Vec* bias;
   float* data;
-  int64_t row, count;
-  const float* bias;
-  Vec first(int64_t i, int64_t) const { return splat(bias[i]); }
-  void last(int64_t i, int64_t column, Vec value) const {
-    float* to = data + i * row + column;
-    if (column + kLanes <= count) store(to, relu(value));
-    else store_first(to, relu(value), count - column);
+  int64_t row;
+  bool streamed;
+  void operator()(int64_t i, int v, Vec total) const {
+    if (add) total += load(sums + i * kWidth + v * kLanes);
+    float* to = data + i * row + v * kLanes;
+    if (streamed) stream(to, total + bias[v]);
+    else store(to, total + bias[v]);
   }
 };
 
@@ -54,16 +121,17 @@ struct Sizes {
 };
 
 struct Buffers {
-  float *x, *chunk, *sums;
+  float *x, *sums;
+  const float** states;
   uint64_t* words;
 
   static int64_t size(const Sizes& n) {
-    return round_up(n.group_slots() * kRows * n.depth, 16) + n.layers * kChunk + kRows * (kWidth + 2 * n.blocks);
+    return round_up(n.group_slots() * kRows * n.depth, 16) + kRows * (kWidth + 2 * n.blocks) + 2 * n.layers;
   }
   Buffers(const Sizes& n, float* memory) : x(memory) {
-    chunk = x + round_up(n.group_slots() * kRows * n.depth, 16);
-    sums = chunk + n.layers * kChunk;
+    sums = x + round_up(n.group_slots() * kRows * n.depth, 16);
     words = reinterpret_cast<uint64_t*>(sums + kRows * kWidth);
+    states = reinterpret_cast<const float**>(words + kRows * n.blocks);
   }
 };
 
@@ -77,17 +145,12 @@ struct Part {
   bool streamed;
 
   void mix(int64_t slot, int64_t slots) const {
+    const float *weight = mix_weight + slot * n.layers, *bias = mix_bias + slot;
+    const int64_t step = rows * n.depth, ahead = kAhead * call.hidden[0].stride[1];
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t b = (first + i) / n.length, s = (first + i) % n.length;
-      for (int64_t d = 0; d < n.depth; d += kChunk) {
-        const int64_t wide = smaller(kChunk, n.depth - d);
-        for (int64_t e = 0; e < n.layers; ++e) {
-          widen(DType::float32, at(call.hidden[e], b, s, d), wide, own.chunk + e * kChunk);
-        }
-        const Left left{mix_weight + slot * n.layers, n.layers, 1};
-        const Relu to{own.x + i * n.depth + d, rows * n.depth, wide, mix_bias + slot};
-        multiply(slots, ceil_div(wide, kLanes), n.layers, left, Right{own.chunk, kChunk}, to);
-      }
+      for (int64_t e = 0; e < n.layers; ++e) own.states[e] = reinterpret_cast<const float*>(at(call.hidden[e], b, s));
+      mix_token({own.states, n.layers, weight, bias, own.x + i * n.depth, step, ahead}, slots, n.depth);
     }
   }
 
@@ -97,26 +160,36 @@ struct Part {
     const float* weight = floats(call.packed) + (call.packed.size[0] == 1 ? 0 : slot) * n.tiles * n.depth * kWidth;
     for (int64_t t = 0; t < n.tiles; ++t) {
       const int64_t column = t * kWidth, wide = smaller(kWidth, n.columns - column);
+      const bool direct = sparse && wide % kLanes == 0;  // the last sums need not wait for the bias in scratch
+      float* to = static_cast<float*>(call.out[slot].data) + first * n.columns + column;
+      Vec start[kVecs] = {};
+      take_bias(slot, column, wide, start);
       for (int64_t k = 0; k < n.depth; k += kDepth) {
         const float* tile = weight + (t * n.depth + k) * kWidth;
         const uint64_t* words = own.words + k / kDepth * rows;
         const Step step{x + k, n.depth, rows, words, tile, tile + kDepth * kWidth, own.sums, k > 0};
-        if (sparse) multiply_marked(step, wide);
-        else multiply_full(step, smaller(kDepth, n.depth - k), wide);
+        if (direct && k + kDepth >= n.depth) {
+          multiply_marked(step, wide, ToResult{own.sums, k > 0, start, to, n.columns, streamed});
+        } else if (sparse) {
+          multiply_marked(step, wide, ToSums{own.sums, k > 0});
+        } else {
+          multiply_full(step, smaller(kDepth, n.depth - k), wide);
+        }
       }
-      put(slot, column, wide);
+      if (!direct) put(start, to, wide);
+    }
+  }
+
+  void take_bias(int64_t slot, int64_t column, int64_t columns, Vec* to) const {
+    const float* bias = call.bias ? floats(call.bias) + slot * call.bias.stride[0] + column : nullptr;
+    for (int64_t c = 0; bias != nullptr && c < columns; c += kLanes) {
+      to[c / kLanes] = c + kLanes <= columns ? load(bias + c) : load_first(bias + c, columns - c);
     }
   }
 
   // The sums and the bias, to `columns` of the result.
-  void put(int64_t slot, int64_t column, int64_t columns) const {
-    const float* bias = call.bias ? floats(call.bias) + slot * call.bias.stride[0] + column : nullptr;
-    Vec start[kVecs] = {};
-    for (int64_t c = 0; bias != nullptr && c < columns; c += kLanes) {
-      start[c / kLanes] = c + kLanes <= columns ? load(bias + c) : load_first(bias + c, columns - c);
-    }
+  void put(const Vec* start, float* to, int64_t columns) const {
     const float* sums = own.sums;
-    float* to = static_cast<float*>(call.out[slot].data) + first * n.columns + column;
     for (int64_t i = 0; i < rows; ++i, sums += kWidth, to += n.columns) {
       int64_t c = 0;
       for (; c + kLanes <= columns; c += kLanes) {

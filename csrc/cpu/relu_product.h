@@ -61,14 +61,23 @@ struct Step {
   bool add;
 };
 
-template <int kCount>
-static void multiply_marked(const Step& step) {
+// Where a row's sums of one tile go: to those of the tiles before it.
+struct ToSums {
+  float* sums;
+  bool add;
+  void operator()(int64_t i, int v, Vec total) const {
+    float* to = sums + i * kWidth + v * kLanes;
+    store(to, add ? total + load(to) : total);
+  }
+};
+
+template <int kCount, typename Out>
+static void multiply_marked(const Step& step, const Out& out) {
   constexpr int64_t kLines = kDepth * kWidth * 4 / 64;
   const int64_t lines = step.ahead == nullptr ? 0 : ceil_div(kLines, step.rows);  // with each row
   const char* ahead = reinterpret_cast<const char*>(step.ahead);
   const float* a = step.a;
-  float* sums = step.sums;
-  for (int64_t i = 0; i < step.rows; ++i, a += step.row, sums += kWidth) {
+  for (int64_t i = 0; i < step.rows; ++i, a += step.row) {
     for (int64_t line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     Vec total[kCount];
     LAYALIGN_UNROLL
@@ -84,21 +93,22 @@ static void multiply_marked(const Step& step) {
       for (int v = 0; v < kCount; ++v) total[v] += one * load(from + v * kLanes);
     }
     LAYALIGN_UNROLL
-    for (int v = 0; v < kCount; ++v) store(sums + v * kLanes, step.add ? total[v] + load(sums + v * kLanes) : total[v]);
+    for (int v = 0; v < kCount; ++v) out(i, v, total[v]);
   }
 }
 
 // For `columns` of the tile, up to whole registers.
-static void multiply_marked(const Step& step, int64_t columns) {
+template <typename Out>
+static void multiply_marked(const Step& step, int64_t columns, const Out& out) {
   switch (ceil_div(columns, kLanes)) {
-    case 1: return multiply_marked<1>(step);
-    case 2: return multiply_marked<2>(step);
-    case 3: return multiply_marked<3>(step);
-    case 4: return multiply_marked<4>(step);
-    case 5: return multiply_marked<5>(step);
-    case 6: return multiply_marked<6>(step);
-    case 7: return multiply_marked<7>(step);
-    default: return multiply_marked<8>(step);
+    case 1: return multiply_marked<1>(step, out);
+    case 2: return multiply_marked<2>(step, out);
+    case 3: return multiply_marked<3>(step, out);
+    case 4: return multiply_marked<4>(step, out);
+    case 5: return multiply_marked<5>(step, out);
+    case 6: return multiply_marked<6>(step, out);
+    case 7: return multiply_marked<7>(step, out);
+    default: return multiply_marked<8>(step, out);
   }
 }
 

@@ -19,7 +19,7 @@ MIN_WORK = 2**21  # multiply-adds of one slot: below them the call costs more th
 MIN_ROWS = 320  # of x for each weight that is packed for a single call
 SETS = ("avx512", "avx2")  # instruction sets on which the kernels have beaten torch's dense product
 # Numbers of x that a task mixes at a time, and rows of each slot: kMixed and kRows in csrc/cpu/layer_projection.cpp.
-CACHED, ROWS = 2**19, 128
+CACHED, ROWS = 2**18, 64
 TOGETHER = 2**24  # bytes; glibc keeps blocks of up to twice that for their next use
 COLUMNS_PER_LAYER = 48  # columns of the result that pay for reading one layer's states for a slot
 
