@@ -95,8 +95,8 @@ class SourceStates:
         """Bring the tokens of a head together in memory: the aligner writes all heads of a token side by side, and
         decoding steps on a CPU, which read the states head by head, find them a quarter faster so."""
         key, value = self.keys[slot], self.values[slot]
-        if not (key.is_cpu and value.is_cpu) or torch.is_grad_enabled():
-            return
+        if not (key.is_cpu and value.is_cpu) or torch.is_grad_enabled() or key.requires_grad or value.requires_grad:
+            return  # re-entrant checkpoints run once without gradients, over states that need theirs
         if not (key.is_contiguous() and value.is_contiguous()):
             behind = slot + 1
             self.keys = (*self.keys[:slot], key.contiguous(), *self.keys[behind:])

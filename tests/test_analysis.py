@@ -184,11 +184,11 @@ def recorded(model: LayAlignForCausalLM, inputs: dict[str, Any], monkeypatch: py
     found: dict[int, Any] = {}
     attend = SourceStates.attend
 
-    def spy(self: SourceStates, layer: int, query: Any, base: Any, scale: Any) -> Any:
+    def spy(self: SourceStates, layer: int, query: Any, base: Any, scale: Any, overwrite: bool = False) -> Any:
         if layer in self.layers:
             slot = self.layers.index(layer)
             found[slot] = (query, self.keys[slot], self.values[slot], self.mask, base, scale)
-        return attend(self, layer, query, base, scale)
+        return attend(self, layer, query, base, scale)  # which leaves the base as it was
 
     monkeypatch.setattr(SourceStates, "attend", spy)
     with torch.no_grad():

@@ -181,9 +181,14 @@ def test_a_repeated_decode_overwrites_a_base_that_can_hold_the_result(kind: str)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "grads", "moved"), [(1, False, True), (17, False, False), (1, True, False)])
-def test_a_decoding_step_brings_the_tokens_of_a_head_together(rows: int, grads: bool, moved: bool) -> None:
-    key, value = (torch.randn(2, 5, 2, 16).transpose(1, 2) for _ in range(2))
+@pytest.mark.parametrize(
+    ("rows", "grads", "trained", "moved"),
+    [(1, False, False, True), (17, False, False, False), (1, True, False, False), (1, False, True, False)],
+)
+def test_a_decoding_step_brings_the_tokens_of_a_head_together(
+    rows: int, grads: bool, trained: bool, moved: bool
+) -> None:
+    key, value = (torch.randn(2, 5, 2, 16).requires_grad_(trained).transpose(1, 2) for _ in range(2))
     module = GatedCrossAttention()
     torch.nn.init.constant_(module.adaption_gate, 0.5)
     other = torch.randn(2, 2, 5, 16)
