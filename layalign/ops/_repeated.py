@@ -40,9 +40,14 @@ def _held(key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str)
     return (impl, *map(_kind, (key, value, gate, mask)))
 
 
+def _is_like_result(query: Tensor, base: Tensor) -> bool:
+    """Whether ``base`` has the result's dtype and layout."""
+    return base.dtype == query.dtype and base.is_contiguous()
+
+
 def _result(query: Tensor, base: Tensor) -> Tensor:
     """Memory for (B, T, H, d) in the query's dtype."""
-    if base.dtype == query.dtype and base.is_contiguous():
+    if _is_like_result(query, base):
         return torch.empty_like(base)  # the quicker one by microseconds
     return torch.empty(base.shape, dtype=query.dtype)
 
@@ -73,7 +78,7 @@ class RepeatedDecode:
         self._kept = key, value, mask  # their addresses are in what follows
         self._impl, self._scale, self._gate_dtype = impl, scale, gate.dtype
         self._like = _kind(query), _kind(base)
-        self._in_place = base.dtype == query.dtype and base.is_contiguous()
+        self._in_place = _is_like_result(query, base)
         out = extension.describe(_result(query, base))
         self._decode = extension.module().RepeatedDecode(_described(inputs, scale), out)
         self._gate, self._threads = 0, 0  # told by `prepare`; the kernel refuses these
@@ -111,9 +116,8 @@ class RepeatedDecode:
             return None
         if scale != self._scale or query.is_neg() or base.is_neg():
             return None
-        address = base.data_ptr()
         out = base if overwrite and self._in_place else _result(query, base)
-        self._decode(query.data_ptr(), self._gate, address, out.data_ptr(), self._threads)
+        self._decode(query.data_ptr(), self._gate, base.data_ptr(), out.data_ptr(), self._threads)
         return out
 
 
