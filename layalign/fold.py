@@ -29,6 +29,7 @@ from layalign.ops._packed import PackedWeight
 logger = logging.getLogger("layalign")
 
 CHOICES = ("auto", "always", "never")
+MAPS = ("k_proj", "v_proj")
 MARGIN = 1.25  # times the break-even rows in training: the folded weights take memory, so they must earn it
 
 
@@ -53,6 +54,20 @@ def break_even_rows(encoder_size: int, llm_size: int, kv_size: int, training: bo
     return cost / saved if saved > 0 else float("inf")
 
 
+# Through the modules' own tables: their attributes cost a microsecond each, and a call asks a hundred of them.
+
+
+def _maps(attentions: Sequence[Any]) -> list[Any]:
+    """The key and the value map of each layer by turns; None where there is none by that name."""
+    return [attention._modules.get(name) for attention in attentions for name in MAPS]
+
+
+def _parameters(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """(weight, bias) of a linear map that :func:`reason_against_reading` has passed."""
+    own: Any = linear._parameters
+    return own["weight"], own.get("bias")
+
+
 def _reason_against_watching(linear: nn.Linear) -> str | None:
     """Why a change of the weights would go unnoticed."""
     unwatched = any(p is not None and p.is_inference() for p in linear._parameters.values())
@@ -71,21 +86,20 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
     if problem is not None:
         return f"fc2: {problem}"
     first: Any = None
-    for attention in attentions:
-        for name in ("k_proj", "v_proj"):
-            linear: Any = attention._modules.get(name)
-            if linear is None:
-                return f"{type(attention).__name__} has no {name} of its own"
-            problem = reason_against_reading(linear) or _reason_against_watching(linear)
-            if problem is not None:
-                return f"{name}: {problem}"
-            weight, bias = _parameters(linear)
-            if weight.requires_grad or (bias is not None and bias.requires_grad):
-                return f"{name} trains"
-            kind = weight.shape, weight.device, bias is None
-            first = kind if first is None else first
-            if kind != first:
-                return "the layers' key and value maps differ in shape, device or bias"
+    for place, linear in enumerate(_maps(attentions)):
+        name = MAPS[place % len(MAPS)]
+        if linear is None:
+            return f"{type(attentions[place // len(MAPS)]).__name__} has no {name} of its own"
+        problem = reason_against_reading(linear) or _reason_against_watching(linear)
+        if problem is not None:
+            return f"{name}: {problem}"
+        weight, bias = _parameters(linear)
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return f"{name} trains"
+        kind = weight.shape, weight.device, bias is None
+        first = kind if first is None else first
+        if kind != first:
+            return "the layers' key and value maps differ in shape, device or bias"
     if first is not None and first[1] != projector.fc2.weight.device:
         return "aligner and LLM are on different devices"
     return None
@@ -95,7 +109,7 @@ def _seen(projector: WeightedLinearProjector, attentions: Sequence[nn.Module]) -
     """All that :func:`reason_against` and a fold hang on: while it is the same, so are the answer and the weights."""
     own: Any = projector._modules
     found: list[Any] = [projector.structure, projector.times, is_intercepted(projector)]
-    for linear in (own["fc2"], *(each._modules.get(name) for each in attentions for name in ("k_proj", "v_proj"))):
+    for linear in (own["fc2"], *_maps(attentions)):
         found += id(linear), type(linear), linear is not None and is_intercepted(linear)
         for p in () if linear is None else linear._parameters.values():
             if type(p) is nn.Parameter and not p.is_inference():
@@ -112,19 +126,6 @@ class Folded:
     weight: Tensor | PackedWeight
     bias: Tensor | None
     key: tuple[Any, ...]
-
-
-# Through the modules' own tables: their attributes cost a microsecond each, and a call asks a hundred of them.
-
-
-def _maps(attentions: Sequence[Any]) -> list[nn.Linear]:
-    return [attention._modules[name] for attention in attentions for name in ("k_proj", "v_proj")]
-
-
-def _parameters(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """(weight, bias) of a linear map that :func:`reason_against_reading` has passed."""
-    own: Any = linear._parameters
-    return own["weight"], own.get("bias")
 
 
 @torch.no_grad()

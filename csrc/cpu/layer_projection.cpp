@@ -82,14 +82,13 @@ void mix_token(const Mix& mix, int64_t slots, int64_t columns) {
 
 // The last of a row's sums of one tile: with the others and the bias, to the result.
 struct ToResult {
-  const float* sums;
-  bool add;
+  ToSums before;
   const Vec* bias;
   float* data;
   int64_t row;
   bool streamed;
   void operator()(int64_t i, int v, Vec total) const {
-    if (add) total += load(sums + i * kWidth + v * kLanes);
+    if (before.add) total += load(before.sums + i * kWidth + v * kLanes);
     float* to = data + i * row + v * kLanes;
     if (streamed) stream(to, total + bias[v]);
     else store(to, total + bias[v]);
@@ -167,13 +166,14 @@ struct Part {
       for (int64_t k = 0; k < n.depth; k += kDepth) {
         const float* tile = weight + (t * n.depth + k) * kWidth;
         const uint64_t* words = own.words + k / kDepth * rows;
-        const Step step{x + k, n.depth, rows, words, tile, tile + kDepth * kWidth, own.sums, k > 0};
+        const Step step{x + k, n.depth, rows, words, tile, tile + kDepth * kWidth};
+        const ToSums sums{own.sums, k > 0};
         if (direct && k + kDepth >= n.depth) {
-          multiply_marked(step, wide, ToResult{own.sums, k > 0, start, to, n.columns, streamed});
+          multiply_marked(step, wide, ToResult{sums, start, to, n.columns, streamed});
         } else if (sparse) {
-          multiply_marked(step, wide, ToSums{own.sums, k > 0});
+          multiply_marked(step, wide, sums);
         } else {
-          multiply_full(step, smaller(kDepth, n.depth - k), wide);
+          multiply_full(step, smaller(kDepth, n.depth - k), wide, sums);
         }
       }
       if (!direct) put(start, to, wide);

@@ -65,9 +65,10 @@ struct Part {
         const int64_t deep = smaller(kDepth, depth - k);
         const bool whole = copy_tile(from + k * grad.stride[0], grad.stride[0], deep, wide, own.tile);
         const uint64_t* words = own.words + k / kDepth * count;
-        const Step step{own.turned + k, kSegment, count, words, own.tile, nullptr, sums(t), true};
-        if (whole && zeros) multiply_marked(step, wide, ToSums{step.sums, step.add});
-        else multiply_full(step, deep, wide);
+        const Step step{own.turned + k, kSegment, count, words, own.tile, nullptr};
+        const ToSums to{sums(t), true};
+        if (whole && zeros) multiply_marked(step, wide, to);
+        else multiply_full(step, deep, wide, to);
       }
     }
   }

@@ -50,18 +50,16 @@ static inline int64_t mark(const float* a, int64_t row, int64_t rows, int64_t de
   return found;
 }
 
-// Rows of A, `row` numbers apart, times a tile, to or onto (rows, kWidth) sums.
+// Rows of A, `row` numbers apart, times a tile.
 struct Step {
   const float* a;
   int64_t row, rows;
   const uint64_t* words;
   const float* tile;
   const float* ahead;  // the tile that comes next, to be fetched meanwhile; or null
-  float* sums;
-  bool add;
 };
 
-// Where a row's sums of one tile go: to those of the tiles before it.
+// Where a row's sums of one tile go: to (rows, kWidth) sums, or onto those of the tiles before it.
 struct ToSums {
   float* sums;
   bool add;
@@ -113,12 +111,12 @@ static void multiply_marked(const Step& step, int64_t columns, const Out& out) {
 }
 
 // The same with the zeros: `depth` numbers of each row.
-static void multiply_full(const Step& step, int64_t depth, int64_t columns) {
+static void multiply_full(const Step& step, int64_t depth, int64_t columns, const ToSums& out) {
   const Left a{step.a, step.row, 1};
   const Right b{step.tile, kWidth};
   const int64_t vecs = ceil_div(columns, kLanes);
-  if (step.add) multiply(step.rows, vecs, depth, a, b, Accumulate{step.sums, kWidth});
-  else multiply(step.rows, vecs, depth, a, b, Overwrite{step.sums, kWidth});
+  if (out.add) multiply(step.rows, vecs, depth, a, b, Accumulate{out.sums, kWidth});
+  else multiply(step.rows, vecs, depth, a, b, Overwrite{out.sums, kWidth});
 }
 
 static inline bool finite(Vec sum) {  // x - x is NaN for what is not finite
