@@ -9,7 +9,7 @@ from __future__ import annotations
 import copyreg
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from layalign._plain import has_hooks, reason_against_reading
 from layalign.attention import PREFIX, key_value_states, register
 from layalign.errors import ArgumentError
 from layalign.fold import STEPS, count_steps
+from layalign.ops import _direct
+from layalign.ops._repeated import RepeatedDecode, RepeatedTraining, side_by_side
+from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
 
 class Swapped:
@@ -140,18 +143,20 @@ class AttentionSwap:
         child: name of the wrapped attention module.
         config: the config object that module had.
         kept: keys and values of the last source.
+        again: what a decoding step with them left for the next.
     """
 
     impl: str
     child: str
     config: Any
     kept: _Kept | None = None
+    again: RepeatedDecode | None = None
 
     def __post_init__(self) -> None:
         count_steps()
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles do not carry what can be computed again
-        return {**self.__dict__, "kept": None}
+        return {**self.__dict__, "kept": None, "again": None}
 
     def follow(self, attention: Any) -> None:
         """Use the attention function that the LLM's own config names now."""
@@ -167,6 +172,7 @@ class AttentionSwap:
         kept = self._current(attention, whole, device)
         if kept is not None:
             return kept.key, kept.value
+        self.again = None
         if attention.training:  # dropout in LoRA, checkpoints: nothing is kept
             self.kept = None
         key, value = key_value_states(attention, pair[0].to(device), pair[1].to(device))
@@ -190,6 +196,30 @@ class AttentionSwap:
         wanted = torch.is_grad_enabled() and (kept.key.is_inference() or any(t.requires_grad for t in tensors))
         stale = wanted or not _same(kept.weights, weights) or kept.versions != _versions(tensors)
         return None if stale else kept
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, overwrite: bool) -> Tensor:
+        """``base`` (B, T, H, d) plus the gated term, ``base`` overwritten if that is allowed and saves time."""
+        scale = query.shape[-1] ** -0.5  # as published, whatever the LLM's own
+        compiling = torch.compiler.is_compiling()
+        ready: RepeatedDecode | RepeatedTraining | None = None
+        if not compiling and query.is_cpu and _direct.undisturbed():
+            own = key, value, gate, None, self.impl
+            if torch.is_grad_enabled():
+                ready = RepeatedTraining(*own)
+            elif self.again is not None and self.again.prepare(*own):
+                ready = self.again
+        if ready is not None and (found := ready(query, base, scale, overwrite)) is not None:
+            return found
+        if not compiling and query.shape[2] <= MAX_DECODE_ROWS and self.kept is not None:
+            key, value = side_by_side(key, value)
+            self.kept = replace(self.kept, key=key, value=value)
+        found = ops.gated_cross_attention(query, key, value, gate, base, scale=scale, impl=self.impl)
+        if not compiling:
+            inputs = query, key, value, gate, base, None
+            self.again = RepeatedDecode.after(inputs, scale, self.impl)
+            if isinstance(ready, RepeatedTraining):
+                RepeatedTraining.after(inputs, scale, self.impl)
+        return found
 
 
 def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
@@ -226,12 +256,11 @@ class _Term:
     def attend(
         self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
     ) -> Tensor:
-        """``base`` (B, T, H, d) plus the gated term; as published, 1 / sqrt(d) whatever the LLM's own scale."""
+        """``base`` (B, T, H, d) plus the gated term, for :func:`layalign.attention.register`'s functions."""
         self.attended = True
         swap = self.wrapper.layalign_swap
         key, value = swap.states(self.attention, self.wrapper.adapter_states, query.device)
-        gate = self.wrapper.adaption_gate.to(query.device)
-        return ops.gated_cross_attention(query, key, value, gate, base, scale=query.shape[-1] ** -0.5, impl=swap.impl)
+        return swap.attend(query, key, value, self.wrapper.adaption_gate.to(query.device), base, overwrite)
 
 
 class SwappedAttention(Swapped):

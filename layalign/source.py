@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from layalign._plain import is_intercepted
 from layalign.ops import _direct
-from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
+from layalign.ops._repeated import RepeatedDecode, RepeatedTraining, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
 if TYPE_CHECKING:
@@ -91,17 +91,6 @@ class SourceStates:
             elif (again := self._again.get(layer)) is not None and again.prepare(*own):
                 self._ready[layer] = again
 
-    def _side_by_side(self, slot: int) -> None:
-        """Bring the tokens of a head together in memory: the aligner writes all heads of a token side by side, and
-        decoding steps on a CPU, which read the states head by head, find them a quarter faster so."""
-        key, value = self.keys[slot], self.values[slot]
-        if not (key.is_cpu and value.is_cpu) or torch.is_grad_enabled() or key.requires_grad or value.requires_grad:
-            return  # re-entrant checkpoints run once without gradients, over states that need theirs
-        if not (key.is_contiguous() and value.is_contiguous()):
-            behind = slot + 1
-            self.keys = (*self.keys[:slot], key.contiguous(), *self.keys[behind:])
-            self.values = (*self.values[:slot], value.contiguous(), *self.values[behind:])
-
     def attend(
         self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
     ) -> Tensor:
@@ -120,7 +109,9 @@ class SourceStates:
         slot = self.layers.index(layer)
         module = self.attentions[slot]
         if not torch.compiler.is_compiling() and query.shape[2] <= MAX_DECODE_ROWS:
-            self._side_by_side(slot)
+            key, value = side_by_side(self.keys[slot], self.values[slot])
+            self.keys = (*self.keys[:slot], key, *self.keys[slot + 1 :])
+            self.values = (*self.values[:slot], value, *self.values[slot + 1 :])
         key, value = self.keys[slot].to(query.device), self.values[slot].to(query.device)
         mask = None if self.mask is None else self.mask.to(query.device)
         found = module(query, key, value, base=base, key_mask=mask, scale=scale)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import published
 
 from layalign import ops
+from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
 
 ENCODER_LAYERS = [0, 2, 3]
 
@@ -98,7 +99,7 @@ def own_classes(model: torch.nn.Module) -> list[type]:
 
 @pytest.fixture(name="calls")
 def calls_of_operations(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often each operation was called."""
+    """How often each operation was called, in full or as a repetition that the kernels take at once."""
     counted = {"layer_projection": 0, "gated_cross_attention": 0}
 
     def count(name: str):
@@ -110,6 +111,18 @@ def calls_of_operations(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(ops, name, counting)
 
+    def count_short(kind: type):
+        original = kind.__call__
+
+        def counting(*args):
+            found = original(*args)
+            counted["gated_cross_attention"] += found is not None
+            return found
+
+        monkeypatch.setattr(kind, "__call__", counting)
+
     for name in counted:
         count(name)
+    count_short(RepeatedDecode)
+    count_short(RepeatedTraining)
     return counted

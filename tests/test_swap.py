@@ -22,9 +22,14 @@ from published_tiny import (  # noqa: F401
 )
 from tiny import batch, tiny_model
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import layalign
-from layalign import ArgumentError
+from layalign import ArgumentError, ops
+from layalign.ops import _repeated, backends
+
+needs_cpp = pytest.mark.skipif(not backends.capability("cpp", "cpu")[0], reason="no C++ kernels here")
 
 CASES = [
     ("llama", "Linear", (0, 1, 2), "sdpa"),
@@ -215,6 +220,93 @@ def test_what_is_kept_is_noticed_to_be_stale() -> None:
         one.square().sum().backward()
     torch.testing.assert_close(gates(model)[0].grad, gates(twin)[0].grad, rtol=1e-4, atol=1e-6)
     assert_same(loss_and_gradients(twin, data()), loss_and_gradients(model, data()))
+
+
+@pytest.fixture
+def full_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Grows by the query of every full call of the attention; repetitions of one are not full."""
+    seen: list[torch.Tensor] = []
+    original = ops.gated_cross_attention
+    monkeypatch.setattr(ops, "gated_cross_attention", lambda *a, **k: seen.append(a[0]) or original(*a, **k))
+    monkeypatch.setattr(_repeated, "_KERNELS", {})
+    return seen
+
+
+@needs_cpp
+def test_decoding_steps_repeat_with_states_laid_out_for_them(full_calls: list[torch.Tensor]) -> None:
+    model = published_model()
+    twin = copy.deepcopy(model)
+    layalign.accelerate(model)
+    expected = twin(**data(labels=False))
+    full_calls.clear()  # of the trials
+    with torch.no_grad():
+        assert torch.equal(model(**data(labels=False)), expected)
+        assert sorted(query.shape[2] for query in full_calls) == [1] * 3 + [10] * 3  # the input, and the first step
+        swaps = [wrapper.layalign_swap for wrapper in wrappers(model)]
+        assert all(swap.kept.key.is_contiguous() and swap.kept.value.is_contiguous() for swap in swaps)
+
+        def check(full: int) -> None:
+            step = dict(inputs_embeds=torch.randn(3, 1, 32))
+            full_calls.clear()
+            found, wanted = (m.model_llm(**step).logits for m in (model, twin))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+            assert len(full_calls) == full
+
+        check(0)
+        for gate in (*gates(model), *gates(twin)):
+            gate.mul_(-3)
+        check(0)  # the gate's number is read at every call
+        for gate in (*gates(model), *gates(twin)):
+            gate.data = gate.data.double().float()  # other memory
+        check(0)
+        for wrapper in (*wrappers(model), *wrappers(twin)):
+            wrapper.update_adapter_states(tuple(state + 1 for state in wrapper.adapter_states))
+        check(3)
+        check(0)
+        with torch.profiler.profile():
+            check(3)
+        check(3)  # a watched call leaves nothing to repeat
+        check(0)
+        pickled = pickle.loads(pickle.dumps(swaps[0]))
+        assert swaps[0].again is not None and pickled.again is None and pickled.kept is None
+        layalign.accelerate(model, impl="torch")
+        check(3)
+
+
+@needs_cpp
+def test_training_steps_repeat(full_calls: list[torch.Tensor]) -> None:
+    model = published_model()
+    expected = loss_and_gradients(model, data())
+    layalign.accelerate(model)
+    full_calls.clear()  # of the trials
+    assert_same(expected, loss_and_gradients(model, data()))
+    assert len(full_calls) == 1  # the layers are of one kind
+    assert_same(expected, loss_and_gradients(model, data()))
+    assert len(full_calls) == 1
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.mul_(2)
+    found = loss_and_gradients(model, data())
+    assert len(full_calls) == 1
+    layalign.restore(model)
+    assert_same(loss_and_gradients(model, data()), found)
+
+
+def test_a_result_is_never_written_over_what_others_hold() -> None:
+    model = published_model(attention="eager")
+    layalign.accelerate(model)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def attention(*args, **kwargs):
+        out, weights = sdpa_attention_forward(*args, **kwargs)
+        kept.append((out, out.clone()))
+        return out, weights
+
+    AttentionInterface.register("keeps_its_result", attention)
+    model.model_llm.model.config._attn_implementation = "keeps_its_result"
+    with torch.no_grad():
+        model(**data(labels=False))
+    assert len(kept) == 3 * 6 and all(torch.equal(out, before) for out, before in kept)
 
 
 def test_the_attention_function_may_change_afterwards() -> None:

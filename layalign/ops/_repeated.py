@@ -67,6 +67,16 @@ def _is_served(inputs: Inputs, impl: str) -> bool:
     return query.stride(-1) == base.stride(-1) == 1
 
 
+def side_by_side(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The same states with the tokens of a head together in memory, where decoding steps on a CPU will read them.
+
+    The aligner writes all heads of a token side by side; steps that read head by head are a quarter faster so.
+    """
+    if not (key.is_cpu and value.is_cpu) or torch.is_grad_enabled() or key.requires_grad or value.requires_grad:
+        return key, value  # re-entrant checkpoints run once without gradients, over states that need theirs
+    return key.contiguous(), value.contiguous()
+
+
 class RepeatedDecode:
     """The C++ decoding kernel with keys, values, mask and scale held fast; the arguments passed a full call already.
 
