@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from shapes import Shapes, Size
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MT5Config, MT5EncoderModel
 
+import layalign
 from layalign import LayAlignForCausalLM
 
 BOS, PAD = 1, 0
@@ -104,6 +106,13 @@ class Models:
                 module.adaption_gate.fill_(GATE)
         self.published = published_from(self.ours, shared(encoder), shared(llm))
         self._prompted: dict[int, Any] = {}
+
+    @functools.cached_property
+    def accelerated(self) -> published.PublishedLayAlign:
+        """The published data flow with the same numbers, and the one line of :func:`layalign.accelerate`."""
+        model = published_from(self.ours, shared(self.encoder), shared(self.bare))
+        layalign.accelerate(model)
+        return model
 
     def prompted(self, length: int) -> Any:
         """peft's adaption_prompt on the same LLM: as many prompt tokens a layer as the source has tokens.

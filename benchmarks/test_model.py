@@ -1,4 +1,5 @@
-"""The whole model against the bare LLM, the published data flow, reference.py and peft's adaption_prompt."""
+"""The whole model against the bare LLM, the published data flow, reference.py and peft's adaption_prompt; and the
+published data flow with `layalign.accelerate`'s one line against what it was."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 import workloads
 from models import Models
 from shapes import Shapes, Work, chosen
-from workloads import BARE, FEW_LOGITS, OURS, PROMPT, PUBLISHED, REFERENCE
+from workloads import ACCELERATED, BARE, FEW_LOGITS, OURS, PROMPT, PUBLISHED, REFERENCE
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -77,27 +78,31 @@ def require_same(what: str, found: torch.Tensor, expected: torch.Tensor, allowed
 
 @pytest.fixture(scope="module")
 def right(models: Models, shapes: Shapes) -> None:
-    """Ours, published and reference.py agree: loss, gradients, and a decoding step. Nothing is timed otherwise."""
+    """All that compute LayAlign agree: loss, gradients, and a decoding step. Nothing is timed otherwise."""
     work, losses, grads = shapes.train[-1], {}, {}  # without padding, which published attends to
     calls = workloads.loss_calls(models, work, "forward and backward")
-    for name, model in ((OURS, models.ours), (PUBLISHED, models.published), (REFERENCE, models.ours)):
+    places = {OURS: models.ours, PUBLISHED: models.published, REFERENCE: models.ours, ACCELERATED: models.accelerated}
+    for name, model in places.items():
         losses[name] = calls[name]()
         grads[name] = workloads.gradients(model)
     steps = {name: call() for name, call in workloads.decode_calls(models, shapes.decode[-1]).items()}
     states = {name: call() for name, call in workloads.source_calls(models, shapes.decode[-1]).items()}
     sources = {name: torch.stack([*keys, *values]) for name, (keys, values) in states.items()}
-    for other in (PUBLISHED, REFERENCE):
+    for other in (PUBLISHED, REFERENCE, ACCELERATED):
         require_same(f"loss against {other}", losses[OURS], losses[other], bound(shapes))
         assert grads[OURS].keys() == grads[other].keys()
         for name, grad in grads[OURS].items():
             require_same(f"gradient of {name} against {other}", grad, grads[other][name], 10 * bound(shapes))
         require_same(f"decoding step against {other}", steps[OURS], steps[other], bound(shapes))
+    for other in (PUBLISHED, REFERENCE):
         require_same(f"keys and values against {other}", sources[OURS], sources[other], bound(shapes))
 
 
 def affordable(calls: dict[str, Any], shapes: Shapes, models: Models, work: Work) -> dict[str, Any]:
     """On a CPU, peft and reference.py are measured with one model and the smallest work only; few logits with B 1."""
-    leave = {PROMPT, REFERENCE} if shapes.name == "cpu" and (models.size.name, work.batch) != ("mha", 1) else set()
+    leave = {ACCELERATED}  # has rows of its own
+    if shapes.name == "cpu" and (models.size.name, work.batch) != ("mha", 1):
+        leave |= {PROMPT, REFERENCE}
     if shapes.name == "cpu" and work in shapes.train and work.batch > 1:
         leave.add(FEW_LOGITS)
     return {name: call for name, call in calls.items() if name not in leave}
@@ -120,6 +125,7 @@ def test_generate(models: Models, right: None, work: Work, rows: Any, benchmark:
 @works("decode")
 def test_decode_step(models: Models, right: None, work: Work, rows: Any, benchmark: Any, shapes: Shapes) -> None:
     calls = workloads.decode_calls(models, work)
+    calls.pop(ACCELERATED)
     rows.time("decode step", name_of(models, work), calls, labels_of(models, work), seconds=shapes.patience / 3)
 
 
@@ -155,6 +161,25 @@ def test_source_states(models: Models, right: None, work: Work, rows: Any, bench
     labels["zeros of the relu"] = round(workloads.zeros(models, work), 3)  # kernels may leave their arithmetic out
     about = {"moved": moved, "flop": flop, "target": target, "seconds": shapes.patience / 3}
     rows.time("aligner to keys and values", name_of(models, work), calls, labels, **about)
+
+
+ONE_LINE = {
+    "training step": ("train", workloads.loss_calls),
+    "decode step": ("decode", workloads.decode_calls),
+    "generate": ("generate", workloads.generate_calls),
+}
+
+
+@pytest.mark.parametrize("what", ONE_LINE, ids=lambda what: what.replace(" ", "-"))
+def test_one_line(models: Models, right: None, what: str, rows: Any, benchmark: Any, shapes: Shapes) -> None:
+    """What a script on the published code gets from `layalign.accelerate` alone."""
+    if shapes.name == "cpu" and what == "generate" and models.size.name != "mha":
+        pytest.skip("generate with one line added, 4 key/value heads: left to the GPU shapes")
+    field, make = ONE_LINE[what]
+    work = getattr(shapes, field)[-1]
+    calls = make(models, work, *([what] if field == "train" else []))
+    calls = {name: calls[name] for name in (ACCELERATED, PUBLISHED, BARE)}
+    rows.time(f"{what}, one line added", name_of(models, work), calls, labels_of(models, work))
 
 
 @works("train")

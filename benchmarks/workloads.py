@@ -19,6 +19,7 @@ Call = Callable[[], Any]
 
 OURS, BARE, FEW_LOGITS = "layalign", "bare LLM", "bare LLM, logits where labels are"
 PUBLISHED, REFERENCE, PROMPT = "published", "reference.py", "peft adaption_prompt"
+ACCELERATED = "published, accelerated"
 
 
 class Data:
@@ -69,16 +70,18 @@ def generate_calls(models: Models, work: Work) -> dict[str, Call]:
     """Greedy, ``work.length`` new tokens. Each returns the new ids (B, new)."""
     data = Data(models, work, labels=False)
     options: dict[str, Any] = dict(max_new_tokens=work.length, do_sample=False, pad_token_id=0)
-    models.published.config.max_gen_len = work.length
     prompted = models.prompted(work.source)
 
     def ours() -> Tensor:
         return models.ours.generate(**data.encoder, **options)[:, -work.length :]
 
-    def published() -> Tensor:
-        models.published.config.max_gen_len = work.length
-        with torch.no_grad():
-            return models.published(data.source, data.mask)
+    def published(model: Any) -> Call:
+        @torch.no_grad()
+        def run() -> Tensor:
+            model.config.max_gen_len = work.length
+            return model(data.source, data.mask)
+
+        return run
 
     def plain(llm: Any) -> Call:
         def run() -> Tensor:
@@ -87,7 +90,8 @@ def generate_calls(models: Models, work: Work) -> dict[str, Call]:
 
         return run
 
-    calls = {OURS: ours, BARE: plain(models.bare), PUBLISHED: published, REFERENCE: reference_of(models, ours)}
+    calls = {OURS: ours, BARE: plain(models.bare), PUBLISHED: published(models.published)}
+    calls |= {REFERENCE: reference_of(models, ours), ACCELERATED: published(models.accelerated)}
     return calls if prompted is None else {**calls, PROMPT: plain(prompted)}
 
 
@@ -107,6 +111,7 @@ def decode_calls(models: Models, work: Work) -> dict[str, Call]:
         output = models.ours(**data.encoder, use_cache=True)
         cache = models.ours(inputs_embeds=tail, attention_mask=mask, past_key_values=output.past_key_values)
         models.published._source(data.source, data.mask)
+        models.accelerated._source(data.source, data.mask)
 
     def step(model: Any, past: Any) -> Call:
         @torch.no_grad()
@@ -123,10 +128,11 @@ def decode_calls(models: Models, work: Work) -> dict[str, Call]:
 
     ours = step(models.ours, cache.past_key_values)
     prompted = models.prompted(work.source)
-    wrapped = models.published.model_llm
-    calls = {OURS: ours, BARE: step(models.bare, filled(models.bare)), PUBLISHED: step(wrapped, filled(wrapped))}
-    calls[REFERENCE] = reference_of(models, ours)
-    return calls if prompted is None else {**calls, PROMPT: step(prompted, filled(prompted))}
+    others = {BARE: models.bare, PUBLISHED: models.published.model_llm, ACCELERATED: models.accelerated.model_llm}
+    if prompted is not None:
+        others[PROMPT] = prompted
+    calls = {name: step(model, filled(model)) for name, model in others.items()}
+    return {OURS: ours, **calls, REFERENCE: reference_of(models, ours)}
 
 
 def trained(model: Any) -> list[Tensor]:
@@ -193,8 +199,11 @@ def loss_calls(models: Models, work: Work, mode: str) -> dict[str, Call]:
     def ours() -> Tensor:
         return models.ours(**data.packed, **data.encoder).loss
 
-    def published() -> Tensor:
-        return models.published(data.source, data.mask, labels=data.target, mask_label=data.target_mask)
+    def published(model: Any) -> Call:
+        def loss() -> Tensor:
+            return model(data.source, data.mask, labels=data.target, mask_label=data.target_mask)
+
+        return passes(loss, trained(model), mode, optimizer_of(model))
 
     def prompt() -> Tensor:
         encoded(models, data)
@@ -203,9 +212,8 @@ def loss_calls(models: Models, work: Work, mode: str) -> dict[str, Call]:
     leaf, bare = bare_losses(models, data)
     own = passes(ours, trained(models.ours), mode, optimizer_of(models.ours))
     others = {name: passes(loss, [leaf], mode) for name, loss in bare.items()}
-    adapted = models.published
-    calls = {OURS: own, **others, PUBLISHED: passes(published, trained(adapted), mode, optimizer_of(adapted))}
-    calls[REFERENCE] = reference_of(models, own)
+    calls = {OURS: own, **others, PUBLISHED: published(models.published), REFERENCE: reference_of(models, own)}
+    calls[ACCELERATED] = published(models.accelerated)
     if prompted is not None:
         calls[PROMPT] = passes(prompt, [leaf, *trained(prompted)], mode, optimizer_of(prompted))
     return calls
