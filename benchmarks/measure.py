@@ -1,8 +1,9 @@
 """Timing by turns, measured ceilings, peak memory, and the row that a result file holds.
 
 **Time.** The calls of one row take turns, so that what else the machine does meets all of them. A round times every
-baseline once and then ours; a ratio is the median over rounds of ours / baseline, each round's own. Short calls
-(under 2 ms) run once untimed right before. On a GPU: CUDA events, the L2 cache overwritten before each call.
+baseline once and then ours; a ratio is the median over rounds of ours / baseline, each round's own, or, where slow
+baselines were timed in fewer than three rounds, the ratio of the medians. Where a call of the row is short (under
+2 ms), all run once untimed right before. On a GPU: CUDA events, the L2 cache overwritten before each call.
 
 **Memory.** The highest number of bytes alive during a call above what was alive before it. On a CPU: what torch's
 allocator hands out and takes back, every event of it as ``torch.profiler`` records them; scratch that oneDNN, MKL or
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from layalign.bench import FEW_ROUNDS
 
 SHORT, LONG, VERY_LONG, LONGEST = 2e-3, 0.3, 3.0, 5.0  # seconds of a call
 
@@ -45,17 +48,20 @@ class Stopwatch:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    def median(self, call: Callable[[], Any], count: int = 5) -> float:
-        """Median of ``count`` calls after one to warm up."""
+
+def medians(watch: Stopwatch, calls: dict[str, Callable[[], Any]], count: int = 5) -> dict[str, float]:
+    """Median seconds of each call, which take turns, after one each to warm up."""
+    for call in calls.values():
         call()
-        return statistics.median(self.once(call) for _ in range(count))
+    rounds = [{name: watch.once(call) for name, call in calls.items()} for _ in range(count)]
+    return {name: statistics.median(each[name] for each in rounds) for name in calls}
 
 
 class Turns:
     """The rounds of one row: baselines by name, and ours, which the caller runs itself between two rounds.
 
     Args:
-        few: baselines that are timed in the first two rounds only where a call takes longer than 0.3 s, in the first
+        few: baselines that are timed in the first three rounds only where a call takes longer than 0.3 s, in the first
             alone where it takes over 1 s, and once, before it, over 3 s: no target hangs on their last percent.
         seconds: about how long all rounds should take; never fewer than ``fewest`` rounds, three where one takes 5 s,
             never more than 200. Where every single call takes 5 s, the first, untimed for others, is a round too: what
@@ -83,7 +89,8 @@ class Turns:
             # Ours is another call the second time: it has folded, and its kernels know their arguments.
             found[name] = first if first > (VERY_LONG if name == "" else LONG) else watch.once(call)
         few = tuple(name for name in few if name in found)
-        self._few = {name: sum(found[name] < limit for limit in (1, VERY_LONG)) for name in few if found[name] > LONG}
+        counts = {name: 3 if found[name] < 1 else int(found[name] < VERY_LONG) for name in few}
+        self._few = {name: count for name, count in counts.items() if found[name] > LONG}
         whole = [name for name in found if name not in self._few]  # timed in every round
         first_counts = min(found[name] for name in whole) > LONGEST
         if first_counts:
@@ -91,8 +98,8 @@ class Turns:
         for name, times in self.against.items():
             if first_counts or self._few.get(name) == 0:
                 times.append(found[name])
-        self._short = {name for name, seconds in found.items() if seconds < SHORT}
-        per_round = sum(2 * found[name] if name in self._short else found[name] for name in whole)
+        self._short = min(found.values()) < SHORT
+        per_round = sum(found[name] for name in whole) * (2 if self._short else 1)
         wanted = max(min(3, fewest) if per_round > LONGEST else fewest, seconds / per_round)
         self.rounds = max(1, min(200, int(wanted * patience)) - first_counts)
 
@@ -100,10 +107,10 @@ class Turns:
         """One call of every baseline; ours is warm afterwards."""
         for name, call in self._baselines.items():
             if name not in self._few or len(self.against[name]) < self._few[name]:
-                if name in self._short:
+                if self._short:
                     call()
                 self.against[name].append(self._watch.once(call))
-        if "" in self._short:
+        if self._short:
             self._ours()
 
     def ours(self) -> None:
@@ -126,8 +133,9 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def compared(ours: list[float], other: list[float]) -> dict[str, float]:
-    """A baseline's median, and ours / baseline by rounds."""
-    ratios = summary([a / b for a, b in zip(ours, other, strict=False)])
+    """A baseline's median, and ours / baseline by rounds; of few rounds, all of ours over the baseline's median."""
+    pairs = zip(ours, other if len(other) >= FEW_ROUNDS else [quartiles(other)[1]] * len(ours), strict=False)
+    ratios = summary([a / b for a, b in pairs])
     return {
         "median": quartiles(other)[1],
         "iqr": quartiles(other)[2] - quartiles(other)[0],
@@ -162,11 +170,10 @@ def ceilings(watch: Stopwatch, dtype: torch.dtype, quick: bool) -> dict[str, flo
     size = 2**30 if watch.gpu else (2**22 if quick else 2**27)
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    copy = watch.median(lambda: target.copy_(source))
     n = 8192 if watch.gpu else (256 if quick else 2048)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    product = watch.median(lambda: a @ b)
-    return {"copy GB/s": 2 * size / copy / 1e9, "matmul TFLOP/s": 2 * n**3 / product / 1e12}
+    found = medians(watch, {"copy": lambda: target.copy_(source), "product": lambda: a @ b})
+    return {"copy GB/s": 2 * size / found["copy"] / 1e9, "matmul TFLOP/s": 2 * n**3 / found["product"] / 1e12}
 
 
 def peak_memory(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,18 +22,20 @@ class Operation:
 
     Attributes:
         call: runs it with the backend that is named.
-        baselines: what else does the same, by name; reference.py is among them, and says what is right.
+        plain: reference.py's on other leaves, in their dtype.
+        baselines: what else does the same, by name; reference.py is among them.
         leaves: what gradients are wanted of.
-        moved, flop: bytes and operations of the forward, at the least.
+        moved, flop: bytes and operations at the least: of the forward, and of forward and backward.
         auto: says which backend ``impl="auto"`` takes, with gradients as they are enabled at that moment.
     """
 
     name: str
     call: Callable[[str], Tensor]
+    plain: Callable[..., Tensor]
     baselines: dict[str, Callable[[], Tensor]]
     leaves: list[Tensor]
-    moved: float
-    flop: float
+    moved: tuple[float, float]
+    flop: tuple[float, float]
     auto: Callable[[], str]
     labels: dict[str, Any] = field(default_factory=dict)
     base: Tensor | None = None
@@ -64,6 +66,11 @@ def _grid(*shape: int, step: float, device: str, dtype: torch.dtype, scale: floa
     return ((torch.randn(*shape, device=device) * (scale / step)).round() * step + shift).to(dtype)
 
 
+def _sums(unit: int, numbers: Sequence[float]) -> tuple[float, float]:
+    """Of (forward, backward): the forward's, and both together."""
+    return unit * numbers[0], unit * sum(numbers)
+
+
 def layers(
     name: str, batch: int, length: int, sizes: tuple[int, int, int, int], device: str, dtype: torch.dtype
 ) -> Operation:
@@ -77,21 +84,32 @@ def layers(
         _random(out, width, device=device, dtype=dtype, scale=width**-0.5),
         _random(out, device=device, dtype=dtype),
     ][: 2 if name == "layer_mix" else 4]
-    n, itemsize = batch * length, hidden[0].element_size()
-    flop = 2 * n * slots * width * count
-    written = n * slots * width
+    n = batch * length
+    states, mixes = n * width * count, 2 * n * slots * width * count
+    # The backward reads the states and the gradient, and multiplies: the mix's weights' gradient costs a mix.
+    moved, flop = [states + n * slots * width] * 2, [mixes, mixes]
+    labels: dict[str, Any] = dict(batch=batch, source=length, layers=count, slots=slots, width=width, out=out)
     if name == "layer_projection":
-        flop += 2 * n * slots * width * out
-        written = n * slots * out + width * out
+        products, result = 2 * n * slots * width * out, n * slots * out
+        moved = [states + width * out + result, states + 2 * width * out + result]  # the weight and its gradient
+        flop = [mixes + products, mixes + 2 * products]  # the gradients of x and of the weight
+        zeros = (reference.layer_mix(hidden, *weights[:2]) == 0).float().mean()
+        labels["zeros of the relu"] = round(float(zeros), 3)  # kernels may leave their arithmetic out
+
+    def plain(*leaves: Tensor) -> Tensor:
+        found: Tensor = getattr(reference, name)([layer.to(leaves[0].dtype) for layer in hidden], *leaves)
+        return found
+
     return Operation(
         name,
         lambda impl: getattr(ops, name)(hidden, *weights, impl=impl),
+        plain,
         {REFERENCE: lambda: getattr(reference, name)(hidden, *weights)},
         list(weights),
-        moved=itemsize * (n * width * count + written),
-        flop=flop,
+        moved=_sums(hidden[0].element_size(), moved),
+        flop=_sums(1, flop),
         auto=lambda: backends.choose(name, device, hidden, *weights),
-        labels=dict(batch=batch, source=length, layers=count, slots=slots, width=width, out=out),
+        labels=labels,
     )
 
 
@@ -107,23 +125,29 @@ def attention(
     rows = torch.arange(batch, device=device) % max(source // 4, 1)
     mask = torch.arange(source, device=device) < source - rows[:, None]
 
-    def sdpa() -> Tensor:
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None], enable_gqa=True)
-        return base + gate * found.transpose(1, 2)
+    added = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)[:, None, None]  # SDPA converts others
 
-    def plain() -> Tensor:
-        return reference.gated_cross_attention(query, key, value, gate, base, key_mask=mask)
+    def sdpa() -> Tensor:
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=added, enable_gqa=True)
+        return torch.addcmul(base, gate, found.transpose(1, 2))
+
+    def plain(*leaves: Tensor) -> Tensor:
+        return reference.gated_cross_attention(*leaves, base.to(leaves[0].dtype), key_mask=mask)
 
     def call(impl: str) -> Tensor:
         return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, impl=impl)
 
+    queries, states = batch * heads * length * size, batch * groups * source * size
+    product = 2 * queries * source
     return Operation(
         "gated_cross_attention",
         call,
-        {REFERENCE: plain, SDPA: sdpa},
+        plain,
+        {REFERENCE: lambda: plain(query, key, value, gate), SDPA: sdpa},
         [query, key, value, gate],
-        moved=query.element_size() * size * batch * (3 * heads * length + 2 * groups * source),
-        flop=4 * batch * heads * length * source * size,
+        # Backward: query and the result's gradient, keys and values, and a gradient each of query, keys and values.
+        moved=_sums(query.element_size(), [3 * queries + 2 * states, 3 * queries + 4 * states]),
+        flop=_sums(1, [2 * product, 4 * product]),
         auto=lambda: backends.choose("gated_cross_attention", device, query, key, value, gate, base, key_mask=mask),
         labels=dict(batch=batch, queries=length, source=source, heads=heads, groups=groups, size=size),
         base=base,

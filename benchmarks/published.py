@@ -189,6 +189,10 @@ class PublishedLayAlign(nn.Module):
         one = mask.new_ones(len(ids), 1)
         return torch.cat([bos, self.mapping(output[0]), boundary], dim=1), torch.cat([one, mask, one], dim=1)
 
+    def forget(self) -> None:
+        """Drop the states of the last source, which the wrapped layers hold until the next one."""
+        self.model_llm.set_states([None] * len(self.model_llm.layers))
+
     def forward(
         self,
         input_ids_mt: Tensor,

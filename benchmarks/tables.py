@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layalign.bench import Results, load, quantity
+from layalign.bench import Results, load, quantity, ratio_text, rough
 from layalign.bench_plots import OPERATIONS
 
 SECTION = re.compile(r"(<!-- measured: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -65,7 +65,7 @@ def models(results: Results) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["against"]))
     lines = []
     for row in rows:
-        ratios = [f"{row['against'][name]['ratio']:.3f}" if name in row["against"] else "" for name in names]
+        ratios = [ratio_text(row["against"][name]) if name in row["against"] else "" for name in names]
         lines.append([row["id"].replace(" / ", ", "), quantity(row["median"], row["unit"]), *ratios])
     return provenance(results) + table(["row", "ours", *(f"/ {name}" for name in names)], lines)
 
@@ -76,7 +76,8 @@ def operations(results: Results) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["against"]))
     lines = []
     for row in rows:
-        ratios = [f"{1 / row['against'][name]['ratio']:.2f}" if name in row["against"] else "" for name in names]
+        found = [row["against"].get(name) for name in names]
+        ratios = ["" if each is None else f"{rough(each)}{1 / each['ratio']:.2f}" for each in found]
         shape = row["name"].removesuffix(f" {row['labels']['impl']}")
         what = [f"{row['group']}: {shape}", f"`{row['labels']['impl']}`", f"`{row['labels']['auto']}`"]
         lines.append([*what, quantity(row["median"], row["unit"]), *ratios, f"{row['percent of ceiling']:.0f} %"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from layalign.errors import ArgumentError, shown
 
 FORMAT = 1
 FILE = "bench.json"
+RATES = ("GB/s", "TFLOP/s", "percent of ceiling")
 NEEDED = ("id", "group", "name", "unit", "labels", "median", "q1", "q3")
-_TYPES: dict[str, Any] = dict.fromkeys(("median", "q1", "q3"), int | float)
-_TYPES |= {"id": str, "name": str, "unit": str, "labels": dict}
+UNITS = ("s", "bytes")
+FEW_ROUNDS = 3  # with fewer, a ratio is a rough one
+_VARIES = {"auto", "form", "zeros of the relu"}  # labels that say what happened, not what was asked for
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,13 @@ class Results:
         return str(facts.get("commit", "unknown"))[:12] + (" (with changes)" if facts.get("changed files") else "")
 
 
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(f"results: {file} is not JSON: {' '.join(str(error).split())[:200]}") from None
+
+
 def load(path: Path) -> Results:
     """Read a result file, or the ``bench.json`` of a folder.
 
@@ -63,10 +73,7 @@ def load(path: Path) -> Results:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise ArgumentError(f"results: no such file: {file}")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArgumentError(f"results: {file} is not JSON: {' '.join(str(error).split())[:200]}") from None
+    data = _json(file)
     if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
         raise ArgumentError(f"results: {file} has no rows; expected what `pytest benchmarks/ --results DIR` writes")
     if data.get("format") != FORMAT:
@@ -77,36 +84,92 @@ def load(path: Path) -> Results:
     device = data["facts"].get("device") if isinstance(data["facts"], dict) else None
     if not isinstance(device, dict) or not {"type", "name"} <= device.keys():
         raise ArgumentError(f"results: {file} does not say the device, expected facts with its type and name")
+    _check_parts(file, data)
     rows: dict[str, dict[str, Any]] = {}
     for index, row in enumerate(data["rows"]):
-        if not isinstance(row, dict):
-            raise ArgumentError(f"results: {file}, row {index}: expected an object, got {shown(row)}")
-        missing = [key for key in NEEDED if key not in row]
-        if missing:
-            raise ArgumentError(f"results: {file}, row {index} lacks {', '.join(missing)}")
-        wrong = [key for key, kind in _TYPES.items() if isinstance(row[key], bool) or not isinstance(row[key], kind)]
-        if wrong:
-            raise ArgumentError(f"results: {file}, row {index}: {wrong[0]} is {shown(row[wrong[0]])}")
-        if row["id"] in rows:
-            raise ArgumentError(f"results: {file} has two rows {row['id']!r}")
+        problem = _problem(row)
+        if problem is None and row["id"] in rows:
+            problem = f"there are two rows {row['id']!r}"
+        if problem is not None:
+            raise ArgumentError(f"results: {file}, row {index}: {problem}")
         rows[row["id"]] = row
     return Results(file, data, rows)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_parts(file: Path, data: dict[str, Any]) -> None:
+    """What the report reads beside the rows."""
+    ceilings, facts = data.get("ceilings", {}), data["facts"]
+    if not isinstance(ceilings, dict) or not all(_is_number(value) and value > 0 for value in ceilings.values()):
+        raise ArgumentError(f"results: {file}: ceilings: expected numbers above 0, got {shown(ceilings)}")
+    for name, value in (("facts.versions", facts.get("versions", {})), ("left out", data.get("left out", {}))):
+        if not isinstance(value, dict):
+            raise ArgumentError(f"results: {file}: {name}: expected an object, got {shown(value)}")
+    if not isinstance(data.get("failed", []), list):
+        raise ArgumentError(f"results: {file}: failed: expected a list, got {shown(data['failed'])}")
+
+
+def _problem(row: Any) -> str | None:
+    """What is wrong with a row, or None."""
+    if not isinstance(row, dict):
+        return f"expected an object, got {shown(row)}"
+    missing = [key for key in NEEDED if key not in row]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    texts = all(isinstance(row[key], str) for key in ("id", "group", "name"))
+    if not texts or row["unit"] not in UNITS or not isinstance(row["labels"], dict):
+        return "expected text as id, group and name, s or bytes as unit, an object as labels"
+    spread = [row[key] for key in ("q1", "median", "q3")]
+    if not all(map(_is_number, spread)) or [0, *spread] != sorted([0, *spread]):
+        return f"expected finite numbers 0 <= q1 <= median <= q3, got {', '.join(map(shown, spread))}"
+    against, target = row.get("against", {}), row.get("target")
+    if not isinstance(against, dict) or not all(isinstance(found, dict) for found in against.values()):
+        return f"against: expected an object of objects, got {shown(against)}"
+    ratios = [found.get("ratio") for found in against.values()]
+    optional = [found[key] for found in against.values() for key in ("ratio q1", "ratio q3", "rounds") if key in found]
+    if not all(map(_is_number, (*ratios, *optional))):
+        return f"against: expected a finite ratio for each baseline, got {shown(against)}"
+    if target is not None and (not isinstance(target, dict) or not isinstance(target.get("baseline"), str)):
+        return f"target: expected an object with its baseline, got {shown(target)}"
+    limits = () if target is None else (target.get("must"), target.get("aim", 0) or 0)
+    numbers = [row[key] for key in (*RATES, "flop per byte", "clock MHz") if row.get(key) is not None]
+    if not all(map(_is_number, (*limits, *numbers))):
+        return f"expected finite numbers as target, rates and clock, got {shown([*limits, *numbers])}"
+    return _problem_of_slopes(row)
+
+
+def _problem_of_slopes(row: dict[str, Any]) -> str | None:
+    """The same for what a scaling row has beside the others'."""
+    if "slopes" not in row:
+        return None
+    slopes, points, sizes = row["slopes"], row.get("points"), row["labels"].get("sizes")
+    if not isinstance(slopes, dict) or not isinstance(points, dict) or not isinstance(sizes, list):
+        return "expected slopes and points by name, and labels.sizes"
+    for who, own in slopes.items():
+        series = points.get(who)
+        whole = isinstance(own, dict) and own.keys() == set(UNITS) and all(map(_is_number, own.values()))
+        if not whole or not isinstance(series, dict) or series.keys() != set(UNITS):
+            return f"slopes: expected numbers for {' and '.join(UNITS)} with their points, got {shown(own)}"
+        for values in series.values():
+            if not isinstance(values, list) or len(values) != len(sizes) or not all(map(_is_number, values)):
+                return f"points: expected {len(sizes)} numbers, got {shown(values)}"
+    return None
 
 
 def load_folder(folder: Path) -> list[Results]:
     """Every result file of a folder (other JSON files are passed over), by name.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: there is none, or one that cannot be read.
     """
     if not folder.is_dir():
         raise ArgumentError(f"results: no such folder: {folder}")
     found = []
     for file in sorted(folder.glob("*.json")):
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            data = None
+        data = _json(file)
         if isinstance(data, dict) and "rows" in data and "format" in data:
             found.append(load(file))
     if not found:
@@ -116,12 +179,19 @@ def load_folder(folder: Path) -> list[Results]:
 
 @dataclass(frozen=True)
 class Change:
-    """One row in both files. ``ratio`` is second / first: above one is slower, or more memory."""
+    """One row in both files.
+
+    Attributes:
+        first, second: the medians.
+        by: what the row is judged by: a baseline, or None for its own medians.
+        ratio: second / first of what it is judged by: above one is slower, or more memory.
+    """
 
     id: str
     unit: str
     first: float
     second: float
+    by: str | None
     ratio: float
     regression: bool
     improvement: bool
@@ -130,13 +200,16 @@ class Change:
 def compare(first: Results, second: Results, threshold: float = 1.1) -> list[Change]:
     """The rows that both files have, in the order of the first.
 
-    A regression is a median more than ``threshold`` times the other, with quartile ranges that do not touch (the first
-    quartile of the worse above the third of the better); an improvement is the same the other way round.
+    A time is judged by its ratio to a baseline that took turns with it, as machines are not equally fast at all times:
+    the target's baseline, else the one with the most rounds, at least three in both files. What has none, and memory,
+    is judged by its own median. A regression is more than ``threshold`` times the other, with quartile ranges that do
+    not touch (the first quartile of the worse above the third of the better); an improvement is the same the other way
+    round.
 
     Raises:
         ArgumentError: the files are of different devices or shapes, or have no row in common.
     """
-    if threshold < 1:
+    if not math.isfinite(threshold) or threshold < 1:
         raise ArgumentError(f"threshold: expected a factor of at least 1, got {threshold}")
     for what, one, two in (("devices", first.device, second.device), ("shapes", first.shapes, second.shapes)):
         if one != two:
@@ -146,22 +219,56 @@ def compare(first: Results, second: Results, threshold: float = 1.1) -> list[Cha
         if name not in second.rows:
             continue
         other = second.rows[name]
-        for key in row["labels"].keys() & other["labels"].keys() - {"auto", "form"}:
-            if row["labels"][key] != other["labels"][key]:
-                values = f"{row['labels'][key]!r} and {other['labels'][key]!r}"
-                raise ArgumentError(f"compare: different shapes in {name!r}: {key} is {values}")
+        pairs = {"unit": (row["unit"], other["unit"])}
+        for key in row["labels"].keys() & other["labels"].keys() - _VARIES:
+            pairs[key] = row["labels"][key], other["labels"][key]
+        for key, (one, two) in pairs.items():
+            if one != two:
+                raise ArgumentError(f"compare: different shapes in {name!r}: {key} is {one!r} and {two!r}")
         changes.append(_change(name, row, other, threshold))
     if not changes:
         raise ArgumentError(f"compare: {first.path} and {second.path} have no row in common")
     return changes
 
 
+def _judge(row: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The baseline that two times are judged by."""
+    rounds = {
+        name: min(found.get("rounds", 0), other.get("against", {}).get(name, {}).get("rounds", 0))
+        for name, found in row.get("against", {}).items()
+    }
+    usable = {name: count for name, count in rounds.items() if count >= FEW_ROUNDS}
+    wanted = (row.get("target") or {}).get("baseline")
+    if row["unit"] != "s" or not usable:
+        return None
+    return wanted if wanted in usable else max(usable, key=lambda name: usable[name])
+
+
+def _spread(row: dict[str, Any], by: str | None) -> tuple[float, float, float]:
+    """First quartile, median and third quartile of what a row is judged by."""
+    if by is None:
+        return row["q1"], row["median"], row["q3"]
+    found = row["against"][by]
+    return found.get("ratio q1", found["ratio"]), found["ratio"], found.get("ratio q3", found["ratio"])
+
+
 def _change(name: str, row: dict[str, Any], other: dict[str, Any], threshold: float) -> Change:
-    one, two = row["median"], other["median"]
+    by = _judge(row, other)
+    (low, one, high), (other_low, two, other_high) = _spread(row, by), _spread(other, by)
     ratio = two / one if one > 0 else (1.0 if two <= 0 else float("inf"))
-    worse = ratio > threshold and other["q1"] > row["q3"]
-    better = ratio < 1 / threshold and other["q3"] < row["q1"]
-    return Change(name, row["unit"], one, two, ratio, worse, better)
+    worse = ratio > threshold and other_low > high
+    better = ratio < 1 / threshold and other_high < low
+    return Change(name, row["unit"], row["median"], other["median"], by, ratio, worse, better)
+
+
+def rough(found: dict[str, Any]) -> str:
+    """ "≈" before a ratio of fewer than three rounds. Memory is counted, not timed."""
+    return "≈" if found.get("rounds", FEW_ROUNDS) < FEW_ROUNDS else ""
+
+
+def ratio_text(found: dict[str, Any]) -> str:
+    """The ratio to one baseline."""
+    return f"{rough(found)}{found['ratio']:.3f}"
 
 
 def quantity(value: float, unit: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layalign.bench import Results
+from layalign.bench import Results, rough
 
 COLOURS = ("#1b6ca8", "#e0772f", "#4b9b5a", "#a23b72", "#7a6c5d", "#c9a227")
 WIDTH = 9.0  # inches
@@ -76,7 +76,10 @@ def _bars(rows: Sequence[dict[str, Any]]) -> Any:
             _bar_panel(axis, group, groups[group], colours)
     handles = [axes[0].barh([0], [0], color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-    figure.suptitle("ours / baseline: below 1, ours takes less (black line: must, dotted: aim)", fontsize=9)
+    figure.suptitle(
+        "ours / baseline: below 1, ours takes less (black line: must, dotted: aim; ≈: fewer than three rounds)",
+        fontsize=9,
+    )
     return figure
 
 
@@ -88,7 +91,7 @@ def _bar_panel(axis: Any, group: str, rows: Sequence[dict[str, Any]], colours: d
             ratio = found["ratio"]
             spread = [[max(ratio - found.get("ratio q1", ratio), 0)], [max(found.get("ratio q3", ratio) - ratio, 0)]]
             axis.barh(place, ratio, 0.9, color=colours[name], xerr=spread, error_kw={"elinewidth": 0.8})
-            axis.annotate(f" {ratio:.2f}", (max(ratio + spread[1][0], 0), place), va="center", fontsize=7)
+            axis.annotate(f" {rough(found)}{ratio:.2f}", (max(ratio + spread[1][0], 0), place), va="center", fontsize=7)
             if name == target.get("baseline"):
                 for key, style in (("must", "-"), ("aim", ":")):
                     if target.get(key) is not None:
@@ -128,7 +131,11 @@ def _roofline(results: Results, rows: Sequence[dict[str, Any]]) -> Any:
             label=group,
         )
     axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
-    axis.set_title("Roofline (points above the line work from the caches)", fontsize=9, loc="left")
+    axis.set_title(
+        "Roofline (points above it: from caches, zeros left out, or a faster moment than the line was measured in)",
+        fontsize=9,
+        loc="left",
+    )
     axis.legend(fontsize=7)
     return figure
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layalign import bench_plots
-from layalign.bench import Results, load_folder, quantity
+from layalign.bench import RATES, Results, load_folder, quantity, ratio_text
 
 PAGE = "report.html"
 STYLE = """
@@ -110,26 +110,33 @@ def _targets(results: Results) -> str:
             continue
         ratio, must, aim = found["ratio"], target["must"], target.get("aim")
         met = '<span class="met">yes</span>' if ratio <= must else '<span class="missed">no</span>'
-        cells = f"{ratio:.3f}", f"{must:.3f}", "" if aim is None else f"{aim:.3f}", met
+        cells = ratio_text(found), f"{must:.3f}", "" if aim is None else f"{aim:.3f}", met
         rows.append((html.escape(row["id"]), html.escape(target["baseline"]), *cells))
     if not rows:
         return ""
     return "<h3>Targets</h3>" + _table(("row", "baseline", "ours / baseline", "must", "aim", "reached"), rows)
 
 
+def _ratio(found: dict[str, Any]) -> str:
+    """With its quartiles, where it has some."""
+    spread = [found[key] for key in ("ratio q1", "ratio q3") if key in found]
+    return ratio_text(found) + (f" ({spread[0]:.3f} to {spread[1]:.3f})" if len(spread) == 2 else "")
+
+
 def _group(rows: Sequence[dict[str, Any]]) -> str:
     """One table: a line per row, a column per baseline."""
     names = list(dict.fromkeys(name for row in rows for name in row.get("against", {})))
-    rates = [key for key in ("GB/s", "TFLOP/s", "percent of ceiling") if any(key in row for row in rows)]
+    rates = [key for key in RATES if any(key in row for row in rows)]
     slopes = any("slopes" in row for row in rows)
-    head = ["", "median", "IQR", *(f"ours / {name}" for name in names), *rates]
+    head = ["", "median", "IQR", "rounds", *(f"ours / {name}" for name in names), *rates]
     head += ["time ~ size^", "memory ~ size^"] if slopes else []
     head.append("clock MHz")
     lines = []
     for row in rows:
         against = row.get("against", {})
         cells = [row["name"], quantity(row["median"], row["unit"]), quantity(row["q3"] - row["q1"], row["unit"])]
-        cells += [f"{against[name]['ratio']:.3f}" if name in against else "" for name in names]
+        cells.append(str(row.get("rounds", "")))
+        cells += [_ratio(against[name]) if name in against else "" for name in names]
         cells += [f"{row[key]:.3g}" if key in row else "" for key in rates]
         if slopes:
             own = row.get("slopes", {}).get("layalign", {})

@@ -60,6 +60,7 @@ def rich_results() -> dict[str, Any]:
         row("mha <b>", 1.05, against=against, target=target),
         row("not met", 2.0, against={"bare LLM": {**against["bare LLM"], "ratio": 2.0}}, target=target),
         row("no baseline", 1.0, against={}, target=target),
+        row("rough", 1.0, against={"peft": {"median": 1.0, "ratio": 0.7, "rounds": 2}}),
         row("B1", 1e-3, group="layer_mix", against=against, **rates),
         {**memory, "unit": "bytes"},
         scaling,
@@ -89,9 +90,62 @@ def test_a_regression_is_beyond_threshold_and_spread(tmp_path: Path, capsys: pyt
     assert found["faster"].improvement and found["slower"].ratio == pytest.approx(1.2)
     assert run("--compare", one, two) == 1
     out = capsys.readouterr().out
-    assert "regression" in out and "4 rows in both, 1 only in A, 1 only in B: 1 regressed" in out
+    assert "regression" in out and "4 rows in both, 1 only in A, 1 only in B: 1 regressed, 0 failed" in out
     assert run("--compare", one, two, "--threshold", "1.3") == 0
     assert run("--compare", one, one) == 0
+
+
+def against(ratio: float, rounds: int = 5, spread: float = 0.02) -> dict[str, Any]:
+    edges = {"ratio q1": ratio * (1 - spread / 2), "ratio q3": ratio * (1 + spread / 2)}
+    return {"median": 1.0, "iqr": 0.1, "ratio": ratio, **edges, "rounds": rounds}
+
+
+def test_a_time_is_judged_by_what_took_turns_with_it(tmp_path: Path) -> None:
+    target = {"baseline": "bare", "must": 2.0}
+    many, few = against(1.0, 9), against(1.0, 2)
+    before = results(
+        row("machine slower", 1.0, against={"bare": many}, target=target),
+        row("ours slower", 1.0, against={"bare": many}, target=target),
+        row("noisy", 1.0, against={"bare": against(1.0, 9, 0.6)}, target=target),
+        row("target first", 1.0, against={"other": many, "bare": against(1.0, 3)}, target=target),
+        row("most rounds", 1.0, against={"other": against(1.0, 3), "bare": many}),
+        row("too few rounds", 1.0, against={"bare": few}, target=target),
+        {**row("memory", 1.0, 0.0, against={"bare": {"median": 1.0, "ratio": 1.0}}), "unit": "bytes"},
+    )
+    worse, much_worse = against(1.2, 9), against(3.0, 9)
+    after = results(
+        row("machine slower", 2.0, against={"bare": many}, target=target),
+        row("ours slower", 1.0, against={"bare": worse}, target=target),
+        row("noisy", 1.0, against={"bare": against(1.2, 9, 0.6)}, target=target),
+        row("target first", 1.0, against={"other": much_worse, "bare": against(1.0, 3)}, target=target),
+        row("most rounds", 1.0, against={"other": against(3.0, 3), "bare": many}),
+        row("too few rounds", 1.2, against={"bare": few}, target=target),
+        {**row("memory", 1.2, 0.0, against={"bare": {"median": 1.2, "ratio": 1.0}}), "unit": "bytes"},
+    )
+    one, two = (bench.load(write(tmp_path / f"{i}.json", each)) for i, each in enumerate((before, after)))
+    found = {change.id.split(" / ")[1]: (change.by, change.regression) for change in bench.compare(one, two)}
+    assert found == {
+        "machine slower": ("bare", False),
+        "ours slower": ("bare", True),
+        "noisy": ("bare", False),
+        "target first": ("bare", False),
+        "most rounds": ("bare", False),
+        "too few rounds": (None, True),
+        "memory": (None, True),
+    }
+    assert all(
+        change.improvement == (change.id == "generate / ours slower") for change in bench.compare(two, one) if change.by
+    )
+
+
+def test_what_is_missing_or_failed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write(tmp_path / "a.json", results(row("x", 1.0), row("gone", 1.0)))
+    two = write(tmp_path / "b.json", results(row("x", 1.0), row("new", 1.0), failed=["test_y: wrong; not timed"]))
+    assert run("--compare", one, two) == 1
+    out = capsys.readouterr().out
+    assert "only in A: generate / gone\n" in out and "only in B: generate / new\n" in out
+    assert "failed in B, not measured: test_y: wrong; not timed\n" in out and "0 regressed, 1 failed" in out
+    assert run("--compare", two, one) == 0
 
 
 @pytest.mark.parametrize(
@@ -103,10 +157,25 @@ def test_a_regression_is_beyond_threshold_and_spread(tmp_path: Path, capsys: pyt
          "compare: different shapes in 'generate / x': batch is 8 and 4"),
         (results(row("y", 1.0)), "no row in common"),
         (results(row("x", 1.0), row("x", 1.0)), "two rows 'generate / x'"),
-        (results({"id": "x"}), "row 0 lacks group, name"),
+        (results({"id": "x"}), "row 0: lacks group, name"),
         (results(row("x", 1.0), format=7), "has format 7, this version reads 1"),
         ({"a": 1}, "has no rows; expected what"),
         ("{", "is not JSON"),
+        (results({**row("x", 1.0), "unit": "bytes"}), "compare: different shapes in 'generate / x': unit is 's'"),
+        (results({**row("x", 1.0), "unit": "ms"}), "row 0: expected text as id, group and name, s or bytes as unit"),
+        (results(row("x", 1.0, group=["x"])), "row 0: expected text as id, group and name"),
+        (results(row("x", float("nan"))), "row 0: expected finite numbers 0 <= q1 <= median <= q3, got nan"),
+        (results(row("x", -1.0, 0.0)), "row 0: expected finite numbers 0 <= q1 <= median <= q3, got -1.0"),
+        (results({**row("x", 1.0), "q1": 1.5}), "row 0: expected finite numbers 0 <= q1 <= median <= q3, got 1.5"),
+        (results(row("x", 1.0, against=None)), "row 0: against: expected an object of objects, got None"),
+        (results(row("x", 1.0, against={"bare": {}})), "row 0: against: expected a finite ratio for each baseline"),
+        (results(row("x", 1.0, against={"bare": {"ratio": "1"}})), "row 0: against: expected a finite ratio"),
+        (results(row("x", 1.0, target={"must": 1.0})), "row 0: target: expected an object with its baseline"),
+        (results(row("x", 1.0, target={"baseline": "y"})), "row 0: expected finite numbers as target, rates and clock"),
+        (results({**row("x", 1.0), "clock MHz": "fast"}), "row 0: expected finite numbers as target, rates and clock"),
+        (results(row("x", 1.0, slopes={"layalign": {}}, points={})), "row 0: expected slopes and points by name"),
+        (results(row("x", 1.0), ceilings={"copy GB/s": 0}), "ceilings: expected numbers above 0"),
+        (results(row("x", 1.0), failed="all"), "failed: expected a list"),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_compared(
@@ -124,10 +193,16 @@ def test_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ([], "bench: give --compare A B or --report DIR"),
         (["--compare", tmp_path / "none.json", file], "results: no such file"),
         (["--compare", file, file, "--threshold", "0.5"], "threshold: expected a factor of at least 1"),
+        (["--compare", file, file, "--threshold", "nan"], "threshold: expected a factor of at least 1"),
         (["--report", tmp_path / "none"], "results: no such folder"),
     ):
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "cut").mkdir()
+    write(tmp_path / "cut" / "bench.json", results(row("x", 1.0)))
+    write(tmp_path / "cut" / "other.json", json.dumps(results(row("x", 1.0)))[:-9])
+    with pytest.raises(ArgumentError, match="other.json is not JSON"):
+        write_report(tmp_path / "cut")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArgumentError, match="has no result file"):
         write_report(tmp_path / "empty")
@@ -144,6 +219,7 @@ def test_the_report_needs_the_files_alone(tmp_path: Path) -> None:
     assert "No GPU result" in page and "mha &lt;b&gt;" in page and "<b>" not in page
     assert page.count('class="met"') == 1 and page.count('class="missed"') == 1 and "not measured" in page
     assert "needs a GPU" in page
+    assert "1.050 (1.000 to 1.100)" in page and "<td>≈0.700" in page and "<th>rounds</th>" in page
     gpu = copy.deepcopy(results(row("x", 1.0), shapes="gpu"))
     gpu["failed"] = ["test_x: wrong"]
     page = write_report(write(tmp_path / "gpu.json", gpu).parent).read_text(encoding="utf-8")
@@ -191,6 +267,7 @@ class Clock:
 @pytest.mark.parametrize(
     ("seconds", "timed", "untimed"),
     [
+        ((0.001, 0.1, 0.5), (17, 17, 3), 19),  # one of them is short: all run once more before
         ((0.1, 0.1, 0.2), (9, 9, 9), 2),  # ours may do other things the first time
         ((2.0, 2.0, 2.0), (5, 5, 1), 2),  # the third is only compared with, and slow
         ((3.5, 3.5, 4.0), (3, 3, 1), 1),
@@ -214,6 +291,8 @@ def test_calls_take_turns(
         turns.baselines()
         turns.ours()
     assert (len(turns.times), len(turns.against["bare"]), len(turns.against["slow"])) == timed
+    rough = compared([1.0, 2.0, 6.0], [4.0, 2.0])
+    assert (rough["ratio"], rough["rounds"]) == (pytest.approx(2 / 3), 2)
     assert compared(turns.times, turns.against["bare"])["ratio"] == pytest.approx(seconds[0] / seconds[1])
     assert calls.count("ours") == timed[0] + untimed
 

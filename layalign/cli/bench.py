@@ -11,14 +11,14 @@ Compare = Annotated[
     tuple[Path, Path] | None,
     typer.Option("--compare", metavar="A B", help="Two result files (or their folders): is B slower than A?"),
 ]
-Threshold = Annotated[float, typer.Option("--threshold", help="The ratio of medians beyond which a change counts.")]
+Threshold = Annotated[float, typer.Option("--threshold", help="The ratio of B to A beyond which a change counts.")]
 Report = Annotated[
     Path | None, typer.Option("--report", metavar="DIR", help="Write plots and report.html from DIR's result files.")
 ]
 
 
 def bench(compare: Compare = None, threshold: Threshold = 1.1, report: Report = None) -> None:
-    """Read benchmark results: compare two files (exit code 1 if anything regressed), or write a report.
+    """Read benchmark results: compare two files (exit code 1 if anything regressed or failed), or write a report.
 
     `pytest benchmarks/ --results DIR`, in a clone, writes them.
     """
@@ -35,7 +35,7 @@ def bench(compare: Compare = None, threshold: Threshold = 1.1, report: Report = 
 
 
 def _regressed(first: Path, second: Path, threshold: float) -> bool:
-    """Print the table; whether anything regressed."""
+    """Print the table; whether anything regressed, or failed in the second file."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -49,13 +49,20 @@ def _regressed(first: Path, second: Path, threshold: float) -> bool:
     table.add_column("row", overflow="fold")
     for column in ("A", "B", "B / A"):
         table.add_column(column, justify="right")
+    table.add_column("of", overflow="fold")
     table.add_column("")
     for change in changes:
         mark = "[red]regression[/red]" if change.regression else "[green]better[/green]" if change.improvement else ""
         values = (bench.quantity(value, change.unit) for value in (change.first, change.second))
-        table.add_row(escape(change.id), *values, f"{change.ratio:.3f}", mark)
+        judged = "itself" if change.by is None else f"ours / {change.by}"
+        table.add_row(escape(change.id), *values, f"{change.ratio:.3f}", escape(judged), mark)
     Console().print(table)
-    only = [len(a.rows.keys() - b.rows.keys()) for a, b in ((one, two), (two, one))]
+    only = [[name for name in a.rows if name not in b.rows] for a, b in ((one, two), (two, one))]
+    failed = two.data.get("failed", [])
+    for title, lines in (("only in A", only[0]), ("only in B", only[1]), ("failed in B, not measured", failed)):
+        for line in lines:
+            typer.echo(f"{title}: {line}")
     worse = sum(change.regression for change in changes)
-    typer.echo(f"{len(changes)} rows in both, {only[0]} only in A, {only[1]} only in B: {worse} regressed")
-    return worse > 0
+    counts = f"{len(changes)} rows in both, {len(only[0])} only in A, {len(only[1])} only in B"
+    typer.echo(f"{counts}: {worse} regressed, {len(failed)} failed")
+    return worse > 0 or len(failed) > 0
