@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from layalign import ops, slots
 from layalign._plain import is_intercepted, reason_against_reading
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.ops import _checks
+from layalign.ops import _checks, _direct
 from layalign.ops._packed import PackedWeight
 
 logger = logging.getLogger("layalign")
@@ -274,6 +274,8 @@ class Folding:
             return "no layer attends", None
         if torch.compiler.is_compiling():
             return "compiled: the weights' versions cannot be watched", None
+        if _direct.transforming():
+            return "under functional transforms (torch.func) the modules are called", None
         seen = _seen(projector, attentions)
         if seen == self._passed:
             return None, seen

@@ -31,7 +31,9 @@ FEW_ROWS = 256  # below them, one slot's product does not fill the cores
 
 def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
     """Whether the model should go by slots: on a CPU, where the projector's weights may be read."""
-    if torch.compiler.is_compiling() or hidden[0].device.type != "cpu" or projector.impl == "torch":
+    if torch.compiler.is_compiling() or _direct.transforming():
+        return False
+    if hidden[0].device.type != "cpu" or projector.impl == "torch":
         return False
     if projector.structure != "Linear" or is_intercepted(projector):
         return False

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layalign import ops
+from layalign import BackendError, ops
 from layalign.nn import GatedCrossAttention
 from layalign.ops import _direct, _repeated, backends
 from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
@@ -71,6 +71,47 @@ def test_the_same_numbers_either_way(name: str, impl: str, monkeypatch: pytest.M
     monkeypatch.setattr(torch.ops.layalign, name, None)
     assert torch.equal(CALLS[name](impl), direct)
     monkeypatch.setattr(torch.ops.layalign, name, packet)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_functional_gradients_go_through_plain_torch(name: str) -> None:
+    def loss(factor: Tensor, impl: str) -> Tensor:
+        torch.manual_seed(0)
+        hidden, mix, bias = tensors()
+        query, key, value = (
+            torch.randn(1, 2, rows, 16) * factor for rows in (2 if name == "gated_decode" else 20, 5, 5)
+        )
+        if name == "layer_mix":
+            found = ops.layer_mix(hidden, mix * factor, bias, impl=impl)
+        elif name == "layer_projection":
+            found = ops.layer_projection(hidden, mix * factor, bias, torch.ones(5, 8) * factor, impl=impl)
+        else:
+            found = ops.gated_cross_attention(query, key, value, factor, impl=impl)
+        return found.square().sum()
+
+    factor = torch.tensor(0.5)
+    wanted = factor.clone().requires_grad_()
+    loss(wanted, "auto").backward()
+    found = torch.func.grad(lambda f: loss(f, "auto"))(factor)
+    torch.testing.assert_close(found, wanted.grad, rtol=1e-4, atol=1e-4)
+    for impl in IMPLS:
+        with pytest.raises(BackendError, match=r"functional transforms \(torch.func\) go through plain torch"):
+            torch.func.grad(lambda f, impl=impl: loss(f, impl))(factor)
+
+
+@pytest.mark.parametrize("fold", ["always", "never"])
+def test_functional_gradients_of_a_model(fold: str) -> None:
+    model = tiny_model()
+    model.folding.choice = fold
+    inputs = batch(model=model)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.func.grad(lambda ps: torch.func.functional_call(model, ps, (), inputs).loss)(trained)
+    model(**inputs).loss.backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert grad.norm() > 0 or "gate" not in name
+        assert (found[name] - grad).norm() <= 1e-4 * grad.norm(), name
 
 
 @needs_kernels

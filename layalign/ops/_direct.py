@@ -28,6 +28,15 @@ except AttributeError:
     _KNOWN = False
 
 
+def transforming() -> bool:
+    """Whether a functional transform (``torch.func.grad``, ``vmap``, ...) is at work.
+
+    Its gradients pass through plain torch only: neither registered operations nor this library's autograd functions
+    have what it asks of them.
+    """
+    return _KNOWN and not torch.compiler.is_compiling() and _transforms() is not None
+
+
 def _watched() -> bool:
     """Whether something sees every call that goes through the dispatcher, tensors apart."""
     if not _KNOWN or torch.compiler.is_compiling():

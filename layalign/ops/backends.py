@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from layalign.errors import BackendError, refuse
+from layalign.ops import _direct
 
 logger = logging.getLogger("layalign")
 
@@ -133,9 +134,10 @@ def report(device_type: str | None = None) -> list[BackendStatus]:
 def choose(operation: str, device_type: str, *args: Any, **kwargs: Any) -> str:
     """The backend that ``impl="auto"`` takes for these arguments; logged when it is first taken.
 
-    In ``torch.export`` plain torch: the program may be loaded on another device, or without this package.
+    In ``torch.export`` plain torch: the program may be loaded on another device, or without this package. Under
+    functional transforms too.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or _direct.transforming():
         return "torch"
     for backend in BACKENDS:
         if backend in ("triton", "cuda") and device_type == "cpu":
@@ -171,6 +173,8 @@ def dispatch(operation: str, impl: str, device: torch.device, *args: Any, **kwar
         if not isinstance(impl, str) or impl not in BACKENDS:
             refuse("impl", f"'auto' or one of {', '.join(BACKENDS)}", impl)
         usable, reason = serves(operation, impl, device.type)
+        if impl != "torch" and _direct.transforming():
+            usable, reason = False, "functional transforms (torch.func) go through plain torch"
         if usable:
             usable, reason = accepts(operation, impl, *args, **kwargs)
         if not usable:
