@@ -487,6 +487,30 @@ def test_repeated_training_answers_who_looks_in_the_backward(kernels: Any) -> No
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_backward_is_short_whatever_the_base_was_like(
+    rows: int, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = {
+        "query": lambda: torch.randn(rows, 20, 4, 16).transpose(1, 2),
+        "key": lambda: torch.randn(rows, 5, 2, 16).transpose(1, 2),
+        "value": lambda: torch.randn(rows, 5, 2, 16).transpose(1, 2),
+        # As torch's attention leaves it: along a dimension of one the stride is any.
+        "base": lambda: torch.randn(rows, 20, 64).as_strided((rows, 20, 4, 16), (1280 if rows > 1 else 64, 64, 16, 1)),
+        "mask": None,
+    }
+    arguments = training_arguments(change)
+    RepeatedTraining.after(*split(arguments))
+    weight = torch.randn(rows, 20, 4, 16)
+    right = torch.autograd.grad(called(arguments), leaves(arguments), weight)
+    monkeypatch.setattr(_repeated, "gradients", None)  # the long way
+    result = trained(arguments)
+    assert result is not None
+    for one, other in zip(torch.autograd.grad(result, leaves(arguments), weight), right, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_no_more_kinds_are_kept_than_a_process_needs(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_repeated, "MOST_KINDS", 3)
     for length in range(4, 9):

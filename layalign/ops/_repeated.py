@@ -138,7 +138,7 @@ class _Kernels:
         query, key, value, gate, base, mask = inputs
         self.lse = query.shape[:3]
         self.saved = [_kind(tensor) for tensor in (query, key, value, gate, mask)]
-        out, lse = _result(query, base), torch.empty(self.lse, dtype=torch.float32)
+        out, lse = torch.empty(base.shape, dtype=query.dtype), torch.empty(self.lse, dtype=torch.float32)
         self.out = _kind(out)
         results, described = tuple(map(extension.describe, (out, lse))), _described(inputs, scale)
         self.forward = extension.module().RepeatedForward(described, *results)
@@ -153,7 +153,8 @@ class _Short(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: _Kernels, *inputs: Any) -> Tensor:
         query, key, value, gate, base, mask, *_ = inputs
-        out, lse = _result(query, base), torch.empty(kernels.lse, dtype=torch.float32)
+        # Not like the base, whose strides along a dimension of one may be any: the gradient's are the usual ones.
+        out, lse = torch.empty(base.shape, dtype=query.dtype), torch.empty(kernels.lse, dtype=torch.float32)
         addresses = query.data_ptr(), key.data_ptr(), value.data_ptr(), gate.data_ptr(), base.data_ptr()
         at_mask = 0 if mask is None else mask.data_ptr()
         kernels.forward(*addresses, at_mask, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
