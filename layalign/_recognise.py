@@ -200,7 +200,9 @@ def _try_attention(wrapper: Any, attention: Any, gate: Tensor) -> str | None:
 
 def attention_state(wrapper: Any, child: str, impl: str) -> _swapped.AttentionSwap:
     """The state of a wrapper that is to be swapped."""
-    return _swapped.AttentionSwap(impl, child, getattr(wrapper, child).config)
+    config = getattr(wrapper, child).config
+    # A copy that shares everything but the attention's name: other modules use the same object.
+    return _swapped.AttentionSwap(impl, child, config, copy.copy(config))
 
 
 def put_in(module: Any, mixin: type, state: Any) -> None:
@@ -209,10 +211,8 @@ def put_in(module: Any, mixin: type, state: Any) -> None:
     original: Any = type(module)
     module.__class__ = _swapped.swapped_class(mixin, original)
     if isinstance(state, _swapped.AttentionSwap):
-        # A copy that shares everything but the attention's name: other modules use the same object.
-        attention = getattr(module, state.child)
-        attention.config = copy.copy(state.config)
-        state.follow(attention)
+        getattr(module, state.child).config = state.own
+        state.follow()
 
 
 def take_out(module: Any) -> None:
@@ -230,7 +230,9 @@ def take_out(module: Any) -> None:
     state = module.__dict__.pop("layalign_swap")
     module.__class__ = original
     if isinstance(state, _swapped.AttentionSwap):
-        getattr(module, state.child).config = state.config
+        attention: Any = getattr(module, state.child, None)
+        if getattr(attention, "config", None) is state.own:  # not one put in since
+            attention.config = state.config
 
 
 @contextmanager

@@ -141,7 +141,8 @@ class AttentionSwap:
     Attributes:
         impl: backend of the operation.
         child: name of the wrapped attention module.
-        config: the config object that module had.
+        config: the config object that module had: the LLM's.
+        own: the copy of it that the module has now, which names another attention function.
         kept: keys and values of the last source.
         again: what a decoding step with them left for the next.
     """
@@ -149,20 +150,26 @@ class AttentionSwap:
     impl: str
     child: str
     config: Any
+    own: Any
     kept: _Kept | None = None
     again: RepeatedDecode | None = None
 
     def __post_init__(self) -> None:
         count_steps()
+        register(self.config._attn_implementation or "sdpa")
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles do not carry what can be computed again
         return {**self.__dict__, "kept": None, "again": None}
 
-    def follow(self, attention: Any) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # it may be another process, where nothing is registered yet
+
+    def follow(self) -> None:
         """Use the attention function that the LLM's own config names now."""
         name = PREFIX + (self.config._attn_implementation or "sdpa")
-        if attention.config._attn_implementation_internal != name:
-            attention.config._attn_implementation_internal = register(name.removeprefix(PREFIX))
+        if self.own._attn_implementation_internal != name:
+            self.own._attn_implementation_internal = register(name.removeprefix(PREFIX))
 
     def states(self, attention: nn.Module, pair: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         """k and v (B, G, S, d) of the source: made once per pair while no gradient is wanted, else at every call."""
@@ -269,7 +276,9 @@ class SwappedAttention(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         swap = self.layalign_swap
         attention = getattr(self, swap.child)
-        swap.follow(attention)
+        if getattr(attention, "config", None) is not swap.own:  # put in after the swap: its config is not ours to write
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        swap.follow()
         term = _Term(self, attention)
         out = attention(*args, layalign_source=term, **kwargs)
         if not term.attended:
