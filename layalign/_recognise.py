@@ -25,8 +25,8 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative to the large
 
 
 def has_projector(module: nn.Module) -> bool:
-    """Whether ``module`` is an aligner by its structure."""
-    return _has_maps(getattr(module, "projector", None))
+    """Whether ``module`` is an aligner by its structure: its own children, not those a wrapper passes on."""
+    return _has_maps(module._modules.get("projector"))
 
 
 def is_projector(module: nn.Module) -> bool:
@@ -41,12 +41,12 @@ def is_gated_attention(module: nn.Module) -> bool:
 
 def is_mapping(module: nn.Module) -> bool:
     """Whether ``module`` is the published ``Mapping`` by its structure."""
-    mlp = getattr(module, "mlp", None)
+    mlp = module._modules.get("mlp")
     return hasattr(mlp, "linear1") and hasattr(mlp, "linear2") and "end_boundary" in module._parameters
 
 
-def _has_maps(module: Any) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in ("fc1", "fc2"))
+def _has_maps(module: nn.Module | None) -> bool:
+    return module is not None and module._modules.keys() >= {"fc1", "fc2"}
 
 
 def _parts(module: nn.Module, children: set[str], parameters: set[str]) -> str | None:
@@ -140,6 +140,7 @@ def reason_against_attention(wrapper: Any) -> str | None:
     if masks:
         return f"its forward uses {masks[0]}: the published one knows no mask of the source"
     problem = _reason_against_interface(getattr(wrapper, child))
+    problem = problem or _swapped.reason_against_output(getattr(wrapper, child))
     return problem or _try_attention(wrapper, getattr(wrapper, child), gate)
 
 
@@ -195,7 +196,8 @@ def _try_attention(wrapper: Any, attention: Any, gate: Tensor) -> str | None:
             return wrapper.forward(**arguments)[0]  # type: ignore[no-any-return]
 
     with _set(wrapper, "adapter_states", pair), _open(wrapper, gate):
-        return _compare(lambda: original.forward(wrapper, **arguments)[0], swapped, like)
+        bound = max(_tolerance(like.dtype), 1e-6)  # the published softmax is in float32, whatever the weights are
+        return _compare(lambda: original.forward(wrapper, **arguments)[0], swapped, like, bound)
 
 
 def attention_state(wrapper: Any, child: str, impl: str) -> _swapped.AttentionSwap:
@@ -206,10 +208,17 @@ def attention_state(wrapper: Any, child: str, impl: str) -> _swapped.AttentionSw
 
 
 def put_in(module: Any, mixin: type, state: Any) -> None:
-    """Swap one module."""
-    module.__dict__["layalign_swap"] = state
+    """Swap one module.
+
+    Raises:
+        ArgumentError: its class cannot have this subclass.
+    """
     original: Any = type(module)
-    module.__class__ = _swapped.swapped_class(mixin, original)
+    try:
+        module.__class__ = _swapped.swapped_class(mixin, original)
+    except Exception as error:  # __init_subclass__, metaclasses, slots: whatever a stranger's class may raise
+        raise ArgumentError(f"its class cannot be extended: {type(error).__name__}: {error}") from error
+    module.__dict__["layalign_swap"] = state
     if isinstance(state, _swapped.AttentionSwap):
         getattr(module, state.child).config = state.own
         state.follow()
@@ -270,7 +279,7 @@ def _open(wrapper: nn.Module, gate: Any) -> Iterator[None]:
 
 def _random(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype=like.dtype, device=like.device)
+    return torch.randn(shape, generator=generator, device="cpu").to(dtype=like.dtype, device=like.device)
 
 
 def _hidden(projector: Any) -> list[Tensor]:
@@ -278,7 +287,13 @@ def _hidden(projector: Any) -> list[Tensor]:
     return [_random(shape, projector.fc1.weight, seed) for seed in range(projector.fc1.in_features)]
 
 
-def _compare(original: Callable[[], Tensor], ours: Callable[[], Tensor], like: Tensor) -> str | None:
+def _tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE.get(dtype, 5e-2)
+
+
+def _compare(
+    original: Callable[[], Tensor], ours: Callable[[], Tensor], like: Tensor, bound: float | None = None
+) -> str | None:
     devices = [like.device] if like.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
@@ -293,6 +308,6 @@ def _compare(original: Callable[[], Tensor], ours: Callable[[], Tensor], like: T
         return "its result has another format than the published one"
     largest = expected.abs().max().clamp(min=1e-6)
     off = float((expected - found).abs().max() / largest)
-    if not off <= _TOLERANCE.get(like.dtype, 5e-2):
+    if not off <= (_tolerance(like.dtype) if bound is None else bound):
         return f"its result differs from the published formula, by {off:.1e} of the largest number on a random input"
     return None

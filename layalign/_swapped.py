@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign import last_layer, ops
-from layalign._plain import has_hooks, parts, reason_against_reading
+from layalign._plain import has_hooks, is_intercepted, parts, reason_against_reading
 from layalign._sharding import reason_whole_is_not_here
 from layalign.attention import PREFIX, key_value_modules, key_value_states, register
 from layalign.errors import ArgumentError
@@ -33,7 +33,7 @@ class Swapped:
     layalign_swap: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
+        reduced = super().__reduce_ex__(max(protocol, 2))  # one form of it: the same for all protocols
         made_here = original_class(type(self)) is not None
         if not made_here or not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
@@ -53,6 +53,16 @@ def original_class(cls: type) -> type | None:
     return cls.__bases__[1] if Swapped in cls.__bases__[0].__bases__ else None
 
 
+def own_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``module`` does without the swap.
+
+    Also after :func:`layalign.restore`, for whoever took hold of our ``forward`` before: a wrapper put around it.
+    """
+    if isinstance(module, Swapped):
+        return super(Swapped, module).forward(*args, **kwargs)  # type: ignore[misc]
+    return type(module).forward(module, *args, **kwargs)
+
+
 def _empty(mixin: type, original: type) -> Any:
     cls: Any = swapped_class(mixin, original)
     return cls.__new__(cls)
@@ -63,15 +73,20 @@ def _empty(mixin: type, original: type) -> Any:
 
 @dataclass
 class ProjectionSwap:
-    """What a swapped aligner or projector keeps: the backend of its operation."""
+    """What a swapped aligner or projector keeps: the backend of its operation, and the projector an aligner had."""
 
     impl: str
+    projector: nn.Module | None = None
 
 
 def reason_against_maps(projector: Any) -> str | None:
-    """Why fc1 and fc2 cannot be read now; fc3, where there is one, is called."""
-    for name in ("fc1", "fc2"):
-        problem = reason_against_reading(getattr(projector, name))
+    """Why fc1 and fc2 cannot be read now and their relu be left out; fc3, where there is one, is called."""
+    for name, part in projector._modules.items():
+        problem = None
+        if name in ("fc1", "fc2"):
+            problem = reason_against_reading(part)
+        elif name != "fc3" and part is not None and (type(part) is not nn.ReLU or is_intercepted(part)):
+            problem = f"expected a ReLU without hooks or a patched forward, got {type(part).__name__}"
         if problem is not None:
             return f"{name}: {problem}"
     return None
@@ -96,29 +111,40 @@ def _layers(projector: Any, hidden: Any) -> Sequence[Tensor] | None:
         hidden = hidden.unbind(1)
     elif not isinstance(hidden, list | tuple) or not all(isinstance(h, Tensor) and h.dim() == 3 for h in hidden):
         return None
-    known = len(hidden) == projector.fc1.in_features and hidden[0].shape[-1] == projector.fc2.in_features
-    return hidden if known else None
+    if len(hidden) != projector.fc1.in_features or hidden[0].shape[-1] != projector.fc2.in_features:
+        return None
+    return hidden if all(h.dtype == hidden[0].dtype for h in hidden) else None  # stacking them promotes
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The encoder's layers, where nothing else is given; by another name than ours the original takes them."""
+    if len(args) + len(kwargs) != 1:
+        return None
+    return args[0] if args else kwargs.get("hidden_states")
 
 
 class SwappedAligner(Swapped):
     """All layers through one operation that reads them in place; what it does not know goes to the original."""
 
-    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        projector = self.projector  # type: ignore[attr-defined]
-        layers = _layers(projector, hidden_states)
-        if layers is None or args or kwargs or has_hooks(projector) or reason_against_maps(projector) is not None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        return pairs(projector, layers, self.layalign_swap.impl)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        swap, projector = self.__dict__.get("layalign_swap"), self.projector  # type: ignore[attr-defined]
+        if swap is None or projector is not swap.projector or is_intercepted(projector):
+            return own_forward(self, *args, **kwargs)
+        layers = _layers(projector, _argument(args, kwargs))
+        if layers is None or reason_against_maps(projector) is not None:
+            return own_forward(self, *args, **kwargs)
+        return pairs(projector, layers, swap.impl)
 
 
 class SwappedProjector(Swapped):
     """The projector alone: (B, E, S, D_e) -> (B, S, 2L, D_l), a view of what the operation returns."""
 
-    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        layers = _layers(self, hidden_states) if isinstance(hidden_states, Tensor) else None
-        if layers is None or args or kwargs or reason_against_maps(self) is not None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        return slots(self, layers, self.layalign_swap.impl).permute(1, 2, 0, 3)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        swap, stacked = self.__dict__.get("layalign_swap"), _argument(args, kwargs)
+        layers = _layers(self, stacked) if isinstance(stacked, Tensor) else None
+        if swap is None or layers is None or reason_against_maps(self) is not None:
+            return own_forward(self, *args, **kwargs)
+        return slots(self, layers, swap.impl).permute(1, 2, 0, 3)
 
 
 # The attention
@@ -325,6 +351,19 @@ def _contents(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
     return tuple(found)
 
 
+def reason_against_output(attention: nn.Module) -> str | None:
+    """Why projecting the sum of attention and gated term is not the published sum of two projections."""
+    linear = next((attention._modules[name] for name in last_layer._OUTPUTS if name in attention._modules), None)
+    if linear is None:
+        return f"{type(attention).__name__} has no output projection by a known name ({', '.join(last_layer._OUTPUTS)})"
+    for part in (linear,) if type(linear) is nn.Linear else parts(linear):
+        if part._parameters.get("bias") is not None or part._buffers.get("bias") is not None:
+            return "its output projection has a bias, which the published formula adds twice"
+        if is_altered(part):
+            return "its output projection has hooks or a patched forward: it may not be linear"
+    return None
+
+
 class _Term:
     """Stands for the source in one call of the attention function: see :mod:`layalign.attention`."""
 
@@ -345,10 +384,11 @@ class SwappedAttention(Swapped):
     """The wrapped attention runs once, the gated term inside it, before its one output projection."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        swap = self.layalign_swap
-        attention = getattr(self, swap.child)
-        if getattr(attention, "config", None) is not swap.own:  # put in after the swap: its config is not ours to write
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        swap = self.__dict__.get("layalign_swap")
+        attention: Any = None if swap is None else getattr(self, swap.child)
+        # An attention put in after the swap has another config, which is not ours to write.
+        if swap is None or getattr(attention, "config", None) is not swap.own or reason_against_output(attention):
+            return own_forward(self, *args, **kwargs)
         swap.follow()
         term = _Term(self, attention)
         out = attention(*args, layalign_source=term, **kwargs)

@@ -33,7 +33,7 @@ LOOKED_FOR = (
     "an aligner (a child projector with fc1 and fc2), a projector (fc1 and fc2), a gated attention wrapper "
     "(adaption_gate, adapter_states and a wrapped attention module), a Mapping, or layalign's own modules"
 )
-_SETTINGS = "layalign_settings"  # on our own modules: what they were set to before
+_SETTINGS = "layalign_settings"  # on our own modules: name and value of what was set, before the first time
 
 
 @dataclass
@@ -79,8 +79,9 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
     - layalign's own models get ``impl`` and ``fold``.
 
     A module is swapped only if its ``forward`` agrees with the published formula on a small random input; dtypes are
-    the module's own. Hooks of swapped modules run as before. Weights that can no longer be read (wrapped by LoRA or
-    sharded later on) are called through the original ``forward`` again.
+    the module's own. Weights that can no longer be read (wrapped by LoRA or sharded later on), and output projections
+    that get a bias or hooks, are called through the original ``forward`` again. Hooks of swapped modules run as before;
+    those of the wrapped attention run in the trial too, and see ``layalign_source`` and the sum with the gated term.
 
     Gradient checkpointing: ``adapter_states`` is an attribute, not an argument. ``use_reentrant=False`` works.
     Re-entrant checkpoints fail as they do without the swap: every layer's backward walks the aligner's graph again.
@@ -116,22 +117,34 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
 def restore(model: nn.Module) -> SwapReport:
     """Undo :func:`accelerate`: every module gets its class, its config object and its settings back.
 
+    A forward that was wrapped on an instance after the swap (by a timer, ``torch.compile(module.forward)``) stays, and
+    calls the module's own through the one it took hold of; the report has a note on it.
+
     Returns:
         The modules that were put back, under ``swapped``.
 
     Raises:
-        ArgumentError: nothing in the tree is swapped.
+        ArgumentError: nothing in the tree is swapped; or a module cannot be put back, and then all others have been.
     """
     _check(model)
     report = SwapReport()
+    failed: ArgumentError | None = None
     for name, module in list(model.named_modules()):
         if isinstance(module, _swapped.Swapped):
-            _recognise.take_out(module)
+            try:
+                _recognise.take_out(module)
+            except ArgumentError as error:
+                failed = failed or error
+                continue
             report.swapped.append((name, f"{type(module).__name__} runs its own forward again"))
+            if "forward" in module.__dict__:
+                report.notes.append(f"{name}: the forward put on this instance after the swap stays")
         elif _SETTINGS in module.__dict__:
-            for target, attribute, value in _settings(module, module.__dict__.pop(_SETTINGS)):
-                setattr(target, attribute, value)
+            for attribute, value in module.__dict__.pop(_SETTINGS).items():
+                setattr(_settings_of(module), attribute, value)
             report.swapped.append((name, f"{type(module).__name__} has its own settings back"))
+    if failed is not None:
+        raise failed
     if not report.swapped:
         raise ArgumentError(f"model: nothing in this {type(model).__name__} is swapped; call accelerate first")
     _finish(model, report)
@@ -180,36 +193,35 @@ def _try(name: str, module: nn.Module, against: Any, mixin: type, impl: str, tex
     if reason is not None:
         report.left.append((name, reason))
         return
-    state: Any = _swapped.ProjectionSwap(impl)
+    state: Any = _swapped.ProjectionSwap(impl, module._modules.get("projector"))
     if mixin is _swapped.SwappedAttention:
         child = str(_recognise.wrapped_attention(module))
         state = _recognise.attention_state(module, child, impl)
         if not _recognise.can_be_tried(getattr(module, child)):
             text += " (not tried on a small input: its weights are sharded or on the meta device)"
-    _recognise.put_in(module, mixin, state)
-    report.swapped.append((name, text))
+    try:
+        _recognise.put_in(module, mixin, state)
+    except ArgumentError as error:
+        report.left.append((name, str(error)))
+    else:
+        report.swapped.append((name, text))
 
 
-def _own_settings(module: nn.Module) -> list[tuple[Any, str]]:
-    """(object, attribute) of everything ``impl`` and ``fold`` set on one of our modules."""
-    found: list[tuple[Any, str]] = []
-    for part in module.modules():
-        if isinstance(part, WeightedLinearProjector | GatedCrossAttention):
-            found.append((part, "impl"))
+def _settings_of(module: nn.Module) -> Any:
+    """What :func:`_set_own` writes to for ``module``, which is layalign's own; None where there is nothing."""
     if isinstance(module, LayAlignForCausalLM):
-        found.append((module.folding, "choice"))
-    return found
-
-
-def _settings(module: nn.Module, values: list[Any]) -> list[tuple[Any, str, Any]]:
-    return [(*place, value) for place, value in zip(_own_settings(module), values, strict=True)]
+        return module.folding
+    return module if isinstance(module, WeightedLinearProjector | GatedCrossAttention) else None
 
 
 def _set_own(module: nn.Module, impl: str, fold: str) -> str:
-    places = _own_settings(module)
-    module.__dict__.setdefault(_SETTINGS, [getattr(target, attribute) for target, attribute in places])
-    for target, attribute in places:
-        setattr(target, attribute, impl if attribute == "impl" else fold)
+    """``impl`` and ``fold`` for one of our modules and the parts of it; each remembers what it had at first."""
+    for part in module.modules():
+        target = _settings_of(part)
+        if target is not None:
+            attribute, value = ("choice", fold) if isinstance(part, LayAlignForCausalLM) else ("impl", impl)
+            part.__dict__.setdefault(_SETTINGS, {attribute: getattr(target, attribute)})
+            setattr(target, attribute, value)
     folding = f", fold {fold!r}" if isinstance(module, LayAlignForCausalLM) else ""
     return f"already layalign's: now impl {impl!r}{folding}"
 
