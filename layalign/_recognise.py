@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -96,11 +97,11 @@ def reason_against_aligner(aligner: Any) -> str | None:
     problem = problem or reason_against_projector(aligner.projector)
     if problem is not None:
         return problem
-    hidden = _hidden(aligner.projector)
-    return _compare(
-        lambda: torch.cat([torch.stack(list(pair)) for pair in aligner.forward(hidden)]),
-        lambda: torch.cat([torch.stack(list(pair)) for pair in _swapped.pairs(aligner.projector, hidden, "torch")]),
-        hidden[0],
+    return _try_projection(
+        aligner,
+        aligner.projector,
+        lambda hidden: torch.cat([torch.stack(list(pair)) for pair in aligner.forward(hidden)]),
+        lambda hidden: _swapped.slots(aligner.projector, hidden, "torch"),
     )
 
 
@@ -109,12 +110,31 @@ def reason_against_bare_projector(projector: Any) -> str | None:
     problem = reason_against_projector(projector)
     if problem is not None:
         return problem
-    hidden = _hidden(projector)
-    return _compare(
-        lambda: projector.forward(torch.stack(hidden, dim=1)),
-        lambda: _swapped.slots(projector, hidden, "torch").permute(1, 2, 0, 3),
-        hidden[0],
+    return _try_projection(
+        projector,
+        projector,
+        lambda hidden: projector.forward(torch.stack(hidden, dim=1)),
+        lambda hidden: _swapped.slots(projector, hidden, "torch").permute(1, 2, 0, 3),
     )
+
+
+def _try_projection(
+    module: nn.Module,
+    projector: Any,
+    original: Callable[[list[Tensor]], Tensor],
+    ours: Callable[[list[Tensor]], Tensor],
+) -> str | None:
+    """Compare as the module is, and with weights and in a mode that hide nothing."""
+
+    def compare() -> str | None:
+        hidden = _hidden(projector)
+        return _compare(lambda: original(hidden), lambda: ours(hidden), hidden[0])
+
+    problem = compare()
+    if problem is None and type(getattr(projector, "fc3", projector.fc1)) is nn.Linear:
+        with _telling(module):
+            problem = compare()
+    return problem
 
 
 def wrapped_attention(wrapper: nn.Module) -> str | None:
@@ -135,13 +155,49 @@ def reason_against_attention(wrapper: Any) -> str | None:
     problem = _patched(wrapper) or _parts(wrapper, {child}, {"adaption_gate"})
     if problem is not None:
         return problem
-    code = getattr(type(wrapper).forward, "__code__", None)
-    masks = [name for name in code.co_names if "mask" in name] if code is not None else []
-    if masks:
-        return f"its forward uses {masks[0]}: the published one knows no mask of the source"
-    problem = _reason_against_interface(getattr(wrapper, child))
+    problem = _reason_against_masks(type(wrapper)) or _reason_against_interface(getattr(wrapper, child))
     problem = problem or _swapped.reason_against_output(getattr(wrapper, child))
     return problem or _try_attention(wrapper, getattr(wrapper, child), gate)
+
+
+def _reason_against_masks(cls: type) -> str | None:
+    """Why ``forward`` may know which tokens of the source are padding: the trial has no mask, and would not tell.
+
+    Looked through are ``forward`` and what it names of its classes and its file, decorators and inner functions.
+    """
+    own = [vars(base) for base in cls.__mro__ if base not in (nn.Module, object)]
+    waiting: list[Any] = [names["forward"] for names in own if "forward" in names][:1]
+    seen: set[int] = set()
+    while waiting:
+        function = waiting.pop()
+        code = function if isinstance(function, CodeType) else getattr(function, "__code__", None)
+        if code is None:
+            return f"{cls.__name__}.forward is not a plain function: it cannot be looked through for masks"
+        if id(code) in seen:
+            continue
+        seen.add(id(code))
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        texts = [text for text in code.co_consts if isinstance(text, str) and text.isidentifier()]
+        for name in (*code.co_names, *(name for name in (*arguments, *texts) if name != "attention_mask")):
+            if "mask" in name:
+                return f"its forward uses {name}: the published one knows no mask of the source"
+        waiting += [const for const in code.co_consts if isinstance(const, CodeType)]
+        if function is not code:
+            waiting += _named(function, code, own)
+    return None
+
+
+def _named(function: Any, code: CodeType, own: list[Any]) -> Iterator[FunctionType]:
+    """The functions that ``function`` may call: what it is wrapped around, those of its classes and of its file."""
+    found = [getattr(function, "__wrapped__", None)]
+    found += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # not an empty one
+    found += [names[name] for names in own for name in code.co_names if name in names]
+    beside = [function.__globals__.get(name) for name in code.co_names]
+    found += [each for each in beside if getattr(each, "__module__", None) == function.__globals__.get("__name__")]
+    for each in found:
+        each = getattr(each, "fget", None) or getattr(each, "__func__", each)  # of a property; of a static method
+        if isinstance(each, FunctionType):
+            yield each
 
 
 def _reason_against_interface(attention: Any) -> str | None:
@@ -265,6 +321,28 @@ def _set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             module.__dict__[name] = before
         else:
             del module.__dict__[name]
+
+
+@contextmanager
+def _telling(module: nn.Module) -> Iterator[None]:
+    """Random weights in float64 and training mode within the block.
+
+    Zeros, half precision and dropout that is off would let other formulas pass. The Parameters are not touched.
+    """
+    before = [(part, part.training, dict(part._parameters)) for part in module.modules()]
+    for part, _, own in before:
+        part.training = True
+        for name, weight in own.items():
+            if weight is not None:
+                like = torch.empty(0, dtype=torch.float64, device="cpu")
+                random = _random(tuple(weight.shape), like) / weight.shape[-1] ** 0.5
+                part._parameters[name] = nn.Parameter(random, requires_grad=False)
+    try:
+        yield
+    finally:
+        for part, training, own in before:
+            part.training = training
+            part._parameters.update(own)
 
 
 @contextmanager
