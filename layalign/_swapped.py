@@ -199,7 +199,7 @@ class AttentionSwap:
 
     def follow(self) -> None:
         """Use the attention function that the LLM's own config names now."""
-        name = PREFIX + (self.config._attn_implementation or "sdpa")
+        name = PREFIX + (self.config._attn_implementation_internal or "sdpa")  # quicker than the property
         if self.own._attn_implementation_internal != name:
             self.own._attn_implementation_internal = register(name.removeprefix(PREFIX))
 
@@ -353,7 +353,8 @@ def _contents(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
 
 def reason_against_output(attention: nn.Module) -> str | None:
     """Why projecting the sum of attention and gated term is not the published sum of two projections."""
-    linear = next((attention._modules[name] for name in last_layer._OUTPUTS if name in attention._modules), None)
+    modules = attention._modules
+    linear = modules.get("o_proj") or next((modules[name] for name in last_layer._OUTPUTS if name in modules), None)
     if linear is None:
         return f"{type(attention).__name__} has no output projection by a known name ({', '.join(last_layer._OUTPUTS)})"
     for part in (linear,) if type(linear) is nn.Linear else parts(linear):

@@ -71,11 +71,11 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
     - A gated attention wrapper runs the wrapped attention once, with the gated term inside it, before its one output
       projection. It returns what the wrapped attention returns; padding is attended to, and scores are scaled by
       1 / sqrt(d), as published. The source's keys and values are kept for as long as ``adapter_states`` and the key and
-      value maps do not change, no gradient is wanted and the module is in eval mode; else they are computed at every
-      call, as they are where the maps are neither plain ``nn.Linear`` nor peft's LoRA around one, or have hooks.
-      Three changes cannot be seen: writing through ``.data`` (``p.data.mul_(2)``), in-place changes of states made in
-      inference mode, and in compiled calls, which use what a call that was not compiled kept (``generate`` compiles
-      decoding only), all in-place changes. Set the adapter states anew after those, as other tensor objects.
+      value maps do not change, no gradient is wanted and the module is in eval mode. They are computed at every call
+      where the maps are neither plain ``nn.Linear`` nor peft's LoRA around one, have hooks, or were made in inference
+      mode. Three changes cannot be seen: writing through ``.data`` (``p.data.mul_(2)``), in-place changes of states
+      made in inference mode, and all in-place changes in compiled calls, which use what others have kept
+      (``generate`` compiles decoding only). Set the adapter states anew after those, as other tensor objects.
     - layalign's own models get ``impl`` and ``fold``.
 
     A module is swapped only if its ``forward`` agrees with the published formula on a small random input; dtypes are

@@ -177,3 +177,14 @@ def test_one_source_for_several_rows_has_the_same_gradients() -> None:
         with torch.no_grad():
             found[-1]["one row"] = one.model_llm(inputs_embeds=torch.ones(1, 4, 32)).logits
     assert_same(*found)
+
+
+def test_maps_made_in_inference_mode_have_no_versions_and_nothing_is_kept() -> None:
+    with torch.inference_mode():
+        model, twin = published_model(), published_model()
+        layalign.accelerate(model)
+        model(**data()), twin(**data())
+        assert all(wrapper.layalign_swap.kept is None for wrapper in wrappers(model))
+        for wrapper in (*wrappers(model), *wrappers(twin)):
+            wrapper.model.v_proj.weight.mul_(2)
+        torch.testing.assert_close(step(model), step(twin), rtol=1e-5, atol=1e-5)
