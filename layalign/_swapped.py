@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from layalign import last_layer, ops
-from layalign._plain import has_hooks, is_intercepted, parts, reason_against_reading
-from layalign._sharding import reason_whole_is_not_here
-from layalign.attention import PREFIX, key_value_modules, key_value_states, register
+from layalign._kept import KeptStates, is_altered
+from layalign._plain import is_intercepted, parts, reason_against_reading
+from layalign.attention import PREFIX, key_value_states, register
 from layalign.errors import ArgumentError
-from layalign.fold import STEPS, count_steps
+from layalign.fold import count_steps
 from layalign.ops import _direct
 from layalign.ops._repeated import RepeatedDecode, RepeatedTraining, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
@@ -150,22 +149,6 @@ class SwappedProjector(Swapped):
 # The attention
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """Keys and values, and what they were made from.
-
-    Tensors and their memory are held, so that no identity and no address is given out twice.
-    """
-
-    key: Tensor
-    value: Tensor
-    tensors: tuple[Tensor, ...]
-    memory: tuple[Any, ...]
-    settings: tuple[Any, ...]
-    modes: tuple[Any, ...]
-    contents: tuple[int | None, ...]
-
-
 @dataclass
 class AttentionSwap:
     """What a swapped attention wrapper keeps.
@@ -183,7 +166,7 @@ class AttentionSwap:
     child: str
     config: Any
     own: Any
-    kept: _Kept | None = None
+    kept: KeptStates | None = None
     again: RepeatedDecode | None = None
 
     def __post_init__(self) -> None:
@@ -206,16 +189,13 @@ class AttentionSwap:
     def states(self, attention: nn.Module, pair: Any, query: Tensor) -> tuple[Tensor, Tensor]:
         """k and v (B, G, S, d) of the source for a query (B, H, T, d); one source serves all B rows, as published.
 
-        Made once per pair while no gradient is wanted and :func:`_made_with` knows what they hang on, else at every
-        call.
+        Made once per pair while :class:`layalign._kept.KeptStates` may keep them, else at every call.
         """
         if (isinstance(pair, Tensor) and pair.shape[0] != 2) or not isinstance(pair, Tensor | list | tuple):
             raise ArgumentError(f"adapter_states: expected a pair of tensors (B, S, D_l), got {type(pair).__name__}")
         whole = (pair,) if isinstance(pair, Tensor) else tuple(pair)
-        modes = _modes(query)
-        kept = self._current(attention, whole, modes)
-        if kept is not None:
-            return kept.key, kept.value
+        if self.kept is not None and self.kept.hold(attention, whole, query):
+            return self.kept.key, self.kept.value
         self.again = None
         if attention.training:  # dropout in LoRA, checkpoints: nothing is kept
             self.kept = None
@@ -223,25 +203,8 @@ class AttentionSwap:
         if key.shape[0] == 1 != query.shape[0]:
             key, value = (each.expand(query.shape[0], -1, -1, -1) for each in (key, value))
         if not torch.compiler.is_compiling():
-            self.kept = _keep(attention, whole, key, value, modes)
+            self.kept = KeptStates.of(attention, whole, key, value, query)
         return key, value
-
-    def _current(self, attention: nn.Module, whole: tuple[Tensor, ...], modes: tuple[Any, ...]) -> _Kept | None:
-        """What is kept, if it is still what would be computed now."""
-        kept = self.kept
-        if kept is None or attention.training or kept.modes != modes:
-            return None
-        made_with = _made_with(attention)
-        if made_with is None or made_with[1] != kept.settings:
-            return None
-        if torch.compiler.is_compiling():  # contents are not seen here: whoever changes them sets the states anew
-            same = _same(kept.tensors[: len(whole)], whole)
-            return kept if same and not torch.is_grad_enabled() else None
-        if not _same(kept.tensors, whole + made_with[0]) or kept.contents != _contents(kept.tensors):
-            return None
-        # A tensor made in inference mode cannot be saved for the gate's backward.
-        wanted = torch.is_grad_enabled() and (kept.key.is_inference() or any(t.requires_grad for t in kept.tensors))
-        return None if wanted else kept
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, overwrite: bool) -> Tensor:
         """``base`` (B, T, H, d) plus the gated term, ``base`` overwritten if that is allowed and saves time."""
@@ -266,89 +229,6 @@ class AttentionSwap:
             if isinstance(ready, RepeatedTraining):
                 RepeatedTraining.after(inputs, scale, self.impl)
         return found
-
-
-def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
-    return len(first) == len(second) and all(map(operator.is_, first, second))
-
-
-def _keep(
-    attention: nn.Module, states: tuple[Tensor, ...], key: Tensor, value: Tensor, modes: tuple[Any, ...]
-) -> _Kept | None:
-    """A :class:`_Kept`, or None where a change of what it hangs on could go unnoticed."""
-    made_with = None if attention.training else _made_with(attention)
-    if made_with is None or key.requires_grad or value.requires_grad:
-        return None
-    weights, settings = made_with
-    if any(w.is_meta or w.is_inference() or reason_whole_is_not_here(w) is not None for w in weights):
-        return None
-    tensors = states + weights
-    if not _direct.plain(tensors):
-        return None
-    memory = tuple(tensor.untyped_storage() for tensor in tensors)
-    return _Kept(key, value, tensors, memory, settings, modes, _contents(tensors))
-
-
-def _made_with(attention: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]] | None:
-    """All tensors and settings that keys and values hang on beside the states; None where there may be others.
-
-    Known are plain linear maps, and peft's LoRA around one. The short way first: this runs at every step of
-    ``generate``.
-    """
-    modules = attention._modules
-    maps = modules.get("k_proj"), modules.get("v_proj")
-    linear: Any
-    tensors: list[Any] = []
-    settings: list[Any] = []
-    for linear in maps if None not in maps else key_value_modules(attention):
-        if type(linear) is not nn.Linear and not _is_lora(linear):
-            return None
-        whole = (linear,) if type(linear) is nn.Linear else parts(linear)
-        for part in whole:
-            if is_altered(part) or part.training:  # dropout
-                return None
-            tensors += [tensor for tensor in part._parameters.values() if tensor is not None]
-        if len(whole) > 1:
-            adapters = tuple(linear.active_adapters), tuple(linear.merged_adapters), tuple(linear.scaling.items())
-            settings += linear.disable_adapters, linear.cast_input_dtype_enabled, adapters
-    return tuple(tensors), tuple(settings)
-
-
-def _is_lora(linear: Any) -> bool:
-    """Whether ``linear`` is peft's LoRA in its plain form around a plain map."""
-    kind = type(linear)  # by name: peft is not imported for this
-    known = kind.__module__ == "peft.tuners.lora.layer" and kind.__name__ == "Linear"
-    return known and type(linear.base_layer) is nn.Linear and not linear.lora_variant
-
-
-def is_altered(module: nn.Module) -> bool:
-    """Whether a call may give something else than the module's class says.
-
-    Hooks of engines move weights and sum over processes; that is no change.
-    """
-    if "forward" in module.__dict__:
-        function = getattr(module.__dict__["forward"], "func", None)
-        return not str(getattr(function, "__module__", "")).startswith(last_layer._ENGINES)
-    return has_hooks(module) and last_layer._watched(module)
-
-
-def _modes(query: Tensor) -> tuple[Any, ...]:
-    """What keys and values depend on beside tensors and modules."""
-    device = query.device
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return device, autocast, query.shape[0]
-
-
-def _contents(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
-    """What differs when the same tensor objects hold something else.
-
-    Their addresses, autograd's counters (tensors made in inference mode have none), and the steps of optimizers, some
-    of which write past the counters.
-    """
-    found: list[int | None] = [STEPS[0]]
-    for tensor in tensors:
-        found += tensor.data_ptr(), None if tensor.is_inference() else tensor._version
-    return tuple(found)
 
 
 def reason_against_output(attention: nn.Module) -> str | None:

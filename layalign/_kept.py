@@ -1,0 +1,133 @@
+"""Keys and values of a source that :func:`layalign.accelerate`'s attention keeps, and what they were made from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layalign import last_layer
+from layalign._plain import has_hooks, parts
+from layalign._sharding import reason_whole_is_not_here
+from layalign.attention import key_value_modules
+from layalign.fold import STEPS
+from layalign.ops import _direct
+
+
+@dataclass(frozen=True)
+class KeptStates:
+    """Keys and values (B, G, S, d), and what they were made from.
+
+    Tensors and their memory are held, so that no identity and no address is given out twice.
+    """
+
+    key: Tensor
+    value: Tensor
+    tensors: tuple[Tensor, ...]  # the states, then the weights
+    memory: tuple[Any, ...]
+    settings: tuple[Any, ...]
+    modes: tuple[Any, ...]
+    contents: tuple[int | None, ...]
+
+    @staticmethod
+    def of(
+        attention: nn.Module, states: tuple[Tensor, ...], key: Tensor, value: Tensor, query: Tensor
+    ) -> KeptStates | None:
+        """To be kept, or None where a change of what they hang on could go unnoticed, or a gradient is wanted."""
+        made_with = None if attention.training else _made_with(attention)
+        if made_with is None or key.requires_grad or value.requires_grad:
+            return None
+        weights, settings = made_with
+        if any(w.is_meta or w.is_inference() or reason_whole_is_not_here(w) is not None for w in weights):
+            return None
+        tensors = states + weights
+        if not _direct.plain(tensors):
+            return None
+        memory = tuple(tensor.untyped_storage() for tensor in tensors)
+        return KeptStates(key, value, tensors, memory, settings, _modes(query), _contents(tensors))
+
+    def hold(self, attention: nn.Module, states: tuple[Tensor, ...], query: Tensor) -> bool:
+        """Whether they are still what would be computed now."""
+        if attention.training or self.modes != _modes(query):
+            return False
+        made_with = _made_with(attention)
+        if made_with is None or made_with[1] != self.settings:
+            return False
+        if torch.compiler.is_compiling():  # contents are not seen here: whoever changes them sets the states anew
+            return _same(self.tensors[: len(states)], states) and not torch.is_grad_enabled()
+        if not _same(self.tensors, states + made_with[0]) or self.contents != _contents(self.tensors):
+            return False
+        # A tensor made in inference mode cannot be saved for the gate's backward.
+        return not torch.is_grad_enabled() or not (
+            self.key.is_inference() or any(tensor.requires_grad for tensor in self.tensors)
+        )
+
+
+def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return len(first) == len(second) and all(map(operator.is_, first, second))
+
+
+def _made_with(attention: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]] | None:
+    """All tensors and settings that keys and values hang on beside the states; None where there may be others.
+
+    Known are plain linear maps, and peft's LoRA around one. The short way first: this runs at every step of
+    ``generate``.
+    """
+    modules = attention._modules
+    maps = modules.get("k_proj"), modules.get("v_proj")
+    linear: Any
+    tensors: list[Any] = []
+    settings: list[Any] = []
+    for linear in maps if None not in maps else key_value_modules(attention):
+        if type(linear) is not nn.Linear and not _is_lora(linear):
+            return None
+        whole = (linear,) if type(linear) is nn.Linear else parts(linear)
+        for part in whole:
+            if is_altered(part) or part.training:  # dropout
+                return None
+            tensors += [tensor for tensor in part._parameters.values() if tensor is not None]
+        if len(whole) > 1:
+            adapters = tuple(linear.active_adapters), tuple(linear.merged_adapters), tuple(linear.scaling.items())
+            settings += linear.disable_adapters, linear.cast_input_dtype_enabled, adapters
+    return tuple(tensors), tuple(settings)
+
+
+def _is_lora(linear: Any) -> bool:
+    """Whether ``linear`` is peft's LoRA in its plain form around a plain map."""
+    kind = type(linear)  # by name: peft is not imported for this
+    known = kind.__module__ == "peft.tuners.lora.layer" and kind.__name__ == "Linear"
+    return known and type(linear.base_layer) is nn.Linear and not linear.lora_variant
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call may give something else than the module's class says.
+
+    Hooks of engines move weights and sum over processes; that is no change.
+    """
+    if "forward" in module.__dict__:
+        function = getattr(module.__dict__["forward"], "func", None)
+        return not str(getattr(function, "__module__", "")).startswith(last_layer._ENGINES)
+    return has_hooks(module) and last_layer._watched(module)
+
+
+def _modes(query: Tensor) -> tuple[Any, ...]:
+    """What keys and values depend on beside tensors and modules."""
+    device = query.device
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return device, autocast, query.shape[0]
+
+
+def _contents(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
+    """What differs when the same tensor objects hold something else.
+
+    Their addresses, autograd's counters (tensors made in inference mode have none), and the steps of optimizers, some
+    of which write past the counters.
+    """
+    found: list[int | None] = [STEPS[0]]
+    for tensor in tensors:
+        found += tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+    return tuple(found)
