@@ -253,7 +253,9 @@ def test_an_id_with_half_a_surrogate_pair_and_a_file_with_a_name_that_is_no_text
 
 
 def test_mutated_benchmark_results(tmp_path: Path) -> None:
-    row = {"id": "a", "group": "g", "name": "n", "unit": "ms", "labels": {}, "median": 1.0, "q1": 0.9, "q3": 1.1}
+    row = {"id": "a", "group": "g", "name": "n", "unit": "s", "labels": {}, "median": 1.0, "q1": 0.9, "q3": 1.1}
+    row["against"] = {"bare": {"median": 1.0, "ratio": 1.0, "ratio q1": 0.9, "ratio q3": 1.1, "rounds": 5}}
+    row["target"] = {"baseline": "bare", "must": 1.1, "aim": 1.0}
     facts = {"device": {"type": "cpu", "name": "x"}, "commit": "abc"}
     good = json.dumps(
         {"format": 1, "facts": facts, "shapes": "cpu", "dtype": "float32", "rows": [row, {**row, "id": "b"}]}
