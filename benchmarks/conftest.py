@@ -43,14 +43,23 @@ def positive(text: str) -> float:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest ends in order, and the rows are written
     config.stash[ROWS], config.stash[NOTES] = [], {"start": time.time(), "left out": {}}
     if not config.pluginmanager.hasplugin("benchmark"):
         config.pluginmanager.register(PlainPlugin(), "plain-benchmark")
     config.addinivalue_line("markers", "timeout: seconds, where pytest-timeout is installed")
     if importlib.util.find_spec("peft") is None:
         config.stash[NOTES]["left out"]["peft adaption_prompt"] = "the package peft is not installed"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """On SIGTERM pytest ends in order, and the rows are written."""
+
+    def stop(number: int, frame: Any) -> None:
+        session.shouldstop = "stopped by SIGTERM"  # after this test, should the exception be lost in a callback
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
