@@ -21,8 +21,8 @@ from layalign._plain import is_intercepted, parts, reason_against_reading
 from layalign.attention import PREFIX, key_value_states, register
 from layalign.errors import ArgumentError
 from layalign.fold import count_steps
-from layalign.ops import _direct
-from layalign.ops._repeated import RepeatedDecode, RepeatedTraining, side_by_side
+from layalign.ops import _direct, _repeated
+from layalign.ops._repeated import Ready, RepeatedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
 
@@ -210,13 +210,9 @@ class AttentionSwap:
         """``base`` (B, T, H, d) plus the gated term, ``base`` overwritten if that is allowed and saves time."""
         scale = query.shape[-1] ** -0.5  # as published, whatever the LLM's own
         compiling = torch.compiler.is_compiling()
-        ready: RepeatedDecode | RepeatedTraining | None = None
+        ready: Ready | None = None
         if not compiling and query.is_cpu and _direct.undisturbed():
-            own = key, value, gate, None, self.impl
-            if torch.is_grad_enabled():
-                ready = RepeatedTraining(*own)
-            elif self.again is not None and self.again.prepare(*own):
-                ready = self.again
+            ready = _repeated.ready(self.again, key, value, gate, None, self.impl)
         if ready is not None and (found := ready(query, base, scale, overwrite)) is not None:
             return found
         if not compiling and query.shape[2] <= MAX_DECODE_ROWS and self.kept is not None:
@@ -224,10 +220,7 @@ class AttentionSwap:
             self.kept = replace(self.kept, key=key, value=value)
         found = ops.gated_cross_attention(query, key, value, gate, base, scale=scale, impl=self.impl)
         if not compiling:
-            inputs = query, key, value, gate, base, None
-            self.again = RepeatedDecode.after(inputs, scale, self.impl)
-            if isinstance(ready, RepeatedTraining):
-                RepeatedTraining.after(inputs, scale, self.impl)
+            self.again = _repeated.after(ready, (query, key, value, gate, base, None), scale, self.impl)
         return found
 
 

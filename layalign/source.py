@@ -12,17 +12,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from layalign._plain import is_intercepted
-from layalign.ops import _direct
-from layalign.ops._repeated import RepeatedDecode, RepeatedTraining, side_by_side
+from layalign.ops import _direct, _repeated
+from layalign.ops._repeated import Ready, RepeatedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from layalign.nn import GatedCrossAttention
-
-
-Ready = RepeatedDecode | RepeatedTraining
 
 
 @dataclass
@@ -71,25 +68,22 @@ class SourceStates:
     @contextmanager
     def one_pass(self) -> Iterator[None]:
         """Around one pass of the LLM: what its calls have in common is asked once for all of them."""
-        grads = torch.is_grad_enabled()
-        if (grads or self._again) and self.seen is None and _direct.undisturbed():
-            self._prepare(grads)
+        if (torch.is_grad_enabled() or self._again) and self.seen is None and _direct.undisturbed():
+            self._prepare()
         try:
             yield
         finally:
             self._ready.clear()
 
-    def _prepare(self, grads: bool) -> None:
+    def _prepare(self) -> None:
         from layalign.nn import GatedCrossAttention
 
         for slot, (layer, module) in enumerate(zip(self.layers, self.attentions, strict=True)):
             if not self.keys[slot].is_cpu or type(module) is not GatedCrossAttention or is_intercepted(module):
                 continue
             own = self.keys[slot], self.values[slot], module._parameters.get("adaption_gate"), self.mask, module.impl
-            if grads:
-                self._ready[layer] = RepeatedTraining(*own)
-            elif (again := self._again.get(layer)) is not None and again.prepare(*own):
-                self._ready[layer] = again
+            if (ready := _repeated.ready(self._again.get(layer), *own)) is not None:
+                self._ready[layer] = ready
 
     def attend(
         self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
@@ -110,16 +104,15 @@ class SourceStates:
         module = self.attentions[slot]
         if not torch.compiler.is_compiling() and query.shape[2] <= MAX_DECODE_ROWS:
             key, value = side_by_side(self.keys[slot], self.values[slot])
-            self.keys = (*self.keys[:slot], key, *self.keys[slot + 1 :])
-            self.values = (*self.values[:slot], value, *self.values[slot + 1 :])
+            if key is not self.keys[slot] or value is not self.values[slot]:
+                self.keys = (*self.keys[:slot], key, *self.keys[slot + 1 :])
+                self.values = (*self.values[:slot], value, *self.values[slot + 1 :])
         key, value = self.keys[slot].to(query.device), self.values[slot].to(query.device)
         mask = None if self.mask is None else self.mask.to(query.device)
         found = module(query, key, value, base=base, key_mask=mask, scale=scale)
         if not torch.compiler.is_compiling() and not is_intercepted(module):  # else its gate may be elsewhere by now
             inputs = query, key, value, module.adaption_gate, base, mask
-            self._again[layer] = RepeatedDecode.after(inputs, scale, module.impl)
-            if isinstance(ready, RepeatedTraining):
-                RepeatedTraining.after(inputs, scale, module.impl)
+            self._again[layer] = _repeated.after(ready, inputs, scale, module.impl)
         return found
 
 

@@ -228,3 +228,25 @@ class RepeatedTraining:
             _KERNELS.clear()
         kind = scale, _kind(query), _kind(base), *_held(key, value, gate, mask, impl)
         _KERNELS[kind] = _Kernels(inputs, scale)
+
+
+Ready = RepeatedDecode | RepeatedTraining
+
+
+def ready(
+    again: RepeatedDecode | None, key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str
+) -> Ready | None:
+    """What may answer a layer's next call, ``again`` being what the last one left; None where only a full call may.
+
+    The caller has asked :func:`layalign.ops._direct.undisturbed`.
+    """
+    if torch.is_grad_enabled():
+        return RepeatedTraining(key, value, gate, mask, impl)
+    return again if again is not None and again.prepare(key, value, gate, mask, impl) else None
+
+
+def after(tried: Ready | None, inputs: Inputs, scale: float | None, impl: str) -> RepeatedDecode | None:
+    """What a full call with these arguments leaves for the layer's next one; ``tried`` did not answer it."""
+    if isinstance(tried, RepeatedTraining):
+        RepeatedTraining.after(inputs, scale, impl)
+    return RepeatedDecode.after(inputs, scale, impl)
