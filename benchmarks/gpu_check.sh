@@ -64,7 +64,7 @@ tests() {
   "$python" -c "import xdist" 2> /dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   step tests 600 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/test_ops.py \
     tests/test_layer_kernels.py tests/test_gated_cross_attention.py tests/test_gated_cross_attention_op.py \
-    tests/test_triton_kernels.py tests/test_extension.py tests/test_cuda_graphs.py
+    tests/test_triton_kernels.py tests/test_launching.py tests/test_extension.py tests/test_cuda_graphs.py
 }
 
 sanitizer() { # sanitizer TOOL

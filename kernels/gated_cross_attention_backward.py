@@ -24,7 +24,7 @@ Source: LayAlign, adaptive fusion-enhanced attention; the recomputation from the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -47,6 +47,7 @@ from layalign_kernels.attention_tiles import (
     unit_last,
 )
 from layalign_kernels.common import LOG2E, ceil_div, dot_precision, offset64
+from layalign_kernels.launching import Launch
 
 TABLES: dict[str, Table] = {
     "dq": {
@@ -256,13 +257,89 @@ def gated_cross_attention_backward(
     dq, dk and dv are views of (B, T, H, d) and (B, S, G, d) memory, the layout of the projections behind them. What
     ``needs`` (dq, dk, dv, dgate) does not ask for is None. ``splits`` overrides :func:`splits_over_rows`.
     """
-    need_dq, need_dk, need_dv, need_dgate = needs
-    _, heads, length, size = query.shape
     if query.numel() == 0:
         dq, dk, dv = (zeros(x) if need else None for x, need in zip((query, key, value), needs[:3], strict=True))
-        return dq, dk, dv, torch.zeros_like(gate) if need_dgate else None
+        return dq, dk, dv, torch.zeros_like(gate) if needs[3] else None
     grad, query, key, value = (unit_last(tensor) for tensor in (grad, query, key, value))
+    if splits is None:
+        splits = splits_for(query, key)
+    memory = Memory.of(query, key, needs, splits)
+    with torch.cuda.device_of(query):
+        for launch in backward_launches(grad, query, key, value, gate, key_mask, lse, scale, memory, splits):
+            launch()
+    return memory.gradients(key, gate, needs)
+
+
+def splits_for(query: torch.Tensor, key: torch.Tensor) -> int:
+    """:func:`splits_over_rows` for a query (B, H, T, d) and keys (B, G, S, d)."""
+    batch, heads, length, size = query.shape
+    groups, source = key.shape[1], key.shape[2]
+    options = configuration("dkv", size, query.dtype, architecture(query.device))
+    programs = ceil_div(source, options["BN"]) * batch * groups
+    return splits_over_rows(programs, heads // groups * ceil_div(length, options["BM"]), multiprocessors(key.device))
+
+
+class Memory(NamedTuple):
+    """What the backward's kernels write: dq (B, T, H, d), delta (B, H, T) and one part of dgate a program, both fp32,
+    and dk and dv (splits, B, S, G, d), in fp32 where there are several; None for what is not needed.
+    """
+
+    dq: torch.Tensor | None
+    delta: torch.Tensor | None
+    dgate: torch.Tensor | None
+    dk: torch.Tensor | None
+    dv: torch.Tensor | None
+
+    @staticmethod
+    def of(query: torch.Tensor, key: torch.Tensor, needs: tuple[bool, bool, bool, bool], splits: int) -> Memory:
+        """Fresh memory for a query (B, H, T, d) and keys (B, G, S, d)."""
+        need_dq, need_dk, need_dv, need_dgate = needs
+        batch, heads, length, size = query.shape
+        _, groups, source, _ = key.shape
+        device, fp32 = query.device, torch.float32
+        dq = torch.empty((batch, length, heads, size), dtype=query.dtype, device=device) if need_dq else None
+        delta = dgate = None
+        if need_dq or need_dk or need_dgate:
+            options = configuration("dq", size, query.dtype, architecture(device))
+            delta = torch.empty((batch, heads, length), dtype=fp32, device=device)
+            programs = ceil_div(length, options["BM"]) * batch * heads
+            dgate = torch.empty((programs,), dtype=fp32, device=device)
+        shape, dtype = (splits, batch, source, groups, size), key.dtype if splits == 1 else fp32
+        dk, dv = (torch.empty(shape, dtype=dtype, device=device) if need else None for need in (need_dk, need_dv))
+        return Memory(dq, delta, dgate, dk, dv)
+
+    def gradients(self, key: torch.Tensor, gate: torch.Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
+        """dq, dk, dv and dgate, once the kernels have written."""
+
+        def whole(parts: torch.Tensor | None) -> torch.Tensor | None:
+            if parts is None:
+                return None
+            return (parts[0] if len(parts) == 1 else parts.sum(0).to(key.dtype)).transpose(1, 2)
+
+        dq = None if self.dq is None else self.dq.transpose(1, 2)
+        dgate = None
+        if needs[3] and self.dgate is not None:
+            dgate = self.dgate.sum().to(gate.dtype).reshape(gate.shape)
+        return dq, whole(self.dk), whole(self.dv), dgate
+
+
+def backward_launches(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    lse: torch.Tensor,
+    scale: float | None,
+    memory: Memory,
+    splits: int,
+) -> list[Launch]:
+    """One launch for dq, delta and dgate, one for dk and dv, those that are needed; last strides are one."""
+    batch, heads, length, size = query.shape
+    groups, source = key.shape[1], key.shape[2]
     arch = architecture(query.device)
+    base2 = scale_base2(scale, size)
     common: dict[str, Any] = dict(
         p_q=query,
         p_k=key,
@@ -271,88 +348,45 @@ def gated_cross_attention_backward(
         p_mask=key_mask,
         p_lse=lse,
         p_g=grad,
+        p_delta=memory.delta,
         **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), g=(grad, "bth"), m=(key_mask, "bs")),
         T=length,
-        S=key.shape[2],
-        scale=scale_base2(scale, size),
+        S=source,
+        scale=base2,
         H=heads,
-        REP=heads // key.shape[1],
+        REP=heads // groups,
         D=size,
         BD=padded_head_size(size),
         PRECISION=dot_precision(query.dtype),
     )
-    dq = dk = dv = delta = dgate = None
-    with torch.cuda.device_of(query):
-        if need_dq or need_dk or need_dgate:
-            options = configuration("dq", size, query.dtype, arch)
-            dq, delta, dgate = _launch_dq(common, need_dq, options)
-        if (need_dk or need_dv) and key.numel():
-            options = configuration("dkv", size, query.dtype, arch)
-            dk, dv = _launch_dkv(common, delta, need_dk, need_dv, splits, options)
-        elif need_dk or need_dv:
-            dk, dv = (zeros(x) if need else None for x, need in zip((key, value), needs[1:3], strict=True))
-    return dq, dk, dv, dgate.sum().to(gate.dtype).reshape(gate.shape) if need_dgate and dgate is not None else None
-
-
-def _launch_dq(
-    common: dict[str, Any], need_dq: bool, options: dict[str, int]
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    query = common["p_q"]
-    batch, heads, length, size = query.shape
-    programs = ceil_div(length, options["BM"]) * batch * heads
-    dq = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device) if need_dq else None
-    delta = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
-    dgate = torch.empty((programs,), dtype=torch.float32, device=query.device)
-    gated_cross_attention_dq_kernel[(programs,)](
-        p_dq=dq,
-        p_delta=delta,
-        p_dgate=dgate,
-        dq_scale=common["scale"] / LOG2E,
-        ONE_BLOCK=common["S"] <= options["BN"],
-        NEED_DQ=need_dq,
-        **common,
-        **options,
-    )
-    return None if dq is None else dq.transpose(1, 2), delta, dgate
-
-
-def _launch_dkv(
-    common: dict[str, Any],
-    delta: torch.Tensor | None,
-    need_dk: bool,
-    need_dv: bool,
-    splits: int | None,
-    options: dict[str, int],
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    key = common["p_k"]
-    batch, groups, source, size = key.shape
-    programs = ceil_div(source, options["BN"]) * batch * groups
-    total = common["REP"] * ceil_div(common["T"], options["BM"])
-    if splits is None:
-        splits = splits_over_rows(programs, total, multiprocessors(key.device))
-    dtype = key.dtype if splits == 1 else torch.float32
-    shape = (splits, batch, source, groups, size)
-    dk, dv = (torch.empty(shape, dtype=dtype, device=key.device) if need else None for need in (need_dk, need_dv))
-    gated_cross_attention_dkv_kernel[(programs * splits,)](
-        p_delta=delta,
-        p_dk=dk,
-        p_dv=dv,
-        B=batch,
-        dk_scale=common["scale"] / LOG2E,
-        blocks=ceil_div(total, splits),
-        splits=splits,
-        NEED_DK=need_dk,
-        NEED_DV=need_dv,
-        **common,
-        **options,
-    )
-
-    def finish(partial: torch.Tensor | None) -> torch.Tensor | None:
-        if partial is None:
-            return None
-        return (partial[0] if splits == 1 else partial.sum(0).to(key.dtype)).transpose(1, 2)
-
-    return finish(dk), finish(dv)
+    found = []
+    if memory.dgate is not None:
+        options = configuration("dq", size, query.dtype, arch)
+        own: dict[str, Any] = dict(
+            p_dq=memory.dq,
+            p_dgate=memory.dgate,
+            dq_scale=base2 / LOG2E,
+            ONE_BLOCK=source <= options["BN"],
+            NEED_DQ=memory.dq is not None,
+        )
+        found.append(Launch(gated_cross_attention_dq_kernel, memory.dgate.shape[0], {**common, **own, **options}))
+    need_dk, need_dv = memory.dk is not None, memory.dv is not None
+    if (need_dk or need_dv) and key.numel():
+        options = configuration("dkv", size, query.dtype, arch)
+        total = heads // groups * ceil_div(length, options["BM"])
+        own = dict(
+            p_dk=memory.dk,
+            p_dv=memory.dv,
+            B=batch,
+            dk_scale=base2 / LOG2E,
+            blocks=ceil_div(total, splits),
+            splits=splits,
+            NEED_DK=need_dk,
+            NEED_DV=need_dv,
+        )
+        programs = ceil_div(source, options["BN"]) * batch * groups * splits
+        found.append(Launch(gated_cross_attention_dkv_kernel, programs, {**common, **own, **options}))
+    return found
 
 
 def ahead_of_time(arch: str = "sm_90") -> list[Entry]:

@@ -40,6 +40,7 @@ from layalign_kernels.attention_tiles import (
     unit_last,
 )
 from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64
+from layalign_kernels.launching import Launch
 
 # By the number of packed rows that a program takes.
 TABLES: dict[int, Table] = {
@@ -166,48 +167,65 @@ def gated_decode(
     overrides :func:`splits_over_source`.
     """
     batch, heads, length, size = query.shape
-    groups, source = key.shape[1], key.shape[2]
     out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
     query, key, value = unit_last(query), unit_last(key), unit_last(value)
     base = None if base is None else unit_last(base)
+    with torch.cuda.device_of(query):
+        for launch in decode_launches(query, key, value, gate, base, key_mask, scale, out, splits):
+            launch()
+    return out
+
+
+def decode_launches(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    base: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float | None,
+    out: torch.Tensor,
+    splits: int | None = None,
+) -> list[Launch]:
+    """One launch, or two where the source is split, for inputs whose last strides are one."""
+    batch, heads, length, size = query.shape
+    groups, source = key.shape[1], key.shape[2]
     repeat = heads // groups
     options = configuration(repeat * length, size, query.dtype, architecture(query.device))
     programs = batch * groups * ceil_div(repeat * length, options["BM"])
     if splits is None:
         splits = splits_over_source(programs, source, options["BN"], multiprocessors(query.device))
     span = max(1, ceil_div(ceil_div(source, options["BN"]), splits)) * options["BN"]
+    rows = batch * length * heads
     part = lse = None
     if splits > 1:
-        part = torch.empty((splits, batch * length * heads, size), dtype=torch.float32, device=query.device)
-        lse = torch.empty((splits, batch * length * heads), dtype=torch.float32, device=query.device)
+        part = torch.empty((splits, rows, size), dtype=torch.float32, device=query.device)
+        lse = torch.empty((splits, rows), dtype=torch.float32, device=query.device)
     common: dict[str, Any] = dict(
         p_gate=gate, p_base=base, p_out=out, T=length, H=heads, splits=splits, D=size, BD=padded_head_size(size),
         p_part=part, p_lse=lse, **strides(s=(base, "bth")),
     )  # fmt: skip
-    with torch.cuda.device_of(query):
-        gated_decode_kernel[(programs * splits,)](
-            p_q=query,
-            p_k=key,
-            p_v=value,
-            p_mask=key_mask,
-            **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), m=(key_mask, "bs")),
-            SPLIT=splits > 1,
-            B=batch,
-            S=source,
-            span=span,
-            scale=scale_base2(scale, size),
-            REP=repeat,
-            PRECISION=dot_precision(query.dtype),
-            **common,
-            **options,
-        )
-        if splits > 1:
-            gated_decode_combine_kernel[(batch * length * heads,)](
-                rows=batch * length * heads, BP=next_power_of_2(splits), num_warps=1, **common
-            )
-    return out
+    own: dict[str, Any] = dict(
+        p_q=query,
+        p_k=key,
+        p_v=value,
+        p_mask=key_mask,
+        **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), m=(key_mask, "bs")),
+        SPLIT=splits > 1,
+        B=batch,
+        S=source,
+        span=span,
+        scale=scale_base2(scale, size),
+        REP=repeat,
+        PRECISION=dot_precision(query.dtype),
+    )
+    found = [Launch(gated_decode_kernel, programs * splits, {**own, **common, **options})]
+    if splits > 1:
+        combine = dict(rows=rows, BP=next_power_of_2(splits), num_warps=1)
+        found.append(Launch(gated_decode_combine_kernel, rows, {**combine, **common}))
+    return found
 
 
 def ahead_of_time(arch: str = "sm_90") -> list[Entry]:

@@ -211,7 +211,7 @@ class AttentionSwap:
         scale = query.shape[-1] ** -0.5  # as published, whatever the LLM's own
         compiling = torch.compiler.is_compiling()
         ready: Ready | None = None
-        if not compiling and query.is_cpu and _direct.undisturbed():
+        if not compiling and _direct.undisturbed():
             ready = _repeated.ready(self.again, key, value, gate, None, self.impl)
         if ready is not None and (found := ready(query, base, scale, overwrite)) is not None:
             return found

@@ -79,7 +79,7 @@ class SourceStates:
         from layalign.nn import GatedCrossAttention
 
         for slot, (layer, module) in enumerate(zip(self.layers, self.attentions, strict=True)):
-            if not self.keys[slot].is_cpu or type(module) is not GatedCrossAttention or is_intercepted(module):
+            if type(module) is not GatedCrossAttention or is_intercepted(module):
                 continue
             own = self.keys[slot], self.values[slot], module._parameters.get("adaption_gate"), self.mask, module.impl
             if (ready := _repeated.ready(self._again.get(layer), *own)) is not None:

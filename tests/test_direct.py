@@ -151,7 +151,7 @@ def test_whoever_watches_is_seen() -> None:
 
     with torch.no_grad():
         assert _direct.quiet()
-        for mode in (Watching(), torch.profiler.profile(), torch.autocast("cpu"), torch.enable_grad()):
+        for mode in (Watching(), torch.profiler.profile(), torch.enable_grad()):
             with mode:
                 assert not _direct.quiet(), mode
 
@@ -508,6 +508,32 @@ def test_the_backward_is_short_whatever_the_base_was_like(
     assert result is not None
     for one, other in zip(torch.autograd.grad(result, leaves(arguments), weight), right, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+def test_autocast_is_part_of_the_kind(kernels: Any) -> None:
+    """A full call casts to its dtype; where nothing is to be cast it is the same call."""
+    plain, narrow = training_arguments({}), training_arguments({"dtype": torch.bfloat16})
+    step = decode_arguments()
+    small = [each.bfloat16() if isinstance(each, Tensor) and each.is_floating_point() else each for each in step]
+    RepeatedTraining.after(*split(plain))
+    RepeatedTraining.after(*split(narrow))
+    again = RepeatedDecode.after(*split(small))
+    assert again is not None and trained(plain) is not None and trained(narrow) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert trained(plain) is None and trained(narrow) is None and repeated(again, small) is None
+        RepeatedTraining.after(*split(plain))
+        assert len(kernels) == 2 and RepeatedDecode.after(*split(step)) is None
+        RepeatedTraining.after(*split(narrow))
+        again = RepeatedDecode.after(*split(small))
+        short, right = trained(narrow), called(narrow)
+        assert len(kernels) == 3 and short is not None and torch.equal(short, right)
+        found = None if again is None else repeated(again, small)
+        assert found is not None and torch.equal(found, called(small))
+        weight = torch.randn(right.shape).bfloat16()
+        gradients = [torch.autograd.grad(result, leaves(narrow), weight) for result in (short, right)]
+        assert all(map(torch.equal, *gradients))
+    assert again is not None and repeated(again, small) is None
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")

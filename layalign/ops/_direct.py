@@ -84,8 +84,8 @@ def unobserved(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def undisturbed() -> bool:
-    """Whether nothing here watches calls, profiles or autocasts."""
-    return not (_watched() or _profiling() or torch.is_autocast_enabled("cpu"))
+    """Whether nothing here watches calls or profiles."""
+    return not (_watched() or _profiling())
 
 
 def quiet() -> bool:

@@ -1,17 +1,20 @@
 """A model asks for the same attention again and again, with other tensors of the same kind: what was checked is kept.
 
-A full call describes and checks six tensors, 25 microseconds of Python in decoding and 100 in training, and several
-times that where the LLM's products have just swept the caches. What a full call has passed is kept here, and what
-follows it hands over addresses alone:
+A full call describes and checks six tensors, 25 microseconds of Python in decoding and 100 in training, several times
+that where the LLM's products have just swept the caches, and Triton's launches take as much again. What a full call has
+passed is kept here, and what follows it hands over addresses alone:
 
 - :class:`RepeatedDecode`, a layer's own: keys, values, mask and scale are held fast. It looks at what may have changed
   once for all layers of a pass through the LLM (:meth:`RepeatedDecode.prepare`), and at query and base in each.
 - :class:`RepeatedTraining`: a call with gradients, for one layer in one pass; every tensor is new in every step, and
   the kernels' calls are kept by the kinds of all of them, for all layers together.
+
+Of the backends, "cpp" and "triton" can be called so: ``_repeated_cpp.py`` and ``kernels/repeated.py``.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,25 +22,27 @@ import torch
 from torch import Tensor
 
 from layalign.ops import _direct, backends, extension
-from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS, gradients, keep
+from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS, forward, gradients, keep
 
 MOST_KINDS = 256  # kept at a time
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, gate, base, mask
+_PARTS = {"cpp": "layalign.ops._repeated_cpp", "triton": "layalign_kernels.repeated"}
 
 
 def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """What must not change from call to call in the tensors that do."""
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cpu)
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _described(inputs: Inputs, scale: float | None) -> tuple[Any, ...]:
-    """As the extension takes them: (query, key, value, gate, base, mask, scale)."""
-    return (*map(extension.describe, inputs), inputs[0].shape[-1] ** -0.5 if scale is None else float(scale))
+def _autocast(tensor: Tensor) -> torch.dtype | None:
+    """What autocast makes of products on the tensor's device; None where it is off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _held(key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> tuple[Any, ...]:
     """What is known of a layer's calls before its query comes."""
-    return (impl, *map(_kind, (key, value, gate, mask)))
+    return (impl, _autocast(key), *map(_kind, (key, value, gate, mask)))
 
 
 def _is_like_result(query: Tensor, base: Tensor) -> bool:
@@ -49,22 +54,23 @@ def _result(query: Tensor, base: Tensor) -> Tensor:
     """Memory for (B, T, H, d) in the query's dtype."""
     if _is_like_result(query, base):
         return torch.empty_like(base)  # the quicker one by microseconds
-    return torch.empty(base.shape, dtype=query.dtype)
+    return torch.empty(base.shape, dtype=query.dtype, device=query.device)
 
 
-def _is_served(inputs: Inputs, impl: str) -> bool:
-    """Whether the C++ kernels take the tensors as they are, without a copy or a cast."""
-    query, key, value, gate, base, _ = inputs
+def _backend(inputs: Inputs, impl: str) -> str | None:
+    """The backend whose kernels take the tensors as they are, without a copy or a cast, if it can be called again."""
+    query, key, value, gate, base, mask = inputs
+    device = query.device
     if impl == "auto":
-        impl = backends.choose("gated_cross_attention", "cpu", query, key, value, gate, base)
+        impl = backends.choose("gated_cross_attention", device.type, query, key, value, gate, base)
     plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
-    if impl != "cpp" or not plain or torch.is_autocast_enabled("cpu") or query.numel() == 0:
-        return False
-    if gate.numel() != 1 or not gate.is_cpu:
-        return False  # sharded or offloaded: it is here only while its module runs
-    if gate.dim() > 1 or not {gate.dtype, base.dtype} <= extension.DTYPES.keys():
-        return False  # a full call brings them to one number and to float32 first
-    return query.stride(-1) == base.stride(-1) == 1
+    if impl not in _PARTS or not plain or query.numel() == 0 or _autocast(query) not in (None, query.dtype):
+        return None
+    if gate.numel() != 1 or any(each is not None and each.device != device for each in (key, value, gate, base, mask)):
+        return None  # a gate that is sharded or offloaded is here only while its module runs
+    if gate.dim() > 1 or not {query.dtype, gate.dtype, base.dtype} <= extension.DTYPES.keys():
+        return None  # a full call brings them to one number and to float32 first
+    return impl if query.stride(-1) == base.stride(-1) == 1 else None
 
 
 def side_by_side(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,23 +89,25 @@ class RepeatedDecode:
     Use :meth:`after`, which knows where it applies.
     """
 
-    def __init__(self, inputs: Inputs, scale: float | None, impl: str) -> None:
+    def __init__(self, inputs: Inputs, scale: float | None, impl: str, backend: str) -> None:
         query, key, value, gate, base, mask = inputs
         self._kept = key, value, mask  # their addresses are in what follows
-        self._impl, self._scale, self._gate_dtype = impl, scale, gate.dtype
-        self._like = _kind(query), _kind(base)
-        self._in_place = _is_like_result(query, base)
-        out = extension.describe(_result(query, base))
-        self._decode = extension.module().RepeatedDecode(_described(inputs, scale), out)
-        self._gate, self._threads = 0, 0  # told by `prepare`; the kernel refuses these
+        self._impl, self._scale, self._autocast = impl, scale, _autocast(query)
+        self._like, self._like_gate = (_kind(query), _kind(base)), (gate.dtype, gate.device)
+        self._in_place = backend == "cpp" and _is_like_result(query, base)
+        part = importlib.import_module(_PARTS[backend])
+        self._decode = part.repeated_decode(inputs, scale, _result(query, base))
+        self._gate = 0  # told by `prepare`
 
     @staticmethod
     def after(inputs: Inputs, scale: float | None, impl: str) -> RepeatedDecode | None:
         """For the calls that follow one with these arguments; None where only full calls will do."""
         query = inputs[0]
-        if query.device.type != "cpu" or query.shape[2] > MAX_DECODE_ROWS or not _direct.unobserved(inputs):
+        if query.shape[2] > MAX_DECODE_ROWS or not _direct.unobserved(inputs):
             return None
-        return RepeatedDecode(inputs, scale, impl) if _is_served(inputs, impl) else None
+        backend = _backend(inputs, impl)
+        found = None if backend is None else RepeatedDecode(inputs, scale, impl, backend)
+        return found if found is not None and found._decode is not None else None
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy's tensors lie elsewhere; it starts with a full call."""
@@ -115,36 +123,33 @@ class RepeatedDecode:
         kept = self._kept
         if key is not kept[0] or value is not kept[1] or mask is not kept[2] or impl != self._impl:
             return False
-        if type(gate) not in _direct.PLAIN or not gate.is_cpu or gate.dtype != self._gate_dtype or gate.is_neg():
+        if type(gate) not in _direct.PLAIN or (gate.dtype, gate.device) != self._like_gate or gate.is_neg():
             return False
-        self._gate, self._threads = gate.data_ptr(), torch.get_num_threads()
+        if _autocast(key) != self._autocast:
+            return False
+        self._gate = gate.data_ptr()
         return True
 
     def __call__(self, query: Tensor, base: Tensor, scale: float | None, overwrite: bool = False) -> Tensor | None:
         """(B, T, H, d), or None where this call is not like the first one; ``overwrite``: written into ``base``."""
         if type(query) is not Tensor or type(base) is not Tensor or (_kind(query), _kind(base)) != self._like:
             return None
-        if scale != self._scale or query.is_neg() or base.is_neg():
+        if scale != self._scale or not self._gate or query.is_neg() or base.is_neg():
             return None
         out = base if overwrite and self._in_place else _result(query, base)
-        self._decode(query.data_ptr(), self._gate, base.data_ptr(), out.data_ptr(), self._threads)
-        return out
+        return out if self._decode(query.data_ptr(), self._gate, base.data_ptr(), out.data_ptr()) else None
 
 
 class _Kernels:
-    """Forward and backward in C++ for tensors of one kind."""
+    """Forward and backward of one backend for tensors of one kind."""
 
-    def __init__(self, inputs: Inputs, scale: float | None) -> None:
-        query, key, value, gate, base, mask = inputs
-        self.lse = query.shape[:3]
-        self.saved = [_kind(tensor) for tensor in (query, key, value, gate, mask)]
-        out, lse = torch.empty(base.shape, dtype=query.dtype), torch.empty(self.lse, dtype=torch.float32)
+    def __init__(self, inputs: Inputs, scale: float | None, backend: str) -> None:
+        query, key, value, gate, _, mask = inputs
+        self.backend = backend
+        self.attention = importlib.import_module(_PARTS[backend]).RepeatedAttention(inputs, scale)
+        out, lse = self.attention.results()
+        self.saved = [_kind(tensor) for tensor in (query, key, value, gate, mask, lse)]
         self.out = _kind(out)
-        results, described = tuple(map(extension.describe, (out, lse))), _described(inputs, scale)
-        self.forward = extension.module().RepeatedForward(described, *results)
-        found = *map(torch.empty_like, inputs[:3]), torch.empty(gate.shape, dtype=torch.float32)
-        without_base = *described[:4], None, *described[5:]
-        self.backward = extension.module().RepeatedBackward(without_base, *results, *map(extension.describe, found))
 
 
 class _Short(torch.autograd.Function):
@@ -152,15 +157,12 @@ class _Short(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: _Kernels, *inputs: Any) -> Tensor:
-        query, key, value, gate, base, mask, *_ = inputs
-        # Not like the base, whose strides along a dimension of one may be any: the gradient's are the usual ones.
-        out, lse = torch.empty(base.shape, dtype=query.dtype), torch.empty(kernels.lse, dtype=torch.float32)
-        addresses = query.data_ptr(), key.data_ptr(), value.data_ptr(), gate.data_ptr(), base.data_ptr()
-        at_mask = 0 if mask is None else mask.data_ptr()
-        kernels.forward(*addresses, at_mask, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
-        keep(ctx, inputs, (out, lse))
+        output = kernels.attention.forward(inputs[:6])
+        if output is None:
+            output = forward(*inputs)
+        keep(ctx, inputs, output)
         ctx.kernels = kernels
-        return out
+        return output[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -168,17 +170,9 @@ class _Short(torch.autograd.Function):
         if grad is None or not any(needs[:4]):
             return None, *gradients(ctx, needs, grad)
         saved = ctx.saved_tensors
-        if not _Short.serves(kernels, saved, grad):
+        found = kernels.attention.backward(saved, grad, needs[:4]) if _Short.serves(kernels, saved, grad) else None
+        if found is None:
             return None, *gradients(ctx, needs, grad, saved)
-        # Laid out like the inputs, which the projections behind them wrote.
-        found = [torch.empty_like(saved[i]) if needs[i] else None for i in range(3)]
-        gate = saved[3]
-        found.append(torch.empty(gate.shape, dtype=torch.float32) if needs[3] else None)
-        parts = *saved[:5], grad, saved[5], *found
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in parts]
-        kernels.backward(*addresses, torch.get_num_threads())
-        if found[3] is not None and gate.dtype != torch.float32:
-            found[3] = found[3].to(gate.dtype)
         return None, *found, grad.to(ctx.base_dtype) if needs[4] else None, None, None, None
 
     @staticmethod
@@ -186,7 +180,7 @@ class _Short(torch.autograd.Function):
         """Whether the backward may be short as the forward was: hooks on saved tensors may lay them out anew."""
         if not _direct.quiet() or _kind(grad) != kernels.out or not _direct.whole((grad, *saved)):
             return False
-        return all(_kind(tensor) == kind for tensor, kind in zip(saved, kernels.saved, strict=False))
+        return all(_kind(tensor) == kind for tensor, kind in zip(saved, kernels.saved, strict=True))
 
 
 _KERNELS: dict[tuple[Any, ...], _Kernels] = {}
@@ -212,22 +206,22 @@ class RepeatedTraining:
         inputs = query, self._key, self._value, self._gate, base, self._mask
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
             return None  # re-entrant checkpoints ask for no gradients in between
-        return _Short.apply(kernels, *inputs, scale, "cpp")  # type: ignore[no-any-return]
+        return _Short.apply(kernels, *inputs, scale, kernels.backend)  # type: ignore[no-any-return]
 
     @staticmethod
     def after(inputs: Inputs, scale: float | None, impl: str) -> None:
         """Keep what the calls that follow one with these arguments need, where they need no full one."""
         query, key, value, gate, base, mask = inputs
-        if query.device.type != "cpu" or key.numel() == 0:
-            return
-        if not _direct.unprofiled(inputs) or not _is_served(inputs, impl):
+        if key.numel() == 0 or not _direct.unprofiled(inputs) or (backend := _backend(inputs, impl)) is None:
             return
         if any(torch.empty_like(tensor).stride(-1) != 1 for tensor in (query, key, value)):
             return  # rows that overlap: a gradient's layout would be another
         if len(_KERNELS) >= MOST_KINDS:
             _KERNELS.clear()
         kind = scale, _kind(query), _kind(base), *_held(key, value, gate, mask, impl)
-        _KERNELS[kind] = _Kernels(inputs, scale)
+        kernels = _Kernels(inputs, scale, backend)
+        if kernels.attention:
+            _KERNELS[kind] = kernels
 
 
 Ready = RepeatedDecode | RepeatedTraining
@@ -240,6 +234,8 @@ def ready(
 
     The caller has asked :func:`layalign.ops._direct.undisturbed`.
     """
+    if not (key.is_cpu or key.is_cuda):
+        return None
     if torch.is_grad_enabled():
         return RepeatedTraining(key, value, gate, mask, impl)
     return again if again is not None and again.prepare(key, value, gate, mask, impl) else None

@@ -44,7 +44,7 @@ torch.library.define(
 )
 
 
-def _forward(
+def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -54,10 +54,11 @@ def _forward(
     scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exp) straight from a backend's kernels."""
     return backends.launcher(backend, *_LAUNCHER)(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
 
 
-torch.library.impl(_FORWARD, "default", _forward)
+torch.library.impl(_FORWARD, "default", forward)
 
 
 @torch.library.register_fake(_FORWARD)
@@ -169,7 +170,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _forward(*inputs)
+        output = forward(*inputs)
         keep(ctx, inputs, output)
         return output[0]
 

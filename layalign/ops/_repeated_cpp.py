@@ -1,0 +1,79 @@
+"""The C++ kernels' part of :mod:`layalign.ops._repeated`: described and checked once, addresses alone after that.
+
+The counterparts of those in ``kernels/repeated.py``, by the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layalign.ops import extension
+
+Inputs = Sequence[Tensor | None]  # query, key, value, gate, base, mask
+
+
+def _described(inputs: Inputs, scale: float | None) -> tuple[Any, ...]:
+    """As the extension takes them: (query, key, value, gate, base, mask, scale)."""
+    query = inputs[0]
+    assert query is not None
+    return (*map(extension.describe, inputs), query.shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+def repeated_decode(inputs: Inputs, scale: float | None, out: Tensor) -> Callable[[int, int, int, int], bool]:
+    """The decoding kernel with key, value and mask held by the caller.
+
+    Returns:
+        A function of the addresses of query, gate, base and result, which may be the base's; it says that it ran.
+    """
+    decode = extension.module().RepeatedDecode(_described(inputs, scale), extension.describe(out))
+
+    def run(at_query: int, at_gate: int, at_base: int, at_out: int) -> bool:
+        decode(at_query, at_gate, at_base, at_out, torch.get_num_threads())
+        return True
+
+    return run
+
+
+class RepeatedAttention:
+    """Forward and backward for tensors of one kind, all on the CPU and with last strides of one."""
+
+    def __init__(self, inputs: Inputs, scale: float | None) -> None:
+        query, key, value, gate, base, _ = inputs
+        assert query is not None and key is not None and value is not None and gate is not None and base is not None
+        self._out, self._lse, self._dtype = base.shape, query.shape[:3], query.dtype
+        results = [extension.describe(each) for each in self.results()]
+        described = _described(inputs, scale)
+        self._forward = extension.module().RepeatedForward(described, *results)
+        found = *map(torch.empty_like, (query, key, value)), torch.empty(gate.shape, dtype=torch.float32)
+        without_base = *described[:4], None, *described[5:]
+        self._backward = extension.module().RepeatedBackward(without_base, *results, *map(extension.describe, found))
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Fresh memory for the forward's: out (B, T, H, d) in the query's dtype, log-sum-exp (B, H, T) fp32."""
+        # Not like the base, whose strides along a dimension of one may be any: the gradient's are the usual ones.
+        return torch.empty(self._out, dtype=self._dtype), torch.empty(self._lse, dtype=torch.float32)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """(out, log-sum-exp)."""
+        out, lse = self.results()
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*inputs, out, lse)]
+        self._forward(*addresses, torch.get_num_threads())
+        return out, lse
+
+    def backward(self, saved: Inputs, grad: Tensor, needs: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, ...]:
+        """dq, dk, dv and dgate from what was saved (query, key, value, gate, mask, log-sum-exp); None unless needed."""
+        gate = saved[3]
+        assert gate is not None
+        # Laid out like the inputs, which the projections behind them wrote.
+        found = [torch.empty_like(tensor) if need else None for tensor, need in zip(saved, needs[:3], strict=False)]  # type: ignore[arg-type]
+        found.append(torch.empty(gate.shape, dtype=torch.float32) if needs[3] else None)
+        parts = *saved[:5], grad, saved[5], *found
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in parts]
+        self._backward(*addresses, torch.get_num_threads())
+        if found[3] is not None and gate.dtype != torch.float32:
+            found[3] = found[3].to(gate.dtype)
+        return tuple(found)

@@ -1,0 +1,388 @@
+"""A launch that is made again hands the driver what Triton hands it for the same call.
+
+Without a GPU this is seen with a driver that only writes down (emulated_triton.py), in a process where kernels are not
+interpreted; on a GPU the numbers are compared too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import batch, tiny_model
+from torch import Tensor, nn
+
+from layalign import ops
+from layalign.ops import _repeated, backends
+from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
+
+pytest.importorskip("triton")
+from emulated_triton import Emulated, Launched, emulated_triton
+
+interpreted = pytest.mark.skipif(not backends.interpreting(), reason="kernels are not interpreted here")
+compiled = pytest.mark.skipif(backends.interpreting(), reason="runs in a process of its own, the first test's")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+DECODED: dict[str, dict[str, Any]] = {
+    "as in a model": {},
+    "split source": {"source": 900},
+    "no mask": {"masked": False},
+    "scaled": {"scale": 0.3},
+    "few rows": {"rows": 3},
+    "base of another type": {"base_dtype": torch.float16},
+    "half precision": {"dtype": torch.float16, "base_dtype": torch.float16},
+}
+TRAINED: dict[str, dict[str, Any]] = {
+    "as in a model": {"rows": 20},
+    "split rows": {"rows": 900},
+    "no mask": {"rows": 20, "masked": False},
+    "scaled": {"rows": 20, "scale": 0.3},
+    "half precision": {"rows": 20, "dtype": torch.float16, "base_dtype": torch.float16},
+    "heads side by side": {"rows": 20, "plain": True},
+}
+
+
+@interpreted
+def test_in_a_process_whose_kernels_are_not_interpreted() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed" not in done.stdout and " passed" in done.stdout
+
+
+@interpreted
+def test_interpreted_kernels_are_called_in_full() -> None:
+    assert RepeatedDecode.after(*split(arguments())) is None
+    kinds = len(_repeated._KERNELS)
+    RepeatedTraining.after(*split(arguments(rows=20)))
+    assert len(_repeated._KERNELS) == kinds
+
+
+def arguments(
+    rows: int = 1,
+    source: int = 5,
+    masked: bool = True,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    base_dtype: torch.dtype = torch.float32,
+    plain: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> list[Any]:
+    """query, key, value, gate, base, mask, scale, impl."""
+    torch.manual_seed(seed)
+
+    def heads(count: int, length: int) -> Tensor:
+        shape = (2, count, length, 16) if plain else (2, length, count, 16)
+        made = torch.randn(shape).to(device, dtype)
+        return made if plain else made.transpose(1, 2)
+
+    base = torch.randn(2, rows, 4, 16).to(device, base_dtype)
+    tensors = [heads(4, rows), heads(2, source), heads(2, source), torch.tensor([0.5], device=device), base]
+    mask = torch.arange(source, device=device) < torch.tensor([[source], [max(source - 2, 1)]], device=device)
+    return [*(tensor.requires_grad_() for tensor in tensors), mask if masked else None, scale, "triton"]
+
+
+def split(given: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(given[:6]), *given[6:]
+
+
+def full(given: Sequence[Any]) -> Tensor:
+    query, key, value, gate, base, mask, scale, impl = given
+    return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl=impl)
+
+
+def decoded(again: RepeatedDecode, given: Sequence[Any]) -> Tensor | None:
+    query, key, value, gate, base, mask, scale, impl = given
+    return again(query, base, scale) if again.prepare(key, value, gate, mask, impl) else None
+
+
+def trained(given: Sequence[Any]) -> Tensor | None:
+    query, key, value, gate, base, mask, scale, impl = given
+    return RepeatedTraining(key, value, gate, mask, impl)(query, base, scale)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
+    monkeypatch.setattr(_repeated, "_KERNELS", {})
+    with emulated_triton(monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def by_triton(driver: Emulated, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that Triton itself launched."""
+    from triton.runtime.jit import JITFunction
+
+    found: list[str] = []
+    run = JITFunction.run
+
+    def counting(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        if not warmup:
+            found.append(self.__name__)
+        return run(self, *args, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", counting)
+    return found
+
+
+def launched(driver: Emulated, given: Sequence[Any], call: Callable[[], Any]) -> list[Launched]:
+    """What a call launches. Addresses by the argument that lies there, others by when they first come up."""
+    driver.launches.clear()
+    results = call()
+    assert results is not None
+    names = {tensor.data_ptr(): f"argument {i}" for i, tensor in enumerate(given) if isinstance(tensor, Tensor)}
+    found = []
+    for launch in driver.launches:
+        pointers = {name: value for name, value in launch.arguments.items() if name.startswith("p_") and value}
+        named = {name: names.setdefault(value, f"fresh {len(names)}") for name, value in pointers.items()}
+        found.append(launch._replace(arguments={**launch.arguments, **named}))
+    assert found
+    return found
+
+
+@compiled
+@pytest.mark.parametrize("change", DECODED.values(), ids=DECODED)
+@torch.no_grad()
+def test_a_repeated_decode_launches_the_same(
+    change: dict[str, Any], driver: Emulated, by_triton: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layalign_kernels import gated_decode
+
+    monkeypatch.setattr(gated_decode, "multiprocessors", lambda _: 132)
+    given = arguments(**change)
+    right = launched(driver, given, lambda: full(given))
+    again = RepeatedDecode.after(*split(given))
+    assert again is not None
+    for seed in (1, 2):
+        other = arguments(**change, seed=seed)
+        given[0], given[3], given[4] = other[0], other[3], other[4]  # query, gate and base are new at every step
+        by_triton.clear()
+        driver.stream = seed  # the current one, whatever it was
+        found = launched(driver, given, lambda: decoded(again, given))
+        assert not by_triton
+        assert found == [launch._replace(stream=seed) for launch in right]
+    assert len(right) == (2 if "source" in change else 1)
+    if "source" in change:  # the log-sum-exps lie behind the parts, in one piece of memory
+        arguments_ = driver.launches[0].arguments
+        splits, rows = arguments_["splits"], driver.launches[1].arguments["rows"]
+        assert splits > 1 and arguments_["p_lse"] - arguments_["p_part"] == 4 * splits * rows * 16
+
+
+@compiled
+@pytest.mark.parametrize("change", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize(
+    "frozen", [(), (0, 4), (1, 2), (1,), (3,), (0, 1, 3), (0, 1, 2)], ids=lambda f: "frozen-" + "-".join(map(str, f))
+)
+def test_repeated_training_launches_the_same(
+    change: dict[str, Any],
+    frozen: tuple[int, ...],
+    driver: Emulated,
+    by_triton: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from layalign_kernels import gated_cross_attention_backward
+
+    monkeypatch.setattr(gated_cross_attention_backward, "multiprocessors", lambda _: 132)
+    first = arguments(**change)
+    full(first)
+    RepeatedTraining.after(*split(first))
+    weight = torch.randn(2, change["rows"], 4, 16).to(first[0].dtype)
+    whole = trained(first)
+    assert whole is not None
+    torch.autograd.grad(whole, first[:5], weight)  # one kind of tensors, whatever is wanted of them
+    given = arguments(**change, seed=1)
+    for place in frozen:
+        given[place].requires_grad_(False)
+    leaves = [each for each in given if isinstance(each, Tensor) and each.requires_grad]
+    results: list[Tensor] = []
+    gradients: list[tuple[Tensor, ...]] = []
+
+    def through(call: Callable[[], Tensor | None]) -> tuple[list[Launched], list[Launched]]:
+        forward = launched(driver, given, lambda: results.append(call()) or results)  # type: ignore[func-returns-value]
+        known = [*given, weight]
+        backward = launched(
+            driver, known, lambda: gradients.append(torch.autograd.grad(results[-1], leaves, weight)) or gradients
+        )
+        return forward, backward
+
+    right = through(lambda: full(given))
+    trained_once = through(lambda: trained(given))  # its backward may be compiled anew
+    by_triton.clear()
+    assert right == trained_once == through(lambda: trained(given))
+    assert not by_triton
+    for one, other in zip(gradients[0], gradients[-1], strict=True):
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+def moved(tensor: Tensor) -> Tensor:
+    """The same numbers 4 bytes behind a multiple of 16."""
+    memory = torch.empty(tensor.numel() + 5, dtype=tensor.dtype)
+    found = memory[1:].as_strided(tensor.shape, tensor.stride()) if memory.data_ptr() % 16 == 0 else memory
+    return found.copy_(tensor.detach())
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@compiled
+@torch.no_grad()
+def test_what_a_kept_decode_does_not_serve_goes_to_triton(driver: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = arguments()
+    full(given)
+    again = RepeatedDecode.after(*split(given))
+    assert again is not None and decoded(again, given) is not None
+    count = len(driver.launches)
+    aligned = given[0]
+    given[0] = moved(aligned)
+    assert given[0].data_ptr() % 16 and decoded(again, given) is None  # the kernel was compiled for multiples of 16
+    given[0] = aligned
+    driver.device = 1
+    assert decoded(again, given) is None  # another device is the current one
+    driver.device = 0
+    with tf32():
+        assert decoded(again, given) is None
+    assert len(driver.launches) == count
+    assert decoded(again, given) is not None
+    full([moved(aligned), *given[1:]])
+    assert len(driver.launches) == count + 2
+    # Made from an unaligned query, one serves both.
+    again = RepeatedDecode.after(*split([moved(aligned), *given[1:]]))
+    assert again is not None and decoded(again, given) is not None
+    assert decoded(again, [moved(aligned), *given[1:]]) is not None
+
+
+@compiled
+def test_what_kept_training_does_not_serve_goes_to_triton(driver: Emulated, by_triton: list[str]) -> None:
+    given = arguments(rows=20)
+    full(given)
+    RepeatedTraining.after(*split(given))
+    weight = torch.randn(2, 20, 4, 16)
+
+    def launches(grad: Tensor = weight) -> tuple[int, int]:
+        """How many Triton made, and how many there were."""
+        by_triton.clear()
+        driver.launches.clear()
+        result = trained(given)
+        assert result is not None
+        torch.autograd.grad(result, given[:4], grad)
+        return len(by_triton), len(driver.launches)
+
+    assert launches() == (0, 3)
+    assert launches(moved(weight)) == (2, 3)
+    given[0] = moved(given[0]).requires_grad_()
+    assert launches() == (3, 3)
+    given[0] = arguments(rows=20)[0]
+    assert launches() == (0, 3)
+    with tf32():
+        assert launches() == (3, 3)
+    driver.device = 1
+    assert launches() == (3, 3)
+
+
+@compiled
+@pytest.mark.parametrize("case", ["hooks", "ROCm"])
+def test_what_cannot_be_kept(case: str, driver: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    from layalign_kernels import gated_cross_attention, gated_decode
+
+    if case == "ROCm":
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+    else:
+        for kernel in (gated_decode.gated_decode_kernel, gated_cross_attention.gated_cross_attention_forward_kernel):
+            monkeypatch.setattr(kernel, "pre_run_hooks", [lambda *_, **__: None])
+    with torch.no_grad():
+        assert RepeatedDecode.after(*split(arguments())) is None
+    RepeatedTraining.after(*split(arguments(rows=20)))
+    assert not _repeated._KERNELS
+
+
+def with_triton(model: Any) -> Any:
+    for module in model.cross_attention:
+        module.impl = "triton"
+        nn.init.constant_(module.adaption_gate, 0.5)
+    return model
+
+
+@compiled
+def test_a_model_launches_the_same_either_way(
+    driver: Emulated, by_triton: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_triton(tiny_model())
+    inputs = batch(model=model)
+    layers = len(model.config.language_layers)
+
+    def counted(call: Callable[[], Any]) -> tuple[list[tuple[Any, ...]], int]:
+        driver.launches.clear()
+        by_triton.clear()
+        call()
+        numbers = [
+            (launch.kernel, launch.programs, [v for n, v in launch.arguments.items() if not n.startswith("p_")])
+            for launch in driver.launches
+        ]
+        return numbers, len(by_triton)
+
+    def step() -> None:
+        model.zero_grad()
+        model(**inputs).loss.backward()
+
+    def generate() -> None:
+        source = {name: inputs[name] for name in ("encoder_input_ids", "encoder_attention_mask")}
+        model.generate(**source, max_new_tokens=6, do_sample=False, eos_token_id=None)
+
+    for call, expected in ((step, 3 * layers), (generate, 6 * layers)):
+        call()  # the model's own check that the source arrives, and what is kept
+        call()
+        short, launches_of_triton = counted(call)
+        assert len(short) == expected
+        # A generation's first pass and its first step have another shape each time, and say what follows.
+        assert launches_of_triton == (0 if call is step else 2 * layers)
+        with monkeypatch.context() as patch:
+            patch.setattr(_repeated, "ready", lambda *_: None)
+            long, launches_of_triton = counted(call)
+        assert long == short and launches_of_triton == expected
+
+
+@compiled
+@on_gpu
+@pytest.mark.parametrize("change", DECODED.values(), ids=DECODED)
+@torch.no_grad()
+def test_a_repeated_decode_has_the_same_numbers(change: dict[str, Any]) -> None:
+    given = arguments(**change, device=GPU)
+    full(given)
+    again = RepeatedDecode.after(*split(given))
+    assert again is not None
+    for seed in (1, 2):
+        other = arguments(**change, seed=seed, device=GPU)
+        given[0], given[3], given[4] = other[0], other[3] * seed, other[4]
+        found = decoded(again, given)
+        assert found is not None and torch.equal(found, full(given)) and found.isfinite().all()
+
+
+@compiled
+@on_gpu
+@pytest.mark.parametrize("change", TRAINED.values(), ids=TRAINED)
+def test_repeated_training_has_the_same_numbers(change: dict[str, Any]) -> None:
+    first = arguments(**change, device=GPU)
+    full(first)
+    RepeatedTraining.after(*split(first))
+    given = arguments(**change, seed=1, device=GPU)
+    for _ in range(2):
+        short, long = trained(given), full(given)
+        assert short is not None and torch.equal(short, long)
+        weight = torch.randn_like(long)
+        gradients = [torch.autograd.grad(result, given[:5], weight) for result in (short, long)]
+        for one, other in zip(*gradients, strict=True):
+            assert torch.equal(one, other) and one.isfinite().all()
