@@ -194,6 +194,19 @@ def unit_last(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
+def rows_first(states: torch.Tensor, splits: int = 1) -> torch.Tensor:
+    """Memory (B, rows, heads, d), the layout of the projections behind it, seen like ``states`` (B, heads, rows, d).
+
+    With several splits one such tensor for each, in fp32.
+    """
+    batch, heads, rows, size = states.shape
+    strides = rows * heads * size, size, heads * size, 1
+    if splits == 1:
+        return torch.empty_strided(states.shape, strides, dtype=states.dtype, device=states.device)
+    shape = splits, batch, heads, rows, size
+    return torch.empty_strided(shape, (batch * strides[0], *strides), dtype=torch.float32, device=states.device)
+
+
 def strides(**tensors: tuple[torch.Tensor | None, Sequence[str]]) -> dict[str, int]:
     """``stride_<prefix><letter>`` keywords of a launch: strides(q=(query, "bht")) gives stride_qb, _qh, _qt."""
     found: dict[str, int] = {}

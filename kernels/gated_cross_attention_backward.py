@@ -40,6 +40,7 @@ from layalign_kernels.attention_tiles import (
     multiprocessors,
     padded_head_size,
     pick,
+    rows_first,
     scale_base2,
     shipped_entry,
     store_rows,
@@ -234,12 +235,6 @@ def splits_over_rows(programs: int, blocks: int, processors: int) -> int:
     return ceil_div(blocks, ceil_div(blocks, wanted)) if blocks else 1
 
 
-def zeros(states: torch.Tensor) -> torch.Tensor:
-    """Zeros like ``states`` (B, heads, rows, d), as a view of (B, rows, heads, d) memory."""
-    batch, heads, rows, size = states.shape
-    return torch.zeros((batch, rows, heads, size), dtype=states.dtype, device=states.device).transpose(1, 2)
-
-
 def gated_cross_attention_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -258,7 +253,9 @@ def gated_cross_attention_backward(
     ``needs`` (dq, dk, dv, dgate) does not ask for is None. ``splits`` overrides :func:`splits_over_rows`.
     """
     if query.numel() == 0:
-        dq, dk, dv = (zeros(x) if need else None for x, need in zip((query, key, value), needs[:3], strict=True))
+        dq, dk, dv = (
+            rows_first(x).zero_() if need else None for x, need in zip((query, key, value), needs[:3], strict=True)
+        )
         return dq, dk, dv, torch.zeros_like(gate) if needs[3] else None
     grad, query, key, value = (unit_last(tensor) for tensor in (grad, query, key, value))
     if splits is None:
@@ -280,8 +277,12 @@ def splits_for(query: torch.Tensor, key: torch.Tensor) -> int:
 
 
 class Memory(NamedTuple):
-    """What the backward's kernels write: dq (B, T, H, d), delta (B, H, T) and one part of dgate a program, both fp32,
-    and dk and dv (splits, B, S, G, d), in fp32 where there are several; None for what is not needed.
+    """What the backward's kernels write; None for what is not needed.
+
+    Attributes:
+        dq: (B, H, T, d), in memory (B, T, H, d).
+        delta, dgate: (B, H, T), and one part a program, fp32.
+        dk, dv: (B, G, S, d), in memory (B, S, G, d); if there are several splits (splits, B, G, S, d), fp32.
     """
 
     dq: torch.Tensor | None
@@ -295,32 +296,25 @@ class Memory(NamedTuple):
         """Fresh memory for a query (B, H, T, d) and keys (B, G, S, d)."""
         need_dq, need_dk, need_dv, need_dgate = needs
         batch, heads, length, size = query.shape
-        _, groups, source, _ = key.shape
-        device, fp32 = query.device, torch.float32
-        dq = torch.empty((batch, length, heads, size), dtype=query.dtype, device=device) if need_dq else None
-        delta = dgate = None
+        device, delta, dgate = query.device, None, None
         if need_dq or need_dk or need_dgate:
             options = configuration("dq", size, query.dtype, architecture(device))
-            delta = torch.empty((batch, heads, length), dtype=fp32, device=device)
+            delta = torch.empty((batch, heads, length), dtype=torch.float32, device=device)
             programs = ceil_div(length, options["BM"]) * batch * heads
-            dgate = torch.empty((programs,), dtype=fp32, device=device)
-        shape, dtype = (splits, batch, source, groups, size), key.dtype if splits == 1 else fp32
-        dk, dv = (torch.empty(shape, dtype=dtype, device=device) if need else None for need in (need_dk, need_dv))
-        return Memory(dq, delta, dgate, dk, dv)
+            dgate = torch.empty((programs,), dtype=torch.float32, device=device)
+        dk, dv = (rows_first(key, splits) if need else None for need in (need_dk, need_dv))
+        return Memory(rows_first(query) if need_dq else None, delta, dgate, dk, dv)
 
     def gradients(self, key: torch.Tensor, gate: torch.Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
         """dq, dk, dv and dgate, once the kernels have written."""
-
-        def whole(parts: torch.Tensor | None) -> torch.Tensor | None:
-            if parts is None:
-                return None
-            return (parts[0] if len(parts) == 1 else parts.sum(0).to(key.dtype)).transpose(1, 2)
-
-        dq = None if self.dq is None else self.dq.transpose(1, 2)
+        dk, dv = (
+            x.transpose(2, 3).sum(0).to(key.dtype).transpose(1, 2) if x is not None and x.dim() == 5 else x
+            for x in (self.dk, self.dv)
+        )
         dgate = None
         if needs[3] and self.dgate is not None:
             dgate = self.dgate.sum().to(gate.dtype).reshape(gate.shape)
-        return dq, whole(self.dk), whole(self.dv), dgate
+        return self.dq, dk, dv, dgate
 
 
 def backward_launches(

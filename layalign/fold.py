@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from layalign import ops, slots
 from layalign._plain import is_intercepted, reason_against_reading
+from layalign.attention import head_size, heads
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.ops import _checks, _direct
 from layalign.ops._packed import PackedWeight
@@ -235,10 +236,8 @@ class Folding:
         attentions: Sequence[nn.Module],
         hidden: Sequence[Tensor],
         engine: str | None = None,
-    ) -> Sequence[Tensor] | Tensor | None:
-        """2L tensors (B, S, D_kv), a key and a value by turns, or one (2L, B, S, D_kv).
-
-        None where the modules are to be called.
+    ) -> Sequence[Tensor] | None:
+        """2L tensors (B, G, S, d), a key and a value by turns; None where the modules are to be called.
 
         Args:
             engine: what shards the model, whose weights must be left alone even while they look whole.
@@ -250,21 +249,26 @@ class Folding:
         self._say(against)
         if reading is not None:
             return None
-        fc1, fc2, maps = projector.fc1, projector.fc2, _maps(attentions)
+        fc1, fc2, maps, size = projector.fc1, projector.fc2, _maps(attentions), head_size(attentions[0])
         by_slots = slots.useful(projector, hidden)
         if against is not None:  # in two steps, without the modules between them where that is the same
             alike = maps[0].weight.dtype == hidden[0].dtype and not torch.is_autocast_enabled(hidden[0].device.type)
-            return slots.project(projector, hidden, outer=maps) if by_slots and alike else None
+            if alike and by_slots:
+                return slots.project(projector, hidden, outer=maps, size=size)
+            if alike and projector.impl != "torch" and slots.differentiated(projector, hidden):
+                return slots.through(projector(hidden), maps, size)
+            return None
         packed = by_slots and slots.packable(projector, hidden, maps[0].out_features)
         packed = packed and not slots.differentiated(projector, hidden)
         folded = self._current(fc2, maps, hidden[0], packed, seen)
         weight, bias = folded.weight, folded.bias
         if by_slots:
-            return slots.project(projector, hidden, weight, bias, maps)
+            return slots.project(projector, hidden, weight, bias, maps, size)
         assert isinstance(weight, Tensor)
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (fc2.weight, fc2.bias)):
             weight, bias = _Fold.apply(fc2.weight, fc2.bias, folded, maps)
-        return ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl).unbind(0)
+        states = ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl)
+        return heads(states, size).unbind(0)
 
     def _against_reading(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module]

@@ -257,16 +257,11 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         engine = None if torch.compiler.is_compiling() else engine_of(self)
         folded = self.folding.states(projector, self._attentions, layers, engine)
         if folded is not None:
-            size = attention.head_size(self._attentions[0])
             under = torch.is_autocast_enabled(folded[0].device.type)  # then in its dtype, as from the LLM's own modules
-            kept = under or folded[0].dtype == dtype
-            if isinstance(folded, Tensor):
-                found = list(attention.heads(folded if kept else folded.to(dtype), size).unbind(0))
-            else:
-                found = [attention.heads(state if kept else state.to(dtype), size) for state in folded]
+            found = list(folded) if under else [state.to(dtype) for state in folded]
             return found[0::2], found[1::2]
         if slots.useful(projector, layers):
-            states = slots.project(projector, layers)
+            states = list(slots.project(projector, layers))
         else:
             states = list(self.encoder_aligner.states(layers).unbind(0))
         states = [state.to(dtype) for state in states] * projector.times

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from layalign import ops
 from layalign._plain import is_intercepted, reason_against_reading
+from layalign.attention import heads
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.ops import _checks, _direct, _packed
 from layalign.ops._packed import PackedWeight
@@ -58,8 +59,9 @@ def project(
     weight: Tensor | PackedWeight | None = None,
     bias: Tensor | None = None,
     outer: Sequence[nn.Linear] = (),
-) -> Sequence[Tensor] | Tensor:
-    """2L tensors (B, S, D_out), or all in one, differentiable in the projector's parameters and in ``hidden``.
+    size: int | None = None,
+) -> Sequence[Tensor]:
+    """2L tensors (B, S, D_out), differentiable in the projector's parameters and in ``hidden``.
 
     Args:
         hidden: E tensors (B, S, D_e).
@@ -67,25 +69,51 @@ def project(
             A packed weight is for calls that nobody differentiates.
         outer: 2L frozen maps, plain ones whose weights may be read: those that were folded into ``weight``; without it
             they are applied to y.
+        size: d, to get (B, D_out / d, S, d) at once: views that autograd would see one by one, each way.
 
     Source: LayAlign, layer-wise aligner; gradients: dW2 = sum_j (dy[j].T @ x[j]), each led by Wk.T where folded.
     """
     fc1, fc2 = projector.fc1, projector.fc2
     hidden = _checks.autocast(hidden)
-    kept = _Kept(projector.impl, weight, bias, outer)
+    kept = _Kept(projector.impl, weight, bias, outer, size)
     inputs = fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden
     direct = _direct.plain(inputs) and not differentiated(projector, hidden)
-    return _forward(kept, *inputs) if direct else list(_Slots.apply(kept, *inputs))
+    return kept.as_heads(_forward(kept, *inputs)) if direct else list(_Slots.apply(kept, *inputs))
+
+
+def through(y: Tensor, outer: Sequence[nn.Linear], size: int) -> Sequence[Tensor]:
+    """y (2L, B, S, D_l) by 2L frozen maps, as heads (B, D_out / d, S, d): the model's way on a GPU where it trains.
+
+    One node for autograd instead of a linear map, a view and a transposition for each slot.
+    """
+    return list(_Outer.apply(_Kept("auto", None, None, outer, size), y))
 
 
 class _Kept:
     """What a call keeps beside its tensors with gradients."""
 
     def __init__(
-        self, impl: str, weight: Tensor | PackedWeight | None, bias: Tensor | None, outer: Sequence[nn.Linear]
+        self,
+        impl: str,
+        weight: Tensor | PackedWeight | None,
+        bias: Tensor | None,
+        outer: Sequence[nn.Linear],
+        size: int | None,
     ) -> None:
-        self.impl, self.weight, self.bias, self.outer = impl, weight, bias, outer
+        self.impl, self.weight, self.bias, self.outer, self.size = impl, weight, bias, outer, size
         self.in_two_steps = weight is None and len(outer) > 0
+
+    def as_heads(self, states: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
+        """Results (B, S, D_out) as they are wanted."""
+        if isinstance(states, Tensor):
+            return (states if self.size is None else heads(states, self.size)).unbind(0)
+        return states if self.size is None else [heads(state, self.size) for state in states]
+
+    def as_rows(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of what :meth:`as_heads` returned, (B, S, D_out)."""
+        if self.size is None:
+            return list(grads)
+        return [None if grad is None else grad.transpose(1, 2).flatten(2) for grad in grads]
 
     def through(self, y: Sequence[Tensor] | Tensor, first: int = 0) -> Sequence[Tensor] | Tensor:
         """Slots' y (B, S, D_l) from ``first`` on by the maps that follow, if any do; y is forgotten on the way."""
@@ -277,7 +305,7 @@ class _Slots(torch.autograd.Function):
         ctx.kept = kept
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mix_weight, mix_bias, inner, inner_bias, *hidden)
-        return tuple(_forward(kept, mix_weight, mix_bias, inner, inner_bias, *hidden))
+        return tuple(kept.as_heads(_forward(kept, mix_weight, mix_bias, inner, inner_bias, *hidden)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -290,10 +318,24 @@ class _Slots(torch.autograd.Function):
         with _checks.without_autocast(hidden[0]):
             for group in _groups(hidden, len(mix_weight)):
                 x = mixed.again(group)
-                parts = [None if grad is None else grad.to(dtype) for grad in grads[group]]
+                parts = [None if grad is None else grad.to(dtype) for grad in ctx.kept.as_rows(grads[group])]
                 if any(grad is not None for grad in parts):
                     mixed.backward(group, sums.add(parts, x, group, inner))
         found = mixed.totals
         pairs = zip(sums.gradients, (inner, inner_bias), strict=True)
         inner_grads = (None if grad is None else grad.to(p.dtype) for grad, p in pairs)
         return (None, *found[:2], *inner_grads, *found[2:])
+
+
+class _Outer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kept: _Kept, y: Tensor) -> tuple[Tensor, ...]:
+        ctx.kept, ctx.shape = kept, y.shape
+        ctx.set_materialize_grads(False)
+        return tuple(kept.as_heads(kept.through(y.unbind(0))))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor]:
+        _, batch, source, _ = ctx.shape
+        return None, ctx.kept.back(ctx.kept.as_rows(grads), 0, batch * source).view(ctx.shape)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import batch, compiles, tiny_model
 
-from layalign import ArgumentError, LayAlignConfig
+from layalign import ArgumentError, LayAlignConfig, slots
 from layalign.fold import MARGIN, break_even_rows, reason_against
 
 
@@ -251,3 +251,29 @@ def test_compiled_it_calls_the_modules() -> None:
 def test_a_bad_choice_is_named() -> None:
     with pytest.raises(ArgumentError, match="^fold: expected one of auto, always, never, got 'maybe'"):
         LayAlignConfig(fold="maybe")
+
+
+@pytest.mark.parametrize("llm", ["llama", "llama_gqa_wide_heads", "qwen2"])
+def test_where_folding_does_not_pay_the_maps_are_one_node(llm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the projector is one launch for all slots: the LLM's modules are not called for them."""
+    modules, together = both(llm)
+    together.folding.choice = "auto"
+    for model in (modules, together):
+        model.double()
+    monkeypatch.setattr(slots, "useful", lambda *_: False)
+    for attention in modules._attentions:
+        attention.k_proj.register_forward_hook(lambda *_: None)  # it wants to see the module called
+    inputs, forward = batch(model=modules), torch.nn.Linear.forward
+    maps = {id(attention.k_proj) for model in (modules, together) for attention in model._attentions}
+    called: list[int] = []
+
+    def counting(self, x: torch.Tensor) -> torch.Tensor:
+        called.extend([1] if id(self) in maps else [])
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", counting)
+    first, layers = loss_and_gradients(modules, inputs), len(modules._attentions)
+    assert len(called) == 2 * layers  # for the LLM's own keys and for the source's
+    second = loss_and_gradients(together, inputs)
+    assert len(called) == 3 * layers and "folding pays from" in together.folding.last
+    assert_same(first, second, bound=1e-6)
