@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign import last_layer
-from layalign._plain import has_hooks, parts
+from layalign._plain import is_altered, parts
 from layalign._sharding import reason_whole_is_not_here
 from layalign.attention import key_value_modules
 from layalign.fold import STEPS
@@ -101,17 +100,6 @@ def _is_lora(linear: Any) -> bool:
     kind = type(linear)  # by name: peft is not imported for this
     known = kind.__module__ == "peft.tuners.lora.layer" and kind.__name__ == "Linear"
     return known and type(linear.base_layer) is nn.Linear and not linear.lora_variant
-
-
-def is_altered(module: nn.Module) -> bool:
-    """Whether a call may give something else than the module's class says.
-
-    Hooks of engines move weights and sum over processes; that is no change.
-    """
-    if "forward" in module.__dict__:
-        function = getattr(module.__dict__["forward"], "func", None)
-        return not str(getattr(function, "__module__", "")).startswith(last_layer._ENGINES)
-    return has_hooks(module) and last_layer._watched(module)
 
 
 def _modes(query: Tensor) -> tuple[Any, ...]:

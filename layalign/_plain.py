@@ -10,6 +10,9 @@ from torch import nn
 from layalign._sharding import reason_whole_is_not_here
 from layalign.errors import ArgumentError
 
+# Their hooks look at parameters, move them or sum over processes; transformers' collect what a call asks for.
+ENGINES = ("torch.distributed", "deepspeed", "accelerate", "transformers.utils")
+
 
 def parts(module: nn.Module) -> list[nn.Module]:
     """``module`` and all modules in it, quicker than its ``modules()``, which builds a name for each."""
@@ -38,6 +41,24 @@ def has_hooks(module: nn.Module) -> bool:
 def is_intercepted(module: nn.Module) -> bool:
     """Whether a call of ``module`` does other things than its class says: hooks, or a patched forward."""
     return has_hooks(module) or "forward" in module.__dict__
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether something but an engine wants to see ``module`` called."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+        for hook in hooks.values():
+            function = getattr(hook, "func", hook)
+            if not str(getattr(function, "__module__", "")).startswith(ENGINES):
+                return True
+    return False
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call may give something else than the module's class says."""
+    if "forward" in module.__dict__:
+        function = getattr(module.__dict__["forward"], "func", None)
+        return not str(getattr(function, "__module__", "")).startswith(ENGINES)
+    return has_hooks(module) and is_watched(module)
 
 
 def require_input(name: str, value: Any, linear: Any) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from layalign import last_layer, ops
-from layalign._kept import KeptStates, is_altered
-from layalign._plain import is_intercepted, parts, reason_against_reading
+from layalign._kept import KeptStates
+from layalign._plain import is_altered, is_intercepted, parts, reason_against_reading
 from layalign.attention import PREFIX, key_value_states, register
 from layalign.errors import ArgumentError
 from layalign.fold import count_steps
@@ -227,9 +227,9 @@ class AttentionSwap:
 def reason_against_output(attention: nn.Module) -> str | None:
     """Why projecting the sum of attention and gated term is not the published sum of two projections."""
     modules = attention._modules
-    linear = modules.get("o_proj") or next((modules[name] for name in last_layer._OUTPUTS if name in modules), None)
+    linear = modules.get("o_proj") or next((modules[name] for name in last_layer.OUTPUTS if name in modules), None)
     if linear is None:
-        return f"{type(attention).__name__} has no output projection by a known name ({', '.join(last_layer._OUTPUTS)})"
+        return f"{type(attention).__name__} has no output projection by a known name ({', '.join(last_layer.OUTPUTS)})"
     for part in (linear,) if type(linear) is nn.Linear else parts(linear):
         if part._parameters.get("bias") is not None or part._buffers.get("bias") is not None:
             return "its output projection has a bias, which the published formula adds twice"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from layalign._plain import is_watched
 from layalign.attention import attention_modules
 from layalign.rows import Rows, only_rows
 
@@ -25,15 +26,14 @@ MOST = 0.75  # share of the positions above which copying them costs more than i
 
 _BLOCKS = ("mlp", "feed_forward", "ffn")
 _QUERIES = ("q_proj",)
-_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.Softplus, nn.Tanh, nn.Sigmoid,
     nn.Hardswish, nn.Hardsigmoid,
 )  # fmt: skip
 _POSITION_WISE = (nn.Linear, Conv1D, nn.Identity, nn.Dropout, nn.ModuleDict, nn.ModuleList, nn.ParameterDict)
-# Hooks of engines look at parameters, not at results; those of transformers collect what a call asks for (_WATCHED).
-_ENGINES = ("torch.distributed", "deepspeed", "accelerate", "transformers.utils")
-_WATCHED = ("output_hidden_states", "output_attentions", "output_router_logits")
+# What a call may ask for: transformers' own hooks collect it.
+_COLLECTED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def position_wise(module: nn.Module) -> bool:
@@ -48,16 +48,6 @@ def position_wise(module: nn.Module) -> bool:
         if not known or (isinstance(part, nn.Dropout) and part.training and part.p > 0):
             return False
     return True
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether something but an engine wants to see ``module`` called."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-        for hook in hooks.values():
-            function = getattr(hook, "func", hook)
-            if not str(getattr(function, "__module__", "")).startswith(_ENGINES):
-                return True
-    return False
 
 
 class LastLayer:
@@ -86,7 +76,7 @@ class LastLayer:
     def maps(self) -> list[nn.Module]:
         """The position-wise maps behind the layer's keys and values."""
         found = [getattr(self._layer, name, None) for name in _BLOCKS]
-        found += [getattr(self._attention, name, None) for name in (*_QUERIES, *_OUTPUTS)]
+        found += [getattr(self._attention, name, None) for name in (*_QUERIES, *OUTPUTS)]
         return [module for module in found if isinstance(module, nn.Module)]
 
     def reason_against(self, rows: Rows, options: dict[str, Any]) -> str | None:
@@ -102,7 +92,7 @@ class LastLayer:
         if not self._path or getattr(self._path[-1], self._container)[-1] is not self._layer:
             return "the LLM has no list of layers that ends with its last attention"
         config = self._path[0].config
-        if any(options.get(name) or getattr(config, name, False) for name in _WATCHED):
+        if any(options.get(name) or getattr(config, name, False) for name in _COLLECTED):
             return "states of all positions are asked for"
         source = options.get("layalign_source")
         return self._reason_against_modules(() if source is None else source.attentions)
@@ -112,7 +102,7 @@ class LastLayer:
             return "the layer's activations are checkpointed: it runs again in the backward"
         if any(getattr(part, "_compiled_call_impl", None) is not None for part in (*self._path, self._layer)):
             return "a part of the LLM is compiled"
-        if any(_watched(module) for module in (*self._observers(), *beside)):
+        if any(is_watched(module) for module in (*self._observers(), *beside)):
             return "hooks want to see the last layer"
         maps = self.maps()
         if not maps:

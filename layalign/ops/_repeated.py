@@ -64,6 +64,8 @@ def _backend(inputs: Inputs, impl: str) -> str | None:
     if impl == "auto":
         impl = backends.choose("gated_cross_attention", device.type, query, key, value, gate, base)
     plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
+    if impl == "triton" and (torch.version.hip is not None or backends.interpreting()):
+        return None  # told here, not anew by every call
     if impl not in _PARTS or not plain or query.numel() == 0 or _autocast(query) not in (None, query.dtype):
         return None
     if gate.numel() != 1 or any(each is not None and each.device != device for each in (key, value, gate, base, mask)):
