@@ -86,7 +86,7 @@ def side_by_side(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RepeatedDecode:
-    """The C++ decoding kernel with keys, values, mask and scale held fast; the arguments passed a full call already.
+    """A decoding kernel with keys, values, mask and scale held fast; the arguments passed a full call already.
 
     Use :meth:`after`, which knows where it applies.
     """
