@@ -2,8 +2,9 @@
 
 **Time.** The calls of one row take turns, so that what else the machine does meets all of them. A round times every
 baseline once and then ours; a ratio is the median over rounds of ours / baseline, each round's own, or, where slow
-baselines were timed in fewer than three rounds, the ratio of the medians. Where a call of the row is short (under
-2 ms), all run once untimed right before. On a GPU: CUDA events, the L2 cache overwritten before each call.
+baselines were timed in fewer than three rounds, of ours in the first three over the baseline's median. Where a call of
+the row is short (under 2 ms), all run once untimed right before. On a GPU: CUDA events, the L2 cache overwritten before
+each call.
 
 **Memory.** The highest number of bytes alive during a call above what was alive before it. On a CPU: what torch's
 allocator hands out and takes back, every event of it as ``torch.profiler`` records them; scratch that oneDNN, MKL or
@@ -133,8 +134,11 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def compared(ours: list[float], other: list[float]) -> dict[str, float]:
-    """A baseline's median, and ours / baseline by rounds; of few rounds, all of ours over the baseline's median."""
-    pairs = zip(ours, other if len(other) >= FEW_ROUNDS else [quartiles(other)[1]] * len(ours), strict=False)
+    """A baseline's median, and ours / baseline by rounds; of few, ours of the first three over the baseline's median.
+
+    These are the nearest in time: in a minute a machine may have another clock.
+    """
+    pairs = zip(ours, other if len(other) >= FEW_ROUNDS else [quartiles(other)[1]] * FEW_ROUNDS, strict=False)
     ratios = summary([a / b for a, b in pairs])
     return {
         "median": quartiles(other)[1],
