@@ -17,6 +17,13 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 ALIGNMENT = 16  # bytes; Triton compiles another kernel for a pointer that is not a multiple
+OLDEST = 3, 4  # Triton's version from which compiled kernels were seen to take what is handed over here
+
+
+def can_repeat() -> bool:
+    """Whether any launch can be repeated here: for AMD's chips kernels hang on the size of a pointer's memory too."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return version >= OLDEST and torch.version.hip is None
 
 
 class Launch(NamedTuple):
@@ -48,8 +55,10 @@ class Repeated:
         The current device must be that of the tensors.
         """
         kernel = launch.kernel
-        if type(kernel) is not JITFunction or kernel.pre_run_hooks or torch.version.hip is not None:
-            return None  # for AMD's chips kernels hang on the size of the memory behind a pointer too
+        if not can_repeat():
+            return None
+        if type(kernel) is not JITFunction or kernel.pre_run_hooks:
+            return None
         pointers = [name for name in kernel.arg_names if name.startswith("p_")]
         if pointers != kernel.arg_names[: len(pointers)] or not set(kernel.arg_names) <= launch.arguments.keys():
             return None

@@ -13,7 +13,9 @@ from layalign_kernels.common import dot_precision
 from layalign_kernels.gated_cross_attention import forward_launch
 from layalign_kernels.gated_cross_attention_backward import Memory, backward_launches, splits_for
 from layalign_kernels.gated_decode import decode_launches
-from layalign_kernels.launching import Launch, Repeated
+from layalign_kernels.launching import Launch, Repeated, can_repeat
+
+__all__ = ["RepeatedAttention", "can_repeat", "repeated_decode"]
 
 Tensors = Sequence["torch.Tensor | None"]  # query, key, value, gate, base, mask
 Needs = tuple[bool, bool, bool, bool]

@@ -109,13 +109,13 @@ def emulated_triton(patch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     patch.setattr(triton.compiler, "compile", lambda source, **_: _compiled(driver, source))
     usable = backends._capability
     patch.setattr(backends, "_capability", lambda b, d: (True, "emulated") if b == "triton" else usable(b, d))
-    before = triton.runtime.driver._active
+    before = dict(vars(triton.runtime.driver))
     triton.runtime.driver.set_active(driver)
     _forget_compiled()
     try:
         yield driver
     finally:
-        triton.runtime.driver._active = before
+        vars(triton.runtime.driver).update(before)
         _forget_compiled()
 
 

@@ -294,12 +294,14 @@ def test_what_kept_training_does_not_serve_goes_to_triton(driver: Emulated, by_t
 
 
 @compiled
-@pytest.mark.parametrize("case", ["hooks", "ROCm"])
+@pytest.mark.parametrize("case", ["hooks", "ROCm", "an old Triton"])
 def test_what_cannot_be_kept(case: str, driver: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     from layalign_kernels import gated_cross_attention, gated_decode
 
     if case == "ROCm":
         monkeypatch.setattr(torch.version, "hip", "7.0")
+    elif case == "an old Triton":
+        monkeypatch.setattr("triton.__version__", "3.3.1+git1")
     else:
         for kernel in (gated_decode.gated_decode_kernel, gated_cross_attention.gated_cross_attention_forward_kernel):
             monkeypatch.setattr(kernel, "pre_run_hooks", [lambda *_, **__: None])

@@ -29,6 +29,10 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # query, 
 _PARTS = {"cpp": "layalign.ops._repeated_cpp", "triton": "layalign_kernels.repeated"}
 
 
+def _part(backend: str) -> Any:
+    return importlib.import_module(_PARTS[backend])
+
+
 def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """What must not change from call to call in the tensors that do."""
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
@@ -64,8 +68,8 @@ def _backend(inputs: Inputs, impl: str) -> str | None:
     if impl == "auto":
         impl = backends.choose("gated_cross_attention", device.type, query, key, value, gate, base)
     plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
-    if impl == "triton" and (torch.version.hip is not None or backends.interpreting()):
-        return None  # told here, not anew by every call
+    if impl == "triton" and (backends.interpreting() or not _part(impl).can_repeat()):
+        return None  # told here, not found out anew by every call
     if impl not in _PARTS or not plain or query.numel() == 0 or _autocast(query) not in (None, query.dtype):
         return None
     if gate.numel() != 1 or any(each is not None and each.device != device for each in (key, value, gate, base, mask)):
@@ -97,8 +101,7 @@ class RepeatedDecode:
         self._impl, self._scale, self._autocast = impl, scale, _autocast(query)
         self._like, self._like_gate = (_kind(query), _kind(base)), (gate.dtype, gate.device)
         self._in_place = backend == "cpp" and _is_like_result(query, base)
-        part = importlib.import_module(_PARTS[backend])
-        self._decode = part.repeated_decode(inputs, scale, _result(query, base))
+        self._decode = _part(backend).repeated_decode(inputs, scale, _result(query, base))
         self._gate = 0  # told by `prepare`
 
     @staticmethod
@@ -148,7 +151,7 @@ class _Kernels:
     def __init__(self, inputs: Inputs, scale: float | None, backend: str) -> None:
         query, key, value, gate, _, mask = inputs
         self.backend = backend
-        self.attention = importlib.import_module(_PARTS[backend]).RepeatedAttention(inputs, scale)
+        self.attention = _part(backend).RepeatedAttention(inputs, scale)
         out, lse = self.attention.results()
         self.saved = [_kind(tensor) for tensor in (query, key, value, gate, mask, lse)]
         self.out = _kind(out)
