@@ -50,13 +50,11 @@ class Repeated:
 
     @staticmethod
     def of(launch: Launch) -> Repeated | None:
-        """Compiled by now or here, not launched; None where only Triton can make this launch (interpreted, ROCm, ...).
+        """Compiled by now or here, not launched; None where only Triton can make this launch.
 
-        The current device must be that of the tensors.
+        The caller has asked :func:`can_repeat`; the current device is that of the tensors.
         """
         kernel = launch.kernel
-        if not can_repeat():
-            return None
         if type(kernel) is not JITFunction or kernel.pre_run_hooks:
             return None
         pointers = [name for name in kernel.arg_names if name.startswith("p_")]

@@ -15,21 +15,32 @@ from layalign_kernels.gated_cross_attention_backward import Memory, backward_lau
 from layalign_kernels.gated_decode import decode_launches
 from layalign_kernels.launching import Launch, Repeated, can_repeat
 
-__all__ = ["RepeatedAttention", "can_repeat", "repeated_decode"]
+__all__ = ["can_repeat", "repeated_attention", "repeated_decode"]
 
 Tensors = Sequence["torch.Tensor | None"]  # query, key, value, gate, base, mask
 Needs = tuple[bool, bool, bool, bool]
 
 
-def _kept(launches: Sequence[Launch]) -> list[Repeated] | None:
-    """All of them, or None."""
-    found = []
-    for launch in launches:
-        one = Repeated.of(launch)
-        if one is None:
-            return None
-        found.append(one)
-    return found
+class _Together:
+    """Launches that are made together, or not at all."""
+
+    def __init__(self, kept: Sequence[Repeated], dtype: torch.dtype) -> None:
+        self._kept, self._dtype, self._precision = kept, dtype, dot_precision(dtype)
+
+    @staticmethod
+    def of(launches: Sequence[Launch], dtype: torch.dtype) -> _Together | None:
+        """Those of tensors of ``dtype``, on the current device; None where Triton must make one of them."""
+        kept = [one for launch in launches if (one := Repeated.of(launch)) is not None]
+        return _Together(kept, dtype) if len(kept) == len(launches) else None
+
+    def __call__(self, *calls: Sequence[int | None]) -> bool:
+        """Launch at one sequence of addresses each, and say whether it could be done."""
+        pairs = list(zip(self._kept, calls, strict=True))
+        if dot_precision(self._dtype) != self._precision or not all(one.fits(at) for one, at in pairs):
+            return False
+        for one, at in pairs:
+            one(at)
+        return True
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -47,15 +58,13 @@ def repeated_decode(
     """
     query, key, value, gate, base, mask = inputs
     assert query is not None and key is not None and value is not None and gate is not None
-    precision = dot_precision(query.dtype)
     with torch.cuda.device_of(query):
         launches = decode_launches(query, key, value, gate, base, mask, scale, out)
-        kept = _kept(launches)
-    if kept is None:
+        together = _Together.of(launches, query.dtype)
+    if together is None:
         return None
     at_key, at_value, at_mask = map(_address, (key, value, mask))
-    first, *then = kept
-    part, device, dtype = launches[0].arguments["p_part"], query.device, query.dtype
+    part, device = launches[0].arguments["p_part"], query.device
     shape = None if part is None else (part.shape[0], part.shape[1], part.shape[2] + 1)  # with the log-sum-exp behind
 
     def run(at_query: int, at_gate: int, at_base: int, at_out: int) -> bool:
@@ -65,53 +74,33 @@ def repeated_decode(
             at_part = scratch.data_ptr()
             at_lse = at_part + 4 * shape[0] * shape[1] * (shape[2] - 1)
         own = at_query, at_key, at_value, at_gate, at_base, at_mask, at_out, at_part, at_lse
-        if not first.fits(own) or dot_precision(dtype) != precision:
-            return False
-        combine = at_part, at_lse, at_gate, at_base, at_out
-        if then and not then[0].fits(combine):
-            return False
-        first(own)
-        if then:
-            then[0](combine)
-        return True
+        return together(own) if shape is None else together(own, (at_part, at_lse, at_gate, at_base, at_out))
 
     return run
+
+
+def repeated_attention(
+    inputs: Tensors, scale: float | None, out: torch.Tensor, lse: torch.Tensor
+) -> RepeatedAttention | None:
+    """Forward and backward for tensors of one kind, or None where only Triton launches."""
+    query, key, value, gate, base, mask = inputs
+    assert query is not None and key is not None and value is not None and gate is not None
+    with torch.cuda.device_of(query):
+        launch = forward_launch(query, key, value, gate, base, mask, scale, out, lse)
+        together = _Together.of([launch], query.dtype)
+    return None if together is None else RepeatedAttention(together, scale, splits_for(query, key))
 
 
 class RepeatedAttention:
     """Forward and backward for tensors of one kind, all on one device and with last strides of one."""
 
-    def __init__(self, inputs: Tensors, scale: float | None) -> None:
-        query, key, value, gate, base, mask = inputs
-        assert query is not None and key is not None and value is not None and gate is not None and base is not None
-        self._scale, self._device, self._dtype = scale, query.device, query.dtype
-        self._precision = dot_precision(query.dtype)
-        self._out = base.shape
-        self._splits = splits_for(query, key)
-        self._backward: dict[Needs, list[Repeated] | None] = {}
-        with torch.cuda.device_of(query):
-            found = _kept([forward_launch(query, key, value, gate, base, mask, scale, *self.results())])
-        self._forward = None if found is None else found[0]
+    def __init__(self, forward: _Together, scale: float | None, splits: int) -> None:
+        self._forward, self._scale, self._splits = forward, scale, splits
+        self._backward: dict[Needs, _Together | None] = {}
 
-    def __bool__(self) -> bool:
-        """Whether it can be launched at all."""
-        return self._forward is not None
-
-    def results(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fresh memory for the forward's: out (B, T, H, d) in the query's dtype, log-sum-exp (B, H, T) fp32."""
-        batch, length, heads, _ = self._out
-        out = torch.empty(self._out, dtype=self._dtype, device=self._device)
-        return out, torch.empty((batch, heads, length), dtype=torch.float32, device=self._device)
-
-    def forward(self, inputs: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """As ``gated_cross_attention_forward``, or None where it must be called instead."""
-        out, lse = self.results()
-        addresses = [_address(tensor) for tensor in (*inputs, out, lse)]
-        assert self._forward is not None
-        if not self._forward.fits(addresses) or dot_precision(self._dtype) != self._precision:
-            return None
-        self._forward(addresses)
-        return out, lse
+    def forward(self, inputs: Tensors, out: torch.Tensor, lse: torch.Tensor) -> bool:
+        """Into ``out`` (B, T, H, d) and ``lse`` (B, H, T) fp32; False where nothing was launched."""
+        return self._forward([_address(tensor) for tensor in (*inputs, out, lse)])
 
     def backward(self, saved: Tensors, grad: torch.Tensor, needs: Needs) -> tuple[torch.Tensor | None, ...] | None:
         """As ``gated_cross_attention_backward``, or None where it must be called instead.
@@ -125,10 +114,8 @@ class RepeatedAttention:
         if needs not in self._backward:
             arguments = grad, query, key, value, gate, mask, lse, self._scale, memory, self._splits
             with torch.cuda.device_of(query):
-                self._backward[needs] = _kept(backward_launches(*arguments))
-        kept = self._backward[needs]
-        if kept is None or dot_precision(self._dtype) != self._precision:
-            return None
+                self._backward[needs] = _Together.of(backward_launches(*arguments), query.dtype)
+        together = self._backward[needs]
         head = [_address(tensor) for tensor in (query, key, value, gate, mask, lse)]
         at_grad, delta = grad.data_ptr(), _address(memory.delta)
         calls = []
@@ -136,8 +123,4 @@ class RepeatedAttention:
             calls.append([*head, at_grad, _address(memory.dq), delta, memory.dgate.data_ptr()])
         if memory.dk is not None or memory.dv is not None:
             calls.append([*head, delta, at_grad, _address(memory.dk), _address(memory.dv)])
-        if not all(launch.fits(addresses) for launch, addresses in zip(kept, calls, strict=True)):
-            return None
-        for launch, addresses in zip(kept, calls, strict=True):
-            launch(addresses)
-        return memory.gradients(key, gate, needs)
+        return memory.gradients(key, gate, needs) if together is not None and together(*calls) else None

@@ -14,7 +14,7 @@ from layalign._plain import is_altered, parts
 from layalign._sharding import reason_whole_is_not_here
 from layalign.attention import key_value_modules
 from layalign.fold import STEPS
-from layalign.ops import _direct
+from layalign.ops import _checks, _direct
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ def _is_lora(linear: Any) -> bool:
 
 def _modes(query: Tensor) -> tuple[Any, ...]:
     """What keys and values depend on beside tensors and modules."""
-    device = query.device
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return device, autocast, query.shape[0]
+    return query.device, _checks.autocast_dtype(query), query.shape[0]
 
 
 def _contents(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:

@@ -310,9 +310,7 @@ class Folding:
         return None if rows >= needed else f"{rows} rows a call, folding pays from {needed:.0f}"
 
     def _current(self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor, packed: bool, seen: Any) -> Folded:
-        dtype = like.dtype
-        if torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(like.device.type)
+        dtype = _checks.compute_dtype(like)
         packed = packed and dtype == torch.float32
         key = dtype, packed, STEPS[0], seen
         if self._folded is None or self._folded.key != key:

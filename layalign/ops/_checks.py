@@ -137,12 +137,23 @@ def cpp_mix_pays(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> boo
     return not trained or hidden[0].numel() * weight.shape[0] >= MIN_TRAINED
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast makes of products on the tensor's device; None where it is off."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which torch computes a product of the tensor: autocast leaves float64 alone."""
+    return tensor.dtype if tensor.dtype == torch.float64 else autocast_dtype(tensor) or tensor.dtype
+
+
 def autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The tensors in the autocast dtype where autocast is on, as torch casts the inputs of its own products."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None or tensors[0].dtype == torch.float64:
         return tensors
-    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:

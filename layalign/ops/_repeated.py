@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign.ops import _direct, backends, extension
+from layalign.ops import _checks, _direct, backends, extension
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS, forward, gradients, keep
 
 MOST_KINDS = 256  # kept at a time
@@ -38,15 +38,9 @@ def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _autocast(tensor: Tensor) -> torch.dtype | None:
-    """What autocast makes of products on the tensor's device; None where it is off."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def _held(key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> tuple[Any, ...]:
     """What is known of a layer's calls before its query comes."""
-    return (impl, _autocast(key), *map(_kind, (key, value, gate, mask)))
+    return (impl, _checks.autocast_dtype(key), *map(_kind, (key, value, gate, mask)))
 
 
 def _is_like_result(query: Tensor, base: Tensor) -> bool:
@@ -70,7 +64,12 @@ def _backend(inputs: Inputs, impl: str) -> str | None:
     plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
     if impl == "triton" and (backends.interpreting() or not _part(impl).can_repeat()):
         return None  # told here, not found out anew by every call
-    if impl not in _PARTS or not plain or query.numel() == 0 or _autocast(query) not in (None, query.dtype):
+    if (
+        impl not in _PARTS
+        or not plain
+        or query.numel() == 0
+        or _checks.autocast_dtype(query) not in (None, query.dtype)
+    ):
         return None
     if gate.numel() != 1 or any(each is not None and each.device != device for each in (key, value, gate, base, mask)):
         return None  # a gate that is sharded or offloaded is here only while its module runs
@@ -98,7 +97,7 @@ class RepeatedDecode:
     def __init__(self, inputs: Inputs, scale: float | None, impl: str, backend: str) -> None:
         query, key, value, gate, base, mask = inputs
         self._kept = key, value, mask  # their addresses are in what follows
-        self._impl, self._scale, self._autocast = impl, scale, _autocast(query)
+        self._impl, self._scale, self._autocast = impl, scale, _checks.autocast_dtype(query)
         self._like, self._like_gate = (_kind(query), _kind(base)), (gate.dtype, gate.device)
         self._in_place = backend == "cpp" and _is_like_result(query, base)
         self._decode = _part(backend).repeated_decode(inputs, scale, _result(query, base))
@@ -130,7 +129,7 @@ class RepeatedDecode:
             return False
         if type(gate) not in _direct.PLAIN or (gate.dtype, gate.device) != self._like_gate or gate.is_neg():
             return False
-        if _autocast(key) != self._autocast:
+        if _checks.autocast_dtype(key) != self._autocast:
             return False
         self._gate = gate.data_ptr()
         return True
@@ -149,12 +148,19 @@ class _Kernels:
     """Forward and backward of one backend for tensors of one kind."""
 
     def __init__(self, inputs: Inputs, scale: float | None, backend: str) -> None:
-        query, key, value, gate, _, mask = inputs
+        query, key, value, gate, base, mask = inputs
+        self._out, self._lse, self._dtype, self._device = base.shape, query.shape[:3], query.dtype, query.device
         self.backend = backend
-        self.attention = _part(backend).RepeatedAttention(inputs, scale)
-        out, lse = self.attention.results()
+        out, lse = self.results()
+        self.attention = _part(backend).repeated_attention(inputs, scale, out, lse)
         self.saved = [_kind(tensor) for tensor in (query, key, value, gate, mask, lse)]
         self.out = _kind(out)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Fresh memory for the forward's: out (B, T, H, d) in the query's dtype, log-sum-exp (B, H, T) fp32."""
+        # Not like the base, whose strides along a dimension of one may be any: the gradient's are the usual ones.
+        out = torch.empty(self._out, dtype=self._dtype, device=self._device)
+        return out, torch.empty(self._lse, dtype=torch.float32, device=self._device)
 
 
 class _Short(torch.autograd.Function):
@@ -162,8 +168,8 @@ class _Short(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: _Kernels, *inputs: Any) -> Tensor:
-        output = kernels.attention.forward(inputs[:6])
-        if output is None:
+        output = kernels.results()
+        if not kernels.attention.forward(inputs[:6], *output):
             output = forward(*inputs)
         keep(ctx, inputs, output)
         ctx.kernels = kernels
@@ -225,7 +231,7 @@ class RepeatedTraining:
             _KERNELS.clear()
         kind = scale, _kind(query), _kind(base), *_held(key, value, gate, mask, impl)
         kernels = _Kernels(inputs, scale, backend)
-        if kernels.attention:
+        if kernels.attention is not None:
             _KERNELS[kind] = kernels
 
 

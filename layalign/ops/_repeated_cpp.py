@@ -41,28 +41,21 @@ def repeated_decode(inputs: Inputs, scale: float | None, out: Tensor) -> Callabl
 class RepeatedAttention:
     """Forward and backward for tensors of one kind, all on the CPU and with last strides of one."""
 
-    def __init__(self, inputs: Inputs, scale: float | None) -> None:
-        query, key, value, gate, base, _ = inputs
-        assert query is not None and key is not None and value is not None and gate is not None and base is not None
-        self._out, self._lse, self._dtype = base.shape, query.shape[:3], query.dtype
-        results = [extension.describe(each) for each in self.results()]
+    def __init__(self, inputs: Inputs, scale: float | None, out: Tensor, lse: Tensor) -> None:
+        query, key, value, gate, *_ = inputs
+        assert query is not None and key is not None and value is not None and gate is not None
+        results = [extension.describe(each) for each in (out, lse)]
         described = _described(inputs, scale)
         self._forward = extension.module().RepeatedForward(described, *results)
         found = *map(torch.empty_like, (query, key, value)), torch.empty(gate.shape, dtype=torch.float32)
         without_base = *described[:4], None, *described[5:]
         self._backward = extension.module().RepeatedBackward(without_base, *results, *map(extension.describe, found))
 
-    def results(self) -> tuple[Tensor, Tensor]:
-        """Fresh memory for the forward's: out (B, T, H, d) in the query's dtype, log-sum-exp (B, H, T) fp32."""
-        # Not like the base, whose strides along a dimension of one may be any: the gradient's are the usual ones.
-        return torch.empty(self._out, dtype=self._dtype), torch.empty(self._lse, dtype=torch.float32)
-
-    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """(out, log-sum-exp)."""
-        out, lse = self.results()
+    def forward(self, inputs: Inputs, out: Tensor, lse: Tensor) -> bool:
+        """Into ``out`` (B, T, H, d) and ``lse`` (B, H, T) fp32; it says that it ran."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*inputs, out, lse)]
         self._forward(*addresses, torch.get_num_threads())
-        return out, lse
+        return True
 
     def backward(self, saved: Inputs, grad: Tensor, needs: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """dq, dk, dv and dgate from what was saved (query, key, value, gate, mask, log-sum-exp); None unless needed."""
@@ -77,3 +70,6 @@ class RepeatedAttention:
         if found[3] is not None and gate.dtype != torch.float32:
             found[3] = found[3].to(gate.dtype)
         return tuple(found)
+
+
+repeated_attention = RepeatedAttention  # the kernels' may be None

@@ -192,13 +192,6 @@ torch.library.register_autograd(_BACKWARD, _no_second_derivative)
 torch.library.register_autograd(_DECODE, _no_derivative)
 
 
-def _compute_dtype(query: Tensor) -> torch.dtype:
-    device = query.device.type
-    if query.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return query.dtype
-
-
 def _fused(backend: str) -> backends.Implementation:
     def run(
         query: Tensor,
@@ -210,7 +203,7 @@ def _fused(backend: str) -> backends.Implementation:
         key_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        dtype = _compute_dtype(query)
+        dtype = _checks.compute_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         inputs = query, key, value, gate, base, key_mask
         if _direct.unobserved(inputs):
@@ -232,7 +225,7 @@ def _fused(backend: str) -> backends.Implementation:
 
 def _accepts(backend: str) -> backends.Accepts:
     def accepts(query: Tensor, *rest: Any, **options: Any) -> tuple[bool, str]:
-        dtype = _compute_dtype(query)
+        dtype = _checks.compute_dtype(query)
         # One by one: a max() over sizes that an exported graph leaves open would tie them to one another.
         if any(size > _checks.MAX_SIZE for size in (*query.shape, rest[0].shape[2])):
             return False, f"its kernels go up to sizes of {_checks.MAX_SIZE}"
