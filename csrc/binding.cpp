@@ -131,6 +131,19 @@ void projection_backward(py::handle x, const py::sequence& grad, py::handle dwei
   run_on_cpu([&] { cpu::layer_projection_backward(call, threads); });
 }
 
+void slot_products(const py::sequence& x, const py::sequence& weight, const py::sequence& bias, const py::sequence& out,
+                   bool turned, int threads) {
+  const char* name = "slot_products";
+  const auto xs = tensors(name, "x", x), weights = tensors(name, "weight", weight), biases = tensors(name, "bias", bias),
+             outs = tensors(name, "out", out);
+  for (const auto& [argument, given] : {std::pair{"weight", &weights}, std::pair{"bias", &biases}, std::pair{"out", &outs}})
+    if (given->size() != xs.size()) fail(name, argument, "expected one a slot");
+  if (xs.empty()) return;
+  const SlotProducts call{static_cast<int>(xs.size()), xs.data(), weights.data(), biases.data(), outs.data(), turned};
+  check(call, threads);
+  run_on_cpu([&] { cpu::slot_products(call, threads); });
+}
+
 Attention attention(const char* name, const py::tuple& given) {
   if (given.size() != 7) fail(name, "inputs", "expected (query, key, value, gate, base, key_mask, scale)");
   return Attention{tensor(name, "query", given[0]), tensor(name, "key", given[1]),   tensor(name, "value", given[2]),
@@ -314,6 +327,7 @@ PYBIND11_MODULE(LAYALIGN_MODULE, module) {
   module.def("pack_weight", &pack_weight);
   module.def("layer_projection_forward", &projection_forward);
   module.def("layer_projection_backward", &projection_backward);
+  module.def("slot_products", &slot_products);
   module.def("gated_cross_attention_forward", &forward);
   module.def("gated_decode", &decode);
   py::class_<RepeatedDecode>(module, "RepeatedDecode")

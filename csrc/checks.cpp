@@ -247,6 +247,30 @@ void check(const LayerProjectionBackward& call, size_t grads, int threads) {
   }
 }
 
+void check(const SlotProducts& call, int threads) {
+  const Checker checker{"slot_products"};
+  checker.need(threads >= 1, "threads", "expected at least one");
+  const Tensor& x = call.x[0];
+  checker.need(x.dims == 2, "x", "expected a tensor (R, K) a slot");
+  checker.need(call.out[0].dims == 2, "out", "expected a tensor (R, N) a slot");
+  const int64_t rows = x.size[0], depth = x.size[1], columns = call.out[0].size[1];
+  const auto whole = [&](const char* name, const Tensor& tensor) {
+    checker.dtype(name, tensor, DType::float32);
+    checker.unit_last_stride(name, tensor);
+  };
+  for (int j = 0; j < call.slots; ++j) {
+    checker.shape("x", call.x[j], {rows, depth});
+    if (call.turned) checker.shape("weight", call.weight[j], {columns, depth});
+    else checker.shape("weight", call.weight[j], {depth, columns});
+    checker.shape("out", call.out[j], {rows, columns});
+    whole("x", call.x[j]), whole("weight", call.weight[j]), whole("out", call.out[j]);
+    checker.need(rows <= 1 || columns == 0 || call.out[j].stride[0] >= columns, "out", "expected rows that do not overlap");
+    if (!call.bias[j]) continue;
+    checker.shape("bias", call.bias[j], {columns});
+    whole("bias", call.bias[j]);
+  }
+}
+
 void check(const AttentionForward& call) {
   const Checker checker{"gated_cross_attention"};
   check_inputs(checker, call.in);

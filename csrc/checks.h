@@ -19,6 +19,7 @@ void check(const LayerMixBackward& call, int64_t workspace);
 void check(const PackWeight& call, int threads);
 void check(const LayerProjectionForward& call, size_t outs, int threads);
 void check(const LayerProjectionBackward& call, size_t grads, int threads);
+void check(const SlotProducts& call, int threads);
 void check(const AttentionForward& call);
 void check(const AttentionDecode& call, int64_t workspace);
 void check(const AttentionBackward& call, int64_t workspace);

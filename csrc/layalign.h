@@ -77,6 +77,16 @@ struct LayerProjectionBackward {
   Tensor dweight;      // (1 or J, K, N) fp32 contiguous, added to
 };
 
+// out[j] = x[j] @ weight[j].T + bias[j] (turned), or x[j] @ weight[j] + bias[j], on the CPU, fp32, unit last strides.
+struct SlotProducts {
+  int slots;             // J
+  const Tensor* x;       // J of (R, K)
+  const Tensor* weight;  // J of (N, K) where turned, else (K, N)
+  const Tensor* bias;    // J of (N,), or absent
+  const Tensor* out;     // J of (R, N), written
+  bool turned;
+};
+
 // out[b, t, h] = base[b, t, h] + gate * sum_s softmax_s(query[b, h, t] . key[b, g, s] * scale) * value[b, g, s]
 // with g = h / (H / G); a row whose key_mask is all false contributes zero; what lies under a false mask (NaN, say) has
 // no influence. Softmax and sums in fp32.
@@ -132,6 +142,7 @@ int64_t packed_width();
 bool pack_weight(const PackWeight& call, int threads);  // whether the weight is finite
 void layer_projection_forward(const LayerProjectionForward& call, int threads);
 void layer_projection_backward(const LayerProjectionBackward& call, int threads);
+void slot_products(const SlotProducts& call, int threads);
 void attention_forward(const AttentionForward& call, int threads);
 void attention_decode(const AttentionDecode& call, int threads);
 void attention_backward(const AttentionBackward& call, int threads);

@@ -23,7 +23,7 @@ from layalign import ops
 from layalign._plain import is_intercepted, reason_against_reading
 from layalign.attention import heads
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.ops import _checks, _direct, _packed
+from layalign.ops import _checks, _direct, _packed, _products
 from layalign.ops._packed import PackedWeight
 
 GROUP_BYTES = 2**24  # of x at once: stays in a third-level cache
@@ -102,6 +102,7 @@ class _Kept:
     ) -> None:
         self.impl, self.weight, self.bias, self.outer, self.size = impl, weight, bias, outer, size
         self.in_two_steps = weight is None and len(outer) > 0
+        self.kernel = impl in ("auto", "cpp")
 
     def as_heads(self, states: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
         """Results (B, S, D_out) as they are wanted."""
@@ -120,21 +121,18 @@ class _Kept:
         if not self.in_two_steps:
             return y
         y = list(y)
-        for place, state in enumerate(y):
-            linear = self.outer[first + place]
-            y[place] = F.linear(state, *_as(state.dtype, linear.weight, linear.bias))
+        for group in _groups(y, len(y)):
+            maps = self.outer[first + group.start : first + group.stop]
+            weights, biases = zip(*(_as(y[0].dtype, each.weight, each.bias) for each in maps), strict=True)
+            y[group] = _products.by_maps(y[group], weights, biases, self.kernel)
         return y
 
     def back(self, grads: Sequence[Tensor | None], first: int, rows: int) -> Tensor:
         """The gradients of y (slots, rows, D_l) from those of what :meth:`through` returned, zeros for None."""
         like = next(grad for grad in grads if grad is not None)
         found = like.new_empty((len(grads), rows, self.outer[0].in_features))
-        for place, grad in enumerate(grads):
-            if grad is None:
-                found[place].zero_()
-            else:
-                torch.mm(grad.reshape(rows, -1), self.outer[first + place].weight.to(grad.dtype), out=found[place])
-        return found
+        weights = [linear.weight.to(like.dtype) for linear in self.outer[first : first + len(grads)]]
+        return _products.back_by_maps(grads, weights, found, self.kernel)
 
     def packed(
         self, hidden: Sequence[Tensor], slots: int, inner: Tensor, inner_bias: Tensor | None
@@ -144,25 +142,28 @@ class _Kept:
             return self.weight, self.bias
         weight, bias = (inner, inner_bias) if self.weight is None else (self.weight, self.bias)
         weight, bias = _as(hidden[0].dtype, weight, bias)
-        served = self.impl in ("auto", "cpp") and _packed.serves(hidden, weight.shape[-2])
+        served = self.kernel and _packed.serves(hidden, weight.shape[-2])
         if not served or not _direct.plain((*hidden, weight, bias)):
             return None
         return (weight, bias) if _packed.pays(hidden, weight, slots) else None
 
     def products(self, x: Tensor, group: slice) -> list[Tensor]:
         """x (slots, B, S, D_e) of a group by the folded maps."""
-        if x[0, ..., 0].numel() >= FEW_ROWS:
-            return [F.linear(each, *self.map(slot, x.dtype)) for slot, each in enumerate(x.unbind(0), group.start)]
-        assert isinstance(self.weight, Tensor)
+        assert isinstance(self.weight, Tensor)  # packed ones are for calls without gradients
         weight, bias = _as(x.dtype, self.weight[group], None if self.bias is None else self.bias[group])
+        if x[0, ..., 0].numel() >= FEW_ROWS or (self.kernel and _products.serves(x, weight, bias)):
+            biases = [None] * len(x) if bias is None else bias.unbind(0)
+            return _products.by_maps(x.unbind(0), weight.unbind(0), biases, self.kernel)
         rows, flat = weight.mT, x.flatten(1, 2)
         y = torch.bmm(flat, rows) if bias is None else torch.baddbmm(bias[:, None], flat, rows)
         return list(y.unflatten(1, x.shape[1:3]).unbind(0))
 
-    def map(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The folded (W[j], c[j]) in the dtype of x."""
-        assert isinstance(self.weight, Tensor)  # packed ones are for calls without gradients
-        return _as(dtype, self.weight[slot], None if self.bias is None else self.bias[slot])
+    def maps(self, group: slice, inner: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+        """W[j] of a group in the dtype of x."""
+        if self.weight is None:
+            return [inner.to(dtype)] * (group.stop - group.start)
+        assert isinstance(self.weight, Tensor)
+        return self.weight[group].to(dtype).unbind(0)
 
 
 def _as(dtype: torch.dtype, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -200,27 +201,21 @@ class _InnerSums:
         Returns:
             The gradients of x.
         """
-        found = torch.empty_like(x)
-        if self._kept.in_two_steps:
-            dy = self._kept.back(grads, group.start, x[0, ..., 0].numel())
-            torch.mm(dy.flatten(0, 1), inner.to(x.dtype), out=found.view(-1, x.shape[-1]))
+        found, kept = torch.empty_like(x), self._kept
+        if kept.in_two_steps:
+            dy = kept.back(grads, group.start, x[0, ..., 0].numel())
+            _products.back_by_maps([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), kept.kernel)
             if self._bias is not None:
                 self._bias += dy.sum(dim=(0, 1), dtype=self._bias.dtype)
             if self._weight is not None:
                 _packed.add_weight_gradient(self._weight, dy.unbind(0), x)
             return found
-        folded = self._kept.weight is not None
-        shared = None if folded else inner.to(x.dtype)
-        for place, grad in enumerate(grads):
-            slot, rows = group.start + place, found[place].flatten(0, 1)
-            if grad is None:
-                rows.zero_()
-                continue
-            flat = grad.reshape(-1, grad.shape[-1])
-            torch.mm(flat, self._kept.map(slot, x.dtype)[0] if shared is None else shared, out=rows)
-            if self._bias is not None:
-                column = flat.sum(dim=0, dtype=self._bias.dtype)
-                self._bias += column @ self._kept.outer[slot].weight.to(column.dtype) if folded else column
+        folded = kept.weight is not None
+        _products.back_by_maps(grads, kept.maps(group, inner, x.dtype), found.flatten(1, 2), kept.kernel)
+        for slot, grad in enumerate(grads, group.start):
+            if self._bias is not None and grad is not None:
+                column = grad.sum(dim=(0, 1), dtype=self._bias.dtype)
+                self._bias += column @ kept.outer[slot].weight.to(column.dtype) if folded else column
         if self._weight is not None and not folded:
             _packed.add_weight_gradient(self._weight, grads, x)
         elif self._weight is not None:

@@ -21,14 +21,15 @@
   bool pack_weight(const PackWeight& call, int threads);                              \
   void layer_projection_forward(const LayerProjectionForward& call, int threads);     \
   void layer_projection_backward(const LayerProjectionBackward& call, int threads);   \
+  void slot_products(const SlotProducts& call, int threads);                          \
   void attention_forward(const AttentionForward& call, int threads);                  \
   void attention_decode(const AttentionDecode& call, int threads);                    \
   void attention_backward(const AttentionBackward& call, int threads);                \
   }
 #define LAYALIGN_TABLE(isa, works)                                                                       \
   Kernels{#isa, works, isa::layer_mix_forward, isa::layer_mix_backward, isa::packed_width, isa::pack_weight, \
-          isa::layer_projection_forward, isa::layer_projection_backward, isa::attention_forward,             \
-          isa::attention_decode, isa::attention_backward}
+          isa::layer_projection_forward, isa::layer_projection_backward, isa::slot_products,                 \
+          isa::attention_forward, isa::attention_decode, isa::attention_backward}
 
 namespace layalign::cpu {
 
@@ -56,6 +57,7 @@ struct Kernels {
   bool (*pack_weight)(const PackWeight&, int);
   void (*layer_projection_forward)(const LayerProjectionForward&, int);
   void (*layer_projection_backward)(const LayerProjectionBackward&, int);
+  void (*slot_products)(const SlotProducts&, int);
   void (*attention_forward)(const AttentionForward&, int);
   void (*attention_decode)(const AttentionDecode&, int);
   void (*attention_backward)(const AttentionBackward&, int);
@@ -138,6 +140,7 @@ void layer_projection_forward(const LayerProjectionForward& call, int threads) {
 void layer_projection_backward(const LayerProjectionBackward& call, int threads) {
   kernels().layer_projection_backward(call, threads);
 }
+void slot_products(const SlotProducts& call, int threads) { kernels().slot_products(call, threads); }
 void attention_forward(const AttentionForward& call, int threads) { kernels().attention_forward(call, threads); }
 void attention_decode(const AttentionDecode& call, int threads) { kernels().attention_decode(call, threads); }
 void attention_backward(const AttentionBackward& call, int threads) { kernels().attention_backward(call, threads); }

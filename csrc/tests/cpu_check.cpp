@@ -267,6 +267,51 @@ void check_projection_backward(int64_t slots, int64_t rows, int64_t width, int64
   else compare(group, what, first, exact, 4);
 }
 
+// -- products of the slots --------------------------------------------------------------------------------------------
+
+void check_products(int64_t slots, int64_t rows, int64_t depth, int64_t columns) {
+  const bool turned = below(2) != 0, infinite = sometimes(6);
+  const std::string group = "slot_products", what = "J" + std::to_string(slots) + " R" + std::to_string(rows) + " K" +
+                            std::to_string(depth) + " N" + std::to_string(columns) + (turned ? " turned" : "");
+  std::vector<Array> x, weight, bias, out;
+  std::vector<Tensor> biases;
+  for (int64_t j = 0; j < slots; ++j) {
+    x.push_back(Array(DType::float32, {rows, depth}, {}, below(3)).fill());
+    weight.push_back(Array(DType::float32, {turned ? columns : depth, turned ? depth : columns}, {}, below(3)).fill());
+    bias.push_back(Array(DType::float32, {columns}).fill());
+    biases.push_back(sometimes(3) ? Tensor{} : bias.back());
+    out.push_back(Array(DType::float32, {rows, columns}, {}, below(3)));
+  }
+  if (infinite && weight[0].elements > 0) {
+    const int64_t i = below(weight[0].size[0]), k = below(weight[0].size[1]);
+    write(weight[0].data, DType::float32, weight[0].offset(i, k), one_of({kNan, kInfinity}));
+  }
+  const std::vector<Tensor> xs(x.begin(), x.end()), weights(weight.begin(), weight.end());
+  for (int threads : {1, 2, 3}) {
+    std::vector<Array> found;
+    for (const Array& each : out) found.push_back(each.fresh());
+    const std::vector<Tensor> to(found.begin(), found.end());
+    cpu::slot_products({static_cast<int>(slots), xs.data(), weights.data(), biases.data(), to.data(), turned}, threads);
+    for (size_t j = 0; threads > 1 && j < out.size(); ++j) same_bits(group, what, out[j], found[j]);
+    out = found;
+  }
+  for (size_t j = 0; j < out.size(); ++j) {
+    Exact exact(rows * columns);
+    size_t at = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c, ++at) {
+        exact.value[at] = biases[j] ? bias[j](c) : 0, exact.terms[at] = std::fabs(exact.value[at]);
+        for (int64_t k = 0; k < depth; ++k) {
+          const double term = x[j](r, k) * (turned ? weight[j](c, k) : weight[j](k, c));
+          exact.value[at] += term, exact.terms[at] += std::fabs(term);
+        }
+      }
+    }
+    if (infinite && j == 0) same_nan(group, what, out[j], exact);
+    else compare(group, what, out[j], exact, 4);
+  }
+}
+
 // -- attention --------------------------------------------------------------------------------------------------------
 
 AttentionData attention_data(const AttentionCase& n) {
@@ -375,12 +420,18 @@ void check_projections(int cases) {
   check_projection_backward(2, 30, 40, 1100);  // more tiles than a task sums up
   check_projection_backward(2, 0, 8, 8);
   check_projection_backward(2, 8, 8, 0);
+  check_products(2, 600, 40, 70);  // more rows than a task takes
+  check_products(2, 9, 500, 30);   // deeper than a tile
+  check_products(2, 3, 0, 5);
+  check_products(2, 0, 3, 5);
+  check_products(2, 3, 5, 0);
   for (int i = 0; i < cases; ++i) {
     const int64_t layers = one_of<int64_t>({1, 2, 7, 8, 13}), slots = one_of<int64_t>({1, 2, 6, 7});
     const int64_t width = one_of<int64_t>({1, 7, 16, 47, 48, 49, 64, 97, 130});
     const int64_t columns = one_of<int64_t>({1, 3, 15, 16, 17, 33, 50, 64, 70, 100, 128, 129, 200});
     check_projection({1 + below(3), 1 + below(40), width, layers, slots, DType::float32}, columns);
     check_projection_backward(slots, 1 + below(210), width, columns);
+    check_products(slots, 1 + below(40), one_of<int64_t>({1, 15, 64, 191, 192, 193, 400}), columns);
   }
 }
 

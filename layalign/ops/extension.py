@@ -239,6 +239,20 @@ def layer_projection_backward(x: Tensor, grads: Sequence[Tensor | None], dweight
     _call("cpp", x.device, "layer_projection_backward", *arguments)
 
 
+def slot_products(
+    x: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+    turned: bool,
+) -> None:
+    """The C++ kernel's: outs[j] (R, N) = x[j] (R, K) @ weights[j] (K, N; turned: N, K) + biases[j]; fp32."""
+    x, weights = [unit(each) for each in x], [unit(each) for each in weights]
+    biases = [None if bias is None else unit(bias) for bias in biases]
+    described = [[describe(tensor) for tensor in tensors] for tensors in (x, weights, biases, outs)]
+    _call("cpp", outs[0].device, "slot_products", *described, turned, torch.get_num_threads())
+
+
 def _inputs(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor | None, mask: Tensor | None, scale: Any
 ) -> tuple[tuple[Any, ...], list[Tensor | None]]:

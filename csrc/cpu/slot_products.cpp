@@ -1,0 +1,77 @@
+// out[j] = x[j] @ weight[j].T + bias[j], or x[j] @ weight[j]: the slots' products with frozen maps, all in one call.
+//
+// Shapes: a task takes kColumns columns of one slot's result and up to kRows of its rows. It goes through the depth kSlice
+// at a time: that part of the weight becomes a tile (kSlice, kColumns) in the caches, turned where it has to be, and
+// every row is multiplied by it.
+// Arithmetic: R K N multiply-adds a slot; bytes: the weight once per kRows rows. With few rows a library's product is
+// bound by preparing the weight for itself, call by call; here that is one pass over it in the caches.
+// The order of every sum depends on K alone: a row's bits do not depend on the rows beside it, nor on the threads.
+// Scratch per thread: a tile of at most 48 KiB.
+#include "relu_product.h"
+
+namespace layalign::cpu::LAYALIGN_ISA {
+namespace {
+
+constexpr int64_t kRows = 256;
+constexpr int64_t kColumns = kPanel * kLanes * (kLanes == 16 ? 1 : 2);
+constexpr int64_t kSlice = 192;
+
+// (depth, columns), rows `row` apart, to (depth, kColumns), zeros up to a whole register.
+void copy_columns(const float* from, int64_t row, int64_t depth, int64_t columns, float* tile) {
+  for (int64_t k = 0; k < depth; ++k, from += row, tile += kColumns) {
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) store(tile + c, load(from + c));
+    if (c < columns) store(tile + c, load_first(from + c, columns - c));
+  }
+}
+
+// The sum over one part of the depth, onto the bias or onto what the parts before left.
+struct ToRows {
+  float* data;
+  int64_t row, columns;
+  const Vec* bias;  // of the first part, else null
+  Vec first(int64_t, int64_t) const { return Vec{}; }
+  void last(int64_t i, int64_t column, Vec value) const {
+    float* to = data + i * row + column;
+    if (column + kLanes <= columns) {
+      store(to, value + (bias ? bias[column / kLanes] : load(to)));
+    } else {
+      const int64_t count = columns - column;
+      store_first(to, value + (bias ? bias[column / kLanes] : load_first(to, count)), count);
+    }
+  }
+};
+
+}  // namespace
+
+void slot_products(const SlotProducts& call, int threads) {
+  const int64_t rows = call.x[0].size[0], depth = call.x[0].size[1], columns = call.out[0].size[1];
+  if (rows * columns == 0) return;
+  const int64_t panels = ceil_div(columns, kColumns), parts = ceil_div(rows, kRows);
+  const Scratch tiles(threads * kSlice * kColumns);
+
+  parallel(call.slots * panels * parts, threads, [&](int64_t task, int worker) {
+    const int64_t j = task / (panels * parts), column = task / parts % panels * kColumns, part = task % parts;
+    const int64_t row = rows * part / parts, count = rows * (part + 1) / parts - row;
+    const int64_t wide = smaller(kColumns, columns - column);
+    float* tile = tiles.data + worker * kSlice * kColumns;
+    const Tensor &x = call.x[j], &weight = call.weight[j], &bias = call.bias[j], &out = call.out[j];
+    Vec start[kColumns / kLanes] = {};
+    for (int64_t c = 0; bias && c < wide; c += kLanes) {
+      const float* from = floats(bias) + column + c;
+      start[c / kLanes] = c + kLanes <= wide ? load(from) : load_first(from, wide - c);
+    }
+    const float* left = floats(x) + row * x.stride[0];
+    float* to = static_cast<float*>(out.data) + row * out.stride[0] + column;
+    const int64_t step = weight.stride[0];
+    for (int64_t k = 0; k < larger(depth, 1); k += kSlice) {
+      const int64_t deep = smaller(kSlice, depth - k);
+      if (call.turned) turn(floats(weight) + column * step + k, step, wide, deep, tile, kColumns);
+      else copy_columns(floats(weight) + k * step + column, step, deep, wide, tile);
+      const ToRows sums{to, out.stride[0], wide, k == 0 ? start : nullptr};
+      multiply(count, ceil_div(wide, kLanes), deep, Left{left + k, x.stride[0], 1}, Right{tile, kColumns}, sums);
+    }
+  });
+}
+
+}  // namespace layalign::cpu::LAYALIGN_ISA
