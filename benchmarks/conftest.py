@@ -181,9 +181,10 @@ class Rows:
     ) -> None:
         """Time the first of ``calls`` against the others, by turns, through pytest-benchmark's fixture."""
         (headline, ours), *others = calls.items()
-        fewest = 3 if target is None and self.shapes.name == "cpu" else 5
+        fewest = 6 if target is not None else 3 if self.shapes.name == "cpu" else 5
         seconds = self.shapes.seconds if seconds is None else seconds
-        turns = measure.Turns(self.watch, ours, dict(others), seconds, few, self._patience, fewest)
+        judged = None if target is None else target["baseline"]
+        turns = measure.Turns(self.watch, ours, dict(others), seconds, few, self._patience, fewest, judged)
         self._benchmark.group = group
         self._benchmark.name = name
         self._benchmark.pedantic(turns.ours, setup=turns.baselines, rounds=turns.rounds)

@@ -4,7 +4,8 @@
 baseline once and then ours; a ratio is the median over rounds of ours / baseline, each round's own, or, where slow
 baselines were timed in fewer than three rounds, of ours in the first three over the baseline's median. Where a call of
 the row is short (under 2 ms), all run once untimed right before. On a GPU: CUDA events, the L2 cache overwritten before
-each call.
+each call. From six rounds on a ratio has its 95 % interval; where a target hangs on it, rounds go on until that should
+be narrow, by the spread of the first ones, or the time is used up.
 
 **Memory.** The highest number of bytes alive during a call above what was alive before it. On a CPU: what torch's
 allocator hands out and takes back, every event of it as ``torch.profiler`` records them; scratch that oneDNN, MKL or
@@ -14,6 +15,7 @@ this library's C++ kernels allocate on their own is not seen. On a GPU: ``torch.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import subprocess
 import time
@@ -26,6 +28,7 @@ import torch
 from layalign.bench import FEW_ROUNDS
 
 SHORT, LONG, VERY_LONG, LONGEST = 2e-3, 0.3, 3.0, 5.0  # seconds of a call
+NARROW = 0.01  # half the width of a ratio's 95 % interval, over the ratio, that is narrow enough
 
 
 class Stopwatch:
@@ -69,6 +72,7 @@ class Turns:
             it finds cold is lost in its length.
         patience: how many times as many rounds (at most the 200) are wanted.
         fewest: at least so many rounds.
+        judged: the baseline that a target refers to. Then the first rounds, timed here, say how many are enough.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Turns:
         few: tuple[str, ...] = (),
         patience: float = 1.0,
         fewest: int = 5,
+        judged: str | None = None,
     ) -> None:
         self._watch, self._ours, self._baselines = watch, ours, baselines
         self.times: list[float] = []
@@ -102,7 +107,13 @@ class Turns:
         self._short = min(found.values()) < SHORT
         per_round = sum(found[name] for name in whole) * (2 if self._short else 1)
         wanted = max(min(3, fewest) if per_round > LONGEST else fewest, seconds / per_round)
-        self.rounds = max(1, min(200, int(wanted * patience)) - first_counts)
+        most = max(1, min(200, int(wanted * patience)))
+        if judged in whole and most > fewest:
+            while len(self.times) < fewest - 1:  # one at least is left for the caller
+                self.baselines()
+                self.ours()
+            most = min(most, enough([a / b for a, b in zip(self.times, self.against[judged], strict=True)], fewest))
+        self.rounds = max(1, most - len(self.times))  # still to come
 
     def baselines(self) -> None:
         """One call of every baseline; ours is warm afterwards."""
@@ -127,6 +138,26 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return first, second, third
 
 
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """Between these numbers lies the median of what ``values`` were drawn from, in 95 of 100 cases or more.
+
+    By order statistics, whatever the distribution; None where there are fewer than the six values that takes.
+    """
+    count, place, below = len(values), 0, 0.5 ** len(values)
+    while below <= 0.025:
+        place += 1
+        below += math.comb(count, place) * 0.5**count
+    ordered = sorted(values)
+    return (ordered[place - 1], ordered[count - place]) if place else None
+
+
+def enough(values: list[float], fewest: int) -> int:
+    """Rounds after which the median's interval should be :data:`NARROW`, were ``values`` normal with such quartiles."""
+    first, median, third = quartiles(values)
+    deviation = (third - first) / 1.349
+    return max(fewest, math.ceil((1.96 * 1.2533 * deviation / (NARROW * median)) ** 2))
+
+
 def summary(values: list[float]) -> dict[str, float]:
     """Median and spread."""
     first, median, third = quartiles(values)
@@ -139,8 +170,10 @@ def compared(ours: list[float], other: list[float]) -> dict[str, float]:
     These are the nearest in time: in a minute a machine may have another clock.
     """
     pairs = zip(ours, other if len(other) >= FEW_ROUNDS else [quartiles(other)[1]] * FEW_ROUNDS, strict=False)
-    ratios = summary([a / b for a, b in pairs])
+    each = [a / b for a, b in pairs]
+    ratios, between = summary(each), interval(each)
     return {
+        **({} if between is None else {"ratio low": between[0], "ratio high": between[1]}),
         "median": quartiles(other)[1],
         "iqr": quartiles(other)[2] - quartiles(other)[0],
         "ratio": ratios["median"],

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layalign.bench import Results, load, quantity, ratio_text, rough
+from layalign.bench import Results, interval_text, load, quantity, ratio_text, rough
 from layalign.bench_plots import OPERATIONS
 
 SECTION = re.compile(r"(<!-- measured: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -52,11 +52,14 @@ def targets(results: Results) -> str:
     for row in results.rows.values():
         target = row.get("target")
         if target:
-            ratio, aim = row["against"][target["baseline"]]["ratio"], target.get("aim")
+            found = row["against"][target["baseline"]]
+            ratio, aim = found["ratio"], target.get("aim")
             reached = "aim" if aim is not None and ratio <= aim else "yes" if ratio <= target["must"] else "no"
             limits = f"{target['must']:.3g}", "" if aim is None else f"{aim:.3g}"
-            lines.append([row["id"].replace(" / ", ", "), target["baseline"], f"{ratio:.3f}", *limits, reached])
-    return provenance(results) + table(["row", "baseline", "ours / baseline", "must", "aim", "reached"], lines)
+            about = row["id"].replace(" / ", ", "), target["baseline"]
+            lines.append([*about, f"{ratio:.3f}", interval_text(found), *limits, reached])
+    head = ["row", "baseline", "ours / baseline", "95 % interval", "must", "aim", "reached"]
+    return provenance(results) + table(head, lines)
 
 
 def models(results: Results) -> str:

@@ -15,6 +15,7 @@ FILE = "bench.json"
 RATES = ("GB/s", "TFLOP/s", "percent of ceiling")
 NEEDED = ("id", "group", "name", "unit", "labels", "median", "q1", "q3")
 UNITS = ("s", "bytes")
+OPTIONAL = ("ratio q1", "ratio q3", "ratio low", "ratio high", "rounds")  # of each baseline
 FEW_ROUNDS = 3  # with fewer, a ratio is a rough one
 _VARIES = {"auto", "form", "zeros of the relu"}  # labels that say what happened, not what was asked for
 
@@ -129,7 +130,7 @@ def _problem(row: Any) -> str | None:
     if not isinstance(against, dict) or not all(isinstance(found, dict) for found in against.values()):
         return f"against: expected an object of objects, got {shown(against)}"
     ratios = [found.get("ratio") for found in against.values()]
-    optional = [found[key] for found in against.values() for key in ("ratio q1", "ratio q3", "rounds") if key in found]
+    optional = [found[key] for found in against.values() for key in OPTIONAL if key in found]
     if not all(map(_is_number, (*ratios, *optional))):
         return f"against: expected a finite ratio for each baseline, got {shown(against)}"
     if target is not None and (not isinstance(target, dict) or not isinstance(target.get("baseline"), str)):
@@ -269,6 +270,12 @@ def rough(found: dict[str, Any]) -> str:
 def ratio_text(found: dict[str, Any]) -> str:
     """The ratio to one baseline."""
     return f"{rough(found)}{found['ratio']:.3f}"
+
+
+def interval_text(found: dict[str, Any]) -> str:
+    """The 95 % interval of the ratio to one baseline; empty where there were too few rounds for one."""
+    ends = [f"{found[key]:.3f}" for key in ("ratio low", "ratio high") if key in found]
+    return " to ".join(ends) if len(ends) == 2 else ""
 
 
 def quantity(value: float, unit: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layalign import bench_plots
-from layalign.bench import RATES, Results, load_folder, quantity, ratio_text
+from layalign.bench import RATES, Results, interval_text, load_folder, quantity, ratio_text
 
 PAGE = "report.html"
 STYLE = """
@@ -106,15 +106,16 @@ def _targets(results: Results) -> str:
             continue
         found = row.get("against", {}).get(target["baseline"])
         if found is None:
-            rows.append((html.escape(row["id"]), html.escape(target["baseline"]), "not measured", "", "", ""))
+            rows.append((html.escape(row["id"]), html.escape(target["baseline"]), "not measured", "", "", "", ""))
             continue
         ratio, must, aim = found["ratio"], target["must"], target.get("aim")
         met = '<span class="met">yes</span>' if ratio <= must else '<span class="missed">no</span>'
-        cells = ratio_text(found), f"{must:.3f}", "" if aim is None else f"{aim:.3f}", met
+        cells = ratio_text(found), interval_text(found), f"{must:.3f}", "" if aim is None else f"{aim:.3f}", met
         rows.append((html.escape(row["id"]), html.escape(target["baseline"]), *cells))
     if not rows:
         return ""
-    return "<h3>Targets</h3>" + _table(("row", "baseline", "ours / baseline", "must", "aim", "reached"), rows)
+    head = "row", "baseline", "ours / baseline", "95 % interval", "must", "aim", "reached"
+    return "<h3>Targets</h3>" + _table(head, rows)
 
 
 def _ratio(found: dict[str, Any]) -> str:

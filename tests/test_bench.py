@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +51,8 @@ def results(*rows: dict[str, Any], device: str = "one", **changes: Any) -> dict[
 
 def rich_results() -> dict[str, Any]:
     """A row of every kind."""
-    against = {"bare LLM": {"median": 1.0, "iqr": 0.1, "ratio": 1.05, "ratio q1": 1.0, "ratio q3": 1.1, "rounds": 5}}
+    against = {"bare LLM": {"median": 1.0, "iqr": 0.1, "ratio": 1.05, "ratio q1": 1.0, "ratio q3": 1.1, "rounds": 6}}
+    against["bare LLM"] |= {"ratio low": 0.987, "ratio high": 1.123}
     target = {"baseline": "bare LLM", "must": 1.08, "aim": 1.03}
     rates = {"GB/s": 5.0, "TFLOP/s": 0.05, "flop per byte": 10.0, "percent of ceiling": 50.0}
     points = {who: {"s": [1e-3, 2e-3], "bytes": [100, 200]} for who in ("layalign", "reference.py")}
@@ -219,6 +223,7 @@ def test_the_report_needs_the_files_alone(tmp_path: Path) -> None:
     assert "No GPU result" in page and "mha &lt;b&gt;" in page and "<b>" not in page
     assert page.count('class="met"') == 1 and page.count('class="missed"') == 1 and "not measured" in page
     assert "needs a GPU" in page
+    assert "<td>0.987 to 1.123</td>" in page
     assert "1.050 (1.000 to 1.100)" in page and "<td>≈0.700" in page and "<th>rounds</th>" in page
     gpu = copy.deepcopy(results(row("x", 1.0), shapes="gpu"))
     gpu["failed"] = ["test_x: wrong"]
@@ -295,6 +300,48 @@ def test_calls_take_turns(
     assert (rough["ratio"], rough["rounds"]) == (pytest.approx(2 / 3), 2)
     assert compared(turns.times, turns.against["bare"])["ratio"] == pytest.approx(seconds[0] / seconds[1])
     assert calls.count("ours") == timed[0] + untimed
+
+
+def test_a_row_with_a_target_goes_on_until_its_ratio_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from measure import Turns
+
+    def rounds(times: list[float], seconds: float = 3.2, **more: Any) -> int:
+        """Of a row whose baseline takes 0.1 s, and ours the times given, over and over."""
+        series = itertools.cycle(times)
+        calls: dict[str, Any] = {"bare": lambda: 0.1}
+        turns = Turns(Clock(), lambda: next(series), calls, seconds, fewest=6, **more)  # type: ignore[arg-type]
+        for _ in range(turns.rounds):
+            turns.baselines()
+            turns.ours()
+        assert len(turns.times) == len(turns.against["bare"])
+        return len(turns.times)
+
+    quiet, noisy = [0.1, 0.1005], [0.1, 0.12, 0.11, 0.09, 0.105, 0.1, 0.08]
+    assert rounds(quiet, judged="bare") == 6 and rounds(quiet) == 15
+    assert rounds(noisy, judged="bare") == rounds(noisy) == 14  # for there is no more time
+    assert rounds(noisy, seconds=100, judged="bare") == 200
+    assert 20 < rounds([0.1, 0.104, 0.096, 0.103, 0.098], seconds=100, judged="bare") < 190
+    assert rounds(noisy, judged="bare", patience=0.1) == rounds(quiet, patience=0.1) == 1
+    assert rounds(quiet, judged="other") == 15
+
+
+def test_a_ratio_comes_with_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from measure import compared, interval
+
+    assert interval([1.0] * 5) is None and interval([]) is None
+    assert interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (1.0, 6.0)
+    assert interval([float(i) for i in range(20)]) == (5.0, 14.0)  # the tables' ranks: 6 and 15
+    generator = random.Random(0)
+    misses = 0
+    for _ in range(2000):
+        found = interval([generator.expovariate(1) for _ in range(15)])
+        assert found is not None
+        misses += not found[0] <= math.log(2) <= found[1]
+    assert 20 <= misses <= 100  # at most one in twenty
+    few, many = compared([1.0] * 5, [1.0] * 5), compared([1.0, 2.0] * 3, [1.0] * 6)
+    assert bench.interval_text(few) == "" and bench.interval_text(many) == "1.000 to 2.000"
 
 
 def test_patience_is_a_number_above_zero() -> None:
