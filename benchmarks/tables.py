@@ -1,7 +1,8 @@
 """The measured tables of the documentation, from a committed result file alone.
 
 ``python benchmarks/tables.py benchmarks/results/cpu docs/benchmarks.md docs/backends.md`` rewrites what stands between
-``<!-- measured: NAME -->`` and ``<!-- end -->`` in the pages; a name is a key of :data:`TABLES`.
+``<!-- measured: NAME -->`` and ``<!-- end -->`` in the pages; a name is a key of :data:`TABLES`. ``NAME, FOLDER`` takes
+the results from another folder beside the one given.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from layalign.bench import Results, interval_text, load, quantity, ratio_text, rough
 from layalign.bench_plots import OPERATIONS
 
-SECTION = re.compile(r"(<!-- measured: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- measured: (?P<name>\w+)(, (?P<folder>[\w-]+))? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -94,8 +94,9 @@ TABLES: dict[str, Callable[[Results], str]] = {"targets": targets, "models": mod
 def written_into(page: str, results: Results) -> str:
     """``page`` with every measured section written anew."""
 
-    def section(match: re.Match[str]) -> Any:
-        return match[1] + TABLES[match["name"]](results) + match[3]
+    def section(match: re.Match[str]) -> str:
+        source = results if match["folder"] is None else load(results.path.parent.parent / match["folder"])
+        return str(match[1] + TABLES[match["name"]](source) + match["end"])
 
     return SECTION.sub(section, page)
 
