@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from layalign import last_layer, ops
 from layalign._kept import KeptStates
 from layalign._plain import is_altered, is_intercepted, parts, reason_against_reading
-from layalign.attention import PREFIX, key_value_states, register
+from layalign.attention import PREFIX, head_size, key_value_modules, key_value_states, register
 from layalign.errors import ArgumentError
 from layalign.fold import count_steps
 from layalign.ops import _direct, _repeated
 from layalign.ops._repeated import Ready, RepeatedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
+from layalign.slots import passable, through
 
 
 class Swapped:
@@ -199,7 +200,12 @@ class AttentionSwap:
         self.again = None
         if attention.training:  # dropout in LoRA, checkpoints: nothing is kept
             self.kept = None
-        key, value = key_value_states(attention, pair[0].to(query.device), pair[1].to(query.device))
+        states: list[Tensor] = [pair[0].to(query.device), pair[1].to(query.device)]
+        maps: list[Any] = key_value_modules(attention)
+        if self.impl != "torch" and len(maps) == 2 and passable(states, maps):
+            key, value = through(states, maps, head_size(attention))
+        else:
+            key, value = key_value_states(attention, *states)
         if key.shape[0] == 1 != query.shape[0]:
             key, value = (each.expand(query.shape[0], -1, -1, -1) for each in (key, value))
         if not torch.compiler.is_compiling():

@@ -81,12 +81,29 @@ def project(
     return kept.as_heads(_forward(kept, *inputs)) if direct else list(_Slots.apply(kept, *inputs))
 
 
-def through(y: Tensor, outer: Sequence[nn.Linear], size: int) -> Sequence[Tensor]:
-    """y (2L, B, S, D_l) by 2L frozen maps, as heads (B, D_out / d, S, d): the model's way on a GPU where it trains.
+def through(y: Tensor | Sequence[Tensor], outer: Sequence[nn.Linear], size: int) -> Sequence[Tensor]:
+    """y, (2L, B, S, D_l) or so many (B, S, D_l), by frozen maps, as heads (B, D_out / d, S, d).
 
-    One node for autograd instead of a linear map, a view and a transposition for each slot.
+    One node for autograd instead of a linear map, a view and a transposition for each slot: the model's way on a GPU
+    where it trains, and :func:`layalign.accelerate`'s, layer by layer.
     """
-    return list(_Outer.apply(_Kept("auto", None, None, outer, size), y))
+    return list(_Outer.apply(_Kept("auto", None, None, outer, size), *((y,) if isinstance(y, Tensor) else y)))
+
+
+def passable(y: Sequence[Tensor], outer: Sequence[Any]) -> bool:
+    """Whether states that autograd follows may go :func:`through` maps, and that is the same as calling them."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(state.requires_grad for state in y):
+        return False
+    if _direct.transforming() or torch.is_autocast_enabled(y[0].device.type):
+        return False
+    for state, linear in zip(y, outer, strict=True):
+        if reason_against_reading(linear) is not None or state.shape != y[0].shape or state.dim() != 3:
+            return False
+        if state.shape[-1] != linear.in_features or state.device != linear.weight.device:
+            return False  # the module says what is wrong
+        if any(p is not None and (p.requires_grad or p.dtype != state.dtype) for p in linear._parameters.values()):
+            return False
+    return True
 
 
 class _Kept:
@@ -324,13 +341,14 @@ class _Slots(torch.autograd.Function):
 
 class _Outer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kept: _Kept, y: Tensor) -> tuple[Tensor, ...]:
-        ctx.kept, ctx.shape = kept, y.shape
+    def forward(ctx: Any, kept: _Kept, *y: Tensor) -> tuple[Tensor, ...]:
+        ctx.kept, ctx.shape = kept, y[0].shape
         ctx.set_materialize_grads(False)
-        return tuple(kept.as_heads(kept.through(y.unbind(0))))
+        return tuple(kept.as_heads(kept.through(y[0].unbind(0) if y[0].dim() == 4 else y)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor]:
-        _, batch, source, _ = ctx.shape
-        return None, ctx.kept.back(ctx.kept.as_rows(grads), 0, batch * source).view(ctx.shape)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        batch, source, _ = ctx.shape[-3:]
+        found = ctx.kept.back(ctx.kept.as_rows(grads), 0, batch * source).unflatten(1, (batch, source))
+        return (None, found) if len(ctx.shape) == 4 else (None, *found.unbind(0))

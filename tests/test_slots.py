@@ -163,3 +163,48 @@ def test_without_folding_the_maps_are_called_only_where_somebody_looks(llm: str)
         assert called[1:].count("k") == called[1:].count("hook") == 2
         handle.remove()
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_states_pass_through_their_maps_at_once(bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    maps = [nn.Linear(6, 8, bias=bias, dtype=dtype).requires_grad_(False) for _ in range(2)]
+    y = [torch.randn(2, 5, 6, dtype=dtype, requires_grad=True) for _ in range(2)]
+    assert slots.passable(y, maps)
+    found = slots.through(y, maps, 4)
+    plain = [linear(state).view(2, 5, 2, 4).transpose(1, 2) for linear, state in zip(maps, y, strict=True)]
+    weights = [torch.randn_like(each) for each in plain]
+    for used in ((0, 1), (1,)):
+        for one, other in zip(found, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        mine, theirs = (
+            torch.autograd.grad(
+                sum((each[i] * weights[i]).sum() for i in used), [y[i] for i in used], retain_graph=True
+            )
+            for each in (found, plain)
+        )
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "reason", ["nobody follows", "no gradients", "hook", "trains", "dtype", "size", "autocast", "class"]
+)
+def test_states_pass_through_only_what_is_as_good_as_called(reason: str) -> None:
+    maps = [nn.Linear(6, 8).requires_grad_(False) for _ in range(2)]
+    y = [torch.randn(2, 5, 6, requires_grad=True) for _ in range(2)]
+    if reason == "nobody follows":
+        y = [state.detach() for state in y]
+    elif reason == "hook":
+        maps[1].register_forward_hook(lambda *_: None)
+    elif reason == "trains":
+        maps[1].bias.requires_grad_(True)
+    elif reason == "dtype":
+        maps[1].double()
+    elif reason == "size":
+        y[1] = torch.randn(2, 5, 7, requires_grad=True)
+    elif reason == "class":
+        maps[1] = nn.Sequential(maps[1])
+    with torch.set_grad_enabled(reason != "no gradients"), torch.autocast("cpu", enabled=reason == "autocast"):
+        assert not slots.passable(y, maps)

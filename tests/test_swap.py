@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import layalign
-from layalign import ArgumentError, ops
+from layalign import ArgumentError, _swapped, ops
 from layalign.ops import _repeated, backends
+from layalign.slots import through
 
 needs_cpp = pytest.mark.skipif(not backends.capability("cpp", "cpu")[0], reason="no C++ kernels here")
 
@@ -173,7 +175,12 @@ def test_keys_and_values_are_made_once_per_sequence(monkeypatch: pytest.MonkeyPa
             seen.append(states.shape[1])
         return forward(module, states)
 
+    def pass_through(states: Any, *rest: Any) -> Any:
+        seen.extend(state.shape[1] for state in states)
+        return through(states, *rest)
+
     monkeypatch.setattr(nn.Linear, "forward", count)
+    monkeypatch.setattr(_swapped, "through", pass_through)
     with torch.no_grad():
         model(**data(labels=False))
         assert seen == [width] * 36  # two maps, three layers, six tokens: at every call
@@ -187,6 +194,24 @@ def test_keys_and_values_are_made_once_per_sequence(monkeypatch: pytest.MonkeyPa
     model(**data()).backward()  # a gradient is wanted: made anew, and nothing stays
     model(**data()).backward()
     assert len(seen) == 12 and all(wrapper.layalign_swap.kept is None for wrapper in wrappers(model))
+
+
+@pytest.mark.parametrize("somebody", ["nobody", "hook", "trains", "torch"])
+def test_maps_are_called_where_somebody_looks_or_they_train(somebody: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passed, seen = published_model(), [], []
+    monkeypatch.setattr(_swapped, "through", lambda *a: (passed.append(1), through(*a))[1])
+    layalign.accelerate(model, impl="torch" if somebody == "torch" else "auto")
+    first = wrappers(model)[0]
+    linear = getattr(first, first.layalign_swap.child).k_proj
+    if somebody == "hook":
+        linear.register_forward_hook(lambda *_: seen.append(1))
+    elif somebody == "trains":
+        linear.weight.requires_grad_(True)
+    found = loss_and_gradients(model, data())
+    assert len(passed) == {"nobody": 3, "hook": 2, "trains": 2, "torch": 0}[somebody]
+    layalign.restore(model)
+    assert_same(loss_and_gradients(model, data()), found)
+    assert len(seen) == (2 + 2 if somebody == "hook" else 0)  # for the tokens and for the source, in each
 
 
 def test_what_is_kept_is_noticed_to_be_stale() -> None:

@@ -111,7 +111,7 @@ static void multiply_marked(const Step& step, int64_t columns, const Out& out) {
 }
 
 // The same with the zeros: `depth` numbers of each row.
-static void multiply_full(const Step& step, int64_t depth, int64_t columns, const ToSums& out) {
+static inline void multiply_full(const Step& step, int64_t depth, int64_t columns, const ToSums& out) {
   const Left a{step.a, step.row, 1};
   const Right b{step.tile, kWidth};
   const int64_t vecs = ceil_div(columns, kLanes);
@@ -125,7 +125,7 @@ static inline bool finite(Vec sum) {  // x - x is NaN for what is not finite
 }
 
 // (rows, columns), rows `row` apart, turned to (columns, step); zeros up to whole registers, and whether all is finite.
-static bool turn(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t step) {
+static inline bool turn(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t step) {
   Vec seen{};  // 0 * x is NaN for what is not finite, and NaN stays
   for (int64_t r = 0; r < rows; r += kLanes) {
     for (int64_t c = 0; c < columns; c += kLanes) {

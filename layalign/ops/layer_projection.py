@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layalign import reference
 from layalign.errors import ArgumentError, BackendError
-from layalign.ops import _checks, _direct, _packed, backends, plans
+from layalign.ops import _checks, _direct, _packed, _products, backends, plans
 
 
 def _torch(
@@ -125,8 +125,7 @@ def _backward_op(
     if bias_dims:
         found[3] = grad.sum(dim=(0, 1, 2) if bias_dims == 1 else (1, 2), dtype=torch.float32)
     if need_mix or need_hidden:
-        w = weight.to(x.dtype)
-        inner = grad @ w if w.dim() == 2 else torch.bmm(grad.flatten(1, 2), w).view_as(x)
+        inner = _mix_gradient(grad, weight.to(x.dtype), backend)
         launch = backends.launcher(backend, "layer_mix", "layer_mix_backward")
         parts = launch(inner, x, hidden, mix_weight, need_mix, need_hidden)
         if parts[0] is not None and parts[1] is not None:
@@ -134,6 +133,18 @@ def _backward_op(
         if parts[2] is not None:
             found[4] = parts[2]
     return [part.clone() if part is empty else part for part in found]  # an op's outputs must not share memory
+
+
+def _mix_gradient(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """grad[j] @ weight[j], (2L, B, S, D_e), for one weight or one per slot."""
+    if backend == "cpp" and grad.numel() and _products.serves(grad, weight):
+        shared = weight.dim() == 2
+        grads, weights = ([grad], [weight]) if shared else (grad.unbind(0), weight.unbind(0))
+        found = grad.new_empty((len(grads), grad[..., 0].numel() // len(grads), weight.shape[-1]))
+        return _products.back_by_maps(grads, weights, found).view(*grad.shape[:-1], weight.shape[-1])
+    if weight.dim() == 2:
+        return grad @ weight
+    return torch.bmm(grad.flatten(1, 2), weight).view(*grad.shape[:-1], weight.shape[-1])
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, backend: str) -> Tensor:
