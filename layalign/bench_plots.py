@@ -101,6 +101,7 @@ def _bar_panel(axis: Any, group: str, rows: Sequence[dict[str, Any]], colours: d
         labels.append(row["name"])
         place += 1
     axis.axvline(1, color="#888888", linewidth=0.8)
+    axis.margins(x=0.1)  # for the numbers beside the longest bars
     axis.set_yticks(ticks, labels, fontsize=7)
     axis.tick_params(axis="x", labelsize=7)
     axis.invert_yaxis()
