@@ -162,7 +162,7 @@ struct Part {
       const bool direct = sparse && wide % kLanes == 0;  // the last sums need not wait for the bias in scratch
       float* to = static_cast<float*>(call.out[slot].data) + first * n.columns + column;
       Vec start[kVecs] = {};
-      take_bias(slot, column, wide, start);
+      if (call.bias) load_row(floats(call.bias) + slot * call.bias.stride[0] + column, wide, start);
       for (int64_t k = 0; k < n.depth; k += kDepth) {
         const float* tile = weight + (t * n.depth + k) * kWidth;
         const uint64_t* words = own.words + k / kDepth * rows;
@@ -177,13 +177,6 @@ struct Part {
         }
       }
       if (!direct) put(start, to, wide);
-    }
-  }
-
-  void take_bias(int64_t slot, int64_t column, int64_t columns, Vec* to) const {
-    const float* bias = call.bias ? floats(call.bias) + slot * call.bias.stride[0] + column : nullptr;
-    for (int64_t c = 0; bias != nullptr && c < columns; c += kLanes) {
-      to[c / kLanes] = c + kLanes <= columns ? load(bias + c) : load_first(bias + c, columns - c);
     }
   }
 

@@ -15,24 +15,6 @@ constexpr int64_t kSegment = 4 * kDepth;
 constexpr int64_t kPanels = 8;
 constexpr double kWorthwhile = 0.85;  // share of x that is not zero above which zeros are multiplied like others
 
-// (depth, columns), rows `row` apart, to (depth, kWidth), zeros up to a whole register; whether all of it is finite.
-bool copy_tile(const float* from, int64_t row, int64_t depth, int64_t columns, float* tile) {
-  Vec seen{};  // 0 * x is NaN for what is not finite, and NaN stays
-  for (int64_t k = 0; k < depth; ++k, from += row, tile += kWidth) {
-    int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes) {
-      const Vec value = load(from + c);
-      seen += value * 0.0f;
-      store(tile + c, value);
-    }
-    if (c == columns) continue;
-    const Vec value = load_first(from + c, columns - c);
-    seen += value * 0.0f;
-    store(tile + c, value);
-  }
-  return finite(seen);
-}
-
 struct Buffers {
   static constexpr int64_t kFloats = kRows * (kSegment + kSegment / kDepth * 2 + kPanels * kWidth) + kDepth * kWidth;
   float *tile, *turned, *sums;
@@ -63,7 +45,7 @@ struct Part {
       const float* from = floats(grad) + row * grad.stride[0] + column;
       for (int64_t k = 0; k < depth; k += kDepth) {
         const int64_t deep = smaller(kDepth, depth - k);
-        const bool whole = copy_tile(from + k * grad.stride[0], grad.stride[0], deep, wide, own.tile);
+        const bool whole = copy_rows(from + k * grad.stride[0], grad.stride[0], deep, wide, own.tile, kWidth);
         const uint64_t* words = own.words + k / kDepth * count;
         const Step step{own.turned + k, kSegment, count, words, own.tile, nullptr};
         const ToSums to{sums(t), true};

@@ -16,8 +16,6 @@ constexpr int kVecs = 8;                            // registers across a tile
 constexpr int64_t kWidth = kVecs * kLanes;          // columns of a tile
 constexpr int64_t kDepth = kLanes == 16 ? 48 : 64;  // rows of a tile, of at most 24 KiB; no more than a word has bits
 
-static inline const float* floats(const Tensor& x) { return static_cast<const float*>(x.data); }
-
 // Bit k says that from[k] is not zero (NaN is not), for k < count <= 64.
 static inline uint64_t nonzero(const float* from, int64_t count) {
   uint64_t found = 0;
@@ -111,36 +109,12 @@ static void multiply_marked(const Step& step, int64_t columns, const Out& out) {
 }
 
 // The same with the zeros: `depth` numbers of each row.
-static inline void multiply_full(const Step& step, int64_t depth, int64_t columns, const ToSums& out) {
+static void multiply_full(const Step& step, int64_t depth, int64_t columns, const ToSums& out) {
   const Left a{step.a, step.row, 1};
   const Right b{step.tile, kWidth};
   const int64_t vecs = ceil_div(columns, kLanes);
   if (out.add) multiply(step.rows, vecs, depth, a, b, Accumulate{out.sums, kWidth});
   else multiply(step.rows, vecs, depth, a, b, Overwrite{out.sums, kWidth});
-}
-
-static inline bool finite(Vec sum) {  // x - x is NaN for what is not finite
-  const Vec none = sum - sum;
-  return largest(none == none ? Vec{} : splat(1.0f)) == 0;
-}
-
-// (rows, columns), rows `row` apart, turned to (columns, step); zeros up to whole registers, and whether all is finite.
-static inline bool turn(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t step) {
-  Vec seen{};  // 0 * x is NaN for what is not finite, and NaN stays
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      const int64_t wide = smaller(kLanes, columns - c);
-      Vec square[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const float* at = from + (r + i) * row + c;
-        square[i] = r + i >= rows ? Vec{} : wide == kLanes ? load(at) : load_first(at, wide);
-        seen += square[i] * 0.0f;
-      }
-      transpose(square);
-      for (int64_t i = 0; i < wide; ++i) store(to + (c + i) * step + r, square[i]);
-    }
-  }
-  return finite(seen);
 }
 
 // Into how many parts, at most `most`, to cut each of `tasks` tasks, so that the threads are busy to the end.

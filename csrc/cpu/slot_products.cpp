@@ -1,13 +1,13 @@
-// out[j] = x[j] @ weight[j].T + bias[j], or x[j] @ weight[j]: the slots' products with frozen maps, all in one call.
+// out[j] = x[j] @ weight[j].T + bias[j], or x[j] @ weight[j] + bias[j]: the slots through frozen maps, in one call.
 //
-// Shapes: a task takes kColumns columns of one slot's result and up to kRows of its rows. It goes through the depth kSlice
+// Shapes: a task takes kColumns columns of one slot's result and up to kRows of its rows. It takes kSlice of the depth
 // at a time: that part of the weight becomes a tile (kSlice, kColumns) in the caches, turned where it has to be, and
 // every row is multiplied by it.
 // Arithmetic: R K N multiply-adds a slot; bytes: the weight once per kRows rows. With few rows a library's product is
 // bound by preparing the weight for itself, call by call; here that is one pass over it in the caches.
 // The order of every sum depends on K alone: a row's bits do not depend on the rows beside it, nor on the threads.
 // Scratch per thread: a tile of at most 48 KiB.
-#include "relu_product.h"
+#include "tiles.h"
 
 namespace layalign::cpu::LAYALIGN_ISA {
 namespace {
@@ -15,15 +15,6 @@ namespace {
 constexpr int64_t kRows = 256;
 constexpr int64_t kColumns = kPanel * kLanes * (kLanes == 16 ? 1 : 2);
 constexpr int64_t kSlice = 192;
-
-// (depth, columns), rows `row` apart, to (depth, kColumns), zeros up to a whole register.
-void copy_columns(const float* from, int64_t row, int64_t depth, int64_t columns, float* tile) {
-  for (int64_t k = 0; k < depth; ++k, from += row, tile += kColumns) {
-    int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes) store(tile + c, load(from + c));
-    if (c < columns) store(tile + c, load_first(from + c, columns - c));
-  }
-}
 
 // The sum over one part of the depth, onto the bias or onto what the parts before left.
 struct ToRows {
@@ -57,17 +48,14 @@ void slot_products(const SlotProducts& call, int threads) {
     float* tile = tiles.data + worker * kSlice * kColumns;
     const Tensor &x = call.x[j], &weight = call.weight[j], &bias = call.bias[j], &out = call.out[j];
     Vec start[kColumns / kLanes] = {};
-    for (int64_t c = 0; bias && c < wide; c += kLanes) {
-      const float* from = floats(bias) + column + c;
-      start[c / kLanes] = c + kLanes <= wide ? load(from) : load_first(from, wide - c);
-    }
+    if (bias) load_row(floats(bias) + column, wide, start);
     const float* left = floats(x) + row * x.stride[0];
     float* to = static_cast<float*>(out.data) + row * out.stride[0] + column;
     const int64_t step = weight.stride[0];
     for (int64_t k = 0; k < larger(depth, 1); k += kSlice) {
       const int64_t deep = smaller(kSlice, depth - k);
       if (call.turned) turn(floats(weight) + column * step + k, step, wide, deep, tile, kColumns);
-      else copy_columns(floats(weight) + k * step + column, step, deep, wide, tile);
+      else copy_rows(floats(weight) + k * step + column, step, deep, wide, tile, kColumns);
       const ToRows sums{to, out.stride[0], wide, k == 0 ? start : nullptr};
       multiply(count, ceil_div(wide, kLanes), deep, Left{left + k, x.stride[0], 1}, Right{tile, kColumns}, sums);
     }

@@ -1,4 +1,4 @@
-// What all kernels share: numbers widened to float, and the one product that everything is made of.
+// What all kernels share: numbers widened to float, rows laid out anew, and the one product that all is made of.
 //
 // multiply() is C[i, :] = sum_k A[i, k] * B[k, :] on registers: lanes run over B's columns, A's numbers are broadcast,
 // and a tile of C (6 x 4 registers with AVX-512) stays in registers for the whole sum. Per step of k a tile loads 4
@@ -84,6 +84,54 @@ static inline float number(const Tensor& x, int64_t i = 0) {
   if (x.dtype == DType::float32) return *static_cast<const float*>(from);
   if (x.dtype == DType::bfloat16) return to_float(*static_cast<const BFloat*>(from));
   return to_float(*static_cast<const Half*>(from));
+}
+
+// -- rows of floats ---------------------------------------------------------------------------------------------------
+
+static inline const float* floats(const Tensor& x) { return static_cast<const float*>(x.data); }
+
+static inline bool finite(Vec sum) {  // x - x is NaN for what is not finite
+  const Vec none = sum - sum;
+  return largest(none == none ? Vec{} : splat(1.0f)) == 0;
+}
+
+// (rows, columns), rows `row` apart, turned to (columns, step); zeros up to whole registers, and whether all is finite.
+static inline bool turn(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t step) {
+  Vec seen{};  // 0 * x is NaN for what is not finite, and NaN stays
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const int64_t wide = smaller(kLanes, columns - c);
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const float* at = from + (r + i) * row + c;
+        square[i] = r + i >= rows ? Vec{} : wide == kLanes ? load(at) : load_first(at, wide);
+        seen += square[i] * 0.0f;
+      }
+      transpose(square);
+      for (int64_t i = 0; i < wide; ++i) store(to + (c + i) * step + r, square[i]);
+    }
+  }
+  return finite(seen);
+}
+
+// The same copied to rows that are `step` apart.
+static inline bool copy_rows(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t step) {
+  Vec seen{};
+  for (int64_t r = 0; r < rows; ++r, from += row, to += step) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const Vec value = c + kLanes <= columns ? load(from + c) : load_first(from + c, columns - c);
+      seen += value * 0.0f;
+      store(to + c, value);
+    }
+  }
+  return finite(seen);
+}
+
+// `count` numbers as registers, the last one filled up with zeros.
+static inline void load_row(const float* from, int64_t count, Vec* to) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    to[c / kLanes] = c + kLanes <= count ? load(from + c) : load_first(from + c, count - c);
+  }
 }
 
 // -- the product ------------------------------------------------------------------------------------------------------
