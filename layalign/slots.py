@@ -23,7 +23,7 @@ from layalign import ops
 from layalign._plain import is_intercepted, reason_against_reading
 from layalign.attention import heads
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.ops import _checks, _direct, _packed, _products
+from layalign.ops import _checks, _direct, _packed, _slot_products
 from layalign.ops._packed import PackedWeight
 
 GROUP_BYTES = 2**24  # of x at once: stays in a third-level cache
@@ -141,7 +141,7 @@ class _Kept:
         for group in _groups(y, len(y)):
             maps = self.outer[first + group.start : first + group.stop]
             weights, biases = zip(*(_as(y[0].dtype, each.weight, each.bias) for each in maps), strict=True)
-            y[group] = _products.by_maps(y[group], weights, biases, self.kernel)
+            y[group] = _slot_products.by_maps(y[group], weights, biases, self.kernel)
         return y
 
     def back(self, grads: Sequence[Tensor | None], first: int, rows: int) -> Tensor:
@@ -149,7 +149,7 @@ class _Kept:
         like = next(grad for grad in grads if grad is not None)
         found = like.new_empty((len(grads), rows, self.outer[0].in_features))
         weights = [linear.weight.to(like.dtype) for linear in self.outer[first : first + len(grads)]]
-        return _products.back_by_maps(grads, weights, found, self.kernel)
+        return _slot_products.back_by_maps(grads, weights, found, self.kernel)
 
     def packed(
         self, hidden: Sequence[Tensor], slots: int, inner: Tensor, inner_bias: Tensor | None
@@ -168,9 +168,9 @@ class _Kept:
         """x (slots, B, S, D_e) of a group by the folded maps."""
         assert isinstance(self.weight, Tensor)  # packed ones are for calls without gradients
         weight, bias = _as(x.dtype, self.weight[group], None if self.bias is None else self.bias[group])
-        if x[0, ..., 0].numel() >= FEW_ROWS or (self.kernel and _products.serves(x, weight, bias)):
+        if x[0, ..., 0].numel() >= FEW_ROWS or (self.kernel and _slot_products.serves(x, weight, bias)):
             biases = [None] * len(x) if bias is None else bias.unbind(0)
-            return _products.by_maps(x.unbind(0), weight.unbind(0), biases, self.kernel)
+            return _slot_products.by_maps(x.unbind(0), weight.unbind(0), biases, self.kernel)
         rows, flat = weight.mT, x.flatten(1, 2)
         y = torch.bmm(flat, rows) if bias is None else torch.baddbmm(bias[:, None], flat, rows)
         return list(y.unflatten(1, x.shape[1:3]).unbind(0))
@@ -221,14 +221,14 @@ class _InnerSums:
         found, kept = torch.empty_like(x), self._kept
         if kept.in_two_steps:
             dy = kept.back(grads, group.start, x[0, ..., 0].numel())
-            _products.back_by_maps([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), kept.kernel)
+            _slot_products.back_by_maps([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), kept.kernel)
             if self._bias is not None:
                 self._bias += dy.sum(dim=(0, 1), dtype=self._bias.dtype)
             if self._weight is not None:
                 _packed.add_weight_gradient(self._weight, dy.unbind(0), x)
             return found
         folded = kept.weight is not None
-        _products.back_by_maps(grads, kept.maps(group, inner, x.dtype), found.flatten(1, 2), kept.kernel)
+        _slot_products.back_by_maps(grads, kept.maps(group, inner, x.dtype), found.flatten(1, 2), kept.kernel)
         for slot, grad in enumerate(grads, group.start):
             if self._bias is not None and grad is not None:
                 column = grad.sum(dim=(0, 1), dtype=self._bias.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layalign import reference
 from layalign.errors import ArgumentError, BackendError
-from layalign.ops import _checks, _direct, _packed, _products, backends, plans
+from layalign.ops import _checks, _direct, _packed, _slot_products, backends, plans
 
 
 def _torch(
@@ -137,11 +137,11 @@ def _backward_op(
 
 def _mix_gradient(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
     """grad[j] @ weight[j], (2L, B, S, D_e), for one weight or one per slot."""
-    if backend == "cpp" and grad.numel() and _products.serves(grad, weight):
+    if backend == "cpp" and grad.numel() and _slot_products.serves(grad, weight):
         shared = weight.dim() == 2
         grads, weights = ([grad], [weight]) if shared else (grad.unbind(0), weight.unbind(0))
         found = grad.new_empty((len(grads), grad[..., 0].numel() // len(grads), weight.shape[-1]))
-        return _products.back_by_maps(grads, weights, found).view(*grad.shape[:-1], weight.shape[-1])
+        return _slot_products.back_by_maps(grads, weights, found).view(*grad.shape[:-1], weight.shape[-1])
     if weight.dim() == 2:
         return grad @ weight
     return torch.bmm(grad.flatten(1, 2), weight).view(*grad.shape[:-1], weight.shape[-1])
