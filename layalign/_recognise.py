@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from layalign import _swapped
 from layalign._plain import has_hooks
+from layalign._versions import CACHE_NAMES
 from layalign.attention import PREFIX, head_size, key_value_maps
 from layalign.errors import ArgumentError
 from layalign.nn.aligner import STRUCTURES
@@ -238,9 +239,9 @@ def _try_attention(wrapper: Any, attention: Any, gate: Tensor) -> str | None:
         hidden_states=_random((1, tokens, config.hidden_size), like),
         attention_mask=None,
         position_ids=torch.arange(tokens, device=like.device)[None],
-        past_key_values=None,
         use_cache=False,
         position_embeddings=(angles.cos(), angles.sin()),
+        **dict.fromkeys(CACHE_NAMES & inspect.signature(type(wrapper).forward).parameters.keys()),
     )
     pair = tuple(_random((1, 3, config.hidden_size), like, seed) for seed in (1, 2))
     child = wrapped_attention(wrapper)

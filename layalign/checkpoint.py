@@ -366,12 +366,16 @@ def _home(model: Any, name: str, place: Tensor) -> torch.device:
 def inject_lora(llm: PreTrainedModel, settings: Any) -> dict[str, Any]:
     """Add a LoRA adapter to ``llm`` and return its settings as plain data."""
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise CheckpointError("lora: expected the package peft (pip install 'layalign[lora]')") from error
     try:
         lora = settings if isinstance(settings, LoraConfig) else LoraConfig(**_plain(settings))
-        llm.add_adapter(lora)
+        if getattr(llm, "_hf_peft_config_loaded", False):
+            raise ValueError("the LLM has an adapter already")
+        # As llm.add_adapter, which in transformers 5.24 wants a peft that is not out yet.
+        inject_adapter_in_model(lora, llm)
+        llm._hf_peft_config_loaded = True
     except (TypeError, ValueError, AttributeError) as error:
         raise ArgumentError(f"lora: expected the fields of a peft LoraConfig: {first_line(error)}") from error
     return _plain(lora.to_dict())

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
+from layalign._versions import CACHE_NAMES
 from layalign.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
 from layalign.fold import CHOICES
 from layalign.last_layer import CHOICES as LAST_LAYER_CHOICES
@@ -64,7 +65,7 @@ class LayAlignConfig(PretrainedConfig):
     """
 
     model_type = "layalign"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [*CACHE_NAMES]
 
     def __init__(
         self,

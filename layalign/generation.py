@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
+from layalign._versions import cache_name, generation_cache_name, take_cache
 from layalign.errors import ArgumentError
 from layalign.source import SourceDynamicCache, SourceStates, get_source, put_source
 
@@ -40,8 +41,8 @@ class SourceGenerationMixin(GenerationMixin):
         Args:
             inputs, input_ids, attention_mask: (B, T) int64, packed (:meth:`pack`); left out, the LLM starts right after
                 the source.
-            encoder_input_ids, encoder_attention_mask: (B, S) int64; may be left out when ``past_key_values`` carries
-                the source.
+            encoder_input_ids, encoder_attention_mask: (B, S) int64; may be left out when ``past_key_values``
+                (``cache``) carries the source.
             **kwargs: as transformers' ``generate``: max_new_tokens, num_beams, do_sample, streamer, ...
 
         Returns:
@@ -49,8 +50,11 @@ class SourceGenerationMixin(GenerationMixin):
             object. ``[:, T:]`` are the new tokens.
         """
         input_ids = inputs if input_ids is None else input_ids
+        cache = take_cache(kwargs)
+        if cache is not None:
+            kwargs[generation_cache_name()] = cache
         if encoder_input_ids is None:
-            if get_source(kwargs.get("past_key_values")) is None:
+            if get_source(cache) is None:
                 raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
             if attention_mask is None and input_ids is not None:
                 attention_mask = torch.ones_like(input_ids)  # transformers would take the slots' filler for padding
@@ -76,15 +80,19 @@ class SourceGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The LLM's own preparation (its masks follow its attention function); the cache brings the source."""
-        return self.llm.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        prepare = self.llm.prepare_inputs_for_generation
+        if (cache := take_cache(kwargs)) is not None:
+            kwargs[cache_name(prepare)] = cache
+        return prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         source = model_kwargs.pop("source_states", None)
         if source is not None:
-            if model_kwargs.get("past_key_values") is None:  # older transformers leave it to the model
-                model_kwargs["past_key_values"] = DynamicCache(config=self.config.get_text_config(decoder=True))
-            put_source(model_kwargs["past_key_values"], source)
+            name = generation_cache_name()
+            if model_kwargs.get(name) is None:  # older transformers leave it to the model
+                model_kwargs[name] = DynamicCache(config=self.config.get_text_config(decoder=True))
+            put_source(model_kwargs[name], source)
         return result
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

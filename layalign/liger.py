@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign._plain import reason_against_reading
+from layalign._versions import CACHE_NAMES
 from layalign.errors import ArgumentError, BackendError
 from layalign.loss import divided, label_loss, rows_for_logits, with_loss
 from layalign.ops.backends import interpreting
@@ -162,7 +163,7 @@ def labelled_output(
             return with_loss(output, fused_label_loss(states[-1].flatten(0, -2), head, labels, divisor), None)
         logger.info("layalign: %s changes its logits behind its head; no Liger", type(llm).__name__)
         _CHANGES_ITS_LOGITS.add(llm)
-        if inputs.get("past_key_values") is not None:  # one pass has filled it, a second would fill it twice
+        if any(inputs.get(name) is not None for name in CACHE_NAMES):  # a second pass would fill it twice
             raise ArgumentError(f"liger: expected 'never' for {type(llm).__name__}, which changes its logits")
         chosen(choice, llm)  # "always" is told so
     with only_rows([head], rows, spread=False):

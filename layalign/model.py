@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 from layalign import attention, checkpoint, slots
 from layalign import encoder as encoders
 from layalign._sharding import engine_of
+from layalign._versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
 from layalign.config import LayAlignConfig
 from layalign.errors import ArgumentError, refuse, shown
 from layalign.fold import Folding
@@ -47,7 +48,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "source_states"]
+    _skip_keys_device_placement: ClassVar[list[str]] = [*CACHE_NAMES, "source_states"]
 
     def __init__(
         self, config: LayAlignConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None
@@ -78,6 +79,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         self._attentions = tuple(found[layer][1] for layer in config.language_layers)
         self._source_reaches_layers = False
         self.folding, self.last_layer = Folding(config.fold), LastLayer(self.llm, config.last_layer)
+        self._llm_cache_name = cache_name(self.llm.forward)
         self.generation_config = self.llm.generation_config
         self._can_compile_fullgraph = getattr(self.llm, "_can_compile_fullgraph", False)
         self.post_init()
@@ -321,6 +323,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass of the LLM.
@@ -330,7 +333,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             encoder_input_ids, encoder_attention_mask: (B, S) int64. Needed once per sequence; afterwards
                 ``past_key_values`` carries the source.
             labels: (B, T) int64, -100 where nothing is predicted.
-            past_key_values: a transformers cache.
+            past_key_values, cache: a transformers cache; both names, of which transformers 5.24 has the second.
             inputs_embeds, source_states: (B, T, D_l) and the source, instead of computing them (``generate`` does).
             logits_to_keep: as in transformers. With ``labels`` and without this, logits are computed only where a
                 label stands and are not returned.
@@ -338,19 +341,21 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             **kwargs: passed to the LLM.
 
         Returns:
-            loss, logits (B, T, vocabulary), past_key_values, hidden_states, attentions.
+            loss, logits (B, T, vocabulary), past_key_values (cache), hidden_states, attentions.
 
         Raises:
             ArgumentError: shapes do not fit, the input is not packed, or there is no source.
         """
         source = source_states
+        cache = one_cache(past_key_values, cache)
         if encoder_input_ids is not None:
             input_ids, attention_mask, inputs_embeds, source = self._begin(
                 input_ids, attention_mask, encoder_input_ids, encoder_attention_mask
             )
         elif source is None:
-            source = get_source(past_key_values)
+            source = get_source(cache)
         if source is None:
+            require_no_unknown_cache(kwargs)
             raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
         if inputs_embeds is None:
             if input_ids is None:
@@ -361,10 +366,10 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if position_ids is None and attention_mask is not None and self.config.mask_encoder_padding:
             position_ids = real_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
         use_cache = use_cache if labels is None else bool(use_cache)
-        if past_key_values is None:
-            past_key_values = cache_for_compiled(self.llm, use_cache)
-        if past_key_values is not None:
-            put_source(past_key_values, source)
+        if cache is None:
+            cache = cache_for_compiled(self.llm, use_cache)
+        if cache is not None:
+            put_source(cache, source)
         if attention.is_reentrant(self.llm) and torch.is_grad_enabled():
             inputs_embeds, source = bridge(inputs_embeds, source)
         # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes.
@@ -373,9 +378,9 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             layalign_source=source,
+            **{self._llm_cache_name: cache},
             **kwargs,
         )
         with nullcontext() if torch.compiler.is_compiling() else source.one_pass():
@@ -383,8 +388,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if source.seen is not None:
             attention.require_attended(self.llm, source)
             self._source_reaches_layers, source.seen = True, None
-        if output.past_key_values is not None:
-            put_source(output.past_key_values, source)
+        if (filled := cache_of(output)) is not None:
+            put_source(filled, source)
         return output
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from layalign._versions import cache_of
 from layalign.packing import real_positions
 from layalign.source import SourceStates, get_source, put_source
 
@@ -96,7 +97,7 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        state = State([len(row.packed) for row in rows], [len(row.source) for row in rows], output.past_key_values)
+        state = State([len(row.packed) for row in rows], [len(row.source) for row in rows], cache_of(output))
         return state, output.logits[:, -1].float()
 
     @torch.no_grad()
@@ -117,7 +118,7 @@ class Decoder:
             logits_to_keep=1,
         )
         state.lengths = [length + 1 for length in state.lengths]
-        state.cache = output.past_key_values
+        state.cache = cache_of(output)
         return output.logits[:, -1].float()
 
     def _padded(self, ids: str, mask: str, rows: Sequence[Sequence[int]], left: bool) -> dict[str, Tensor]:

@@ -1,0 +1,96 @@
+"""The versions this library is tested with, and what depends on the one of transformers that is installed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+from layalign.errors import ArgumentError
+
+# By package the lowest and the newest minor version. pyproject.toml, noxfile.py and docs/versions.md say the same.
+TESTED = {"transformers": ("5.0", "5.24"), "torch": ("2.6", "2.15")}
+
+CACHE_NAMES = ("cache", "past_key_values")  # the argument and the output: from transformers 5.24 on, and before
+
+
+def version_note(package: str = "transformers") -> str:
+    """Which version of a package is installed and which were tested: the end of an error that a new one may cause."""
+    lowest, newest = TESTED[package]
+    return f"{package} {metadata.version(package)} is installed; tested with {lowest} to {newest}"
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports from transformers that a later version may rename: the error says which were tested."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{error}; {version_note()}", name=error.name, path=error.path) from error
+
+
+def cache_name(function: Any) -> str:
+    """The name under which ``function`` takes the cache.
+
+    Raises:
+        ArgumentError: it takes one under no known name.
+    """
+    parameters = inspect.signature(function).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return generation_cache_name()
+    name = getattr(function, "__qualname__", type(function).__name__)
+    raise ArgumentError(f"{name}: expected an argument named {' or '.join(CACHE_NAMES)}; {version_note()}")
+
+
+@functools.cache
+def generation_cache_name() -> str:
+    """The name under which the ``generate`` that is installed keeps its cache."""
+    from transformers import GenerationMixin
+
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise ArgumentError(f"generate: expected a cache named {' or '.join(CACHE_NAMES)}; {version_note()}")
+
+
+def one_cache(*caches: Any) -> Any:
+    """The cache, given under any of its names; None where there is none.
+
+    Raises:
+        ArgumentError: there are two.
+    """
+    found = [cache for cache in caches if cache is not None]
+    if any(cache is not found[0] for cache in found):
+        raise ArgumentError(f"{', '.join(CACHE_NAMES)}: expected one cache, these are two names of it")
+    return found[0] if found else None
+
+
+def take_cache(arguments: dict[str, Any]) -> Any:
+    """Remove the cache from keyword arguments, whatever its name, and return it; None where there is none."""
+    return one_cache(*(arguments.pop(name, None) for name in CACHE_NAMES))
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output; None where there is none."""
+    # Newer outputs have the old name too, as a property that logs that it is old.
+    return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+def require_no_unknown_cache(arguments: dict[str, Any]) -> None:
+    """No keyword argument is a cache: one under a name that this library does not know would be passed by.
+
+    Raises:
+        ArgumentError: with the versions that are known.
+    """
+    from transformers import Cache
+
+    for name, value in arguments.items():
+        if isinstance(value, Cache):
+            raise ArgumentError(f"{name}: expected the cache as {' or '.join(CACHE_NAMES)}; {version_note()}")
