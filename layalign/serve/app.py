@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from layalign.serve.engine import Done
-from layalign.serve.guard import Guard
+from layalign.serve.guard import PATHS, Guard
 from layalign.serve.messages import (
     ApiError,
     ChatRequest,
@@ -79,10 +79,16 @@ def _add_watching(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    entry = {"id": service.settings.model_name, "object": "model", "created": 0, "owned_by": "layalign"}
+
     @app.get("/v1/models")
     async def models() -> Response:
-        entry = {"id": service.settings.model_name, "object": "model", "created": 0, "owned_by": "layalign"}
         return JSONResponse({"object": "list", "data": [entry]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return JSONResponse(entry)
 
 
 async def _answer(service: Service, request: Request, body: CompletionRequest | ChatRequest) -> Response:
@@ -91,7 +97,8 @@ async def _answer(service: Service, request: Request, body: CompletionRequest | 
     assert call.job is not None
     inputs = call.job.inputs
     name = service.settings.model_name
-    shape = Shape(isinstance(body, ChatRequest), name, len(inputs.packed), len(inputs.source))
+    with_usage = body.stream_options.include_usage
+    shape = Shape(isinstance(body, ChatRequest), name, len(inputs.packed), len(inputs.source), with_usage)
     handed_over = False
     try:
         events = call.events()
@@ -145,7 +152,7 @@ class _EventStream(Response):
             await write(self.shape.piece(event.text, first=first))
             event, first = await anext(self.events), False
         await write(self.shape.piece("", event.reason, first=first))
-        if self.call.body.include_usage:
+        if self.shape.with_usage:
             await write(self.shape.last(event.tokens))
         await write("[DONE]")
 
@@ -155,6 +162,8 @@ def _state(good: bool, word: str, otherwise: str) -> Response:
 
 
 async def _http_error(request: Request, error: Any) -> Response:
+    if error.status_code in (404, 405) and not isinstance(error, ApiError):  # the router's own
+        error.detail = f"{error.detail}: this server has {', '.join(PATHS)}"
     return JSONResponse(error_body(error), error.status_code, headers=error.headers)
 
 

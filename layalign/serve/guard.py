@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+import uuid
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -38,11 +39,13 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, status = time.monotonic(), 0
+        request_id = uuid.uuid4().hex
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = int(message["status"])
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
         self.metrics.in_flight.inc()
@@ -52,7 +55,7 @@ class Guard:
         except ApiError as error:
             await _respond(error, scope, receive, counted)
         except Exception as error:  # not handed on: a server's own log would print its text, with whatever is in it
-            log_error("a request failed", error)
+            log_error(f"request {request_id} failed", error)
             if not status:
                 await _respond(ApiError(500, "an error in the server"), scope, receive, counted)
         finally:
@@ -74,6 +77,8 @@ class Guard:
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":  # a page of another site can post any other kind unasked
             raise ApiError(415, "content-type: expected application/json")
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            raise ApiError(415, "content-encoding: expected a body that is not compressed")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.settings.max_body_bytes:
             raise self._too_large()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
+
+from layalign._pages import print_or_write, replaced
 
 STATUS_TYPES = {
     401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
@@ -24,8 +28,54 @@ def _well_formed(text: str) -> str:
     return text
 
 
+def _one_prompt(value: Any) -> Any:
+    """The text of a list with one text."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(text, str) for text in value):
+        raise ValueError("expected a text; token ids are not served")
+    if len(value) != 1:
+        raise ValueError(f"expected one text in a request, got {len(value)}")
+    return value[0]
+
+
+def _as_parts(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError("expected a text or a list of text parts")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 Text = Annotated[str, AfterValidator(_well_formed)]
-Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_well_formed)]
+Label = Annotated[str, Field(max_length=256)]
+FREE = "Any text of at most 256 characters; not looked at."
+
+
+@dataclass(frozen=True, eq=False)  # `Annotated` takes equal metadata for the same, and 0 == False
+class NotServed:
+    """Validates a field that is taken only with a value that asks for nothing.
+
+    Args:
+        neutral: those values, besides null.
+        why: any other is refused.
+    """
+
+    neutral: tuple[Any, ...]
+    why: str
+
+    def __call__(self, value: Any) -> Any:
+        # True == 1 in Python
+        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.neutral):
+            raise ValueError(f"expected {' or '.join(map(json.dumps, (*self.neutral, None)))}; {self.why}")
+        return value
+
+
+def _only(*neutral: Any, why: str) -> AfterValidator:
+    return AfterValidator(NotServed(neutral, why))
 
 
 class ApiError(HTTPException):
@@ -57,31 +107,49 @@ def error_body(error: HTTPException) -> dict[str, Any]:
     return {"error": {"message": str(error.detail), "type": kind, "param": param, "code": code}}
 
 
-class StreamOptions(BaseModel):
+class Fields(BaseModel):
+    """An object of a request. Null is a field that is not given."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class StreamOptions(Fields):
     """OpenAI's `stream_options`."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = False
+    include_obfuscation: Annotated[Any, _only(False, why="nothing is added to hide the length of a piece")] = None
 
 
-class Common(BaseModel):
-    """Fields of both endpoints. Those of OpenAI's that are not served may only have the value that does nothing."""
+_ONE = "a request has one answer"
+_PENALTIES = "the model's own penalty is applied, and no other"
+_TOOLS = "the model calls no tools"
+_STORED = "nothing is stored"
+_TEXT = "answers are text"
+_CACHED = "nothing is kept of a prompt"
 
-    model_config = ConfigDict(strict=True, extra="forbid")
 
-    model: str | None = Field(None, max_length=256)
+class Common(Fields):
+    """Fields of both endpoints."""
+
+    model: Label | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0.0, le=2.0, allow_inf_nan=False, description="0, the default: greedy.")
     top_p: float | None = Field(None, gt=0.0, le=1.0, allow_inf_nan=False)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
-    presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
-    user: str | None = Field(None, max_length=256, description="Not looked at.")
+    stop: Annotated[list[Stop], BeforeValidator(_as_list)] = Field(default_factory=list, max_length=4)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: Label | None = Field(None, description=FREE)
+    n: Annotated[Any, _only(1, why=_ONE)] = None
+    logprobs: Annotated[Any, _only(False, why="log probabilities are not given")] = None
+    logit_bias: Annotated[Any, _only({}, why="no token's logit can be changed")] = None
+    presence_penalty: Annotated[Any, _only(0, why=_PENALTIES)] = None
+    frequency_penalty: Annotated[Any, _only(0, why=_PENALTIES)] = None
     # Ours
     task: str | None = Field(None, max_length=64, description="The prompt for the LLM: none, math or source.")
     language: str | None = Field(None, max_length=64, description="Of the text: an English name or a code.")
@@ -91,28 +159,18 @@ class Common(BaseModel):
     timeout: float | None = Field(None, gt=0.0, allow_inf_nan=False, description="Seconds; the server's at most.")
 
     @property
-    def stops(self) -> list[str]:
-        """The stop texts as a list."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-
-    @property
     def longest(self) -> int | None:
         """The longest answer in tokens that was asked for."""
         return self.max_tokens
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class CompletionRequest(Common):
     """Body of `/v1/completions`. `prompt` is the text for the encoder, in its language."""
 
-    prompt: Text
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    suffix: None = None
+    prompt: Annotated[Text, BeforeValidator(_one_prompt)]
+    best_of: Annotated[Any, _only(1, why=_ONE)] = None
+    echo: Annotated[Any, _only(False, why="the prompt is not repeated")] = None
+    suffix: Annotated[Any, _only("", why="nothing is filled in between two texts")] = None
 
     @property
     def text(self) -> str:
@@ -120,32 +178,77 @@ class CompletionRequest(Common):
         return self.prompt
 
 
-class Message(BaseModel):
-    """The one message of a chat request."""
+class Part(Fields):
+    """A part of a message's content."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-    role: Literal["user"]
-    content: Text
-    name: str | None = None
+    type: Literal["text"]
+    text: Text
+    prompt_cache_breakpoint: Annotated[Any, _only(why=_CACHED)] = None
+
+
+class Message(Fields):
+    """A message of a chat request."""
+
+    role: Literal["user", "system", "developer", "assistant"]
+    content: Annotated[list[Part], BeforeValidator(_as_parts)] = Field(default_factory=list)
+    name: Label | None = Field(None, description=FREE)
+    refusal: Annotated[Any, _only("", why="earlier answers are not served")] = None
+    audio: Annotated[Any, _only(why=_TEXT)] = None
+    tool_calls: Annotated[Any, _only([], why=_TOOLS)] = None
+    function_call: Annotated[Any, _only(why=_TOOLS)] = None
+
+    @property
+    def text(self) -> str:
+        """The text of all parts, each on a line of its own."""
+        return "\n".join(part.text for part in self.content)
 
 
 class ChatRequest(Common):
     """Body of `/v1/chat/completions`: one message of the user; there is no memory of earlier ones."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1)
+    messages: list[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
+    safety_identifier: Label | None = Field(None, description=FREE)
+    prompt_cache_key: Label | None = Field(None, description=FREE)
+    top_logprobs: Annotated[Any, _only(0, why="log probabilities are not given")] = None
+    tools: Annotated[Any, _only([], why=_TOOLS)] = None
+    tool_choice: Annotated[Any, _only("none", "auto", why=_TOOLS)] = None
+    parallel_tool_calls: Annotated[Any, _only(True, False, why=_TOOLS)] = None
+    functions: Annotated[Any, _only([], why=_TOOLS)] = None
+    function_call: Annotated[Any, _only("none", "auto", why=_TOOLS)] = None
+    response_format: Annotated[Any, _only({"type": "text"}, why="answers are free text")] = None
+    modalities: Annotated[Any, _only(["text"], why=_TEXT)] = None
+    audio: Annotated[Any, _only(why=_TEXT)] = None
+    store: Annotated[Any, _only(False, why=_STORED)] = None
+    metadata: Annotated[Any, _only({}, why=_STORED)] = None
+    service_tier: Annotated[Any, _only("auto", "default", why="all requests have the same tier")] = None
+    reasoning_effort: Annotated[Any, _only("none", why="the model does not reason before it answers")] = None
+    verbosity: Annotated[Any, _only("medium", why="only max_tokens bounds an answer")] = None
+    prediction: Annotated[Any, _only(why="predicted outputs are not served")] = None
+    prompt_cache_retention: Annotated[Any, _only("in_memory", why=_CACHED)] = None
+    prompt_cache_options: Annotated[Any, _only({}, why=_CACHED)] = None
+    moderation: Annotated[Any, _only(why="nothing is moderated")] = None
+    web_search_options: Annotated[Any, _only(why="nothing is searched")] = None
+
+    @field_validator("messages")
+    @classmethod
+    def _one_question(cls, messages: list[Message]) -> list[Message]:
+        said = [message for message in messages if message.text.strip()]
+        if [message.role for message in said] != ["user"]:
+            raise ValueError("expected one message with a text, of the role user; no system prompt, no earlier turns")
+        return said
 
     @field_validator("max_completion_tokens")
     @classmethod
     def _once(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and info.data.get("max_tokens") is not None:
-            raise ValueError("give either max_tokens or max_completion_tokens")
+        if info.data.get("max_tokens") not in (None, value):
+            raise ValueError("expected the same as max_tokens, or only one of the two")
         return value
 
     @property
     def text(self) -> str:
         """The text to answer."""
-        return self.messages[0].content
+        return self.messages[0].text
 
     @property
     def longest(self) -> int | None:
@@ -156,13 +259,18 @@ class ChatRequest(Common):
 def first_problem(errors: Sequence[Any]) -> tuple[str, str | None]:
     """(message, field) of a failed validation; nothing of the input is repeated."""
     problem = errors[0]
-    where = [str(part) for part in problem.get("loc", ()) if part not in ("body", "function-wrap")]
     if problem.get("type") == "json_invalid":
         return "the body is not valid JSON", None
-    # A union's branches stand behind the field's name; the field is what the user knows.
-    name = where[0][:64].encode("ascii", "backslashreplace").decode() if where else None
-    message = "a field that is not served" if problem.get("type") == "extra_forbidden" else str(problem.get("msg"))
-    return f"{name or 'body'}: {message}", name
+    where = [
+        part if isinstance(part, int) else part[:64].encode("ascii", "backslashreplace").decode()
+        for part in problem.get("loc", ())
+        if part not in ("body", "function-wrap")
+    ]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
+    message = str(problem.get("msg")).removeprefix("Value error, ")
+    if problem.get("type") == "extra_forbidden":
+        message = "a field that is not served"
+    return f"{path or 'body'}: {message}", str(where[0]) if where else None
 
 
 class Shape:
@@ -171,11 +279,13 @@ class Shape:
     Args:
         chat: those of the chat endpoint.
         model: its name.
-        usage: (tokens of the LLM's input, of the source).
+        prompt_tokens, source_tokens: of the LLM's input, of the source.
+        with_usage: whether a stream ends with the usage.
     """
 
-    def __init__(self, chat: bool, model: str, prompt_tokens: int, source_tokens: int) -> None:
+    def __init__(self, chat: bool, model: str, prompt_tokens: int, source_tokens: int, with_usage: bool) -> None:
         self.chat, self.prompt_tokens, self.source_tokens = chat, prompt_tokens, source_tokens
+        self.with_usage = with_usage
         self.head = {
             "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             "created": int(time.time()),
@@ -193,7 +303,7 @@ class Shape:
 
     def whole(self, text: str, reason: str, tokens: int) -> dict[str, Any]:
         """An answer in one piece."""
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": [choice], "usage": self.usage(tokens)}
@@ -209,4 +319,37 @@ class Shape:
         return {**self._chunk([]), "usage": self.usage(tokens)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.head, "object": "chat.completion.chunk" if self.chat else "text_completion", "choices": choices}
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        usage = {"usage": None} if self.with_usage else {}  # OpenAI's other chunks have the field too
+        return {**self.head, "object": kind, "choices": choices, **usage}
+
+
+# The page's table of the fields that are not served
+
+BEGIN, END = "<!-- fields -->", "<!-- end of fields -->"
+
+
+def markdown() -> str:
+    """Which values ask for nothing, and why others are refused."""
+    models: list[tuple[str, type[Fields]]] = [
+        ("", CompletionRequest), ("", ChatRequest), ("stream_options.", StreamOptions), ("messages[].", Message),
+        ("messages[].content[].", Part),
+    ]  # fmt: skip
+    taken: dict[str, dict[str, None]] = {}
+    for prefix, model in models:
+        for name, field in model.model_fields.items():
+            for check in (getattr(each, "func", None) for each in field.metadata):
+                if isinstance(check, NotServed):
+                    texts = [f"`{prefix}{name}: {json.dumps(value)}`" for value in check.neutral or (None,)]
+                    taken.setdefault(check.why, {}).update(dict.fromkeys(texts))
+    rows = [f"| {', '.join(fields)} | {why} |" for why, fields in taken.items()]
+    return "\n".join(["| taken (null always) | why no other value is |", "|---|---|", *rows]) + "\n"
+
+
+def written_into(page: str) -> str:
+    """The page with the table as it is now."""
+    return replaced(page, BEGIN, END, markdown())
+
+
+if __name__ == "__main__":
+    print_or_write(markdown, written_into)

@@ -89,6 +89,15 @@ class Service:
         if seconds is not None:
             self._seconds += 0.1 * (seconds - self._seconds)
 
+    def check_model(self, name: str | None) -> None:
+        """See that a request means this server's model.
+
+        Raises:
+            ApiError: 404 for another one.
+        """
+        if name not in (None, self.settings.model_name):
+            raise ApiError(404, f"model: this server has {self.settings.model_name!r}", "model", "model_not_found")
+
     async def prepare(self, body: CompletionRequest | ChatRequest, emit: Any) -> Job:
         """Check a request and make the engine's job of it.
 
@@ -96,8 +105,7 @@ class Service:
             ApiError: 400 naming the field, 404 for another model.
         """
         settings = self.settings
-        if body.model is not None and body.model != settings.model_name:
-            raise ApiError(404, f"model: this server has {settings.model_name!r}", "model", "model_not_found")
+        self.check_model(body.model)
         given = body.longest
         if given is not None and given > settings.max_new_tokens:
             name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
@@ -119,7 +127,7 @@ class Service:
         chooser = Chooser(body.temperature or 0.0, top_p, body.seed, self.penalty, ids)
         self.metrics.source.inc(len(inputs.source))
         self.metrics.prompt.inc(len(inputs.packed))
-        return Job(inputs, chooser, TextStream(self.tokenizer, body.stops), longest, emit, bool(body.stream))
+        return Job(inputs, chooser, TextStream(self.tokenizer, body.stop), longest, emit, body.stream)
 
 
 class Call:
