@@ -122,6 +122,9 @@ def test_an_answer_must_fit_behind_its_prompt(parts: Parts) -> None:
         response = await client.post(COMPLETIONS, json={**body, "task": "none", "max_tokens": 18})
         assert (response.status_code, response.json()["error"]["param"]) == (400, "max_tokens")
         assert (await client.post(COMPLETIONS, json={**body, "task": "none", "max_tokens": 17})).status_code == 200
+        chat = {"messages": [{"role": "user", "content": "a" * 20}], "max_completion_tokens": 18}
+        response = await client.post(CHAT, json=chat)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "max_completion_tokens")
 
     run(parts, test)
 

@@ -216,7 +216,8 @@ def test_a_value_that_asks_for_something_is_done_or_refused(path: str, parts: Pa
 
 OF_OTHERS = {
     "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 3, "ignore_eos": True, "guided_json": {"a": 1},
-    "stop_token_ids": [1], "chat_template_kwargs": {"a": 1}, "max_output_tokens": 5, "source": "a", "a\x00b" * 40: 1,
+    "stop_token_ids": [1], "chat_template_kwargs": {"a": 1}, "max_output_tokens": 5, "source": "a", "body": 1,
+    "a\x00b" * 40: 1,
 }  # fmt: skip
 
 

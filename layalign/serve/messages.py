@@ -159,9 +159,9 @@ class Common(Fields):
     timeout: float | None = Field(None, gt=0.0, allow_inf_nan=False, description="Seconds; the server's at most.")
 
     @property
-    def longest(self) -> int | None:
-        """The longest answer in tokens that was asked for."""
-        return self.max_tokens
+    def longest(self) -> tuple[int | None, str]:
+        """The longest answer in tokens that was asked for, and the field that says so."""
+        return self.max_tokens, "max_tokens"
 
 
 class CompletionRequest(Common):
@@ -251,9 +251,11 @@ class ChatRequest(Common):
         return self.messages[0].text
 
     @property
-    def longest(self) -> int | None:
-        """The longest answer in tokens that was asked for."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def longest(self) -> tuple[int | None, str]:
+        """As of both endpoints."""
+        if self.max_completion_tokens is None:
+            return super().longest
+        return self.max_completion_tokens, "max_completion_tokens"
 
 
 def first_problem(errors: Sequence[Any]) -> tuple[str, str | None]:
@@ -263,8 +265,8 @@ def first_problem(errors: Sequence[Any]) -> tuple[str, str | None]:
         return "the body is not valid JSON", None
     where = [
         part if isinstance(part, int) else part[:64].encode("ascii", "backslashreplace").decode()
-        for part in problem.get("loc", ())
-        if part not in ("body", "function-wrap")
+        for part in problem.get("loc", ())[1:]  # the first says "body"
+        if part != "function-wrap"
     ]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
     message = str(problem.get("msg")).removeprefix("Value error, ")

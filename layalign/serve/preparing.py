@@ -45,13 +45,14 @@ class Preparer:
         task: str | None,
         llm_prompt: str | None,
         new_tokens: int,
+        limit: str,
     ) -> Inputs:
         """What the model reads for one text.
 
         Args:
             text: for the encoder. `field` is its name in the request, for errors.
             language, task, llm_prompt: as in the request; None for the server's own.
-            new_tokens: longest answer, which must fit behind the prompt.
+            new_tokens: longest answer, which must fit behind the prompt. `limit` is its field's name, for errors.
 
         Raises:
             ApiError: 400, naming the field.
@@ -74,8 +75,8 @@ class Preparer:
             most = self.settings.max_prompt_tokens
             raise ApiError(400, f"{blamed}: expected at most {most} LLM tokens", blamed, "too_long")
         if len(inputs.packed) + new_tokens > self.context:
-            message = f"max_tokens: {len(inputs.packed)} of {self.context} positions are taken, {new_tokens} do not fit"
-            raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+            message = f"{limit}: {len(inputs.packed)} of {self.context} positions are taken, {new_tokens} do not fit"
+            raise ApiError(400, message, limit, "context_length_exceeded")
         return inputs
 
     def _head(self, inputs: Inputs) -> int:

@@ -106,9 +106,8 @@ class Service:
         """
         settings = self.settings
         self.check_model(body.model)
-        given = body.longest
+        given, name = body.longest
         if given is not None and given > settings.max_new_tokens:
-            name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
             raise ApiError(400, f"{name}: expected at most {settings.max_new_tokens}", name)
         longest = settings.default_new_tokens if given is None else given
         inputs = await asyncio.get_running_loop().run_in_executor(
@@ -120,6 +119,7 @@ class Service:
                 task=body.task,
                 llm_prompt=body.llm_prompt,
                 new_tokens=longest,
+                limit=name,
             ),
         )
         ids = list(inputs.packed) if self.penalty != 1.0 else []
