@@ -344,6 +344,22 @@ def test_a_failure_ends_its_requests_and_no_others(
     run(parts, test)
 
 
+def test_an_error_in_the_server_is_logged_with_its_request(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(self: Service, body: Any, emit: Any) -> Any:
+        raise RuntimeError(SECRET)
+
+    async def test(service: Service, client: Client) -> None:
+        monkeypatch.setattr(Service, "prepare", failing)
+        response = await client.post(COMPLETIONS, json={"prompt": SECRET})
+        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+        assert f"request {response.headers['x-request-id']} failed: RuntimeError" in caplog.text
+        assert SECRET not in caplog.text + response.text and service.open == 0
+
+    run(parts, test)
+
+
 def test_logits_that_are_not_finite_fail_their_row_alone(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Decoder.step
 

@@ -52,7 +52,6 @@ def _as_list(value: Any) -> Any:
 Text = Annotated[str, AfterValidator(_well_formed)]
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_well_formed)]
 Label = Annotated[str, Field(max_length=256)]
-FREE = "Any text of at most 256 characters; not looked at."
 
 
 @dataclass(frozen=True, eq=False)  # `Annotated` takes equal metadata for the same, and 0 == False
@@ -131,6 +130,7 @@ _TOOLS = "the model calls no tools"
 _STORED = "nothing is stored"
 _TEXT = "answers are text"
 _CACHED = "nothing is kept of a prompt"
+_FREE = "Any text of at most 256 characters; not looked at."
 
 
 class Common(Fields):
@@ -144,7 +144,7 @@ class Common(Fields):
     stop: Annotated[list[Stop], BeforeValidator(_as_list)] = Field(default_factory=list, max_length=4)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: Label | None = Field(None, description=FREE)
+    user: Label | None = Field(None, description=_FREE)
     n: Annotated[Any, _only(1, why=_ONE)] = None
     logprobs: Annotated[Any, _only(False, why="log probabilities are not given")] = None
     logit_bias: Annotated[Any, _only({}, why="no token's logit can be changed")] = None
@@ -191,7 +191,7 @@ class Message(Fields):
 
     role: Literal["user", "system", "developer", "assistant"]
     content: Annotated[list[Part], BeforeValidator(_as_parts)] = Field(default_factory=list)
-    name: Label | None = Field(None, description=FREE)
+    name: Label | None = Field(None, description=_FREE)
     refusal: Annotated[Any, _only("", why="earlier answers are not served")] = None
     audio: Annotated[Any, _only(why=_TEXT)] = None
     tool_calls: Annotated[Any, _only([], why=_TOOLS)] = None
@@ -208,8 +208,8 @@ class ChatRequest(Common):
 
     messages: list[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
-    safety_identifier: Label | None = Field(None, description=FREE)
-    prompt_cache_key: Label | None = Field(None, description=FREE)
+    safety_identifier: Label | None = Field(None, description=_FREE)
+    prompt_cache_key: Label | None = Field(None, description=_FREE)
     top_logprobs: Annotated[Any, _only(0, why="log probabilities are not given")] = None
     tools: Annotated[Any, _only([], why=_TOOLS)] = None
     tool_choice: Annotated[Any, _only("none", "auto", why=_TOOLS)] = None
