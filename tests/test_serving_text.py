@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from layalign._pages import replaced
 from layalign.errors import ArgumentError
 from layalign.serve import ServeSettings
-from layalign.serve.sampling import Chooser, choose
+from layalign.serve.sampling import Chooser, choose, repetition_penalty
 from layalign.serve.server import is_loopback
 from layalign.serve.text import TextStream
 
@@ -193,3 +194,11 @@ def test_the_page_names_every_option_status_and_metric() -> None:
     defaults = ServeSettings()
     for name in ("max_characters", "max_source_tokens", "max_new_tokens", "max_batch", "max_queue", "timeout", "grace"):
         assert re.search(rf"`--{name.replace('_', '-')}` \({getattr(defaults, name):g}( s)?\)", page), name
+
+
+def test_a_generation_configuration_that_asks_for_nothing_is_taken() -> None:
+    empty = {"bad_words_ids": [], "suppress_tokens": [], "sequence_bias": {}, "min_new_tokens": 0, "min_length": None}
+    assert repetition_penalty(SimpleNamespace(**empty, repetition_penalty=1.3)) == 1.3
+    for name, value in {"bad_words_ids": [[5]], "min_new_tokens": 2, "forced_bos_token_id": 0}.items():
+        with pytest.raises(ArgumentError, match=f"generation_config: {name}="):
+            repetition_penalty(SimpleNamespace(**{name: value}))

@@ -20,7 +20,7 @@ from layalign.errors import ArgumentError
 # Fields of a generation configuration that change greedy answers and that are not served, with the value that does not.
 _NEUTRAL = {
     "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_length": 0,
-    "min_new_tokens": None, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "min_new_tokens": 0, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "exponential_decay_length_penalty": None,
     "sequence_bias": None, "guidance_scale": None, "remove_invalid_values": False,
 }  # fmt: skip
@@ -34,7 +34,7 @@ def repetition_penalty(generation_config: Any) -> float:
     """
     for name, neutral in _NEUTRAL.items():
         value = getattr(generation_config, name, neutral)
-        if value is not None and value != neutral:
+        if value not in (None, neutral, [], {}):
             raise ArgumentError(f"generation_config: {name}={value!r} is not served, expected {neutral!r}")
     return float(getattr(generation_config, "repetition_penalty", None) or 1.0)
 
