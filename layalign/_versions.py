@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
@@ -15,6 +17,12 @@ from layalign.errors import ArgumentError
 TESTED = {"transformers": ("5.0", "5.24"), "torch": ("2.6", "2.15")}
 
 CACHE_NAMES = ("cache", "past_key_values")  # the argument and the output: from transformers 5.24 on, and before
+
+
+def minor_version(version: str) -> tuple[int, int]:
+    """(major, minor) of a version; the newest where it is none."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (sys.maxsize, 0)
 
 
 def version_note(package: str = "transformers") -> str:
@@ -79,12 +87,15 @@ def take_cache(arguments: dict[str, Any]) -> Any:
 
 def cache_of(output: Any) -> Any:
     """The cache in a model's output; None where there is none."""
-    # Newer outputs have the old name too, as a property that logs that it is old.
-    return output.cache if hasattr(output, "cache") else output.past_key_values
+    for name in CACHE_NAMES:  # newer outputs have the old name too, as a property that logs that it is old
+        if hasattr(output, name):
+            return getattr(output, name)
+    require_no_unknown_cache(output)
+    return None
 
 
-def require_no_unknown_cache(arguments: dict[str, Any]) -> None:
-    """No keyword argument is a cache: one under a name that this library does not know would be passed by.
+def require_no_unknown_cache(arguments: Mapping[str, Any]) -> None:
+    """No argument, or no part of an output, is a cache: one under an unknown name would be passed by.
 
     Raises:
         ArgumentError: with the versions that are known.

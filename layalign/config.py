@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PretrainedConfig
 
 from layalign._versions import CACHE_NAMES
+from layalign.embedding_scale import SCALED_IN_DECODER, scaled_as_text
 from layalign.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
 from layalign.fold import CHOICES
 from layalign.last_layer import CHOICES as LAST_LAYER_CHOICES
@@ -59,6 +60,8 @@ class LayAlignConfig(PretrainedConfig):
             on a CUDA GPU where it is installed and applies, "always" with an error where it cannot be, "never".
         last_layer: "auto" computes the LLM's last layer only where its logits are wanted (:mod:`layalign.last_layer`),
             "whole" at all positions.
+        scaled_soft_tokens: whether soft tokens are multiplied as a Gemma's text is (:mod:`layalign.embedding_scale`).
+            None: no; yes in a checkpoint without this field that was written under transformers below 5.4.
 
     Raises:
         ArgumentError: a value is out of range; the message names it.
@@ -91,6 +94,7 @@ class LayAlignConfig(PretrainedConfig):
         fold: str = "auto",
         liger: str = "auto",
         last_layer: str = "auto",
+        scaled_soft_tokens: bool | None = None,
         **kwargs: Any,
     ) -> None:
         self.encoder_config = _as_config("encoder_config", encoder_config)
@@ -117,6 +121,8 @@ class LayAlignConfig(PretrainedConfig):
         self.fold = fold
         self.liger = liger
         self.last_layer = last_layer
+        self.scaled_soft_tokens: Any = scaled_soft_tokens
+        written_by = kwargs.get("transformers_version")
         super().__init__(**kwargs)
         choices = {"structure": STRUCTURES, "mix": MIXES, "fold": CHOICES, "liger": LIGER_CHOICES, "impl": IMPLS}
         choices["last_layer"] = LAST_LAYER_CHOICES
@@ -127,12 +133,14 @@ class LayAlignConfig(PretrainedConfig):
         if self.encoder_config is not None:
             self._resolve_encoder(self.encoder_config)
         if self.llm_config is not None:
-            self._resolve_llm(self.llm_config.get_text_config(decoder=True))
+            self._resolve_llm(self.llm_config.get_text_config(decoder=True), written_by)
 
     def _check_types(self) -> None:
         for name in ("encoder_name_or_path", "llm_name_or_path"):
             if not isinstance(getattr(self, name), str | None):
                 refuse(name, "a folder or hub name", getattr(self, name))
+        if not isinstance(self.scaled_soft_tokens, bool | None):
+            refuse("scaled_soft_tokens", "true, false or None", self.scaled_soft_tokens)
         for name in ("lora", "part_dtypes"):
             if not isinstance(getattr(self, name), dict | None):
                 refuse(name, "a mapping or None", getattr(self, name))
@@ -177,7 +185,11 @@ class LayAlignConfig(PretrainedConfig):
             self.encoder_layers = named_layers(self.encoder_layers, count)
         _check_layers("encoder_layers", self.encoder_layers, count, allow_empty=False)
 
-    def _resolve_llm(self, config: PretrainedConfig) -> None:
+    def _resolve_llm(self, config: PretrainedConfig, written_by: str | None) -> None:
+        if self.scaled_soft_tokens is None:
+            self.scaled_soft_tokens = scaled_as_text(config, written_by)
+        if self.scaled_soft_tokens and config.model_type not in SCALED_IN_DECODER:
+            refuse("scaled_soft_tokens", f"false for an LLM that is none of {', '.join(SCALED_IN_DECODER)}", True)
         if self.language_layers is None:
             self.language_layers = list(range(number_of_layers(config)))
         _check_layers("language_layers", self.language_layers, number_of_layers(config), allow_empty=True)

@@ -33,6 +33,7 @@ CHOICES = ("auto", "always", "never")
 # What transformers' decoders do to their logits behind the head, and the value that means nothing.
 _BEHIND_THE_HEAD = {
     "final_logit_softcapping": None,  # Gemma
+    "logits_soft_cap": None,  # RecurrentGemma
     "logit_scale": 1,  # Cohere
     "logits_scaling": 1,  # Granite
     "lm_head_multiplier": 1,  # Falcon-H1

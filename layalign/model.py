@@ -18,6 +18,7 @@ from layalign import encoder as encoders
 from layalign._sharding import engine_of
 from layalign._versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
 from layalign.config import LayAlignConfig
+from layalign.embedding_scale import in_slots
 from layalign.errors import ArgumentError, refuse, shown
 from layalign.fold import Folding
 from layalign.generation import SourceGenerationMixin, cache_for_compiled
@@ -303,7 +304,9 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if soft is None or self.mapping is None:
             return input_ids, attention_mask, embeds, source
         tokens = PackedTokens(input_ids, attention_mask, config.llm_bos_token_id is not None, config.source_token_id)
-        embeds = tokens.embed(embeds, soft, self.mapping.get_embed(), encoder_attention_mask)
+        boundary = self.mapping.get_embed().to(soft.dtype)
+        soft, boundary = (in_slots(r, config.get_text_config(), config.scaled_soft_tokens) for r in (soft, boundary))
+        embeds = tokens.embed(embeds, soft, boundary, encoder_attention_mask)
         return input_ids, attention_mask, embeds, source
 
     # Running
