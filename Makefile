@@ -13,10 +13,10 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables watch soak clean
+.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables watch newest soak clean
 
 help:
-	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | watch | soak | clean"
+	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
 
 venv: $(STAMP)
 
@@ -88,7 +88,13 @@ bench-tables: $(STAMP)
 # an environment of its own, of gigabytes where the index has CUDA builds only. WATCH="-- --all" takes every minor.
 watch: $(STAMP) $(EMULATED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt nox
-	LAYALIGN_EMULATE_CUDA=$(abspath $(EMULATED)) $(BIN)/nox -s watch curves $(WATCH)
+	LAYALIGN_EMULATE_CUDA=$(abspath $(EMULATED)) $(BIN)/nox -s watch across curves $(WATCH)
+
+# Nightly too: what pip resolves for a newcomer today, unpinned, in an environment of its own; TORCH=... on the command
+# line chooses the build of torch.
+newest: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt nox
+	$(BIN)/nox -s newest
 
 # A server at saturation for half an hour, then killed while it is asked; writes what docs/serving.md shows.
 soak: $(STAMP)

@@ -5,19 +5,25 @@ benchmarks/results/watch/versions.json, and a failure in one does not keep the o
 gigabytes of CUDA libraries along on Linux; point pip at another index (PIP_INDEX_URL) for CPU builds.
 """
 
+import os
 import re
 from pathlib import Path
 
 import nox
 from nox.command import CommandFailed
 
-TORCH = ["2.6.0", "2.13.0", "2.15.0"]  # lowest, the pinned one, newest
-TRANSFORMERS = ["5.0.0", "5.11.0", "5.23.0"]  # lowest, a middle one, newest
+PINNED = "2.13.0"
+TORCH = ["2.6.0", PINNED, "2.15.0"]  # lowest, the pinned one, newest
+TRANSFORMERS = ["5.0.0", "5.11.0", "5.24.0"]  # lowest, a middle one, newest
 MINORS = [  # without 5.4, see docs/versions.md
     "5.0.0", "5.1.0", "5.2.0", "5.3.0", "5.5.4", "5.6.2", "5.7.0", "5.8.1", "5.9.0", "5.10.4", "5.11.0",
     "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2",
-    "5.23.0",
+    "5.23.0", "5.24.0",
 ]  # fmt: skip
+ACROSS = ["5.0.0", "5.3.0", "5.5.4", "5.24.0"]  # lowest, around what 5.4 changed, newest
+CORE = [f"tests/test_{name}.py" for name in (
+    "compat", "architectures", "model", "generation", "checkpoint", "versions", "embedding_scale", "serving", "cli",
+)]  # fmt: skip
 RESULTS = "benchmarks/results/watch"
 # What changes with the two packages under watch; everything else stays as in constraints.txt.
 FREE = {"torch", "triton", "transformers", "tokenizers", "huggingface_hub", "sympy"}
@@ -55,6 +61,39 @@ def watch(session: nox.Session, torch: str) -> None:
             failed.append(version)
     if failed:
         session.error(f"torch {torch}: tests failed with transformers {', '.join(failed)}")
+
+
+@nox.session
+def across(session: nox.Session) -> None:
+    """Checkpoints written with one version of transformers and read with another: every pair of ACROSS."""
+    pins, torch = constraints(session), f"torch=={PINNED}"
+    session.install("-c", pins, torch)
+    session.install("-c", pins, torch, "-e", ".[dev,lora]", env={"LAYALIGN_CUDA": "0"})
+    folder, environment = session.create_tmp(), {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    failed = []
+    # All write before one reads: both directions of every pair.
+    for turn in ("write", "read"):
+        for version in ACROSS:
+            session.install("-c", pins, torch, f"transformers=={version}")
+            for writer in [version] if turn == "write" else [other for other in ACROSS if other != version]:
+                try:
+                    session.run("python", "benchmarks/across.py", turn, f"{folder}/{writer}", env=environment)
+                except CommandFailed:
+                    failed.append(f"{turn} {writer} with {version}")
+    if failed:
+        session.error(f"differs: {', '.join(failed)}")
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """What pip resolves today, unpinned: the demo's fast form and the core tests. TORCH may name a build of torch."""
+    torch = os.environ.get("TORCH", "torch").split()
+    session.install("--upgrade", *torch)
+    session.install("--upgrade", *torch, "-e", ".[dev,lora,serve]", env={"LAYALIGN_CUDA": "0"})
+    session.run("layalign", "doctor")
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    session.run("layalign", "demo", "--fast", "--output", session.create_tmp(), env=environment)
+    session.run("python", "-m", "pytest", "-q", *CORE, env=environment)
 
 
 @nox.session

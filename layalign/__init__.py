@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from layalign._versions import importing
 from layalign.errors import ArgumentError, BackendError, CheckpointError, DataError, LayAlignError
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'layalign' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    with importing():
+        value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 

@@ -16,7 +16,7 @@ from layalign.errors import ArgumentError
 # By package the lowest and the newest minor version. pyproject.toml, noxfile.py and docs/versions.md say the same.
 TESTED = {"transformers": ("5.0", "5.24"), "torch": ("2.6", "2.15")}
 
-CACHE_NAMES = ("cache", "past_key_values")  # the argument and the output: from transformers 5.24 on, and before
+CACHE_NAMES = ("cache", "past_key_values")  # argument and part of the output: from transformers 5.24 on, and before
 
 
 def minor_version(version: str) -> tuple[int, int]:
@@ -25,10 +25,24 @@ def minor_version(version: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (sys.maxsize, 0)
 
 
-def version_note(package: str = "transformers") -> str:
-    """Which version of a package is installed and which were tested: the end of an error that a new one may cause."""
-    lowest, newest = TESTED[package]
-    return f"{package} {metadata.version(package)} is installed; tested with {lowest} to {newest}"
+def tested(package: str) -> str:
+    """The tested versions of a package, as a text."""
+    return " to ".join(TESTED[package])
+
+
+def version_note() -> str:
+    """Which transformers is installed and which were tested: the end of an error that another version may cause."""
+    return f"transformers {metadata.version('transformers')} is installed; tested with {tested('transformers')}"
+
+
+def note_if_untested() -> str:
+    """:func:`version_note` as the end of any error, where the installed transformers is outside what was tested."""
+    try:
+        installed = minor_version(metadata.version("transformers"))
+    except metadata.PackageNotFoundError:
+        return ""
+    lowest, newest = map(minor_version, TESTED["transformers"])
+    return "" if lowest <= installed <= newest else f"; {version_note()}"
 
 
 @contextmanager
@@ -37,6 +51,9 @@ def importing() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        theirs = (error.name or "").startswith("transformers.") or "from 'transformers" in str(error)
+        if not theirs or "tested with" in str(error):
+            raise
         raise ImportError(f"{error}; {version_note()}", name=error.name, path=error.path) from error
 
 

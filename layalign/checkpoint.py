@@ -373,7 +373,7 @@ def inject_lora(llm: PreTrainedModel, settings: Any) -> dict[str, Any]:
         lora = settings if isinstance(settings, LoraConfig) else LoraConfig(**_plain(settings))
         if getattr(llm, "_hf_peft_config_loaded", False):
             raise ValueError("the LLM has an adapter already")
-        # As llm.add_adapter, which in transformers 5.24 wants a peft that is not out yet.
+        # As llm.add_adapter, which in transformers 5.24 asks for a peft that its index does not have.
         inject_adapter_in_model(lora, llm)
         llm._hf_peft_config_loaded = True
     except (TypeError, ValueError, AttributeError) as error:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from layalign._versions import TESTED, tested
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -26,11 +28,12 @@ PACKAGES = (
 class Report:
     """What :func:`examine` found.
 
-    Versions by package (None: not installed), devices by name, one dict per backend (name, available, reason), and what
-    the installation compiled of the extension, by backend.
+    Versions by package (None: not installed), the tested ones, devices by name, one dict per backend (name, available,
+    reason), and what the installation compiled of the extension, by backend.
     """
 
     versions: dict[str, str | None]
+    tested: dict[str, str]
     devices: dict[str, str]
     backends: list[dict[str, Any]]
     extension: dict[str, str]
@@ -61,7 +64,8 @@ def examine() -> Report:
     rows = [
         {"name": entry.name, "available": bool(entry.available), "reason": entry.reason} for entry in backends.report()
     ]
-    return Report(versions=versions, devices=_devices(), backends=rows, extension=_extension())
+    ranges = {name: tested(name) for name in TESTED}
+    return Report(versions=versions, tested=ranges, devices=_devices(), backends=rows, extension=_extension())
 
 
 def _extension() -> dict[str, str]:

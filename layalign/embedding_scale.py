@@ -29,8 +29,9 @@ def scaled_as_text(text_config: Any, version: str | None) -> bool:
         text_config: configuration of the LLM's decoder.
         version: of the transformers that wrote the checkpoint; None for a new model.
     """
-    known = text_config.model_type in SCALED_IN_DECODER and isinstance(version, str)
-    return known and minor_version(version) < MOVED
+    if text_config.model_type not in SCALED_IN_DECODER or not isinstance(version, str):
+        return False
+    return minor_version(version) < MOVED
 
 
 def in_slots(rows: Tensor, text_config: Any, scaled: bool) -> Tensor:

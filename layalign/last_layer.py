@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from layalign._plain import is_watched
+from layalign._versions import importing
 from layalign.attention import attention_modules
 from layalign.rows import Rows, only_rows
+
+with importing():
+    from transformers.pytorch_utils import Conv1D
 
 CHOICES = ("auto", "whole")
 MOST = 0.75  # share of the positions above which copying them costs more than it saves

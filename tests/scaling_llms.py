@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from tiny import VOCABULARY
+from tiny import VOCABULARY, open_gates, tiny_encoder
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from layalign import LayAlignForCausalLM
 
 _DECODER = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -52,3 +54,13 @@ def scaling_llm(name: str) -> PreTrainedModel:
         for parameter in llm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
     return llm
+
+
+def scaling_model(name: str, **config) -> LayAlignForCausalLM:
+    llm = scaling_llm(name)
+    torch.manual_seed(2)
+    if name == "minicpm3":  # its attention has no key and value maps to attend through: the adapter alone
+        config["language_layers"] = []
+    model = LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), llm, **config)
+    open_gates(model)
+    return model.eval()

@@ -250,13 +250,15 @@ def test_doctor_tells_versions_devices_and_reasons(capsys: pytest.CaptureFixture
     assert report == examine().to_dict()
     assert report["versions"]["torch"]
     assert report["versions"]["transformers"]
+    assert report["tested"] == {"transformers": "5.0 to 5.24", "torch": "2.6 to 2.15"}
     assert "cpu" in report["devices"]
     states = {backend["name"]: backend for backend in report["backends"]}
     assert states["torch"]["available"]
     assert all(backend["reason"] for backend in states.values())
     assert set(report["extension"]) == {"cpp", "cuda"} and all(report["extension"].values())
     assert run("doctor") == 0
-    assert "Backends" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Backends" in shown and "5.0 to 5.24" in shown
 
 
 def test_as_a_process(tmp_path: Path) -> None:

@@ -7,22 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from scaling_llms import LLMS, scaling_llm
-from tiny import batch, open_gates, tiny_encoder
+from scaling_llms import LLMS, scaling_llm, scaling_model
+from tiny import batch
 from torch import nn
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, embedding_scale, liger
 from layalign.embedding_scale import SCALED_IN_DECODER
-
-
-def scaling_model(name: str, **config) -> LayAlignForCausalLM:
-    llm = scaling_llm(name)
-    torch.manual_seed(2)
-    if name == "minicpm3":  # its attention has no key and value maps to attend through: the adapter alone
-        config["language_layers"] = []
-    model = LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), llm, **config)
-    open_gates(model)
-    return model.eval()
 
 
 class Stop(Exception):

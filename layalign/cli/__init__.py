@@ -56,6 +56,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 def describe(error: Exception) -> tuple[str, int]:
     """One line for an exception, and the exit code that goes with it."""
+    from layalign._versions import note_if_untested
     from layalign.errors import LayAlignError, StoppedError
 
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
@@ -71,7 +72,7 @@ def describe(error: Exception) -> tuple[str, int]:
         return _one_line(str(error)) or type(error).__name__, 2
     if isinstance(error, ImportError):
         return _one_line(str(error)), 2
-    return f"{type(error).__name__}: {_one_line(str(error))}", 1
+    return f"{type(error).__name__}: {_one_line(str(error))}{note_if_untested()}", 1
 
 
 def _one_line(text: str, longest: int = 600) -> str:

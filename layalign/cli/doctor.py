@@ -24,8 +24,9 @@ def doctor(
     versions = Table(title="Versions", show_edge=False)
     versions.add_column("package")
     versions.add_column("version")
+    versions.add_column("tested with")
     for name, version in report.versions.items():
-        versions.add_row(name, version or "[dim]not installed[/dim]")
+        versions.add_row(name, version or "[dim]not installed[/dim]", report.tested.get(name, ""))
     devices = Table(title="Devices", show_edge=False)
     devices.add_column("device")
     devices.add_column("what")
