@@ -105,6 +105,16 @@ def register(base_name: str) -> str:
     return name
 
 
+class _Registration:
+    """In an attached LLM: its pickles register the attention function where they are read, in whatever process."""
+
+    def __init__(self, base_name: str) -> None:
+        self.base_name, self.name = base_name, register(base_name)
+
+    def __reduce__(self) -> Any:
+        return _Registration, (self.base_name,)
+
+
 def _layer_index(module: nn.Module) -> int:
     return int(module.layer_idx)  # type: ignore[arg-type]
 
@@ -234,13 +244,15 @@ def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = No
     if missing:
         raise ArgumentError(f"language_layers: expected layers among {sorted(found)}, got {missing}")
     base = llm.config._attn_implementation or "sdpa"
-    report = AttachReport(implementation=register(base))
+    registration = _Registration(base)
+    report = AttachReport(implementation=registration.name)
     for layer, (name, _) in sorted(found.items()):
         if layer in wanted:
             report.attached.append((layer, name))
         else:
             report.skipped.append((name, "not among the language layers"))
     _swap_config(llm, report.implementation)
+    llm.__dict__["_layalign_registration"] = registration
     return report
 
 
@@ -253,6 +265,7 @@ def detach(llm: PreTrainedModel) -> AttachReport:
     given: Any = llm
     if not isinstance(given, nn.Module) or not is_attached(given):
         raise ArgumentError("llm: expected an attached LLM, this one is not")
+    llm.__dict__.pop("_layalign_registration", None)
     for module in llm.modules():
         if "_layalign_config" in module.__dict__:
             module.config = module.__dict__.pop("_layalign_config")

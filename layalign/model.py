@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 
 from layalign import attention, checkpoint, slots
 from layalign import encoder as encoders
+from layalign._pickling import leave_out_recorders
 from layalign._sharding import engine_of
 from layalign._versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
 from layalign.config import LayAlignConfig
@@ -159,6 +160,14 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             **kw: as transformers' ``save_pretrained`` (with ``save_frozen``).
         """
         checkpoint.save(self, super().save_pretrained, save_directory, save_frozen, state_dict, kw)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        leave_out_recorders(self)  # the LLM has some once its hidden states were asked for
+        return super().__reduce_ex__(protocol)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        encoders.record_layers(self.encoder)
 
     # What trains
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,16 @@ class SourceStates:
     # By LLM layer: what the last call left for the next, and which of these holds for the pass under way.
     _again: dict[int, RepeatedDecode | None] = field(default_factory=dict, init=False, repr=False, compare=False)
     _ready: dict[int, Ready] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:  # launches kept for the next call hold addresses of this one's tensors
+        return {**self.__dict__, "seen": None, "_again": {}, "_ready": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SourceStates:
+        for module in self.attentions:
+            memo.setdefault(id(module), module)  # the gates stay the model's
+        copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SourceStates:
         """The same states with ``function`` applied to every tensor (all have the batch first)."""
@@ -121,6 +132,10 @@ class _SourceCacheMixin:
 
     source: SourceStates
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(max(protocol, 2))  # one form of it: the same for all protocols
+        return (_empty_cache, type(self).__bases__[1:], *reduced[2:])  # type: ignore[index]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.source = self.source.select(beam_idx)
@@ -146,6 +161,11 @@ def _source_cache_class(cache_class: type) -> type:
         bases = (_SourceCacheMixin, cache_class)
         _CACHE_CLASSES[cache_class] = type(f"Source{cache_class.__name__}", bases, {})
     return _CACHE_CLASSES[cache_class]
+
+
+def _empty_cache(cache_class: type) -> Any:
+    cls: Any = _source_cache_class(cache_class)  # which cannot be found by name
+    return cls.__new__(cls)
 
 
 def source_cache(cache: Cache) -> Cache:

@@ -1,0 +1,65 @@
+"""Models can be pickled: ``torch.save``, processes that are started, not forked.
+
+transformers' recorders of hidden states are local functions, which no pickle can hold. They hold nothing themselves:
+pickles leave them out, and they are installed anew where they are wanted. Copies keep them.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+from layalign._plain import parts
+
+_FLAG = "_output_capturing_hooks_installed"
+
+
+def _is_recorder(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+class _Hooks(OrderedDict):
+    """A module's forward hooks, of which a pickle holds those that are no recorders."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return OrderedDict(self)  # as copies of functions: the functions
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return OrderedDict, ([(number, hook) for number, hook in self.items() if not _is_recorder(hook)],)
+
+
+class _Installed(int):
+    """True in copies, False in pickles."""
+
+    def __deepcopy__(self, memo: Any) -> bool:
+        return True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return bool, ()
+
+
+def _reduce(module: nn.Module) -> Any:
+    reduced = module.__reduce_ex__(2)
+    state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
+    if not isinstance(state, dict):
+        return reduced
+    changed = dict(state)
+    if any(map(_is_recorder, state.get("_forward_hooks", {}).values())):
+        changed["_forward_hooks"] = _Hooks(state["_forward_hooks"])
+    if state.get(_FLAG):
+        changed[_FLAG] = _Installed(True)
+    return (*reduced[:2], changed, *reduced[3:])
+
+
+def leave_out_recorders(model: nn.Module) -> None:
+    """From now on pickles go without the recorders in ``model``.
+
+    By the classes of its modules: ``pickle`` asks nothing else of a module inside another one.
+    """
+    for module in parts(model):
+        recorded = module.__dict__.get(_FLAG) or any(map(_is_recorder, module._forward_hooks.values()))
+        if recorded and type(module) not in copyreg.dispatch_table:
+            copyreg.pickle(type(module), _reduce)  # type: ignore[arg-type]
