@@ -11,6 +11,7 @@ from collections import OrderedDict
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel, modeling_utils
 
 from layalign._plain import parts
 
@@ -63,3 +64,12 @@ def leave_out_recorders(model: nn.Module) -> None:
         recorded = module.__dict__.get(_FLAG) or any(map(_is_recorder, module._forward_hooks.values()))
         if recorded and type(module) not in copyreg.dispatch_table:
             copyreg.pickle(type(module), _reduce)  # type: ignore[arg-type]
+
+
+def make_recordable(model: nn.Module) -> None:
+    """Tell transformers what it can record in ``model``: it learns that in constructors, which no pickle calls."""
+    registry = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
+    for module in parts(model) if registry is not None else ():
+        if isinstance(module, PreTrainedModel):
+            key = str(type(module)) if type(registry) is dict else module  # earlier releases ask for the name
+            registry[key] = getattr(module, "_can_record_outputs", None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding, PreTrainedModel
 
-from layalign._pickling import leave_out_recorders
+from layalign._pickling import leave_out_recorders, make_recordable
 from layalign._plain import trains
 from layalign.errors import ArgumentError
 
@@ -52,6 +52,7 @@ def record_layers(encoder: PreTrainedModel) -> None:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:  # other releases record in another way, or need no recorders
         return
+    make_recordable(encoder)
     maybe_install_capturing_hooks(encoder)
     leave_out_recorders(encoder)
 

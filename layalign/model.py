@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 
 from layalign import attention, checkpoint, slots
 from layalign import encoder as encoders
-from layalign._pickling import leave_out_recorders
+from layalign._pickling import leave_out_recorders, make_recordable
 from layalign._sharding import engine_of
 from layalign._versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
 from layalign.config import LayAlignConfig
@@ -167,6 +167,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        make_recordable(self)
         encoders.record_layers(self.encoder)
 
     # What trains
