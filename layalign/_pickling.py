@@ -68,8 +68,8 @@ def leave_out_recorders(model: nn.Module) -> None:
 
 def make_recordable(model: nn.Module) -> None:
     """Tell transformers what it can record in ``model``: it learns that in constructors, which no pickle calls."""
-    registry = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
+    registry: Any = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
     for module in parts(model) if registry is not None else ():
         if isinstance(module, PreTrainedModel):
-            key = str(type(module)) if type(registry) is dict else module  # earlier releases ask for the name
+            key: Any = str(type(module)) if type(registry) is dict else module  # earlier releases ask for the name
             registry[key] = getattr(module, "_can_record_outputs", None)

@@ -9,6 +9,7 @@ of the LLM's ``forward``; nothing is stored on the LLM but the name of its atten
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -212,6 +213,32 @@ def _swap_config(llm: PreTrainedModel, implementation: str) -> None:
         module.config = copies[id(config)]
 
 
+def own_configs(llm: nn.Module) -> list[Any]:
+    """The config objects that :func:`detach` gives back to the modules of an attached LLM."""
+    found = (module.__dict__.get("_layalign_config") for module in llm.modules())
+    return list({id(config): config for config in found if config is not None}.values())
+
+
+def carries_source(attention: Any) -> bool:
+    """Whether an attached LLM's attention module still has the function that takes the source."""
+    return str(attention.config._attn_implementation_internal).startswith(PREFIX)
+
+
+def follow(llm: nn.Module) -> None:
+    """Attach again by the attention function that an attached LLM has been given since: its setter knows no source."""
+    for module in llm.modules():
+        if "_layalign_config" in module.__dict__ and not carries_source(module):
+            config: Any = module.config
+            registration = _Registration(config._attn_implementation_internal or "sdpa")
+            config._attn_implementation_internal = registration.name
+            llm.__dict__["_layalign_registration"] = registration
+
+
+def _set_attn_implementation(llm: Any, *args: Any, **kwargs: Any) -> None:
+    type(llm).set_attn_implementation(llm, *args, **kwargs)
+    follow(llm)
+
+
 def is_attached(llm: nn.Module) -> bool:
     """Whether :func:`attach` has been called on this instance."""
     return "_layalign_config" in llm.__dict__
@@ -253,6 +280,7 @@ def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = No
             report.skipped.append((name, "not among the language layers"))
     _swap_config(llm, report.implementation)
     llm.__dict__["_layalign_registration"] = registration
+    llm.__dict__["set_attn_implementation"] = functools.partial(_set_attn_implementation, llm)
     return report
 
 
@@ -265,7 +293,8 @@ def detach(llm: PreTrainedModel) -> AttachReport:
     given: Any = llm
     if not isinstance(given, nn.Module) or not is_attached(given):
         raise ArgumentError("llm: expected an attached LLM, this one is not")
-    llm.__dict__.pop("_layalign_registration", None)
+    for name in ("_layalign_registration", "set_attn_implementation"):
+        llm.__dict__.pop(name, None)
     for module in llm.modules():
         if "_layalign_config" in module.__dict__:
             module.config = module.__dict__.pop("_layalign_config")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from layalign import liger
+from layalign import _vocabulary, liger
+from layalign.errors import ArgumentError, first_line, refuse
 from layalign.loss import label_loss, with_loss
 from layalign.packing import IGNORE_INDEX
 from layalign.rows import Rows
@@ -53,6 +55,28 @@ def run_llm(
     return with_loss(output, label_loss(output.logits, targets, divisor), output.logits)
 
 
+def _put_embeddings(old: Any, new: Any, put: Callable[[Any], None]) -> None:
+    weight = getattr(new, "weight", None)
+    if not isinstance(new, nn.Module) or weight is None or weight.shape[-1] != old.weight.shape[-1]:
+        what = f"a {type(new).__name__}" if weight is None else f"a weight {tuple(weight.shape)}"
+        raise ArgumentError(f"embeddings: expected a module with a weight (V, {old.weight.shape[-1]}), got {what}")
+    new.requires_grad_(old.weight.requires_grad)
+    put(new)
+
+
+def _attention_config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "_attn_implementation_internal") else None
+
+
+def _of_llm(name: str) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.llm, name)(*args, **kwargs)
+
+    method.__name__, method.__doc__ = name, f"The LLM's ``{name}``: adapters are in the LLM alone."
+    return method
+
+
 class LLMPartMixin:
     """Methods of a transformers model that are the LLM's."""
 
@@ -79,9 +103,103 @@ class LLMPartMixin:
         """The LLM's."""
         return self.llm.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Others for the LLM, which train only if its own did."""
+        _put_embeddings(self.llm.get_input_embeddings(), value, self.llm.set_input_embeddings)
+
     def get_output_embeddings(self) -> nn.Module:
         """The LLM's."""
         return self.llm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Others for the LLM, which train only if its own did."""
+        _put_embeddings(self.llm.get_output_embeddings(), new_embeddings, self.llm.set_output_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """The LLM's vocabulary; what was frozen stays so. Arguments as in transformers.
+
+        Raises:
+            ArgumentError: the model would lose a token that it needs, or the embeddings are not plain ones (quantised,
+                sharded, offloaded, LoRA-wrapped). Nothing is changed then.
+        """
+        return _vocabulary.resize(cast("LayAlignForCausalLM", self), new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """The attention function of both parts, or by part: {"llm_config": "eager"}. The source's stays beside it.
+
+        Raises:
+            ArgumentError: a part has no such function. Nothing is changed then.
+        """
+        parts = {"llm_config": self.llm, "encoder_config": self.encoder}
+        asked = (
+            attn_implementation if isinstance(attn_implementation, dict) else dict.fromkeys(parts, attn_implementation)
+        )
+        if unknown := [name for name in asked if name not in parts]:
+            refuse("attn_implementation", f"a name, or names by {' and '.join(parts)}", unknown[0])
+        configs = [
+            config for part in parts.values() for module in part.modules() if (config := _attention_config(module))
+        ]
+        before = [(config, config._attn_implementation_internal) for config in configs]
+        try:
+            for name, function in asked.items():
+                parts[name].set_attn_implementation(function, *args, **kwargs)
+        except (ValueError, ImportError) as error:
+            for config, function in before:
+                config._attn_implementation_internal = function
+            raise ArgumentError(f"attn_implementation: {first_line(error)}") from error
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """As ``add_lora``: the LLM's LoRA, and the model's own parts train on.
+
+        Raises:
+            ArgumentError: it has another name than "default", or there is one already.
+        """
+        if adapter_name not in (None, "default"):
+            refuse("adapter_name", "'default', for a checkpoint keeps one adapter", adapter_name)
+        cast("LayAlignForCausalLM", self).add_lora(adapter_config)
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """Take an adapter out of the LLM; with the last one its modules are what they were."""
+        self.llm.delete_adapter(adapter_names)
+        if self.llm._hf_peft_config_loaded:
+            return
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in list(self.llm.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, BaseTunerLayer):  # left by peft, and a checkpoint would have its names
+                    setattr(module, name, child.get_base_layer())
+        cast("LayAlignForCausalLM", self).config.lora = None
+
+    load_adapter = _of_llm("load_adapter")
+    set_adapter = _of_llm("set_adapter")
+    enable_adapters = _of_llm("enable_adapters")
+    disable_adapters = _of_llm("disable_adapters")
+    active_adapters = _of_llm("active_adapters")
+    get_adapter_state_dict = _of_llm("get_adapter_state_dict")
+
+    def dequantize(self, *args: Any, **kwargs: Any) -> Any:
+        """Both parts', where they are quantised.
+
+        Raises:
+            ArgumentError: neither is.
+        """
+        quantised = [part for part in (self.llm, self.encoder) if getattr(part, "hf_quantizer", None) is not None]
+        if not quantised:
+            raise ArgumentError("dequantize: expected a quantised LLM or encoder, this model has neither")
+        for part in quantised:
+            part.dequantize(*args, **kwargs)
+        return self
+
+    def set_encoder(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the trained parts belong to this encoder."""
+        raise ArgumentError("encoder: expected to stay; join another one by from_encoder_and_llm")
+
+    def set_decoder(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the trained parts belong to this LLM."""
+        raise ArgumentError("decoder: expected to stay; join another LLM by from_encoder_and_llm")
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The frozen multilingual encoder."""

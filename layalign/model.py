@@ -67,7 +67,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             if llm is not None or encoder is not None:
                 for module in part.modules():
                     module._is_hf_initialized = True  # type: ignore[assignment]  # post_init must not touch their weights
-        self._trainable_before = [p for part in (self.llm, self.encoder) for p in part.parameters() if p.requires_grad]
+        # By name, for another vocabulary brings other parameters.
+        self._trainable_before = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.freeze()
         encoders.record_layers(self.encoder)
         if config.lora is not None:
@@ -197,8 +198,9 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
     def unwrap(self) -> PreTrainedModel:
         """Give the LLM back as it was before: detached, its parameters trainable where they were."""
         attention.detach(self.llm)
-        for parameter in self._trainable_before:
-            parameter.requires_grad_(True)
+        for name, parameter in self.named_parameters():
+            if name.replace(".base_layer.", ".") in self._trainable_before:  # LoRA puts a level in between
+                parameter.requires_grad_(True)
         return self.llm
 
     @torch.no_grad()
@@ -359,6 +361,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         Raises:
             ArgumentError: shapes do not fit, the input is not packed, or there is no source.
         """
+        if self._attentions and not attention.carries_source(self._attentions[0]):
+            attention.follow(self.llm)
         source = source_states
         cache = one_cache(past_key_values, cache)
         if encoder_input_ids is not None:
@@ -375,7 +379,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                 raise ArgumentError("input_ids: expected (B, T) token ids, got None")
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if labels is not None:
-            require_labels(labels, inputs_embeds.shape[:2], self.config.get_text_config().vocab_size)
+            require_labels(labels, inputs_embeds.shape[:2], self.llm.config.get_text_config(decoder=True).vocab_size)
         if position_ids is None and attention_mask is not None and self.config.mask_encoder_padding:
             position_ids = real_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
         use_cache = use_cache if labels is None else bool(use_cache)

@@ -127,7 +127,8 @@ def test_a_cache_with_a_source_goes_on_elsewhere(kind: str, way: str) -> None:
 _ELSEWHERE = """
 import sys, torch
 model, inputs, expected, llm, ids, bare, cache = torch.load(sys.argv[1], weights_only=False)
-assert torch.equal(model(**inputs).logits, expected) and len(model(**inputs, output_hidden_states=True).hidden_states) == 4
+assert torch.equal(model(**inputs).logits, expected)
+assert len(model(**inputs, output_hidden_states=True).hidden_states) == 4
 assert torch.equal(llm(ids).logits, bare)
 with torch.no_grad():
     model(input_ids=torch.tensor([[5], [6], [7]]), past_key_values=cache)
