@@ -19,6 +19,13 @@ from layalign.ops.backends import BACKENDS
 
 IMPLS = ("auto", *BACKENDS)
 
+# What programs ask of a causal LM's configuration (DeepSpeed's "auto" entries, servers, evaluators): the LLM's answers.
+_OF_LLM = (
+    "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "sliding_window", "layer_types", "rope_parameters", "use_cache",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
 
 def _as_config(name: str, value: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig | None:
     if value is None or isinstance(value, PretrainedConfig):
@@ -134,6 +141,13 @@ class LayAlignConfig(PretrainedConfig):
             self._resolve_encoder(self.encoder_config)
         if self.llm_config is not None:
             self._resolve_llm(self.llm_config.get_text_config(decoder=True), written_by)
+
+    def __getattr__(self, name: str) -> Any:
+        # Not stored: what belongs to the LLM is written to config.json once, with the LLM's configuration.
+        llm = self.__dict__.get("llm_config") if name in _OF_LLM else None
+        if llm is None or not hasattr(text := llm.get_text_config(decoder=True), name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(text, name)
 
     def _check_types(self) -> None:
         for name in ("encoder_name_or_path", "llm_name_or_path"):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from tiny import VOCABULARY, batch, tiny_encoder, tiny_llm, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from layalign import ArgumentError, LayAlignForCausalLM, attach, detach
+from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, attach, detach
 from layalign.attention import attention_modules, carries_source
 
 LORA = {"r": 2, "target_modules": ["q_proj"]}
@@ -348,3 +351,42 @@ def test_a_configuration_builds_the_same_model() -> None:
         atol = 0.05 if other.config.dtype == torch.bfloat16 else 0
         torch.testing.assert_close(_logits(other.eval()), _logits(model), atol=atol, rtol=0)
         _trains_and_generates(other)
+
+
+# The configuration
+
+
+@pytest.mark.parametrize("llm", ["llama", "qwen2", "gemma3_text", "gpt2", "gpt_neox"])
+def test_a_configuration_answers_as_its_llms(llm: str, tmp_path: Path) -> None:
+    model = tiny_model(llm=llm)
+    names = (
+        "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "use_cache",
+        "tie_word_embeddings", "is_encoder_decoder",
+    )  # fmt: skip
+    missing = object()
+    before = set(model.config.to_dict())
+    for name in names:
+        assert getattr(model.config, name, missing) == getattr(model.llm.config, name, missing), name
+    assert not hasattr(model.config, "quantization_config")
+    model.config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert not written.keys() & (set(names) - {"is_encoder_decoder"}) and set(model.config.to_dict()) == before
+    assert LayAlignConfig.from_pretrained(tmp_path).hidden_size == model.llm.config.hidden_size
+    empty = LayAlignConfig()
+    assert not hasattr(empty, "hidden_size") and copy.deepcopy(empty).to_dict() == empty.to_dict()
+
+
+def test_deepspeeds_auto_entries_are_filled(tmp_path: Path) -> None:
+    class Settings(HfTrainerDeepSpeedConfig, HfDeepSpeedConfig):  # without the package, which its constructor wants
+        def __init__(self, settings: dict[str, Any]) -> None:
+            HfDeepSpeedConfig.__init__(self, settings)
+            self.mismatches, self._dtype = [], None
+
+    names = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    found = []
+    for model in (tiny_llm(), tiny_model()):
+        settings = Settings({"zero_optimization": {"stage": 3, **dict.fromkeys(names, "auto")}})
+        settings.trainer_config_finalize(TrainingArguments(str(tmp_path), use_cpu=True), model, 10)
+        found.append(settings.config["zero_optimization"])
+    assert found[0] == found[1] and found[0]["reduce_bucket_size"] == 32 * 32
