@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -73,6 +74,26 @@ def require_input(name: str, value: Any, linear: Any) -> None:
         return
     if not torch.is_autocast_enabled(value.device.type):
         raise ArgumentError(f"{name}: expected the weights' dtype {weight.dtype}, got {describe(value)}")
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a call of ``module`` takes its input: accelerate keeps the weights of an offloaded one elsewhere."""
+    device = module.weight.device
+    if (
+        device.type == "meta"
+        and (place := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None
+    ):
+        return torch.device(place)
+    return device
+
+
+def brought(module: nn.Module) -> AbstractContextManager[None]:
+    """Within the block, the parameters of ``module`` itself are there, also where accelerate offloads them."""
+    if torch.compiler.is_compiling() or not any(p is not None and p.is_meta for p in module._parameters.values()):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def reason_against_reading(linear: Any) -> str | None:

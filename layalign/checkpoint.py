@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from layalign import encoder as encoders
+from layalign._plain import brought, device_of
 from layalign.config import LayAlignConfig, hidden_size, number_of_layers
 from layalign.errors import ArgumentError, BackendError, CheckpointError, first_line, refuse, shown
 from layalign.ops._checks import FLOAT_DTYPES
@@ -30,6 +31,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIGEST = "sha256"  # in the metadata of the weights
 OWN_PARTS = ("mapping.", "encoder_aligner.", "cross_attention.")
 QUANTISERS = ("bitsandbytes", "optimum", "torchao", "hqq")  # packages whose modules hold packed weights
+PLACES = ("device_map", "max_memory", "offload_folder", "offload_buffers")  # of a frozen part's weights
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -169,7 +171,7 @@ def load(
     # What does not fit is found before the frozen parts are loaded, and before memory is taken for its sizes.
     weights = _read_weights(name_or_path, hub)
     _check_own(config, weights, name_or_path)
-    names = ("dtype", "device_map", "local_files_only", "trust_remote_code")
+    names = ("dtype", "local_files_only", "trust_remote_code", *PLACES)
     common = {key: arguments.pop(key) for key in names if key in arguments}
     common.setdefault("dtype", "auto")
     wanted = _dtype(common["dtype"])
@@ -293,7 +295,10 @@ def _load_whole(
     for name, parameter in model.named_parameters():
         part = _part(name)
         if part == "own":
-            _require_sound(f"{name_or_path}: {WEIGHTS}: {name}", parameter)
+            module, _, own = name.rpartition(".")
+            with brought(owner := model.get_submodule(module)):  # device_map may have left it on the disk
+                _require_sound(f"{name_or_path}: {WEIGHTS}: {name}", owner._parameters[own])
+            parameter = owner._parameters[own]  # another one, if it was
         of_part = of_parts.get(part)
         want = _dtype(asked if of_part is None else of_part) or saved.get(name) or saved.get(part) or parameter.dtype
         parameter.data = parameter.data.to(want)
@@ -360,7 +365,7 @@ def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> No
 
 def _home(model: Any, name: str, place: Tensor) -> torch.device:
     """Own parts live with the LLM's embeddings, everything else stays where it is."""
-    return model.get_input_embeddings().weight.device if name.startswith(OWN_PARTS) else place.device
+    return device_of(model.get_input_embeddings()) if name.startswith(OWN_PARTS) else place.device
 
 
 def inject_lora(llm: PreTrainedModel, settings: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from layalign._plain import device_of
 from layalign.data.collator import STAGES, LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.languages import find_language, language_of, tokenizer_source_language
@@ -125,7 +126,7 @@ class LayAlignLM(TemplateLM):
         )
         config = model.config.get_text_config()
         self.max_length = int(max_length or getattr(config, "max_position_embeddings", None) or 2048)
-        self._device = model.get_input_embeddings().weight.device
+        self._device = device_of(model.get_input_embeddings())
         self._told: set[str] = set()
 
     @property

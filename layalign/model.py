@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 from layalign import attention, checkpoint, slots
 from layalign import encoder as encoders
 from layalign._pickling import leave_out_recorders, make_recordable
+from layalign._plain import device_of
 from layalign._sharding import engine_of
 from layalign._versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
 from layalign.config import LayAlignConfig
@@ -124,10 +125,10 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             config.setdefault(key, part.config.name_or_path or None)
         full = LayAlignConfig(encoder_config=encoder.config, llm_config=llm.config, **config)
         model = cls(full, encoder=encoder, llm=llm)
-        like = llm.get_input_embeddings().weight
+        device = device_of(llm.get_input_embeddings())
         for part in (model.mapping, model.encoder_aligner, model.cross_attention):
             if part is not None:
-                part.to(device=like.device)
+                part.to(device=device)
         return model
 
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layalign._plain import device_of
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
 
@@ -46,7 +47,7 @@ class Reader:
     @property
     def device(self) -> torch.device:
         """Where the LLM's input goes."""
-        return self.model.get_input_embeddings().weight.device
+        return device_of(self.model.get_input_embeddings())
 
     def collator(self, *, targets: bool) -> LayAlignCollator:
         """[source] and, with targets, [English], as in the translation stage.

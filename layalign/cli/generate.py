@@ -130,13 +130,14 @@ class _Run:
     options: dict[str, Any]
 
     def inputs(self, batch: list[Example]) -> dict[str, Any]:
+        from layalign._plain import device_of
         from layalign.data import LayAlignCollator
 
         stage = "task" if batch[0].prompt else "translation"
         collator = LayAlignCollator.from_model(
             self.model, self.encoder_tokenizer, self.llm_tokenizer, stage=stage, with_targets=False
         )
-        device = self.model.get_input_embeddings().weight.device
+        device = device_of(self.model.get_input_embeddings())
         return {key: tensor.to(device) for key, tensor in collator(batch).items()}
 
     def answers(self, examples: Iterator[Example], batch_size: int) -> Iterator[tuple[Example, str]]:

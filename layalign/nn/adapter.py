@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from layalign._plain import require_input
+from layalign._plain import brought, require_input
 from layalign.errors import MAX_SIZE, whole_number
 
 
@@ -52,7 +52,8 @@ class Adapter(nn.Module):
 
     def get_embed(self) -> Tensor:
         """The boundary token, (1, 1, D_l)."""
-        return self.end_boundary
+        with brought(self):
+            return self.end_boundary
 
 
 Mapping = Adapter

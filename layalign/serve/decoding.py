@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from layalign._plain import device_of
 from layalign._versions import cache_of
 from layalign.packing import real_positions
 from layalign.source import SourceStates, get_source, put_source
@@ -66,7 +67,7 @@ class Decoder:
 
     def __init__(self, model: Any, encoder_pad: int) -> None:
         self.model, self.encoder_pad = model, encoder_pad
-        self.device = model.get_input_embeddings().weight.device
+        self.device = device_of(model.get_input_embeddings())
         # As published, padding is attended to: then only a source without any gives the single request's answer.
         self.together = bool(model.config.mask_encoder_padding)
 
