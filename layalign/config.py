@@ -56,7 +56,9 @@ class LayAlignConfig(PretrainedConfig):
         gate: None, gates are learned and start at zero; a number fixes all of them there.
         mask_encoder_padding: hide encoder padding from the cross-attention and number LLM positions without padding, so
             that a sample does not depend on its batch neighbours. False reproduces the published numbers.
-        llm_bos_token_id: first token of the LLM's input. None: the LLM's own, or none if it has none.
+        llm_bos_token_id: first token of the LLM's input. None: that of the LLM's configuration, or none if it has none.
+            False: none in any case, for LLMs whose tokenizers add none (Qwen). Where there is none, the attribute is
+            None, and config.json says so.
         source_token_id: id that fills the slots of the soft tokens in ``input_ids``. None: the LLM's pad, else eos, id.
         lora: settings of a peft ``LoraConfig`` put on the LLM, or None.
         frozen_saved, part_dtypes: whether the checkpoint holds the frozen parts too, and each part's dtype in it.
@@ -92,7 +94,7 @@ class LayAlignConfig(PretrainedConfig):
         prompt: bool = True,
         gate: float | None = None,
         mask_encoder_padding: bool = True,
-        llm_bos_token_id: int | None = None,
+        llm_bos_token_id: int | bool | None = None,
         source_token_id: int | None = None,
         lora: dict[str, Any] | None = None,
         frozen_saved: bool = False,
@@ -159,8 +161,9 @@ class LayAlignConfig(PretrainedConfig):
             if not isinstance(getattr(self, name), dict | None):
                 refuse(name, "a mapping or None", getattr(self, name))
         for name in ("llm_bos_token_id", "source_token_id"):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), least=0)
+            value = getattr(self, name)
+            if value is not None and not (value is False and name == "llm_bos_token_id"):
+                whole_number(name, value, least=0)
         if not isinstance(self.frozen_saved, bool):
             refuse("frozen_saved", "true or false", self.frozen_saved)
 
@@ -207,7 +210,9 @@ class LayAlignConfig(PretrainedConfig):
         if self.language_layers is None:
             self.language_layers = list(range(number_of_layers(config)))
         _check_layers("language_layers", self.language_layers, number_of_layers(config), allow_empty=True)
-        if self.llm_bos_token_id is None:
+        if self.llm_bos_token_id is False:
+            self.llm_bos_token_id = None
+        elif self.llm_bos_token_id is None:
             self.llm_bos_token_id = _first(getattr(config, "bos_token_id", None))
         if self.source_token_id is None:
             candidates = (_first(getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
@@ -216,6 +221,13 @@ class LayAlignConfig(PretrainedConfig):
             raise ArgumentError(f"llm_bos_token_id: expected 0..{config.vocab_size - 1}, got {self.llm_bos_token_id}")
         if not 0 <= self.source_token_id < config.vocab_size:
             raise ArgumentError(f"source_token_id: expected 0..{config.vocab_size - 1}, got {self.source_token_id}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers'; that there is no first token is told from "the LLM's own"."""
+        found = super().to_dict()
+        if self.llm_bos_token_id is None and self.llm_config is not None:
+            found["llm_bos_token_id"] = False
+        return found
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The LLM's text configuration: generation, caches and masks follow the LLM."""

@@ -40,6 +40,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 SOURCES = ("context", "question")
+DEFAULT_DEVICE = "cuda:0"  # given to every model where --device is not
 
 
 @dataclass
@@ -117,6 +118,9 @@ class LayAlignLM(TemplateLM):
         if checkpoint is not None:
             from layalign.cli.common import load_model
 
+            if device == DEFAULT_DEVICE and not torch.cuda.is_available():
+                logger.warning("device: %s, the harness's default, is not here; the model runs on the CPU", device)
+                device = None
             model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
         self.model, self.tokenizer = model, llm_tokenizer
         self.source, self.source_field, self.stage = source, source_field, stage

@@ -24,10 +24,11 @@ def load_tokenizers(
     Raises:
         CheckpointError: neither is there; the text names what was looked for.
     """
-    return _load("encoder", checkpoint, encoder), _load("llm", checkpoint, llm)
+    return load_tokenizer("encoder", encoder, checkpoint), load_tokenizer("llm", llm, checkpoint)
 
 
-def _load(part: str, checkpoint: str | Path | None, name: str | None) -> Any:
+def load_tokenizer(part: str, name: str | None = None, checkpoint: str | Path | None = None) -> Any:
+    """One of the two: see :func:`load_tokenizers`."""
     from transformers import AutoTokenizer
 
     source = name
@@ -41,3 +42,9 @@ def _load(part: str, checkpoint: str | Path | None, name: str | None) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the libraries of the tokenizers raise what they like for a damaged file
         raise CheckpointError(f"{part} tokenizer: cannot be loaded from {source}: {first_line(error)}") from error
+
+
+def first_token(tokenizer: Any) -> int | None:
+    """The token with which a tokenizer begins every text; None where it adds none (Qwen, GPT-2)."""
+    ids, bare = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
+    return ids[0] if len(ids) > len(bare) and ids[0] == tokenizer.bos_token_id else None

@@ -50,6 +50,7 @@ _INTEGERS = {
     "max_skipped_steps": 0,
     "seed": 0,
     "adapter_size": 1,
+    "llm_bos_token_id": 0,
 }
 _NUMBERS = {
     "epochs": 0.0,
@@ -101,6 +102,8 @@ class TrainConfig:
     prompt: bool = True
     gate: float | None = None
     mask_encoder_padding: bool = True
+    # None: as the LLM's tokenizer begins its texts; false: no first token; a number: that one.
+    llm_bos_token_id: int | bool | None = None
     frozen_dtype: str = "auto"
     lora: dict[str, Any] | None = None
     init_checkpoint: str | None = None
@@ -213,7 +216,7 @@ def _coerce(config: TrainConfig) -> None:
     optional = {entry.name for entry in fields(TrainConfig) if "None" in str(entry.type)}
     for entry in fields(TrainConfig):
         name, value = entry.name, getattr(config, entry.name)
-        if value is None and name in optional:
+        if (value is None and name in optional) or (value is False and name == "llm_bos_token_id"):
             continue
         if name in _INTEGERS:
             value = _number(name, value, whole=True)

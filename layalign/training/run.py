@@ -21,12 +21,12 @@ from transformers.integrations import TensorBoardCallback
 
 from layalign._files import writing
 from layalign.checkpoint import OWN_PARTS
-from layalign.config import number_of_layers
+from layalign.config import LayAlignConfig, number_of_layers
 from layalign.data import FORMATS, Example, LayAlignCollator, load_examples
-from layalign.errors import ArgumentError, StoppedError
+from layalign.errors import ArgumentError, CheckpointError, StoppedError
 from layalign.layers import named_layers
 from layalign.model import LayAlignForCausalLM
-from layalign.tokenization import load_tokenizers
+from layalign.tokenization import first_token, load_tokenizer, load_tokenizers
 from layalign.training import runs
 from layalign.training.config import TrainConfig, require_config
 from layalign.training.gates import GateHistory
@@ -118,6 +118,9 @@ def train(
     if encoder_tokenizer is None or llm_tokenizer is None:
         loaded = _tokenizers(config, model)
         encoder_tokenizer, llm_tokenizer = encoder_tokenizer or loaded[0], llm_tokenizer or loaded[1]
+    if resume_from is not None and config.llm_bos_token_id is None:  # a run goes on with what it began with
+        model.config.llm_bos_token_id = LayAlignConfig.from_pretrained(resume_from).llm_bos_token_id
+    _tell_first_token(config, model, llm_tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _check_trained(model)
@@ -239,6 +242,7 @@ def build_model(config: TrainConfig) -> LayAlignForCausalLM:
             encoder_kwargs=kwargs,
             llm_kwargs=kwargs,
             mask_encoder_padding=config.mask_encoder_padding,
+            llm_bos_token_id=_first_token(config),
             **{key: getattr(config, key) for key in _SHAPE},
         )
     else:
@@ -252,6 +256,17 @@ def build_model(config: TrainConfig) -> LayAlignForCausalLM:
     return model
 
 
+def _first_token(config: TrainConfig) -> int | bool | None:
+    """What stands first in the LLM's input: as asked for, else as its tokenizer begins its texts, if it can be read."""
+    if config.llm_bos_token_id is not None:
+        return config.llm_bos_token_id
+    try:
+        found = first_token(load_tokenizer("llm", config.llm))
+    except CheckpointError:  # the tokenizers may come from elsewhere
+        return None
+    return False if found is None else found
+
+
 def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
     """A checkpoint brings its own shape; a configuration that asks for another one is a mistake."""
     defaults = TrainConfig()
@@ -262,6 +277,9 @@ def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
             asked = named_layers(asked, number_of_layers(model.config.encoder_config) + 1)
         if asked not in (getattr(defaults, key), has):
             raise ArgumentError(f"{key}: init_checkpoint {config.init_checkpoint} has {has}, got {asked}")
+    asked, has = config.llm_bos_token_id, model.config.llm_bos_token_id
+    if asked is not None and (None if asked is False else asked) != has:
+        raise ArgumentError(f"llm_bos_token_id: init_checkpoint {config.init_checkpoint} has {has}, got {asked}")
     has_lora = model.config.lora or {}
     for key, asked in (config.lora or {}).items():
         if has_lora and asked is not None and has_lora.get(key) != asked:
@@ -281,6 +299,23 @@ def _check_trained(model: nn.Module) -> None:
         raise ArgumentError(f"model: expected encoder and LLM frozen (model.freeze()), {wrong[0]} requires gradients")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ArgumentError("model: expected an adapter, language layers or LoRA to train, this one has none of them")
+
+
+def _tell_first_token(config: TrainConfig, model: LayAlignForCausalLM, llm_tokenizer: Any) -> None:
+    """A line where the LLM's input and its tokenizer's texts begin differently, and nobody asked for it."""
+    has, adds = model.config.llm_bos_token_id, first_token(llm_tokenizer)
+    own = model.llm.config.get_text_config(decoder=True).bos_token_id
+    if config.llm_bos_token_id is not None or (has == adds and not (has is None and own is not None)):
+        return
+    if has is None:
+        logger.info(
+            "llm_bos_token_id: no first token, as the LLM's tokenizer adds none (its configuration has %s)", own
+        )
+    else:
+        logger.warning(
+            "llm_bos_token_id: the LLM reads %d first, but its tokenizer adds %s; false is none, a number that token",
+            has, "none" if adds is None else adds,
+        )  # fmt: skip
 
 
 def _tokenizers(config: TrainConfig, model: LayAlignForCausalLM) -> tuple[Any, Any]:
