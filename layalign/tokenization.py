@@ -1,13 +1,224 @@
-"""The two tokenizers of a model: saved beside its weights, found again when it is loaded."""
+"""The two tokenizers of a model: saved beside its weights, found again when it is loaded; and texts as token ids.
+
+Every text goes to a tokenizer through `encode_texts`: what stands in a text is text, also where it looks like a special
+token.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from layalign.errors import CheckpointError, first_line
+from layalign.errors import ArgumentError, CheckpointError, first_line
 
 FOLDERS = {"encoder": "encoder_tokenizer", "llm": "llm_tokenizer"}
+
+
+class Prompt(str):
+    """A prompt made from a template: a special token of the template is one, in the text put into it it is text.
+
+    A plain `str` is all text.
+
+    Attributes:
+        template: the template.
+        source: what stands for each "{source}" in it.
+    """
+
+    template: str
+    source: str
+
+    @classmethod
+    def fill(cls, template: str, source: str) -> Prompt:
+        """The template with `source` in place of each "{source}"."""
+        prompt = cls(template.replace("{source}", source))
+        prompt.template, prompt.source = template, source
+        return prompt
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one text, and whether some of it had to be cut off."""
+
+    ids: list[int]
+    cut: bool
+
+
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str], *, special: bool = False, longest: int | None = None, side: str = "right"
+) -> list[Encoded]:
+    """Token ids of texts, in which nothing is a special token: "</s>" in a text is four characters.
+
+    Tokens that were added to the vocabulary and are not special (words of a domain) stay tokens. `Prompt` marks special
+    tokens that are meant.
+
+    Args:
+        tokenizer: one of transformers.
+        texts: the texts.
+        special: add the special tokens that the tokenizer puts around a text.
+        longest: most ids of a text, those around it included; None is no limit.
+        side: where a text that is too long is cut, "right" or "left"; the tokens around it stay.
+
+    Raises:
+        ArgumentError: the tokenizer has no way to write a special token's text as text.
+    """
+    if not texts:
+        return []
+    found = []
+    for before, ids, after in _framed(tokenizer, list(texts), special):
+        room = len(ids) if longest is None else max(longest - len(before) - len(after), 0)
+        cut = len(ids) > room
+        if cut:
+            ids = ids[:room] if side == "right" else ids[len(ids) - room :]
+        found.append(Encoded([*before, *ids, *after][:longest], cut))
+    return found
+
+
+def _framed(tokenizer: Any, texts: list[str], special: bool) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """(special tokens before the text, the text's ids, special tokens after it) of each text."""
+    if not hasattr(tokenizer, "all_special_ids"):  # not one of transformers, which only has to be callable
+        for row in tokenizer(texts, add_special_tokens=special)["input_ids"]:
+            yield [], list(row), []
+        return
+    clean = _Cleaner(tokenizer)
+    masked = special and tokenizer.is_fast
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=masked,
+        return_special_tokens_mask=masked,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    for text, row, mask in zip(texts, encoded["input_ids"], encoded.get("special_tokens_mask") or texts, strict=True):
+        if masked:
+            # Ones are the tokens put around a text; a special token that was found in the text has a zero.
+            start = mask.index(0) if 0 in mask else len(row)
+            end = len(row) - (mask[::-1].index(0) if 0 in mask else 0)
+            yield list(row[:start]), clean(text, list(row[start:end])), list(row[end:])
+        else:
+            ids = clean(text, list(row))
+            yield _around(tokenizer.build_inputs_with_special_tokens(ids), ids) if special else ([], ids, [])
+
+
+def _around(whole: list[int], ids: list[int]) -> tuple[list[int], list[int], list[int]]:
+    for start in range(len(whole) - len(ids) + 1):
+        if whole[start : start + len(ids)] == ids:
+            return whole[:start], ids, whole[start + len(ids) :]
+    return [], whole, []
+
+
+@dataclass
+class _Special:
+    """What is special for a tokenizer."""
+
+    state: tuple[Any, ...]  # as long as it is this, the rest holds
+    tokens: dict[str, int]
+    added: dict[str, int]  # to the vocabulary, and not special
+    plain: Any = None  # a copy of a fast tokenizer's backend whose special tokens have other names
+    names: dict[str, str] = field(default_factory=dict)  # these names
+
+
+_KNOWN: WeakKeyDictionary[Any, _Special] = WeakKeyDictionary()
+
+
+def _special(tokenizer: Any) -> _Special:
+    state = (len(tokenizer), tuple(tokenizer.all_special_tokens))
+    known = _KNOWN.get(tokenizer)
+    if known is None or known.state != state:
+        tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        tokens.update({str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special})
+        # A single character that was made special can be written in no other way.
+        tokens = {text: i for text, i in tokens.items() if i is not None and len(text) > 1}
+        added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if str(token) not in tokens}
+        known = _KNOWN[tokenizer] = _Special(state, tokens, added)
+    return known
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")")
+
+
+class _Cleaner:
+    """Gives the ids of texts without any special token but those that a `Prompt`'s template has."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.known, self.unknown = tokenizer, _special(tokenizer), tokenizer.unk_token
+        self.suspects = set(self.known.tokens.values())
+        self.unknown_id = self.known.tokens.get(self.unknown)
+
+    def __call__(self, text: str, ids: list[int]) -> list[int]:
+        met = self.suspects.intersection(ids)
+        # The unknown token stands for a character that is not in the vocabulary, except where its name is written out.
+        if not met or (met == {self.unknown_id} and self.unknown not in text):
+            return ids
+        template, source = (text.template, text.source) if isinstance(text, Prompt) else ("{source}", text)
+        parts = _any_of(self.known.tokens).split(template)  # text, marker, text, marker, ..., text
+        if not self.tokenizer.is_fast:
+            return [
+                token
+                for place, part in enumerate(parts)
+                for token in (
+                    [self.known.tokens[part]] if place % 2 else self._slow(part.replace("{source}", source))
+                )
+            ]
+        if self.known.plain is None:
+            self.known.plain, self.known.names = _renamed(self.tokenizer.backend_tokenizer, self.known.tokens)
+        whole = "".join(
+            self.known.names[part] if place % 2 else part.replace("{source}", source)
+            for place, part in enumerate(parts)
+        )
+        return list(self.known.plain.encode(whole, add_special_tokens=False).ids)
+
+    def _slow(self, text: str) -> list[int]:
+        ids: list[int] = []
+        # `split_special_tokens` splits all added tokens here, those that are not special too.
+        for place, part in enumerate(_any_of(self.known.added).split(text)):
+            if place % 2:
+                ids.append(self.known.added[part])
+            elif part:
+                options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+                ids += self.tokenizer(part, **options)["input_ids"]
+        wrong = [i for i in ids if i in self.suspects and i != self.unknown_id]
+        if wrong:
+            name = self.tokenizer.convert_ids_to_tokens(wrong[0])
+            kind = type(self.tokenizer).__name__
+            raise ArgumentError(f"tokenizer: expected one that can write {name!r} as text, {kind} cannot")
+        return ids
+
+
+def _renamed(backend: Any, tokens: dict[str, int]) -> tuple[Any, dict[str, str]]:
+    """(A copy of a `tokenizers.Tokenizer` whose special tokens have names that no text has, these names).
+
+    The tokenizer's own `encode_special_tokens` does not suffice: the models of T5, XLM-R and others have special tokens
+    among their pieces and find them in a text by themselves.
+    """
+    from tokenizers import Tokenizer
+
+    names = {token: f"{uuid.uuid4().hex}{number}" for token, number in tokens.items()}
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = state["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if "merges" in model:
+        pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+        prefix = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [
+            [one, two] for one, two in pairs if names.keys().isdisjoint((one, two, one + two.removeprefix(prefix)))
+        ]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    state.update(post_processor=None, decoder=None, truncation=None, padding=None)
+    return Tokenizer.from_str(json.dumps(state)), names
 
 
 def save_tokenizers(folder: str | Path, encoder_tokenizer: Any, llm_tokenizer: Any) -> None:

@@ -65,6 +65,7 @@ def test_lengths_are_cut_and_the_ends_kept(caplog):
     assert text_of(batch["encoder_input_ids"][0]) == "ab</s>"
     assert text_of(batch["input_ids"][0][5:]) == "quesy</s>"
     assert [record.getMessage() for record in caplog.records] == [
+        "1 source(s) of a batch cut to 3 tokens (max_source_length); said only once",
         "1 prompt(s) of a batch cut to max_prompt_length; said only once",
         "1 target(s) of a batch cut to max_target_length; said only once",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 
 from layalign.data.examples import Example
 from layalign.data.languages import tokenizer_source_language
+from layalign.data.lengths import encoder_positions, known_limit, llm_positions
 from layalign.errors import ArgumentError, one_of, refuse, whole_number
 from layalign.packing import pack
+from layalign.tokenization import encode_texts
 
 logger = logging.getLogger(__name__)
 STAGES = ("translation", "task")
@@ -20,6 +23,8 @@ STAGES = ("translation", "task")
 
 class LayAlignCollator:
     """Turns a list of `Example` into a batch for `LayAlignForCausalLM`.
+
+    Texts are text: what looks like a special token in them is none (`layalign.tokenization.encode_texts`).
 
     Args:
         encoder_tokenizer: tokenizer of the multilingual encoder. Its own special tokens are kept; M2M100 and NLLB
@@ -30,9 +35,19 @@ class LayAlignCollator:
         stage: "translation" (no prompt) or "task" (the example's prompt follows the encoder's tokens).
         max_source_length, max_prompt_length, max_target_length: longest encoder input, prompt and target in tokens,
             special tokens included; what is longer is cut at its end, and a cut target keeps its end-of-sequence token.
+            A source is never longer than the encoder's tokenizer (`model_max_length`) and positions allow.
         with_targets: append targets and give labels; False for generation.
         slots: False for a model without an adapter: no slots for the encoder's tokens.
         prompt: False for a model whose LLM reads the encoder's tokens in place of the prompt, in the task stage too.
+        encoder_positions: most tokens that the encoder can read; None is no limit.
+        llm_positions: most tokens that the LLM was made for; None is no limit.
+        llm_positions_end: the LLM cannot read more than these at all (a table of positions), so that more are refused.
+
+    Attributes:
+        max_source_length: the limit for sources that holds.
+        last_cut: what was cut of each example of the last batch: some of "source", "prompt", "target", and "context"
+            where all of it together is longer than `llm_positions`.
+        cuts: how many examples each of these happened to so far, and under "examples" how many there were.
 
     Raises:
         ArgumentError: an option is none of those expected, or the LLM's tokenizer cannot serve.
@@ -52,6 +67,9 @@ class LayAlignCollator:
         with_targets: bool = True,
         slots: bool = True,
         prompt: bool = True,
+        encoder_positions: int | None = None,
+        llm_positions: int | None = None,
+        llm_positions_end: bool = False,
     ) -> None:
         one_of("stage", stage, STAGES)
         for name, tokenizer in (("encoder_tokenizer", encoder_tokenizer), ("llm_tokenizer", llm_tokenizer)):
@@ -77,11 +95,20 @@ class LayAlignCollator:
         self.bos_token_id = bos_token_id
         self.source_token_id = source_token_id
         self.stage = stage
-        self.max_source_length = max_source_length
+        limits = {
+            max_source_length: "max_source_length",
+            known_limit(encoder_tokenizer): "the model_max_length of the encoder's tokenizer",
+            encoder_positions: "the encoder's positions",
+        }
+        self.max_source_length = min(limit for limit in limits if limit is not None)
+        self._source_limit = limits[self.max_source_length]
         self.max_prompt_length = max_prompt_length
         self.max_target_length = max_target_length
         self.with_targets = with_targets
         self.slots, self.prompt = slots, prompt
+        self.llm_positions, self.llm_positions_end = llm_positions, llm_positions_end
+        self.last_cut: list[tuple[str, ...]] = []
+        self.cuts: Counter[str] = Counter()
         self._told: set[str] = set()
 
     @classmethod
@@ -94,6 +121,10 @@ class LayAlignCollator:
         kwargs.setdefault("source_token_id", config.source_token_id)
         kwargs.setdefault("slots", getattr(config, "adapter", True))
         kwargs.setdefault("prompt", getattr(config, "prompt", True))
+        kwargs.setdefault("encoder_positions", encoder_positions(model))
+        positions, end = llm_positions(model)
+        kwargs.setdefault("llm_positions", positions)
+        kwargs.setdefault("llm_positions_end", end)
         return cls(encoder_tokenizer, llm_tokenizer, **kwargs)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -105,22 +136,23 @@ class LayAlignCollator:
             is predicted.
 
         Raises:
-            ArgumentError: no examples, a source without any token, or a task example without a prompt.
+            ArgumentError: no examples, a source without any token, a task example without a prompt, or one for which
+                the LLM's table of positions is too short.
         """
         if not isinstance(examples, Sequence) or not all(hasattr(example, "source") for example in examples):
             refuse("examples", "a list of Example", examples)
         if not examples:
             raise ArgumentError("examples: expected at least one, got none")
-        sources = self.encode_sources(examples)
+        sources, cut = self._encode_sources(examples)
         prompts = None
         if self.stage == "task" and self.prompt:
             for example in examples:
                 if not example.prompt:
                     raise ArgumentError(f"examples: {_which(example)} has no prompt, expected one for stage='task'")
-            prompts = self._llm_ids([example.prompt for example in examples], self.max_prompt_length, "prompt")
+            prompts = self._llm_ids([example.prompt for example in examples], self.max_prompt_length, "prompt", cut)
         targets = None
         if self.with_targets:
-            ids = self._llm_ids([example.target for example in examples], self.max_target_length - 1, "target")
+            ids = self._llm_ids([example.target for example in examples], self.max_target_length - 1, "target", cut)
             targets = [[*row, self.llm_tokenizer.eos_token_id] for row in ids]
         packed = pack(
             [len(row) for row in sources],
@@ -130,32 +162,78 @@ class LayAlignCollator:
             source_token_id=self.source_token_id,
             slots=self.slots,
         )
+        self._check_context(examples, packed["attention_mask"].sum(dim=1).tolist(), cut)
+        self._count(cut)
         return {**self._padded(sources), **packed}
 
-    def encode_sources(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Encoder token ids of each source, special tokens included, cut to `max_source_length`, not padded."""
+    def encode_sources(self, examples: Sequence[Example], *, side: str = "right") -> list[list[int]]:
+        """Encoder token ids of each source, special tokens included, cut to `max_source_length`, not padded.
+
+        Args:
+            examples: whose sources.
+            side: where a source that is too long is cut, "right" or "left".
+        """
+        rows, cut = self._encode_sources(examples, side)
+        self._count(cut)
+        return rows
+
+    def _encode_sources(
+        self, examples: Sequence[Example], side: str = "right"
+    ) -> tuple[list[list[int]], list[list[str]]]:
+        """(ids, what was cut) of each example."""
         codes = [tokenizer_source_language(self.encoder_tokenizer, example.language) for example in examples]
         rows: list[list[int]] = [[] for _ in examples]
+        cut: list[list[str]] = [[] for _ in examples]
         for code in dict.fromkeys(codes):
             places = [i for i, other in enumerate(codes) if other == code]
             with _source_language(self.encoder_tokenizer, code):
-                ids = self.encoder_tokenizer(
-                    [examples[i].source for i in places], truncation=True, max_length=self.max_source_length
-                )["input_ids"]
-            for i, row in zip(places, ids, strict=True):
-                rows[i] = list(row)
+                found = encode_texts(
+                    self.encoder_tokenizer,
+                    [examples[i].source for i in places],
+                    special=True,
+                    longest=self.max_source_length,
+                    side=side,
+                )
+            for i, text in zip(places, found, strict=True):
+                rows[i] = text.ids
+                cut[i] += ["source"] * text.cut
         for example, row in zip(examples, rows, strict=True):
             if not row:
                 raise ArgumentError(f"examples: {_which(example)} has no encoder tokens, expected a source text")
-        return rows
+        return rows, cut
 
-    def _llm_ids(self, texts: list[str], longest: int, what: str) -> list[list[int]]:
-        ids = self.llm_tokenizer(texts, add_special_tokens=False)["input_ids"]
-        cut = sum(len(row) > longest for row in ids)
-        if cut and what not in self._told:
-            self._told.add(what)
-            logger.warning("%d %s(s) of a batch cut to max_%s_length; said only once", cut, what, what)
-        return [list(row[:longest]) for row in ids]
+    def _llm_ids(self, texts: list[str], longest: int, what: str, cut: list[list[str]]) -> list[list[int]]:
+        found = encode_texts(self.llm_tokenizer, texts, longest=longest)
+        for kinds, text in zip(cut, found, strict=True):
+            kinds += [what] * text.cut
+        return [text.ids for text in found]
+
+    def _check_context(self, examples: Sequence[Example], lengths: list[int], cut: list[list[str]]) -> None:
+        most = self.llm_positions
+        for example, length, kinds in zip(examples, lengths, cut, strict=True):
+            if most is not None and length > most:
+                if self.llm_positions_end:
+                    raise ArgumentError(
+                        f"examples: {_which(example)} takes {length} tokens of the LLM, expected at most its {most} "
+                        "positions; lower max_source_length, max_prompt_length or max_target_length"
+                    )
+                kinds.append("context")
+
+    def _count(self, cut: list[list[str]]) -> None:
+        """Keep what was cut, and say the first time what kind of text it was."""
+        self.last_cut = [tuple(kinds) for kinds in cut]
+        found = Counter(kind for kinds in cut for kind in kinds)
+        self.cuts.update(found, examples=len(cut))
+        limits = {
+            "source": f"cut to {self.max_source_length} tokens ({self._source_limit})",
+            "prompt": "cut to max_prompt_length",
+            "target": "cut to max_target_length",
+            "context": f"longer than the LLM's {self.llm_positions} positions",
+        }
+        for kind, count in found.items():
+            if kind not in self._told:
+                self._told.add(kind)
+                logger.warning("%d %s(s) of a batch %s; said only once", count, kind, limits[kind])
 
     def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         # Without a pad token any id does: the mask hides it.

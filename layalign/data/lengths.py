@@ -1,0 +1,51 @@
+"""How many tokens the two parts of a model can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_NO_LIMIT = 1 << 30  # tokenizers that know no limit say a number far above this
+
+
+def known_limit(tokenizer: Any) -> int | None:
+    """The most tokens that a tokenizer says its model takes; None where it says nothing."""
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT else None
+
+
+def table_of_positions(part: Any) -> int | None:
+    """Tokens that the learned tables of absolute positions in a module suffice for; None without any.
+
+    RoBERTa's kind counts from behind the padding's id, BART's from an offset behind which the table is longer.
+    """
+    found = []
+    for name, module in part.named_modules() if isinstance(part, nn.Module) else ():
+        own = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in own or own == "wpe"):
+            skipped = getattr(module, "offset", None)
+            if skipped is None:
+                skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            found.append(module.num_embeddings - int(skipped))
+    return min(found, default=None)
+
+
+def _rotary_positions(config: Any) -> int | None:
+    """What a model with rotary positions was trained for; it can compute more of them."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
+    most = getattr(config, "max_position_embeddings", None)
+    return most if rotary is not None and isinstance(most, int) else None
+
+
+def encoder_positions(model: Any) -> int | None:
+    """The most tokens that a LayAlign model's encoder can read; None where it has no limit (T5, M2M100, NLLB)."""
+    table = table_of_positions(getattr(model, "encoder", None))
+    return table if table is not None else _rotary_positions(getattr(model.config, "encoder_config", None))
+
+
+def llm_positions(model: Any) -> tuple[int | None, bool]:
+    """(The most tokens that a LayAlign model's LLM was made for, whether it cannot read more at all)."""
+    table = table_of_positions(getattr(model, "llm", None))
+    return (table, True) if table is not None else (_rotary_positions(model.config), False)
