@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from layalign.data.examples import Example
 from layalign.data.languages import find_language, language_of, tokenizer_source_language
 from layalign.errors import ArgumentError
 from layalign.evaluation.answering import _generate, evaluation_mode
+from layalign.tokenization import encode_texts
 
 try:
     import lm_eval.models  # noqa: F401  # a registry that holds our name no longer loads the others by itself
@@ -131,7 +133,7 @@ class LayAlignLM(TemplateLM):
         config = model.config.get_text_config()
         self.max_length = int(max_length or getattr(config, "max_position_embeddings", None) or 2048)
         self._device = device_of(model.get_input_embeddings())
-        self._told: set[str] = set()
+        self.cut: Counter[str] = Counter()
 
     @property
     def eot_token_id(self) -> int:
@@ -139,8 +141,8 @@ class LayAlignLM(TemplateLM):
         return self.tokenizer.eos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids without special tokens: the model's input brings its own first token."""
-        return list(self.tokenizer(string, add_special_tokens=False)["input_ids"])
+        """Token ids without special tokens, also for a text that looks like one."""
+        return encode_texts(self.tokenizer, [string])[0].ids
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy search would write it.
@@ -290,16 +292,10 @@ class LayAlignLM(TemplateLM):
                 known[text, language] = [tokenizer.eos_token_id]
             else:
                 raise ArgumentError("context: expected a text, the encoder's tokenizer has no token for an empty one")
-        side = tokenizer.truncation_side
-        try:
-            tokenizer.truncation_side = "left" if self.source == "context" else side
-            rows = self.collator.encode_sources(examples)
-        finally:
-            tokenizer.truncation_side = side
-        for example, row in zip(examples, rows, strict=True):
+        rows = self.collator.encode_sources(examples, side="left" if self.source == "context" else "right")
+        for example, row, cut in zip(examples, rows, self.collator.last_cut, strict=True):
             known[example.source, example.language] = row
-            if len(row) == limit and "source" not in self._told:
-                self._tell("source", len(tokenizer(example.source)["input_ids"]) > limit, f"max_source_length={limit}")
+            self._tell("source", bool(cut), f"max_source_length={limit}")
         return [known[text] for text in texts]
 
     def _room(self, source: list[int]) -> int:
@@ -317,9 +313,13 @@ class LayAlignLM(TemplateLM):
         return tokens[max(0, len(tokens) - room) :]
 
     def _tell(self, what: str, cut: bool, limit: str) -> None:
-        if cut and what not in self._told:
-            self._told.add(what)
+        self.cut[what] += cut
+        if cut and self.cut[what] == 1:
             logger.warning("a %s was cut to fit %s; said only once", what, limit)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into its results: how many texts were cut, and answers that came to no end."""
+        return {"cut": dict(self.cut)}
 
     def _batches(self, rows: list[_Row], what: str, quiet: bool) -> Iterator[list[_Row]]:
         # The longest first: a batch that does not fit into memory fails at once.
@@ -368,8 +368,11 @@ class LayAlignLM(TemplateLM):
             stop = _StopStrings(self.tokenizer, until, batch["input_ids"].shape[1])
             options = {**options, "stopping_criteria": StoppingCriteriaList([stop])}
         with evaluation_mode(self.model), torch.no_grad():
-            texts = _generate(self.model, self.tokenizer, batch, longest, options)
-        return [postprocess_generated_text(text, until, None) for text in texts]
+            answers = _generate(self.model, self.tokenizer, batch, longest, options)
+        self.cut["answer"] += sum(
+            not (answer.ended or any(stop in answer.text for stop in until)) for answer in answers
+        )
+        return [postprocess_generated_text(answer.text, until, None) for answer in answers]
 
 
 class _StopStrings(StoppingCriteria):

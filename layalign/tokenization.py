@@ -163,9 +163,7 @@ class _Cleaner:
             return [
                 token
                 for place, part in enumerate(parts)
-                for token in (
-                    [self.known.tokens[part]] if place % 2 else self._slow(part.replace("{source}", source))
-                )
+                for token in ([self.known.tokens[part]] if place % 2 else self._slow(part.replace("{source}", source)))
             ]
         if self.known.plain is None:
             self.known.plain, self.known.names = _renamed(self.tokenizer.backend_tokenizer, self.known.tokens)

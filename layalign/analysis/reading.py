@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from layalign._plain import device_of
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
+from layalign.tokenization import encode_texts
 
 Advance = Callable[[int], None]
 
@@ -27,6 +28,7 @@ class Reader:
         batch_size: sentences read together.
         max_length: longest sentence in tokens; what is longer is cut.
         advance: called with the number of sentences read.
+        cut: (what, text) of every text that was cut: "source", "prompt" or "target" of a batch, "text" for the LLM.
     """
 
     model: Any
@@ -35,6 +37,7 @@ class Reader:
     batch_size: int = 8
     max_length: int = 256
     advance: Advance = lambda count: None
+    cut: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # [bos] [source] [boundary] [target] must fit the LLM's positions, the source alone the encoder's.
@@ -75,6 +78,8 @@ class Reader:
         for places in self._places([len(example.source) + len(example.target) for example in examples]):
             chosen = [replace(examples[i], prompt=examples[i].source) for i in places]
             batch = {name: tensor.to(self.device) for name, tensor in collate(chosen).items()}
+            for example, kinds in zip(chosen, collate.last_cut, strict=True):
+                self.cut |= {(kind, example.target if kind == "target" else example.source) for kind in kinds}
             yield places, {name: tensor for name, tensor in batch.items() if name != "labels"}, batch
             self.advance(len(places))
 
@@ -110,8 +115,9 @@ class Reader:
         first = self.model.config.llm_bos_token_id
         with without_lora(self.model):
             for places in self._places([len(text) for text in texts]):
-                ids = self.llm_tokenizer([texts[i] for i in places], add_special_tokens=False)["input_ids"]
-                rows = [([] if first is None else [first]) + list(row)[: self.max_length] for row in ids]
+                read = encode_texts(self.llm_tokenizer, [texts[i] for i in places], longest=self.max_length)
+                self.cut |= {("text", texts[i]) for i, text in zip(places, read, strict=True) if text.cut}
+                rows = [([] if first is None else [first]) + text.ids for text in read]
                 width = max(map(len, rows))
                 # On the right: a causal LLM does not see this padding, and needs no position ids.
                 batch = {

@@ -89,6 +89,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _summary(result: AnalysisResult, pictures: Pictures) -> str:
     settings = result.settings
+    cut = ", ".join(f"{count} of {what}" for what, count in settings["cut"].items())
     known = {
         "checkpoint": settings["checkpoint"],
         "encoder": settings["encoder"],
@@ -99,7 +100,7 @@ def _summary(result: AnalysisResult, pictures: Pictures) -> str:
         "adapter (soft tokens)": "yes" if settings["adapter"] else "no",
         "LoRA on the LLM": "yes" if settings["lora"] else "no",
         "sentences": ", ".join(f"{name} {count}" for name, count in result.sentences.items()),
-        "longest sentence": f"{settings['max_length']} tokens; what is longer is cut",
+        "longest sentence": f"{settings['max_length']} tokens; what is longer is cut ({cut or 'nothing was'})",
         "seed": str(settings["seed"]),
         "versions": ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,6 +177,7 @@ def _settings(model: Any, reader: Reader, before: Any, seed: int, checkpoint: st
         "llm_layers": number_of_layers(config.get_text_config()),
         "before": before if before is None or isinstance(before, str) else "another checkpoint",
         "max_length": reader.max_length,
+        "cut": dict(Counter(kind for kind, _ in sorted(reader.cut))),
         "seed": seed,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 from layalign.cli.common import Device, Dtype, load_model
 
 if TYPE_CHECKING:
-    from layalign.data import Example
+    from layalign.data import Example, LayAlignCollator
 
 Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Folder or hub name of a trained model.")]
 Source = Annotated[
@@ -98,6 +98,7 @@ def _examples(source: list[str] | None, language: str, prompt: str | None, task:
     from layalign.data import Example, language_of
     from layalign.data.prompts import math_prompt
     from layalign.errors import ArgumentError
+    from layalign.tokenization import Prompt
 
     if task not in (None, "math", "source"):
         raise ArgumentError(f"task: expected math or source, got {task!r}")
@@ -112,7 +113,7 @@ def _examples(source: list[str] | None, language: str, prompt: str | None, task:
                 if source is not None:
                     raise ArgumentError("source: expected a text, got an empty one")
                 continue
-            behind = prompt.replace("{source}", text) if prompt is not None else ""
+            behind = Prompt.fill(prompt, text) if prompt is not None else ""
             if task is not None:
                 behind = math_prompt(text) if task == "math" else text
             yield Example(source=text, target="", language=name, prompt=behind)
@@ -128,17 +129,19 @@ class _Run:
     encoder_tokenizer: Any
     llm_tokenizer: Any
     options: dict[str, Any]
+    collators: dict[str, LayAlignCollator] = field(default_factory=dict)
 
     def inputs(self, batch: list[Example]) -> dict[str, Any]:
         from layalign._plain import device_of
         from layalign.data import LayAlignCollator
 
         stage = "task" if batch[0].prompt else "translation"
-        collator = LayAlignCollator.from_model(
-            self.model, self.encoder_tokenizer, self.llm_tokenizer, stage=stage, with_targets=False
-        )
+        if stage not in self.collators:  # one of each: what it has to say of texts that are cut, it says once
+            self.collators[stage] = LayAlignCollator.from_model(
+                self.model, self.encoder_tokenizer, self.llm_tokenizer, stage=stage, with_targets=False
+            )
         device = device_of(self.model.get_input_embeddings())
-        return {key: tensor.to(device) for key, tensor in collator(batch).items()}
+        return {key: tensor.to(device) for key, tensor in self.collators[stage](batch).items()}
 
     def answers(self, examples: Iterator[Example], batch_size: int) -> Iterator[tuple[Example, str]]:
         while batch := list(islice(examples, batch_size)):

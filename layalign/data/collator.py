@@ -12,13 +12,14 @@ import torch
 
 from layalign.data.examples import Example
 from layalign.data.languages import tokenizer_source_language
-from layalign.data.lengths import encoder_positions, known_limit, llm_positions
+from layalign.data.lengths import known_limit, positions
 from layalign.errors import ArgumentError, one_of, refuse, whole_number
 from layalign.packing import pack
 from layalign.tokenization import encode_texts
 
 logger = logging.getLogger(__name__)
 STAGES = ("translation", "task")
+_COUNTED = ("examples", "source", "prompt", "target", "context")
 
 
 class LayAlignCollator:
@@ -47,7 +48,8 @@ class LayAlignCollator:
         max_source_length: the limit for sources that holds.
         last_cut: what was cut of each example of the last batch: some of "source", "prompt", "target", and "context"
             where all of it together is longer than `llm_positions`.
-        cuts: how many examples each of these happened to so far, and under "examples" how many there were.
+        cuts: how many examples each of these happened to so far, and under "examples" how many there were; with
+            `share_memory` in all workers of a DataLoader together.
 
     Raises:
         ArgumentError: an option is none of those expected, or the LLM's tokenizer cannot serve.
@@ -108,7 +110,7 @@ class LayAlignCollator:
         self.slots, self.prompt = slots, prompt
         self.llm_positions, self.llm_positions_end = llm_positions, llm_positions_end
         self.last_cut: list[tuple[str, ...]] = []
-        self.cuts: Counter[str] = Counter()
+        self._counts = torch.zeros(len(_COUNTED), dtype=torch.long)
         self._told: set[str] = set()
 
     @classmethod
@@ -121,11 +123,21 @@ class LayAlignCollator:
         kwargs.setdefault("source_token_id", config.source_token_id)
         kwargs.setdefault("slots", getattr(config, "adapter", True))
         kwargs.setdefault("prompt", getattr(config, "prompt", True))
-        kwargs.setdefault("encoder_positions", encoder_positions(model))
-        positions, end = llm_positions(model)
-        kwargs.setdefault("llm_positions", positions)
+        encoder = getattr(model, "encoder", None), getattr(config, "encoder_config", None)
+        kwargs.setdefault("encoder_positions", positions(*encoder)[0])
+        most, end = positions(getattr(model, "llm", None), config)
+        kwargs.setdefault("llm_positions", most)
         kwargs.setdefault("llm_positions_end", end)
         return cls(encoder_tokenizer, llm_tokenizer, **kwargs)
+
+    @property
+    def cuts(self) -> Counter[str]:
+        """See the class."""
+        return Counter(dict(zip(_COUNTED, self._counts.tolist(), strict=True)))
+
+    def share_memory(self) -> None:
+        """Count in memory that the workers of a DataLoader share with this process."""
+        self._counts.share_memory_()
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Make a batch of B examples.
@@ -164,10 +176,13 @@ class LayAlignCollator:
         )
         self._check_context(examples, packed["attention_mask"].sum(dim=1).tolist(), cut)
         self._count(cut)
+        self._tell(cut)
         return {**self._padded(sources), **packed}
 
     def encode_sources(self, examples: Sequence[Example], *, side: str = "right") -> list[list[int]]:
         """Encoder token ids of each source, special tokens included, cut to `max_source_length`, not padded.
+
+        `last_cut` says which were cut.
 
         Args:
             examples: whose sources.
@@ -220,10 +235,13 @@ class LayAlignCollator:
                 kinds.append("context")
 
     def _count(self, cut: list[list[str]]) -> None:
-        """Keep what was cut, and say the first time what kind of text it was."""
         self.last_cut = [tuple(kinds) for kinds in cut]
         found = Counter(kind for kinds in cut for kind in kinds)
-        self.cuts.update(found, examples=len(cut))
+        self._counts += torch.tensor([len(cut), *(found[kind] for kind in _COUNTED[1:])])
+
+    def _tell(self, cut: list[list[str]]) -> None:
+        """Say of each kind of text the first time that it was cut."""
+        found = Counter(kind for kinds in cut for kind in kinds)
         limits = {
             "source": f"cut to {self.max_source_length} tokens ({self._source_limit})",
             "prompt": "cut to max_prompt_length",

@@ -31,21 +31,19 @@ def table_of_positions(part: Any) -> int | None:
     return min(found, default=None)
 
 
-def _rotary_positions(config: Any) -> int | None:
-    """What a model with rotary positions was trained for; it can compute more of them."""
+def positions(part: Any, config: Any) -> tuple[int | None, bool]:
+    """(The most tokens that an encoder or an LLM was made for, whether it cannot read more at all).
+
+    Rotary positions can be computed beyond what the model was trained for; T5's and NLLB's have no end: None.
+
+    Args:
+        part: the module.
+        config: its configuration.
+    """
+    table = table_of_positions(part)
+    if table is not None:
+        return table, True
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
     most = getattr(config, "max_position_embeddings", None)
-    return most if rotary is not None and isinstance(most, int) else None
-
-
-def encoder_positions(model: Any) -> int | None:
-    """The most tokens that a LayAlign model's encoder can read; None where it has no limit (T5, M2M100, NLLB)."""
-    table = table_of_positions(getattr(model, "encoder", None))
-    return table if table is not None else _rotary_positions(getattr(model.config, "encoder_config", None))
-
-
-def llm_positions(model: Any) -> tuple[int | None, bool]:
-    """(The most tokens that a LayAlign model's LLM was made for, whether it cannot read more at all)."""
-    table = table_of_positions(getattr(model, "llm", None))
-    return (table, True) if table is not None else (_rotary_positions(model.config), False)
+    return (most if rotary is not None and isinstance(most, int) else None), False

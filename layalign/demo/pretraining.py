@@ -31,6 +31,7 @@ from transformers import (
 
 from layalign.data.prompts import math_prompt
 from layalign.demo.problems import LANGUAGES, LOW_RESOURCE, generate_problems, generate_sentences
+from layalign.tokenization import encode_texts
 
 IGNORE = -100
 # Called after every step with (step, steps, loss).
@@ -90,9 +91,9 @@ def llm_documents(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> 
             before = [] if kind == "worked" else [problem.question, "\n"]
             asked = garble(problem.question, rng) if kind == "unreadable" else problem.question
             texts.append([*before, math_prompt(asked), problem.answer])
-    parts = iter(tokenizer([part for text in texts for part in text], add_special_tokens=False)["input_ids"])
+    parts = iter(encode_texts(tokenizer, [part for text in texts for part in text]))
     return [
-        [tokenizer.bos_token_id, *(token for _ in text for token in next(parts)), tokenizer.eos_token_id]
+        [tokenizer.bos_token_id, *(token for _ in text for token in next(parts).ids), tokenizer.eos_token_id]
         for text in texts
     ]
 
@@ -280,10 +281,12 @@ def pretrain_encoder(
 
     def phase(steps: int, short: bool) -> Iterator[Batch]:
         pairs = encoder_pairs(steps * budget.batch, seed, weights, short=short)
-        sources = tokenizer([source for source, _ in pairs], add_special_tokens=False)["input_ids"]
-        targets = tokenizer([target for _, target in pairs], add_special_tokens=False)["input_ids"]
+        sources = encode_texts(tokenizer, [source for source, _ in pairs])
+        targets = encode_texts(tokenizer, [target for _, target in pairs])
         rows = [
-            corrupt(source, sentinels, end, rng) if rng.random() < denoising else ([*source, end], [*target, end])
+            corrupt(source.ids, sentinels, end, rng)
+            if rng.random() < denoising
+            else ([*source.ids, end], [*target.ids, end])
             for source, target in zip(sources, targets, strict=True)
         ]
         for index in _by_length(len(rows), budget.batch, lambda i: len(rows[i][0]) + len(rows[i][1]), rng):

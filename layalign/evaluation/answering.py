@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
+from layalign.data.lengths import positions
 from layalign.errors import ArgumentError, whole_number
+from layalign.tokenization import encode_texts
 
 
 class ModelAnswers:
@@ -22,6 +24,10 @@ class ModelAnswers:
         collator: made with `with_targets=False`.
         max_new_tokens: longest answer.
         options: further arguments of `generate`; without any, greedy search.
+
+    Attributes:
+        last_cut: of each example of the last call, what was cut: some of "source", "prompt", "answer" (it came to no
+            end within `max_new_tokens`), and "context" where all of it is longer than the LLM's positions.
     """
 
     def __init__(
@@ -29,12 +35,18 @@ class ModelAnswers:
     ) -> None:
         self.model, self.collator = model, collator
         self.max_new_tokens, self.options = max_new_tokens, dict(options or {})
+        self.last_cut: list[tuple[str, ...]] = []
 
     def __call__(self, examples: Sequence[Example]) -> list[str]:
         device = _device(self.model)
         batch = {name: tensor.to(device) for name, tensor in self.collator(examples).items()}
         with evaluation_mode(self.model), torch.no_grad():
-            return _generate(self.model, self.collator.llm_tokenizer, batch, self.max_new_tokens, self.options)
+            limit = self.collator.llm_positions, self.collator.llm_positions_end
+            answers = _generate(
+                self.model, self.collator.llm_tokenizer, batch, self.max_new_tokens, self.options, limit
+            )
+        self.last_cut = _with_answers(self.collator.last_cut, answers)
+        return [answer.text for answer in answers]
 
 
 class LlmAnswers:
@@ -45,6 +57,7 @@ class LlmAnswers:
     ) -> None:
         self.llm, self.tokenizer = llm, tokenizer
         self.max_new_tokens, self.max_prompt_length, self.options = max_new_tokens, max_prompt_length, dict(options)
+        self.last_cut: list[tuple[str, ...]] = []  # as that of `ModelAnswers`
 
     @property
     def fingerprint(self) -> str:
@@ -53,17 +66,22 @@ class LlmAnswers:
         return f"llm alone {model_fingerprint(self.llm)} {self.max_new_tokens} {self.max_prompt_length} {options}"
 
     def __call__(self, examples: Sequence[Example]) -> list[str]:
-        rows = self.tokenizer([example.prompt or example.source for example in examples])["input_ids"]
+        texts = [example.prompt or example.source for example in examples]
+        rows = [text.ids for text in encode_texts(self.tokenizer, texts, special=True)]
         if self._adds_eos():
             rows = [row[:-1] for row in rows]
-        rows = [list(row)[-self.max_prompt_length :] for row in rows]
+        cut = [("prompt",) if len(row) > self.max_prompt_length else () for row in rows]
+        rows = [row[-self.max_prompt_length :] for row in rows]
         width, pad, device = max(map(len, rows)), pad_id(self.tokenizer), _device(self.llm)
         batch = {
             "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
             "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device),
         }
         with evaluation_mode(self.llm), torch.no_grad():
-            return _generate(self.llm, self.tokenizer, batch, self.max_new_tokens, self.options)
+            limit = positions(self.llm, getattr(self.llm, "config", None))
+            answers = _generate(self.llm, self.tokenizer, batch, self.max_new_tokens, self.options, limit)
+        self.last_cut = _with_answers(cut, answers)
+        return [answer.text for answer in answers]
 
     def _adds_eos(self) -> bool:
         # An answer cannot follow an end-of-sequence token.
@@ -95,9 +113,37 @@ def llm_alone(
     return LlmAnswers(llm, tokenizer, max_new_tokens, max_prompt_length, generation)
 
 
+class _Answer(NamedTuple):
+    """A text, whether it came to its end within the tokens allowed, and whether all fits into the LLM's positions."""
+
+    text: str
+    ended: bool
+    fits: bool
+
+
+def _with_answers(cut: Sequence[tuple[str, ...]], answers: Sequence[_Answer]) -> list[tuple[str, ...]]:
+    found = []
+    for kinds, answer in zip(cut, answers, strict=True):
+        beyond = () if answer.fits or "context" in kinds else ("context",)
+        found.append((*kinds, *beyond, *(() if answer.ended else ("answer",))))
+    return found
+
+
 def _generate(
-    model: Any, tokenizer: Any, batch: Mapping[str, torch.Tensor], max_new_tokens: int, options: Mapping[str, Any]
-) -> list[str]:
+    model: Any,
+    tokenizer: Any,
+    batch: Mapping[str, torch.Tensor],
+    max_new_tokens: int,
+    options: Mapping[str, Any],
+    limit: tuple[int | None, bool] = (None, False),
+) -> list[_Answer]:
+    """Answers to a batch; `limit` is the LLM's positions and whether it has no more (`layalign.data.lengths`)."""
+    lengths, (most, end_of_table) = batch["attention_mask"].sum(dim=1).tolist(), limit
+    if most is not None and end_of_table:
+        # The last token is written and not read.
+        max_new_tokens = min(max_new_tokens, most - max(lengths) + 1)
+        if max_new_tokens < 1:
+            raise ArgumentError(f"examples: expected at most the LLM's {most} positions, one has {max(lengths)} tokens")
     ends = eos_ids(model, tokenizer)
     arguments: dict[str, Any] = {"do_sample": False, "pad_token_id": pad_id(tokenizer), **options}
     if ends:
@@ -105,12 +151,13 @@ def _generate(
     rows, width = model.generate(**batch, max_new_tokens=max_new_tokens, **arguments), batch["input_ids"].shape[1]
     if len(rows) != len(batch["input_ids"]):
         raise ArgumentError(f"generation: expected one answer each for {len(batch['input_ids'])}, got {len(rows)}")
-    texts = []
-    for row in rows[:, width:].tolist():
+    answers = []
+    for row, length in zip(rows[:, width:].tolist(), lengths, strict=True):
         # Behind the first end there is only padding, and the padding may be an ordinary token.
         end = next((i for i, token in enumerate(row) if token in ends), len(row))
-        texts.append(tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return texts
+        text = tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        answers.append(_Answer(text, end < max_new_tokens, most is None or length + end <= most + 1))
+    return answers
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from layalign.evaluation.processes import Processes
 from layalign.evaluation.store import OutputStore
 
 __all__ = ["TASKS", "EvaluationResult", "LanguageScore", "Task", "evaluate", "llm_alone"]
+logger = logging.getLogger(__name__)
 SCORERS = ("number", "signed-number", "label", "text")
 
 
@@ -79,6 +81,8 @@ class EvaluationResult:
         output_dir: where predictions and scores were written.
         outcomes: by language, each question's id and whether its answer is right; averages get their intervals from it.
         scoring: the scorer and how labels are matched.
+        cut: how many questions had their "source" or "prompt" cut, an "answer" without an end within `max_new_tokens`,
+            or together were longer than the LLM's positions ("context").
     """
 
     task: str
@@ -87,6 +91,7 @@ class EvaluationResult:
     output_dir: Path | None = None
     outcomes: dict[str, Outcomes] = field(default_factory=dict, repr=False)
     scoring: dict[str, str] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
 
     @property
     def average(self) -> float:
@@ -117,6 +122,7 @@ class EvaluationResult:
                 for grouping, scores in self.levels.items()
             },
             "scoring": self.scoring,
+            "cut": self.cut,
         }
 
     def to_tsv(self) -> str:
@@ -139,7 +145,8 @@ class EvaluationResult:
         from rich.table import Table
 
         skipped = f", {len(self.report.skipped)} malformed lines left out" if self.report.skipped else ""
-        table = Table(title=f"{self.task}: accuracy{skipped}")
+        cut = "".join(f", {count} of {kind} cut" for kind, count in self.cut.items() if count)
+        table = Table(title=f"{self.task}: accuracy{skipped}{cut}")
         table.add_column("language")
         for name in ("accuracy %", "95% interval", "correct", "of"):
             table.add_column(name, justify="right")
@@ -204,7 +211,7 @@ def evaluate(
         scorer: "number", "signed-number", "label" or "text" (equal after stripping); None is the task's own.
         label_match: "exact" (published) or "start"; see `layalign.evaluation.metrics.parse_label`.
         stage: "task" gives the LLM the prompt, "translation" only the encoder's tokens.
-        max_source_length, max_prompt_length: longest texts in tokens.
+        max_source_length, max_prompt_length: longest texts in tokens; what is longer is cut and counted.
         generation: further arguments of `generate` (num_beams, ...); greedy search without any.
         model_name: name of a function or of a model without parameters, for the check that a rerun is of the same one.
         progress: show a progress bar.
@@ -252,8 +259,11 @@ def evaluate(
                 functools.partial(_score, store, language, group, outputs, kind, label_match)
             )
     scoring = {"scorer": kind.scorer, "label_match": label_match}
-    result = EvaluationResult(task, scores, report, Path(output_dir), outcomes, scoring)
+    cut = processes.all_get(store.count_cut)
+    result = EvaluationResult(task, scores, report, Path(output_dir), outcomes, scoring, cut)
     processes.all_get(lambda: _write(result, store.folder))
+    if processes.main and any(cut.values()):
+        logger.warning("cut, of %d questions: %s", len(examples), ", ".join(f"{cut[kind]} of {kind}" for kind in cut))
     return result
 
 
@@ -341,9 +351,14 @@ def _outputs(
             raise ArgumentError(f"model: expected {len(own)} texts, one per example, got {len(texts)}")
         # Half of a surrogate pair cannot stand in a file.
         texts = [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
-        found = processes.all_gather(dict(zip(own, texts, strict=True)))
-        new = {i: text for batch in found[: len(together)] for i, text in batch.items()}
-        processes.all_get(functools.partial(store.append, language, new))
+        # Whoever answers may say what was cut.
+        cut = dict(zip(own, getattr(answer, "last_cut", ()), strict=False))
+        found = processes.all_gather({i: (text, cut.get(i, ())) for i, text in zip(own, texts, strict=True)})
+        gathered = {i: answered for batch in found[: len(together)] for i, answered in batch.items()}
+        new = {i: text for i, (text, _) in gathered.items()}
+        processes.all_get(
+            functools.partial(store.append, language, new, {i: kinds for i, (_, kinds) in gathered.items()})
+        )
         done.update(new)
         advance(language, len(new))
     return [done[i] for i in range(len(examples))]
@@ -366,7 +381,7 @@ def _score(
 ) -> tuple[LanguageScore, Outcomes]:
     """Judge the outputs of a language and write its predictions."""
     predictions, outcomes = [], []
-    for example, output in zip(examples, outputs, strict=True):
+    for number, (example, output) in enumerate(zip(examples, outputs, strict=True)):
         gold, parsed, right = _judge(example, output, kind.scorer, match)
         outcomes.append((example.id, right))
         predictions.append(
@@ -381,6 +396,8 @@ def _score(
                 "correct": right,
             }
         )
+        if kinds := store.cut[language].get(number):
+            predictions[-1]["cut"] = kinds
     text = json.dumps(predictions, indent=2, ensure_ascii=False)
     write_whole(store.path_of(language, ".json"), text + "\n")
     correct, count = sum(right for _, right in outcomes), len(examples)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from layalign.data.examples import Example
 from layalign.errors import ArgumentError, DataError
 
 SETTINGS = "settings.json"
+CUT = ("source", "prompt", "context", "answer")
 LONGEST_NAME = 160  # bytes; file systems take 255
 
 
@@ -47,12 +49,16 @@ class OutputStore:
         settings: what decides the outputs, as JSON values. `settings.json` keeps them.
         resume: go on with the outputs that are there; otherwise they are deleted first.
 
+    Attributes:
+        cut: by language and number of the example, what of it was cut (only where something was).
+
     Raises:
         ArgumentError: outputs of other settings are there and `resume` is asked for.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
         self.folder, self.predictions = folder, folder / "predictions"
+        self.cut: dict[str, dict[int, list[str]]] = {}
         with writing(f"output_dir: {folder}"):
             self.predictions.mkdir(parents=True, exist_ok=True)
         self._path = folder / SETTINGS
@@ -115,9 +121,15 @@ class OutputStore:
             path.unlink(missing_ok=True)
             known[language] = mark
             self._save()
-        return self._read_outputs(path, len(examples)) if path.exists() else {}
+        self.cut[language] = {}
+        return self._read_outputs(path, len(examples), self.cut[language]) if path.exists() else {}
 
-    def _read_outputs(self, path: Path, count: int) -> dict[int, str]:
+    def count_cut(self) -> dict[str, int]:
+        """How many examples had each of their texts cut."""
+        found = Counter(kind for of in self.cut.values() for kinds in of.values() for kind in kinds)
+        return {kind: found[kind] for kind in CUT}
+
+    def _read_outputs(self, path: Path, count: int, cut: dict[int, list[str]]) -> dict[int, str]:
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) != len(raw):
@@ -127,22 +139,29 @@ class OutputStore:
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
                 entry = json.loads(line)
-                index, output = entry["index"], entry["output"]
+                index, output, kinds = entry["index"], entry["output"], entry.get("cut", [])
                 good = isinstance(output, str) and isinstance(index, int) and 0 <= index < count
+                good = good and isinstance(kinds, list) and set(kinds) <= set(CUT)
             except (ValueError, KeyError, TypeError, RecursionError):
                 good = False
             if not good:
                 raise DataError(f"{path}:{number}: a damaged line, expected the index and output of one example")
             outputs[index] = output
+            cut.update({index: kinds} if kinds else {})
         return outputs
 
-    def append(self, language: str, outputs: Mapping[int, str]) -> None:
-        """Add a batch of outputs, and see to it that they are on the disk.
+    def append(self, language: str, outputs: Mapping[int, str], cut: Mapping[int, Sequence[str]]) -> None:
+        """Add a batch of outputs with what was cut of each, and see to it that they are on the disk.
 
         Raises:
             OutputError: they cannot be written; a rerun goes on behind those that were.
         """
-        lines = [json.dumps({"index": i, "output": text}, ensure_ascii=False) + "\n" for i, text in outputs.items()]
+        found = {i: list(kinds) for i, kinds in cut.items() if kinds}
+        self.cut[language].update(found)
+        entries = [
+            {"index": i, "output": text, **({"cut": found[i]} if i in found else {})} for i, text in outputs.items()
+        ]
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
         path = self.path_of(language, ".jsonl")
         kept = "the answers written before are kept, and a rerun goes on behind them"
         with writing(f"output_dir: {path}", kept), path.open("ab") as file:

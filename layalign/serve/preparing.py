@@ -12,6 +12,7 @@ from layalign.errors import ArgumentError
 from layalign.serve.decoding import Inputs
 from layalign.serve.messages import ApiError
 from layalign.serve.settings import ServeSettings
+from layalign.tokenization import Prompt
 
 
 class Preparer:
@@ -25,13 +26,12 @@ class Preparer:
 
     def __init__(self, model: Any, encoder_tokenizer: Any, llm_tokenizer: Any, settings: ServeSettings) -> None:
         self.settings = settings
-        self.max_source = min(settings.max_source_tokens, _known_limit(encoder_tokenizer))
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self.collators = {
             stage: LayAlignCollator.from_model(
                 model, encoder_tokenizer, llm_tokenizer, stage=stage, with_targets=False,
-                # One token more than allowed, to see what is too long: nothing is cut silently.
-                max_source_length=self.max_source + 1, max_prompt_length=settings.max_prompt_tokens + 1,
+                max_source_length=settings.max_source_tokens, max_prompt_length=settings.max_prompt_tokens,
+                llm_positions=None,  # looked at here, with the new tokens
             )
             for stage in ("translation", "task")
         }  # fmt: skip
@@ -68,9 +68,11 @@ class Preparer:
             message = str(error).removeprefix("language: ") if blamed == "language" else "no tokens in this text"
             raise ApiError(400, f"{blamed}: {message}", blamed) from None
         inputs = Inputs(tuple(batch["encoder_input_ids"][0].tolist()), tuple(batch["input_ids"][0].tolist()))
-        if len(inputs.source) > self.max_source:
-            raise ApiError(400, f"{field}: expected at most {self.max_source} encoder tokens", field, "too_long")
-        if len(inputs.packed) - self._head(inputs) > self.settings.max_prompt_tokens:
+        # Nothing is cut silently.
+        if "source" in collator.last_cut[0]:
+            most = collator.max_source_length
+            raise ApiError(400, f"{field}: expected at most {most} encoder tokens", field, "too_long")
+        if "prompt" in collator.last_cut[0]:
             blamed = field if llm_prompt is None else "llm_prompt"
             most = self.settings.max_prompt_tokens
             raise ApiError(400, f"{blamed}: expected at most {most} LLM tokens", blamed, "too_long")
@@ -113,10 +115,4 @@ class Preparer:
         if not llm_prompt.strip() or size > most:
             message = f"llm_prompt: expected 1 to {most} characters, the text in it included"
             raise ApiError(400, message, "llm_prompt")
-        return llm_prompt.replace("{source}", source)
-
-
-def _known_limit(tokenizer: Any) -> int:
-    """The most tokens that the encoder's tokenizer says it takes; many say nothing (a huge number)."""
-    limit = getattr(tokenizer, "model_max_length", None)
-    return limit if isinstance(limit, int) and limit > 0 else 1 << 30
+        return Prompt.fill(llm_prompt, source)

@@ -9,12 +9,14 @@ import inspect
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, __version__, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -57,7 +59,11 @@ _SHAPE = (
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a stage did. Losses are means per target token of the dev split, or of a fixed part of the training set."""
+    """What a stage did. Losses are means per target token of the dev split, or of a fixed part of the training set.
+
+    `cut` counts what was read over all epochs and evaluations: "examples", and how many of them had their "source",
+    "prompt" or "target" cut, or were longer than the LLM's positions ("context").
+    """
 
     loss_before: float
     loss_after: float
@@ -71,6 +77,7 @@ class TrainSummary:
     resumed_from: str | None = None
     skipped_steps: list[int] = field(default_factory=list)
     loss_spikes: list[int] = field(default_factory=list)
+    cut: dict[str, int] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
@@ -150,12 +157,23 @@ def train(
         resumed_from=str(resume_from) if resume_from else None,
         skipped_steps=trainer.guard.skipped,
         loss_spikes=trainer.guard.spikes,
+        cut=_cut(trainer),
         log_history=[{"step": 0, "epoch": 0.0, "eval_loss": loss_before}, *trainer.state.log_history],
     )
     runs.save_run(config, {**asdict(summary), "micro_batch": trainer.args.per_device_train_batch_size})
     trainer.accelerator.wait_for_everyone()  # the next stage of another process reads what this one's main has written
     leave_engine(trainer)
     return summary
+
+
+def _cut(trainer: LayAlignTrainer) -> dict[str, int]:
+    """What the collators of all processes have cut; said when it is anything."""
+    counts: Counter[str] = sum(gather_object([trainer.data_collator.cuts]), Counter())
+    found = {kind: count for kind, count in counts.items() if kind != "examples"}
+    if found and is_main_process():
+        parts = ", ".join(f"{count} of {kind}" for kind, count in found.items())
+        logger.warning("cut, of %d examples read: %s", counts["examples"], parts)
+    return dict(counts)
 
 
 def _train(trainer: LayAlignTrainer, resume_from: Path | None) -> None:
@@ -345,6 +363,8 @@ def _trainer(
         max_prompt_length=config.max_prompt_length,
         max_target_length=config.max_target_length,
     )
+    if config.num_workers:
+        collator.share_memory()
     lengths = None
     if config.group_by_length:
         lengths = [len(example.source) + len(example.prompt) + len(example.target) for example in train_set]
