@@ -1,4 +1,8 @@
+import bz2
+import csv
+import gzip
 import json
+import lzma
 import random
 
 import pytest
@@ -370,3 +374,179 @@ def test_missing_language_and_empty_folder(tmp_path):
     write_lines(tmp_path / "mgsm_sw.tsv", "a\t1")
     with pytest.raises(DataError, match="no examples of Thai; found Swahili"):
         load_examples(f"mgsm:{tmp_path}", languages=["sw", "th"])
+
+
+# What else people keep pairs in
+
+
+def pairs_of(path, **options):
+    examples, report = load_examples(f"pairs:{path}", **options)
+    return [(e.source, e.target) for e in examples], report
+
+
+PAIRS = [("habari", "hello"), ('say "hi"', 'a "b" c'), ("x, y", "z")]
+ROWS = [{"source": source, "target": target} for source, target in PAIRS]
+
+
+@pytest.mark.parametrize("end, pack", [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+def test_compressed_files(tmp_path, end, pack):
+    tsv = "".join(f"{source}\t{target}\n" for source, target in PAIRS).encode()
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    (tmp_path / f"a_sw.jsonl{end}").write_bytes(pack(lines))
+    (tmp_path / "named.tsv").write_bytes(pack(tsv))  # what is in it counts, not its name
+    (tmp_path / f"sw.json{end}").write_bytes(pack(json.dumps(ROWS).encode()))
+    assert pairs_of(tmp_path / f"a_sw.jsonl{end}")[0] == PAIRS
+    assert pairs_of(tmp_path / "named.tsv", language="sw")[0] == PAIRS
+    assert pairs_of(tmp_path / f"sw.json{end}")[0] == PAIRS
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / f"sw.tsv{end}").write_bytes(pack(tsv))
+    (folder / "th.tsv").write_bytes(b"a\tb\n")
+    found, report = pairs_of(folder)
+    assert (found, report.counts) == ([*PAIRS, ("a", "b")], {"Swahili": 3, "Thai": 1})
+    (folder / "sw.tsv").write_bytes(tsv)
+    with pytest.raises(DataError, match=r"sw.tsv\.\w+: there is sw.tsv too, expected one of them"):
+        pairs_of(folder)
+    (tmp_path / f"cut_sw.tsv{end}").write_bytes(pack(tsv * 9)[:-9])
+    with pytest.raises(DataError, match=rf"cut_sw.tsv{end}: damaged, expected a whole compressed file"):
+        pairs_of(tmp_path / f"cut_sw.tsv{end}")
+
+
+def test_compressed_bilingual_pairs(tmp_path):
+    bilingual(tmp_path, sw=(["moja"], ["one"]))
+    folder = tmp_path / "bilingual_pairs/en-sw"
+    for path in sorted(folder.iterdir()):
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert [(e.source, e.target) for e in load_examples(f"bilingual_pairs:{tmp_path}")[0]] == [("moja", "one")]
+
+
+def test_parquet(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame(ROWS).to_parquet(tmp_path / "sw.parquet")
+    assert pairs_of(tmp_path / "sw.parquet")[0] == pairs_of(tmp_path)[0] == PAIRS
+    pandas.DataFrame([*ROWS, {"source": "a", "target": None}]).to_parquet(tmp_path / "sw.parquet")
+    with pytest.raises(DataError, match=r"sw.parquet:4: 'target' is null, expected a value"):
+        pairs_of(tmp_path / "sw.parquet")
+    (tmp_path / "none.parquet").write_bytes(b"no such thing")
+    with pytest.raises(DataError, match=r"none.parquet: expected a Parquet file"):
+        pairs_of(tmp_path / "none.parquet")
+
+
+CSV = [("a\nb", 'he said "c"'), ("d, e", "f"), ('"g"', "h\ti")]
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "sw.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "Source", "target text"), *((str(i), *row) for i, row in enumerate(CSV))])
+    examples, report = load_examples(f"pairs:{path}")
+    assert [(e.source, e.target, e.id) for e in examples] == [(*row, str(i)) for i, row in enumerate(CSV)]
+    assert report.headers == [f"{path}: id,Source,target text"]
+    path.write_text('habari,hello\ndunia,"world"\n')
+    with pytest.raises(DataError, match=r"sw.csv:1: no names of columns that are known \(habari, hello\), expected"):
+        pairs_of(path)
+    assert pairs_of(path, header=False)[0] == [("habari", "hello"), ("dunia", "world")]
+    path.write_text('one,two\nx,y\n"x" y,z\n"a\nb",c,d\n,e\nf,g\n')
+    told, report = pairs_of(path, columns={"source": "two", "target": "one"}, skip_bad=True)
+    assert told == [("y", "x"), ("g", "f")]
+    assert [line.line for line in report.skipped] == [3, 4, 6]
+    path.write_text('source,target\na,b\n"c,d\ne,f\n')
+    with pytest.raises(DataError, match=r"sw.csv:3: a quoted field that does not end"):
+        pairs_of(path, skip_bad=True)
+    (tmp_path / "val.sw.csv").write_text("premise,choice1,choice2,question,label\nP,a,b,cause,1\n")
+    assert load_examples(f"xcopa:{tmp_path / 'val.sw.csv'}")[0][0].target == "B"
+
+
+@pytest.mark.parametrize(
+    "name, header, swapped",
+    [
+        ("sw.tsv", "source\ttarget", False), ("sw.tsv", "Target Text\tsource-text", True),
+        ("sw.tsv", "question\tanswer", False), ("sw.txt", "text\ttranslation", False),
+        ("sw.tsv", '"src"\t"tgt"', False), ("sw.tsv", "swh\tEnglish", False), ("sw.tsv", "en\tsw", True),
+        ("sw.tsv", "\ufeffeng_Latn\tKiswahili", True),
+    ],
+)  # fmt: skip
+def test_a_header_line_is_no_pair(tmp_path, name, header, swapped):
+    path = write_lines(tmp_path / name, header, "moja\tone")
+    found, report = pairs_of(path)
+    assert found == [("one", "moja") if swapped else ("moja", "one")]
+    assert len(report.headers) == 1 and "1 header lines, as " in report.summary()
+    assert len(pairs_of(path, header=False)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "line", ["text\ttext", "Kiswahili\tSwahili", "ingles\tEnglish", "source\tsource", "chanzo\tsource"]
+)
+def test_a_pair_of_words_is_no_header_line(tmp_path, line):
+    path = write_lines(tmp_path / "sw.tsv", line, "moja\tone")
+    found, report = pairs_of(path)
+    assert (len(found), report.headers) == (2, [])
+    assert pairs_of(path, header=True, columns=dict(zip(("source", "target"), line.split("\t"), strict=True)))[0] == [
+        ("one", "one") if line.split("\t")[0] == line.split("\t")[1] else ("moja", "one")
+    ]
+
+
+def test_a_header_is_told_by_the_columns_asked_for(tmp_path):
+    path = write_lines(tmp_path / "sw.tsv", "nr\tkwa\tkutoka", "7\tone\tmoja")
+    assert pairs_of(path, columns={"source": "kutoka", "target": "kwa"})[0] == [("moja", "one")]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_quotes_that_a_writer_put_around_fields(tmp_path, quoting):
+    rows = [("habari", "hello"), ('say "hi" now', "a\tb"), ("it's", 'x "y"'), ('"', "q")]
+    path = tmp_path / "sw.tsv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t", quoting=quoting, lineterminator="\n").writerows(rows)
+    assert pairs_of(path)[0] == rows
+
+
+RAW = [
+    ('"Ndiyo"', '"Yes"'), ('"Ndiyo," alisema, "sawa"', '"Yes," he said, "fine"'), ('"Twende', 'She said "go'),
+    ('sawa"', 'ok"'), ('5" bomba', '5" pipe'), ('""', "''"),
+]  # fmt: skip
+
+
+def test_quotes_that_are_text_stay(tmp_path):
+    lines = ["\t".join(pair) for pair in RAW]
+    assert pairs_of(write_lines(tmp_path / "sw.tsv", *lines))[0] == RAW
+    for first in range(len(RAW)):  # no line is joined with others, whichever stands first
+        turned = [*RAW[first:], *RAW[:first]]
+        assert pairs_of(write_lines(tmp_path / "sw.tsv", *("\t".join(pair) for pair in turned)))[0] == turned
+    questions = ['"Juma" ana "machungwa"', '"Ngapi?"', '""a""']
+    write_lines(tmp_path / "mgsm_sw.tsv", *(f"{question}\t{i}" for i, question in enumerate(questions)))
+    assert [e.source for e in load_examples(f"mgsm:{tmp_path / 'mgsm_sw.tsv'}")[0]] == questions
+    broken = write_lines(tmp_path / "de.tsv", "eins\tone", '"zwei', 'drei"\ttwo', '"a\tb\tc')
+    with pytest.raises(DataError, match=r"de.tsv:2: 1 columns and a quoted field that does not end on its line"):
+        pairs_of(broken)
+    assert [line.line for line in pairs_of(broken, skip_bad=True)[1].skipped] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("sw.tsv", "habari\thello\n".encode("utf-16"), "sw.tsv:1: UTF-16, by its byte-order mark, expected text"),
+        ("sw.tsv", "habari\thello\n".encode("utf-16-le"), "sw.tsv:1: a null character at position 2, expected text"),
+        ("de.tsv", "schön\tnice\n".encode("cp1252"), "de.tsv:1: byte 0xf6 at position 4, expected UTF-8"),
+        ("sw.tsv", b"habari\thello\rdunia\tworld\r", "sw.tsv:1: lines that end in a carriage return alone"),
+        ("sw.tsv", b"ha\x00bari\thello\n", "sw.tsv:1: a null character at position 3, expected text"),
+        ("sw.jsonl", b'{"source": "a\\u0000", "target": "b"}\n', "sw.jsonl:1: 'source' holds a null character"),
+        ("sw.jsonl", b'{"source": null, "target": "b"}\n', "sw.jsonl:1: 'source' is null, expected a value"),
+        ("sw.json", b'{"source": ["a"], "target": ["b"]}', "'source' is a list, expected text: one record a line"),
+        ("sw.json", b'{"source": {"0": "a"}, "target": {"0": "b"}}', "'source' is a dict, expected text: one record"),
+        ("sw.tsv", b"1\thabari\thello\n", r"sw.tsv:1: 3 columns, expected 2 \(source<TAB>target\)"),
+        ("sw.zip", b"PK\x03\x04rest", r"sw.zip:1: a zip file \(or a spreadsheet\), expected text in UTF-8"),
+        ("sw.tsv.zst", b"\x28\xb5\x2f\xfdrest", "sw.tsv.zst:1: compressed by zstd, expected text"),
+        ("sw.tsv", b"PAR1rest", r"sw.tsv:1: a Parquet file, for which the name has to end in .parquet"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        pairs_of(tmp_path / name)
+
+
+def test_a_template_as_prompt(tmp_path):
+    path = write_lines(tmp_path / "sw.tsv", "moja\tone")
+    (example,), _ = load_examples(f"tsv:{path}", prompt="<|user|>{source}<|end|>")
+    assert (example.prompt, example.prompt.template) == ("<|user|>moja<|end|>", "<|user|>{source}<|end|>")

@@ -49,11 +49,13 @@ class ReadReport:
         files: paths (or dataset names) in reading order.
         counts: examples per language, by English name.
         skipped: the malformed lines left out; always empty without `skip_bad`.
+        headers: the header lines that were recognised ("file: names of the columns").
     """
 
     files: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     skipped: list[SkippedLine] = field(default_factory=list)
+    headers: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -61,14 +63,17 @@ class ReadReport:
         return sum(self.counts.values())
 
     def merge(self, other: ReadReport) -> None:
-        """Add another report's files, counts and skipped lines to this one."""
+        """Add another report's files, counts, skipped lines and headers to this one."""
         self.files += other.files
         self.counts += other.counts
         self.skipped += other.skipped
+        self.headers += other.headers
 
     def summary(self, show: int = 5) -> str:
-        """A few lines for a person: the totals, and the first `show` skipped lines."""
+        """A few lines for a person: the totals, the header lines, and the first `show` skipped lines."""
         lines = [f"read {self.total} examples, {len(self.counts)} languages, {len(self.files)} files"]
+        if self.headers:
+            lines.append(f"{len(self.headers)} header lines, as {self.headers[0]}")
         if self.skipped:
             lines.append(f"left out {len(self.skipped)} malformed lines:")
             lines += [f"  {line}" for line in self.skipped[:show]]

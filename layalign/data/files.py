@@ -1,21 +1,39 @@
-"""Lines of text and records of JSON from files, each with the number of its line.
+"""Lines of text, rows of tables and records of JSON from files, each with the number of its line.
 
 Lines end at "\\n" only: Python's `str.splitlines` would also cut at characters such as U+2028, which are text here.
+Files compressed by gzip, bzip2 or xz are read as what is in them, whatever their name.
 """
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from layalign.data.examples import BadRecord
-from layalign.errors import DataError
+from layalign.errors import BackendError, DataError, first_line
 
+COMPRESSED = (".gz", ".bz2", ".xz")
+_OPEN: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh91AY&SY": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_REFUSED = {
+    b"PK\x03\x04": "a zip file (or a spreadsheet)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"ARROW1": "an Arrow file",
+    b"PAR1": "a Parquet file, for which the name has to end in .parquet",
+    b"\xff\xfe": "UTF-16, by its byte-order mark",
+    b"\xfe\xff": "UTF-16, by its byte-order mark",
+}
 _BOM = b"\xef\xbb\xbf"
+_ALL_QUOTED = re.compile(rb'"(?:[^"]|"")*"(?:\t"(?:[^"]|"")*")*')
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -33,17 +51,54 @@ def _what(error: ValueError | RecursionError) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else str(error).split(" for ")[0].split(";")[0]
 
 
-def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes without the line end) of a file; a byte-order mark at its start is left out."""
+def plain_name(path: Path) -> Path:
+    """The name that a compressed file has when it is not compressed."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """The file, decompressed.
+
+    Raises:
+        DataError: it is no text, and of a kind that is not read; or its compressed data are damaged.
+    """
     with path.open("rb") as file:
+        head = file.read(16)
+    for start, what in _REFUSED.items():
+        if head.startswith(start):
+            raise DataError(f"{path}:1: {what}, expected text in UTF-8, plain or compressed by gzip, bzip2 or xz")
+    opener = next((opener for start, opener in _OPEN.items() if head.startswith(start)), open)
+    try:
+        with opener(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged, expected a whole compressed file ({first_line(error)})") from error
+    except OSError as error:
+        if opener is open or error.errno is not None:
+            raise
+        raise DataError(f"{path}: damaged, expected a whole compressed file ({first_line(error)})") from error
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes without the line end) of a file; a byte-order mark at its start is left out.
+
+    Raises:
+        DataError: the lines end in a carriage return alone.
+    """
+    with opened(path) as file:
         for number, raw in enumerate(file, 1):
-            if number == 1 and raw.startswith(_BOM):
-                raw = raw[len(_BOM) :]
+            if number == 1:
+                raw = raw.removeprefix(_BOM)
+                if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
+                    raise DataError(f"{path}:1: lines that end in a carriage return alone, expected a line feed")
             yield number, raw.rstrip(b"\r\n")
 
 
 def decode(raw: bytes) -> str:
-    """A line as text; bytes that are not UTF-8 raise BadRecord."""
+    """A line as text; bytes that are not UTF-8, and null, raise BadRecord."""
+    if 0 in raw:
+        raise BadRecord(f"a null character at position {raw.index(0) + 1}, expected text in UTF-8")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -59,12 +114,97 @@ def parse_json(line: str) -> Any:
         raise BadRecord(f"bad JSON ({_what(error)}{where}), expected an object") from None
 
 
-def split_columns(line: str, names: tuple[str, ...]) -> dict[str, str]:
-    """The columns of a line of TSV by name; another number of columns raises BadRecord."""
-    values = line.split("\t")
+def by_name(values: list[str], names: tuple[str, ...], separator: str = "<TAB>") -> dict[str, str]:
+    """The columns of a row by name; another number of columns raises BadRecord."""
     if len(values) != len(names):
-        raise BadRecord(f"{len(values)} columns, expected {len(names)} ({'<TAB>'.join(names)})")
+        raise BadRecord(f"{len(values)} columns, expected {len(names)} ({separator.join(names)})")
     return dict(zip(names, values, strict=True))
+
+
+def unquoted(field: str, always: bool = True) -> str:
+    """The text of a field of TSV that a CSV writer has put into quotes; any other field as it is.
+
+    Such a field starts and ends with a quote, and the quotes in it are doubled. Text may look like that too ("Yes"
+    between quotes): without `always` only a field counts that has doubled quotes in it, which a writer quotes for them.
+    """
+    if len(field) < 2 or field[0] != '"' or field[-1] != '"':
+        return field
+    inner = field[1:-1]
+    if '"' in inner.replace('""', "") or not (always or '""' in inner):
+        return field
+    return inner.replace('""', '"')
+
+
+def all_quoted(path: Path) -> bool:
+    """Whether every field of every line of a TSV file stands in quotes: then they are a writer's, and no text."""
+    return all(_ALL_QUOTED.fullmatch(raw) for _, raw in raw_lines(path))
+
+
+def split_quoted(line: str, count: int, always: bool) -> list[str]:
+    """The columns of a line of TSV that may have fields in quotes; a line of another number of columns as it is.
+
+    A tab within quotes ends no field where the line has the expected number of columns only so. Lines are never joined.
+    """
+    values = line.split("\t")
+    if '"' not in line:
+        return values
+    if len(values) > count:
+        try:
+            inside = next(csv.reader([line], delimiter="\t", strict=True))
+        except csv.Error:
+            inside = values
+        return inside if len(inside) == count else values
+    if len(values) < count and values[-1].startswith('"') and unquoted(values[-1]) == values[-1]:
+        what = "a quoted field that does not end on its line"
+        raise BadRecord(f"{len(values)} columns and {what}, expected {count} (records of several lines only in .csv)")
+    return [unquoted(value, always) for value in values]
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str] | BadRecord]]:
+    """(number of its first line, fields or what is wrong) of each record of a CSV file.
+
+    Raises:
+        DataError: a quoted field does not end; nothing says then where the next record starts.
+    """
+
+    def lines() -> Iterator[str]:
+        for number, raw in raw_lines(path):
+            try:
+                yield decode(raw) + "\n"
+            except BadRecord as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+
+    reader = csv.reader(lines(), strict=True)
+    while True:
+        start = reader.line_num + 1
+        try:
+            yield start, next(reader) or BadRecord("an empty line, expected a record")
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise DataError(f"{path}:{start}: a quoted field that does not end, expected a closing quote") from None
+            yield start, BadRecord(f"bad CSV ({error}), expected fields between commas")
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a Parquet file.
+
+    Raises:
+        DataError: it is none.
+        BackendError: pyarrow, which comes with `datasets`, is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise BackendError(f"datasets: {path} needs the 'datasets' package ({error})") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: expected a Parquet file ({first_line(error)})") from error
 
 
 def parallel_lines(first: Path, second: Path) -> Iterator[tuple[int, bytes, bytes]]:
@@ -82,9 +222,9 @@ def parallel_lines(first: Path, second: Path) -> Iterator[tuple[int, bytes, byte
 
 def is_json_lines(path: Path) -> bool:
     """Whether a file holds one JSON value per line (MSVAMP is published as such under the name .json)."""
-    if path.suffix != ".json":
+    if plain_name(path).suffix.lower() != ".json":
         return True
-    with path.open("rb") as file:
+    with opened(path) as file:
         if file.read(64).removeprefix(_BOM).lstrip().startswith(b"["):
             return False  # a gigabyte in one line, perhaps
         file.seek(0)
@@ -106,7 +246,8 @@ class JsonRecords:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._counted = 0, 1  # a position and its line: counting goes on from there, not from the start
-        raw = path.read_bytes().removeprefix(_BOM)
+        with opened(path) as file:
+            raw = file.read().removeprefix(_BOM)
         try:
             self.text = raw.decode("utf-8")
         except UnicodeDecodeError as error:

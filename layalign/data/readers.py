@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,23 @@ from typing import Any
 
 from layalign.data import records
 from layalign.data.examples import BadRecord, Collected, Example, ReadReport
-from layalign.data.files import JsonRecords, decode, is_json_lines, parallel_lines, parse_json, raw_lines, split_columns
+from layalign.data.files import (
+    COMPRESSED,
+    JsonRecords,
+    all_quoted,
+    by_name,
+    csv_rows,
+    decode,
+    is_json_lines,
+    opened,
+    parallel_lines,
+    parquet_rows,
+    parse_json,
+    plain_name,
+    raw_lines,
+    split_quoted,
+    unquoted,
+)
 from layalign.data.languages import Language, find_language, language_of
 from layalign.data.records import PROMPTS, Record
 from layalign.errors import ArgumentError, BackendError, DataError, refuse, whole_number
@@ -41,7 +58,8 @@ class Format:
         parse: makes an Example from a Record.
         train, test: glob patterns, below the given folder, of the training and of the test files; the first that
             matches anything is taken.
-        columns: the columns of its TSV files.
+        columns: the columns of its TSV and CSV files.
+        plain: its TSV files are anybody's, and may have fields in quotes; those of published data have none.
         grouped: order the examples by language, as the published reader does.
     """
 
@@ -49,14 +67,18 @@ class Format:
     train: tuple[str, ...]
     test: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    plain: bool = False
     grouped: bool = False
 
 
 FORMATS: dict[str, Format] = {
     "bilingual_pairs": Format(records.parse_pair, ()),
-    "pairs": Format(records.parse_pair, ("*.tsv", "*.jsonl"), columns=("source", "target")),
-    "tsv": Format(records.parse_free, ("*.tsv",), columns=("source", "target")),
-    "jsonl": Format(records.parse_free, ("*.jsonl",)),
+    "pairs": Format(
+        records.parse_pair, ("*.tsv", "*.jsonl", "*.csv", "*.parquet", "*.ndjson"),
+        columns=("source", "target"), plain=True,
+    ),
+    "tsv": Format(records.parse_free, ("*.tsv", "*.csv"), columns=("source", "target"), plain=True),
+    "jsonl": Format(records.parse_free, ("*.jsonl", "*.ndjson", "*.parquet")),
     "math": Format(
         records.parse_math,
         ("*.jsonl", "metamath*.json", "math*.json", "query_translation/metamath_615k.json"),
@@ -102,6 +124,7 @@ class _Request:
     columns: Mapping[str, str] = field(default_factory=dict)
     prompt: str = ""
     subset: str | None = None
+    header: bool | None = None
 
 
 def load_examples(
@@ -117,6 +140,7 @@ def load_examples(
     columns: Mapping[str, str] | None = None,
     prompt: str | None = None,
     subset: str | None = None,
+    header: bool | None = None,
 ) -> tuple[list[Example], ReadReport]:
     """Read examples.
 
@@ -132,8 +156,13 @@ def load_examples(
         split: "train" or "test" chooses among the files of a folder; for `datasets` the split's own name.
         columns: our field name -> the data's name for it ("translation.sw" for a nested one). The fields: source,
             target, language, id, prompt; for xnli sentence1, sentence2, label; for xcopa its own keys.
-        prompt: "math", "source" or "none" in place of the format's own prompt, for the formats without choices.
+        prompt: "math", "source" or "none" in place of the format's own prompt, for the formats without choices; or a
+            template with "{source}", whose special tokens (chat markers) count as such.
         subset: configuration name of a `datasets` dataset.
+        header: whether the first line of a TSV or CSV file names its columns. None looks: it does where every field is
+            a name such as source, src, text, question, target, tgt, translation, answer, id, lang, or one names the
+            file's language and the other English, or all those of `columns` are there. A CSV file needs one of these,
+            or False.
 
     Returns:
         The examples, and the report of what was read and left out.
@@ -153,6 +182,7 @@ def load_examples(
         columns=columns or {},
         prompt=prompt or "",
         subset=subset,
+        header=header,
     )
     report, examples = ReadReport(), []
     if seed is not None:
@@ -220,7 +250,7 @@ def _checked(spec: Mapping[str, Any], defaults: _Request) -> _Request:
         request = replace(request, format=named[0] if named else "")
     if request.format not in FORMATS:
         raise ArgumentError(f"format: expected one of {', '.join(FORMATS)}, got {request.format!r} for {request.path}")
-    if request.prompt and request.prompt not in PROMPTS:
+    if request.prompt and request.prompt not in PROMPTS and "{source}" not in request.prompt:
         raise ArgumentError(f"prompt: expected one of {', '.join(PROMPTS)}, got {request.prompt!r}")
     if not request.path.startswith(DATASETS) and request.split not in ("train", "test"):
         raise ArgumentError(f"split: expected 'train' or 'test', got {request.split!r} for {request.path}")
@@ -238,6 +268,8 @@ def _check_types(request: _Request) -> None:
             refuse(name, "text", value)
     if not isinstance(request.skip_bad, bool):
         refuse("skip_bad", "true or false", request.skip_bad)
+    if not isinstance(request.header, bool | None):
+        refuse("header", "true, false or nothing", request.header)
     columns = request.columns
     if not isinstance(columns, Mapping) or not all(isinstance(part, str) for pair in columns.items() for part in pair):
         refuse("columns", "a mapping of our field names to the data's", columns)
@@ -268,11 +300,12 @@ def _read(request: _Request) -> Collected:
 
 def language_of_path(path: Path) -> Language | None:
     """The language that a file is named after: sw.tsv, mgsm_sw.tsv, test_Swahili.jsonl, val.sw.jsonl, sw-en.tsv."""
-    whole = find_language(path.stem)
+    stem = plain_name(path).stem
+    whole = find_language(stem)
     if whole is not None:
         return whole
     # Only the ends of a name count: "to" and "new" are codes of languages, and words.
-    parts = path.stem.replace(".", "_").replace("-", "_").split("_")
+    parts = stem.replace(".", "_").replace("-", "_").split("_")
     last, first = find_language(parts[-1]), find_language(parts[0])
     return first if last is not None and last.name == "English" and first is not None else last
 
@@ -282,7 +315,7 @@ def _files(request: _Request) -> list[tuple[Path, str | None]]:
     root, form = Path(request.path), FORMATS[request.format]
     if root.is_dir():
         patterns = form.test if request.split == "test" and form.test else form.train
-        matching = ([path for path in sorted(root.glob(pattern)) if path.is_file()] for pattern in patterns)
+        matching = (_matching(root, pattern) for pattern in patterns)
         paths = next((found for found in matching if found), [])
         if not paths:
             raise DataError(f"{root}: no {request.format} files, expected {' or '.join(patterns)}")
@@ -293,7 +326,8 @@ def _files(request: _Request) -> list[tuple[Path, str | None]]:
     named: list[tuple[Path, str | None]] = []
     for path in paths:
         # The published X-CSQA files are called sw/dev.jsonl.
-        language = language_of_path(path) or (find_language(path.parent.name) if path.name == "dev.jsonl" else None)
+        in_folder = plain_name(path).name == "dev.jsonl"
+        language = language_of_path(path) or (find_language(path.parent.name) if in_folder else None)
         named.append((path, request.language or (language.name if language else None)))
     wanted = request.languages
     if wanted is None or len(named) == 1:
@@ -303,11 +337,21 @@ def _files(request: _Request) -> list[tuple[Path, str | None]]:
     return sorted(kept, key=lambda pair: wanted.index(pair[1]) if pair[1] in wanted else -1)
 
 
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """The files of a pattern, compressed ones too."""
+    found = {path for end in ("", *COMPRESSED) for path in folder.glob(pattern + end) if path.is_file()}
+    twice = [path for path in found if plain_name(path) != path and plain_name(path) in found]
+    if twice:
+        raise DataError(f"{twice[0]}: there is {plain_name(twice[0]).name} too, expected one of them")
+    return sorted(found)
+
+
 def _read_file(path: Path, language: str | None, request: _Request, collected: Collected) -> None:
     form, name = FORMATS[request.format], str(path)
-    if path.suffix == ".tsv" and not form.columns:
+    kind = plain_name(path).suffix.lower()
+    if kind == ".tsv" and not form.columns:
         raise DataError(f"{path}: a TSV file, expected JSON for the format {request.format}")
-    if path.suffix != ".tsv" and not is_json_lines(path):
+    if kind not in _TABLES and not is_json_lines(path):
         whole = JsonRecords(path)
         for number, (position, values) in enumerate(whole, 1):
             try:
@@ -315,17 +359,128 @@ def _read_file(path: Path, language: str | None, request: _Request, collected: C
             except BadRecord as error:
                 collected.bad(name, whole.line_of(position), str(error))
         return
-    for number, raw in raw_lines(path):
+    for number, values in _rows(path, kind, language, request, collected.report):
         try:
-            line = decode(raw)
-            if not line.strip():
-                raise BadRecord(f"an empty line, expected a line of {request.format}")
-            values = split_columns(line, form.columns) if path.suffix == ".tsv" else parse_json(line)
+            if isinstance(values, BadRecord):
+                raise values
             collected.add(form.parse(_record(values, language, request, str(number))))
         except BadRecord as error:
             collected.bad(name, number, str(error))
         if language is not None and not collected.takes(language):
             break
+
+
+_TABLES = (".tsv", ".tab", ".txt", ".csv", ".parquet")
+_SOURCES = (
+    "source", "src", "source_text", "source_sentence", "src_text", "text", "sentence", "input", "query", "question",
+)  # fmt: skip
+_TARGETS = (
+    "target", "tgt", "trg", "target_text", "target_sentence", "tgt_text", "translation", "output", "response", "answer",
+    "reference",
+)  # fmt: skip
+_OTHERS = ("id", "idx", "language", "lang", "prompt")
+# Formats whose records are a source and a target, by whatever name.
+_TWO_SIDED = (records.parse_pair, records.parse_free, records.parse_math, records.parse_numeric)
+
+
+def _rows(
+    path: Path, kind: str, language: str | None, request: _Request, report: ReadReport
+) -> Iterator[tuple[int, Any]]:
+    """(line or number of the record, its values or the BadRecord that it is) of a file of records."""
+    form = FORMATS[request.format]
+    if kind == ".parquet":
+        yield from enumerate(parquet_rows(path), 1)
+    elif kind == ".csv":
+        yield from _csv_records(path, language, request, report)
+    elif kind in (".tsv", ".tab") or (kind == ".txt" and form.columns and not _starts_with_a_brace(path)):
+        yield from _tsv_records(path, language, request, report)
+    else:
+        for number, raw in raw_lines(path):
+            try:
+                yield number, parse_json(_text(raw, request))
+            except BadRecord as error:
+                yield number, error
+
+
+def _starts_with_a_brace(path: Path) -> bool:
+    with opened(path) as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+
+
+def _text(raw: bytes, request: _Request) -> str:
+    line = decode(raw)
+    if not line.strip():
+        raise BadRecord(f"an empty line, expected a line of {request.format}")
+    return line
+
+
+def _tsv_records(
+    path: Path, language: str | None, request: _Request, report: ReadReport
+) -> Iterator[tuple[int, dict[str, str] | BadRecord]]:
+    form = FORMATS[request.format]
+    names, always = form.columns, form.plain and all_quoted(path)
+    for number, raw in raw_lines(path):
+        try:
+            line = _text(raw, request)
+            if number == 1 and (found := _header(line.split("\t"), language, request)) is not None:
+                report.headers.append(f"{path}: {line}")
+                names, always = found, always or (form.plain and line[0] == '"')
+                continue
+            values = split_quoted(line, len(names), always) if form.plain else line.split("\t")
+            yield number, by_name(values, names)
+        except BadRecord as error:
+            yield number, error
+
+
+def _csv_records(
+    path: Path, language: str | None, request: _Request, report: ReadReport
+) -> Iterator[tuple[int, dict[str, str] | BadRecord]]:
+    names = FORMATS[request.format].columns
+    for number, row in csv_rows(path):
+        if isinstance(row, BadRecord):
+            yield number, row
+            continue
+        if number == 1 and request.header is not False:
+            found = _header(row, language, request if names else replace(request, header=True))
+            if found is None:
+                raise DataError(
+                    f"{path}:1: no names of columns that are known ({', '.join(row)[:80]}), expected some such as "
+                    f"{', '.join(names)}; 'columns' maps others, 'header: false' reads a file without names"
+                )
+            report.headers.append(f"{path}: {','.join(row)}")
+            names = found
+            continue
+        try:
+            yield number, by_name(row, names, ",")
+        except BadRecord as error:
+            yield number, error
+
+
+def _header(fields: list[str], language: str | None, request: _Request) -> tuple[str, ...] | None:
+    """The names of our fields for the columns that a first line names; None for a line of data."""
+    if request.header is False:
+        return None
+    form, mapped = FORMATS[request.format], set(request.columns.values())
+    given = [unquoted(field.strip()) for field in fields]
+    plain = [re.sub(r"[\s-]+", "_", field.strip().casefold()) for field in given]
+    roles: list[str | None] = [None] * len(given)
+    if form.parse in _TWO_SIDED:
+        roles = ["source" if name in _SOURCES else "target" if name in _TARGETS else None for name in plain]
+        spoken = [found.name if (found := find_language(field)) else None for field in given]
+        if (
+            len(given) == 2
+            and language not in (None, "English")
+            and sorted(map(str, spoken)) == sorted(["English", str(language)])
+        ):
+            roles = ["target" if name == "English" else "source" for name in spoken]
+    known = [role is not None or name in (*_OTHERS, *form.columns) for role, name in zip(roles, plain, strict=True)]
+    names = tuple(
+        field if field in mapped else role or (name if name in (*_OTHERS, *form.columns) else field)
+        for field, role, name in zip(given, roles, plain, strict=True)
+    )
+    two_sided = form.parse not in _TWO_SIDED or {"source", "target"} <= set(roles)
+    recognised = (mapped and mapped <= set(given)) or (all(known) and two_sided and len(set(names)) == len(names))
+    return names if recognised or request.header else None
 
 
 def _record(values: Any, language: str | None, request: _Request, number: str) -> Record:
@@ -357,10 +512,11 @@ def _read_bilingual(request: _Request, collected: Collected) -> None:
 
 def _read_bilingual_folder(folder: Path, language: str, collected: Collected) -> None:
     code = folder.name.removeprefix("en-")
-    sources = sorted(path for path in folder.glob(f"train_*.{code}") if path.is_file())
+    sources = _matching(folder, f"train_*.{code}")
     if len(sources) != 1:
         raise DataError(f"{folder}: {len(sources)} files train_*.{code}, expected one")
-    source, target = sources[0], sources[0].with_suffix(".en")
+    source, target = sources[0], plain_name(sources[0]).with_suffix(".en")
+    target = next((path for path in _matching(folder, target.name)), target)
     if not target.is_file():
         raise DataError(f"{target}: no such file, expected the English side of {source.name}")
     collected.report.files += [str(source), str(target)]

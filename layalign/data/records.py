@@ -13,6 +13,7 @@ from typing import Any
 from layalign.data.examples import BadRecord, Example
 from layalign.data.languages import find_language
 from layalign.data.prompts import choice_letters, math_prompt, x_csqa_prompt, xcopa_prompt, xnli_prompt
+from layalign.tokenization import Prompt
 
 XNLI_LABELS = ("entailment", "neutral", "contradiction")
 # XTREME's translated training files say "contradictory".
@@ -33,7 +34,8 @@ class Record:
         values: the record.
         columns: our field name -> the record's key ("translation.sw" for a nested one).
         language: English name when it is known from outside (argument or file name).
-        prompt: which of `PROMPTS` a task without a prompt of its own gets; "" for the task's default.
+        prompt: which of `PROMPTS`, or which template with "{source}", a task without a prompt of its own gets; "" for
+            the task's default.
         id: the record's id when it has none of its own.
     """
 
@@ -65,6 +67,9 @@ class Record:
         """Like `find`; a missing value raises."""
         value = self.find(*names)
         if value is None:
+            empty = next((name for name in names if name in self.values and names[0] not in self.columns), None)
+            if empty is not None:
+                raise BadRecord(f"{empty!r} is null, expected a value")
             expected = self.columns.get(names[0]) or " or ".join(names)
             raise BadRecord(f"no {expected!r} among the keys {sorted(map(str, self.values))}, expected one")
         return value
@@ -77,7 +82,10 @@ class Record:
                 raise BadRecord(f"{names[0]!r} is {value}, expected a number or text")
             value = str(value)
         if not isinstance(value, str):
-            raise BadRecord(f"{names[0]!r} is a {type(value).__name__}, expected text")
+            hint = ": one record a line, or an array of records" if isinstance(value, list | dict) else ""
+            raise BadRecord(f"{names[0]!r} is a {type(value).__name__}, expected text{hint}")
+        if "\0" in value:
+            raise BadRecord(f"{names[0]!r} holds a null character, expected text")
         value = value.strip()
         if not value:
             raise BadRecord(f"{names[0]!r} is empty, expected text")
@@ -106,7 +114,9 @@ class Record:
         return text
 
     def prompt_for(self, source: str, default: str) -> str:
-        """The prompt around a source text."""
+        """The prompt around a source text: one of `PROMPTS`, or a template with "{source}"."""
+        if "{source}" in self.prompt:
+            return Prompt.fill(self.prompt, source)
         return PROMPTS[self.prompt or default](source)
 
 
