@@ -88,3 +88,17 @@ def test_tokenizer_that_lacks_a_code():
     assert tokenizer_source_language(small, "en") == "eng_Latn"
     with pytest.raises(ArgumentError, match="this tokenizer lacks its code 'swh_Latn'"):
         tokenizer_source_language(small, "sw")
+
+
+@pytest.mark.parametrize(
+    "code, m2m100, nllb",
+    [
+        ("zh-MO", None, "zho_Hant"), ("zh-SG", "zh", "zho_Hans"), ("pa-PK", None, None), ("pa-IN", "pa", "pan_Guru"),
+        ("sd-IN", None, None), ("sr-ME", None, None), ("sr-RS", "sr", "srp_Cyrl"), ("sr-Cyrl", "sr", "srp_Cyrl"),
+        ("sr-Latn", None, None), ("zh_Hans", "zh", "zho_Hans"), ("uz-Latn", "uz", "uzn_Latn"), ("uz-AF", None, None),
+        ("es-419", "es", "spa_Latn"), ("az-IR", None, None),
+    ],
+)  # fmt: skip
+def test_a_country_or_a_script_of_its_own_gives_no_code_of_another_script(code, m2m100, nllb):
+    language = language_of(code)
+    assert (language.m2m100, language.nllb) == (m2m100, nllb)

@@ -89,7 +89,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _summary(result: AnalysisResult, pictures: Pictures) -> str:
     settings = result.settings
-    cut = ", ".join(f"{count} of {what}" for what, count in settings["cut"].items())
+    cut = ", ".join(f"{count} of {what}" for what, count in settings.get("cut", {}).items())
     known = {
         "checkpoint": settings["checkpoint"],
         "encoder": settings["encoder"],

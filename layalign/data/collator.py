@@ -133,7 +133,7 @@ class LayAlignCollator:
     @property
     def cuts(self) -> Counter[str]:
         """See the class."""
-        return Counter(dict(zip(_COUNTED, self._counts.tolist(), strict=True)))
+        return +Counter(dict(zip(_COUNTED, self._counts.tolist(), strict=True)))
 
     def share_memory(self) -> None:
         """Count in memory that the workers of a DataLoader share with this process."""

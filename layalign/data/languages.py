@@ -12,7 +12,13 @@ from layalign.errors import ArgumentError, refuse
 
 # Scripts that NLLB knows besides the one in the table.
 _NLLB_OTHER_SCRIPTS = ("ace_Arab", "bjn_Arab", "kas_Deva", "knc_Arab", "taq_Tfng", "zho_Hant")
-_REGION_SCRIPTS = {"zh-TW": "zh-Hant", "zh-HK": "zh-Hant", "zho-TW": "zh-Hant", "zho-HK": "zh-Hant"}
+# Where a language is written in another script than the one in the table.
+_REGION_SCRIPTS = {
+    "zh-TW": "zh-Hant", "zh-HK": "zh-Hant", "zh-MO": "zh-Hant", "zho-TW": "zh-Hant", "zho-HK": "zh-Hant",
+    "zho-MO": "zh-Hant", "pa-PK": "pa-Arab", "sd-IN": "sd-Deva", "uz-AF": "uz-Arab", "az-IR": "az-Arab",
+    "kk-CN": "kk-Arab", "ky-CN": "ky-Arab", "mn-CN": "mn-Mong", "ug-KZ": "ug-Cyrl", "sr-ME": "sr-Latn",
+    "ku-IQ": "ku-Arab", "ku-IR": "ku-Arab", "tg-PK": "tg-Arab",
+}  # fmt: skip
 _M2M_TOKENIZERS = {"M2M100Tokenizer"}
 _NLLB_TOKENIZERS = {"NllbTokenizer", "NllbTokenizerFast"}
 
@@ -67,15 +73,17 @@ def languages() -> tuple[Language, ...]:
 def _variant(text: str) -> Language | None:
     """A language in another script or country: "pa-Arab", "Punjabi (Arab)", "de-AT"."""
     text = _REGION_SCRIPTS.get(text.replace("_", "-"), text)
-    match = re.fullmatch(r"(.+?)(?:[-_]| \()([A-Z][a-z]{3}|[A-Z]{2})\)?", text)
+    match = re.fullmatch(r"(.+?)(?:[-_]| \()([A-Z][a-z]{3}|[A-Z]{2}|\d{3})\)?", text)
     base = _lookup(match[1]) if match else None
-    if match is None or base is None or len(match[2]) == 2:
+    if match is None or base is None or len(match[2]) < 4:
         return base
     script = match[2]
     codes = [code for code in (base.nllb, *_NLLB_OTHER_SCRIPTS) if code]
     members = {base.alpha3, *base.aliases, base.nllb.split("_")[0] if base.nllb else base.alpha3}
     nllb = next((code for code in codes if code.split("_")[0] in members and code.endswith("_" + script)), None)
-    return Language(f"{base.name} ({script})", None, base.alpha3, None, nllb)
+    # M2M100 has one code for a language, whose script is the one that NLLB has in the table.
+    m2m100 = base.m2m100 if nllb is not None and nllb == base.nllb else None
+    return Language(f"{base.name} ({script})", None, base.alpha3, m2m100, nllb)
 
 
 def _lookup(text: str) -> Language | None:

@@ -148,6 +148,8 @@ def _generate(
     arguments: dict[str, Any] = {"do_sample": False, "pad_token_id": pad_id(tokenizer), **options}
     if ends:
         arguments.setdefault("eos_token_id", ends)
+    asked = arguments.get("eos_token_id")
+    stops = {*ends, *(asked if isinstance(asked, list | tuple) else [asked])}
     rows, width = model.generate(**batch, max_new_tokens=max_new_tokens, **arguments), batch["input_ids"].shape[1]
     if len(rows) != len(batch["input_ids"]):
         raise ArgumentError(f"generation: expected one answer each for {len(batch['input_ids'])}, got {len(rows)}")
@@ -156,7 +158,8 @@ def _generate(
         # Behind the first end there is only padding, and the padding may be an ordinary token.
         end = next((i for i, token in enumerate(row) if token in ends), len(row))
         text = tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers.append(_Answer(text, end < max_new_tokens, most is None or length + end <= most + 1))
+        ended = len(row) < max_new_tokens or not stops.isdisjoint(row)
+        answers.append(_Answer(text, ended, most is None or length + end <= most + 1))
     return answers
 
 

@@ -263,7 +263,8 @@ def evaluate(
     result = EvaluationResult(task, scores, report, Path(output_dir), outcomes, scoring, cut)
     processes.all_get(lambda: _write(result, store.folder))
     if processes.main and any(cut.values()):
-        logger.warning("cut, of %d questions: %s", len(examples), ", ".join(f"{cut[kind]} of {kind}" for kind in cut))
+        found = ", ".join(f"{count} of {kind}" for kind, count in cut.items() if count)
+        logger.warning("cut, of %d questions: %s", len(examples), found)
     return result
 
 
