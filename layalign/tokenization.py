@@ -81,7 +81,7 @@ def encode_texts(
 
 def _framed(tokenizer: Any, texts: list[str], special: bool) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """(special tokens before the text, the text's ids, special tokens after it) of each text."""
-    if not hasattr(tokenizer, "all_special_ids"):  # not one of transformers, which only has to be callable
+    if not hasattr(tokenizer, "is_fast"):  # mistral-common's, which reads no special tokens in a text, or a stand-in
         for row in tokenizer(texts, add_special_tokens=special)["input_ids"]:
             yield [], list(row), []
         return
