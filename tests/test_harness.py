@@ -181,6 +181,15 @@ def test_models_without_adapter_or_prompt() -> None:
         adapter(model).loglikelihood(requests(("", "one")), True)
 
 
+def test_texts_have_no_special_tokens_and_endless_answers_are_counted(model: LayAlignForCausalLM) -> None:
+    lm = adapter(model)
+    assert LLM.eos_token_id not in lm.tok_encode("a</s>b") and LLM.decode(lm.tok_encode("a</s>b")) == "a</s>b"
+    assert lm._encode([("a</s>b", "English")])[0].count(ENCODER.eos_token_id) == 1
+    settings = {"until": [], "max_gen_toks": 1, "do_sample": False}
+    lm.generate_until([SimpleNamespace(args=("moja", settings), doc={}, task_name="t")], disable_tqdm=True)
+    assert lm.get_model_info()["cut"]["answer"] == 1
+
+
 def test_long_contexts_lose_their_start(caplog: pytest.LogCaptureFixture) -> None:
     model, context = tiny(length=40), "0123456789" * 6 + "mwisho"
     lm = adapter(model, max_source_length=8, batch_size=2)
@@ -193,6 +202,7 @@ def test_long_contexts_lose_their_start(caplog: pytest.LogCaptureFixture) -> Non
         "a source was cut to fit max_source_length=8; said only once",
         "a context was cut to fit max_length=40; said only once",
     ]
+    assert lm.get_model_info() == {"cut": {"source": 2, "context": 2}}
     assert ENCODER.truncation_side == "right"
     with pytest.raises(ArgumentError, match="max_length: expected room for encoder tokens and what is scored, got 10"):
         lm.loglikelihood(requests((context, "x" * 40)), disable_tqdm=True)
