@@ -349,7 +349,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 def _read_file(path: Path, language: str | None, request: _Request, collected: Collected) -> None:
     form, name = FORMATS[request.format], str(path)
     kind = plain_name(path).suffix.lower()
-    if kind == ".tsv" and not form.columns:
+    if kind in (".tsv", ".tab") and not form.columns:
         raise DataError(f"{path}: a TSV file, expected JSON for the format {request.format}")
     if kind not in _TABLES and not is_json_lines(path):
         whole = JsonRecords(path)
