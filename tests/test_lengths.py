@@ -181,11 +181,11 @@ def test_an_llm_with_a_table_writes_up_to_its_end(tmp_path: Path) -> None:
 
 def prepared(model: LayAlignForCausalLM, text: str, **request: Any) -> Any:
     settings = ServeSettings(max_prompt_tokens=20)
-    options = {"field": "prompt", "language": None, "task": None, "llm_prompt": None, "new_tokens": 2, **request}
-    return Preparer(model, ENCODER, LLM, settings)(text, **options)
+    options = {"field": "prompt", "language": None, "task": None, "llm_prompt": None, "new_tokens": 2}
+    return Preparer(model, ENCODER, LLM, settings)(text, **{**options, "limit": "max_tokens", **request})
 
 
-def test_the_server_refuses_what_it_would_have_to_cut() -> None:
+def test_the_server_refuses_what_it_would_have_to_cut(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("xlm-roberta")
     assert len(prepared(model, "x" * 61).source) == 62
     with pytest.raises(ApiError, match="prompt: expected at most 62 encoder tokens"):
@@ -193,6 +193,7 @@ def test_the_server_refuses_what_it_would_have_to_cut() -> None:
     assert prepared(model, "x" * 20, task="source")
     with pytest.raises(ApiError, match="prompt: expected at most 20 LLM tokens"):
         prepared(model, "x" * 21, task="source")
+    assert not caplog.records  # nothing was cut
     with pytest.raises(ApiError, match="max_tokens: 64 of 128 positions are taken, 65 do not fit"):
         prepared(model, "x" * 61, new_tokens=65)
 

@@ -50,6 +50,7 @@ class LayAlignCollator:
             where all of it together is longer than `llm_positions`.
         cuts: how many examples each of these happened to so far, and under "examples" how many there were; with
             `share_memory` in all workers of a DataLoader together.
+        quiet: log nothing of what is cut, for a caller that looks at `last_cut`.
 
     Raises:
         ArgumentError: an option is none of those expected, or the LLM's tokenizer cannot serve.
@@ -111,6 +112,7 @@ class LayAlignCollator:
         self.llm_positions, self.llm_positions_end = llm_positions, llm_positions_end
         self.last_cut: list[tuple[str, ...]] = []
         self._counts = torch.zeros(len(_COUNTED), dtype=torch.long)
+        self.quiet = False
         self._told: set[str] = set()
 
     @classmethod
@@ -249,7 +251,7 @@ class LayAlignCollator:
             "context": f"longer than the LLM's {self.llm_positions} positions",
         }
         for kind, count in found.items():
-            if kind not in self._told:
+            if kind not in self._told and not self.quiet:
                 self._told.add(kind)
                 logger.warning("%d %s(s) of a batch %s; said only once", count, kind, limits[kind])
 

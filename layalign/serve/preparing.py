@@ -35,6 +35,8 @@ class Preparer:
             )
             for stage in ("translation", "task")
         }  # fmt: skip
+        for collator in self.collators.values():
+            collator.quiet = True  # what is too long is refused
 
     def __call__(
         self,
