@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layalign._sharding import reason_whole_is_not_here
 from layalign.errors import ArgumentError
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # Their hooks look at parameters, move them or sum over processes; transformers' collect what a call asks for.
 ENGINES = ("torch.distributed", "deepspeed", "accelerate", "transformers.utils")
@@ -35,13 +39,38 @@ def trains(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something wants to see ``module`` called."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    own = module.__dict__  # quicker than attributes: decoding asks every layer
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks)
 
 
+# Classes whose forward may be passed by -> the forward that was there when that was decided.
+_FORWARDS: dict[type, Any] = {}
+
+
+def readable(cls: type[Module]) -> type[Module]:
+    """Class decorator: parameters of :func:`is_exactly` this class may be read instead of calling it.
+
+    A forward that is put into the class later is noticed.
+    """
+    _FORWARDS[cls] = cls.forward
+    return cls
+
+
+def is_repatched(cls: type[nn.Module]) -> bool:
+    """Whether somebody has put another forward into a class that may be passed by."""
+    known = _FORWARDS.get(cls)
+    return known is not None and cls.forward is not known
+
+
 def is_intercepted(module: nn.Module) -> bool:
-    """Whether a call of ``module`` does other things than its class says: hooks, or a patched forward."""
-    return has_hooks(module) or "forward" in module.__dict__
+    """Whether a call of ``module`` does other things than its class was written to do: hooks, or a patched forward."""
+    return has_hooks(module) or "forward" in module.__dict__ or is_repatched(type(module))
+
+
+def is_exactly(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether ``module`` is of a :func:`readable` class, not of a subclass, and nothing intercepts its call."""
+    return type(module) is cls and not is_intercepted(module)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -52,6 +81,24 @@ def is_watched(module: nn.Module) -> bool:
             if not str(getattr(function, "__module__", "")).startswith(ENGINES):
                 return True
     return False
+
+
+def computes(expected: Callable[[], Iterable[Tensor]], found: Callable[[], Iterable[Tensor]]) -> bool:
+    """Whether two ways of computing float64 tensors agree, tried outside all modes of the caller's.
+
+    In a thread of its own: fake tensors, transforms and autocast belong to a thread. Random numbers stay as they are.
+    """
+
+    def agree() -> bool:
+        with torch.random.fork_rng([]), torch.no_grad(), torch.device("cpu"):
+            try:
+                pairs = zip(expected(), found(), strict=True)
+                return all(one.shape == two.shape and torch.allclose(one, two, 1e-9, 1e-12) for one, two in pairs)
+            except Exception:  # whatever an edited forward may raise
+                return False
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(agree).result()
 
 
 def is_altered(module: nn.Module) -> bool:

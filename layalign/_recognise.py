@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign import _swapped
-from layalign._plain import has_hooks
+from layalign._plain import has_hooks, readable
 from layalign._versions import CACHE_NAMES
 from layalign.attention import PREFIX, head_size, key_value_maps
 from layalign.errors import ArgumentError
@@ -275,6 +275,9 @@ def put_in(module: Any, mixin: type, state: Any) -> None:
         module.__class__ = _swapped.swapped_class(mixin, original)
     except Exception as error:  # __init_subclass__, metaclasses, slots: whatever a stranger's class may raise
         raise ArgumentError(f"its class cannot be extended: {type(error).__name__}: {error}") from error
+    for part in (original, type(getattr(state, "projector", None))):
+        if issubclass(part, nn.Module):
+            readable(part)  # the forward that it has now is what was compared
     module.__dict__["layalign_swap"] = state
     if isinstance(state, _swapped.AttentionSwap):
         getattr(module, state.child).config = state.own

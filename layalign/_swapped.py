@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from layalign import last_layer, ops
 from layalign._kept import KeptStates
-from layalign._plain import is_altered, is_intercepted, parts, reason_against_reading
+from layalign._plain import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
 from layalign.attention import PREFIX, head_size, key_value_modules, key_value_states, register
 from layalign.errors import ArgumentError
 from layalign.fold import count_steps
@@ -31,6 +31,7 @@ class Swapped:
     """Mixed in front of a module's own class; ``layalign_swap`` holds what the instance needs."""
 
     layalign_swap: Any
+    layalign_original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(protocol, 2))  # one form of it: the same for all protocols
@@ -45,7 +46,8 @@ class Swapped:
 def swapped_class(mixin: type, original: type) -> type:
     """The class of ``original``'s swapped instances, under the original's name."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (mixin, original), names)
+    readable(original)  # another forward put into it from now on is noticed
+    return type(original.__name__, (mixin, original), {**names, "layalign_original": original})
 
 
 def original_class(cls: type) -> type | None:
@@ -128,7 +130,9 @@ class SwappedAligner(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         swap, projector = self.__dict__.get("layalign_swap"), self.projector  # type: ignore[attr-defined]
-        if swap is None or projector is not swap.projector or is_intercepted(projector):
+        if swap is None or is_repatched(self.layalign_original):
+            return own_forward(self, *args, **kwargs)
+        if projector is not swap.projector or is_intercepted(projector):
             return own_forward(self, *args, **kwargs)
         layers = _layers(projector, _argument(args, kwargs))
         if layers is None or reason_against_maps(projector) is not None:
@@ -142,7 +146,9 @@ class SwappedProjector(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         swap, stacked = self.__dict__.get("layalign_swap"), _argument(args, kwargs)
         layers = _layers(self, stacked) if isinstance(stacked, Tensor) else None
-        if swap is None or layers is None or reason_against_maps(self) is not None:
+        if swap is None or is_repatched(self.layalign_original):
+            return own_forward(self, *args, **kwargs)
+        if layers is None or reason_against_maps(self) is not None:
             return own_forward(self, *args, **kwargs)
         return slots(self, layers, swap.impl).permute(1, 2, 0, 3)
 
@@ -265,9 +271,11 @@ class SwappedAttention(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         swap = self.__dict__.get("layalign_swap")
-        attention: Any = None if swap is None else getattr(self, swap.child)
+        if swap is None or is_repatched(self.layalign_original):
+            return own_forward(self, *args, **kwargs)
+        attention: Any = self._modules.get(swap.child)  # type: ignore[attr-defined]
         # An attention put in after the swap has another config, which is not ours to write.
-        if swap is None or getattr(attention, "config", None) is not swap.own or reason_against_output(attention):
+        if getattr(attention, "config", None) is not swap.own or reason_against_output(attention):
             return own_forward(self, *args, **kwargs)
         swap.follow()
         term = _Term(self, attention)

@@ -109,7 +109,7 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
 def _seen(projector: WeightedLinearProjector, attentions: Sequence[nn.Module]) -> tuple[Any, ...]:
     """All that :func:`reason_against` and a fold hang on: while it is the same, so are the answer and the weights."""
     own: Any = projector._modules
-    found: list[Any] = [projector.structure, projector.times, is_intercepted(projector)]
+    found: list[Any] = [projector.structure, projector.times, type(projector), is_intercepted(projector)]
     for linear in (own["fc2"], *_maps(attentions)):
         found += id(linear), type(linear), linear is not None and is_intercepted(linear)
         for p in () if linear is None else linear._parameters.values():
@@ -235,18 +235,11 @@ class Folding:
         projector: WeightedLinearProjector,
         attentions: Sequence[nn.Module],
         hidden: Sequence[Tensor],
-        engine: str | None = None,
     ) -> Sequence[Tensor] | None:
-        """2L tensors (B, G, S, d), a key and a value by turns; None where the modules are to be called.
-
-        Args:
-            engine: what shards the model, whose weights must be left alone even while they look whole.
-        """
-        reading, seen = f"{engine} shards the model" if engine else None, None
-        if reading is None:
-            reading, seen = self._against_reading(projector, attentions)
+        """2L tensors (B, G, S, d), a key and a value by turns; None where the modules are to be called."""
+        reading, seen = self._against_reading(projector, attentions)
         against = reading if reading is not None else self._against(projector, attentions, hidden)
-        self._say(against)
+        self.say(against)
         if reading is not None:
             return None
         fc1, fc2, maps, size = projector.fc1, projector.fc2, _maps(attentions), head_size(attentions[0])
@@ -319,7 +312,8 @@ class Folding:
                 self._folded = _fold(fc2, maps, dtype, key, packed)
         return self._folded
 
-    def _say(self, against: str | None) -> None:
+    def say(self, against: str | None) -> None:
+        """Note, and log when it changes, what was done for a call: folded, or not for the reason ``against``."""
         if torch.compiler.is_compiling():  # a log line would break the graph, reading `last` would guard it
             return
         now = "folded" if against is None else f"not folded: {against}"

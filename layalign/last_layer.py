@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layalign._plain import is_watched
+from layalign._plain import is_altered, is_watched
 from layalign._versions import importing
 from layalign.attention import attention_modules
 from layalign.rows import Rows, only_rows
@@ -40,13 +40,15 @@ _COLLECTED = ("output_hidden_states", "output_attentions", "output_router_logits
 
 
 def position_wise(module: nn.Module) -> bool:
-    """Whether ``module`` is made of linear maps and activations, and draws no random numbers now.
+    """Whether ``module`` is made of linear maps and activations as their classes are, and draws no random numbers now.
 
     A linear map of another type may look at all positions at once, as int8 products do for outliers.
     """
     for part in module.modules():
         if next(part.children(), None) is not None:
             continue
+        if is_altered(part):
+            return False
         known = type(part) in (*_POSITION_WISE, *_ACTIVATIONS) or type(part).__module__ == "transformers.activations"
         if not known or (isinstance(part, nn.Dropout) and part.training and part.p > 0):
             return False

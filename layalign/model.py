@@ -28,6 +28,7 @@ from layalign.inputs import require_ids, require_labels, require_mask
 from layalign.last_layer import LastLayer
 from layalign.llm_pass import LLMPartMixin, run_llm
 from layalign.nn import Adapter, GatedCrossAttention
+from layalign.nn.aligner import reason_against_passing
 from layalign.packing import PackedTokens, pack, real_positions
 from layalign.padding import real_tokens
 from layalign.parts import own_parts
@@ -269,20 +270,28 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         """Keys and values (B, G, S, d) of every language layer: folded, or by the LLM's own modules."""
         if self.encoder_aligner is None:
             return [], []
-        layers, projector = self.encoder_aligner.layers(hidden), self.encoder_aligner.projector
-        engine = None if torch.compiler.is_compiling() else engine_of(self)
-        folded = self.folding.states(projector, self._attentions, layers, engine)
-        if folded is not None:
-            under = torch.is_autocast_enabled(folded[0].device.type)  # then in its dtype, as from the LLM's own modules
-            found = list(folded) if under else [state.to(dtype) for state in folded]
-            return found[0::2], found[1::2]
-        if slots.useful(projector, layers):
-            states = list(slots.project(projector, layers))
-        else:
-            states = list(self.encoder_aligner.states(layers).unbind(0))
-        states = [state.to(dtype) for state in states] * projector.times
-        pairs = zip(self._attentions, states[0::2], states[1::2], strict=True)
-        both = [attention.key_value_states(module, key, value) for module, key, value in pairs]
+        pairs = None
+        if not torch.compiler.is_compiling():
+            engine = engine_of(self)
+            against = f"{engine} shards the model" if engine else reason_against_passing(self.encoder_aligner)
+            if against is None:
+                layers, projector = self.encoder_aligner.layers(hidden), self.encoder_aligner.projector
+                folded = self.folding.states(projector, self._attentions, layers)
+                if folded is not None:
+                    under = torch.is_autocast_enabled(folded[0].device.type)  # in its dtype, as the LLM's own modules
+                    found = list(folded) if under else [state.to(dtype) for state in folded]
+                    return found[0::2], found[1::2]
+                if slots.useful(projector, layers):
+                    states = list(slots.project(projector, layers)) * projector.times
+                    pairs = zip(states[0::2], states[1::2], strict=True)
+            else:
+                self.folding.say(against)
+        if pairs is None:
+            pairs = self.encoder_aligner(hidden)
+        both = [
+            attention.key_value_states(module, key.to(dtype), value.to(dtype))
+            for module, (key, value) in zip(self._attentions, pairs, strict=True)
+        ]
         return [key for key, _ in both], [value for _, value in both]
 
     def _begin(

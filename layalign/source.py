@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from layalign._plain import is_intercepted
+from layalign._plain import has_hooks, is_exactly, is_repatched
+from layalign.nn.cross_attention import GatedCrossAttention, computes_the_reference
 from layalign.ops import _direct, _repeated
 from layalign.ops._repeated import Ready, RepeatedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
-
-    from layalign.nn import GatedCrossAttention
 
 
 @dataclass
@@ -87,12 +86,16 @@ class SourceStates:
             self._ready.clear()
 
     def _prepare(self) -> None:
-        from layalign.nn import GatedCrossAttention
-
+        if is_repatched(GatedCrossAttention) or not computes_the_reference():
+            return
+        training = torch.is_grad_enabled()
         for slot, (layer, module) in enumerate(zip(self.layers, self.attentions, strict=True)):
-            if type(module) is not GatedCrossAttention or is_intercepted(module):
+            if type(module) is not GatedCrossAttention or has_hooks(module) or "forward" in module.__dict__:
                 continue
-            own = self.keys[slot], self.values[slot], module._parameters.get("adaption_gate"), self.mask, module.impl
+            gate = module.effective_gate()
+            if training and getattr(gate, "grad_fn", None) is not None:
+                continue  # its graph belongs into the layer's call, which a checkpoint makes twice
+            own = self.keys[slot], self.values[slot], gate, self.mask, module.impl
             if (ready := _repeated.ready(self._again.get(layer), *own)) is not None:
                 self._ready[layer] = ready
 
@@ -121,8 +124,9 @@ class SourceStates:
         key, value = self.keys[slot].to(query.device), self.values[slot].to(query.device)
         mask = None if self.mask is None else self.mask.to(query.device)
         found = module(query, key, value, base=base, key_mask=mask, scale=scale)
-        if not torch.compiler.is_compiling() and not is_intercepted(module):  # else its gate may be elsewhere by now
-            inputs = query, key, value, module.adaption_gate, base, mask
+        # What a hook or another class does to the gate is not known here.
+        if not torch.compiler.is_compiling() and is_exactly(module, GatedCrossAttention):
+            inputs = query, key, value, module.effective_gate(), base, mask
             self._again[layer] = _repeated.after(ready, inputs, scale, module.impl)
         return found
 

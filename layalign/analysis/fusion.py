@@ -28,7 +28,7 @@ def mix_weights(model: Any) -> tuple[Tensor, Tensor] | None:
 
 def gate_values(model: Any) -> list[float]:
     """The gate of every language layer."""
-    return [float(module.adaption_gate.detach().float()) for module in model.cross_attention]
+    return [float(module.effective_gate().detach().float()) for module in model.cross_attention]
 
 
 @contextmanager

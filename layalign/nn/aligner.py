@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layalign import ops
-from layalign._plain import reason_against_reading
+from layalign import ops, reference
+from layalign._plain import computes, is_exactly, readable, reason_against_reading
 from layalign.errors import MAX_SIZE, ArgumentError, one_of, refuse
 from layalign.ops._checks import check_hidden
 
@@ -17,6 +19,7 @@ STRUCTURES = ("Linear", "MLP")
 MIXES = ("layer-wise", "shared")
 
 
+@readable
 class WeightedLinearProjector(nn.Module):
     """fc1 mixes the encoder layers into 2L slots (relu), fc2 (and, for "MLP", relu and fc3) maps to the LLM's width.
 
@@ -53,7 +56,7 @@ class WeightedLinearProjector(nn.Module):
 
     def _may_be_read(self) -> bool:
         if torch.compiler.is_compiling():
-            return True
+            return type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear
         return all(reason_against_reading(linear) is None for linear in (self.fc1, self.fc2))
 
 
@@ -66,6 +69,7 @@ def _check(config: Any) -> None:
     one_of("config.mix", getattr(config, "mix", MIXES[0]), MIXES)
 
 
+@readable
 class EncoderAligner(nn.Module):
     """The layer-wise aligner with the published constructor, parameter names and output.
 
@@ -115,5 +119,40 @@ class EncoderAligner(nn.Module):
 
     def forward(self, hidden_states: Sequence[Tensor] | Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """E tensors (B, S, D_e), or one (B, E, S, D_e) -> L pairs (key state, value state), each (B, S, D_l)."""
-        slots = self.states(hidden_states).unbind(0) * self.projector.times
+        slots = self.projector(self.layers(hidden_states)).unbind(0) * self.projector.times
         return tuple(zip(slots[0::2], slots[1::2], strict=True))
+
+
+def reason_against_passing(aligner: nn.Module) -> str | None:
+    """Why an aligner must be called as a module; None where its weights may be read, as far as it decides that."""
+    if not is_exactly(aligner, EncoderAligner) or type(aligner.projector) is not WeightedLinearProjector:
+        return "the aligner or its projector is of another class, has hooks or an edited forward"
+    if not computes_the_reference():
+        return "the aligner's forward is not the documented formula"
+    return None
+
+
+@functools.cache
+def computes_the_reference() -> bool:
+    """Whether the modules above compute the documented formula, tried once on small numbers.
+
+    The fast paths compute that formula. Where a ``forward`` has been edited, they leave the modules to be called.
+    """
+    sizes = dict(encoder_hidden_dim=2, language_hidden_dim=3, num_encoder_layers=2, num_language_layers=2)
+
+    def inputs() -> tuple[EncoderAligner, list[Tensor]]:
+        aligner = EncoderAligner(SimpleNamespace(**sizes, structure="Linear"), impl="torch").double()
+        for parameter in aligner.parameters():
+            parameter.copy_(torch.arange(1.0, 1 + parameter.numel()).sin().view_as(parameter))
+        return aligner, list(torch.arange(24.0, dtype=torch.float64).cos().view(2, 2, 3, 2))
+
+    def expected() -> Iterable[Tensor]:
+        aligner, hidden = inputs()
+        fc1, fc2 = aligner.projector.fc1, aligner.projector.fc2
+        return reference.layer_projection(hidden, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+    def found() -> Iterable[Tensor]:
+        aligner, hidden = inputs()
+        return [state for pair in aligner(hidden) for state in pair]
+
+    return computes(expected, found)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
-from layalign import ops
+from layalign import ops, reference
+from layalign._plain import computes, readable
 from layalign.errors import finite_number
 
 
+@readable
 class GatedCrossAttention(nn.Module):
     """base + gate * attention(query, key, value), the gate starting at zero so that the LLM starts unchanged.
+
+    To try another formula for the gate, change :meth:`effective_gate`; to try another term, change ``forward``.
 
     Args:
         impl: backend of the operation, "auto" by default.
@@ -25,6 +31,10 @@ class GatedCrossAttention(nn.Module):
         self.start = 0.0 if gate is None else finite_number("gate", gate)
         self.adaption_gate = nn.Parameter(torch.full((1,), self.start), requires_grad=gate is None)
 
+    def effective_gate(self) -> Tensor:
+        """What the attention is multiplied by, one number: the parameter itself. Every path asks here."""
+        return self.adaption_gate
+
     def forward(
         self,
         query: Tensor,
@@ -36,5 +46,27 @@ class GatedCrossAttention(nn.Module):
     ) -> Tensor:
         """See :func:`layalign.ops.gated_cross_attention`: (B, H, T, d), twice (B, G, S, d) -> (B, T, H, d)."""
         return ops.gated_cross_attention(
-            query, key, value, self.adaption_gate, base, key_mask=key_mask, scale=scale, impl=self.impl
+            query, key, value, self.effective_gate(), base, key_mask=key_mask, scale=scale, impl=self.impl
         )
+
+
+@functools.cache
+def computes_the_reference() -> bool:
+    """Whether ``forward`` above computes the documented formula, tried once on small numbers.
+
+    The fast paths compute that formula. Where ``forward`` has been edited, they leave the modules to be called.
+    """
+
+    def inputs() -> tuple[GatedCrossAttention, Tensor, Tensor, Tensor, Tensor]:
+        query, key, value, base = torch.arange(96.0, dtype=torch.float64).sin().view(4, 2, 2, 3, 2)
+        return GatedCrossAttention(impl="torch", gate=0.7).double(), query, key, value, base.transpose(1, 2)
+
+    def expected() -> list[Tensor]:
+        module, query, key, value, base = inputs()
+        return [reference.gated_cross_attention(query, key, value, module.effective_gate(), base, scale=0.5)]
+
+    def found() -> list[Tensor]:
+        module, query, key, value, base = inputs()
+        return [module(query, key, value, base=base, scale=0.5)]
+
+    return computes(expected, found)

@@ -98,6 +98,7 @@ class RepeatedDecode:
         query, key, value, gate, base, mask = inputs
         self._kept = key, value, mask  # their addresses are in what follows
         self._impl, self._scale, self._autocast = impl, scale, _checks.autocast_dtype(query)
+        self._device = query.device.type
         self._like, self._like_gate = (_kind(query), _kind(base)), (gate.dtype, gate.device)
         self._in_place = backend == "cpp" and _is_like_result(query, base)
         self._decode = _part(backend).repeated_decode(inputs, scale, _result(query, base))
@@ -129,9 +130,10 @@ class RepeatedDecode:
             return False
         if type(gate) not in _direct.PLAIN or (gate.dtype, gate.device) != self._like_gate or gate.is_neg():
             return False
-        if _checks.autocast_dtype(key) != self._autocast:
+        autocast = torch.get_autocast_dtype(self._device) if torch.is_autocast_enabled(self._device) else None
+        if autocast != self._autocast:
             return False
-        self._gate = gate.data_ptr()
+        self._held_gate, self._gate = gate, gate.data_ptr()
         return True
 
     def __call__(self, query: Tensor, base: Tensor, scale: float | None, overwrite: bool = False) -> Tensor | None:
@@ -245,11 +247,9 @@ def ready(
 
     The caller has asked :func:`layalign.ops._direct.undisturbed`.
     """
-    if not (key.is_cpu or key.is_cuda):
-        return None
-    if torch.is_grad_enabled():
-        return RepeatedTraining(key, value, gate, mask, impl)
-    return again if again is not None and again.prepare(key, value, gate, mask, impl) else None
+    if not torch.is_grad_enabled():
+        return again if again is not None and again.prepare(key, value, gate, mask, impl) else None
+    return RepeatedTraining(key, value, gate, mask, impl) if key.is_cpu or key.is_cuda else None
 
 
 def after(tried: Ready | None, inputs: Inputs, scale: float | None, impl: str) -> RepeatedDecode | None:
