@@ -152,10 +152,11 @@ def configuration(layers: int, slots: int, width: int, itemsize: int, kernel: st
 
 
 def same_layout(hidden: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The layers with one common set of strides and a unit last one; only layers that differ are copied."""
-    first = hidden[0] if hidden[0].stride(-1) == 1 else hidden[0].contiguous()
-    return (first, *(h if h.stride() == first.stride() else torch.empty_strided(
-        h.shape, first.stride(), dtype=h.dtype, device=h.device).copy_(h) for h in hidden[1:]))  # fmt: skip
+    """The layers with one common set of strides and a unit last one: as they are, or all contiguous."""
+    strides = hidden[0].stride()
+    if strides[-1] == 1 and all(h.stride() == strides for h in hidden):
+        return tuple(hidden)
+    return tuple(h.contiguous() for h in hidden)
 
 
 def _common(hidden: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def layer_mix_forward(hidden: Sequence[torch.Tensor], weight: torch.Tensor, bias
     layer_mix_forward_kernel[grid](
         pointers=hidden,
         weight=weight.contiguous(),
-        bias=bias,
+        bias=None if bias is None else bias.contiguous(),
         out=out,
         slots=slots,
         stride_b=first.stride(0),
@@ -207,11 +208,12 @@ def layer_mix_backward(
     """Gradients of weight (2L, E) and bias (2L,), both fp32, and of the layers (E, B, S, D); None where not needed.
 
     Args:
-        grad: (2L, B, S, D), unit last stride.
-        x: the forward's output, contiguous; its sign says where the relu let through.
+        grad: (2L, B, S, D).
+        x: the forward's output; its sign says where the relu let through.
     """
     hidden = same_layout(hidden)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    x = x.contiguous()
     first, slots = hidden[0], weight.shape[0]
     options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "backward", AMD)
     common = _common(hidden)

@@ -143,7 +143,7 @@ def layer_projection_forward(
     arguments = dict(
         pointers=hidden,
         mix_weight=mix_weight.contiguous(),
-        mix_bias=mix_bias,
+        mix_bias=None if mix_bias is None else mix_bias.contiguous(),
         weight=weight,
         bias=bias if bias is None else bias.contiguous(),
         out=out,
