@@ -178,12 +178,18 @@ class _Fold(torch.autograd.Function):
         for slot, linear in enumerate(ctx.maps):
             own = linear.weight
             if need_weight and grad is not None:
-                part = (own.T.to(grad.dtype) @ grad[slot]).to(ctx.dtypes[0])
-                total = part if total is None else total.add_(part)
+                total = _added(total, own.T.to(grad.dtype) @ grad[slot])
             if need_bias and grad_bias is not None:
-                part = (grad_bias[slot] @ own.to(grad_bias.dtype)).to(ctx.dtypes[1])
-                total_bias = part if total_bias is None else total_bias.add_(part)
-        return total, total_bias, None, None
+                total_bias = _added(total_bias, grad_bias[slot] @ own.to(grad_bias.dtype))
+        found = zip((total, total_bias), ctx.dtypes, strict=True)
+        return (*(None if sums is None else sums.to(dtype) for sums, dtype in found), None, None)
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """total + part, in fp32 at least: half precision would round after every slot."""
+    if total is None:
+        return part.to(torch.promote_types(part.dtype, torch.float32))
+    return total.add_(part)
 
 
 STEPS = [0]  # optimizer steps in this process, once somebody counts them

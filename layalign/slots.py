@@ -255,7 +255,16 @@ class _Mixed:
 
     def __init__(self, inputs: Sequence[Tensor | None], needs: Sequence[bool], impl: str) -> None:
         self._inputs, self._needs, self._impl = inputs, needs, impl
-        self.totals = [None if t is None or not n else torch.zeros_like(t) for t, n in zip(inputs, needs, strict=True)]
+        self._totals = [
+            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if t is not None and need else None
+            for t, need in zip(inputs, needs, strict=True)
+        ]
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """In the inputs' dtypes; summed over the groups in fp32 at least."""
+        pairs = zip(self._totals, self._inputs, strict=True)
+        return [None if total is None or t is None else total.to(t.dtype) for total, t in pairs]
 
     def again(self, group: slice) -> Tensor:
         """x of a group, (slots, B, S, D_e)."""
@@ -272,11 +281,11 @@ class _Mixed:
 
     def backward(self, group: slice, grad: Tensor) -> None:
         """Add what ``grad`` of the x just returned means for the inputs."""
-        wanted = [i for i, total in enumerate(self.totals) if total is not None]
+        wanted = [i for i, total in enumerate(self._totals) if total is not None]
         if wanted:
             leaves = [leaf for i in wanted if (leaf := self._leaves[i]) is not None]
             for i, part in zip(wanted, torch.autograd.grad(self._x, leaves, grad), strict=True):
-                total = self.totals[i]
+                total = self._totals[i]
                 assert total is not None
                 total[group if i < 2 else slice(None)] += part
 
@@ -333,7 +342,7 @@ class _Slots(torch.autograd.Function):
                 parts = [None if grad is None else grad.to(dtype) for grad in ctx.kept.as_rows(grads[group])]
                 if any(grad is not None for grad in parts):
                     mixed.backward(group, sums.add(parts, x, group, inner))
-        found = mixed.totals
+        found = mixed.gradients
         pairs = zip(sums.gradients, (inner, inner_bias), strict=True)
         inner_grads = (None if grad is None else grad.to(p.dtype) for grad, p in pairs)
         return (None, *found[:2], *inner_grads, *found[2:])

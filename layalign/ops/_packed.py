@@ -135,10 +135,11 @@ def add_weight_gradient(total: Tensor, grads: Sequence[Tensor | None], x: Tensor
     if x.device.type == "cpu" and fp32 and available() and flat.shape[1] * total.numel() >= MIN_WORK:
         extension.layer_projection_backward(flat, rows, total[None])
         return
-    for each, grad in zip(flat, rows, strict=True):
-        if grad is None:
-            continue
-        if grad.dtype == x.dtype == total.dtype:
+    there = [(each, grad) for each, grad in zip(flat, rows, strict=True) if grad is not None]
+    if there and x.dtype != total.dtype:  # half precision: one product over the slots rounds once
+        there = [(torch.cat(each), torch.cat(grad)) for each, grad in [zip(*there, strict=True)]]
+    for each, grad in there:
+        if grad.dtype == each.dtype == total.dtype:
             total.addmm_(each.T, grad)
         else:
             total.add_(each.T.to(grad.dtype) @ grad)

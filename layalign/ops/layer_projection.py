@@ -11,6 +11,7 @@ from torch import Tensor
 from layalign import reference
 from layalign.errors import ArgumentError, BackendError
 from layalign.ops import _checks, _direct, _packed, _slot_products, backends, plans
+from layalign.ops.layer_mix import layer_mix
 
 
 def _torch(
@@ -18,13 +19,8 @@ def _torch(
 ) -> Tensor:
     hidden = _checks.autocast(hidden)
     dtype = hidden[0].dtype
-    return reference.layer_projection(
-        hidden,
-        mix_weight.to(dtype),
-        None if mix_bias is None else mix_bias.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-    )
+    x = layer_mix(hidden, mix_weight, mix_bias, impl="torch")
+    return reference.project(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 _FORWARD = "layalign::layer_projection"
@@ -148,9 +144,12 @@ def _mix_gradient(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """grad[j].T @ x[j], their sum for a weight that the slots share; in the layout of ``weight``."""
+    """grad[j].T @ x[j], their sum for a weight that the slots share; in the layout of ``weight``.
+
+    In half precision the sum over the slots is one product: a sum slot by slot would round after each.
+    """
     pair = grad.flatten(1, 2), x.flatten(1, 2)
-    if backend == "cpp" and weight.dim() == 2:
+    if backend == "cpp" and weight.dim() == 2 and x.dtype == torch.float32:
         total = x.new_zeros((x.shape[-1], weight.shape[0]))
         _packed.add_weight_gradient(total, pair[0].unbind(0), pair[1])
         return total.T.contiguous()
