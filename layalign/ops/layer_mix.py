@@ -16,10 +16,7 @@ from layalign.ops import _checks, _direct, backends
 def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     hidden = _checks.autocast(hidden)
     dtype = hidden[0].dtype
-    wide = torch.promote_types(dtype, torch.float32)  # as the kernels: rounded once, behind bias and relu
-    with _checks.without_autocast(hidden[0]):
-        own = weight.to(wide), None if bias is None else bias.to(wide)
-        return reference.layer_mix([layer.to(wide) for layer in hidden], *own).to(dtype)
+    return reference.layer_mix(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 _FORWARD = "layalign::layer_mix"

@@ -11,7 +11,6 @@ from torch import Tensor
 from layalign import reference
 from layalign.errors import ArgumentError, BackendError
 from layalign.ops import _checks, _direct, _packed, _slot_products, backends, plans
-from layalign.ops.layer_mix import layer_mix
 
 
 def _torch(
@@ -19,8 +18,13 @@ def _torch(
 ) -> Tensor:
     hidden = _checks.autocast(hidden)
     dtype = hidden[0].dtype
-    x = layer_mix(hidden, mix_weight, mix_bias, impl="torch")
-    return reference.project(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return reference.layer_projection(
+        hidden,
+        mix_weight.to(dtype),
+        None if mix_bias is None else mix_bias.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+    )
 
 
 _FORWARD = "layalign::layer_projection"
