@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache, GenerationMixin
 
 from layalign._versions import cache_name, generation_cache_name, take_cache
-from layalign.errors import ArgumentError
+from layalign.decoding_modes import require_served
+from layalign.errors import ArgumentError, refuse
+from layalign.inputs import require_ids, require_mask
+from layalign.packing import PackedTokens
 from layalign.source import SourceDynamicCache, SourceStates, get_source, put_source
+from layalign.text_only import (
+    GivenCriteria,
+    GivenProcessors,
+    Text,
+    TextCriteria,
+    TextOnlyStreamer,
+    takes_whole,
+    text_processors,
+    with_text,
+)
 
 
 def cache_for_compiled(llm: Any, use_cache: bool | None) -> DynamicCache | None:
@@ -38,6 +52,11 @@ class SourceGenerationMixin(GenerationMixin):
     ) -> Any:
         """transformers' ``generate`` with a source.
 
+        Logits processors, stopping criteria and streamers see the text alone, ``[bos] [prompt] [new tokens]``: no
+        slots, no boundary, no padding. Rows whose text differs in length are handed over apart; one of yours that has
+        an attribute ``packed_ids = True`` gets the whole packed batch instead. ``max_length`` and ``min_length`` count
+        the positions of ``input_ids``.
+
         Args:
             inputs, input_ids, attention_mask: (B, T) int64, packed (:meth:`pack`); left out, the LLM starts right after
                 the source.
@@ -48,29 +67,104 @@ class SourceGenerationMixin(GenerationMixin):
         Returns:
             (B * num_return_sequences, T + new) int64: the packed input and the new tokens, or transformers' output
             object. ``[:, T:]`` are the new tokens.
+
+        Raises:
+            ArgumentError: the input is not packed, there is no source, or the way of decoding is not served.
         """
+        if args:
+            names = list(inspect.signature(GenerationMixin.generate).parameters)[2:]  # behind self and inputs
+            kwargs.update(zip(names, args, strict=False))
         input_ids = inputs if input_ids is None else input_ids
-        cache = take_cache(kwargs)
+        cache, past = take_cache(kwargs), 0
         if cache is not None:
-            kwargs[generation_cache_name()] = cache
+            if not isinstance(cache, Cache):
+                refuse("past_key_values", "a transformers cache", cache)
+            kwargs[generation_cache_name()], past = cache, int(cache.get_seq_length())
+        settings = require_served(self.generation_config, kwargs.get("generation_config"), past, kwargs)
         if encoder_input_ids is None:
-            if get_source(cache) is None:
+            source = get_source(cache)
+            if source is None:
                 raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
-            if attention_mask is None and input_ids is not None:
-                attention_mask = torch.ones_like(input_ids)  # transformers would take the slots' filler for padding
-            return super().generate(None, *args, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        input_ids, attention_mask, embeds, source = self._begin(
-            input_ids, attention_mask, encoder_input_ids, encoder_attention_mask
+            given, text = self._go_on(input_ids, attention_mask, source, past, settings)
+        else:
+            if past:
+                raise ArgumentError(
+                    f"past_key_values: expected an empty cache with encoder_input_ids, got one of {past} tokens; leave "
+                    "out encoder_input_ids and encoder_attention_mask to go on with the source that it carries"
+                )
+            input_ids, attention_mask, embeds, source = self._begin(
+                input_ids, attention_mask, encoder_input_ids, encoder_attention_mask
+            )
+            given = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=embeds, source_states=source)
+            text = Text(self._tokens(input_ids, attention_mask), None if self.mapping is None else source.lengths)
+        kwargs["logits_processor"] = with_text(GivenProcessors, text, kwargs.get("logits_processor"))
+        kwargs["stopping_criteria"] = with_text(GivenCriteria, text, kwargs.get("stopping_criteria"))
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = TextOnlyStreamer(kwargs["streamer"], text, self.config.source_token_id)
+        return super().generate(None, **given, **kwargs)
+
+    def _go_on(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, source: SourceStates, past: int, settings: Any
+    ) -> tuple[dict[str, Any], Text]:
+        """Arguments for a sequence whose first ``past`` tokens are in a cache, checked, and its text."""
+        require_ids("input_ids", input_ids, self.get_input_embeddings())
+        assert input_ids is not None
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)  # transformers would take the slots' filler for padding
+        require_mask("attention_mask", attention_mask)
+        if attention_mask.shape != input_ids.shape or input_ids.shape[1] <= past:
+            raise ArgumentError(
+                f"input_ids, attention_mask: expected the whole sequence, more than the {past} tokens in "
+                f"past_key_values, got {tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
+            )
+        times = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+        if source.rows not in (None, len(input_ids) * times):
+            raise ArgumentError(
+                f"past_key_values: expected a cache of {len(input_ids) * times} rows, got {source.rows}; its "
+                "batch_repeat_interleave and batch_select_indices make the rows of another batch of it"
+            )
+        tokens, lengths = self._tokens(input_ids, attention_mask), None
+        if self.mapping is not None and source.lengths is not None:
+            lengths = source.lengths[::times].to(input_ids.device)
+            tokens.check(lengths, tokens.slots(lengths)[1])
+        return dict(input_ids=input_ids, attention_mask=attention_mask), Text(tokens, lengths)
+
+    def _tokens(self, input_ids: Tensor, attention_mask: Tensor) -> PackedTokens:
+        config = self.config
+        return PackedTokens(input_ids, attention_mask, config.llm_bos_token_id is not None, config.source_token_id)
+
+    def _get_logits_processor(
+        self,
+        generation_config: Any,
+        *args: Any,
+        logits_processor: Any = None,
+        prefix_allowed_tokens_fn: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = dict(logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
+        build = super()._get_logits_processor
+        if not isinstance(logits_processor, GivenProcessors):  # not called by this class's `generate`
+            return build(generation_config, *args, **given, **kwargs)
+        return text_processors(logits_processor, build, generation_config, prefix_allowed_tokens_fn, kwargs)
+
+    def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
+        found = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
+        if not isinstance(stopping_criteria, GivenCriteria) or all(map(takes_whole, found)):
+            return found
+        return TextCriteria(stopping_criteria.text, list(found))
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching has no place for a source; ``layalign serve`` does it.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError(
+            "generate_batch: not served with a source: its cache has no place for one; "
+            "`layalign serve` batches requests continuously"
         )
-        return super().generate(
-            None,
-            *args,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=embeds,
-            source_states=source,
-            **kwargs,
-        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     def prepare_inputs_for_generation(
         self,
@@ -80,6 +174,10 @@ class SourceGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The LLM's own preparation (its masks follow its attention function); the cache brings the source."""
+        if inputs_embeds is not None and kwargs.get("is_first_iteration"):
+            more = input_ids[:, inputs_embeds.shape[1] :]  # candidates that prompt lookup tries in the first pass
+            if more.shape[1]:
+                inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(more)], dim=1)
         prepare = self.llm.prepare_inputs_for_generation
         if (cache := take_cache(kwargs)) is not None:
             kwargs[cache_name(prepare)] = cache

@@ -378,6 +378,8 @@ class LayAlignLM(TemplateLM):
 class _StopStrings(StoppingCriteria):
     """Stops each row once a stop string is in what it wrote; the input is not looked at."""
 
+    packed_ids = True  # as `width` counts them
+
     def __init__(self, tokenizer: Any, until: Sequence[str], width: int) -> None:
         self.tokenizer, self.until, self.width = tokenizer, until, width
         # A token is at least a byte of the text, save a few that mark spaces or begin in the middle of a character.

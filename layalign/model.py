@@ -29,7 +29,7 @@ from layalign.last_layer import LastLayer
 from layalign.llm_pass import LLMPartMixin, run_llm
 from layalign.nn import Adapter, GatedCrossAttention
 from layalign.nn.aligner import reason_against_passing
-from layalign.packing import PackedTokens, pack, real_positions
+from layalign.packing import pack, real_positions
 from layalign.padding import real_tokens
 from layalign.parts import own_parts
 from layalign.source import SourceStates, bridge, get_source, put_source
@@ -247,7 +247,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             layers. Where padding is masked and there is enough of it, it is not computed: zeros stand there.
         """
         if self.mapping is None and self.encoder_aligner is None:
-            return None, SourceStates((), (), (), None, ())
+            return None, SourceStates((), (), (), None, (), real=encoder_attention_mask)
         hidden, last = encoders.encode(
             self.encoder, encoder_input_ids, encoder_attention_mask, self.config.encoder_layers
         )
@@ -264,7 +264,10 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             soft = None if soft is None else real.unpack(soft)
             keys, values = ([real.unpack_heads(state) for state in states] for states in (keys, values))
         gated = cast(tuple[GatedCrossAttention, ...], tuple(self.cross_attention))
-        return soft, SourceStates(tuple(self.config.language_layers), tuple(keys), tuple(values), mask, gated)
+        attended = encoder_attention_mask if mask is None else None
+        return soft, SourceStates(
+            tuple(self.config.language_layers), tuple(keys), tuple(values), mask, gated, real=attended
+        )
 
     def _source_states(self, hidden: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values (B, G, S, d) of every language layer: folded, or by the LLM's own modules."""
@@ -322,14 +325,22 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                 f"input_ids, attention_mask: expected (B, T) with the B of encoder_input_ids (B, S), got {found}"
             )
         soft, source = self.encode_source(encoder_input_ids, encoder_attention_mask)
-        config, embeds = self.config, self.get_input_embeddings()(input_ids)
+        embeds = self.get_input_embeddings()(input_ids)
         if soft is None or self.mapping is None:
             return input_ids, attention_mask, embeds, source
-        tokens = PackedTokens(input_ids, attention_mask, config.llm_bos_token_id is not None, config.source_token_id)
-        boundary = self.mapping.get_embed().to(soft.dtype)
+        boundary, config = self.mapping.get_embed().to(soft.dtype), self.config
         soft, boundary = (in_slots(r, config.get_text_config(), config.scaled_soft_tokens) for r in (soft, boundary))
-        embeds = tokens.embed(embeds, soft, boundary, encoder_attention_mask)
+        embeds = self._tokens(input_ids, attention_mask).embed(embeds, soft, boundary, encoder_attention_mask)
         return input_ids, attention_mask, embeds, source
+
+    @staticmethod
+    def _require_begun(cache: Any) -> None:
+        """Whoever feeds ids alone goes on with a sequence: at its beginning they stand for soft tokens."""
+        if cache is None or not cache.get_seq_length():
+            raise ArgumentError(
+                "encoder_input_ids: expected (B, S) token ids where a sequence begins, or inputs_embeds: the slots of "
+                "input_ids hold no soft tokens"
+            )
 
     # Running
 
@@ -387,6 +398,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ArgumentError("input_ids: expected (B, T) token ids, got None")
+            if input_ids.shape[1] > 1 and self.mapping is not None and not torch.compiler.is_compiling():
+                self._require_begun(cache)
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if labels is not None:
             require_labels(labels, inputs_embeds.shape[:2], self.llm.config.get_text_config(decoder=True).vocab_size)

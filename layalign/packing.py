@@ -163,11 +163,9 @@ class PackedTokens:
         """
         device = self.input_ids.device
         lengths = source_mask.sum(dim=1, keepdim=True).to(device)  # (B, 1)
-        start = self.attention_mask.argmax(dim=1, keepdim=True) + self.has_bos
-        slot = torch.arange(self.input_ids.shape[1], device=device) - start  # (B, T): 0 is the first source token
-        is_slot = (slot >= 0) & (slot <= lengths)
+        slot, is_slot = self.slots(lengths)
         if not torch.compiler.is_compiling():
-            self._check(is_slot, lengths)
+            self.check(lengths, is_slot)
 
         # Real tokens first, in order, wherever the encoder's padding is; the boundary, ranked last, behind them all.
         rank = F.pad(source_mask.bool().logical_not().to(torch.uint8), (0, 1), value=2)
@@ -178,7 +176,25 @@ class PackedTokens:
         rows = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
         return torch.where(is_slot[..., None], rows, embeds)
 
-    def _check(self, is_slot: torch.Tensor, lengths: torch.Tensor) -> None:
+    def slots(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the source stands.
+
+        Args:
+            lengths: (B, 1), the numbers of real source tokens.
+
+        Returns:
+            Both (B, T): each position's distance from the first slot, int64, and whether it is a slot or the boundary.
+        """
+        start = self.attention_mask.long().argmax(dim=1, keepdim=True) + self.has_bos
+        slot = torch.arange(self.input_ids.shape[1], device=self.input_ids.device) - start
+        return slot, (slot >= 0) & (slot <= lengths)
+
+    def check(self, lengths: torch.Tensor, is_slot: torch.Tensor) -> None:
+        """Compare ids and mask with what :meth:`slots` found for ``lengths``.
+
+        Raises:
+            ArgumentError: they do not match.
+        """
         good = (self.input_ids == self.source_token_id) & self.attention_mask.bool() | ~is_slot
         whole = is_slot.sum(dim=1, keepdim=True) == lengths + 1
         if not bool(good.all() & whole.all()):

@@ -32,6 +32,7 @@ class SourceStates:
         mask: (B, S) bool, true where a source token is real; None when padding is attended to, as published.
         attentions: L modules that hold the gates.
         seen: when set, collects the LLM layers that attended, so that a dropped source can be noticed.
+        real: (B, S), 1 where a source token is real, when ``mask`` is None; None when nobody knows.
     """
 
     layers: tuple[int, ...]
@@ -40,6 +41,7 @@ class SourceStates:
     mask: Tensor | None
     attentions: tuple[GatedCrossAttention, ...]
     seen: set[int] | None = None
+    real: Tensor | None = None
     # By LLM layer: what the last call left for the next, and which of these holds for the pass under way.
     _again: dict[int, RepeatedDecode | None] = field(default_factory=dict, init=False, repr=False, compare=False)
     _ready: dict[int, Ready] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -61,7 +63,19 @@ class SourceStates:
             keys=tuple(function(key) for key in self.keys),
             values=tuple(function(value) for value in self.values),
             mask=None if self.mask is None else function(self.mask),
+            real=None if self.real is None else function(self.real),
         )
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B, 1), the numbers of real source tokens; None when nobody knows."""
+        real = self.real if self.mask is None else self.mask
+        return None if real is None else real.sum(dim=1, keepdim=True)
+
+    @property
+    def rows(self) -> int | None:
+        """B, or None without any tensor."""
+        return next((len(t) for t in (*self.keys[:1], self.mask, self.real) if t is not None), None)
 
     def select(self, rows: Tensor) -> SourceStates:
         """The states of the batch rows ``rows`` (int64 indices), in that order."""

@@ -14,6 +14,7 @@ from helpers_serving import CHAT, COMPLETIONS, SETTINGS, Client, Parts, case, fi
 
 from layalign.errors import ArgumentError
 from layalign.serve.decoding import Decoder
+from layalign.serve.messages import CompletionRequest
 from layalign.serve.service import Service
 
 
@@ -175,6 +176,30 @@ def test_a_repetition_penalty_of_the_model_is_kept(parts: Parts) -> None:
             Service(*parts, SETTINGS)
     finally:
         config.repetition_penalty, config.no_repeat_ngram_size = 1.0, 0
+
+
+@pytest.mark.parametrize("filler", [2, 5])
+def test_a_repetition_penalty_does_not_count_the_slots(parts: Parts, filler: int) -> None:
+    """With an end token in the slots, or a byte, the penalty is that of the text alone."""
+    model, _, tokenizer = parts
+    before, model.config.source_token_id = model.config.source_token_id, filler
+
+    async def test(service: Service, client: Client) -> None:
+        body = {"prompt": "paka mbwa", "llm_prompt": "abc"}
+        job = await service.prepare(CompletionRequest(**body), lambda event: None)
+        prompt = tokenizer("abc", add_special_tokens=False)["input_ids"]
+        assert job.inputs.packed.count(filler) > 5
+        assert job.chooser.ids == [model.config.llm_bos_token_id, *prompt]
+        job = await service.prepare(CompletionRequest(prompt="paka mbwa", task="none"), lambda event: None)
+        assert job.chooser.ids == [model.config.llm_bos_token_id]
+        job.chooser.ids.clear()  # an LLM without a first token
+        assert job.chooser(torch.tensor([[0.0, 1.0]])) == 1
+
+    model.generation_config.repetition_penalty = 1.7
+    try:
+        run(parts, test)
+    finally:
+        model.config.source_token_id, model.generation_config.repetition_penalty = before, 1.0
 
 
 # Keys

@@ -83,6 +83,11 @@ class Preparer:
             raise ApiError(400, message, limit, "context_length_exceeded")
         return inputs
 
+    def text(self, inputs: Inputs) -> list[int]:
+        """The LLM's input without the source's slots and the boundary: what a penalty counts."""
+        start = int(self.collators["task"].bos_token_id is not None)
+        return [*inputs.packed[:start], *inputs.packed[self._head(inputs) :]]
+
     def _head(self, inputs: Inputs) -> int:
         """Tokens of the packed input before the prompt: bos, one slot per source token, boundary."""
         collator = self.collators["task"]

@@ -22,7 +22,8 @@ _NEUTRAL = {
     "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_length": 0,
     "min_new_tokens": 0, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "exponential_decay_length_penalty": None,
-    "sequence_bias": None, "guidance_scale": None, "remove_invalid_values": False,
+    "sequence_bias": None, "guidance_scale": None, "remove_invalid_values": False, "stop_strings": None,
+    "watermarking_config": None,
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ class Chooser:
         top_p: draw from the likeliest tokens that together have this probability.
         seed: of this request's own random numbers; None for unpredictable ones.
         penalty: repetition penalty of the model's generation configuration.
-        ids: the packed prompt, which the penalty counts too; grows by every token.
+        ids: the LLM's prompt without the source's slots, which the penalty counts too; grows by every token.
     """
 
     temperature: float = 0.0
@@ -78,7 +79,7 @@ class Chooser:
 
     def __call__(self, logits: Tensor) -> int:
         """The next token from float32 logits (1, V)."""
-        scores = self._processors(torch.tensor([self.ids], device=logits.device), logits)
+        scores = self._processors(torch.tensor([self.ids], dtype=torch.long, device=logits.device), logits)
         if self._generator is None:
             return int(scores.argmax(-1))
         # On the CPU, so that a seed gives the same numbers wherever the model is.

@@ -122,7 +122,7 @@ class Service:
                 limit=name,
             ),
         )
-        ids = list(inputs.packed) if self.penalty != 1.0 else []
+        ids = self.preparer.text(inputs) if self.penalty != 1.0 else []
         top_p = 1.0 if body.top_p is None else body.top_p
         chooser = Chooser(body.temperature or 0.0, top_p, body.seed, self.penalty, ids)
         self.metrics.source.inc(len(inputs.source))
