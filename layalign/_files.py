@@ -61,3 +61,20 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def usual_mode(folder: Path) -> int:
+    """The permissions that a new file gets in a folder: safetensors gives its files to their owner alone."""
+    probe = folder / f".mode.{os.getpid()}"
+    try:
+        probe.touch()
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """The permissions that its other files have for the safetensors files of a folder, which transformers wrote."""
+    mode = usual_mode(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)

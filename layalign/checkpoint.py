@@ -1,13 +1,16 @@
-"""Saving and loading: trained weights alone, with the names of the frozen parts, or everything."""
+"""Saving: the trained weights, names and fingerprints of the frozen parts, and the parts that no name gives back."""
 
 from __future__ import annotations
 
-import functools
+import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +18,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers import AutoConfig
 
 from layalign import encoder as encoders
-from layalign._plain import brought, device_of
-from layalign.config import LayAlignConfig, hidden_size, number_of_layers
-from layalign.errors import ArgumentError, BackendError, CheckpointError, first_line, refuse, shown
-from layalign.ops._checks import FLOAT_DTYPES
-from layalign.parts import own_parts
+from layalign import fingerprint, names
+from layalign._files import usual_mode, write_whole
+from layalign._sharding import reason_whole_is_not_here
+from layalign.adapters import adapter_names, base_name, inject_lora, recorded_lora, twin
+from layalign.config import LayAlignConfig
+from layalign.errors import ArgumentError, BackendError, CheckpointError, first_line, one_of, refuse
+from layalign.fingerprint import Found, is_quantised
+from layalign.names import PARTS
+
+__all__ = ["inject_lora", "is_quantised"]
 
 logger = logging.getLogger("layalign")
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIGEST = "sha256"  # in the metadata of the weights
 OWN_PARTS = ("mapping.", "encoder_aligner.", "cross_attention.")
-QUANTISERS = ("bitsandbytes", "optimum", "torchao", "hqq")  # packages whose modules hold packed weights
-PLACES = ("device_map", "max_memory", "offload_folder", "offload_buffers")  # of a frozen part's weights
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+# transformers' arguments that ask for nothing when they have this value; any other value is refused.
+_NEUTRAL = {
+    "safe_serialization": True, "save_peft_format": True, "save_original_format": True, "distributed_checkpoint": False,
+    "save_function": torch.save,
+}  # fmt: skip
+_OF_PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision")
+_verdicts: dict[Any, tuple[str | None, str | None]] = {}  # of comparisons with files, as long as neither changes
+_said: set[str] = set()
 
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:
@@ -49,11 +61,149 @@ def trained_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad} | set(own_state(model))
 
 
-def is_quantised(part: nn.Module) -> bool:
-    """Whether a frozen part holds packed weights, by transformers or by a quantiser's own modules."""
-    if getattr(part, "is_quantized", False) or getattr(part, "hf_quantizer", None) is not None:
-        return True
-    return any(type(module).__module__.split(".")[0] in QUANTISERS for module in part.modules())
+def weights_name(variant: str | None) -> str:
+    """The file of the weights; transformers' name for a variant of them."""
+    if variant is None:
+        return WEIGHTS
+    if not isinstance(variant, str) or not re.fullmatch(r"\w[\w-]*", variant):
+        refuse("variant", "a word such as fp16, or None", variant)
+    return f"model.{variant}.safetensors"
+
+
+# What the frozen parts are
+
+
+def look(model: Any) -> dict[str, Found]:
+    """Both frozen parts as they stand in memory, compared with what their names give where that is on this machine.
+
+    Nothing is kept of what is in memory: weights may change without a trace (``.data``). A comparison with files is
+    kept as long as the files and the fingerprints are the same. A sharded part gives what was found before it was.
+    """
+    found = {}
+    for part in PARTS:
+        module = getattr(model, part)
+        if any(reason_whole_is_not_here(parameter) for parameter in module.parameters()):
+            before = model.__dict__.get("_looked", {}).get(part)
+            found[part] = before or Found(unread="it is sharded", unchecked="it is sharded")
+            continue
+        found[part] = _compared(names.settle(model, part), part, module, fingerprint.examine(module))
+    model.__dict__["_looked"] = found
+    return found
+
+
+def _compared(name: str | None, part: str, module: Any, found: Found) -> Found:
+    """``found`` with how it differs from what the part's name gives; the hub is not asked."""
+    if not name:
+        return found
+    files = fingerprint.weight_files(name)
+    settings = Path(name) / CONFIG if os.path.isabs(name) else names.cached_file(name, CONFIG)
+    if not files or settings is None or not settings.is_file():
+        return replace(found, unchecked=f"the files of {name} are not on this machine")
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in (*files, settings)]
+    key = (part, *state, *found.entries.items(), json.dumps(module.config.to_dict(), default=str, sort_keys=True))
+    if key not in _verdicts:
+        if len(_verdicts) >= 8:
+            _verdicts.pop(next(iter(_verdicts)))
+        _verdicts[key] = _against_files(part, module, settings.parent, files)
+    differs, unchecked = _verdicts[key]
+    return replace(found, differs=differs, unchecked=unchecked)
+
+
+def _against_files(part: str, module: Any, folder: Path, files: list[Path]) -> tuple[str | None, str | None]:
+    """(how a part differs from what a folder gives, why nobody can tell)."""
+    try:
+        problems, unfound = fingerprint.differences_from_files(module, files)
+        wanted = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if wanted.model_type == module.config.model_type:
+            problems = fingerprint.settings_that_differ(wanted, module.config) + problems
+        if unfound and not problems:  # what loading changes more than names of, transformers' own loading shows
+            load = encoders.load_encoder if part == "encoder" else encoders.load_llm
+            again = load(str(folder), dtype=module.dtype, local_files_only=True)
+            here = fingerprint.examine(module).entries
+            entries = {name: here[name] for name in unfound}
+            problems = fingerprint.differences(entries, encoders.encoder_part(again), same_version=True)
+    except Exception as error:  # a damaged file, code that would have to run, a release that reads it no more
+        return None, f"its files cannot be read: {first_line(error)}"
+    return (fingerprint.summary(problems), None) if problems else (None, None)
+
+
+def _parts_to_write(model: Any, found: Mapping[str, Found], save_frozen: bool, changed_frozen: str) -> list[str]:
+    """The frozen parts that go into the checkpoint, each with a line that says why; or an error for a changed one."""
+    config: LayAlignConfig = model.config
+    unnamed = [part for part in PARTS if not getattr(config, f"{part}_name_or_path")]
+    if unnamed and not save_frozen:
+        logger.warning("saving the frozen parts too: the %s has no name to load it from again", " and ".join(unnamed))
+    parts = []
+    for part in PARTS:
+        name, differs = getattr(config, f"{part}_name_or_path"), found[part].differs
+        unknown = found[part].unchecked or found[part].unread
+        if save_frozen or part in unnamed:
+            parts.append(part)
+        elif differs is not None:
+            what = f"the {part} is not what its name {name} gives: {differs}"
+            if changed_frozen == "refuse":
+                raise CheckpointError(f"changed_frozen: {what}")
+            logger.warning("%s; so it is written with the checkpoint", what)
+            parts.append(part)
+        elif unknown is not None and part in config.saved_parts:
+            parts.append(part)  # it came from a checkpoint that held it
+        elif unknown is not None and (said := f"{part} {name} {unknown}") not in _said:
+            _said.add(said)
+            logger.warning(
+                "the %s is saved by its name, %s, and nobody can tell whether all of it is what that gives: %s; "
+                "loading compares what could be read", part, name, unknown,
+            )  # fmt: skip
+    return parts
+
+
+def _check_writable(model: Any, parts: Sequence[str]) -> None:
+    """What is written of a part must be what its class and configuration can hold: else it would not load."""
+    quantised = [part for part in parts if is_quantised(getattr(model, part))]
+    if quantised:
+        raise CheckpointError(
+            f"save_frozen: the {' and '.join(quantised)} is quantised; save the trained weights alone, with its "
+            f"name in config.{quantised[0]}_name_or_path, and quantise it again when you load them"
+        )
+    for part in PARTS:
+        module = getattr(model, part)
+        written = {
+            name: tensor.shape
+            for _, (name, *_), tensor in fingerprint.frozen_tensors(module, every=True)
+            if part in parts or tensor.requires_grad
+        }
+        if not written or any(reason_whole_is_not_here(parameter) for parameter in module.parameters()):
+            continue  # a sharded part was checked before
+        fitting = {name: tensor.shape for _, (name, *_), tensor in fingerprint.frozen_tensors(twin(module), every=True)}
+        other = [name for name, shape in written.items() if fitting.get(name) != shape]
+        other += [name for name in fitting if part in parts and name not in written]
+        if other:
+            raise CheckpointError(
+                f"{part}: cannot be written so that it loads again: {other[0]} is not as its class and configuration "
+                f"({type(module).__name__}) have it"
+            )
+
+
+def _names_to_write(model: Any, parts: Iterable[str]) -> dict[str, str]:
+    """Name in the model -> name in the checkpoint, of all weights that are written."""
+    found = {name: name for name in trained_names(model) | {f"llm.{name}" for name in adapter_names(model.llm)}}
+    for part in parts:
+        for name, (first, *_), _ in fingerprint.frozen_tensors(getattr(model, part), every=True):
+            found[f"{part}.{name}"] = f"{part}.{first}"
+    return found
+
+
+def prepare(model: Any) -> None:
+    """Look at the frozen parts while they are whole, for a model that is going to be sharded."""
+    parts = _parts_to_write(model, look(model), False, "write")
+    _check_writable(model, parts)
+    model.config.lora = recorded_lora(model.encoder, model.llm)
+
+
+def saved_names(model: Any) -> set[str]:
+    """Names of the weights that :func:`save` writes by default."""
+    found = look(model)
+    parts = [p for p in PARTS if not getattr(model.config, f"{p}_name_or_path") or found[p].differs]
+    return set(_names_to_write(model, parts))
 
 
 def _dtypes(model: nn.Module) -> dict[str, str]:
@@ -61,63 +211,147 @@ def _dtypes(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         dtype = str(parameter.dtype).removeprefix("torch.")
-        if found.setdefault(_part(name), dtype) != dtype:
-            found[name] = dtype
+        if found.setdefault(part_of(name), dtype) != dtype:
+            found[base_name(name)] = dtype
     return found
 
 
-def _unnamed(config: LayAlignConfig) -> list[str]:
-    """The frozen parts that no name leads back to."""
-    return [part for part in ("encoder", "llm") if not getattr(config, f"{part}_name_or_path")]
+def part_of(name: str) -> str:
+    """ "own", "encoder" or "llm"."""
+    return "own" if name.startswith(OWN_PARTS) else name.split(".")[0]
 
 
-def saved_names(model: Any) -> set[str]:
-    """Names of the weights that :func:`save` writes by default."""
-    return set(model.state_dict()) if _unnamed(model.config) else trained_names(model)
+# Saving
 
 
 def save(
     model: Any,
-    save_all: Callable[..., None],
     directory: Any,
     save_frozen: bool,
-    state_dict: dict[str, Tensor] | None,
+    state_dict: Mapping[str, Tensor] | None,
+    changed_frozen: str,
     arguments: dict[str, Any],
 ) -> None:
     """Write ``model`` to ``directory``; see ``LayAlignForCausalLM.save_pretrained``."""
-    config: LayAlignConfig = model.config
-    unnamed = _unnamed(config)
-    if unnamed and not save_frozen:
-        logger.warning("saving the frozen parts too: the %s has no name to load it from again", " and ".join(unnamed))
-        save_frozen = True
-    config.frozen_saved = save_frozen
-    if save_frozen:
-        quantised = [part for part in ("encoder", "llm") if is_quantised(getattr(model, part))]
-        if quantised:
-            raise CheckpointError(
-                f"save_frozen: the {' and '.join(quantised)} is quantised; save the trained weights alone, with its "
-                f"name in config.{quantised[0]}_name_or_path, and quantise it again when you load them"
-            )
-        config.part_dtypes = _dtypes(model)
-        save_all(directory, state_dict=state_dict, **arguments)
+    one_of("changed_frozen", changed_frozen, ("write", "refuse"))
+    settings, pushing = _understood(arguments, directory)
+    if not settings["is_main_process"]:
         return
-    if not arguments.get("is_main_process", True):
-        return
-    names = trained_names(model)
-    state = state_dict or {**dict(model.named_parameters()), **own_state(model)}
-    weights = {name: tensor for name, tensor in state.items() if name in names}
-    missing = sorted(names - set(weights))
-    if missing:
-        raise CheckpointError(f"state_dict: expected every trained weight, {missing[0]} is missing")
-    folder = Path(directory)
+    if pushing:  # first, as transformers: what cannot be pushed is known before anything is written
+        pushing["repo_id"] = _make_repository(pushing)
+    folder, config = Path(names.absolute(str(directory))), model.config
+    found = look(model)
+    parts = _parts_to_write(model, found, save_frozen, changed_frozen)
+    _check_writable(model, parts)
+    if not any(reason_whole_is_not_here(parameter) for parameter in model.llm.parameters()):
+        config.lora = recorded_lora(model.encoder, model.llm)
+    weights = _weights(model, _names_to_write(model, parts), state_dict)
+    config.frozen_saved = {0: False, 2: True}.get(len(parts), parts)
+    config.part_dtypes = _dtypes(model) if parts else None
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
+    before = model._get_files_timestamps(folder) if pushing else {}
+    _write_config(model, folder, found)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    unfinished = folder / f"{WEIGHTS}.unfinished"
-    save_file(contiguous, unfinished, metadata={"format": "pt", DIGEST: digest(contiguous)})
-    unfinished.replace(folder / WEIGHTS)  # never a half-written checkpoint under the final name
+    _write_weights(folder, weights, settings["variant"], settings["max_shard_size"])
+    if pushing:
+        model._upload_modified_files(folder, files_timestamps=before, **pushing)
+
+
+def _understood(arguments: dict[str, Any], directory: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what applies to the files, what applies to pushing them) of transformers' arguments; others are refused."""
+    rest = dict(arguments)
+    settings = {
+        "is_main_process": bool(rest.pop("is_main_process", True)),
+        "variant": rest.pop("variant", None),
+        "max_shard_size": rest.pop("max_shard_size", "50GB"),
+    }
+    weights_name(settings["variant"])
+    if (size := settings["max_shard_size"]) is None:
+        size = settings["max_shard_size"] = "50GB"
+    if isinstance(size, bool) or not (
+        (isinstance(size, int) and size > 0) or (isinstance(size, str) and re.fullmatch(r"[1-9]\d*[KMGT]B", size))
+    ):
+        refuse("max_shard_size", "a number of bytes or a text such as 5GB", size)
+    push = rest.pop("push_to_hub", False)
+    if not isinstance(push, bool):
+        refuse("push_to_hub", "true or false", push)
+    pushing = {key: rest.pop(key) for key in _OF_PUSHING if key in rest}
+    asked = [key for key, value in pushing.items() if value not in (None, False)]
+    if asked and not push:
+        raise ArgumentError(f"{asked[0]}: expected push_to_hub=True with it")
+    for key, value in rest.items():
+        if key not in _NEUTRAL:
+            raise ArgumentError(f"{key}: save_pretrained has no such argument")
+        if value is not None and value != _NEUTRAL[key]:
+            refuse(key, f"{_NEUTRAL[key]!r}, for weights are always written whole as safetensors", value)
+    return settings, {"repo_id": Path(directory).name, **pushing} if push else {}
+
+
+def _make_repository(pushing: dict[str, Any]) -> str:
+    """The full name of the repository; it is made if it is not there."""
+    from huggingface_hub import HfApi
+
+    private = pushing.pop("private", None)
+    created = HfApi().create_repo(pushing["repo_id"], private=private, token=pushing.get("token"), exist_ok=True)
+    return str(created.repo_id)
+
+
+def _weights(model: Any, wanted: Mapping[str, str], state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors to write, under the checkpoint's names."""
+    here: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers()), **own_state(model)}
+    state = here if state_dict is None else state_dict
+    missing = sorted(set(wanted) - set(state))
+    if missing:
+        raise CheckpointError(f"state_dict: expected every weight that is written, {missing[0]} is missing")
+    found = {}
+    for name, written in wanted.items():
+        tensor = state[name]
+        if tensor.device.type == "meta":
+            whole = fingerprint.readable(model, name, tensor)
+            if not isinstance(whole, Tensor):
+                raise CheckpointError(f"{name}: cannot be saved: {whole}")
+            tensor = whole
+        found[written] = tensor.detach().contiguous()
+    return found
+
+
+def _write_config(model: Any, folder: Path, found: Mapping[str, Found]) -> None:
+    """The configuration as it is now, with what loading compares and where it looks."""
+    config = model.config
+    written = copy.deepcopy(config)
+    written.encoder_config, written.llm_config = copy.deepcopy(model.encoder.config), copy.deepcopy(model.llm.config)
+    written.architectures = [type(model).__name__.removeprefix("FSDP")]
+    written.frozen_fingerprints = {part: found[part].entries for part in PARTS}
+    ways = {part: names.beside(names.settle(model, part) or "", folder) for part in PARTS}
+    written.frozen_folders = {part: way for part, way in ways.items() if way is not None}
+    written.save_pretrained(folder)
+
+
+def _write_weights(folder: Path, weights: dict[str, Tensor], variant: str | None, max_shard_size: int | str) -> None:
+    """One file, or several with an index; each has its name when it is whole, and the modes that any file gets."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    name = weights_name(variant)
+    split = split_torch_state_dict_into_shards(
+        weights, filename_pattern=name.replace(".safetensors", "{suffix}.safetensors"), max_shard_size=max_shard_size
+    )
+    mode = usual_mode(folder)
+    for file, tensors in split.filename_to_tensors.items():
+        content = {each: weights[each] for each in tensors}
+        unfinished = folder / f"{file}.unfinished"
+        save_file(content, unfinished, metadata={"format": "pt", DIGEST: digest(content)})
+        unfinished.chmod(mode)
+        unfinished.replace(folder / file)  # never a half-written file under the final name
+    index = folder / f"{name}.index.json"
+    if split.is_sharded:
+        listed = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_whole(index, json.dumps(listed, indent=2, sort_keys=True) + "\n")
+    stale = re.compile(re.escape(name).replace(r"\.safetensors", r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"))
+    keep = {*split.filename_to_tensors, *([index.name] if split.is_sharded else ())}
+    for path in folder.iterdir():
+        if stale.fullmatch(path.name) and path.name not in keep and path.is_file():
+            path.unlink()
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
@@ -127,6 +361,9 @@ def digest(weights: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+# Reading files
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
@@ -146,54 +383,6 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def load(
-    cls: Any,
-    load_all: Callable[..., Any],
-    name_or_path: str,
-    positional: tuple[Any, ...],
-    arguments: dict[str, Any],
-) -> Any:
-    """Read what :func:`save` wrote; see ``LayAlignForCausalLM.from_pretrained``."""
-    hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
-    config = arguments.pop("config", None) or _read_config(name_or_path, hub)
-    parts = {key: arguments.pop(key, None) for key in ("encoder", "llm", "encoder_kwargs", "llm_kwargs")}
-    if "quantization_config" in arguments:
-        raise ArgumentError("quantization_config: expected it in llm_kwargs or encoder_kwargs, as it is for one part")
-    if "torch_dtype" in arguments:  # the name of transformers 4
-        arguments.setdefault("dtype", arguments.pop("torch_dtype"))
-    if config.frozen_saved and parts["encoder"] is None and parts["llm"] is None:
-        if "attn_implementation" in arguments:
-            assert config.llm_config is not None
-            config.llm_config._attn_implementation = arguments.pop("attn_implementation")
-        asked = {part: _only_dtype(part, parts[f"{part}_kwargs"]) for part in ("encoder", "llm")}
-        return _load_whole(load_all, name_or_path, positional, config, arguments, asked)
-
-    # What does not fit is found before the frozen parts are loaded, and before memory is taken for its sizes.
-    weights = _read_weights(name_or_path, hub)
-    _check_own(config, weights, name_or_path)
-    names = ("dtype", "local_files_only", "trust_remote_code", *PLACES)
-    common = {key: arguments.pop(key) for key in names if key in arguments}
-    common.setdefault("dtype", "auto")
-    wanted = _dtype(common["dtype"])
-    attention = {key: arguments.pop(key) for key in ("attn_implementation",) if key in arguments}
-    encoder, llm = parts["encoder"], parts["llm"]
-    if encoder is None:
-        with reading(name_or_path, f"the encoder {config.encoder_name_or_path!r} cannot be loaded"):
-            name = _part_name(config, "encoder")
-            encoder = encoders.load_encoder(name, **{**common, **(parts["encoder_kwargs"] or {})})
-    if llm is None:
-        with reading(name_or_path, f"the LLM {config.llm_name_or_path!r} cannot be loaded"):
-            name = _part_name(config, "llm")
-            llm = encoders.load_llm(name, **{**common, **attention, **(parts["llm_kwargs"] or {})})
-    encoder = encoders.encoder_part(encoder)
-    for part, found in (("encoder", encoder), ("llm", llm)):
-        _check_part(part, getattr(config, f"{part}_config"), found.config, name_or_path)
-    with reading(name_or_path, CONFIG):
-        model = cls(config, encoder=encoder, llm=llm)
-    _put_weights(model, weights, wanted)
-    return model.eval()
-
-
 @contextmanager
 def reading(name_or_path: str, what: str) -> Iterator[None]:
     """What goes wrong with a checkpoint's files, whoever notices it and however, as an error that names them."""
@@ -203,192 +392,3 @@ def reading(name_or_path: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(f"{name_or_path}: {what}: {first_line(error)}") from error
-
-
-def _part_name(config: LayAlignConfig, part: str) -> str:
-    name = getattr(config, f"{part}_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise CheckpointError(f"expected {part}_name_or_path, or the {part} itself as an argument, got {shown(name)}")
-    return name
-
-
-def _dtype(value: Any) -> torch.dtype | None:
-    """A dtype or its name; None for "auto"."""
-    found = getattr(torch, value, None) if isinstance(value, str) else value
-    if value in (None, "auto"):
-        return None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        refuse("dtype", "a floating dtype, its name, or 'auto'", value)
-    return found
-
-
-def _check_own(config: LayAlignConfig, weights: dict[str, Tensor], name_or_path: str) -> None:
-    """The stored weights against the sizes in the configuration, without memory for either."""
-    with reading(name_or_path, CONFIG), torch.device("meta"):
-        parts = zip(("mapping", "encoder_aligner", "cross_attention"), own_parts(config), strict=True)
-        own = {f"{part}.{name}": p for part, module in parts if module for name, p in module.named_parameters()}
-    missing = sorted(set(own) - set(weights))
-    foreign = sorted(name for name in weights if name.startswith(OWN_PARTS) and name not in own)
-    if missing or foreign:
-        problem = f"{missing[0]} is missing" if missing else f"the model has no {shown(foreign[0], 100)}"
-        raise CheckpointError(f"{name_or_path}: {WEIGHTS}: does not fit the model: {problem}")
-    for name, tensor in weights.items():
-        if name in own and own[name].shape != tensor.shape:
-            shapes = f"expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
-            raise CheckpointError(f"{name_or_path}: {WEIGHTS}: {name}: {shapes}")
-        _require_sound(f"{name_or_path}: {WEIGHTS}: {shown(name, 100)}", tensor)
-
-
-def _require_sound(where: str, tensor: Tensor) -> None:
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"{where}: expected floating numbers, got {tensor.dtype}")
-    if not tensor.isfinite().all():
-        raise CheckpointError(f"{where}: expected finite numbers, got NaN or infinity")
-
-
-def _check_part(part: str, wanted: Any, found: Any, name_or_path: str) -> None:
-    """A frozen part must have the sizes that the trained weights were made for."""
-    for what, size in (("hidden size", hidden_size), ("number of layers", number_of_layers)):
-        one, two = (size(config.get_text_config() if part == "llm" else config) for config in (wanted, found))
-        if one != two:
-            raise CheckpointError(f"{name_or_path}: {CONFIG}: {part}_config: {what} {one}, but the {part} has {two}")
-
-
-def _only_dtype(part: str, arguments: dict[str, Any] | None) -> Any:
-    """The dtype in a part's arguments; a checkpoint that holds the parts takes no others."""
-    others = sorted(set(arguments or {}) - {"dtype"})
-    if others:
-        raise ArgumentError(
-            f"{part}_kwargs: expected only dtype, for the checkpoint holds the frozen parts itself, got {others[0]}"
-        )
-    return (arguments or {}).get("dtype")
-
-
-def _load_whole(
-    load_all: Callable[..., Any],
-    name_or_path: str,
-    positional: tuple[Any, ...],
-    config: LayAlignConfig,
-    arguments: dict[str, Any],
-    of_parts: dict[str, Any],
-) -> Any:
-    """transformers' own loading, and what it does not restore: the dtypes of the parts, and which weights train."""
-    with reading(name_or_path, f"{CONFIG}: part_dtypes"):
-        saved = {name: _dtype(dtype) or torch.float32 for name, dtype in (config.part_dtypes or {}).items()}
-    _check_shards(name_or_path)
-    arguments.pop("trust_remote_code", None)
-    asked = arguments.pop("dtype", "auto")
-    # The widest, so that nothing is rounded twice.
-    wide = functools.reduce(torch.promote_types, saved.values()) if saved else _dtype(asked)
-    for config_of_part in (config.encoder_config, config.llm_config):
-        assert config_of_part is not None
-        config_of_part.dtype = wide
-    wants_info = arguments.pop("output_loading_info", False)
-    with reading(name_or_path, "the weights cannot be loaded"):
-        model, info = load_all(
-            name_or_path, *positional, config=config, dtype=wide or "auto", output_loading_info=True, **arguments
-        )
-    # transformers only warns, and draws what is missing at random.
-    for problem, names in (("is missing", info["missing_keys"]), ("is foreign", info["unexpected_keys"])):
-        if names:
-            raise CheckpointError(f"{name_or_path}: {WEIGHTS}: does not fit the model: {min(names)} {problem}")
-    for name, parameter in model.named_parameters():
-        part = _part(name)
-        if part == "own":
-            module, _, own = name.rpartition(".")
-            with brought(owner := model.get_submodule(module)):  # device_map may have left it on the disk
-                _require_sound(f"{name_or_path}: {WEIGHTS}: {name}", owner._parameters[own])
-            parameter = owner._parameters[own]  # another one, if it was
-        of_part = of_parts.get(part)
-        want = _dtype(asked if of_part is None else of_part) or saved.get(name) or saved.get(part) or parameter.dtype
-        parameter.data = parameter.data.to(want)
-        fixed = config.gate is not None and name.endswith("adaption_gate")
-        parameter.requires_grad_((part == "own" and not fixed) or ".lora_" in name)
-    for part in ("encoder", "llm"):
-        getattr(model, part).config.dtype = getattr(model, part).dtype
-    return (model, info) if wants_info else model
-
-
-def _check_shards(name_or_path: str) -> None:
-    """An index of shards names files of its own folder."""
-    for index in Path(name_or_path).glob("*.index.json") if Path(name_or_path).is_dir() else ():
-        with reading(name_or_path, index.name):
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            outside = [file for file in files if not _is_name(file)]
-            if outside:
-                raise CheckpointError(f"expected names of files in this folder, got {shown(outside[0])}")
-
-
-def _is_name(file: Any) -> bool:
-    return isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file
-
-
-def _part(name: str) -> str:
-    return "own" if name.startswith(OWN_PARTS) else name.split(".")[0]
-
-
-def _read_config(name_or_path: str, hub: dict[str, Any]) -> LayAlignConfig:
-    with reading(name_or_path, "no readable LayAlign checkpoint"):
-        found, _ = LayAlignConfig.get_config_dict(name_or_path, **hub)
-        kind = found.get("model_type")
-    if kind != LayAlignConfig.model_type:
-        raise CheckpointError(f"{name_or_path}: expected a layalign checkpoint, got {shown(kind)}")
-    with reading(name_or_path, CONFIG):
-        config = LayAlignConfig.from_dict(found)
-        if config.encoder_config is None or config.llm_config is None:
-            raise CheckpointError("expected encoder_config and llm_config")
-    return config
-
-
-def _read_weights(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    with reading(name_or_path, f"cannot read {WEIGHTS}"):
-        return read_weights(str(cached_file(name_or_path, WEIGHTS, **hub)))
-
-
-def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> None:
-    """Put the stored weights in, in their stored dtype unless one is asked for; each must fit, none may be missing."""
-    places = dict(model.named_parameters())
-    expected = set(own_state(model))
-    missing, foreign = sorted(expected - set(weights)), sorted(set(weights) - set(places))
-    if missing or foreign:
-        problem = f"{missing[0]} is missing" if missing else f"the model has no {foreign[0]}"
-        raise CheckpointError(f"{WEIGHTS}: does not fit the model: {problem}")
-    for name, tensor in weights.items():
-        place = places[name]
-        if place.shape != tensor.shape:
-            shapes = f"expected {tuple(place.shape)}, got {tuple(tensor.shape)}"
-            raise CheckpointError(f"{WEIGHTS}: {name}: {shapes}")
-        device = _home(model, name, place)
-        # A copy: the tensor is a view of the mapped file, and saving to the same folder would pull it from under us.
-        place.data = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-
-
-def _home(model: Any, name: str, place: Tensor) -> torch.device:
-    """Own parts live with the LLM's embeddings, everything else stays where it is."""
-    return device_of(model.get_input_embeddings()) if name.startswith(OWN_PARTS) else place.device
-
-
-def inject_lora(llm: PreTrainedModel, settings: Any) -> dict[str, Any]:
-    """Add a LoRA adapter to ``llm`` and return its settings as plain data."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise CheckpointError("lora: expected the package peft (pip install 'layalign[lora]')") from error
-    try:
-        lora = settings if isinstance(settings, LoraConfig) else LoraConfig(**_plain(settings))
-        if getattr(llm, "_hf_peft_config_loaded", False):
-            raise ValueError("the LLM has an adapter already")
-        # As llm.add_adapter, which in transformers 5.24 asks for a peft that its index does not have.
-        inject_adapter_in_model(lora, llm)
-        llm._hf_peft_config_loaded = True
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ArgumentError(f"lora: expected the fields of a peft LoraConfig: {first_line(error)}") from error
-    return _plain(lora.to_dict())
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON data, without what peft fills in by itself."""
-    derived = ("peft_type", "auto_mapping", "peft_version")
-    text = json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-    plain: dict[str, Any] = json.loads(text)
-    return {key: value for key, value in plain.items() if key not in derived and value is not None}

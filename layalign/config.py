@@ -14,6 +14,7 @@ from layalign.fold import CHOICES
 from layalign.last_layer import CHOICES as LAST_LAYER_CHOICES
 from layalign.layers import named_layers
 from layalign.liger import CHOICES as LIGER_CHOICES
+from layalign.names import PARTS
 from layalign.nn.aligner import MIXES, STRUCTURES
 from layalign.ops.backends import BACKENDS
 
@@ -61,7 +62,12 @@ class LayAlignConfig(PretrainedConfig):
             None, and config.json says so.
         source_token_id: id that fills the slots of the soft tokens in ``input_ids``. None: the LLM's pad, else eos, id.
         lora: settings of a peft ``LoraConfig`` put on the LLM, or None.
-        frozen_saved, part_dtypes: whether the checkpoint holds the frozen parts too, and each part's dtype in it.
+        frozen_saved, part_dtypes: whether the checkpoint holds the frozen parts too (or which of them), and each part's
+            dtype in it.
+        frozen_fingerprints: by part and weight, what the frozen parts held when the checkpoint was saved
+            (:mod:`layalign.fingerprint`). None: an old checkpoint.
+        frozen_folders: by part, the way from the checkpoint's folder to the part's folder. A part without one has a hub
+            name. None: an old checkpoint, or names as they were typed.
         impl: backend of the operations, "auto" by default.
         fold: whether the aligner's projection is folded into the LLM's key and value maps (:mod:`layalign.fold`):
             "auto" where it takes less work, "always" where it can be done, "never".
@@ -97,8 +103,10 @@ class LayAlignConfig(PretrainedConfig):
         llm_bos_token_id: int | bool | None = None,
         source_token_id: int | None = None,
         lora: dict[str, Any] | None = None,
-        frozen_saved: bool = False,
+        frozen_saved: bool | list[str] = False,
         part_dtypes: dict[str, str] | None = None,
+        frozen_fingerprints: dict[str, dict[str, str]] | None = None,
+        frozen_folders: dict[str, str] | None = None,
         impl: str = "auto",
         fold: str = "auto",
         liger: str = "auto",
@@ -126,6 +134,8 @@ class LayAlignConfig(PretrainedConfig):
         self.lora = lora
         self.frozen_saved = frozen_saved
         self.part_dtypes = part_dtypes
+        self.frozen_fingerprints = frozen_fingerprints
+        self.frozen_folders = frozen_folders
         self.impl = impl
         self.fold = fold
         self.liger = liger
@@ -164,8 +174,25 @@ class LayAlignConfig(PretrainedConfig):
             value = getattr(self, name)
             if value is not None and not (value is False and name == "llm_bos_token_id"):
                 whole_number(name, value, least=0)
-        if not isinstance(self.frozen_saved, bool):
-            refuse("frozen_saved", "true or false", self.frozen_saved)
+        saved = self.frozen_saved
+        if not isinstance(saved, bool) and not (isinstance(saved, list) and all(part in PARTS for part in saved)):
+            refuse("frozen_saved", f"true, false or a list of {' and '.join(PARTS)}", saved)
+        _check_texts("frozen_folders", self.frozen_folders)
+        if not isinstance(self.frozen_fingerprints, dict | None):
+            refuse("frozen_fingerprints", "a mapping or None", self.frozen_fingerprints)
+        for part, entries in (self.frozen_fingerprints or {}).items():
+            if not isinstance(entries, dict):
+                refuse(f"frozen_fingerprints.{shown(part)}", "a mapping", entries)
+            _check_texts(f"frozen_fingerprints.{shown(part)}", entries)
+            for name, entry in entries.items():
+                if len(entry.split()) != 6:
+                    refuse(f"frozen_fingerprints.{part}.{shown(name)}", "six words", entry)
+
+    @property
+    def saved_parts(self) -> tuple[str, ...]:
+        """The frozen parts that the checkpoint holds itself."""
+        saved = self.frozen_saved
+        return (PARTS if saved else ()) if isinstance(saved, bool) else tuple(saved)
 
     def _check_variant(self) -> None:
         for name in ("adapter", "prompt"):
@@ -256,6 +283,12 @@ def hidden_size(config: PretrainedConfig) -> int:
 
 def _first(token: Any) -> int | None:
     return (token[0] if token else None) if isinstance(token, (list, tuple)) else token
+
+
+def _check_texts(name: str, values: Any) -> None:
+    texts = isinstance(values, dict) and all(isinstance(each, str) for pair in values.items() for each in pair)
+    if values is not None and not texts:
+        refuse(name, "a mapping of texts to texts, or None", values)
 
 
 def _layers(name: str, layers: Any) -> list[int]:

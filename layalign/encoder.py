@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from layalign._pickling import leave_out_recorders, make_recordable
 from layalign._plain import trains
 from layalign.errors import ArgumentError
+from layalign.names import given
 
 
 def encoder_part(model: PreTrainedModel) -> PreTrainedModel:
@@ -26,7 +27,12 @@ def encoder_part(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """The encoder of a checkpoint; of a T5-like one only the encoder's weights are read."""
+    """The encoder of a checkpoint; of a T5-like one only the encoder's weights are read.
+
+    Raises:
+        CheckpointError: the name can only be a path, and there is no such folder (:func:`layalign.names.given`).
+    """
+    name_or_path = given("encoder", name_or_path)
     kwargs.setdefault("trust_remote_code", False)  # transformers would ask on the terminal
     names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
     config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in names if key in kwargs})
@@ -36,7 +42,8 @@ def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_llm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """The causal language model of a checkpoint."""
+    """The causal language model of a checkpoint; a name is taken as by :func:`load_encoder`."""
+    name_or_path = given("llm", name_or_path)
     kwargs.setdefault("trust_remote_code", False)
     return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
 

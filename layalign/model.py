@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from layalign import attention, checkpoint, slots
+from layalign import adapters, attention, checkpoint, loading, names, slots
 from layalign import encoder as encoders
 from layalign._pickling import leave_out_recorders, make_recordable
 from layalign._plain import device_of
@@ -33,6 +34,8 @@ from layalign.packing import pack, real_positions
 from layalign.padding import real_tokens
 from layalign.parts import own_parts
 from layalign.source import SourceStates, bridge, get_source, put_source
+
+logger = logging.getLogger("layalign")
 
 
 class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
@@ -71,6 +74,9 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                     module._is_hf_initialized = True  # type: ignore[assignment]  # post_init must not touch their weights
         # By name, for another vocabulary brings other parameters.
         self._trainable_before = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        for name in ("encoder", "llm"):
+            if (said := adapters.announce(name, getattr(self, name))) is not None:
+                logger.warning("%s", said)
         self.freeze()
         encoders.record_layers(self.encoder)
         if config.lora is not None:
@@ -118,14 +124,23 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                 llm = encoders.load_llm(llm, **(llm_kwargs or {}))
         for name, part in (("encoder", encoder), ("llm", llm)):
             if not isinstance(part, PreTrainedModel):
-                raise ArgumentError(f"{name}: expected a transformers model or its name, got {type(part).__name__}")
+                hint = "; pass its get_base_model()" if hasattr(part, "get_base_model") else ""
+                raise ArgumentError(
+                    f"{name}: expected a transformers model or its name, got {type(part).__name__}{hint}"
+                )
         if llm.get_output_embeddings() is None:
             raise ArgumentError(f"llm: expected a causal language model, got {type(llm).__name__}")
         encoder = encoders.encoder_part(encoder)
         for key, part in (("encoder_name_or_path", encoder), ("llm_name_or_path", llm)):
-            config.setdefault(key, part.config.name_or_path or None)
+            name = part.config.name_or_path
+            if key not in config:  # a folder here, as for transformers
+                config[key] = names.absolute(name) if name and Path(name).is_dir() else name or None
+            elif isinstance(config[key], str):
+                config[key] = names.settled(config[key])
+        config.setdefault("frozen_folders", {})  # the names are settled
         full = LayAlignConfig(encoder_config=encoder.config, llm_config=llm.config, **config)
         model = cls(full, encoder=encoder, llm=llm)
+        names.keep(model)
         device = device_of(llm.get_input_embeddings())
         for part in (model.mapping, model.encoder_aligner, model.cross_attention):
             if part is not None:
@@ -141,28 +156,46 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             encoder, llm: frozen parts already in memory, instead of loading them by name.
             encoder_kwargs, llm_kwargs: further arguments for loading a frozen part by name.
             **kwargs: as transformers' ``from_pretrained`` (dtype, device_map, attn_implementation, revision, ...).
-                ``trust_remote_code`` is for the frozen parts; without it no code from a checkpoint runs.
+                ``trust_remote_code`` is for the frozen parts; without it no code from a checkpoint runs. Fields of
+                :class:`LayAlignConfig` replace those of the checkpoint.
+            changed_frozen: a frozen part that is not what it was when the checkpoint was saved: "refuse" or "warn".
 
         Raises:
-            CheckpointError: the checkpoint is not one of ours, is damaged, or does not fit the model.
+            ArgumentError: an argument is not known, or cannot be honoured.
+            CheckpointError: the checkpoint is not one of ours, is damaged, or does not fit the model; or a frozen part
+                differs from the one that it was saved with. The text names what differs.
         """
         if not isinstance(pretrained_model_name_or_path, str | Path):
             refuse("pretrained_model_name_or_path", "a folder or hub name", pretrained_model_name_or_path)
-        return checkpoint.load(cls, super().from_pretrained, str(pretrained_model_name_or_path), args, kwargs)
+        return loading.load(cls, str(pretrained_model_name_or_path), args, kwargs)
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: Any, *, save_frozen: bool = False, state_dict: dict[str, Tensor] | None = None, **kw: Any
+        self,
+        save_directory: Any,
+        *,
+        save_frozen: bool = False,
+        changed_frozen: str = "write",
+        state_dict: dict[str, Tensor] | None = None,
+        **kw: Any,
     ) -> None:
         """Write the checkpoint.
 
         Args:
             save_directory: folder, made if needed.
-            save_frozen: also write encoder and LLM. By default only trained weights are written, with the names of the
-                frozen parts; a frozen part that has no name is written all the same, with a warning.
+            save_frozen: also write encoder and LLM. By default only trained weights are written, with names and
+                fingerprints of the frozen parts; a part that has no name is written all the same, with a warning.
+            changed_frozen: a frozen part that is not what its name gives: "write" it with the checkpoint, with a line
+                that says so, or "refuse".
             state_dict: weights to write instead of the model's own (distributed engines gather them).
-            **kw: as transformers' ``save_pretrained`` (with ``save_frozen``).
+            **kw: as transformers' ``save_pretrained``: is_main_process, max_shard_size, variant, push_to_hub, repo_id,
+                commit_message, commit_description, private, token, create_pr, revision.
+
+        Raises:
+            ArgumentError: an argument is not known, or cannot be honoured.
+            CheckpointError: the model could not be loaded again from what would be written (adapters added by hand, a
+                quantised part that is not what its name gives).
         """
-        checkpoint.save(self, super().save_pretrained, save_directory, save_frozen, state_dict, kw)
+        checkpoint.save(self, save_directory, save_frozen, state_dict, changed_frozen, kw)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         leave_out_recorders(self)  # the LLM has some once its hidden states were asked for

@@ -12,10 +12,14 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from layalign import names
 from layalign.errors import ArgumentError, CheckpointError, first_line
+
+if TYPE_CHECKING:
+    from layalign.config import LayAlignConfig
 
 FOLDERS = {"encoder": "encoder_tokenizer", "llm": "llm_tokenizer"}
 
@@ -226,26 +230,42 @@ def save_tokenizers(folder: str | Path, encoder_tokenizer: Any, llm_tokenizer: A
 
 
 def load_tokenizers(
-    checkpoint: str | Path | None = None, *, encoder: str | None = None, llm: str | None = None
+    checkpoint: str | Path | None = None,
+    *,
+    encoder: str | None = None,
+    llm: str | None = None,
+    config: LayAlignConfig | None = None,
 ) -> tuple[Any, Any]:
     """(encoder tokenizer, LLM tokenizer): those saved in the checkpoint, else those of the frozen parts by name.
+
+    Args:
+        checkpoint: folder of a model.
+        encoder, llm: names or folders, as a user typed them.
+        config: of the loaded model, for the names that are not given.
 
     Raises:
         CheckpointError: neither is there; the text names what was looked for.
     """
-    return load_tokenizer("encoder", encoder, checkpoint), load_tokenizer("llm", llm, checkpoint)
+    return load_tokenizer("encoder", encoder, checkpoint, config), load_tokenizer("llm", llm, checkpoint, config)
 
 
-def load_tokenizer(part: str, name: str | None = None, checkpoint: str | Path | None = None) -> Any:
+def load_tokenizer(
+    part: str,
+    name: str | None = None,
+    checkpoint: str | Path | None = None,
+    config: LayAlignConfig | None = None,
+) -> Any:
     """One of the two: see :func:`load_tokenizers`."""
     from transformers import AutoTokenizer
 
-    source = name
-    if checkpoint is not None:
-        saved = Path(checkpoint) / FOLDERS[part]
-        if saved.is_dir():
-            source = str(saved)
-    if source is None:
+    saved = None if checkpoint is None else Path(names.absolute(str(checkpoint))) / FOLDERS[part]
+    if saved is not None and saved.is_dir():
+        source = str(saved)
+    elif name is not None:
+        source = names.given(f"{part} tokenizer", name)
+    elif config is not None and getattr(config, f"{part}_name_or_path"):
+        source = names.located(config, part)
+    else:
         raise CheckpointError(f"{part} tokenizer: expected {FOLDERS[part]}/ in {checkpoint}, or the {part}'s name")
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import batch, open_gates, tiny_encoder, tiny_llm, tiny_model
+from tiny import batch, open_gates, tiny_folders, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layalign import ArgumentError, CheckpointError, LayAlignConfig, LayAlignForCausalLM
@@ -19,9 +19,7 @@ from layalign.encoder import load_encoder
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[str, str]:
     """Frozen parts with names: folders on disk."""
-    tiny_encoder().save_pretrained(tmp_path / "encoder")
-    tiny_llm(num_key_value_heads=2).save_pretrained(tmp_path / "llm")
-    return str(tmp_path / "encoder"), str(tmp_path / "llm")
+    return tiny_folders(tmp_path)
 
 
 def named_model(parts: tuple[str, str], **config) -> LayAlignForCausalLM:

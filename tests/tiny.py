@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -106,6 +108,13 @@ def tiny_model(
     model = LayAlignForCausalLM.from_encoder_and_llm(*parts, **config)
     open_gates(model)
     return model.eval()
+
+
+def tiny_folders(folder: Path) -> tuple[str, str]:
+    """(encoder, LLM) on disk: frozen parts with names."""
+    tiny_encoder().save_pretrained(folder / "encoder")
+    tiny_llm(num_key_value_heads=2).save_pretrained(folder / "llm")
+    return str(folder / "encoder"), str(folder / "llm")
 
 
 def open_gates(model: LayAlignForCausalLM) -> None:

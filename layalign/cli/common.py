@@ -38,13 +38,14 @@ def load_model(checkpoint: str, device: str | None, dtype: str) -> tuple[Any, An
 
     from layalign import LayAlignForCausalLM
     from layalign.errors import ArgumentError
+    from layalign.names import is_path
     from layalign.tokenization import load_tokenizers
 
     quiet_transformers()
     dtypes = ("auto", "float32", "bfloat16", "float16")
     if dtype not in dtypes:
         raise ArgumentError(f"dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
-    if not Path(checkpoint).exists() and checkpoint.count("/") != 1:
+    if not Path(checkpoint).expanduser().exists() and (is_path(checkpoint) or "/" not in checkpoint):
         raise ArgumentError(f"checkpoint: no such folder: {checkpoint}")
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -57,7 +58,4 @@ def load_model(checkpoint: str, device: str | None, dtype: str) -> tuple[Any, An
         for part in (model.encoder, model.llm):  # also where the checkpoint itself holds them
             part.to(getattr(torch, dtype))
     model.to(place).eval()
-    tokenizers = load_tokenizers(
-        checkpoint, encoder=model.config.encoder_name_or_path, llm=model.config.llm_name_or_path
-    )
-    return model, *tokenizers
+    return model, *load_tokenizers(checkpoint, config=model.config)

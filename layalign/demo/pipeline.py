@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from layalign import LayAlignForCausalLM
+from layalign._files import give_usual_modes
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_data
 from layalign.demo.pretraining import (
     Progress,
@@ -122,6 +123,7 @@ def _pretrain(demo: Demo) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerB
         )
     for name, model, tokenizer in (("llm", llm, llm_tokenizer), ("encoder", encoder, encoder_tokenizer)):
         model.save_pretrained(demo.folder / name)
+        give_usual_modes(demo.folder / name)
         tokenizer.save_pretrained(demo.folder / name)
     return llm_tokenizer, encoder_tokenizer
 

@@ -21,7 +21,7 @@ import transformers
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
-from layalign._files import write_whole
+from layalign._files import give_usual_modes, write_whole
 from layalign.baselines import baseline
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
 from layalign.demo.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
@@ -141,6 +141,7 @@ def prepare(settings: ExperimentSettings, folder: Path, seed: int) -> dict[str, 
     seconds["encoder"] = time.perf_counter() - started - seconds["llm"]
     for name, model, tokenizer in (("llm", llm, llm_tokenizer), ("encoder", encoder, encoder_tokenizer)):
         model.save_pretrained(place / name)
+        give_usual_modes(place / name)
         tokenizer.save_pretrained(place / name)
     return _done(place / PREPARED, mark, {"seed": seed, "seconds": seconds, "losses": losses})
 

@@ -16,11 +16,11 @@ import shutil
 from pathlib import Path
 
 from layalign._files import sync, write_whole
+from layalign.names import UNFINISHED
 
 logger = logging.getLogger("layalign")
 
 MANIFEST = "manifest.json"
-UNFINISHED = ".unfinished"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _VERSION = 1
 

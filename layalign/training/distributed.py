@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 
-from layalign import _sharding
+from layalign import _sharding, checkpoint
 from layalign.attention import key_value_modules
 from layalign.errors import ArgumentError, CheckpointError
 
@@ -165,6 +165,7 @@ class DistributedTrainer(Trainer):
             raise ArgumentError("sharding: FSDP1 is not supported, expected fsdp_version: 2")
         if resume_from_checkpoint is not None:  # while the weights are whole
             self._load_from_checkpoint(resume_from_checkpoint, self.model)
+        checkpoint.prepare(self.model)
         if self.sharding == "FSDP2":
             shard_first(self.model, self.accelerator)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}

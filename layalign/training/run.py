@@ -337,11 +337,7 @@ def _tell_first_token(config: TrainConfig, model: LayAlignForCausalLM, llm_token
 
 
 def _tokenizers(config: TrainConfig, model: LayAlignForCausalLM) -> tuple[Any, Any]:
-    return load_tokenizers(
-        config.init_checkpoint,
-        encoder=config.encoder or model.config.encoder_name_or_path,
-        llm=config.llm or model.config.llm_name_or_path,
-    )
+    return load_tokenizers(config.init_checkpoint, encoder=config.encoder, llm=config.llm, config=model.config)
 
 
 # Trainer

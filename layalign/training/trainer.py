@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 
-from layalign import checkpoint
+from layalign import checkpoint, loading
 from layalign._files import writing
 from layalign._sharding import full_shape, put
 from layalign.errors import CheckpointError
@@ -178,7 +178,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
     Raises:
         CheckpointError: the folder has no readable weights, or they do not fit.
     """
-    weights = checkpoint.read_weights(Path(folder) / checkpoint.WEIGHTS)
+    weights = loading.read_all(str(folder))
     places = dict(model.named_parameters())
     wanted = checkpoint.trained_names(model)
     stored = {name for name in weights if name in wanted or name.startswith(checkpoint.OWN_PARTS)}

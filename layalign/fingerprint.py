@@ -1,0 +1,363 @@
+"""What a frozen part holds, in a line per weight, and whether it is what its name gives.
+
+A weight's fingerprint is a hash of its bits, and of its bits after rounding to each half precision: a part that is
+loaded in another dtype is compared after the rounding that this dtype means, exactly. Only bfloat16 against float16,
+where neither holds the other's numbers, is compared by a sum, within the rounding error.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from layalign._sharding import reason_whole_is_not_here
+from layalign.adapters import adapter_names, base_name
+from layalign.errors import shown
+from layalign.names import cached_file
+
+QUANTISERS = ("bitsandbytes", "optimum", "torchao", "hqq")  # packages whose modules hold packed weights
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Settings that change no number which LayAlign computes with a part.
+_HARMLESS = {
+    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "quantization_config", "use_cache",
+    "return_dict", "id2label", "label2id", "problem_type", "num_labels", "is_decoder", "is_encoder_decoder",
+    "tie_encoder_decoder", "tie_word_embeddings", "name_or_path", "task_specific_params", "tokenizer_class",
+}  # fmt: skip
+_HARMLESS_WORDS = ("token_id", "token_index", "output_")
+_WORDS, _ROW = 1 << 15, 1 << 14  # in a row of the hash and of the sum
+_STEP = {"cpu": 1 << 18, "cuda": 1 << 26}  # numbers taken at once: what stays in a cache, what keeps a GPU busy
+
+
+# One weight
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """`dtype shape bits bfloat16-bits float16-bits sum` of a floating tensor; `-` for what its dtype does not need.
+
+    The dtype is that of the numbers: float32 that holds nothing finer than bfloat16 counts as bfloat16.
+    """
+    kind = _kind(tensor)
+    halves = [_bits(tensor, dtype) if kind == "float32" else "-" for dtype in HALVES.values()]
+    total = "-" if kind == "float32" else f"{_sum(tensor):.9g}"
+    return " ".join([kind, _shape(tensor), _bits(tensor, getattr(torch, kind)), *halves, total])
+
+
+def difference(entry: str, tensor: Tensor) -> str | None:
+    """How a tensor differs from a stored fingerprint; None if it does not."""
+    kind, shape, own, *halves, total = entry.split()
+    if shape != _shape(tensor):
+        return f"shape {_shape(tensor)} instead of {shape}"
+    stored = {**dict(zip(HALVES, halves, strict=True)), kind: own}
+    here = _kind(tensor)
+    # In a precision that holds the numbers of one of the two, rounding the other to it is all that may have happened.
+    for dtype in dict.fromkeys((here, kind)):
+        if (dtype != "float32" or here == kind) and stored[dtype] == _bits(tensor, getattr(torch, dtype)):
+            return None
+    if {here, kind} == set(HALVES) and abs(_sum(tensor) - float(total)) <= _rounding_of_sum(tensor):
+        return None
+    return "other values"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _kind(tensor: Tensor) -> str:
+    """The narrowest of bfloat16, float16 and float32 that holds the numbers of a tensor (float64 counts as float32)."""
+    if tensor.dtype in HALVES.values():
+        return str(tensor.dtype).removeprefix("torch.")
+    fitting = dict(HALVES)
+    for piece in _pieces(tensor):
+        fitting = {name: dtype for name, dtype in fitting.items() if torch.equal(piece.to(dtype).to(piece), piece)}
+        if not fitting:
+            return "float32"
+    return next(iter(fitting))
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.detach().reshape(-1)
+    step = _STEP["cuda" if flat.device.type == "cuda" else "cpu"]
+    for start in range(0, len(flat), step):
+        piece = flat[start : start + step]
+        yield piece if piece.device.type in _STEP else piece.cpu()
+
+
+def _bits(tensor: Tensor, dtype: torch.dtype) -> str:
+    """A 64-bit hash of a tensor's numbers in ``dtype``: its bits, eight bytes at a time, by random odd factors."""
+    found = row = 0
+    for piece in _pieces(tensor):
+        raw = _filled(piece.to(dtype).contiguous().view(torch.uint8), 8 * _WORDS).view(torch.int64).view(-1, _WORDS)
+        mixed = (raw >> 31).bitwise_xor_(raw)  # else two flips of the highest bit would cancel
+        sums = mixed.mul_(_words(_WORDS, 1, raw.device)).sum(dim=1)
+        found += int((sums * _words(row + len(sums), 2, raw.device)[row:]).sum())
+        row += len(sums)
+    return f"{found % 2**64:016x}"
+
+
+def _sum(tensor: Tensor) -> float:
+    """The sum of a tensor's numbers by random factors, each the product of two of size 1 to 2."""
+    found, row = 0.0, 0
+    for piece in _pieces(tensor):
+        numbers = _filled(piece.float(), _ROW).view(-1, _ROW)
+        sums = (numbers @ _numbers(_ROW, 3, numbers.device)).double()
+        found += float((sums * _numbers(row + len(sums), 4, numbers.device)[row:]).sum())
+        row += len(sums)
+    return found
+
+
+def _filled(flat: Tensor, row: int) -> Tensor:
+    """With zeros up to whole rows."""
+    missing = -len(flat) % row
+    return nn.functional.pad(flat, (0, missing)) if missing else flat
+
+
+def _rounding_of_sum(tensor: Tensor) -> float:
+    """How far the roundings of bfloat16 and float16 bring two sums apart: six standard deviations."""
+    relative = float(tensor.float().norm()) * sum(torch.finfo(dtype).eps for dtype in HALVES.values())
+    half = torch.finfo(torch.float16)
+    return 6 * 7 / 3 * (relative + tensor.numel() ** 0.5 * half.smallest_normal * half.eps) / 12**0.5
+
+
+def _words(count: int, seed: int, device: torch.device) -> Tensor:
+    return _drawn("words", max(_WORDS, 1 << (count - 1).bit_length()), seed, device)[:count]
+
+
+def _numbers(count: int, seed: int, device: torch.device) -> Tensor:
+    return _drawn("numbers", max(_ROW, 1 << (count - 1).bit_length()), seed, device)[:count]
+
+
+@functools.lru_cache(maxsize=16)
+def _drawn(kind: str, count: int, seed: int, device: torch.device) -> Tensor:
+    """Random factors: the same on every machine, in every version (numpy keeps this stream), and for every count."""
+    draw = np.random.RandomState(seed)
+    if kind == "words":
+        return torch.from_numpy(draw.randint(-(2**63), 2**63 - 1, count, dtype=np.int64) | 1).to(device)
+    drawn = draw.random_sample(count) * 2 - 1
+    return torch.from_numpy(drawn + np.sign(drawn)).float().to(device)
+
+
+# A part
+
+
+@dataclass(frozen=True)
+class Found:
+    """A frozen part as it stands in memory.
+
+    Attributes:
+        entries: name of each weight that could be read -> its fingerprint.
+        unread: why the others, or all, could not be read; None if nothing stood against it.
+        differs: how it differs from what its name gives; None if it does not, or if nobody can tell.
+        unchecked: why it could not be compared with what its name gives.
+    """
+
+    entries: dict[str, str] = field(default_factory=dict)
+    unread: str | None = None
+    differs: str | None = None
+    unchecked: str | None = None
+
+
+def is_quantised(part: nn.Module) -> bool:
+    """Whether a frozen part holds packed weights, by transformers or by a quantiser's own modules."""
+    if getattr(part, "is_quantized", False) or getattr(part, "hf_quantizer", None) is not None:
+        return True
+    return any(type(module).__module__.split(".")[0] in QUANTISERS for module in part.modules())
+
+
+def frozen_tensors(part: nn.Module, every: bool = False) -> Iterator[tuple[str, list[str], Tensor]]:
+    """(name in the part, all its names without adapters, tensor) of a part's frozen weights and stored buffers.
+
+    Args:
+        part: with or without adapters, whose weights are left out.
+        every: also weights that train, and those of a pooler: nothing reads it, and a file may leave it random.
+    """
+    foreign = adapter_names(part)
+    found: dict[int, tuple[str, list[str], Tensor]] = {}
+    for name, tensor in part.named_parameters(remove_duplicate=False):
+        if name not in foreign and (every or not (tensor.requires_grad or "pooler" in name.split("."))):
+            found.setdefault(id(tensor), (name, [], tensor))[1].append(base_name(name))
+    for path, module in part.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                name = f"{path}.{leaf}" if path else leaf
+                found.setdefault(id(buffer), (name, [], buffer))[1].append(base_name(name))
+    yield from found.values()
+
+
+def readable(part: nn.Module, name: str, tensor: Tensor) -> Tensor | str:
+    """The whole tensor as plain numbers, or why it cannot be read here."""
+    if (reason := reason_whole_is_not_here(tensor)) is not None:
+        return reason
+    if tensor.device.type == "meta":
+        try:
+            from transformers.integrations.accelerate import load_offloaded_parameter
+
+            tensor = load_offloaded_parameter(part, name)  # type: ignore[arg-type]
+        except Exception:  # other hooks than accelerate's, other releases
+            return "it is offloaded"
+    if tensor.dtype not in (*HALVES.values(), torch.float32, torch.float64) or type(tensor.data) is not Tensor:
+        return "it is quantised" if is_quantised(part) else f"its numbers are {tensor.dtype}"
+    return tensor.detach()
+
+
+def examine(part: nn.Module) -> Found:
+    """The fingerprints of a part's frozen weights."""
+    entries, reasons, count = {}, [], 0
+    for name, (first, *_), tensor in frozen_tensors(part):
+        count += 1
+        found = readable(part, name, tensor)
+        if isinstance(found, Tensor):
+            entries[first] = fingerprint(found)
+        elif tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
+            reasons.append(f"{first}: {found}")
+    unread = f"{len(reasons)} of {count} weights cannot be read ({reasons[0]})" if reasons else None
+    return Found(entries, unread)
+
+
+def differences(stored: Mapping[str, str], part: nn.Module, same_version: bool) -> list[str]:
+    """How a part differs from stored fingerprints: one text per weight.
+
+    Another release of transformers may call a weight by another name: there a name alone is no difference.
+    """
+    here = {each: (name, tensor) for name, names, tensor in frozen_tensors(part, every=True) for each in names}
+    tensors = {id(tensor): readable(part, name, tensor) for name, tensor in here.values()}
+    problems = []
+    for name, entry in stored.items():
+        if name in here:
+            found = tensors[id(here[name][1])]
+            if isinstance(found, Tensor) and (problem := difference(entry, found)) is not None:
+                problems.append(f"{name}: {problem}")
+        elif same_version and not any(
+            difference(entry, tensor) is None for tensor in tensors.values() if isinstance(tensor, Tensor)
+        ):
+            problems.append(f"{name}: is missing")
+    return problems
+
+
+def settings_that_differ(wanted: Any, found: Any) -> list[str]:
+    """How one configuration of a part computes other numbers than another: one text per setting."""
+    one, two = _settings(wanted.to_dict()), _settings(found.to_dict())
+    return [
+        f"configuration: {key} {shown(two[key])} instead of {shown(one[key])}"
+        for key in one
+        if key in two and one[key] != two[key]
+    ]
+
+
+def _settings(values: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in _HARMLESS or str(key).startswith("_") or any(word in str(key) for word in _HARMLESS_WORDS):
+            continue
+        if isinstance(value, Mapping):
+            found.update(_settings(value, f"{start}{key}."))
+        else:
+            found[f"{start}{key}"] = json.loads(json.dumps(value, default=str))
+    return found
+
+
+def summary(problems: list[str]) -> str:
+    """The first differences in words."""
+    more = len(problems) - 3
+    return "; ".join(problems[:3]) + (f"; and {more} more" if more > 0 else "")
+
+
+# What a name gives, without the hub
+
+
+def weight_files(name: str) -> list[Path]:
+    """The files that hold the weights of a folder or of a hub name in the cache; none where they are not there."""
+    for first in ("model.safetensors", "pytorch_model.bin"):
+        for file in (first, f"{first}.index.json"):
+            path = Path(name) / file if Path(name).is_absolute() else cached_file(name, file)
+            if path is None or not path.is_file():
+                continue
+            if path.suffix != ".json":
+                return [path]
+            try:
+                names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                return []
+            files = [path.parent / str(each) for each in sorted(names)]
+            return files if all(each.is_file() for each in files) else []
+    return []
+
+
+def _contents(files: Iterable[Path]) -> dict[str, tuple[str, Callable[[], Tensor]]]:
+    """Name -> (shape, function that reads the tensor) of weight files; nothing is read yet."""
+    found: dict[str, tuple[str, Callable[[], Tensor]]] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            opened = safe_open(file, framework="pt")
+            for name in opened.keys():  # noqa: SIM118  # it is no mapping
+                shape = "x".join(map(str, opened.get_slice(name).get_shape())) or "scalar"
+                found[name] = shape, functools.partial(opened.get_tensor, name)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            for name, tensor in state.items():
+                if isinstance(tensor, Tensor):
+                    found[name] = _shape(tensor), functools.partial(lambda each: each, tensor)
+    return found
+
+
+def differences_from_files(part: nn.Module, files: Iterable[Path]) -> tuple[list[str], list[str]]:
+    """(how a part differs from weight files, names of its weights that no file seems to have).
+
+    Files hold a whole model where the part may be its encoder, and older names: a weight is looked for by the end of
+    its name, and then by its content.
+    """
+    contents = _contents(files)
+    by_end: dict[str, list[str]] = {}
+    for name in contents:
+        for end in _ends(name):
+            by_end.setdefault(end, []).append(name)
+    problems, unfound = [], []
+    for own, names, tensor in frozen_tensors(part):
+        here = readable(part, own, tensor)
+        if not isinstance(here, Tensor):
+            continue
+        shape = _shape(here)
+        called = [name for each in names for name in by_end.get(each, ())]
+        called += [end for each in names for end in _ends(each) if end in contents]
+        alike = [name for name in contents if contents[name][0] == shape]
+        if any(_same(contents[name][1](), here) for name in called if contents[name][0] == shape):
+            continue
+        if any(_same(contents[name][1](), here) for name in alike if name not in called):
+            continue
+        if not called:
+            unfound.append(names[0])
+        elif any(name in alike for name in called):
+            problems.append(f"{names[0]}: other values")
+        else:
+            problems.append(f"{names[0]}: shape {shape} instead of {contents[called[0]][0]}")
+    return problems, unfound
+
+
+def _ends(name: str) -> list[str]:
+    pieces = name.split(".")
+    return [".".join(pieces[start:]) for start in range(len(pieces))]
+
+
+def _same(file: Tensor, here: Tensor) -> bool:
+    """Whether a tensor is what a file's becomes when it is loaded in some dtype, and perhaps widened afterwards."""
+    routes = [None, *(half for half in HALVES.values() if here.dtype in (torch.float32, torch.float64))]
+    if file.dtype in HALVES.values() or not file.is_floating_point():
+        routes = [None]
+    for start, piece in zip(range(0, max(here.numel(), 1), 1 << 24), _blocks(here), strict=False):
+        there = file.reshape(-1)[start : start + (1 << 24)].to(piece.device)
+        routes = [r for r in routes if torch.equal((there if r is None else there.to(r)).to(piece.dtype), piece)]
+        if not routes:
+            return False
+    return True
+
+
+def _blocks(tensor: Tensor) -> Iterable[Tensor]:
+    return tensor.reshape(-1).split(1 << 24)

@@ -1,0 +1,342 @@
+"""Loading what `layalign.checkpoint` wrote: every file and every frozen part is compared with what was saved."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, __version__
+from transformers.utils import cached_file
+
+from layalign import encoder as encoders
+from layalign import fingerprint, names
+from layalign._plain import device_of
+from layalign.adapters import adapter_names, base_name, inject_lora
+from layalign.checkpoint import CONFIG, OWN_PARTS, WEIGHTS, own_state, part_of, read_weights, reading, weights_name
+from layalign.config import LayAlignConfig, hidden_size, number_of_layers
+from layalign.errors import ArgumentError, CheckpointError, one_of, refuse, shown
+from layalign.names import PARTS
+from layalign.ops._checks import FLOAT_DTYPES
+from layalign.parts import own_parts
+
+logger = logging.getLogger("layalign")
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
+# Also for the frozen parts.
+_OF_PARTS = (
+    "dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "local_files_only", "token", "cache_dir",
+    "proxies", "trust_remote_code",
+)  # fmt: skip
+# transformers' arguments that ask for nothing when they have one of these values; any other value is refused.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_safetensors": (None, True), "weights_only": (None, True), "ignore_mismatched_sizes": (None, False),
+    "low_cpu_mem_usage": (None, True, False), "code_revision": (None,), "state_dict": (None,), "key_mapping": (None,),
+    "from_tf": (None, False), "from_flax": (None, False), "use_kernels": (None, False), "tp_plan": (None,),
+}  # fmt: skip
+_FROM_AUTO = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs")  # AutoModel adds them by itself
+_ADAPTERS = (".lora_", ".modules_to_save.", ".token_adapter.")  # in the names of what LoRA adds
+
+
+def load(cls: Any, name_or_path: str, positional: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+    """Read a checkpoint; see ``LayAlignForCausalLM.from_pretrained``."""
+    if positional:
+        raise ArgumentError(f"from_pretrained: expected keyword arguments after the name, got {shown(positional)}")
+    with reading(name_or_path, "no readable LayAlign checkpoint"):
+        place = names.given("pretrained_model_name_or_path", name_or_path)
+    hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
+    config = _config(place, hub, arguments)
+    parts = {key: arguments.pop(key, None) for key in (*PARTS, "encoder_kwargs", "llm_kwargs")}
+    changed_frozen = arguments.pop("changed_frozen", "refuse")
+    one_of("changed_frozen", changed_frozen, ("refuse", "warn"))
+    variant, wants_info = arguments.pop("variant", None), arguments.pop("output_loading_info", False)
+    common, attention = _for_parts(arguments, hub)
+
+    # What does not fit is found before the frozen parts are loaded, and before memory is taken for its sizes.
+    weights = read_all(place, hub, variant)
+    _check_own(config, weights, place)
+    wanted = _dtype(common["dtype"])
+    stored, config.frozen_fingerprints = config.frozen_fingerprints or {}, None
+    found: dict[str, Any] = {}
+    for part in PARTS:
+        own, asked = parts[part], parts[f"{part}_kwargs"] or {}
+        of_llm = attention if part == "llm" else {}
+        if own is None and part in config.saved_parts:
+            found[part] = _held_part(part, config, weights, place, {**common, **of_llm}, asked)
+            continue
+        if own is None:
+            what = f"the {part if part == 'encoder' else 'LLM'} {getattr(config, f'{part}_name_or_path')!r}"
+            with reading(place, f"{what} cannot be loaded"):
+                folder = Path(place) / (hub.get("subfolder") or "") if Path(place).is_absolute() else None
+                name = names.located(config, part, folder)
+                typed = getattr(config, f"{part}_name_or_path")
+                if Path(name).is_absolute() and (config.frozen_folders is None or names.is_path(typed)):
+                    setattr(config, f"{part}_name_or_path", name)
+                load_part = encoders.load_encoder if part == "encoder" else encoders.load_llm
+                own = load_part(name, **{**_of_part(part, common), **of_llm, **asked})
+        if not isinstance(own, PreTrainedModel):
+            refuse(part, "a transformers model", own)
+        found[part] = encoders.encoder_part(own) if part == "encoder" else own
+        _check_part(part, getattr(config, f"{part}_config"), found[part].config, place)
+        if part in stored:
+            _check_content(part, config, stored[part], found[part], place, changed_frozen)
+    lora, config.lora = config.lora, None
+    with reading(place, CONFIG):
+        model = cls(config, **found)
+        if lora is not None:
+            inject_lora(model.llm, lora, drawn=False)
+            config.lora = lora
+    if config.frozen_folders is not None:  # the names of an old checkpoint are as they were typed
+        names.keep(model)
+    _put_weights(model, weights, wanted)
+    _put_generation_config(model, place, hub)
+    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return (model.eval(), info) if wants_info else model.eval()
+
+
+# Arguments
+
+
+def _config(place: str, hub: dict[str, Any], arguments: dict[str, Any]) -> LayAlignConfig:
+    """The checkpoint's configuration, with those of its fields that the arguments give, as in transformers."""
+    given = arguments.pop("config", None)
+    if given is not None and not isinstance(given, LayAlignConfig):
+        refuse("config", "a LayAlignConfig", given)
+    known = set(inspect.signature(LayAlignConfig.__init__).parameters) - {"self", "kwargs"}
+    fields = {key: arguments.pop(key) for key in known if key in arguments}
+    if given is not None and not fields:
+        return copy.deepcopy(given)
+    with reading(place, "no readable LayAlign checkpoint"):
+        found = given.to_dict() if given is not None else LayAlignConfig.get_config_dict(place, **hub)[0]
+        kind = found.get("model_type")
+    if kind != LayAlignConfig.model_type:
+        raise CheckpointError(f"{place}: expected a layalign checkpoint, got {shown(kind)}")
+    with reading(place, CONFIG):
+        config = LayAlignConfig.from_dict(found)
+        if config.encoder_config is None or config.llm_config is None:
+            raise CheckpointError("expected encoder_config and llm_config")
+    return LayAlignConfig.from_dict({**found, **fields}) if fields else config
+
+
+def _for_parts(arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments for both frozen parts, for the LLM alone); what is not known or not possible is refused."""
+    if "quantization_config" in arguments:
+        raise ArgumentError("quantization_config: expected it in llm_kwargs or encoder_kwargs, as it is for one part")
+    rest = {key: value for key, value in arguments.items() if key in _OF_PARTS or key not in (*hub, *_FROM_AUTO)}
+    if "torch_dtype" in rest:  # the name of transformers 4
+        rest.setdefault("dtype", rest.pop("torch_dtype"))
+    common = {key: rest.pop(key) for key in _OF_PARTS if key in rest}
+    common.setdefault("dtype", "auto")
+    attention = {key: rest.pop(key) for key in ("attn_implementation",) if key in rest}
+    for key, value in rest.items():
+        if key not in _NEUTRAL:
+            raise ArgumentError(
+                f"{key}: from_pretrained has no such argument; those of one frozen part go into llm_kwargs or "
+                "encoder_kwargs"
+            )
+        if not any(value is each or value == each for each in _NEUTRAL[key]):
+            refuse(key, " or ".join(map(repr, _NEUTRAL[key])), value)
+    return common, attention
+
+
+def _of_part(part: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one part; a device map that names modules of the whole model is divided."""
+    places = arguments.get("device_map")
+    if not isinstance(places, dict) or not any(str(key).split(".")[0] in PARTS for key in places):
+        return arguments
+    own = {key[len(part) + 1 :]: place for key, place in places.items() if key.split(".")[0] == part}
+    return {**arguments, "device_map": own or places.get("")}
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    """A dtype or its name; None for "auto"."""
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if value in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        refuse("dtype", "a floating dtype, its name, or 'auto'", value)
+    return found
+
+
+# Files
+
+
+def read_all(place: str, hub: Mapping[str, Any] | None = None, variant: str | None = None) -> dict[str, Tensor]:
+    """All weights of a checkpoint, of one file or of several, each compared with its SHA-256.
+
+    Raises:
+        CheckpointError: a file is not there, cannot be read, or is not what was written.
+    """
+    name, hub = weights_name(variant), hub or {}
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    with reading(place, f"cannot read {name}"):
+        single = cached_file(place, name, **optional, **hub)
+        if single is not None:
+            return read_weights(str(single))
+        index = cached_file(place, f"{name}.index.json", **optional, **hub)
+        if index is None:
+            raise CheckpointError(f"there is no such file, and no {name}.index.json")
+    with reading(place, Path(index).name):
+        files = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()), key=str)
+        outside = [file for file in files if not _is_name(file)]
+        if outside:
+            raise CheckpointError(f"expected names of files in this folder, got {shown(outside[0])}")
+        found: dict[str, Tensor] = {}
+        for file in files:
+            found.update(read_weights(str(cached_file(place, file, **hub))))
+    return found
+
+
+def _is_name(file: Any) -> bool:
+    return isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file
+
+
+def _put_generation_config(model: Any, place: str, hub: dict[str, Any]) -> None:
+    """How the model generates was saved with it; without the file it generates as the LLM."""
+    with reading(place, "generation_config.json"):
+        file = cached_file(place, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+        if file is not None:
+            model.generation_config = GenerationConfig.from_pretrained(Path(file).parent)
+
+
+# Checks
+
+
+def _check_own(config: LayAlignConfig, weights: dict[str, Tensor], place: str) -> None:
+    """The stored weights against the sizes in the configuration, without memory for either."""
+    with reading(place, CONFIG), torch.device("meta"):
+        parts = zip(("mapping", "encoder_aligner", "cross_attention"), own_parts(config), strict=True)
+        own = {f"{part}.{name}": p for part, module in parts if module for name, p in module.named_parameters()}
+    missing = sorted(set(own) - set(weights))
+    foreign = sorted(name for name in weights if name.startswith(OWN_PARTS) and name not in own)
+    if missing or foreign:
+        problem = f"{missing[0]} is missing" if missing else f"the model has no {shown(foreign[0], 100)}"
+        raise CheckpointError(f"{place}: {WEIGHTS}: does not fit the model: {problem}")
+    for name, tensor in weights.items():
+        if name in own and own[name].shape != tensor.shape:
+            shapes = f"expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
+            raise CheckpointError(f"{place}: {WEIGHTS}: {name}: {shapes}")
+        if name in own or not name.startswith(("encoder.", "llm.")):
+            _require_sound(f"{place}: {WEIGHTS}: {shown(name, 100)}", tensor)
+
+
+def _require_sound(where: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"{where}: expected floating numbers, got {tensor.dtype}")
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{where}: expected finite numbers, got NaN or infinity")
+
+
+def _check_part(part: str, wanted: Any, found: Any, place: str) -> None:
+    """A frozen part must have the sizes that the trained weights were made for."""
+    for what, size in (("hidden size", hidden_size), ("number of layers", number_of_layers)):
+        one, two = (size(config.get_text_config() if part == "llm" else config) for config in (wanted, found))
+        if one != two:
+            raise CheckpointError(f"{place}: {CONFIG}: {part}_config: {what} {one}, but the {part} has {two}")
+
+
+def _check_content(
+    part: str, config: Any, stored: Mapping[str, str], module: PreTrainedModel, place: str, changed_frozen: str
+) -> None:
+    """A frozen part must be the one that the checkpoint was saved with."""
+    same_version = getattr(config, "transformers_version", None) == __version__
+    with reading(place, f"{CONFIG}: frozen_fingerprints"):
+        problems = fingerprint.differences(stored, module, same_version)
+    settings = fingerprint.settings_that_differ(getattr(config, f"{part}_config"), module.config)
+    if same_version:
+        problems = settings + problems
+    elif settings:
+        logger.warning(
+            "%s: another transformers wrote it, and reads the %s otherwise: %s", place, part,
+            fingerprint.summary(settings),
+        )  # fmt: skip
+    if not problems:
+        return
+    name = getattr(config, f"{part}_name_or_path")
+    text = (
+        f"{place}: the {part} ({name}) is not the one that was there when it was saved: {fingerprint.summary(problems)}"
+    )
+    if changed_frozen == "refuse":
+        raise CheckpointError(f"{text}; give the right one as {part}=, or changed_frozen='warn' to take this one")
+    logger.warning("%s", text)
+
+
+# Weights
+
+
+def _held_part(
+    part: str,
+    config: Any,
+    weights: dict[str, Tensor],
+    place: str,
+    arguments: dict[str, Any],
+    asked: dict[str, Any],
+) -> PreTrainedModel:
+    """A frozen part that the checkpoint holds itself, in the dtypes that it was saved in; taken out of ``weights``."""
+    others = sorted(set(asked) - {"dtype"})
+    if others:
+        raise ArgumentError(
+            f"{part}_kwargs: expected only dtype, for the checkpoint holds the {part} itself, got {others[0]}"
+        )
+    with reading(place, f"{CONFIG}: part_dtypes"):
+        dtypes = {name: _dtype(dtype) or torch.float32 for name, dtype in (config.part_dtypes or {}).items()}
+    held = [n for n in weights if part_of(n) == part and not any(each in n for each in _ADAPTERS)]
+    state = {base_name(name).removeprefix(f"{part}."): weights.pop(name) for name in held}
+    dtype = _dtype(asked.get("dtype") or arguments.pop("dtype"))
+    saved = [t.dtype for t in state.values() if t.is_floating_point()]
+    wide = (
+        functools.reduce(torch.promote_types, saved, saved[0]) if saved else torch.float32
+    )  # nothing is rounded twice
+    of_part = {key: value for key, value in _of_part(part, arguments).items() if key not in HUB_ARGUMENTS}
+    of_part.pop("trust_remote_code", None)
+    settings = copy.deepcopy(getattr(config, f"{part}_config"))
+    with reading(place, "the weights cannot be loaded"):
+        with torch.device("meta"):
+            empty = (
+                encoders.encoder_from_config(settings)
+                if part == "encoder"
+                else AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+            )
+        settings = copy.deepcopy(getattr(config, f"{part}_config"))
+        module, info = type(empty).from_pretrained(
+            None, config=settings, state_dict=state, dtype=wide, output_loading_info=True, **of_part
+        )
+    # transformers only warns, and draws what is missing at random.
+    for problem, keys in (("is missing", info["missing_keys"]), ("is foreign", info["unexpected_keys"])):
+        if keys:
+            raise CheckpointError(f"{place}: {WEIGHTS}: does not fit the model: {part}.{min(keys)} {problem}")
+    for name, parameter in module.named_parameters():
+        want = dtype or dtypes.get(f"{part}.{name}") or dtypes.get(part) or parameter.dtype
+        parameter.data = parameter.data.to(want)
+    module.config.dtype = module.dtype
+    return module  # type: ignore[no-any-return]
+
+
+def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> None:
+    """Put the stored weights in, in their stored dtype unless one is asked for; each must fit, none may be missing."""
+    places = dict(model.named_parameters())
+    expected = set(own_state(model)) | {f"llm.{name}" for name in adapter_names(model.get_submodule("llm"))}
+    missing, foreign = sorted(expected - set(weights)), sorted(set(weights) - set(places))
+    if missing or foreign:
+        problem = f"{missing[0]} is missing" if missing else f"the model has no {foreign[0]}"
+        raise CheckpointError(f"{WEIGHTS}: does not fit the model: {problem}")
+    for name, tensor in weights.items():
+        place = places[name]
+        if place.shape != tensor.shape:
+            shapes = f"expected {tuple(place.shape)}, got {tuple(tensor.shape)}"
+            raise CheckpointError(f"{WEIGHTS}: {name}: {shapes}")
+        device = _home(model, name, place)
+        # A copy: the tensor is a view of the mapped file, and saving to the same folder would pull it from under us.
+        place.data = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+
+
+def _home(model: Any, name: str, place: Tensor) -> torch.device:
+    """Own parts live with the LLM's embeddings, everything else stays where it is."""
+    return device_of(model.get_input_embeddings()) if name.startswith(OWN_PARTS) else place.device
