@@ -79,7 +79,7 @@ def convert_published(
     model.save_pretrained(output_dir, save_frozen=changed)
     assert model.config.encoder_layers is not None
     return ConversionReport(
-        Path(output_dir), model.config.encoder_layers, layers, structure, model.config.frozen_saved, len(ours)
+        Path(output_dir), model.config.encoder_layers, layers, structure, bool(model.config.frozen_saved), len(ours)
     )
 
 

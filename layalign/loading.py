@@ -35,6 +35,7 @@ _OF_PARTS = (
     "dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "local_files_only", "token", "cache_dir",
     "proxies", "trust_remote_code",
 )  # fmt: skip
+_OF_FILES = (*HUB_ARGUMENTS, "dtype", "trust_remote_code")  # not of a part whose weights are here already
 # transformers' arguments that ask for nothing when they have one of these values; any other value is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True), "weights_only": (None, True), "ignore_mismatched_sizes": (None, False),
@@ -289,13 +290,11 @@ def _held_part(
         dtypes = {name: _dtype(dtype) or torch.float32 for name, dtype in (config.part_dtypes or {}).items()}
     held = [n for n in weights if part_of(n) == part and not any(each in n for each in _ADAPTERS)]
     state = {base_name(name).removeprefix(f"{part}."): weights.pop(name) for name in held}
-    dtype = _dtype(asked.get("dtype") or arguments.pop("dtype"))
+    dtype = _dtype({**arguments, **asked}["dtype"])
     saved = [t.dtype for t in state.values() if t.is_floating_point()]
-    wide = (
-        functools.reduce(torch.promote_types, saved, saved[0]) if saved else torch.float32
-    )  # nothing is rounded twice
-    of_part = {key: value for key, value in _of_part(part, arguments).items() if key not in HUB_ARGUMENTS}
-    of_part.pop("trust_remote_code", None)
+    # The widest, so that nothing is rounded twice.
+    wide = functools.reduce(torch.promote_types, saved, saved[0]) if saved else torch.float32
+    of_part = {key: value for key, value in _of_part(part, arguments).items() if key not in _OF_FILES}
     settings = copy.deepcopy(getattr(config, f"{part}_config"))
     with reading(place, "the weights cannot be loaded"):
         with torch.device("meta"):

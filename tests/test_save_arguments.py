@@ -189,6 +189,13 @@ def test_what_loading_honours(save_frozen: bool, model: LayAlignForCausalLM, tmp
     assert again.generation_config.max_new_tokens == 7 and not any(info.values())
     assert again.llm.config._attn_implementation == "layalign_eager"
     torch.testing.assert_close(logits(again)[:, -1], logits(model)[:, -1])
+    for dtype in ("auto", "bfloat16"):
+        kwargs = {"dtype": dtype}
+        again = LayAlignForCausalLM.from_pretrained(
+            tmp_path / "out" / "inside", encoder_kwargs=kwargs, llm_kwargs=kwargs
+        )
+        wanted = torch.float32 if dtype == "auto" else torch.bfloat16
+        assert again.llm.dtype == again.encoder.dtype == wanted and again.mapping.end_boundary.dtype == torch.float32
 
 
 def test_files_have_the_modes_that_any_file_gets(model: LayAlignForCausalLM, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
     Raises:
         CheckpointError: the folder has no readable weights, or they do not fit.
     """
-    weights = loading.read_all(str(folder))
+    weights = loading.read_all(os.path.abspath(folder))
     places = dict(model.named_parameters())
     wanted = checkpoint.trained_names(model)
     stored = {name for name in weights if name in wanted or name.startswith(checkpoint.OWN_PARTS)}
