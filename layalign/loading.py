@@ -71,6 +71,7 @@ def load(cls: Any, name_or_path: str, positional: tuple[Any, ...], arguments: di
         of_llm = attention if part == "llm" else {}
         if own is None and part in config.saved_parts:
             found[part] = _held_part(part, config, weights, place, {**common, **of_llm}, asked)
+            common = _with_memory_left(common, found[part])
             continue
         if own is None:
             what = f"the {part if part == 'encoder' else 'LLM'} {getattr(config, f'{part}_name_or_path')!r}"
@@ -85,6 +86,7 @@ def load(cls: Any, name_or_path: str, positional: tuple[Any, ...], arguments: di
         if not isinstance(own, PreTrainedModel):
             refuse(part, "a transformers model", own)
         found[part] = encoders.encoder_part(own) if part == "encoder" else own
+        common = _with_memory_left(common, found[part])
         _check_part(part, getattr(config, f"{part}_config"), found[part].config, place)
         if part in stored:
             _check_content(part, config, stored[part], found[part], place, changed_frozen)
@@ -154,6 +156,22 @@ def _of_part(part: str, arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments
     own = {key[len(part) + 1 :]: place for key, place in places.items() if key.split(".")[0] == part}
     return {**arguments, "device_map": own or places.get("")}
+
+
+def _with_memory_left(arguments: dict[str, Any], part: nn.Module) -> dict[str, Any]:
+    """The arguments of the next part: ``max_memory`` is for the whole model."""
+    memory, places = arguments.get("max_memory"), getattr(part, "hf_device_map", None) or {}
+    if not isinstance(memory, dict):
+        return arguments
+    from accelerate.utils import convert_file_size_to_int
+
+    left = {device: convert_file_size_to_int(size) for device, size in memory.items()}
+    for name, parameter in part.named_parameters():
+        here = parameter.device.type if parameter.device.index is None else parameter.device.index
+        device = next((places[key] for key in places if key == "" or f"{name}.".startswith(f"{key}.")), here)
+        if device in left:
+            left[device] = max(left[device] - parameter.numel() * parameter.element_size(), 0)
+    return {**arguments, "max_memory": left}
 
 
 def _dtype(value: Any) -> torch.dtype | None:

@@ -58,7 +58,7 @@ def _names(model: LayAlignForCausalLM) -> list[tuple[str, torch.dtype, bool]]:
 
 @pytest.mark.parametrize(
     ("memory", "load"),
-    [("20KB", AutoModelForCausalLM.from_pretrained), ("100KB", LayAlignForCausalLM.from_pretrained)],
+    [("20KB", AutoModelForCausalLM.from_pretrained), ("40KB", LayAlignForCausalLM.from_pretrained)],
 )
 def test_a_whole_checkpoint_larger_than_the_memory(load: Callable[..., Any], memory: str, tmp_path: Path) -> None:
     model = tiny_model()
@@ -72,6 +72,18 @@ def test_a_whole_checkpoint_larger_than_the_memory(load: Callable[..., Any], mem
     wide = load(tmp_path / "model", dtype=torch.float32, **places)
     assert {dtype for _, dtype, _ in _names(wide)} == {torch.float32}
     _assert_alike(wide, _found(load(tmp_path / "model", dtype=torch.float32)))
+
+
+def test_the_memory_is_for_both_parts_together(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model", save_frozen=True)
+    sizes = [sum(p.numel() * p.element_size() for p in part.parameters()) for part in (model.encoder, model.llm)]
+    places = {"device_map": "auto", "offload_folder": str(tmp_path / "offloaded")}
+    loaded = LayAlignForCausalLM.from_pretrained(
+        tmp_path / "model", max_memory={"cpu": sizes[0] + sizes[1] // 2}, **places
+    )
+    assert not any(parameter.is_meta for parameter in loaded.encoder.parameters())
+    assert any(parameter.is_meta for parameter in loaded.llm.parameters())
 
 
 def test_frozen_parts_larger_than_the_memory(tmp_path: Path) -> None:
