@@ -6,12 +6,13 @@ Every function takes a `Record` and raises `BadRecord`, with what was found and 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from layalign.data.examples import BadRecord, Example
 from layalign.data.languages import find_language
+from layalign.data.numbers import whole_number_text
 from layalign.data.prompts import choice_letters, math_prompt, x_csqa_prompt, xcopa_prompt, xnli_prompt
 from layalign.tokenization import Prompt
 
@@ -128,16 +129,16 @@ def _require_valid(name: str, text: str) -> None:
         raise BadRecord(f"{name!r} holds half of a surrogate pair, expected valid text") from None
 
 
-# As the scorers read numbers: Python's float takes "1_000", "1e3" and ".5" too, of which they see the last digits.
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?")
-
-
-def number_text(record: Record, *names: str) -> str:
-    """A numeric answer as text, without thousands commas."""
-    text = record.text(*names).replace(",", "")
-    if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
-        raise BadRecord(f"{names[0]!r} is {text!r}, expected a number")
-    return text
+def number_text(record: Record, language: str, *names: str) -> str:
+    """A numeric answer in plain digits, read by the conventions of its language (`layalign.data.numbers`)."""
+    value = record.find(*names)
+    if type(value) in (int, float) and math.isfinite(value):
+        return f"{Decimal(str(value)):f}"
+    text = record.text(*names)
+    found = whole_number_text(text, language)
+    if found is None or not math.isfinite(float(found)):
+        raise BadRecord(f"{names[0]!r} is {text!r}, expected a number as {language} writes it")
+    return found
 
 
 def parse_pair(record: Record) -> Example:
@@ -155,8 +156,9 @@ def parse_math(record: Record) -> Example:
 def parse_numeric(record: Record) -> Example:
     """A question and a number: MGSM's question, answer; MSVAMP's m_query, response."""
     source = record.text("source", "m_query", "question")
-    target = number_text(record, "target", "response", "answer")
-    return Example(source, target, record.name_of_language(), record.prompt_for(source, "math"), record.own_id())
+    language = record.name_of_language()
+    target = number_text(record, language, "target", "response", "answer")
+    return Example(source, target, language, record.prompt_for(source, "math"), record.own_id())
 
 
 def parse_free(record: Record) -> Example:

@@ -6,37 +6,33 @@ import math
 import re
 from collections.abc import Sequence
 
+from layalign.data.numbers import find_number
+
 _COMMA = re.compile(r"(\d),(\d)")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-# Thousands commas of any width, and a sign that is no subtraction: not behind a digit, letter or bracket.
-_SIGNED = re.compile(r"(?:(?<![\w)\].])[-−])?\d+(?:[,٬،，]\d{3})*(?:[.٫．]\d+)?")
 NUMBER_TOLERANCE = 1e-3
 
 
-def last_number(text: str, signed: bool = False) -> float:
+def last_number(text: str, signed: bool = False, language: str | None = None) -> float:
     """The last number of a text, 0.0 when there is none.
 
     Args:
         text: any text. Digits of every script count.
         signed: False as published: a comma between two digits is dropped, and a minus sign is not seen. True reads
-            negative numbers, commas only where they part thousands (also the Arabic and full-width ones), and the
-            Arabic decimal point.
+            signs, thousands, decimal commas and fractions, see :func:`layalign.data.numbers.find_number`.
+        language: of the text, with ``signed``: name or code; None where it is not known.
 
     Source: the published `extract_last_num`.
     """
-    if not signed:
-        found = _NUMBER.findall(_COMMA.sub(r"\1\2", text))
-        return float(found[-1]) if found else 0.0
-    found = _SIGNED.findall(text)
-    if not found:
-        return 0.0
-    plain = re.sub("[,٬،，]", "", found[-1]).replace("٫", ".").replace("．", ".").replace("−", "-")
-    return float(plain)
+    if signed:
+        return float(find_number(text, language) or 0)
+    found = _NUMBER.findall(_COMMA.sub(r"\1\2", text))
+    return float(found[-1]) if found else 0.0
 
 
-def same_number(answer: float, gold: float) -> bool:
-    """Whether two numbers count as equal: closer than 0.001, as published."""
-    return abs(answer - gold) < NUMBER_TOLERANCE
+def same_number(answer: float | None, gold: float | None) -> bool:
+    """Whether two numbers count as equal: closer than 0.001, as published. None, no number, equals nothing."""
+    return answer is not None and gold is not None and abs(answer - gold) < NUMBER_TOLERANCE
 
 
 def parse_label(text: str, labels: Sequence[str], match: str = "exact") -> str | None:
