@@ -19,6 +19,7 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from layalign import published
 from layalign.encoder import load_encoder, load_llm
 from layalign.errors import ArgumentError
+from layalign.finite import finite
 from layalign.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, Mapping
 from layalign.nn.aligner import WeightedLinearProjector
@@ -147,6 +148,9 @@ class LayAlign(nn.Module):
 
         Returns:
             The loss (a scalar) with labels; without, the newly generated ids (B, up to max_gen_len).
+
+        Raises:
+            NonFiniteError: without labels, a row's logits were NaN or infinite.
         """
         targets = None if labels is None else _real("mask_label", labels, mask_label)
         prompts = None if input_ids_prompt is None else _real("mask_prompt", input_ids_prompt, mask_prompt)
@@ -156,7 +160,7 @@ class LayAlign(nn.Module):
         _, mask, embeds, source = self.model._begin(
             packed["input_ids"], packed["attention_mask"], input_ids_mt, attention_mask_mt
         )
-        return GenerationMixin.generate(  # from embeddings alone, as published: only new ids come back
+        return finite(GenerationMixin.generate)(  # from embeddings alone, as published: only new ids come back
             self.model,
             inputs_embeds=embeds,
             attention_mask=mask,

@@ -39,7 +39,16 @@ class StoppedError(LayAlignError, RuntimeError):
 
 
 class NonFiniteError(LayAlignError, ArithmeticError):
-    """A loss or a gradient is NaN or infinite; the text names the step and the tensor."""
+    """A loss, a gradient or logits are NaN or infinite; the text names the step and the tensor, or the samples.
+
+    Attributes:
+        rows: the samples' numbers in the call, where logits are to blame.
+        output: what was computed all the same, good for the other samples; or None.
+    """
+
+    def __init__(self, text: str, rows: Iterable[int] = (), output: Any = None) -> None:
+        super().__init__(text)
+        self.rows, self.output = tuple(rows), output
 
 
 _SHORT = reprlib.Repr()

@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from layalign._versions import cache_name, generation_cache_name, take_cache
 from layalign.decoding_modes import require_served
 from layalign.errors import ArgumentError, refuse
+from layalign.finite import finite
 from layalign.inputs import require_ids, require_mask
 from layalign.packing import PackedTokens
 from layalign.source import SourceDynamicCache, SourceStates, get_source, put_source
@@ -39,6 +40,7 @@ def cache_for_compiled(llm: Any, use_cache: bool | None) -> DynamicCache | None:
 class SourceGenerationMixin(GenerationMixin):
     """What :class:`layalign.LayAlignForCausalLM` changes in transformers' ``generate``."""
 
+    @finite
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
@@ -70,6 +72,9 @@ class SourceGenerationMixin(GenerationMixin):
 
         Raises:
             ArgumentError: the input is not packed, there is no source, or the way of decoding is not served.
+            NonFiniteError: a row's logits were NaN or infinite (the largest one, before the row ended). It is raised
+                when all rows have ended; ``rows`` and ``output`` of the error say which, and what the others wrote.
+                ``remove_invalid_values=True`` replaces such logits instead, as in transformers.
         """
         if args:
             names = list(inspect.signature(GenerationMixin.generate).parameters)[2:]  # behind self and inputs

@@ -14,7 +14,9 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from layalign._plain import device_of
 from layalign.data.collator import STAGES, LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.languages import find_language, language_of, tokenizer_source_language
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, NonFiniteError, shown
 from layalign.evaluation.answering import _generate, evaluation_mode
 from layalign.tokenization import encode_texts
 
@@ -153,12 +155,14 @@ class LayAlignLM(TemplateLM):
 
         Raises:
             ArgumentError: a continuation has no token or does not fit, or a document lacks the source field.
+            NonFiniteError: the logits of a document are NaN or infinite; the text names it.
         """
         pairs = []
         for context, continuation in (request.args for request in requests):
             split = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
             pairs.append(((context, continuation), *split))
-        return self._loglikelihood_tokens(pairs, disable_tqdm, self._sources(requests))
+        with _naming(requests):
+            return self._loglikelihood_tokens(pairs, disable_tqdm, self._sources(requests))
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, sources: list[list[int]] | None = None, **kwargs: Any
@@ -186,6 +190,8 @@ class LayAlignLM(TemplateLM):
         found: dict[int, tuple[float, bool]] = {}
         for batch in self._batches(list(rows.values()), "loglikelihood", disable_tqdm):
             for number, answer in self._score(batch):
+                if isnan(answer[0]):
+                    raise NonFiniteError(f"model: expected finite logits, got NaN for request {number}", [number])
                 found[number] = answer
                 if requests[number][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
@@ -199,6 +205,9 @@ class LayAlignLM(TemplateLM):
         Args:
             requests: `Instance`s with arguments (text,).
             disable_tqdm: no progress bar.
+
+        Raises:
+            NonFiniteError: as for `loglikelihood`.
         """
         sources = self._encode([("", self._named(request.task_name)) for request in requests])
         windows, owners = [], []
@@ -210,7 +219,8 @@ class LayAlignLM(TemplateLM):
                 windows.append((None, [token for token in context if token >= 0], predicted))
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        answers = self._log_probabilities(windows, [sources[owner] for owner in owners], disable_tqdm)
+        with _naming([requests[owner] for owner in owners]):
+            answers = self._log_probabilities(windows, [sources[owner] for owner in owners], disable_tqdm)
         for owner, (value, _) in zip(owners, answers, strict=True):
             totals[owner] += value
         for request, total in zip(requests, totals, strict=True):
@@ -227,6 +237,7 @@ class LayAlignLM(TemplateLM):
 
         Raises:
             ArgumentError: sampling at temperature 0, or an answer of the length asked for does not fit.
+            NonFiniteError: as for `loglikelihood`.
         """
         sources = self._sources(requests)
         groups: dict[str, list[int]] = {}
@@ -245,6 +256,8 @@ class LayAlignLM(TemplateLM):
             for batch in self._batches(rows, "generate_until", disable_tqdm):
                 for row, text in zip(batch, self._write(batch, until, longest, options), strict=True):
                     number = row.continuations[0][0]
+                    if text is None:
+                        raise _not_finite(requests[number])
                     found[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return [found[number] for number in range(len(requests))]
@@ -362,17 +375,36 @@ class LayAlignLM(TemplateLM):
             raise ArgumentError(f"temperature: expected > 0 with do_sample, got {options['temperature']}")
         return until, longest, options
 
-    def _write(self, rows: Sequence[_Row], until: list[str], longest: int, options: dict[str, Any]) -> list[str]:
+    def _write(self, rows: Sequence[_Row], until: list[str], longest: int, options: dict[str, Any]) -> list[str | None]:
         batch = self._batch(rows)
         if until and options.get("num_beams", 1) == 1:
             stop = _StopStrings(self.tokenizer, until, batch["input_ids"].shape[1])
             options = {**options, "stopping_criteria": StoppingCriteriaList([stop])}
         with evaluation_mode(self.model), torch.no_grad():
             answers = _generate(self.model, self.tokenizer, batch, longest, options)
+        texts = [answer.text for answer in answers]
         self.cut["answer"] += sum(
-            not (answer.ended or any(stop in answer.text for stop in until)) for answer in answers
+            not (answer.ended or any(stop in text for stop in until))
+            for answer, text in zip(answers, texts, strict=True)
+            if text is not None
         )
-        return [postprocess_generated_text(answer.text, until, None) for answer in answers]
+        return [text and postprocess_generated_text(text, until, None) for text in texts]
+
+
+@contextmanager
+def _naming(requests: Sequence[Any]) -> Iterator[None]:
+    """Logits that are not finite, told with the document to which they belong."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise _not_finite(requests[error.rows[0]]) from None
+
+
+def _not_finite(request: Any) -> NonFiniteError:
+    return NonFiniteError(
+        f"model: expected finite logits, got NaN or infinity for document {request.doc_id} of {request.task_name} "
+        f"({shown(request.args[0])})"
+    )
 
 
 class _StopStrings(StoppingCriteria):

@@ -19,7 +19,7 @@ from tiny import open_gates, tiny_encoder, tiny_llm
 from torch import Tensor
 
 from layalign import LayAlignForCausalLM
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, NonFiniteError
 from layalign.tokenization import save_tokenizers
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install 'layalign[lm-eval]')")
@@ -63,7 +63,7 @@ def adapter(model: Any, encoder_tokenizer: Any = ENCODER, **options: Any) -> Lay
 
 def requests(*arguments: tuple[Any, ...], docs: list[dict[str, Any]] | None = None, task: str = "t") -> list[Any]:
     pairs = zip(arguments, docs or [{}] * len(arguments), strict=True)
-    return [SimpleNamespace(args=args, doc=doc, task_name=task) for args, doc in pairs]
+    return [SimpleNamespace(args=args, doc=doc, task_name=task, doc_id=i) for i, (args, doc) in enumerate(pairs)]
 
 
 def ids(text: str) -> list[int]:
@@ -105,6 +105,25 @@ def test_loglikelihood_is_that_of_a_plain_forward(dtype: torch.dtype, tolerance:
     assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], rel=tolerance, abs=tolerance)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
     assert len({value for value, _ in wanted}) == len(PAIRS) - 1  # the two equal requests
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ("loglikelihood", [("a", "b"), ("Z", "b"), ("c", "d")]),
+        ("generate_until", [("a", {"until": ["."]}), ("Z", {"until": ["."]})]),
+        ("loglikelihood_rolling", [("ab",), ("aZb" * 40,)]),
+    ],
+)
+def test_a_document_whose_logits_are_not_finite_is_named(call: str, arguments: list[Any]) -> None:
+    model = tiny(length=64)
+    with torch.no_grad():  # read by the encoder, and for the perplexity by the LLM
+        for part in (model.encoder, model.llm):
+            part.get_input_embeddings().weight[ids("Z")[0]] = float("nan")
+    lm = adapter(model, batch_size=2, max_gen_toks=3)
+    named = r"expected finite logits, got NaN or infinity for document 1 of xnli_sw \('a?Z"
+    with pytest.raises(NonFiniteError, match=named):
+        getattr(lm, call)(requests(*arguments, task="xnli_sw"), disable_tqdm=True)
 
 
 def test_what_greedy_search_writes_is_greedy(model: LayAlignForCausalLM) -> None:

@@ -144,16 +144,36 @@ class _Run:
         return {key: tensor.to(device) for key, tensor in self.collators[stage](batch).items()}
 
     def answers(self, examples: Iterator[Example], batch_size: int) -> Iterator[tuple[Example, str]]:
+        from layalign.errors import NonFiniteError
+
         while batch := list(islice(examples, batch_size)):
-            inputs = self.inputs(batch)
-            tokens = self.model.generate(**inputs, **self.options)[:, inputs["input_ids"].shape[1] :]
+            inputs, failed = self.inputs(batch), tuple[int, ...]()
+            try:
+                tokens = self.model.generate(**inputs, **self.options)
+            except NonFiniteError as error:
+                tokens, failed = error.output, error.rows
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
             texts = self.llm_tokenizer.batch_decode(tokens, skip_special_tokens=True)
             copies = len(texts) // len(batch)
             for index, text in enumerate(texts):
-                yield batch[index // copies], text.strip()
+                if index // copies not in failed:
+                    yield batch[index // copies], text.strip()
+            if failed:
+                raise self.refused(batch[failed[0]])
 
     def stream(self, example: Example) -> None:
         from transformers import TextStreamer
 
+        from layalign.errors import NonFiniteError
+
         streamer = TextStreamer(self.llm_tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.model.generate(**self.inputs([example]), **self.options, streamer=streamer)
+        try:
+            self.model.generate(**self.inputs([example]), **self.options, streamer=streamer)
+        except NonFiniteError:
+            raise self.refused(example) from None
+
+    @staticmethod
+    def refused(example: Example) -> Exception:
+        from layalign.errors import NonFiniteError, shown
+
+        return NonFiniteError(f"model: expected finite logits, got NaN or infinity for {shown(example.source)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,14 @@ import torch
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.lengths import positions
-from layalign.errors import ArgumentError, whole_number
+from layalign.errors import ArgumentError, NonFiniteError, whole_number
+from layalign.finite import generate_finite
+from layalign.generation import SourceGenerationMixin
 from layalign.tokenization import encode_texts
 
 
 class ModelAnswers:
-    """Answers of a LayAlign model. Called with examples, it gives one text for each.
+    """Answers of a LayAlign model. Called with examples, it gives one text for each, None where its logits were NaN.
 
     Args:
         model: has `generate` as `LayAlignForCausalLM` does.
@@ -37,7 +40,7 @@ class ModelAnswers:
         self.max_new_tokens, self.options = max_new_tokens, dict(options or {})
         self.last_cut: list[tuple[str, ...]] = []
 
-    def __call__(self, examples: Sequence[Example]) -> list[str]:
+    def __call__(self, examples: Sequence[Example]) -> list[str | None]:
         device = _device(self.model)
         batch = {name: tensor.to(device) for name, tensor in self.collator(examples).items()}
         with evaluation_mode(self.model), torch.no_grad():
@@ -65,7 +68,7 @@ class LlmAnswers:
         options = sorted((key, repr(value)) for key, value in self.options.items())
         return f"llm alone {model_fingerprint(self.llm)} {self.max_new_tokens} {self.max_prompt_length} {options}"
 
-    def __call__(self, examples: Sequence[Example]) -> list[str]:
+    def __call__(self, examples: Sequence[Example]) -> list[str | None]:
         texts = [example.prompt or example.source for example in examples]
         rows = [text.ids for text in encode_texts(self.tokenizer, texts, special=True)]
         if self._adds_eos():
@@ -102,7 +105,8 @@ def llm_alone(
         **generation: further arguments of `generate`; without any, greedy search.
 
     Returns:
-        A callable from examples to answers. An example without a prompt is asked by its source.
+        A callable from examples to answers, None where the LLM's logits were not finite. An example without a prompt is
+        asked by its source.
     """
     if not hasattr(llm, "generate") or not hasattr(llm, "parameters"):
         raise ArgumentError(f"llm: expected a causal language model of transformers, got {type(llm).__name__}")
@@ -114,9 +118,12 @@ def llm_alone(
 
 
 class _Answer(NamedTuple):
-    """A text, whether it came to its end within the tokens allowed, and whether all fits into the LLM's positions."""
+    """A text, whether it came to its end within the tokens allowed, and whether all fits into the LLM's positions.
 
-    text: str
+    The text is None where the logits were not finite.
+    """
+
+    text: str | None
     ended: bool
     fits: bool
 
@@ -137,7 +144,7 @@ def _generate(
     options: Mapping[str, Any],
     limit: tuple[int | None, bool] = (None, False),
 ) -> list[_Answer]:
-    """Answers to a batch; `limit` is the LLM's positions and whether it has no more (`layalign.data.lengths`)."""
+    """Answers to a batch, their text None where logits were not finite; `limit` is the LLM's positions and whether it has no more (`layalign.data.lengths`)."""
     lengths, (most, end_of_table) = batch["attention_mask"].sum(dim=1).tolist(), limit
     if most is not None and end_of_table:
         # The last token is written and not read.
@@ -150,11 +157,22 @@ def _generate(
         arguments.setdefault("eos_token_id", ends)
     asked = arguments.get("eos_token_id")
     stops = {*ends, *(asked if isinstance(asked, list | tuple) else [asked])}
-    rows, width = model.generate(**batch, max_new_tokens=max_new_tokens, **arguments), batch["input_ids"].shape[1]
+    generate = model.generate
+    if hasattr(model, "generation_config") and not isinstance(model, SourceGenerationMixin):  # ours looks by itself
+        generate = functools.partial(generate_finite, generate, model.generation_config)
+    failed: tuple[int, ...] = ()
+    try:
+        rows = generate(**batch, max_new_tokens=max_new_tokens, **arguments)
+    except NonFiniteError as error:
+        rows, failed = error.output, error.rows
+    width = batch["input_ids"].shape[1]
     if len(rows) != len(batch["input_ids"]):
         raise ArgumentError(f"generation: expected one answer each for {len(batch['input_ids'])}, got {len(rows)}")
     answers = []
-    for row, length in zip(rows[:, width:].tolist(), lengths, strict=True):
+    for number, (row, length) in enumerate(zip(rows[:, width:].tolist(), lengths, strict=True)):
+        if number in failed:
+            answers.append(_Answer(None, True, True))
+            continue
         # Behind the first end there is only padding, and the padding may be an ordinary token.
         end = next((i for i, token in enumerate(row) if token in ends), len(row))
         text = tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)

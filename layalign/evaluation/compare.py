@@ -248,9 +248,11 @@ class _Run:
         if not path.is_file():
             raise ArgumentError(f"{self.name}: expected a finished evaluation, got none of {language} in {self.folder}")
         try:
-            answers = [(str(entry["id"]), int(bool(entry["correct"]))) for entry in _read(path)]
+            entries = _read(path)
+            answers = [(str(entry["id"]), int(entry["correct"])) for entry in entries]
             whole = len(answers) == self.languages[language]["count"]
-        except (KeyError, TypeError):
+            whole = whole and all(isinstance(entry["correct"], bool) for entry in entries)
+        except (KeyError, TypeError, ValueError):
             whole = False
         if not whole:
             raise DataError(f"{path}:1: not the predictions of the evaluation, expected a file that layalign wrote")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from layalign._files import write_whole
 from layalign.data.collator import STAGES, LayAlignCollator
 from layalign.data.examples import Example, ReadReport
 from layalign.data.languages import language_of
+from layalign.data.numbers import find_number
 from layalign.data.readers import Spec, by_language, load_examples
-from layalign.errors import ArgumentError, one_of, refuse, whole_number
+from layalign.errors import ArgumentError, NonFiniteError, one_of, refuse, shown, whole_number
 from layalign.evaluation.answering import ModelAnswers, evaluation_mode, llm_alone, model_fingerprint
 from layalign.evaluation.intervals import Interval
 from layalign.evaluation.levels import LevelScore, Outcomes, average_interval, level_scores
@@ -35,6 +37,7 @@ from layalign.evaluation.store import OutputStore
 __all__ = ["TASKS", "EvaluationResult", "LanguageScore", "Task", "evaluate", "llm_alone"]
 logger = logging.getLogger(__name__)
 SCORERS = ("number", "signed-number", "label", "text")
+NUMERIC = ("mgsm", "msvamp")  # formats whose targets are numbers
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,10 @@ TASKS = {
 
 @dataclass(frozen=True)
 class LanguageScore:
-    """Accuracy of one language in percent, with its 95% Wilson interval."""
+    """Accuracy of one language in percent, with its 95% Wilson interval.
+
+    `failed` counts the answers whose logits were not finite; they are wrong ones.
+    """
 
     language: str
     correct: int
@@ -68,6 +74,7 @@ class LanguageScore:
     accuracy: float
     low: float
     high: float
+    failed: int = 0
 
 
 @dataclass
@@ -146,7 +153,9 @@ class EvaluationResult:
 
         skipped = f", {len(self.report.skipped)} malformed lines left out" if self.report.skipped else ""
         cut = "".join(f", {count} of {kind} cut" for kind, count in self.cut.items() if count)
-        table = Table(title=f"{self.task}: accuracy{skipped}{cut}")
+        failed = sum(score.failed for score in self.scores.values())
+        nan = f", {failed} answers failed (logits not finite)" if failed else ""
+        table = Table(title=f"{self.task}: accuracy{skipped}{cut}{nan}")
         table.add_column("language")
         for name in ("accuracy %", "95% interval", "correct", "of"):
             table.add_column(name, justify="right")
@@ -187,6 +196,7 @@ def evaluate(
     max_prompt_length: int = 512,
     generation: Mapping[str, Any] | None = None,
     model_name: str | None = None,
+    non_finite: str = "stop",
     progress: bool = False,
 ) -> EvaluationResult:
     """Evaluate a model, or anything that answers, on a task in every language.
@@ -196,7 +206,7 @@ def evaluate(
 
     Args:
         model: a `LayAlignForCausalLM`, an object with the same `generate` and ids in its `config`, or a function from
-            a list of examples to their answers (see `llm_alone`).
+            a list of examples to their answers (see `llm_alone`), None for an answer that failed.
         encoder_tokenizer, llm_tokenizer: the model's tokenizers; None for a function.
         task: one of `TASKS`.
         data: what to read (a folder, a file, or any spec of `layalign.data.readers`), or the examples themselves.
@@ -208,19 +218,24 @@ def evaluate(
         limit: only the first questions of each language.
         skip_bad: leave malformed lines out and count them; otherwise the first one raises.
         resume: go on with what is in `output_dir`; False deletes the outputs there and starts anew.
-        scorer: "number", "signed-number", "label" or "text" (equal after stripping); None is the task's own.
+        scorer: "number" (published), "signed-number" (each language's own way of writing numbers), "label" or "text"
+            (equal after stripping); None is the task's own. An empty answer is no number.
         label_match: "exact" (published) or "start"; see `layalign.evaluation.metrics.parse_label`.
         stage: "task" gives the LLM the prompt, "translation" only the encoder's tokens.
         max_source_length, max_prompt_length: longest texts in tokens; what is longer is cut and counted.
         generation: further arguments of `generate` (num_beams, ...); greedy search without any.
         model_name: name of a function or of a model without parameters, for the check that a rerun is of the same one.
+        non_finite: what becomes of an answer whose logits were NaN or infinite. "stop" raises, for the cause (fp16, a
+            damaged checkpoint) seldom concerns one answer alone; "fail" counts it as wrong, under `failed`.
         progress: show a progress bar.
 
     Raises:
+        NonFiniteError: logits were not finite; the text names the example. The answers before it are kept.
         ArgumentError: an argument is none of those expected, or `output_dir` holds the outputs of another run.
         DataError: no data, or a malformed line.
     """
     kind = _task(task, scorer, label_match)
+    one_of("non_finite", non_finite, ("stop", "fail"))
     for name, number in (("batch_size", batch_size), ("limit", limit), ("max_new_tokens", max_new_tokens)):
         if (number is not None or name == "batch_size") and whole_number(name, number) < 1:
             raise ArgumentError(f"{name}: expected a number >= 1, got {number}")
@@ -254,7 +269,7 @@ def evaluate(
     scores, outcomes = {}, {}
     with evaluation_mode(model), torch.no_grad(), _bar(progress and processes.main, len(examples)) as advance:
         for language, group in by_language(examples).items():
-            outputs = _outputs(answer, store, language, group, batch_size, advance, processes)
+            outputs = _outputs(answer, store, language, group, batch_size, advance, processes, non_finite == "fail")
             scores[language], outcomes[language] = processes.all_get(
                 functools.partial(_score, store, language, group, outputs, kind, label_match)
             )
@@ -269,7 +284,9 @@ def evaluate(
 
 
 def _write(result: EvaluationResult, folder: Path) -> None:
-    write_whole(folder / "scores.json", json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_whole(
+        folder / "scores.json", json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     write_whole(folder / "scores.tsv", result.to_tsv())
 
 
@@ -324,19 +341,21 @@ def _examples(
 
 
 def _outputs(
-    answer: Callable[[Sequence[Example]], Sequence[str]],
+    answer: Callable[[Sequence[Example]], Sequence[str | None]],
     store: OutputStore,
     language: str,
     examples: Sequence[Example],
     batch_size: int,
     advance: Callable[[str, int], None],
     processes: Processes,
-) -> list[str]:
-    """An answer to every example, in their order; those that the store has are not asked for again.
+    keep_failed: bool,
+) -> list[str | None]:
+    """An answer to every example, in their order, None for one that failed; those in the store are not asked for again.
 
     Each process answers one batch of a round; the main one keeps them all before the next round.
     """
     done = processes.all_get(lambda: store.begin(language, examples))
+    done = {i: text for i, text in done.items() if keep_failed or text is not None}
     advance(language, len(done))
     # The longest first: a batch that does not fit into memory fails at once.
     rest = sorted(
@@ -348,62 +367,89 @@ def _outputs(
         # Without a batch of its own a process answers the first one too: the weights may be spread over all of them.
         own = together[processes.rank] if processes.rank < len(together) else together[0]
         texts = list(answer([examples[i] for i in own]))
-        if len(texts) != len(own) or not all(isinstance(text, str) for text in texts):
+        if len(texts) != len(own) or not all(isinstance(text, str | None) for text in texts):
             raise ArgumentError(f"model: expected {len(own)} texts, one per example, got {len(texts)}")
         # Half of a surrogate pair cannot stand in a file.
-        texts = [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
+        texts = [text and text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
         # Whoever answers may say what was cut.
         cut = dict(zip(own, getattr(answer, "last_cut", ()), strict=False))
         found = processes.all_gather({i: (text, cut.get(i, ())) for i, text in zip(own, texts, strict=True)})
         gathered = {i: answered for batch in found[: len(together)] for i, answered in batch.items()}
+        failed = [] if keep_failed else sorted(i for i, (text, _) in gathered.items() if text is None)
+        gathered = {i: answered for i, answered in gathered.items() if i not in failed}
         new = {i: text for i, (text, _) in gathered.items()}
         processes.all_get(
             functools.partial(store.append, language, new, {i: kinds for i, (_, kinds) in gathered.items()})
         )
         done.update(new)
         advance(language, len(new))
+        if failed:
+            example, others = examples[failed[0]], f" and {len(failed) - 1} more" if failed[1:] else ""
+            raise NonFiniteError(
+                f"model: expected finite logits, got NaN or infinity for {language} example {failed[0] + 1} of "
+                f"{len(examples)} (id {example.id!r}, {shown(example.source)}){others}; non_finite='fail' counts such "
+                "answers as wrong"
+            )
     return [done[i] for i in range(len(examples))]
 
 
-def _judge(example: Example, output: str, scorer: str, label_match: str) -> tuple[Any, Any, bool]:
-    """(gold, what the output says, whether they agree)."""
-    if scorer in ("number", "signed-number"):
-        signed = scorer == "signed-number"
-        gold, parsed = last_number(example.target, signed), last_number(output, signed)
+def _number(text: str, signed: bool, language: str | None) -> float | None:
+    """The number that a text says; as published, one without digits says 0, but an empty one says nothing."""
+    if not signed:
+        return last_number(text) if text.strip() else None
+    found = find_number(text, language)
+    return None if found is None else float(found)
+
+
+def _judge(example: Example, output: str | None, kind: Task, label_match: str) -> tuple[Any, Any, bool]:
+    """(gold, what the output says, whether they agree); None says nothing, and agrees with nothing."""
+    if kind.scorer in ("number", "signed-number"):
+        signed = kind.scorer == "signed-number"
+        # The readers of the math test sets give plain digits already.
+        gold = _number(example.target, signed, None if kind.format in NUMERIC else example.language)
+        parsed = _number(output or "", signed, example.language)
         return gold, parsed, same_number(parsed, gold)
-    if scorer == "label":
+    if output is None:
+        return example.target, None, False
+    if kind.scorer == "label":
         label = parse_label(output, example.choices or (example.target,), label_match)
         return example.target, label, label == example.target
     return example.target, output.strip(), output.strip() == example.target.strip()
 
 
 def _score(
-    store: OutputStore, language: str, examples: Sequence[Example], outputs: Sequence[str], kind: Task, match: str
+    store: OutputStore,
+    language: str,
+    examples: Sequence[Example],
+    outputs: Sequence[str | None],
+    kind: Task,
+    match: str,
 ) -> tuple[LanguageScore, Outcomes]:
     """Judge the outputs of a language and write its predictions."""
     predictions, outcomes = [], []
     for number, (example, output) in enumerate(zip(examples, outputs, strict=True)):
-        gold, parsed, right = _judge(example, output, kind.scorer, match)
+        gold, parsed, right = _judge(example, output, kind, match)
         outcomes.append((example.id, right))
         predictions.append(
             {
                 "id": example.id,
                 "question": example.source,
                 "prompt": example.prompt,
-                "gold": gold,
-                "output": output,
                 # JSON has no infinity, which an endless row of digits reads as.
-                "parsed": parsed if parsed != float("inf") else str(parsed),
+                "gold": gold if gold != inf else str(gold),
+                "output": output,
+                "parsed": parsed if parsed not in (inf, -inf) else str(parsed),
                 "correct": right,
             }
         )
         if kinds := store.cut[language].get(number):
             predictions[-1]["cut"] = kinds
-    text = json.dumps(predictions, indent=2, ensure_ascii=False)
+    text = json.dumps(predictions, indent=2, ensure_ascii=False, allow_nan=False)
     write_whole(store.path_of(language, ".json"), text + "\n")
     correct, count = sum(right for _, right in outcomes), len(examples)
     low, high = wilson_interval(correct, count)
-    return LanguageScore(language, correct, count, 100 * correct / count, 100 * low, 100 * high), outcomes
+    failed = sum(output is None for output in outputs)
+    return LanguageScore(language, correct, count, 100 * correct / count, 100 * low, 100 * high, failed), outcomes
 
 
 @contextmanager

@@ -100,8 +100,8 @@ class OutputStore:
         """See :func:`prediction_path`."""
         return prediction_path(self.folder, language, suffix)
 
-    def begin(self, language: str, examples: Sequence[Example]) -> dict[int, str]:
-        """The outputs that are there already, by the number of their example.
+    def begin(self, language: str, examples: Sequence[Example]) -> dict[int, str | None]:
+        """The outputs that are there already, by the number of their example; None for one that failed.
 
         A last line that was only half written is cut off.
 
@@ -129,18 +129,18 @@ class OutputStore:
         found = Counter(kind for of in self.cut.values() for kinds in of.values() for kind in kinds)
         return {kind: found[kind] for kind in CUT}
 
-    def _read_outputs(self, path: Path, count: int, cut: dict[int, list[str]]) -> dict[int, str]:
+    def _read_outputs(self, path: Path, count: int, cut: dict[int, list[str]]) -> dict[int, str | None]:
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) != len(raw):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        outputs: dict[int, str] = {}
+        outputs: dict[int, str | None] = {}
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
                 entry = json.loads(line)
                 index, output, kinds = entry["index"], entry["output"], entry.get("cut", [])
-                good = isinstance(output, str) and isinstance(index, int) and 0 <= index < count
+                good = isinstance(output, str | None) and isinstance(index, int) and 0 <= index < count
                 good = good and isinstance(kinds, list) and set(kinds) <= set(CUT)
             except (ValueError, KeyError, TypeError, RecursionError):
                 good = False
@@ -150,7 +150,7 @@ class OutputStore:
             cut.update({index: kinds} if kinds else {})
         return outputs
 
-    def append(self, language: str, outputs: Mapping[int, str], cut: Mapping[int, Sequence[str]]) -> None:
+    def append(self, language: str, outputs: Mapping[int, str | None], cut: Mapping[int, Sequence[str]]) -> None:
         """Add a batch of outputs with what was cut of each, and see to it that they are on the disk.
 
         Raises:
