@@ -25,6 +25,7 @@ def run_llm(
     inputs: dict[str, Any],
     labels: Tensor | None,
     keep: int | Tensor | None,
+    skip: bool | None,
     divisor: Tensor | int | None,
 ) -> CausalLMOutputWithPast:
     """One pass of the model's LLM: logits, and the last layer, only where they are wanted.
@@ -32,7 +33,8 @@ def run_llm(
     Args:
         inputs: the LLM's keyword arguments.
         labels: (B, T) int64, -100 where nothing is predicted, or None.
-        keep: transformers' ``logits_to_keep``; None with labels for a loss without logits.
+        keep: transformers' ``logits_to_keep``; None for ``skip`` to decide.
+        skip: with labels, whether the loss is computed without logits; None for where gradients are.
         divisor: of the summed loss; None for the number of labels.
     """
     shape, device = inputs["inputs_embeds"].shape[:2], inputs["inputs_embeds"].device
@@ -41,18 +43,22 @@ def run_llm(
         with model.last_layer.only(rows, inputs):
             return model.llm(**inputs, logits_to_keep=0 if keep is None else keep, return_dict=True)
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # position t predicts label t + 1
-    if keep is None and not torch.compiler.is_compiling():
-        rows = Rows(targets != IGNORE_INDEX)
+    compiling = torch.compiler.is_compiling()
+    rows = None if compiling or keep is not None else Rows(targets != IGNORE_INDEX)
+    if rows is not None and (model.training or torch.is_grad_enabled() if skip is None else skip):
         with model.last_layer.only(rows, inputs):
             return liger.labelled_output(model.llm, inputs, targets, rows, divisor, model.config.liger)
-    if model.config.liger == "always":
-        liger.chosen("always", model.llm, keep)  # raises: there are logits to return, or the call is compiled
+    if model.config.liger == "always" and (rows is None or skip is False):
+        liger.chosen("always", model.llm, keep or 0)  # raises: there are logits to return, or the call is compiled
     output = model.llm(**inputs, logits_to_keep=keep or 0, return_dict=True)
-    if isinstance(keep, Tensor):
+    logits = output.logits
+    if rows is not None:  # fewer to copy to fp32
+        logits, targets = rows.select(logits), targets.flatten().index_select(0, rows.index)
+    elif isinstance(keep, Tensor):
         targets = targets[:, keep]
     elif keep:
         targets = targets[:, -keep:]
-    return with_loss(output, label_loss(output.logits, targets, divisor), output.logits)
+    return with_loss(output, label_loss(logits, targets, divisor), output.logits)
 
 
 def _put_embeddings(old: Any, new: Any, put: Callable[[Any], None]) -> None:

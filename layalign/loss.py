@@ -49,6 +49,8 @@ def divided(total: Tensor, targets: Tensor, divisor: Tensor | int | None) -> Ten
     """A summed loss by the number of labels among ``targets``, or by ``divisor``."""
     if divisor is None:
         divisor = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    elif isinstance(divisor, Tensor):  # Trainer counts where its batches are, the LLM may end on another device
+        divisor = divisor.to(total.device)
     return total / divisor
 
 

@@ -93,7 +93,15 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         self._llm_cache_name = cache_name(self.llm.forward)
         self.generation_config = self.llm.generation_config
         self._can_compile_fullgraph = getattr(self.llm, "_can_compile_fullgraph", False)
+        self.loss_type = "ForCausalLM"  # in subclasses of other names too: Trainer counts the labels by it
         self.post_init()
+
+    def _get_name(self) -> str:
+        """The name of a causal LM: transformers' Trainer shifts the labels that it smooths for the names it knows."""
+        return "LlamaForCausalLM"
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
     @classmethod
     def from_encoder_and_llm(
@@ -205,6 +213,14 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         super().__setstate__(state)
         make_recordable(self)
         encoders.record_layers(self.encoder)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; with ``strict=False`` frozen weights are not missing where a state has none but trained ones."""
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        trained = checkpoint.trained_names(self)
+        if set(state_dict) <= trained:
+            result.missing_keys[:] = [name for name in result.missing_keys if name in trained]
+        return result
 
     # What trains
 
@@ -393,6 +409,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         cache: Any = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass of the LLM.
@@ -404,9 +421,11 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             labels: (B, T) int64, -100 where nothing is predicted.
             past_key_values, cache: a transformers cache; both names, of which transformers 5.24 has the second.
             inputs_embeds, source_states: (B, T, D_l) and the source, instead of computing them (``generate`` does).
-            logits_to_keep: as in transformers. With ``labels`` and without this, logits are computed only where a
-                label stands and are not returned.
+            logits_to_keep: as in transformers; 0 keeps all.
             num_items_in_batch: divisor of the loss instead of the number of labels (gradient accumulation).
+            skip_logits: with ``labels`` and without ``logits_to_keep``, whether logits are computed only where a label
+                stands, and are not returned. None: in training mode, and wherever gradients are recorded; in eval mode
+                without gradients all are returned, as ``compute_metrics`` of transformers' Trainer needs them.
             **kwargs: passed to the LLM.
 
         Returns:
@@ -457,7 +476,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             **kwargs,
         )
         with nullcontext() if torch.compiler.is_compiling() else source.one_pass():
-            output = run_llm(self, inputs, labels, logits_to_keep, num_items_in_batch)
+            output = run_llm(self, inputs, labels, logits_to_keep, skip_logits, num_items_in_batch)
         if source.seen is not None:
             attention.require_attended(self.llm, source)
             self._source_reaches_layers, source.seen = True, None

@@ -146,7 +146,7 @@ class DistributedTrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64)
         for number, inputs in enumerate(dataloader):
             with self.accelerator.autocast():
-                loss, _, _ = self.prediction_step(model, inputs, True, ignore_keys=ignore_keys)
+                loss, _, _ = self.prediction_step(model, {**inputs, "skip_logits": True}, True, ignore_keys=ignore_keys)
             if number * world + rank < batches:
                 count = find_batch_size(inputs)
                 total += torch.tensor([float(loss) * count, count], dtype=torch.float64)

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from layalign import checkpoint, loading
 from layalign._files import writing
 from layalign._sharding import full_shape, put
-from layalign.errors import CheckpointError
+from layalign.errors import CheckpointError, refuse
 from layalign.tokenization import save_tokenizers
 from layalign.training.checkpoints import UNFINISHED, clear_unfinished, publish, rotate
 from layalign.training.distributed import DistributedTrainer
@@ -70,7 +70,10 @@ class LayAlignTrainer(DistributedTrainer):
         tokenizers: (encoder tokenizer, LLM tokenizer), saved with every checkpoint.
         lengths: one number per training example to bucket by, or None for a plain shuffle.
         guard: what looks at each step; by default one that stops at a NaN.
-        **kwargs: as transformers' Trainer.
+        **kwargs: as transformers' Trainer; no metrics, for evaluation makes no logits.
+
+    Raises:
+        ArgumentError: metrics are asked for.
     """
 
     def __init__(
@@ -81,6 +84,11 @@ class LayAlignTrainer(DistributedTrainer):
         guard: StepGuard | None = None,
         **kwargs: Any,
     ) -> None:
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                refuse(
+                    name, "None (the dev loss is all that this trainer measures; transformers' Trainer takes it)", name
+                )
         self.guard, self.stop = StepGuard() if guard is None else guard, StopOnSignal()
         # With the other callbacks from the start, so that the Trainer's state knows it.
         super().__init__(**{**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), self.guard, self.stop]})
