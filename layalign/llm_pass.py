@@ -49,7 +49,7 @@ def run_llm(
         with model.last_layer.only(rows, inputs):
             return liger.labelled_output(model.llm, inputs, targets, rows, divisor, model.config.liger)
     if model.config.liger == "always" and (rows is None or skip is False):
-        liger.chosen("always", model.llm, keep or 0)  # raises: there are logits to return, or the call is compiled
+        liger.chosen("always", model.llm, keep if rows is None else 0)  # raises: there are logits to return, or the call is compiled
     output = model.llm(**inputs, logits_to_keep=keep or 0, return_dict=True)
     logits = output.logits
     if rows is not None:  # fewer to copy to fp32
