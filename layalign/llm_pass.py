@@ -43,13 +43,17 @@ def run_llm(
         with model.last_layer.only(rows, inputs):
             return model.llm(**inputs, logits_to_keep=0 if keep is None else keep, return_dict=True)
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # position t predicts label t + 1
-    compiling = torch.compiler.is_compiling()
-    rows = None if compiling or keep is not None else Rows(targets != IGNORE_INDEX)
-    if rows is not None and (model.training or torch.is_grad_enabled() if skip is None else skip):
-        with model.last_layer.only(rows, inputs):
-            return liger.labelled_output(model.llm, inputs, targets, rows, divisor, model.config.liger)
-    if model.config.liger == "always" and (rows is None or skip is False):
-        liger.chosen("always", model.llm, keep if rows is None else 0)  # raises: there are logits to return, or the call is compiled
+    rows = None
+    if keep is None and not torch.compiler.is_compiling():
+        rows = Rows(targets != IGNORE_INDEX)
+        if skip is None:
+            skip = model.training or torch.is_grad_enabled() or model.config.liger == "always"
+        if skip:
+            with model.last_layer.only(rows, inputs):
+                return liger.labelled_output(model.llm, inputs, targets, rows, divisor, model.config.liger)
+    if model.config.liger == "always":
+        # Raises: there are logits to return, or the call is compiled.
+        liger.chosen("always", model.llm, keep if rows is None else 0)
     output = model.llm(**inputs, logits_to_keep=keep or 0, return_dict=True)
     logits = output.logits
     if rows is not None:  # fewer to copy to fp32

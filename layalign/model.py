@@ -424,8 +424,9 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             logits_to_keep: as in transformers; 0 keeps all.
             num_items_in_batch: divisor of the loss instead of the number of labels (gradient accumulation).
             skip_logits: with ``labels`` and without ``logits_to_keep``, whether logits are computed only where a label
-                stands, and are not returned. None: in training mode, and wherever gradients are recorded; in eval mode
-                without gradients all are returned, as ``compute_metrics`` of transformers' Trainer needs them.
+                stands, and are not returned. None: in training mode, wherever gradients are recorded, and with
+                ``liger="always"``; else, in eval mode without gradients, all are returned, as ``compute_metrics`` of
+                transformers' Trainer needs them.
             **kwargs: passed to the LLM.
 
         Returns:

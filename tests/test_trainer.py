@@ -116,7 +116,7 @@ def test_a_printed_model_has_its_own_name() -> None:
         {"train_sampling_strategy": "group_by_length"},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "label_smoothing_factor": 0.2},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"neftune_noise_alpha": 5.0}, {"average_tokens_across_devices": False}, {"prediction_loss_only": True},
+        {"neftune_noise_alpha": 5.0},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )  # fmt: skip
@@ -201,7 +201,7 @@ def evaluated(model: Any, folder: Path, **options: Any) -> tuple[dict[str, float
     [
         {}, {"eval_accumulation_steps": 1}, {"label_smoothing_factor": 0.1},
         {"include_for_metrics": ["inputs", "loss"]},
-        {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}, {"per_device_eval_batch_size": 3},
+        {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )  # fmt: skip
