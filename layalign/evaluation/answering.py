@@ -144,7 +144,10 @@ def _generate(
     options: Mapping[str, Any],
     limit: tuple[int | None, bool] = (None, False),
 ) -> list[_Answer]:
-    """Answers to a batch, their text None where logits were not finite; `limit` is the LLM's positions and whether it has no more (`layalign.data.lengths`)."""
+    """Answers to a batch, their text None where logits were not finite.
+
+    `limit` is the LLM's positions and whether it has no more (`layalign.data.lengths`).
+    """
     lengths, (most, end_of_table) = batch["attention_mask"].sum(dim=1).tolist(), limit
     if most is not None and end_of_table:
         # The last token is written and not read.
