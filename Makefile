@@ -65,6 +65,7 @@ docs: $(STAMP)
 	$(BIN)/python benchmarks/watch.py benchmarks/results/watch/versions.json --page docs/versions.md
 	$(BIN)/python benchmarks/curves.py --page docs/versions.md
 	$(BIN)/python -m layalign.serve.messages --write docs/serving.md
+	$(BIN)/python benchmarks/across.py page docs/versions.md --results benchmarks/results/watch/across.json
 	$(BIN)/python benchmarks/soak_report.py benchmarks/results/serve/soak.json docs/serving.md
 
 # Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.

@@ -77,7 +77,8 @@ def across(session: nox.Session) -> None:
             session.install("-c", pins, torch, f"transformers=={version}")
             for writer in [version] if turn == "write" else [other for other in ACROSS if other != version]:
                 try:
-                    session.run("python", "benchmarks/across.py", turn, f"{folder}/{writer}", env=environment)
+                    results = f"--results={RESULTS}/across.json"
+                    session.run("python", "benchmarks/across.py", turn, f"{folder}/{writer}", results, env=environment)
                 except CommandFailed:
                     failed.append(f"{turn} {writer} with {version}")
     if failed:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import re
+import sys
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -9,8 +14,11 @@ import torch
 from tiny import batch, tiny_model
 from transformers import DynamicCache
 
-from layalign import ArgumentError, _versions
+import layalign
+from layalign import ArgumentError, _versions, cli
 from layalign._versions import CACHE_NAMES, cache_of
+
+ROOT = Path(__file__).parents[1]
 
 NOTE = r"transformers \S+ is installed; tested with 5\.0 to 5\.24"
 
@@ -83,3 +91,40 @@ def test_a_name_that_transformers_no_longer_has_is_an_error_with_the_tested_vers
     text = rf"cannot import name 'Gone' from 'transformers'.*; {NOTE}$"
     with pytest.raises(ImportError, match=text), _versions.importing():
         from transformers import Gone  # noqa: F401
+
+
+def test_imports_and_commands_name_the_tested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new transformers in miniature: a name is gone, and a command fails for it."""
+    import transformers.masking_utils
+
+    assert cli.describe(TypeError("no"))[0] == "TypeError: no"  # a tested version is not to blame
+    for module in ("layalign.attention", "layalign.swap"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(vars(layalign), "attach", raising=False)
+    monkeypatch.delattr(transformers.masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS")
+    for start in (lambda: layalign.attach, lambda: importlib.import_module("layalign.attention")):
+        with pytest.raises(ImportError, match=rf"^cannot import name 'ALL_MASK_.*; {NOTE}$"):
+            start()
+    monkeypatch.setitem(_versions.TESTED, "transformers", ("5.0", "5.1"))
+    line, _ = cli.describe(TypeError("no"))
+    assert re.fullmatch(r"TypeError: no; transformers \S+ is installed; tested with 5\.0 to 5\.1", line)
+
+
+def test_the_ranges_are_the_same_everywhere() -> None:
+    (lowest, newest), (low_torch, new_torch) = _versions.TESTED["transformers"], _versions.TESTED["torch"]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"transformers>={lowest},' in project and f'"torch>={low_torch}"' in project
+    page = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    assert f"| transformers | {lowest} to {newest} without 5.4 (" in page
+    assert f"| PyTorch | {low_torch} to {new_torch} (" in page
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"\ntransformers=={newest}." in pins
+    tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    lists = {
+        node.targets[0].id: [getattr(each, "value", None) for each in node.value.elts]
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
+    }
+    for name in ("TRANSFORMERS", "MINORS", "ACROSS"):
+        assert lists[name][0].startswith(f"{lowest}.") and lists[name][-1].startswith(f"{newest}."), name
+    assert lists["TORCH"][0].startswith(f"{low_torch}.") and lists["TORCH"][-1].startswith(f"{new_torch}.")
