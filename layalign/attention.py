@@ -229,7 +229,7 @@ def follow(llm: nn.Module) -> None:
     for module in llm.modules():
         if "_layalign_config" in module.__dict__ and not carries_source(module):
             config: Any = module.config
-            registration = _Registration(config._attn_implementation_internal or "sdpa")
+            registration = _Registration(_base(config._attn_implementation_internal, config))
             config._attn_implementation_internal = registration.name
             llm.__dict__["_layalign_registration"] = registration
 
@@ -237,6 +237,13 @@ def follow(llm: nn.Module) -> None:
 def _set_attn_implementation(llm: Any, *args: Any, **kwargs: Any) -> None:
     type(llm).set_attn_implementation(llm, *args, **kwargs)
     follow(llm)
+
+
+def _base(implementation: str | None, config: Any) -> str:
+    """The attention function that the gated term is added to."""
+    # torch's leaves the softcapping of Gemma 2 out, and earlier versions of transformers take it by default all the same.
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
+    return "eager" if capped and implementation in (None, "sdpa") else implementation or "sdpa"
 
 
 def is_attached(llm: nn.Module) -> bool:
@@ -270,7 +277,7 @@ def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = No
     missing = [layer for layer in wanted if layer not in found]
     if missing:
         raise ArgumentError(f"language_layers: expected layers among {sorted(found)}, got {missing}")
-    base = llm.config._attn_implementation or "sdpa"
+    base = _base(llm.config._attn_implementation, llm.config)
     registration = _Registration(base)
     report = AttachReport(implementation=registration.name)
     for layer, (name, _) in sorted(found.items()):

@@ -116,6 +116,19 @@ def test_a_checkpoint_of_before_keeps_its_scaled_soft_tokens(name: str, tmp_path
         assert loaded.config.scaled_soft_tokens is (factor != 1)  # and saved so
 
 
+@pytest.mark.parametrize("name", ["gemma2", "vaultgemma"])
+def test_softcapping_of_the_scores_is_kept_where_transformers_takes_sdpa(name: str) -> None:
+    expected = scaling_model(name)
+    llm = scaling_llm(name)
+    llm.config._attn_implementation_internal = "sdpa"  # what from_pretrained chose before transformers refused it
+    model = LayAlignForCausalLM.from_encoder_and_llm(expected.encoder, llm)
+    assert model.attach_report.implementation == "layalign_eager"
+    model.load_state_dict(expected.state_dict())
+    inputs = batch(model=expected, targets=None)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**inputs).logits, expected(**inputs).logits)
+
+
 def test_scaled_soft_tokens_are_for_llms_whose_factor_moved() -> None:
     with pytest.raises(ArgumentError, match="scaled_soft_tokens: expected false for an LLM that is none of gemma"):
         scaling_model("llama", scaled_soft_tokens=True)

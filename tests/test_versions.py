@@ -98,8 +98,7 @@ def test_imports_and_commands_name_the_tested_versions(monkeypatch: pytest.Monke
     import transformers.masking_utils
 
     assert cli.describe(TypeError("no"))[0] == "TypeError: no"  # a tested version is not to blame
-    for module in ("layalign.attention", "layalign.swap"):
-        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, "layalign.attention")
     monkeypatch.delitem(vars(layalign), "attach", raising=False)
     monkeypatch.delattr(transformers.masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS")
     for start in (lambda: layalign.attach, lambda: importlib.import_module("layalign.attention")):
@@ -121,7 +120,7 @@ def test_the_ranges_are_the_same_everywhere() -> None:
     assert f"\ntransformers=={newest}." in pins
     tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
     lists = {
-        node.targets[0].id: [getattr(each, "value", None) for each in node.value.elts]
+        ast.unparse(node.targets[0]): [getattr(each, "value", None) for each in node.value.elts]
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
     }
