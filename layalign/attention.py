@@ -241,7 +241,7 @@ def _set_attn_implementation(llm: Any, *args: Any, **kwargs: Any) -> None:
 
 def _base(implementation: str | None, config: Any) -> str:
     """The attention function that the gated term is added to."""
-    # torch's leaves the softcapping of Gemma 2 out, and earlier versions of transformers take it by default all the same.
+    # torch's leaves out the softcapping of Gemma 2, and earlier versions of transformers take it by default.
     capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
     return "eager" if capped and implementation in (None, "sdpa") else implementation or "sdpa"
 
