@@ -15,6 +15,7 @@ from layalign.nn import GatedCrossAttention
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import across  # noqa: E402
 import curves  # noqa: E402
 import watch  # noqa: E402
 
@@ -106,6 +107,8 @@ def test_the_ranges_in_the_metadata_are_what_was_run() -> None:
 def test_the_page_shows_the_recorded_rows_and_curves() -> None:
     page = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
     assert watch.table(ROWS) in page
+    pairs = json.loads((RESULTS / "across.json").read_text(encoding="utf-8"))
+    assert across.table(pairs) in page and all(max(row["logits"], row["loss"]) <= across.BOUND for row in pairs)
     recorded = json.loads((RESULTS / "curves.json").read_text(encoding="utf-8"))
     assert curves.table(recorded) in page
     assert all(row["share"] <= 1 for row in curves.rows(recorded))
