@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from layalign._quiet import importing_peft
 from layalign.errors import ArgumentError, CheckpointError, first_line, shown
 
 _INNER = ("base_layer", "original_module")  # what peft's layers call the module that they wrap
@@ -57,7 +58,8 @@ def inject_lora(llm: PreTrainedModel, settings: Any, drawn: bool = True) -> dict
         drawn: False for an adapter whose weights are loaded afterwards: some initialisations change the LLM.
     """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        with importing_peft():
+            from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise CheckpointError("lora: expected the package peft (pip install 'layalign[lora]')") from error
     try:

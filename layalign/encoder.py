@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from layalign._pickling import leave_out_recorders, make_recordable
 from layalign._plain import trains
+from layalign._quiet import loading_encoder
 from layalign.errors import ArgumentError
 from layalign.names import given
 
@@ -38,7 +40,8 @@ def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in names if key in kwargs})
     t5_like = config.model_type in ("t5", "mt5", "umt5")
     auto = AutoModelForTextEncoding if t5_like else AutoModel
-    return encoder_part(auto.from_pretrained(name_or_path, **kwargs))
+    with loading_encoder() if t5_like else nullcontext():
+        return encoder_part(auto.from_pretrained(name_or_path, **kwargs))
 
 
 def load_llm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from layalign._quiet import importing_peft
 from layalign.training.config import TrainConfig
 from layalign.training.loading import load_train_config
 
@@ -28,4 +29,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'layalign.training' has no attribute {name!r}")
     module = "runs" if name == "is_main_process" else "run"
-    return getattr(importlib.import_module(f"layalign.training.{module}"), name)
+    with importing_peft():  # transformers' Trainer does
+        return getattr(importlib.import_module(f"layalign.training.{module}"), name)
