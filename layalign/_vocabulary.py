@@ -10,12 +10,10 @@ from torch import nn
 
 from layalign._sharding import reason_whole_is_not_here
 from layalign.attention import own_configs
-from layalign.errors import ArgumentError, whole_number
+from layalign.errors import MAX_SIZE, ArgumentError, whole_number
 
 if TYPE_CHECKING:
     from layalign.model import LayAlignForCausalLM
-
-LARGEST = 2**31 - 1
 
 
 def resize(model: LayAlignForCausalLM, size: int | None, multiple: int | None, mean_resizing: bool) -> nn.Embedding:
@@ -24,9 +22,9 @@ def resize(model: LayAlignForCausalLM, size: int | None, multiple: int | None, m
     if size is None and multiple is None:
         return before
     _require_resizable(llm)
-    wanted = before.num_embeddings if size is None else whole_number("new_num_tokens", size, 1, LARGEST)
+    wanted = before.num_embeddings if size is None else whole_number("new_num_tokens", size, 1, MAX_SIZE)
     if multiple is not None:
-        wanted = -(-wanted // whole_number("pad_to_multiple_of", multiple, 1, LARGEST)) * multiple
+        wanted = -(-wanted // whole_number("pad_to_multiple_of", multiple, 1, MAX_SIZE)) * multiple
     for name in ("llm_bos_token_id", "source_token_id"):
         token = getattr(model.config, name)
         if token is not None and token >= wanted:

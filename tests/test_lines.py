@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,61 +16,66 @@ OPTIONAL = (
     "sklearn", "datasets", "torchao", "hqq", "tensorboard",
 )  # fmt: skip
 
-_IN_PYTHON = f"""
+_ONE_AFTER_THE_OTHER = f"""
 import sys
+encoder, llm, settings, run, other = sys.argv[1:]
 def loaded(): return [name for name in {OPTIONAL!r} if name in sys.modules]
 import layalign
 assert not loaded() and "transformers" not in sys.modules and "torch" not in sys.modules, loaded()
 layalign.LayAlignForCausalLM
 assert not loaded(), loaded()
-model = layalign.LayAlignForCausalLM.from_encoder_and_llm(sys.argv[1], sys.argv[2])
+model = layalign.LayAlignForCausalLM.from_encoder_and_llm(encoder, llm)
 import torch
 source = dict(encoder_input_ids=torch.tensor([[5, 6, 7]]))
 model(**source, **model.pack(torch.ones(1, 3), None, [[5]])).loss.backward()
 model.generate(**source, max_new_tokens=2, do_sample=False)
-assert not loaded(), loaded()
+assert not loaded(), loaded()  # from here on transformers' Trainer loads what it likes
 from layalign.training import train, load_train_config
-assert not loaded(), loaded()
-train(load_train_config(sys.argv[3]))
-print("trained")
+train(load_train_config(settings))
+from layalign.cli import main
+for command in (
+    ["--help"],
+    ["generate", "-c", run, "-s", "eins", "--max-new-tokens", "2"],
+    ["train", "--config", settings, "--stage", "translation", "--output", other, "--set", "progress=true"],
+):
+    for stream in (sys.stdout, sys.stderr):
+        print("==", command[0], file=stream, flush=True)
+    assert not main(command)
 """
 
 
-def _lines(*command: Any, **environment: str) -> tuple[list[str], list[str]]:
-    """Lines of stdout and stderr, without the bars that show how far something is."""
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "200", **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    both = []
-    for text in (done.stdout, done.stderr):
-        lines = [line.strip() for line in text.replace("\r", "\n").splitlines()]
-        both.append([line for line in lines if line and "it/s]" not in line and "?it/s" not in line])
-    return both[0], both[1]
+def _by_command(text: str) -> dict[str, list[str]]:
+    """The lines of each command, without the bars that show how far something is."""
+    found: dict[str, list[str]] = {}
+    lines = found.setdefault("python", [])
+    for line in map(str.strip, text.replace("\r", "\n").splitlines()):
+        if line.startswith("== "):
+            lines = found.setdefault(line[3:], [])
+        elif line and "it/s" not in line:
+            lines.append(line)
+    return found
 
 
 def test_every_line_is_ours(tmp_path: Path) -> None:
     parts = save_parts(tmp_path / "parts")
     settings = {
-        "encoder": parts.encoder, "llm": parts.llm, "data": parts.data, "batch_size": 8, "dev_size": 8, "max_steps": 2,
+        "encoder": parts.encoder, "llm": parts.llm, "data": parts.data, "batch_size": 8, "dev_size": 8, "max_steps": 1,
         "use_cpu": True, "progress": False, "output_dir": str(tmp_path / "run"), "lora": {"r": 2},
     }  # fmt: skip
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    out, err = _lines(sys.executable, "-c", _IN_PYTHON, parts.encoder, parts.llm, tmp_path / "train.yaml")
-    assert out == ["trained"] and err == []
-    command = sys.executable, "-m", "layalign"
-    out, err = _lines(*command, "--help")
-    assert out[0].startswith("Usage: ") and err == []
-    out, err = _lines(*command, "generate", "-c", tmp_path / "run", "-s", "eins", "--max-new-tokens", "2")
-    assert len(out) <= 1 and err == []
-    settings.update(progress=True, output_dir=str(tmp_path / "other"))
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    out, err = _lines(*command, "train", "--config", tmp_path / "train.yaml", "--stage", "translation")
-    reported = [line for line in out if line.startswith("{")]  # the Trainer's, for `progress` asks for them
+    places = parts.encoder, parts.llm, tmp_path / "train.yaml", tmp_path / "run", tmp_path / "other"
+    done = subprocess.run(
+        [sys.executable, "-c", _ONE_AFTER_THE_OTHER, *map(str, places)], capture_output=True, text=True, timeout=400,
+        env={**os.environ, "COLUMNS": "200"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert _by_command(done.stderr) == {"python": [], "--help": [], "generate": [], "train": []}
+    found = _by_command(done.stdout)
+    assert found["python"] == [] and found["--help"][0].startswith("Usage: ") and len(found["generate"]) <= 1
+    reported = [line for line in found["train"] if line.startswith("{")]  # the Trainer's, for `progress` asks for them
     assert len(reported) == 2 and "eval_loss" in reported[0] and "train_loss" in reported[1]
-    assert [line for line in out if "saved in" in line] == [f"translation: saved in {tmp_path / 'other'}"]
-    assert err == []
+    table = found["train"][2:]
+    assert table[0] == "Training" and table[-1] == f"translation: saved in {tmp_path / 'other'}" and len(table) == 5
 
 
 @pytest.mark.parametrize(("name", "text", "passes"), [
