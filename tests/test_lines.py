@@ -34,9 +34,9 @@ from layalign.training import train, load_train_config
 train(load_train_config(settings))
 from layalign.cli import main
 for command in (
-    ["--help"],
     ["generate", "-c", run, "-s", "eins", "--max-new-tokens", "2"],
     ["train", "--config", settings, "--stage", "translation", "--output", other, "--set", "progress=true"],
+    ["--help"],
 ):
     for stream in (sys.stdout, sys.stderr):
         print("==", command[0], file=stream, flush=True)
