@@ -32,7 +32,8 @@ model.generate(**source, max_new_tokens=2, do_sample=False)
 assert not loaded(), loaded()  # from here on transformers' Trainer loads what it likes
 from layalign.training import train, load_train_config
 train(load_train_config(settings))
-from layalign.cli import main
+import typer
+from layalign.cli.app import app
 for command in (
     ["generate", "-c", run, "-s", "eins", "--max-new-tokens", "2"],
     ["train", "--config", settings, "--stage", "translation", "--output", other, "--set", "progress=true"],
@@ -40,7 +41,10 @@ for command in (
 ):
     for stream in (sys.stdout, sys.stderr):
         print("==", command[0], file=stream, flush=True)
-    assert not main(command)
+    try:
+        typer.main.get_command(app).main(command, prog_name="layalign", standalone_mode=False)
+    except SystemExit as end:
+        assert not end.code, end.code
 """
 
 
