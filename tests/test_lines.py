@@ -52,7 +52,7 @@ def _by_command(text: str) -> dict[str, list[str]]:
     """The lines of each command, without the bars that show how far something is."""
     found: dict[str, list[str]] = {}
     lines = found.setdefault("python", [])
-    for line in map(str.strip, text.replace("\r", "\n").splitlines()):
+    for line in map(str.strip, text.replace("\x1b[A", "").replace("\r", "\n").splitlines()):
         if line.startswith("== "):
             lines = found.setdefault(line[3:], [])
         elif line and "it/s" not in line:
