@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +55,12 @@ def _names(model: LayAlignForCausalLM) -> list[tuple[str, torch.dtype, bool]]:
     return [(name, parameter.dtype, parameter.requires_grad) for name, parameter in model.named_parameters()]
 
 
-@pytest.mark.parametrize(
-    ("memory", "load"),
-    [("20KB", AutoModelForCausalLM.from_pretrained), ("40KB", LayAlignForCausalLM.from_pretrained)],
-)
-def test_a_whole_checkpoint_larger_than_the_memory(load: Callable[..., Any], memory: str, tmp_path: Path) -> None:
+def test_a_whole_checkpoint_in_little_memory(tmp_path: Path) -> None:
+    load = AutoModelForCausalLM.from_pretrained
     model = tiny_model()
     model.llm.to(torch.bfloat16)  # each part comes back in its own dtype
     model.save_pretrained(tmp_path / "model", save_frozen=True)
-    places = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": str(tmp_path / "offloaded")}
+    places = {"device_map": "auto", "max_memory": {"cpu": "20KB"}, "offload_folder": str(tmp_path / "offloaded")}
     loaded = load(tmp_path / "model", **places)
     assert sum(parameter.is_meta for parameter in loaded.parameters()) > 60
     assert _names(loaded) == _names(model)
