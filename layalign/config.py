@@ -230,6 +230,11 @@ class LayAlignConfig(PretrainedConfig):
         _check_layers("encoder_layers", self.encoder_layers, count, allow_empty=False)
 
     def _resolve_llm(self, config: PretrainedConfig, written_by: str | None) -> None:
+        if getattr(config, "hidden_size_per_layer_input", None):
+            raise ArgumentError(
+                f"llm_config: expected a decoder whose layers read embeddings alone; {config.model_type} looks up a "
+                "vector for each layer by the token's id, and soft tokens have none"
+            )
         if self.scaled_soft_tokens is None:
             self.scaled_soft_tokens = scaled_as_text(config, written_by)
         if self.scaled_soft_tokens and config.model_type not in SCALED_IN_DECODER:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import ENCODERS, LLMS, batch, row, tiny_encoder, tiny_llm, tiny_model
 
-from layalign import ArgumentError, LayAlignForCausalLM, reference
+from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, reference
 from layalign.packing import real_positions
 
 ROTARY = [name for name in LLMS if name not in ("phi3", "gpt2", "gpt_neox")]
@@ -179,6 +179,15 @@ def test_an_llm_outside_the_attention_interface_is_refused() -> None:
     bloom = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ArgumentError, match="llm: BloomForCausalLM does not go through"):
         LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), bloom)
+
+
+def test_an_llm_that_looks_up_its_layers_inputs_by_id_is_refused() -> None:
+    sizes = dict(
+        num_hidden_layers=2, hidden_size=16, intermediate_size=16, vocab_size=40, vocab_size_per_layer_input=40
+    )
+    llm = {"model_type": "gemma3n_text", "hidden_size_per_layer_input": 8, **sizes}
+    with pytest.raises(ArgumentError, match="llm_config: expected a decoder whose layers read embeddings alone"):
+        LayAlignConfig(encoder_config=tiny_encoder().config, llm_config=llm)
 
 
 def test_an_llm_that_drops_the_source_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
