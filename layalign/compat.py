@@ -90,7 +90,7 @@ class LayAlign(nn.Module):
             language_layers=list(aligner.language_layers),
             structure=aligner.structure,
             mask_encoder_padding=False,
-            llm_bos_token_id=config.llm_bos_token_id,
+            llm_bos_token_id="own" if config.llm_bos_token_id is None else config.llm_bos_token_id,
             source_token_id=config.llm_pad_token_id,
         )
         self.model.encoder.requires_grad_(not encoder_freeze)

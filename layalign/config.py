@@ -57,9 +57,8 @@ class LayAlignConfig(PretrainedConfig):
         gate: None, gates are learned and start at zero; a number fixes all of them there.
         mask_encoder_padding: hide encoder padding from the cross-attention and number LLM positions without padding, so
             that a sample does not depend on its batch neighbours. False reproduces the published numbers.
-        llm_bos_token_id: first token of the LLM's input. None: that of the LLM's configuration, or none if it has none.
-            False: none in any case, for LLMs whose tokenizers add none (Qwen). Where there is none, the attribute is
-            None, and config.json says so.
+        llm_bos_token_id: first token of the LLM's input. "own": that of the LLM's configuration, or none if it has none.
+            None or False: none in any case, for LLMs whose tokenizers add none (Qwen); the attribute is None then.
         source_token_id: id that fills the slots of the soft tokens in ``input_ids``. None: the LLM's pad, else eos, id.
         lora: settings of a peft ``LoraConfig`` put on the LLM, or None.
         frozen_saved, part_dtypes: whether the checkpoint holds the frozen parts too (or which of them), and each part's
@@ -100,7 +99,7 @@ class LayAlignConfig(PretrainedConfig):
         prompt: bool = True,
         gate: float | None = None,
         mask_encoder_padding: bool = True,
-        llm_bos_token_id: int | bool | None = None,
+        llm_bos_token_id: int | str | bool | None = "own",
         source_token_id: int | None = None,
         lora: dict[str, Any] | None = None,
         frozen_saved: bool | list[str] = False,
@@ -129,7 +128,7 @@ class LayAlignConfig(PretrainedConfig):
         self.prompt = prompt
         self.gate = gate
         self.mask_encoder_padding = bool(mask_encoder_padding)
-        self.llm_bos_token_id = llm_bos_token_id
+        self.llm_bos_token_id: Any = llm_bos_token_id
         self.source_token_id = source_token_id
         self.lora = lora
         self.frozen_saved = frozen_saved
@@ -172,7 +171,7 @@ class LayAlignConfig(PretrainedConfig):
                 refuse(name, "a mapping or None", getattr(self, name))
         for name in ("llm_bos_token_id", "source_token_id"):
             value = getattr(self, name)
-            if value is not None and not (value is False and name == "llm_bos_token_id"):
+            if value is not None and not (name == "llm_bos_token_id" and (value is False or value == "own")):
                 whole_number(name, value, least=0)
         saved = self.frozen_saved
         if not isinstance(saved, bool) and not (isinstance(saved, list) and all(part in PARTS for part in saved)):
@@ -244,7 +243,7 @@ class LayAlignConfig(PretrainedConfig):
         _check_layers("language_layers", self.language_layers, number_of_layers(config), allow_empty=True)
         if self.llm_bos_token_id is False:
             self.llm_bos_token_id = None
-        elif self.llm_bos_token_id is None:
+        elif self.llm_bos_token_id == "own":
             self.llm_bos_token_id = _first(getattr(config, "bos_token_id", None))
         if self.source_token_id is None:
             candidates = (_first(getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
@@ -255,7 +254,7 @@ class LayAlignConfig(PretrainedConfig):
             raise ArgumentError(f"source_token_id: expected 0..{config.vocab_size - 1}, got {self.source_token_id}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers'; that there is no first token is told from "the LLM's own"."""
+        """As transformers'; no first token is false, for earlier versions of this library read null as "own"."""
         found = super().to_dict()
         if self.llm_bos_token_id is None and self.llm_config is not None:
             found["llm_bos_token_id"] = False

@@ -32,7 +32,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
     return save_parts(tmp_path_factory.mktemp("parts"))
 
 
-@pytest.mark.parametrize(("given", "first"), [(None, 1), (False, None), (7, 7), (0, 0)])
+@pytest.mark.parametrize(("given", "first"), [("own", 1), (None, None), (False, None), (7, 7), (0, 0)])
 def test_what_is_given_is_what_stands_first_and_is_stored(given: Any, first: int | None, tmp_path: Path) -> None:
     model = tiny_model(llm="qwen2", llm_bos_token_id=given)
     source = {"encoder_input_ids": torch.tensor([[5, 6, 7]])}
@@ -51,7 +51,9 @@ def test_older_checkpoints_and_other_values() -> None:
     parts = {"encoder_config": tiny_encoder().config, "llm_config": tiny_llm().config}
     written = LayAlignConfig(**parts).to_dict()
     assert written["llm_bos_token_id"] == 1
-    assert LayAlignConfig.from_dict({**written, "llm_bos_token_id": None}).llm_bos_token_id == 1
+    assert LayAlignConfig.from_dict({**written, "llm_bos_token_id": None}).llm_bos_token_id is None
+    del written["llm_bos_token_id"]
+    assert LayAlignConfig.from_dict(written).llm_bos_token_id == 1
     for wrong in (True, -1, "none", 64):
         with pytest.raises(ArgumentError, match="llm_bos_token_id"):
             LayAlignConfig(**parts, llm_bos_token_id=wrong)

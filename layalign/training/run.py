@@ -274,15 +274,17 @@ def build_model(config: TrainConfig) -> LayAlignForCausalLM:
     return model
 
 
-def _first_token(config: TrainConfig) -> int | bool | None:
+def _first_token(config: TrainConfig) -> int | str | bool:
     """What stands first in the LLM's input: as asked for, else as its tokenizer begins its texts, if it can be read."""
     if config.llm_bos_token_id is not None:
         return config.llm_bos_token_id
     try:
         found = first_token(load_tokenizer("llm", config.llm))
     except CheckpointError:  # the tokenizers may come from elsewhere
-        return None
-    return False if found is None else found
+        return "own"
+    if found is None:  # without the source's slots, something has to stand before the first label
+        return False if config.adapter else "own"
+    return found
 
 
 def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
