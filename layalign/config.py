@@ -57,7 +57,7 @@ class LayAlignConfig(PretrainedConfig):
         gate: None, gates are learned and start at zero; a number fixes all of them there.
         mask_encoder_padding: hide encoder padding from the cross-attention and number LLM positions without padding, so
             that a sample does not depend on its batch neighbours. False reproduces the published numbers.
-        llm_bos_token_id: first token of the LLM's input. "own": that of the LLM's configuration, or none if it has none.
+        llm_bos_token_id: first token of the LLM's input. "own": that of the LLM's configuration, if it has one.
             None or False: none in any case, for LLMs whose tokenizers add none (Qwen); the attribute is None then.
         source_token_id: id that fills the slots of the soft tokens in ``input_ids``. None: the LLM's pad, else eos, id.
         lora: settings of a peft ``LoraConfig`` put on the LLM, or None.
