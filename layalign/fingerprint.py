@@ -328,9 +328,8 @@ def differences_from_files(part: nn.Module, files: Iterable[Path]) -> tuple[list
         called = [name for each in names for name in by_end.get(each, ())]
         called += [end for each in names for end in _ends(each) if end in contents]
         alike = [name for name in contents if contents[name][0] == shape]
-        if any(_same(contents[name][1](), here) for name in called if contents[name][0] == shape):
-            continue
-        if any(_same(contents[name][1](), here) for name in alike if name not in called):
+        # By content only where no name is like it: two layers that changed places are a difference.
+        if any(_same(contents[name][1](), here) for name in alike if not called or name in called):
             continue
         if not called:
             unfound.append(names[0])

@@ -154,7 +154,12 @@ def change_encoder(model: LayAlignForCausalLM) -> None:
         model.encoder.get_input_embeddings().weight[:, 7] *= 1.5
 
 
-CHANGES = [merge_lora, train_a_step, prune, turn_otherwise, change_encoder]
+def exchange_layers(model: LayAlignForCausalLM) -> None:
+    one, two = (model.llm.model.layers[number].self_attn.q_proj for number in (0, 1))
+    one.weight, two.weight = two.weight, one.weight
+
+
+CHANGES = [merge_lora, train_a_step, prune, turn_otherwise, change_encoder, exchange_layers]
 
 
 @pytest.mark.parametrize("change", CHANGES)
