@@ -177,14 +177,15 @@ def frozen_tensors(part: nn.Module, every: bool = False) -> Iterator[tuple[str, 
 
     Args:
         part: with or without adapters, whose weights are left out.
-        every: also weights that train, and those of a pooler: nothing reads it, and a file may leave it random.
+        every: also weights that train, those of a pooler (nothing reads it, and a file may leave it random) and the
+            buffers of a quantised part (its quantiser's scales, which no file has).
     """
     foreign = adapter_names(part)
     found: dict[int, tuple[str, list[str], Tensor]] = {}
     for name, tensor in part.named_parameters(remove_duplicate=False):
         if name not in foreign and (every or not (tensor.requires_grad or "pooler" in name.split("."))):
             found.setdefault(id(tensor), (name, [], tensor))[1].append(base_name(name))
-    for path, module in part.named_modules():
+    for path, module in part.named_modules() if every or not is_quantised(part) else ():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf not in module._non_persistent_buffers_set:
                 name = f"{path}.{leaf}" if path else leaf

@@ -194,6 +194,8 @@ def read_all(place: str, hub: Mapping[str, Any] | None = None, variant: str | No
         CheckpointError: a file is not there, cannot be read, or is not what was written.
     """
     name, hub = weights_name(variant), hub or {}
+    if Path(place).is_absolute() and not Path(place).is_dir():  # the hub would be asked for it
+        raise CheckpointError(f"{Path(place) / name}: cannot be read: there is no such folder")
     optional = {"_raise_exceptions_for_missing_entries": False}
     with reading(place, f"cannot read {name}"):
         single = cached_file(place, name, **optional, **hub)

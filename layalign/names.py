@@ -39,6 +39,8 @@ def given(what: str, name: str | Path) -> str:
         CheckpointError: it is a path, and there is no such folder. The hub is not asked.
     """
     name = str(name)
+    if not name.strip():
+        raise CheckpointError(f"{what}: expected a folder or hub name, got {shown(name)}")
     if os.path.isdir(absolute(name)):
         return absolute(name)
     if is_path(name):

@@ -222,6 +222,7 @@ def test_a_compiled_call_takes_the_plain_loss_and_always_says_so(calls: list) ->
     inputs = batch(model=model)
     source = {name: inputs.pop(name) for name in ("encoder_input_ids", "encoder_attention_mask")}
     inputs["source_states"] = model.encode_source(*source.values())[1]
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
     with torch.no_grad():
         torch._dynamo.reset()
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss

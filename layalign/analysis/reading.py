@@ -169,12 +169,18 @@ def without_lora(model: Any) -> Iterator[None]:
     if model.config.lora is None:
         yield
         return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # Not by the LLM's own methods: transformers 5.24 wants a peft for them that is not out.
+    layers = [module for module in model.llm.modules() if isinstance(module, BaseTunerLayer)]
     flags = {name: parameter.requires_grad for name, parameter in model.llm.named_parameters()}
-    model.llm.disable_adapters()
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        model.llm.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
         for name, parameter in model.llm.named_parameters():
             parameter.requires_grad_(flags[name])
 
