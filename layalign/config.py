@@ -171,7 +171,9 @@ class LayAlignConfig(PretrainedConfig):
                 refuse(name, "a mapping or None", getattr(self, name))
         for name in ("llm_bos_token_id", "source_token_id"):
             value = getattr(self, name)
-            if value is not None and not (name == "llm_bos_token_id" and (value is False or value == "own")):
+            if value is not None and not (
+                name == "llm_bos_token_id" and (value is False or (isinstance(value, str) and value == "own"))
+            ):
                 whole_number(name, value, least=0)
         saved = self.frozen_saved
         if not isinstance(saved, bool) and not (isinstance(saved, list) and all(part in PARTS for part in saved)):
