@@ -7,23 +7,16 @@ from typing import Any
 
 import yaml
 
+from layalign import _reading
 from layalign.errors import ArgumentError
-
-# A configuration has hundreds of values. Aliases of aliases stand for billions in a few lines.
-MAX_VALUES, MAX_DEPTH, MAX_LENGTH = 10_000, 40, 2**18
+from layalign.limits import MAX_YAML_CHARACTERS, MAX_YAML_DEPTH, MAX_YAML_VALUES
 
 
 def read_file(path: Path, argument: str = "config") -> Any:
     """The value that a YAML file holds; see :func:`read_text`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ArgumentError(f"{argument}: {path}:{line} is not UTF-8") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ArgumentError(f"{argument}: {path} cannot be read: {reason}") from error
-    return read_text(text, f"{argument}: {path}")
+    where = f"{argument}: {path}"
+    text = _reading.read_text(path, where=where, most=4 * MAX_YAML_CHARACTERS, error=ArgumentError)
+    return read_text(text, where)
 
 
 def read_text(text: str, where: str) -> Any:
@@ -36,29 +29,52 @@ def read_text(text: str, where: str) -> Any:
         ArgumentError: it is no YAML, holds a value that there is not (a 13th month), or is too large or deep when all
             aliases are written out.
     """
-    if len(text) > MAX_LENGTH:
-        raise ArgumentError(f"{where}: expected at most {MAX_LENGTH} characters, got {len(text)}")
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ArgumentError(f"{where}: expected at most {MAX_YAML_CHARACTERS} characters, got {len(text)}")
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _Loader)
+    except _TooLargeError:
+        raise ArgumentError(
+            f"{where}: expected at most {MAX_YAML_VALUES} values, {MAX_YAML_DEPTH} lists or mappings deep"
+        ) from None
     except yaml.YAMLError as error:
         raise ArgumentError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from error
-    except RecursionError:
-        raise ArgumentError(f"{where} is nested too deep") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         # What PyYAML's own constructors raise for dates, numbers and tagged values that are none.
         raise ArgumentError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from error
-    _require_small(value, where)
-    return value
 
 
-def _require_small(value: Any, where: str) -> None:
-    left, rest = MAX_VALUES, [(value, 0)]
-    while rest:
-        part, depth = rest.pop()
-        left -= 1
-        if left < 0 or depth > MAX_DEPTH:
-            raise ArgumentError(f"{where}: expected at most {MAX_VALUES} values, {MAX_DEPTH} lists or mappings deep")
-        if isinstance(part, dict):
-            rest += [(inner, depth + 1) for pair in part.items() for inner in pair]
-        elif isinstance(part, list | tuple | set):
-            rest += [(inner, depth + 1) for inner in part]
+class _TooLargeError(Exception):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Counts while it reads, with every alias written out: what it builds later, merge keys too, is no larger."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._sizes: dict[yaml.Node, tuple[int, int]] = {}  # values in a finished node, and how deep
+        self._begun = self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As the class above; refuses what is too large as soon as that is known."""
+        self._begun += 1
+        self._depth += 1
+        is_alias = self.check_event(yaml.AliasEvent)
+        if self._begun > MAX_YAML_VALUES or self._depth > MAX_YAML_DEPTH + 1:
+            raise _TooLargeError
+        node: Any = super().compose_node(parent, index)
+        self._depth -= 1
+        if is_alias:
+            if node not in self._sizes:  # it stands within what it is an alias of
+                raise _TooLargeError
+            return node
+        inner = node.value if isinstance(node.value, list) else []
+        if isinstance(node, yaml.MappingNode):
+            inner = [each for pair in inner for each in pair]
+        values = 1 + sum(self._sizes[each][0] for each in inner)
+        depth = 1 + max((self._sizes[each][1] for each in inner), default=-1)
+        if values > MAX_YAML_VALUES or depth > MAX_YAML_DEPTH:
+            raise _TooLargeError
+        self._sizes[node] = values, depth
+        return node
