@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign import ops, slots
+from layalign._identity import Identity, reason_against_watching
 from layalign._plain import is_intercepted, reason_against_reading
 from layalign.attention import head_size, heads
 from layalign.nn.aligner import WeightedLinearProjector
@@ -69,12 +70,6 @@ def _parameters(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
     return own["weight"], own.get("bias")
 
 
-def _reason_against_watching(linear: nn.Linear) -> str | None:
-    """Why a change of the weights would go unnoticed."""
-    unwatched = any(p is not None and p.is_inference() for p in linear._parameters.values())
-    return "made in inference mode, it has no versions" if unwatched else None
-
-
 def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.Module]) -> str | None:
     """Why the weights cannot be folded; None if they can."""
     if projector.structure != "Linear":
@@ -83,7 +78,7 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
         return 'with mix "shared" one product serves all layers'
     if is_intercepted(projector):
         return "the aligner's projector has hooks or a patched forward, which reading its weights would pass by"
-    problem = reason_against_reading(projector.fc2) or _reason_against_watching(projector.fc2)
+    problem = reason_against_reading(projector.fc2) or reason_against_watching(projector.fc2._parameters.values())
     if problem is not None:
         return f"fc2: {problem}"
     first: Any = None
@@ -91,7 +86,7 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
         name = MAPS[place % len(MAPS)]
         if linear is None:
             return f"{type(attentions[place // len(MAPS)]).__name__} has no {name} of its own"
-        problem = reason_against_reading(linear) or _reason_against_watching(linear)
+        problem = reason_against_reading(linear) or reason_against_watching(linear._parameters.values())
         if problem is not None:
             return f"{name}: {problem}"
         weight, bias = _parameters(linear)
@@ -106,18 +101,53 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
     return None
 
 
-def _seen(projector: WeightedLinearProjector, attentions: Sequence[nn.Module]) -> tuple[Any, ...]:
-    """All that :func:`reason_against` and a fold hang on: while it is the same, so are the answer and the weights."""
+class _Passed:
+    """A projector and attention modules that :func:`reason_against` has passed: all that its answer depends on."""
+
+    def __init__(self, settings: tuple[Any, ...], parameters: Sequence[Tensor]) -> None:
+        self.settings, self.parameters = settings, Identity(parameters)
+
+    def holds(self, settings: tuple[Any, ...], parameters: Sequence[Tensor]) -> bool:
+        return self.settings == settings and self.parameters.of(parameters)
+
+
+def _seen(
+    projector: WeightedLinearProjector, attentions: Sequence[nn.Module]
+) -> tuple[tuple[Any, ...], list[nn.Parameter]]:
+    """(settings, parameters) that :func:`reason_against` and a fold depend on."""
     own: Any = projector._modules
-    found: list[Any] = [projector.structure, projector.times, type(projector), is_intercepted(projector)]
+    settings: list[Any] = [projector.structure, projector.times, type(projector), is_intercepted(projector)]
+    parameters: list[nn.Parameter] = []
     for linear in (own["fc2"], *_maps(attentions)):
-        found += id(linear), type(linear), linear is not None and is_intercepted(linear)
-        for p in () if linear is None else linear._parameters.values():
-            if type(p) is nn.Parameter and not p.is_inference():
-                found += id(p), p.data_ptr(), p._version, p.requires_grad, p.shape, len(p.__dict__)
-            else:  # which may have no address or version
-                found += id(p), type(p)
-    return tuple(found)
+        settings += type(linear), linear is not None and is_intercepted(linear)
+        for name, p in () if linear is None else linear._parameters.items():
+            if p is not None:
+                settings += name, p.requires_grad, len(p.__dict__)  # where ZeRO-3 and FSDP1 mark theirs
+                parameters.append(p)
+    return tuple(settings), parameters
+
+
+# Integers of the same size as an element: a NaN is equal to itself, and no type is without a comparison.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: Tensor, step: int = 1) -> Tensor:
+    return tensor.detach().flatten()[::step].view(_BITS[tensor.element_size()])
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _values(fc2: nn.Linear, maps: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """What is compared of weights that nobody seems to have written: writes past autograd's counters leave no trace.
+
+    All of fc2, which trains. Of the LLM's frozen maps, which are too much to read, the biases and so many numbers that
+    nearly every row and every column has one.
+    """
+    weights = [linear.weight for linear in maps]
+    some = [_bits(weight, min(weight.shape) + 1) for weight in weights]
+    some += [_bits(linear.bias) for linear in maps if linear.bias is not None]
+    whole = [_bits(p) for p in _parameters(fc2) if p is not None]
+    return *whole, torch.cat(some)
 
 
 @dataclass(frozen=True)
@@ -127,12 +157,21 @@ class Folded:
     weight: Tensor | PackedWeight
     bias: Tensor | None
     key: tuple[Any, ...]
+    values: tuple[Tensor, ...]
+
+    def holds(self, fc2: nn.Linear, maps: Sequence[nn.Linear]) -> bool:
+        """Whether the weights still have the values that these were made from."""
+        if fc2.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return True  # nothing can be read back now
+        return all(map(torch.equal, self.values, _values(fc2, maps)))
 
 
+@torch.inference_mode(False)  # what is made in it cannot be saved for a backward
 @torch.no_grad()
 def _fold(
     fc2: nn.Linear, maps: Sequence[nn.Linear], dtype: torch.dtype, key: tuple[Any, ...], packed: bool = False
 ) -> Folded:
+    values = tuple(bits.clone() for bits in _values(fc2, maps))
     wide = torch.float64 if dtype == torch.float64 else torch.float32  # one rounding, at the end
     inner = fc2.weight.to(wide)
     if fc2.bias is not None:
@@ -154,7 +193,7 @@ def _fold(
         if bias is not None:
             offset = product[:, fc2.in_features :].sum(dim=1)  # one column, or none
             bias[slot] = offset if linear.bias is None else offset + linear.bias.to(wide)
-    return Folded(weight, bias, key)
+    return Folded(weight, bias, key, values)
 
 
 class _Fold(torch.autograd.Function):
@@ -210,8 +249,9 @@ def count_steps() -> None:
 class Folding:
     """Decides for each call whether to fold, and keeps the folded weights while the aligner's do not change.
 
-    A change is noticed by autograd's version counters and by any torch optimizer's step; whoever writes weights through
-    ``.data`` calls :meth:`forget`.
+    A change is noticed by the parameters' identity, memory and version counters, by any torch optimizer's step, and by
+    comparing values, all of the aligner's and some of each of the LLM's maps: whoever writes single numbers of those
+    past autograd's counters (through ``.data``, numpy, shared memory) calls :meth:`forget`.
 
     Args:
         choice: "auto" (by :func:`break_even_rows`), "always" (wherever it can be done) or "never".
@@ -221,7 +261,7 @@ class Folding:
         self.choice = choice
         self.last: str = "not asked yet"  # what was done for the last call, and why
         self._folded: Folded | None = None
-        self._passed: tuple[Any, ...] | None = None  # what was seen when nothing spoke against reading it
+        self._passed: _Passed | None = None
         self._version: tuple[int, int] | None = None
         self._calls, self._calls_before = 0, 1  # of training, with the current weights and with those before
         count_steps()
@@ -243,7 +283,7 @@ class Folding:
         hidden: Sequence[Tensor],
     ) -> Sequence[Tensor] | None:
         """2L tensors (B, G, S, d), a key and a value by turns; None where the modules are to be called."""
-        reading, seen = self._against_reading(projector, attentions)
+        reading, passed = self._against_reading(projector, attentions)
         against = reading if reading is not None else self._against(projector, attentions, hidden)
         self.say(against)
         if reading is not None:
@@ -259,7 +299,7 @@ class Folding:
             return None
         packed = by_slots and slots.packable(projector, hidden, maps[0].out_features)
         packed = packed and not slots.differentiated(projector, hidden)
-        folded = self._current(fc2, maps, hidden[0], packed, seen)
+        folded = self._current(fc2, maps, hidden[0], packed, passed)
         weight, bias = folded.weight, folded.bias
         if by_slots:
             return slots.project(projector, hidden, weight, bias, maps, size)
@@ -271,20 +311,21 @@ class Folding:
 
     def _against_reading(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module]
-    ) -> tuple[str | None, tuple[Any, ...] | None]:
-        """Why the modules must be called, or None if their weights may be read; and what was seen of them."""
+    ) -> tuple[str | None, _Passed | None]:
+        """Why the modules must be called; or None, and what of the weights, which may be read, was seen."""
         if not attentions:
             return "no layer attends", None
         if torch.compiler.is_compiling():
             return "compiled: the weights' versions cannot be watched", None
         if _direct.transforming():
             return "under functional transforms (torch.func) the modules are called", None
-        seen = _seen(projector, attentions)
-        if seen == self._passed:
-            return None, seen
+        seen, passed = _seen(projector, attentions), self._passed
+        if passed is not None and passed.holds(*seen):
+            return None, passed
         against = reason_against(projector, attentions)
-        self._passed = seen if against is None else None
-        return against, seen
+        passed = None if against is not None else _Passed(*seen)
+        self._passed, self._folded = passed, None  # who is called as a module now may come back with other weights
+        return against, passed
 
     def _against(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module], hidden: Sequence[Tensor]
@@ -308,15 +349,18 @@ class Folding:
         needed *= MARGIN
         return None if rows >= needed else f"{rows} rows a call, folding pays from {needed:.0f}"
 
-    def _current(self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor, packed: bool, seen: Any) -> Folded:
+    def _current(
+        self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor, packed: bool, passed: _Passed | None
+    ) -> Folded:
         dtype = _checks.compute_dtype(like)
         packed = packed and dtype == torch.float32
-        key = dtype, packed, STEPS[0], seen
-        if self._folded is None or self._folded.key != key:
-            self._folded = None  # the old one's memory first
+        key = dtype, packed, STEPS[0], passed
+        folded = self._folded
+        if folded is None or folded.key != key or not folded.holds(fc2, maps):
+            self._folded = folded = None  # the old one's memory first
             with _checks.without_autocast(like):
-                self._folded = _fold(fc2, maps, dtype, key, packed)
-        return self._folded
+                self._folded = folded = _fold(fc2, maps, dtype, key, packed)
+        return folded
 
     def say(self, against: str | None) -> None:
         """Note, and log when it changes, what was done for a call: folded, or not for the reason ``against``."""
