@@ -118,10 +118,9 @@ def confined(folder: Path, name: Any, where: str, *, error: Kind = CheckpointErr
     """
     good = isinstance(name, str) and 0 < len(name) < 4096 and "\0" not in name and "\\" not in name
     if good:
-        pure = PurePosixPath(name)
-        good = (
-            bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and not PureWindowsPath(name).drive
-        )
+        path, drive = PurePosixPath(name), PureWindowsPath(name).drive
+        good = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not drive
+        good = good and path.as_posix() == name  # one name for each file
     if not good:
         raise error(f"{where}: expected the name of a file in its folder, got {shown(name)}")
     return folder / name

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -28,7 +30,7 @@ from layalign.data import Example
 from layalign.errors import ArgumentError, CheckpointError, OutputError, StoppedError
 from layalign.evaluation import evaluate
 from layalign.training import TrainSummary, train
-from layalign.training.checkpoints import MANIFEST, UNFINISHED, checkpoints, problem, rotate
+from layalign.training.checkpoints import MANIFEST, UNFINISHED, checkpoints, problem, rotate, sha256
 from layalign.training.runs import find_resume
 
 
@@ -107,6 +109,43 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def change(folder: Path, act: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((folder / MANIFEST).read_text())
+    act(content["files"])
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+def name(folder: Path, file: str, **entry: Any) -> None:
+    change(folder, lambda files: files.setdefault(file, {}).update(entry))
+
+
+def unname(folder: Path, file: str) -> None:
+    change(folder, lambda files: files.pop(file))
+
+
+def signed(folder: Path, file: str, content: bytes) -> None:
+    """Another content, of which the manifest knows."""
+    (folder / file).write_bytes(content)
+    name(folder, file, size=len(content), sha256=sha256(folder / file))
+
+
+def sharded(folder: Path, weights: dict[str, str]) -> None:
+    unname(folder, "model.safetensors")
+    signed(folder, "model.safetensors.index.json", json.dumps({"weight_map": weights}).encode())
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link(path: Path, target: Path | None = None) -> None:
+    """By default to the same content in another place."""
+    outside = path.parent.parent / "outside"
+    path.replace(outside)
+    path.symlink_to(target or outside)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit": (lambda c: flip(c / "model.safetensors"), r"model.safetensors: its content is not what was written"),
     "optimizer bit": (lambda c: flip(c / "optimizer.pt", 5000), r"optimizer.pt: its content"),
@@ -120,7 +159,42 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda c: (c / MANIFEST).write_text('{"files": {}}'),
         r"manifest.json: names no trainer_state.json",
     ),
-}
+    "infinite size": (lambda c: name(c, "optimizer.pt", size=math.inf), r"manifest.json: damaged: 'optimizer.pt'"),
+    "no number": (lambda c: name(c, "optimizer.pt", size=math.nan), r"manifest.json: damaged: 'optimizer.pt'"),
+    "negative size": (lambda c: name(c, "optimizer.pt", size=-1), r"manifest.json: damaged: 'optimizer.pt'"),
+    "digits": (
+        lambda c: (c / MANIFEST).write_text('{"files": {"a": {"size": %s}}}' % ("9" * 5000)),
+        r"manifest.json: damaged is not JSON: Exceeds the limit",
+    ),
+    "deep manifest": (lambda c: (c / MANIFEST).write_text("[" * 100_000), r"manifest.json: damaged: expected at most"),
+    "odd manifest": (lambda c: (c / MANIFEST).write_bytes(b'{"files": "\xff"}'), r"manifest.json: damaged:1 is not"),
+    "list of bytes": (lambda c: name(c, "optimizer.pt", sha256=["a"]), r"manifest.json: damaged: 'optimizer.pt'"),
+    "pipe for a manifest": (lambda c: pipe(c / MANIFEST), r"manifest.json: damaged: expected a file, got a pipe"),
+    "device": (lambda c: name(c, "/dev/zero", size=0, sha256=""), r"manifest.json: expected the name of a file in its"),
+    "parent": (lambda c: name(c, "../training.json", size=0, sha256=""), r"manifest.json: expected the name of a file"),
+    "named twice": (lambda c: name(c, "./optimizer.pt", size=0, sha256=""), r"manifest.json: expected the name of a f"),
+    "pipe": (lambda c: pipe(c / "optimizer.pt"), r"optimizer.pt: expected a file, got a pipe"),
+    "link out of it": (lambda c: link(c / "optimizer.pt"), r"optimizer.pt: expected a file in the checkpoint, got"),
+    "link to itself": (lambda c: link(c / "optimizer.pt", c / "optimizer.pt"), r"optimizer.pt: .*[Ll]oop|Too many"),
+    **{
+        f"without {left_out}": (lambda c, n=left_out: unname(c, n), rf"manifest.json: names no {left_out}")
+        for left_out in (
+            "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json", "config.json"
+        )
+    },
+    "removed and not named": (
+        lambda c: (unname(c, "optimizer.pt"), (c / "optimizer.pt").unlink()), r"manifest.json: names no optimizer.pt"
+    ),
+    "index of nothing": (lambda c: sharded(c, {}), r"model.safetensors.index.json: expected a mapping"),
+    "shard out of it": (lambda c: sharded(c, {"a": "../model.safetensors"}), r"manifest.json: names no '../model.saf"),
+    "beside them": (lambda c: (c / "scaler.pt").write_bytes(b""), r"scaler.pt: the manifest does not name it"),
+    "no step": (lambda c: signed(c, "trainer_state.json", b"{}"), r"trainer_state.json: expected a global_step"),
+    "deep state": (lambda c: signed(c, "trainer_state.json", b"[" * 10**5), r"trainer_state.json: expected at most 64"),
+    "foreign state": (
+        lambda c: signed(c, "trainer_state.json", b'{"global_step": 6, "nothing": 1}'),
+        r"trainer_state.json: transformers cannot read it",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -136,6 +210,36 @@ def test_a_damaged_checkpoint_is_never_picked_up(
     assert "checkpoint-6: not a whole checkpoint, left out" in caplog.text
     with pytest.raises(ArgumentError, match=f"^resume: .*checkpoint-6 is not a whole checkpoint: {reason}"):
         find_resume(make_config(parts, run, save_steps=2, save_total_limit=None, resume=str(run / "checkpoint-6")))
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_state_that_is_none_is_named(
+    parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path, file: str
+) -> None:
+    """The manifest holds for whoever wrote it: what is in the file may be nonsense, or a program."""
+    for content in (b"", b"nonsense", pickle.dumps({"state": {}}), pickle.dumps(Payload(tmp_path / "ran"))):
+        run = tmp_path / "run"
+        shutil.copytree(whole[0], run, dirs_exist_ok=True)
+        shutil.rmtree(run / "checkpoint-6")
+        signed(run / "checkpoint-4", file, content)
+        with pytest.raises(CheckpointError, match="checkpoint-4: the .* cannot be read: ") as error:
+            train(make_config(parts, run, save_steps=2, save_total_limit=None))
+        assert "\n" not in str(error.value)
+    torch.save({"nonsense": 1}, tmp_path / "state")
+    signed(run / "checkpoint-4", file, (tmp_path / "state").read_bytes())
+    with pytest.raises(CheckpointError, match="checkpoint-4: the .* cannot be read: "):
+        train(make_config(parts, run, save_steps=2, save_total_limit=None))
+    assert not (tmp_path / "ran").exists()
+
+
+class Payload:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
 
 
 def test_a_run_goes_on_before_a_damaged_checkpoint_and_replaces_it(

@@ -7,15 +7,22 @@ reads one compares it with its manifest first.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
+from transformers import TrainerState
+
 from layalign._files import sync, write_whole
+from layalign._reading import confined, read_json, require_regular
+from layalign.checkpoint import CONFIG, WEIGHTS
+from layalign.errors import CheckpointError, first_line, shown
 from layalign.names import UNFINISHED
 
 logger = logging.getLogger("layalign")
@@ -23,6 +30,9 @@ logger = logging.getLogger("layalign")
 MANIFEST = "manifest.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _VERSION = 1
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", CONFIG)  # and weights and a state of random numbers
+_RANDOM = re.compile(r"rng_state(_\d+)?\.pth")
+_IS_READ = re.compile(r".*\.(safetensors|index\.json|pt|pth|bin)|generation_config\.json")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -40,26 +50,81 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint: the first file that is missing or is not what the manifest says; None if whole.
 
-    Every byte is read.
+    Whole is one with all that going on needs. Every byte is read.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except OSError as error:
-        return f"{MANIFEST}: {error.strerror}"
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return f"{MANIFEST}: damaged"
-    if "trainer_state.json" not in files:
-        return f"{MANIFEST}: names no trainer_state.json"
-    for name, (size, digest) in files.items():
-        path = folder / name
-        try:
-            if path.stat().st_size != size:
-                return f"{name}: expected {size} bytes, got {path.stat().st_size}"
+        files = _manifest(folder)
+        for name, (size, digest) in files.items():
+            path = confined(folder, name, MANIFEST)
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return f"{name}: expected a file in the checkpoint, got a link out of it"
+            if (found := require_regular(path, name).st_size) != size:
+                return f"{name}: expected {size} bytes, got {found}"
             if sha256(path) != digest:
                 return f"{name}: its content is not what was written (SHA-256)"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
+        return _missing(folder, files) or _unnamed(folder, files) or _state_problem(folder)
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a link to itself, in earlier Pythons
+        return f"{name}: {getattr(error, 'strerror', None) or error}"
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file by its name."""
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{MANIFEST}: {os.strerror(errno.ENOENT)}")
+    content = read_json(path, where=f"{MANIFEST}: damaged")
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{MANIFEST}: damaged: expected a mapping of files")
+    found = {}
+    for name, entry in files.items():
+        size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0 or not isinstance(digest, str):
+            raise CheckpointError(f"{MANIFEST}: damaged: {shown(name)}: expected its size and its SHA-256")
+        found[name] = size, digest
+    return found
+
+
+def _missing(folder: Path, files: Collection[str]) -> str | None:
+    """What a run cannot go on without: transformers would begin with fresh moments, and not say so."""
+    for name in NEEDED:
+        if name not in files:
+            return f"{MANIFEST}: names no {name}"
+    if not any(_RANDOM.fullmatch(name) for name in files):
+        return f"{MANIFEST}: names no rng_state.pth"
+    if WEIGHTS in files:
+        return None
+    index = f"{WEIGHTS}.index.json"
+    if index not in files:
+        return f"{MANIFEST}: names no {WEIGHTS}"
+    content = read_json(folder / index, where=index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        return f"{index}: expected a mapping of weights to files"
+    absent = next((shard for shard in shards.values() if shard not in files), None)
+    return None if absent is None else f"{MANIFEST}: names no {shown(absent)}"
+
+
+def _state_problem(folder: Path) -> str | None:
+    """What transformers would stumble over, or start anew without a word."""
+    name = "trainer_state.json"
+    step = content.get("global_step") if isinstance(content := read_json(folder / name, where=name), dict) else None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        return f"{name}: expected a global_step, got {shown(step)}"
+    try:
+        TrainerState.load_from_json(str(folder / name))
+    except Exception as error:  # fields that this release does not have, values of another kind
+        return f"{name}: transformers cannot read it: {first_line(error)}"
+    return None
+
+
+def _unnamed(folder: Path, files: Collection[str]) -> str | None:
+    """A file that loading would read, and that was not written with the others."""
+    for path in sorted(folder.iterdir()):
+        if _IS_READ.fullmatch(path.name) and path.name not in files:
+            return f"{path.name}: the manifest does not name it"
     return None
 
 

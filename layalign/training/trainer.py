@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import Sampler
 from layalign import checkpoint, loading
 from layalign._files import writing
 from layalign._sharding import full_shape, put
+from layalign.checkpoint import reading
 from layalign.errors import CheckpointError, refuse
 from layalign.tokenization import save_tokenizers
 from layalign.training.checkpoints import UNFINISHED, clear_unfinished, publish, rotate
@@ -174,11 +176,23 @@ class LayAlignTrainer(DistributedTrainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
         save_tokenizers(folder, *self.tokenizers)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint, "the optimizer's and the scheduler's state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint, "the state of the random numbers"):
+            super()._load_rng_state(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         load_trained(self.model, self.state.best_model_checkpoint)
+
+
+def _reading(folder: str | None, what: str) -> AbstractContextManager[None]:
+    return reading(str(folder), f"{what} cannot be read")
 
 
 def load_trained(model: nn.Module, folder: str | Path) -> None:
