@@ -115,8 +115,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 OUTSIDE = [
-    "../a", "a/../../b", "/etc/passwd", "", ".", "./a", "a//b", "a/", "C:\\a", "C:a", "a\\..\\b", "a\0b", 3, None, ["a"],
-    "a" * 5000,
+    "../a", "a/../../b", "/etc/passwd", "", ".", "./a", "a//b", "a/", "C:\\a", "C:a", "a\\..\\b", "a\0b", 3, None,
+    ["a"], "a" * 5000,
 ]  # fmt: skip
 
 
