@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from layalign._quiet import importing_peft
 from layalign.errors import ArgumentError, CheckpointError, first_line, shown
+from layalign.limits import MAX_RANK
 
 _INNER = ("base_layer", "original_module")  # what peft's layers call the module that they wrap
 
@@ -63,7 +65,7 @@ def inject_lora(llm: PreTrainedModel, settings: Any, drawn: bool = True) -> dict
     except ImportError as error:
         raise CheckpointError("lora: expected the package peft (pip install 'layalign[lora]')") from error
     try:
-        lora = settings if isinstance(settings, LoraConfig) else LoraConfig(**_plain(settings))
+        lora = settings if isinstance(settings, LoraConfig) else LoraConfig(**_modest(_plain(settings)))
         if adapter_names(llm):
             raise ValueError("the LLM has an adapter already")
         initial = lora.init_lora_weights
@@ -132,6 +134,27 @@ def twin(part: PreTrainedModel) -> Any:
     config._attn_implementation = "eager"  # this library's own name is known while it is attached only
     with torch.device("meta"):
         return type(part)(config)
+
+
+def _modest(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that make an adapter and nothing else; a checkpoint may have brought them."""
+    for name in ("megatron_config", "megatron_core", "layer_replication"):  # a module to import; any number of layers
+        if name in settings and not (name == "megatron_core" and settings[name] == "megatron.core"):
+            raise ValueError(f"{name} is not supported, got {shown(settings[name])}")
+    patterns = settings.get("rank_pattern")
+    names = [
+        settings.get("target_modules"),
+        settings.get("exclude_modules"),
+        *(patterns or ()),
+        *(settings.get("alpha_pattern") or ()),
+    ]
+    for name in names:  # a pattern may take longer than anybody waits: repetitions within repetitions
+        if isinstance(name, str) and (len(name) > 1000 or re.search(r"[*+}]\)+[*+{]", name)):
+            raise ValueError(f"expected a pattern that ends in finite time, got {shown(name)}")
+    for rank in (settings.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())):
+        if isinstance(rank, int | float) and rank > MAX_RANK:
+            raise ValueError(f"r: expected at most {MAX_RANK}, got {shown(rank)}")
+    return settings
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

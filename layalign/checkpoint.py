@@ -22,12 +22,15 @@ from transformers import AutoConfig
 
 from layalign import encoder as encoders
 from layalign import fingerprint, names
+from layalign._claims import require_header
 from layalign._files import usual_mode, write_whole
+from layalign._reading import require_regular
 from layalign._sharding import reason_whole_is_not_here
 from layalign.adapters import adapter_names, base_name, inject_lora, recorded_lora, twin
 from layalign.config import LayAlignConfig
 from layalign.errors import ArgumentError, BackendError, CheckpointError, first_line, one_of, refuse
 from layalign.fingerprint import Found, is_quantised
+from layalign.limits import MAX_TENSORS
 from layalign.names import PARTS
 
 __all__ = ["inject_lora", "is_quantised"]
@@ -373,7 +376,11 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file cannot be read, or its content is not what was written.
     """
     try:
+        require_regular(Path(file), str(file))
+        require_header(file)
         with safe_open(file, framework="pt") as opened:
+            if (count := len(opened.keys())) > MAX_TENSORS:
+                raise CheckpointError(f"{file}: expected at most {MAX_TENSORS} tensors, got {count}")
             written = (opened.metadata() or {}).get(DIGEST)
         weights = load_file(file)
     except (OSError, SafetensorError) as error:

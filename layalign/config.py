@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
+from layalign._claims import require_modest, without_kernels
 from layalign._versions import CACHE_NAMES
 from layalign.embedding_scale import SCALED_IN_DECODER, scaled_as_text
 from layalign.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
@@ -18,6 +19,7 @@ from layalign.names import PARTS
 from layalign.nn.aligner import MIXES, STRUCTURES
 from layalign.ops.backends import BACKENDS
 
+CONFIG_FILE = "config.json"
 IMPLS = ("auto", *BACKENDS)
 
 # What programs ask of a causal LM's configuration (DeepSpeed's "auto" entries, servers, evaluators): the LLM's answers.
@@ -33,6 +35,7 @@ def _as_config(name: str, value: dict[str, Any] | PretrainedConfig | None) -> Pr
         return value
     if not isinstance(value, dict) or "model_type" not in value:
         raise ArgumentError(f"{name}: expected a transformers configuration or its dict with a model_type")
+    require_modest(name, value)
     try:
         return AutoConfig.for_model(**value)
     except Exception as error:  # what the configurations' own checks raise
@@ -152,6 +155,14 @@ class LayAlignConfig(PretrainedConfig):
             self._resolve_encoder(self.encoder_config)
         if self.llm_config is not None:
             self._resolve_llm(self.llm_config.get_text_config(decoder=True), written_by)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', for what a checkpoint says: it names no code, and no numbers that nobody can build."""
+        if isinstance(config_dict, dict):
+            require_modest("", config_dict)
+            config_dict = without_kernels(f"{CONFIG_FILE}: ", config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         # Not stored: what belongs to the LLM is written to config.json once, with the LLM's configuration.

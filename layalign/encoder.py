@@ -5,15 +5,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from layalign._claims import names_kernels, require_files, require_modest, without_kernels
 from layalign._pickling import leave_out_recorders, make_recordable
 from layalign._plain import trains
 from layalign._quiet import loading_encoder
+from layalign._reading import read_json
+from layalign.config import CONFIG_FILE
 from layalign.errors import ArgumentError
 from layalign.names import given
 
@@ -36,8 +47,8 @@ def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """
     name_or_path = given("encoder", name_or_path)
     kwargs.setdefault("trust_remote_code", False)  # transformers would ask on the terminal
-    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
-    config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in names if key in kwargs})
+    _look_at(name_or_path, kwargs)
+    config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **_of_hub(kwargs))
     t5_like = config.model_type in ("t5", "mt5", "umt5")
     auto = AutoModelForTextEncoding if t5_like else AutoModel
     with loading_encoder() if t5_like else nullcontext():
@@ -48,7 +59,38 @@ def load_llm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """The causal language model of a checkpoint; a name is taken as by :func:`load_encoder`."""
     name_or_path = given("llm", name_or_path)
     kwargs.setdefault("trust_remote_code", False)
+    _look_at(name_or_path, kwargs)
     return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+
+
+def _look_at(name_or_path: str, kwargs: dict[str, Any]) -> None:
+    """Look at a part's configuration before its weights; ``kwargs`` get it where the folder's own would run code.
+
+    Raises:
+        CheckpointError, ArgumentError: the folder's files, or the numbers in the configuration, are impossible.
+    """
+    require_files(Path(name_or_path))
+    hub = _of_hub(kwargs)
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if adapter.is_file() and not (Path(name_or_path) / CONFIG_FILE).exists():  # an adapter, which names its LLM
+        base = read_json(adapter)
+        name_or_path = str(base.get("base_model_name_or_path")) if isinstance(base, dict) else name_or_path
+        require_files(Path(name_or_path))
+    try:
+        written = PretrainedConfig.get_config_dict(name_or_path, **hub)[0]
+    except OSError:  # an adapter on the hub, or nothing: loading says so
+        written = {}
+    require_modest("", written)
+    if names_kernels(written) and kwargs.get("config") is None:
+        without_kernels(f"{name_or_path}: {CONFIG_FILE}: ", written)  # says what is left out
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
+        config._attn_implementation = kwargs.pop("attn_implementation", None)
+        kwargs["config"] = config
+
+
+def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    return {key: kwargs[key] for key in names if key in kwargs}
 
 
 def encoder_from_config(config: Any) -> PreTrainedModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,9 @@ from transformers.utils import cached_file
 
 from layalign import encoder as encoders
 from layalign import fingerprint, names
+from layalign._claims import require_files
 from layalign._plain import device_of
+from layalign._reading import read_json
 from layalign.adapters import adapter_names, base_name, inject_lora
 from layalign.checkpoint import CONFIG, OWN_PARTS, WEIGHTS, own_state, part_of, read_weights, reading, weights_name
 from layalign.config import LayAlignConfig, hidden_size, number_of_layers
@@ -53,6 +54,7 @@ def load(cls: Any, name_or_path: str, positional: tuple[Any, ...], arguments: di
     with reading(name_or_path, "no readable LayAlign checkpoint"):
         place = names.given("pretrained_model_name_or_path", name_or_path)
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
+    require_files(Path(place) / (hub.get("subfolder") or ""))
     config = _config(place, hub, arguments)
     parts = {key: arguments.pop(key, None) for key in (*PARTS, "encoder_kwargs", "llm_kwargs")}
     changed_frozen = arguments.pop("changed_frozen", "refuse")
@@ -205,7 +207,7 @@ def read_all(place: str, hub: Mapping[str, Any] | None = None, variant: str | No
         if index is None:
             raise CheckpointError(f"there is no such file, and no {name}.index.json")
     with reading(place, Path(index).name):
-        files = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()), key=str)
+        files = sorted(set(read_json(Path(index))["weight_map"].values()), key=str)
         outside = [file for file in files if not _is_name(file)]
         if outside:
             raise CheckpointError(f"expected names of files in this folder, got {shown(outside[0])}")

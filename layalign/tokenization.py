@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from layalign import names
+from layalign._claims import require_files
 from layalign.errors import ArgumentError, CheckpointError, first_line
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ def load_tokenizer(
     else:
         raise CheckpointError(f"{part} tokenizer: expected {FOLDERS[part]}/ in {checkpoint}, or the {part}'s name")
     try:
+        require_files(Path(source))
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the libraries of the tokenizers raise what they like for a damaged file
         raise CheckpointError(f"{part} tokenizer: cannot be loaded from {source}: {first_line(error)}") from error
