@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
@@ -29,7 +30,7 @@ def writing(what: str, left: str = "") -> Iterator[None]:
         raise OutputError(f"{what}: cannot be written: {reason}{left and '; '}{left}") from error
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a crash leaves the old one or the new one, never half of it.
 
     Raises:
@@ -38,15 +39,27 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".unfinished")
     with writing(str(path)):
         try:
-            # A name of a file that is no UTF-8 comes as surrogates; in JSON their escapes mean the same.
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                # A name of a file that is no UTF-8 comes as surrogates; in JSON their escapes mean the same.
+                file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A folder to write into; after the block what is in it comes into ``folder``, each file whole or not at all."""
+    with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
+        aside = Path(name)
+        yield aside
+        for path in sorted(path for path in aside.rglob("*") if path.is_file()):
+            final = folder / path.relative_to(aside)
+            final.parent.mkdir(exist_ok=True)
+            path.replace(final)
 
 
 def sync(path: Path) -> None:

@@ -75,7 +75,7 @@ def parse_json(text: str, where: str, *, error: Kind = CheckpointError) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as problem:
-        raise error(f"{where}:{problem.lineno} is not JSON: {problem.msg}") from None
+        raise error(f"{where} is not JSON: line {problem.lineno}: {problem.msg}") from None
     except ValueError as problem:  # more digits than Python reads
         raise error(f"{where} is not JSON: {str(problem).split(' for ')[0].split(';')[0]}") from None
     except RecursionError:

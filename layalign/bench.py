@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layalign._reading import read_json
 from layalign.errors import ArgumentError, shown
 
 FORMAT = 1
@@ -58,13 +58,6 @@ class Results:
         return str(facts.get("commit", "unknown"))[:12] + (" (with changes)" if facts.get("changed files") else "")
 
 
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArgumentError(f"results: {file} is not JSON: {' '.join(str(error).split())[:200]}") from None
-
-
 def load(path: Path) -> Results:
     """Read a result file, or the ``bench.json`` of a folder.
 
@@ -74,7 +67,7 @@ def load(path: Path) -> Results:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise ArgumentError(f"results: no such file: {file}")
-    data = _json(file)
+    data = read_json(file, where=f"results: {file}", error=ArgumentError)
     if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
         raise ArgumentError(f"results: {file} has no rows; expected what `pytest benchmarks/ --results DIR` writes")
     if data.get("format") != FORMAT:
@@ -170,7 +163,7 @@ def load_folder(folder: Path) -> list[Results]:
         raise ArgumentError(f"results: no such folder: {folder}")
     found = []
     for file in sorted(folder.glob("*.json")):
-        data = _json(file)
+        data = read_json(file, where=f"results: {file}", error=ArgumentError)
         if isinstance(data, dict) and "rows" in data and "format" in data:
             found.append(load(file))
     if not found:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from layalign._files import write_whole
 from layalign.bench import Results, rough
 
 COLOURS = ("#1b6ca8", "#e0772f", "#4b9b5a", "#a23b72", "#7a6c5d", "#c9a227")
@@ -30,7 +32,9 @@ def write(results: Results, folder: Path) -> list[Path]:
         if figure is None:
             continue
         file = folder / f"{results.path.stem}-{stem}.png"
-        figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+        write_whole(file, buffer.getvalue())
         written.append(file)
     return written
 

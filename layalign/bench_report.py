@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layalign import bench_plots
+from layalign._files import write_whole
 from layalign.bench import RATES, Results, interval_text, load_folder, quantity, ratio_text
 
 PAGE = "report.html"
@@ -39,7 +40,7 @@ def write_report(folder: Path) -> Path:
     title = "layalign: benchmarks"
     text = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     page = folder / PAGE
-    page.write_text(f"{text}</head><body>{''.join(parts)}</body></html>\n", encoding="utf-8")
+    write_whole(page, f"{text}</head><body>{''.join(parts)}</body></html>\n")
     return page
 
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from layalign import encoder as encoders
 from layalign import fingerprint, names
 from layalign._claims import require_header
-from layalign._files import usual_mode, write_whole
+from layalign._files import usual_mode, write_whole, written_aside
 from layalign._reading import require_regular
 from layalign._sharding import reason_whole_is_not_here
 from layalign.adapters import adapter_names, base_name, inject_lora, recorded_lora, twin
@@ -255,7 +255,8 @@ def save(
     before = model._get_files_timestamps(folder) if pushing else {}
     _write_config(model, folder, found)
     if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+        with written_aside(folder) as aside:
+            model.generation_config.save_pretrained(aside)
     _write_weights(folder, weights, settings["variant"], settings["max_shard_size"])
     if pushing:
         model._upload_modified_files(folder, files_timestamps=before, **pushing)
@@ -328,7 +329,8 @@ def _write_config(model: Any, folder: Path, found: Mapping[str, Found]) -> None:
     written.frozen_fingerprints = {part: found[part].entries for part in PARTS}
     ways = {part: names.beside(names.settle(model, part) or "", folder) for part in PARTS}
     written.frozen_folders = {part: way for part, way in ways.items() if way is not None}
-    written.save_pretrained(folder)
+    with written_aside(folder) as aside:
+        written.save_pretrained(aside)
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor], variant: str | None, max_shard_size: int | str) -> None:
@@ -343,9 +345,12 @@ def _write_weights(folder: Path, weights: dict[str, Tensor], variant: str | None
     for file, tensors in split.filename_to_tensors.items():
         content = {each: weights[each] for each in tensors}
         unfinished = folder / f"{file}.unfinished"
-        save_file(content, unfinished, metadata={"format": "pt", DIGEST: digest(content)})
-        unfinished.chmod(mode)
-        unfinished.replace(folder / file)  # never a half-written file under the final name
+        try:
+            save_file(content, unfinished, metadata={"format": "pt", DIGEST: digest(content)})
+            unfinished.chmod(mode)
+            unfinished.replace(folder / file)  # never a half-written file under the final name
+        finally:
+            unfinished.unlink(missing_ok=True)  # it may be what fills the disk
     index = folder / f"{name}.index.json"
     if split.is_sharded:
         listed = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

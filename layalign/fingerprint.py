@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from layalign._reading import confined, read_json
 from layalign._sharding import reason_whole_is_not_here
 from layalign.adapters import adapter_names, base_name
 from layalign.errors import shown
@@ -284,10 +285,10 @@ def weight_files(name: str) -> list[Path]:
             if path.suffix != ".json":
                 return [path]
             try:
-                names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                named = set(read_json(path)["weight_map"].values())
+                files = [confined(path.parent, each, str(path)) for each in sorted(named)]
+            except (ValueError, KeyError, TypeError, AttributeError):
                 return []
-            files = [path.parent / str(each) for each in sorted(names)]
             return files if all(each.is_file() for each in files) else []
     return []
 

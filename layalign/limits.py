@@ -24,3 +24,10 @@ MAX_RANK = 2**15
 MAX_HEADER_BYTES, MAX_TENSORS = 2**25, 2**18
 # A tokenizer of 400,000 pieces has about 60 MB.
 MAX_TOKENIZER_BYTES = 2**29
+
+# A line of a data file, of a record or of predictions: a whole book has a megabyte.
+MAX_LINE_BYTES = 2**24
+# A JSON file of records, which is read whole; more go into JSON lines, which are not.
+MAX_WHOLE_BYTES = 2**31
+# A thousand rows of a Parquet file; a column may say one long text a billion times in a few bytes.
+MAX_ROWS, MAX_ROWS_BYTES = 1024, 2**30

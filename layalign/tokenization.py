@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from layalign import names
 from layalign._claims import require_files
+from layalign._files import written_aside
 from layalign.errors import ArgumentError, CheckpointError, first_line
 
 if TYPE_CHECKING:
@@ -226,8 +227,10 @@ def _renamed(backend: Any, tokens: dict[str, int]) -> tuple[Any, dict[str, str]]
 
 def save_tokenizers(folder: str | Path, encoder_tokenizer: Any, llm_tokenizer: Any) -> None:
     """Write both tokenizers into subfolders of a checkpoint folder."""
-    for part, tokenizer in (("encoder", encoder_tokenizer), ("llm", llm_tokenizer)):
-        tokenizer.save_pretrained(str(Path(folder) / FOLDERS[part]))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with written_aside(Path(folder)) as aside:
+        for part, tokenizer in (("encoder", encoder_tokenizer), ("llm", llm_tokenizer)):
+            tokenizer.save_pretrained(str(aside / FOLDERS[part]))
 
 
 def load_tokenizers(

@@ -153,6 +153,22 @@ def test_interrupt_is_clean(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_interrupt_while_importing_is_clean(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first half second of a command; Ctrl-C came with a traceback then."""
+
+    class Interrupted:
+        def find_spec(self, name: str, *arguments: object) -> None:
+            if name == "layalign.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "layalign.cli.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert run("train", "--preset", "math") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_print_config_chains_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--preset", "math", "--output", "out", "--set", "batch_size=64", "--print-config") == 0
     first, second = (yaml.safe_load(text) for text in capsys.readouterr().out.split("# task\n"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,3 +85,26 @@ def test_only_the_main_process_writes_and_only_while_training(tmp_path: Path) ->
         main.on_log(arguments, state(step), None, model=model)
     lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
     assert lines == [{"step": 0, "gates": [0.25]}, {"step": 1, "gates": [0.25]}]
+
+
+def test_a_damaged_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What can be read is; a line cut off by the end of its process needs no word."""
+    good = b'{"step": 1, "gates": [0.5]}\n'
+    (tmp_path / FILE).write_bytes(good + b'{"step": 2, "ga')
+    assert read_gates(tmp_path) == [{"step": 1, "gates": [0.5]}]
+    assert not caplog.records
+    damage = [
+        b"a\xff", b"[" * 100_000, b'{"step": Infinity, "gates": []}', b'{"step": 2, "gates": [1%s]}' % (b"0" * 400),
+        b'{"step": 1%s, "gates": []}' % (b"0" * 5000), b"[]", b'{"step": 2, "gates": 5}', b"null\0",
+    ]  # fmt: skip
+    for line in damage:
+        (tmp_path / FILE).write_bytes(line + b"\n" + good)
+        caplog.clear()
+        assert read_gates(tmp_path) == [{"step": 1, "gates": [0.5]}]
+        assert "gates.jsonl: line 1 and 0 more are damaged, left out" in caplog.text
+    (tmp_path / FILE).write_bytes(b"\x1f\x8b" + good)
+    assert read_gates(tmp_path) == []
+    assert "gates.jsonl: cannot be read" in caplog.text
+    (tmp_path / FILE).unlink()
+    os.mkfifo(tmp_path / FILE)
+    assert read_gates(tmp_path) == []

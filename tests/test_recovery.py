@@ -27,8 +27,10 @@ from layalign import LayAlignForCausalLM
 from layalign._files import write_whole
 from layalign.cli import describe
 from layalign.data import Example
+from layalign.demo.report import write_report
 from layalign.errors import ArgumentError, CheckpointError, OutputError, StoppedError
 from layalign.evaluation import evaluate
+from layalign.tokenization import load_tokenizers, save_tokenizers
 from layalign.training import TrainSummary, train
 from layalign.training.checkpoints import MANIFEST, UNFINISHED, checkpoints, problem, rotate, sha256
 from layalign.training.runs import find_resume
@@ -164,12 +166,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative size": (lambda c: name(c, "optimizer.pt", size=-1), r"manifest.json: damaged: 'optimizer.pt'"),
     "digits": (
         lambda c: (c / MANIFEST).write_text('{"files": {"a": {"size": %s}}}' % ("9" * 5000)),
-        r"manifest.json: damaged is not JSON: Exceeds the limit",
+        r"manifest.json: damaged: it is not JSON: Exceeds the limit",
     ),
-    "deep manifest": (lambda c: (c / MANIFEST).write_text("[" * 100_000), r"manifest.json: damaged: expected at most"),
-    "odd manifest": (lambda c: (c / MANIFEST).write_bytes(b'{"files": "\xff"}'), r"manifest.json: damaged:1 is not"),
+    "deep manifest": (lambda c: (c / MANIFEST).write_text("[" * 100_000), r"manifest.json: damaged: it: expected at"),
+    "odd manifest": (lambda c: (c / MANIFEST).write_bytes(b'{"files": "\xff"}'), r"manifest.json: damaged: it:1 is"),
     "list of bytes": (lambda c: name(c, "optimizer.pt", sha256=["a"]), r"manifest.json: damaged: 'optimizer.pt'"),
-    "pipe for a manifest": (lambda c: pipe(c / MANIFEST), r"manifest.json: damaged: expected a file, got a pipe"),
+    "pipe for a manifest": (lambda c: pipe(c / MANIFEST), r"manifest.json: damaged: it: expected a file, got a pipe"),
     "device": (lambda c: name(c, "/dev/zero", size=0, sha256=""), r"manifest.json: expected the name of a file in its"),
     "parent": (lambda c: name(c, "../training.json", size=0, sha256=""), r"manifest.json: expected the name of a file"),
     "named twice": (lambda c: name(c, "./optimizer.pt", size=0, sha256=""), r"manifest.json: expected the name of a f"),
@@ -421,6 +423,46 @@ def test_no_room_for_an_evaluation(parts: TinyParts, tmp_path: Path) -> None:
     assert asked == everything[kept:]
     for name in ("scores.json", "scores.tsv", f"predictions/{answers.stem}.json"):
         assert (tmp_path / "full" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("too_large", ["generation_config.json", "config.json", "model.safetensors", "tokenizer.json"])
+def test_no_room_for_a_model(whole: tuple[Path, TrainSummary], tmp_path: Path, too_large: str) -> None:
+    """What was there stays as it was, or is replaced by a whole file; nothing is left that takes the room."""
+    shutil.copytree(whole[0], tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = contents(tmp_path / "model")
+    size = next(len(data) for name, data in before.items() if Path(name).name == too_large) - 1
+    model = LayAlignForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizers = load_tokenizers(tmp_path / "model")
+    save: Callable[..., object] = LayAlignForCausalLM.save_pretrained
+    given: tuple[Any, ...] = model, tmp_path / "model"
+    if too_large == "tokenizer.json":
+        save, given = save_tokenizers, (tmp_path / "model", *tokenizers)
+    with limits_restored():
+        largest_file_below(size)
+        with pytest.raises(Exception, match="File too large"):
+            save(*given)
+    after = contents(tmp_path / "model")
+    assert after.keys() == before.keys()
+    assert all(len(data) == len(before[name]) for name, data in after.items() if name != "config.json")
+    LayAlignForCausalLM.from_pretrained(tmp_path / "model")
+    load_tokenizers(tmp_path / "model")
+
+
+def test_no_room_for_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and pages are whole or not there, and the error is ours."""
+    found = {"losses": {}, "gates": [], "mix_weights": [], "encoder_layers": []}
+    for name in ("loss_curves", "gate_picture", "mix_picture"):
+        monkeypatch.setattr(f"layalign.demo.report.{name}", lambda *arguments: b"a" * 2000)
+    (tmp_path / "losses.png").write_bytes(b"old")
+    with limits_restored():
+        largest_file_below(1000)
+        with pytest.raises(OutputError, match="losses.png: cannot be written: File too large"):
+            write_report(tmp_path, found)
+    assert contents(tmp_path) == {"losses.png": b"old"}
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

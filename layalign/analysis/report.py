@@ -7,6 +7,7 @@ import html
 import json
 from pathlib import Path
 
+from layalign._files import write_whole, writing
 from layalign.analysis import plots
 from layalign.analysis.attention_svg import caption, map_svg
 from layalign.analysis.result import METRICS, AnalysisResult
@@ -34,13 +35,14 @@ def write_report(result: AnalysisResult, folder: Path) -> Path:
     Returns:
         The page.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(f"output_dir: {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(result)
     for name, data in pictures.items():
-        (folder / f"{name}.png").write_bytes(data)
+        write_whole(folder / f"{name}.png", data)
     numbers = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False)
-    (folder / NUMBERS).write_text(numbers + "\n", encoding="utf-8")
-    (folder / PAGE).write_text(_page(result, pictures), encoding="utf-8")
+    write_whole(folder / NUMBERS, numbers + "\n")
+    write_whole(folder / PAGE, _page(result, pictures))
     return folder / PAGE
 
 

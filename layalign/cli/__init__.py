@@ -27,6 +27,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        code = _run_command(arguments, debug)
+    except KeyboardInterrupt:  # while typer is imported or an error told, too
+        code = INTERRUPTED
+    # Some releases of typer turn Ctrl-C into this code themselves.
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return code
+
+
+def _run_command(arguments: list[str], debug: bool) -> int:
     import typer
 
     from layalign.cli.app import app
@@ -34,9 +45,9 @@ def _run(arguments: list[str], debug: bool) -> int:
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="layalign", standalone_mode=False)
         sys.stdout.flush()
-        code = code if isinstance(code, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
+        return code if isinstance(code, int) else 0
+    except typer.Abort:
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output left; a second complaint at interpreter exit would only be noise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,10 +59,6 @@ def _run(arguments: list[str], debug: bool) -> int:
         hint = "" if debug or code == 2 else "  (--debug shows where)"
         print(f"error: {line}{hint}", file=sys.stderr)
         return code
-    # Some releases of typer turn Ctrl-C into this code themselves.
-    if code == INTERRUPTED:
-        print("interrupted", file=sys.stderr)
-    return code
 
 
 def describe(error: Exception) -> tuple[str, int]:

@@ -15,12 +15,14 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
 from layalign.data.examples import BadRecord
 from layalign.errors import BackendError, DataError, first_line
+from layalign.limits import MAX_LINE_BYTES, MAX_ROWS, MAX_ROWS_BYTES, MAX_WHOLE_BYTES
 
 COMPRESSED = (".gz", ".bz2", ".xz")
 _OPEN: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh91AY&SY": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -83,20 +85,32 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, bytes without the line end) of a file; a byte-order mark at its start is left out.
 
+    Of a line of more than `MAX_LINE_BYTES` so many that :func:`decode` refuses it.
+
     Raises:
         DataError: the lines end in a carriage return alone.
     """
     with opened(path) as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 2), b""), 1):
+            if too_long := len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                _skip_line(file)
             if number == 1:
                 raw = raw.removeprefix(_BOM)
                 if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
                     raise DataError(f"{path}:1: lines that end in a carriage return alone, expected a line feed")
-            yield number, raw.rstrip(b"\r\n")
+            yield number, raw if too_long else raw.rstrip(b"\r\n")
+
+
+def _skip_line(file: IO[bytes]) -> None:
+    """Past the end of the line."""
+    while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+        pass
 
 
 def decode(raw: bytes) -> str:
-    """A line as text; bytes that are not UTF-8, and null, raise BadRecord."""
+    """A line as text; bytes that are not UTF-8, null, and more of them than a line has raise BadRecord."""
+    if len(raw) > MAX_LINE_BYTES:
+        raise BadRecord(f"a line of more than {MAX_LINE_BYTES} bytes, expected one record")
     if 0 in raw:
         raise BadRecord(f"a null character at position {raw.index(0) + 1}, expected text in UTF-8")
     try:
@@ -201,7 +215,9 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise BackendError(f"datasets: {path} needs the 'datasets' package ({error})") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(MAX_ROWS):
+                if batch.nbytes > MAX_ROWS_BYTES:
+                    raise DataError(f"{path}: {len(batch)} rows of {batch.nbytes} bytes, expected {MAX_ROWS_BYTES}")
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: expected a Parquet file ({first_line(error)})") from error
@@ -228,7 +244,7 @@ def is_json_lines(path: Path) -> bool:
         if file.read(64).removeprefix(_BOM).lstrip().startswith(b"["):
             return False  # a gigabyte in one line, perhaps
         file.seek(0)
-        first = file.readline().removeprefix(_BOM).strip()
+        first = file.readline(MAX_LINE_BYTES + 1).removeprefix(_BOM).strip()
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):
@@ -247,7 +263,11 @@ class JsonRecords:
         self.path = path
         self._counted = 0, 1  # a position and its line: counting goes on from there, not from the start
         with opened(path) as file:
-            raw = file.read().removeprefix(_BOM)
+            raw = file.read(MAX_WHOLE_BYTES + 1).removeprefix(_BOM)
+        if len(raw) > MAX_WHOLE_BYTES:
+            raise DataError(
+                f"{path}: more than {MAX_WHOLE_BYTES} bytes, expected JSON lines (.jsonl) for so many records"
+            )
         try:
             self.text = raw.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from layalign import LayAlignForCausalLM
-from layalign._files import give_usual_modes
+from layalign._files import give_usual_modes, write_whole
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_data
 from layalign.demo.pretraining import (
     Progress,
@@ -84,7 +84,7 @@ def run_demo(
         found = _found(demo, counts, trained["layalign"])
         write_report(demo.folder, found)
     found["seconds"] = demo.phases.seconds
-    (demo.folder / "results.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(demo.folder / "results.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     if progress:
         demo.phases.console.print(result_table(found))
         total = sum(demo.phases.seconds.values())

@@ -7,6 +7,7 @@ import html
 from pathlib import Path
 from typing import Any
 
+from layalign._files import write_whole
 from layalign.demo.pipeline import SYSTEMS, table_rows
 from layalign.demo.plots import gate_picture, loss_curves, mix_picture
 from layalign.demo.problems import generate_problems
@@ -30,9 +31,9 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
         "mix": ("Layer mix of the aligner", mix_picture(found["mix_weights"], found["encoder_layers"])),
     }
     for name, (_, data) in pictures.items():
-        (folder / f"{name}.png").write_bytes(data)
-    (folder / "report.md").write_text(_markdown(found, pictures), encoding="utf-8")
-    (folder / "report.html").write_text(_html(found, pictures), encoding="utf-8")
+        write_whole(folder / f"{name}.png", data)
+    write_whole(folder / "report.md", _markdown(found, pictures))
+    write_whole(folder / "report.html", _html(found, pictures))
 
 
 def _setting_lines(found: dict[str, Any]) -> list[str]:

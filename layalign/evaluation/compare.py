@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from layalign._reading import read_json
 from layalign.errors import ArgumentError, DataError, refuse, whole_number
 from layalign.evaluation.intervals import holm, is_parallel, macro_interval, sign_flip_p
 from layalign.evaluation.levels import GROUPINGS, by_level
 from layalign.evaluation.store import SETTINGS, prediction_path
+from layalign.limits import MAX_WHOLE_BYTES
 
 
 @dataclass(frozen=True)
@@ -260,9 +262,5 @@ class _Run:
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise DataError(f"{path}:1: not JSON, expected a file that layalign wrote") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    """A file that layalign wrote; predictions hold every text."""
+    return read_json(path, where=f"{path}:1: not a file that layalign wrote", most=MAX_WHOLE_BYTES, error=DataError)

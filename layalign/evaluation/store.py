@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from layalign._files import write_whole, writing
+from layalign._reading import read_bytes, read_json
 from layalign.data.examples import Example
 from layalign.errors import ArgumentError, DataError
+from layalign.limits import MAX_LINE_BYTES, MAX_WHOLE_BYTES
 
 SETTINGS = "settings.json"
 CUT = ("source", "prompt", "context", "answer")
@@ -76,8 +78,8 @@ class OutputStore:
         if not self._path.exists():
             return {}
         try:
-            old = json.loads(self._path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
+            old = read_json(self._path, error=DataError)
+        except DataError:
             old = None
         if not isinstance(old, dict) or not all(isinstance(old.get(key), dict) for key in ("settings", "languages")):
             raise DataError(f"{self._path}:1: not the settings of an evaluation, expected a file that layalign wrote")
@@ -130,7 +132,7 @@ class OutputStore:
         return {kind: found[kind] for kind in CUT}
 
     def _read_outputs(self, path: Path, count: int, cut: dict[int, list[str]]) -> dict[int, str | None]:
-        raw = path.read_bytes()
+        raw = read_bytes(path, most=MAX_WHOLE_BYTES, error=DataError)
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) != len(raw):
             with path.open("r+b") as file:
@@ -138,7 +140,7 @@ class OutputStore:
         outputs: dict[int, str | None] = {}
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
-                entry = json.loads(line)
+                entry = json.loads(line[: MAX_LINE_BYTES + 1])
                 index, output, kinds = entry["index"], entry["output"], entry.get("cut", [])
                 good = isinstance(output, str | None) and isinstance(index, int) and 0 <= index < count
                 good = good and isinstance(kinds, list) and set(kinds) <= set(CUT)

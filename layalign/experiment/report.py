@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from layalign._files import write_whole
 from layalign._pages import replaced
+from layalign._reading import read_json
 from layalign.experiment.results import GROUPS
 
 _COLUMNS = ("all", "high", "medium", "low", "trained", "unseen", "English")
@@ -153,7 +155,7 @@ def _html_table(rows: list[list[str]]) -> str:
 def write_report(folder: Path, found: dict[str, Any]) -> None:
     """`report.html` (self-contained), `report.md` and `accuracy.png` in a folder."""
     image = picture(found)
-    (folder / "accuracy.png").write_bytes(image)
+    write_whole(folder / "accuracy.png", image)
     items = "".join(f"<li>{html.escape(line)}</li>" for line in notes(found))
     tables = "".join(f"<h2>{title}</h2>{_html_table(rows(found))}" for title, rows in TABLES.values())
     data = base64.b64encode(image).decode()
@@ -162,7 +164,7 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
         f"<style>{_STYLE}</style></head><body><h1>Controlled experiment</h1><ul>{items}</ul>"
         f'<img alt="accuracy of each system" src="data:image/png;base64,{data}">{tables}</body></html>\n'
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_whole(folder / "report.html", page)
     lines = [
         "# Controlled experiment",
         "",
@@ -173,7 +175,7 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
     ]
     for title, rows in TABLES.values():
         lines += [f"## {title}", "", markdown_table(rows(found))]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    write_whole(folder / "report.md", "\n".join(lines))
 
 
 def written_into(page: str, found: dict[str, Any]) -> str:
@@ -187,10 +189,8 @@ def written_into(page: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Write the tables of a result file into a page: ``RESULTS.json PAGE``."""
-    import json
-
     results, page = (Path(argument) for argument in sys.argv[1:3])
-    found = json.loads(results.read_text(encoding="utf-8"))
+    found = read_json(results)
     page.write_text(written_into(page.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 

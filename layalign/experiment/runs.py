@@ -21,7 +21,8 @@ import transformers
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
-from layalign._files import give_usual_modes, write_whole
+from layalign._files import give_usual_modes, write_whole, writing
+from layalign._reading import read_json
 from layalign.baselines import baseline
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
 from layalign.demo.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
@@ -54,7 +55,9 @@ def read_done(path: Path, fingerprint: str) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, where=f"output: {path}", error=ArgumentError)
+    if not isinstance(found, dict):
+        raise ArgumentError(f"output: {path}: not what a step of an experiment writes, remove it to do the step again")
     if found.get("fingerprint") != fingerprint:
         raise ArgumentError(
             f"output: {path.parent} was made with other settings; expected another folder, or that one removed"
@@ -65,9 +68,10 @@ def read_done(path: Path, fingerprint: str) -> dict[str, Any] | None:
 def log(folder: Path, event: str, **content: Any) -> None:
     """Append a line to the log of all runs; lines of several processes do not mix."""
     entry = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **content}
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    with writing(f"output: {folder / LOG}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def _commit() -> str | None:

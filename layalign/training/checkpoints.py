@@ -74,7 +74,7 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
     path = folder / MANIFEST
     if not os.path.lexists(path):
         raise CheckpointError(f"{MANIFEST}: {os.strerror(errno.ENOENT)}")
-    content = read_json(path, where=f"{MANIFEST}: damaged")
+    content = read_json(path, where=f"{MANIFEST}: damaged: it")
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict):
         raise CheckpointError(f"{MANIFEST}: damaged: expected a mapping of files")

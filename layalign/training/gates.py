@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 from transformers import TrainerCallback
 
 from layalign._files import write_whole, writing
+from layalign.data.files import decode, raw_lines
+from layalign.errors import DataError, first_line
+
+logger = logging.getLogger("layalign")
 
 FILE = "gates.jsonl"
 
@@ -18,26 +23,28 @@ def read_gates(folder: str | Path) -> list[dict[str, Any]]:
     """The recorded steps of a training folder, `{"step": int, "gates": [float, ...]}` each; none without a record.
 
     A folder `checkpoint-N` has the record of the folder it lies in, up to step N. A line cut off by the end of its
-    process is left out.
+    process is left out; other damaged lines too, with a warning, for nothing but plots depends on them.
     """
     folder = Path(folder)
     name, number = folder.resolve().name.partition("checkpoint-")[::2]
     last = None
     if not (folder / FILE).is_file() and not name and number.isdigit():
         folder, last = folder.resolve().parent, int(number)
+    found, damaged, read = [], [], 0
     try:
-        text = (folder / FILE).read_text(encoding="utf-8")
-    except OSError:
-        return []
-    found = []
-    for line in text.split("\n"):
-        try:
-            entry = json.loads(line)
-            step, gates = int(entry["step"]), [float(gate) for gate in entry["gates"]]
-        except (ValueError, TypeError, KeyError):
-            continue
-        if last is None or step <= last:
-            found.append({"step": step, "gates": gates})
+        for read, raw in raw_lines(folder / FILE) if (folder / FILE).is_file() else ():
+            try:
+                entry = json.loads(decode(raw))
+                step, gates = int(entry["step"]), [float(gate) for gate in entry["gates"]]
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                damaged.append(read)
+                continue
+            if last is None or step <= last:
+                found.append({"step": step, "gates": gates})
+    except (OSError, DataError) as error:
+        logger.warning("%s: cannot be read behind line %d: %s", folder / FILE, read, first_line(error))
+    if damaged and damaged != [read]:
+        logger.warning("%s: line %d and %d more are damaged, left out", folder / FILE, damaged[0], len(damaged) - 1)
     return found
 
 

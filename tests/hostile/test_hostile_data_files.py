@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -230,3 +232,49 @@ def test_wrong_options_are_named(name: str, values: list, tmp_path: Path) -> Non
     endless.append(endless)
     with pytest.raises(ArgumentError, match="spec"):
         load_examples(endless)
+
+
+def test_a_line_of_many_megabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a bad line like any other, and is never in memory; the lines around it are read."""
+    monkeypatch.setattr("layalign.data.files.MAX_LINE_BYTES", 1000)
+    good, path = b"paka\tcat\n", tmp_path / "sw.tsv"
+    for long in (b"a" * 1001, b"a" * 3_000_000, b"a\tb" + b"\r" * 9_000, b"a\t" + b"b" * 998 + b"\r\r"):
+        path.write_bytes(good + long + b"\n" + good)
+        with pytest.raises(DataError, match=r"sw.tsv:2: a line of more than 1000 bytes"):
+            load_examples(f"pairs:{path}", languages=["Swahili"])
+        examples, report = load_examples(f"pairs:{path}", languages=["Swahili"], skip_bad=True)
+        assert len(examples) == 2 and [(each.line, len(report.skipped)) for each in report.skipped] == [(2, 1)]
+    for line in (b"a\t" + b"b" * 998, b"a\t" + b"b" * 998 + b"\r"):
+        for end in (b"", b"\n" + good):
+            path.write_bytes(line + end)
+            assert len(load_examples(f"pairs:{path}", languages=["Swahili"])[0][0].target) == 998
+    tried("data files", 8)
+
+
+def test_a_line_of_300_megabytes_takes_little_memory(tmp_path: Path) -> None:
+    """As 300 kB of gzip."""
+    path = tmp_path / "sw.tsv.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(300):
+            file.write(b"a" * 2**20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"sw.tsv.gz:1: a line of more than 16777216 bytes"):
+        load_examples(f"pairs:{path}", languages=["Swahili"])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+def test_json_and_parquet_that_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layalign.data.files.MAX_WHOLE_BYTES", 2**20)
+    path = tmp_path / "sw.json"
+    path.write_bytes(gzip.compress(b"[" + b" " * 2**21))
+    with pytest.raises(DataError, match=r"sw.json: more than 1048576 bytes, expected JSON lines"):
+        load_examples(f"pairs:{path}", languages=["Swahili"])
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("layalign.data.files.MAX_ROWS_BYTES", 2**20)
+    path = tmp_path / "sw.parquet"
+    texts = pyarrow.array(["a" * 10_000] * 5000)  # written once, and said 5000 times
+    parquet.write_table(pyarrow.table({"source": texts, "target": texts}), path)
+    assert path.stat().st_size < 2**20
+    with pytest.raises(DataError, match=r"sw.parquet: 1024 rows of \d+ bytes, expected 1048576"):
+        load_examples(f"pairs:{path}", languages=["Swahili"])
