@@ -33,7 +33,7 @@ from layalign.evaluation import evaluate
 from layalign.tokenization import load_tokenizers, save_tokenizers
 from layalign.training import TrainSummary, train
 from layalign.training.checkpoints import MANIFEST, UNFINISHED, checkpoints, problem, rotate, sha256
-from layalign.training.runs import find_resume
+from layalign.training.runs import find_resume, read_run
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +190,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "index of nothing": (lambda c: sharded(c, {}), r"model.safetensors.index.json: expected a mapping"),
     "shard out of it": (lambda c: sharded(c, {"a": "../model.safetensors"}), r"manifest.json: names no '../model.saf"),
     "beside them": (lambda c: (c / "scaler.pt").write_bytes(b""), r"scaler.pt: the manifest does not name it"),
+    "settings of another run": (
+        lambda c: (c / "run.json").write_bytes(b"{}"), r"run.json: the manifest does not name it"
+    ),
     "no step": (lambda c: signed(c, "trainer_state.json", b"{}"), r"trainer_state.json: expected a global_step"),
     "deep state": (lambda c: signed(c, "trainer_state.json", b"[" * 10**5), r"trainer_state.json: expected at most 64"),
     "foreign state": (
@@ -212,6 +215,31 @@ def test_a_damaged_checkpoint_is_never_picked_up(
     assert "checkpoint-6: not a whole checkpoint, left out" in caplog.text
     with pytest.raises(ArgumentError, match=f"^resume: .*checkpoint-6 is not a whole checkpoint: {reason}"):
         find_resume(make_config(parts, run, save_steps=2, save_total_limit=None, resume=str(run / "checkpoint-6")))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"micro_batch": 0}', "micro_batch: expected a number above 0, got 0; left out"),
+        (b'{"micro_batch": -2, "loss_before": []}', "loss_before: expected a number above 0, got []; left out"),
+        (b'{"micro_batch": true}', "micro_batch: expected a number above 0, got True"),
+        (b'{"micro_batch": [4]}', "micro_batch: expected a number above 0, got [4]"),
+        (b'{"micro_batch": 4.0}', "micro_batch: expected a number above 0, got 4.0"),
+        (b"[]", "expected a mapping, got []; the run goes on without"), (b"0", "expected a mapping, got 0"),
+        (b"\xff", "training.json:1 is not UTF-8; the run goes on without"), (b"", "is not JSON: line 1"),
+        (b"[" * 100_000, "expected at most 64"), (b'{"micro_batch": 1%s}' % (b"0" * 5000), "JSON: Exceeds"),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_of_the_run(
+    content: bytes, expected: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run goes on without, and says so; with 0 it ended in a ZeroDivisionError."""
+    assert read_run(tmp_path) == {} and not caplog.records
+    (tmp_path / "training.json").write_bytes(content)
+    assert read_run(tmp_path) == {}
+    assert expected in caplog.text
+    (tmp_path / "training.json").write_text('{"micro_batch": 4, "loss_before": NaN}')
+    assert read_run(tmp_path)["micro_batch"] == 4
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

@@ -32,7 +32,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _VERSION = 1
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", CONFIG)  # and weights and a state of random numbers
 _RANDOM = re.compile(r"rng_state(_\d+)?\.pth")
-_IS_READ = re.compile(r".*\.(safetensors|index\.json|pt|pth|bin)|generation_config\.json")
+_IS_READ = re.compile(r".*\.(safetensors|index\.json|pt|pth|bin)|(generation_config|run)\.json")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

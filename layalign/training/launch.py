@@ -73,7 +73,7 @@ def with_kept_micro_batch(config: TrainConfig, run: dict[str, Any], world_size: 
         run: what `runs.read_run` found.
     """
     known = run.get("micro_batch")
-    if config.micro_batch_size is not None or not isinstance(known, int) or isinstance(known, bool) or known < 1:
+    if config.micro_batch_size is not None or not isinstance(known, int):
         return config
     if config.batch_size % (known * world_size) == 0:
         return replace(config, micro_batch_size=known)

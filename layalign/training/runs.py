@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from layalign._files import write_whole, writing
-from layalign.errors import ArgumentError
+from layalign._reading import read_json
+from layalign.errors import ArgumentError, CheckpointError, shown
 from layalign.training.checkpoints import check_writable, checkpoints, clear_unfinished, problem, remove
 from layalign.training.config import TrainConfig
 
@@ -89,9 +90,25 @@ def save_run(config: TrainConfig, content: dict[str, Any]) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What `save_run` wrote; empty when there is nothing to read."""
-    try:
-        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """What `save_run` wrote; empty when there is nothing to read.
+
+    What is damaged is left out with a warning: a run can go on without it, with other micro batches perhaps.
+    """
+    file = folder / RUN_FILE
+    if not os.path.lexists(file):
         return {}
-    return content if isinstance(content, dict) else {}
+    try:
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{file}: expected a mapping, got {shown(content)}")
+    except CheckpointError as error:
+        logger.warning("%s; the run goes on without its loss before training and its micro batch", error)
+        return {}
+    micro, loss = content.get("micro_batch"), content.get("loss_before")
+    good = {
+        "micro_batch": micro is None or (isinstance(micro, int) and not isinstance(micro, bool) and micro > 0),
+        "loss_before": loss is None or (isinstance(loss, int | float) and not isinstance(loss, bool)),
+    }
+    for key in (key for key, fine in good.items() if not fine):
+        logger.warning("%s: %s: expected a number above 0, got %s; left out", file, key, shown(content.pop(key)))
+    return content
