@@ -49,16 +49,16 @@ JSON: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("kind", YAML)
 def test_damaged_yaml(kind: str, tmp_path: Path) -> None:
-    """Within two seconds, too: without a limit, the merge keys run until all memory is gone."""
+    """Within five seconds of work, too: without a limit, the merge keys run until all memory is gone."""
     content, expected = YAML[kind]
     file = tmp_path / "train_config.yaml"
     file.write_bytes(content)
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(ArgumentError, match="config: .*train_config.yaml.*") as caught:
         _yaml.read_file(file)
     assert expected in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 5
 
 
 def test_yaml_that_people_write() -> None:
