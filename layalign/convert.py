@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layalign import published
+from layalign._lock import held
 from layalign.errors import CheckpointError
 from layalign.model import LayAlignForCausalLM
 
@@ -57,6 +58,7 @@ def convert_published(
         **config: further fields of ``layalign.LayAlignConfig`` (``mask_encoder_padding`` is False as published).
 
     Raises:
+        ArgumentError: a run writes into `output_dir`.
         CheckpointError: the file is damaged, or does not fit the frozen parts.
     """
     state = published.load_bin(checkpoint)
@@ -76,7 +78,8 @@ def convert_published(
     )
     ours = published.from_published(model, state)
     changed = _put(checkpoint, model, ours)
-    model.save_pretrained(output_dir, save_frozen=changed)
+    with held(output_dir):
+        model.save_pretrained(output_dir, save_frozen=changed)
     assert model.config.encoder_layers is not None
     return ConversionReport(
         Path(output_dir), model.config.encoder_layers, layers, structure, bool(model.config.frozen_saved), len(ours)

@@ -6,6 +6,7 @@ token.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import uuid
@@ -23,6 +24,10 @@ from layalign.errors import ArgumentError, CheckpointError, first_line
 if TYPE_CHECKING:
     from layalign.config import LayAlignConfig
 
+_PROBE = (
+    "The answer is 1,234.56 dollars.\n\n### Wie viele Äpfel? ¿Cuántos? Сколько яблок? ஆப்பிள் 多少个苹果？ "
+    "りんごはいくつ كم تفاحة কতগুলো आपल กี่ผล ngapi  x^2\t"
+)
 FOLDERS = {"encoder": "encoder_tokenizer", "llm": "llm_tokenizer"}
 
 
@@ -83,6 +88,16 @@ def encode_texts(
             ids = ids[:room] if side == "right" else ids[len(ids) - room :]
         found.append(Encoded([*before, *ids, *after][:longest], cut))
     return found
+
+
+def tokenizers_hash(*tokenizers: Any) -> str:
+    """A hash of the vocabularies of tokenizers, and of the ids that they give a text in many scripts."""
+    found = hashlib.sha256()
+    for tokenizer in tokenizers:
+        words = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+        found.update("\n".join(f"{index} {word}" for word, index in sorted(words.items())).encode(errors="replace"))
+        found.update(f"{encode_texts(tokenizer, [_PROBE], special=True)[0].ids}".encode())
+    return found.hexdigest()
 
 
 def _framed(tokenizer: Any, texts: list[str], special: bool) -> Iterator[tuple[list[int], list[int], list[int]]]:

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
 from layalign.cli.evaluate import evaluate as command
-from layalign.errors import StoppedError
+from layalign.errors import ArgumentError, StoppedError
 from layalign.evaluation import evaluate
 from layalign.tokenization import load_tokenizers
 from layalign.training import load_train_config, train
@@ -101,6 +101,32 @@ def run_trouble(job: dict[str, Any]) -> dict[str, Any]:
     return {"skipped": summary.skipped_steps, "after": summary.loss_after}
 
 
+class Killed(TrainerCallback):
+    """SIGKILL for every process, in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_killed(job: dict[str, Any]) -> None:
+    train(load_train_config(job["config"]), callbacks=[Killed(job["step"])])
+
+
+def run_refused(job: dict[str, Any]) -> dict[str, Any]:
+    """Every process raises what the main one does, and none waits for it."""
+    try:
+        train(load_train_config(job["config"]))
+    except ArgumentError as error:
+        told = [None] * dist.get_world_size()
+        dist.all_gather_object(told, str(error))
+        return {"refused": told}
+    return {}
+
+
 def fresh_engine() -> None:
     """accelerate keeps its engine for the whole process; each job has its own."""
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_USE", "FSDP_"))]:
@@ -157,10 +183,11 @@ def main(plan: str, results: str) -> None:
     found = {}
     for job in jobs:
         kinds = {"train": run_training, "evaluate": run_evaluation, "command": run_command, "trouble": run_trouble}
+        kinds |= {"killed": run_killed, "refused": run_refused}
         found[job["name"]] = kinds[job["kind"]](job)
+        if os.environ["RANK"] == "0":
+            Path(results).write_text(json.dumps(found), encoding="utf-8")
     assert not dist.is_initialized()
-    if os.environ["RANK"] == "0":
-        Path(results).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

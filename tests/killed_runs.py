@@ -22,6 +22,7 @@ from tiny_training import TinyParts, save_parts, training_config
 from tqdm import tqdm
 
 from layalign import LayAlignForCausalLM
+from layalign.errors import ArgumentError
 from layalign.evaluation import evaluate
 from layalign.tokenization import load_tokenizers
 from layalign.training import train
@@ -49,6 +50,37 @@ def child(parts: TinyParts, output: Path) -> int:
     """Start the training run, or go on with it."""
     changes = {"max_steps": STEPS, "save_steps": EVERY, "eval_steps": 2 * EVERY, "batch_size": 4}
     return forked(lambda: train(training_config(parts, output, **changes)))
+
+
+def second(parts: TinyParts, output: Path, first: int) -> int:
+    """Start a run in the folder of another one; exit status 3 if it is told that `first` holds it."""
+
+    def job() -> None:
+        try:
+            train(training_config(parts, output, resume=False))
+        except ArgumentError as error:
+            if f"{output} is in use by process {first} on" in str(error):
+                os._exit(3)
+
+    return forked(job)
+
+
+def overlapping(parts: TinyParts, folder: Path, whole: Path) -> float:
+    """A run that another one, which would start over, finds in its folder; killed, it goes on. Seconds of refusing."""
+    output = folder / "overlapping"
+    first = child(parts, output)
+    while not steps_done(output):
+        assert os.waitpid(first, os.WNOHANG)[0] == 0
+    started = time.monotonic()
+    assert os.waitstatus_to_exitcode(wait(second(parts, output, first), DEADLINE) or 0) == 3
+    seconds = time.monotonic() - started
+    assert os.waitpid(first, os.WNOHANG)[0] == 0
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert steps_done(output)
+    assert wait(child(parts, output), DEADLINE) == 0
+    compare(whole, output)
+    return seconds
 
 
 def wait(pid: int, seconds: float) -> int | None:
@@ -117,6 +149,7 @@ def main() -> None:
     assert wait(child(parts, whole), DEADLINE) == 0, "the uninterrupted run failed"
     seconds = time.monotonic() - started
 
+    refused = overlapping(parts, options.folder, whole)
     kills: list[dict[str, object]] = []
     runs = 0
     while len(kills) < options.kills:
@@ -143,7 +176,8 @@ def main() -> None:
             assert wait(child(parts, output), DEADLINE) == 0, "the resumed run failed"
         compare(whole, output)
     evaluations = killed_evaluations(whole, parts, options.folder, options.evaluations, draw)
-    print(json.dumps({"kills": kills, "runs": runs, "steps": STEPS, "seconds": seconds, "evaluations": evaluations}))
+    told = {"kills": kills, "runs": runs, "steps": STEPS, "seconds": seconds, "evaluations": evaluations}
+    print(json.dumps({**told, "refused in": refused}))
 
 
 def killed_evaluations(checkpoint: Path, parts: TinyParts, folder: Path, kills: int, draw: random.Random) -> list[int]:

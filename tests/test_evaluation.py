@@ -341,6 +341,23 @@ def test_the_real_model(tmp_path):
     assert outputs[0] == outputs[1]
     assert all(outputs[0])
 
+    def again(first=encoder_tokenizer, second=TOKENIZER):
+        return evaluate(model, first, second, "mgsm", data, tmp_path / "out1", batch_size=1, **options)
+
+    with pytest.raises(ArgumentError, match="holds outputs made with tokenizers"):
+        again(second=byte_tokenizer(eos=True))
+    model.config.mix = "shared"
+    with pytest.raises(ArgumentError, match="holds outputs made with model_settings"):
+        again()
+    model.config.mix = "layer-wise"
+    file = tmp_path / "out1" / "settings.json"
+    old = json.loads(file.read_text())
+    for key in ("tokenizers", "model_settings"):  # as an earlier layalign wrote it
+        del old["settings"][key]
+    file.write_text(json.dumps(old))
+    again()
+    assert json.loads(file.read_text())["settings"].keys() > old["settings"].keys()
+
 
 def test_every_task_reads_its_own_format():
     from layalign.data import FORMATS

@@ -132,6 +132,9 @@ def test_interrupted_checkpoint_is_passed_over(parts: TinyParts, tmp_path: Path)
 def test_resume_false_starts_over(parts: TinyParts, tmp_path: Path) -> None:
     config = make_config(parts, tmp_path, max_steps=4, save_steps=4)
     first = train(config)
+    with pytest.raises(ArgumentError, match="^dev_size: 48 leaves nothing"):  # and nothing is lost
+        train(make_config(parts, tmp_path, resume=False, dev_size=48))
+    assert len(checkpoints(tmp_path)) == 1
     again = train(make_config(parts, tmp_path, max_steps=4, resume=False))
     assert again.resumed_from is None
     assert checkpoints(tmp_path) == []

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from layalign import _lock
 from layalign.analysis import fusion, measure
 from layalign.analysis.measure import UNTRAINED
 from layalign.analysis.pairs import Pairs, read_pairs
@@ -72,7 +73,7 @@ def analyze(
         All numbers.
 
     Raises:
-        ArgumentError: an argument is none of those expected.
+        ArgumentError: an argument is none of those expected, or another run writes into `output_dir`.
         DataError: a file of `pairs` has a malformed line.
     """
     _check(model, before, batch_size, max_length, generate)
@@ -84,35 +85,36 @@ def analyze(
     data = read_pairs(pairs, languages=languages, limit=limit)
     example = _example(data, sentence, sentence_language)
     other = before if before is not None and before != UNTRAINED else model
-    similarity, projections = {}, {}
-    with evaluation_mode(model), evaluation_mode(other), _bar(progress, _amount(model, data, before)) as advance:
-        reader = Reader(model, encoder_tokenizer, llm_tokenizer, batch_size, max_length, advance)
-        for name, read, held in measure.views(reader, before, seed):
-            with held:
-                similarity[name], projections[name] = measure.read_view(read, data, place, seed)
-        contribution = measure.contributions(reader, data)
-        attention = measure.attention(reader, example, generate)
-    mix = fusion.mix_weights(model)
-    result = AnalysisResult(
-        sentences={name: len(found) for name, found in data.items()},
-        settings=_settings(model, reader, before, seed, checkpoint),
-        language_layers=list(model.config.language_layers),
-        encoder_layers=list(model.config.encoder_layers),
-        mix=None if mix is None else {"keys": mix[0].tolist(), "values": mix[1].tolist()},
-        gates=fusion.gate_values(model) or None,
-        gate_history=_history(model, checkpoint),
-        contribution=contribution,
-        similarity=similarity,
-        layer=place,
-        projections=projections,
-        attention=attention,
-    )
-    if output_dir is not None:
-        from layalign.analysis.report import write_report
+    with nullcontext() if output_dir is None else _lock.held(output_dir):
+        similarity, projections = {}, {}
+        with evaluation_mode(model), evaluation_mode(other), _bar(progress, _amount(model, data, before)) as advance:
+            reader = Reader(model, encoder_tokenizer, llm_tokenizer, batch_size, max_length, advance)
+            for name, read, held in measure.views(reader, before, seed):
+                with held:
+                    similarity[name], projections[name] = measure.read_view(read, data, place, seed)
+            contribution = measure.contributions(reader, data)
+            attention = measure.attention(reader, example, generate)
+        mix = fusion.mix_weights(model)
+        result = AnalysisResult(
+            sentences={name: len(found) for name, found in data.items()},
+            settings=_settings(model, reader, before, seed, checkpoint),
+            language_layers=list(model.config.language_layers),
+            encoder_layers=list(model.config.encoder_layers),
+            mix=None if mix is None else {"keys": mix[0].tolist(), "values": mix[1].tolist()},
+            gates=fusion.gate_values(model) or None,
+            gate_history=_history(model, checkpoint),
+            contribution=contribution,
+            similarity=similarity,
+            layer=place,
+            projections=projections,
+            attention=attention,
+        )
+        if output_dir is not None:
+            from layalign.analysis.report import write_report
 
-        write_report(result, Path(output_dir))
-        result.output_dir = Path(output_dir)
-    return result
+            write_report(result, Path(output_dir))
+            result.output_dir = Path(output_dir)
+        return result
 
 
 def _check(model: Any, before: Any, batch_size: int, max_length: int, generate: int) -> None:

@@ -73,8 +73,8 @@ def describe(error: Exception) -> tuple[str, int]:
         return _one_line(error.format_message()).rstrip(".") + where, 2
     if isinstance(error, StoppedError):
         return _one_line(str(error)), STOPPED
-    if isinstance(error, LayAlignError):
-        return _one_line(str(error)), 2
+    if isinstance(error, LayAlignError):  # which may name many differences
+        return _one_line(str(error), 1500), 2
     if isinstance(error, OSError) or type(error).__module__.startswith("yaml"):
         return _one_line(str(error)) or type(error).__name__, 2
     if isinstance(error, ImportError):

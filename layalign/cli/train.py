@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,10 @@ Output = Annotated[
 ]
 Start = Annotated[str | None, typer.Option("--init-checkpoint", help="Start from the trained parts in this folder.")]
 Resume = Annotated[str | None, typer.Option("--resume", help="auto (default), false to start over, or a checkpoint.")]
+AllowChanged = Annotated[
+    list[str] | None,
+    typer.Option("--allow-changed", metavar="KEY", help="A key in which a resumed run may differ; may be repeated."),
+]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")
 ]
@@ -48,6 +53,7 @@ def train(
     output: Output = None,
     init_checkpoint: Start = None,
     resume: Resume = None,
+    allow_changed: AllowChanged = None,
     assignments: Assignments = None,
     print_config: PrintConfig = False,
 ) -> None:
@@ -60,7 +66,8 @@ def train(
 
     if preset is None and config is None:
         raise ArgumentError("preset: give --preset or --config (for a small run on a laptop see layalign demo)")
-    given = (("baseline", baseline), ("data", data), ("resume", resume))
+    allowed = ",".join(allow_changed) if allow_changed else None
+    given = (("baseline", baseline), ("data", data), ("resume", resume), ("allow_changed", allowed))
     shared = [f"{key}={value}" for key, value in given if value is not None]
     named = [*shared, *(assignments or [])]
     stages = configured_stages(config, preset=preset, overrides=named) if stage in (None, "all") else [str(stage)]
@@ -98,9 +105,13 @@ def _train_all(configs: list[TrainConfig]) -> None:
     from layalign.errors import StoppedError
     from layalign.evaluation.processes import leave
     from layalign.training import is_main_process, train
+    from layalign.training.runs import alone_in
 
     try:
-        summaries = [(config.stage, train(config)) for config in configs]
+        with ExitStack() as folders:
+            for config in configs:  # also those of later stages: who comes second is told before the first one
+                folders.enter_context(alone_in(config.output_dir))
+            summaries = [(config.stage, train(config)) for config in configs]
     except StoppedError:  # all processes stop in the same step
         leave()
         raise

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from layalign import LayAlignForCausalLM
 from layalign._files import give_usual_modes, write_whole
+from layalign._lock import held
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_data
 from layalign.demo.pretraining import (
     Progress,
@@ -69,14 +70,20 @@ def run_demo(
 
     Returns:
         What `results.json` holds.
+
+    Raises:
+        ArgumentError: another run writes into `output_dir`.
     """
+    chosen = settings or (DemoSettings.fast() if fast else DemoSettings())
+    with held(output_dir):
+        return _run(Demo(Path(output_dir), chosen, seed, Phases(Console(), progress)))
+
+
+def _run(demo: Demo) -> dict[str, Any]:
     from layalign.demo.report import write_report
 
-    chosen = settings or (DemoSettings.fast() if fast else DemoSettings())
-    demo = Demo(Path(output_dir), chosen, seed, Phases(Console(), progress))
-    demo.folder.mkdir(parents=True, exist_ok=True)
     with demo.phases.phase("data"):
-        counts = write_data(demo.folder / "data", chosen, seed)
+        counts = write_data(demo.folder / "data", demo.settings, demo.seed)
     llm_tokenizer, encoder_tokenizer = _pretrain(demo)
     trained = {name: _train(demo, name) for name in ("adapter", "layalign")}
     _evaluate_all(demo, trained, (encoder_tokenizer, llm_tokenizer))
@@ -85,7 +92,7 @@ def run_demo(
         write_report(demo.folder, found)
     found["seconds"] = demo.phases.seconds
     write_whole(demo.folder / "results.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    if progress:
+    if demo.phases.shown:
         demo.phases.console.print(result_table(found))
         total = sum(demo.phases.seconds.values())
         demo.phases.console.print(f"{total:.0f} s in all; report: {demo.folder / 'report.html'}")

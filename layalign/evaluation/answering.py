@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -230,3 +231,22 @@ def model_fingerprint(model: Any) -> str:
             sample = flat[:: max(1, flat.numel() // 64)][:64]
             digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def settings_fingerprint(model: Any) -> str:
+    """A short text that changes with the settings, beside the weights, that decide what a LayAlign model answers."""
+    keys = (
+        "encoder_layers",
+        "language_layers",
+        "structure",
+        "mix",
+        "prompt",
+        "mask_encoder_padding",
+        "llm_bos_token_id",
+    )
+    config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
+    values = {key: getattr(config, key, None) for key in keys}
+    if generation is not None:
+        values.update(generation.to_diff_dict())
+        values.pop("transformers_version", None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

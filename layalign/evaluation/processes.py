@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from layalign._lock import held
 
 T = TypeVar("T")
 
@@ -37,6 +41,13 @@ class Processes:
         if box[1] is not None:
             raise box[1]
         return box[0]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def all_held(self, folder: str | Path) -> Iterator[None]:
+        """Within the block the main process holds the folder; where it cannot, all raise (`layalign._lock.held`)."""
+        with ExitStack() as stack:
+            self.all_get(lambda: stack.enter_context(held(folder)))
+            yield
 
     def all_gather(self, value: T) -> list[T]:
         """Every process's value, in the order of their ranks."""

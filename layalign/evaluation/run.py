@@ -27,12 +27,19 @@ from layalign.data.languages import language_of
 from layalign.data.numbers import find_number
 from layalign.data.readers import Spec, by_language, load_examples
 from layalign.errors import ArgumentError, NonFiniteError, one_of, refuse, shown, whole_number
-from layalign.evaluation.answering import ModelAnswers, evaluation_mode, llm_alone, model_fingerprint
+from layalign.evaluation.answering import (
+    ModelAnswers,
+    evaluation_mode,
+    llm_alone,
+    model_fingerprint,
+    settings_fingerprint,
+)
 from layalign.evaluation.intervals import Interval
 from layalign.evaluation.levels import LevelScore, Outcomes, average_interval, level_scores
 from layalign.evaluation.metrics import last_number, parse_label, same_number, wilson_interval
 from layalign.evaluation.processes import Processes
 from layalign.evaluation.store import OutputStore
+from layalign.tokenization import tokenizers_hash
 
 __all__ = ["TASKS", "EvaluationResult", "LanguageScore", "Task", "evaluate", "llm_alone"]
 logger = logging.getLogger(__name__)
@@ -231,7 +238,8 @@ def evaluate(
 
     Raises:
         NonFiniteError: logits were not finite; the text names the example. The answers before it are kept.
-        ArgumentError: an argument is none of those expected, or `output_dir` holds the outputs of another run.
+        ArgumentError: an argument is none of those expected, or `output_dir` holds the outputs of another run, or
+            another run writes into it.
         DataError: no data, or a malformed line.
     """
     kind = _task(task, scorer, label_match)
@@ -264,19 +272,27 @@ def evaluate(
         # Only where padding is attended do outputs depend on the batch.
         "batch_size": None if getattr(getattr(model, "config", None), "mask_encoder_padding", True) else batch_size,
     }
+    if isinstance(answer, ModelAnswers):
+        settings["tokenizers"] = tokenizers_hash(encoder_tokenizer, llm_tokenizer)[:16]
+        settings["model_settings"] = settings_fingerprint(model)
     processes = Processes()
-    store = processes.all_get(lambda: OutputStore(Path(output_dir), settings, resume))
     scores, outcomes = {}, {}
-    with evaluation_mode(model), torch.no_grad(), _bar(progress and processes.main, len(examples)) as advance:
+    with (
+        processes.all_held(output_dir),
+        evaluation_mode(model),
+        torch.no_grad(),
+        _bar(progress and processes.main, len(examples)) as advance,
+    ):
+        store = processes.all_get(lambda: OutputStore(Path(output_dir), settings, resume))
         for language, group in by_language(examples).items():
             outputs = _outputs(answer, store, language, group, batch_size, advance, processes, non_finite == "fail")
             scores[language], outcomes[language] = processes.all_get(
                 functools.partial(_score, store, language, group, outputs, kind, label_match)
             )
-    scoring = {"scorer": kind.scorer, "label_match": label_match}
-    cut = processes.all_get(store.count_cut)
-    result = EvaluationResult(task, scores, report, Path(output_dir), outcomes, scoring, cut)
-    processes.all_get(lambda: _write(result, store.folder))
+        scoring = {"scorer": kind.scorer, "label_match": label_match}
+        cut = processes.all_get(store.count_cut)
+        result = EvaluationResult(task, scores, report, Path(output_dir), outcomes, scoring, cut)
+        processes.all_get(lambda: _write(result, store.folder))
     if processes.main and any(cut.values()):
         found = ", ".join(f"{count} of {kind}" for kind, count in cut.items() if count)
         logger.warning("cut, of %d questions: %s", len(examples), found)

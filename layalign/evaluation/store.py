@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -17,7 +18,10 @@ from layalign.data.examples import Example
 from layalign.errors import ArgumentError, DataError
 from layalign.limits import MAX_LINE_BYTES, MAX_WHOLE_BYTES
 
+logger = logging.getLogger("layalign")
+
 SETTINGS = "settings.json"
+LATER = ("tokenizers", "model_settings")  # not in the settings that an earlier layalign wrote
 CUT = ("source", "prompt", "context", "answer")
 LONGEST_NAME = 160  # bytes; file systems take 255
 
@@ -92,7 +96,9 @@ class OutputStore:
         # Through JSON, so that tuples and lists are equal.
         new = json.loads(json.dumps(new))
         for key in (*new, *old):
-            if old.get(key) != new.get(key):
+            if key in LATER and key not in old:
+                logger.warning("%s: could not be compared with this evaluation: %s", self.folder, key)
+            elif old.get(key) != new.get(key):
                 raise ArgumentError(
                     f"output_dir: {self.folder} holds outputs made with {key} {_short(old.get(key))}, not "
                     f"{_short(new.get(key))}; expected another folder, or resume=False to start anew"

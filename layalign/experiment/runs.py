@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
 from layalign._files import give_usual_modes, write_whole, writing
+from layalign._lock import LOCK, held
 from layalign._reading import read_json
 from layalign.baselines import baseline
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
@@ -63,6 +64,15 @@ def read_done(path: Path, fingerprint: str) -> dict[str, Any] | None:
             f"output: {path.parent} was made with other settings; expected another folder, or that one removed"
         )
     return found
+
+
+def _empty(place: Path) -> None:
+    """Remove what a run that was cut off has left in its folder; whoever holds the folder keeps it."""
+    for path in place.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def log(folder: Path, event: str, **content: Any) -> None:
@@ -120,10 +130,12 @@ def _every(losses: list[tuple[int, float]], interval: int) -> Callable[[int, int
 def prepare(settings: ExperimentSettings, folder: Path, seed: int) -> dict[str, Any]:
     """Data, tokenizers, LLM and encoder of a seed, from scratch."""
     place, mark = seed_folder(folder, seed), settings.fingerprint()
-    done = read_done(place / PREPARED, mark)
-    if done is not None:
-        return done
-    shutil.rmtree(place, ignore_errors=True)
+    with held(place, "output"):
+        return read_done(place / PREPARED, mark) or _prepare(settings, place, seed, mark)
+
+
+def _prepare(settings: ExperimentSettings, place: Path, seed: int, mark: str) -> dict[str, Any]:
+    _empty(place)
     started, languages = time.perf_counter(), settings.all_languages
     llm_tokenizer = train_llm_tokenizer(tokenizer_texts("English", 2000, seed, answers=True))
     texts = [text for name in languages for text in tokenizer_texts(name, 800, seed)]
@@ -228,11 +240,14 @@ def run(settings: ExperimentSettings, folder: Path, system_name: str, seed: int)
     """Train and evaluate a system with a seed, whose parts are there; returns what `result.json` holds."""
     system = settings.system(system_name)
     place, mark = run_folder(folder, system.name, seed), settings.fingerprint(system)
-    done = read_done(place / RESULT, mark)
-    if done is not None:
-        return done
-    shutil.rmtree(place, ignore_errors=True)
-    parts = seed_folder(folder, seed)
+    with held(place, "output"):
+        return read_done(place / RESULT, mark) or _run(settings, system, place, seed_folder(folder, seed), seed, mark)
+
+
+def _run(
+    settings: ExperimentSettings, system: System, place: Path, parts: Path, seed: int, mark: str
+) -> dict[str, Any]:
+    _empty(place)
     _write_data(settings, place / "data", seed)
     stages: dict[str, Any] = {}
     before: str | None = None

@@ -76,7 +76,15 @@ _FLAGS = (
     "use_cpu",
     "progress",
 )
-_LISTS = {"encoder_layers": int, "language_layers": int, "languages": str, "report_to": str}
+_LISTS = {"encoder_layers": int, "language_layers": int, "languages": str, "report_to": str, "allow_changed": str}
+# What may be changed on purpose when a run goes on. Never: what the model is and computes, and the dev examples, of
+# which some would have been trained on.
+ALLOWED_CHANGES = (
+    "adam_beta1", "adam_beta2", "adam_epsilon", "baseline", "batch_size", "bf16", "data", "frozen_dtype", "gate",
+    "gradient_checkpointing", "group_by_length", "init_checkpoint", "languages", "learning_rate", "limit",
+    "lr_scheduler", "max_grad_norm", "max_prompt_length", "max_source_length", "max_target_length", "micro_batch_size",
+    "seed", "skip_bad", "tokenizers", "warmup_ratio", "weight_decay",
+)  # fmt: skip
 TEXTS = ("encoder", "llm", "output_dir", "init_checkpoint", "lr_scheduler", "baseline")
 _LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": None}
 
@@ -149,6 +157,8 @@ class TrainConfig:
     # What it leaves behind. eval_steps and save_steps: None is once per epoch, 0 is never.
     output_dir: str = "outputs"
     resume: str | bool = "auto"
+    # Keys in which a run that goes on may differ from what its checkpoint was made with.
+    allow_changed: list[str] = field(default_factory=list)
     logging_steps: int = 10
     eval_steps: int | None = None
     save_steps: int | None = None
@@ -316,6 +326,9 @@ def _check_ranges(config: TrainConfig) -> None:
             named_layers(layers, 100)  # raises for a name that there is not
         elif layers is not None and (len(set(layers)) != len(layers) or any(layer < 0 for layer in layers)):
             raise ArgumentError(f"{name}: expected different numbers from 0 up, got {layers}")
+    for key in config.allow_changed:
+        if key not in ALLOWED_CHANGES:
+            raise ArgumentError(f"allow_changed: expected some of {', '.join(ALLOWED_CHANGES)}, got {shown(key)}")
     if config.keep_best and (config.eval_steps == 0 or config.dev_size == 0):
         raise ArgumentError(
             "keep_best: needs a dev split and evaluation during training (dev_size and eval_steps not 0)"

@@ -77,6 +77,7 @@ class DistributedTrainer(Trainer):
 
     is_fsdp_enabled: bool
     control: Any
+    keeps_hyperparameters = True  # those of the checkpoint it goes on from; else it goes on with its own
     _weights: list[float] | None = None
 
     @property
@@ -213,6 +214,23 @@ class DistributedTrainer(Trainer):
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.keeps_hyperparameters or checkpoint is None:
+            self._load_states(checkpoint)
+            return
+        groups = self.optimizer.param_groups
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        own = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
+        bases = list(getattr(schedule, "base_lrs", ()))
+        self._load_states(checkpoint)
+        for group, wanted in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(wanted)
+        if bases and hasattr(schedule, "lr_lambdas"):
+            schedule.base_lrs = bases
+            for group, base, shape in zip(self.optimizer.param_groups, bases, schedule.lr_lambdas, strict=True):
+                group["lr"] = base * shape(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_states(self, checkpoint: str | None) -> None:
         if checkpoint is None or (self.sharding is None and self.args.world_size == 1):
             super()._load_optimizer_and_scheduler(checkpoint)
             return

@@ -111,8 +111,8 @@ class StepGuard(TrainerCallback, ExportableState):
             if len(self.skipped) >= self.max_skipped:
                 raise NonFiniteError(
                     f"{found}; {len(self.skipped)} steps were left out before (max_skipped_steps {self.max_skipped}). "
-                    "The last checkpoint is from before this step: resume from it with a smaller learning_rate, "
-                    "another dtype, or a larger max_skipped_steps"
+                    "The last checkpoint is from before this step: resume from it with a smaller learning_rate or "
+                    "another dtype (see allow_changed), or a larger max_skipped_steps"
                 )
         self.skipped.append(step)
         logger.warning("%s; the step is left out, %d of at most %d", found, len(self.skipped), self.max_skipped)

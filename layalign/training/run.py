@@ -29,7 +29,7 @@ from layalign.errors import ArgumentError, CheckpointError, StoppedError
 from layalign.layers import named_layers
 from layalign.model import LayAlignForCausalLM
 from layalign.tokenization import first_token, load_tokenizer, load_tokenizers
-from layalign.training import runs
+from layalign.training import record, runs
 from layalign.training.config import TrainConfig, require_config
 from layalign.training.gates import GateHistory
 from layalign.training.guard import StepGuard
@@ -102,7 +102,8 @@ def train(
         callbacks: transformers TrainerCallbacks.
 
     Raises:
-        ArgumentError: the configuration does not fit itself, the data or an earlier run in the same folder.
+        ArgumentError: the configuration does not fit itself, the data or an earlier run in the same folder, or another
+            run writes into that folder.
         DataError: the data cannot be read.
         CheckpointError: `init_checkpoint` or a checkpoint to resume from cannot be used.
         NonFiniteError: a loss or gradient is NaN or infinite and `max_skipped_steps` are used up.
@@ -110,18 +111,36 @@ def train(
         StoppedError: SIGTERM came; the step was finished and a checkpoint written.
     """
     require_config(config)
+    with runs.alone_in(config.output_dir):
+        return _stage(config, model, (encoder_tokenizer, llm_tokenizer), examples, dev_examples, callbacks)
+
+
+def _stage(
+    config: TrainConfig,
+    model: LayAlignForCausalLM | None,
+    tokenizers: tuple[Any, Any],
+    examples: Sequence[Example] | None,
+    dev_examples: Sequence[Example] | None,
+    callbacks: Sequence[Any],
+) -> TrainSummary:
+    encoder_tokenizer, llm_tokenizer = tokenizers
     started = time.perf_counter()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     resume_from = runs.find_resume(config)
-    running = config
+    overwritten = record.overwritten(config, resume_from)
+    earlier, running = None, config
     if resume_from is not None:
-        running = with_kept_micro_batch(config, runs.read_run(resume_from.parent), world_size)
-    running.batch_plan(world_size)
+        earlier = record.earlier(resume_from, resume_from.parent / record.SETTINGS)
+        known = {**runs.read_run(resume_from.parent), **record.micro_batch(earlier)}
+        running = with_kept_micro_batch(config, known, world_size)
+    micro, _ = running.batch_plan(world_size)
     if examples is None:
         examples = read_examples(config)
     train_set, dev_set = _split(config, list(examples), dev_examples)
+    given = model
     if model is None:
         model = build_model(config)
+    start = record.start_of(config, given, model)
     if encoder_tokenizer is None or llm_tokenizer is None:
         loaded = _tokenizers(config, model)
         encoder_tokenizer, llm_tokenizer = encoder_tokenizer or loaded[0], llm_tokenizer or loaded[1]
@@ -131,12 +150,25 @@ def train(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _check_trained(model)
+    plan = {"world_size": world_size, "micro_batch": micro}
+    here = record.make(config, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, start, plan)
+    changed: list[str] = []
+    if overwritten is not None:
+        record.compare(config, overwritten, here, model, going_on=False)
+        logger.warning("%s: holds this run's model already, which is trained again", config.output_dir)
+    if earlier is not None:
+        changed = record.compare(config, earlier, here, model, going_on=True)
+        here["changes"] = [*earlier.changes, *changed]
 
+    runs.start_over(config)
     trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, world_size)
+    trainer.record, trainer.keeps_hyperparameters = here, not changed
     for callback in callbacks:
         trainer.add_callback(callback)
     measured = dev_set or train_set[:MEASURED]
     before = LossBefore(config, trainer, measured, resume_from)
+    if is_main_process():
+        record.write(Path(config.output_dir), here)
     _train(trainer, resume_from)
     loss_before = before.value
     loss_after = trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")["eval_loss"]

@@ -5,27 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from layalign._files import write_whole, writing
+from layalign._lock import held
 from layalign._reading import read_json
 from layalign.errors import ArgumentError, CheckpointError, shown
+from layalign.evaluation.processes import Processes
 from layalign.training.checkpoints import check_writable, checkpoints, clear_unfinished, problem, remove
 from layalign.training.config import TrainConfig
+from layalign.training.record import SETTINGS
 
 logger = logging.getLogger("layalign")
 
-CONFIG_FILE = "train_config.yaml"
 RUN_FILE = "training.json"
-# What a resumed run may change: it alters neither the data nor the steps already taken.
-_FREE_KEYS = {
-    "output_dir", "resume", "epochs", "max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
-    "keep_best", "report_to", "progress", "num_workers", "eval_batch_size", "use_cpu", "init_checkpoint",
-    "max_skipped_steps", "spike_factor", "sharding",
-}  # fmt: skip
 
 
 def is_main_process() -> bool:
@@ -33,11 +29,27 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Within the block the run's main process holds its folder (`layalign._lock.held`).
+
+    Where the processes of the run are joined already, all raise what the main one does. Else it ends, and its launcher
+    ends the others (torchrun and accelerate do) before any of them has written.
+    """
+    processes = Processes()
+    with ExitStack() as stack:
+        if processes.world > 1:
+            stack.enter_context(processes.all_held(folder))
+        elif is_main_process():
+            stack.enter_context(held(folder))
+        yield
+
+
 def find_resume(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, or None. Starting over removes the folder's old checkpoints.
+    """The checkpoint to go on from, or None.
 
     Raises:
-        ArgumentError: there is no such checkpoint, it is damaged, or its run had other settings.
+        ArgumentError: there is no such checkpoint, or it is damaged.
         OutputError: the run's folder cannot be written to.
     """
     output = Path(config.output_dir)
@@ -46,10 +58,6 @@ def find_resume(config: TrainConfig) -> Path | None:
             check_writable(output)
             clear_unfinished(output)
     if config.resume is False:
-        if is_main_process():
-            for path in checkpoints(output):
-                logger.warning("resume: false, so %s is removed", path)
-                remove(path)
         return None
     if config.resume == "auto":
         found = checkpoints(output)
@@ -60,22 +68,15 @@ def find_resume(config: TrainConfig) -> Path | None:
             raise ArgumentError(f"resume: expected auto, false or a checkpoint-N folder of a run, got {chosen}")
         if (wrong := problem(chosen)) is not None:
             raise ArgumentError(f"resume: {chosen} is not a whole checkpoint: {wrong}")
-    if chosen is not None:
-        _check_same_run(config, chosen.parent / CONFIG_FILE)
     return chosen
 
 
-def _check_same_run(config: TrainConfig, file: Path) -> None:
-    """A run can only go on with what it began with."""
-    if not file.is_file():
-        return
-    before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    for key, value in config.to_dict().items():
-        if key in before and key not in _FREE_KEYS and before[key] != value:
-            raise ArgumentError(
-                f"{key}: the run in {file.parent} has {before[key]!r}, this one {value!r}; "
-                "set resume=false to start over, or another output_dir"
-            )
+def start_over(config: TrainConfig) -> None:
+    """Remove the folder's checkpoints where `resume` is false; when all else of the run is known to be right."""
+    if config.resume is False and is_main_process():
+        for path in checkpoints(config.output_dir):
+            logger.warning("resume: false, so %s is removed", path)
+            remove(path)
 
 
 def save_run(config: TrainConfig, content: dict[str, Any]) -> None:
@@ -85,7 +86,7 @@ def save_run(config: TrainConfig, content: dict[str, Any]) -> None:
     output = Path(config.output_dir)
     with writing(f"output_dir: {output}"):
         output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / CONFIG_FILE, config.to_yaml())
+    write_whole(output / SETTINGS, config.to_yaml())
     write_whole(output / RUN_FILE, json.dumps(content, indent=2))
 
 

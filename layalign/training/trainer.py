@@ -18,6 +18,7 @@ from layalign._sharding import full_shape, put
 from layalign.checkpoint import reading
 from layalign.errors import CheckpointError, refuse
 from layalign.tokenization import save_tokenizers
+from layalign.training import record
 from layalign.training.checkpoints import UNFINISHED, clear_unfinished, publish, rotate
 from layalign.training.distributed import DistributedTrainer
 from layalign.training.guard import StepGuard
@@ -97,6 +98,7 @@ class LayAlignTrainer(DistributedTrainer):
         self.tokenizers = tokenizers
         self.lengths = lengths
         self.model_accepts_loss_kwargs = False
+        self.record: dict[str, Any] | None = None  # what each checkpoint says of its run
         self._staging: Path | None = None
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -161,6 +163,8 @@ class LayAlignTrainer(DistributedTrainer):
                     self.state.best_model_checkpoint = str(final)
                 if main:
                     self.state.save_to_json(str(staged / "trainer_state.json"))
+                    if self.record is not None:
+                        record.write(staged, self.record)
                     publish(staged, final)
                     rotate(run, final, self.args.save_total_limit, self.state.best_model_checkpoint)
             finally:

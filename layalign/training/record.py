@@ -1,0 +1,327 @@
+"""What a run depends on: written into each of its checkpoints, and compared by the run that goes on from one.
+
+`run.json` holds the settings, hashes of the examples as they were read and of the weights that `init_checkpoint` gave,
+the versions and the number of processes. The frozen parts' fingerprints stand in the checkpoint's `config.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+
+from layalign import _reading, _yaml, fingerprint
+from layalign._files import write_whole
+from layalign._sharding import reason_whole_is_not_here
+from layalign.checkpoint import CONFIG, WEIGHTS, digest, reading
+from layalign.config import LayAlignConfig
+from layalign.data import Example
+from layalign.doctor import package_version
+from layalign.errors import ArgumentError, CheckpointError, shown
+from layalign.names import PARTS
+from layalign.tokenization import tokenizers_hash
+from layalign.training.config import ALLOWED_CHANGES, TrainConfig
+
+logger = logging.getLogger("layalign")
+
+FILE, SETTINGS = "run.json", "train_config.yaml"
+_VERSION = 1
+# What a resumed run may change: it alters neither the data nor the steps already taken.
+_FREE_KEYS = {
+    "output_dir", "resume", "epochs", "max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "keep_best", "report_to", "progress", "num_workers", "eval_batch_size", "use_cpu", "max_skipped_steps",
+    "spike_factor", "sharding", "allow_changed",
+}  # fmt: skip
+# Names of things, whose content is compared where it is known: a folder may be moved, or hold something else.
+_NAMES = ("encoder", "llm", "data", "init_checkpoint")
+# What decides what a model computes, beside its weights.
+_OF_THE_MODEL = (
+    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "prompt",
+    "mask_encoder_padding",
+)  # fmt: skip
+
+
+class Difference(NamedTuple):
+    """A key, and what the earlier run has: a text that goes on behind "the run in FOLDER"."""
+
+    key: str
+    text: str
+
+
+class Earlier(NamedTuple):
+    """What is known of the run that a folder's content is of."""
+
+    folder: Path
+    record: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def changes(self) -> list[Any]:
+        """What was changed on purpose before."""
+        found = self.record.get("changes")
+        return found if isinstance(found, list) else []
+
+
+# Making
+
+
+def make(
+    config: TrainConfig,
+    model: Any,
+    tokenizers: Sequence[Any],
+    train_set: Sequence[Example],
+    dev_set: Sequence[Example],
+    start: str,
+    processes: dict[str, int],
+) -> dict[str, Any]:
+    """What `run.json` holds.
+
+    Args:
+        start: of :func:`start_of`.
+        processes: their number and the micro batch of one.
+    """
+    return {
+        "version": _VERSION,
+        "settings": json.loads(json.dumps(config.to_dict(), default=str)),
+        "data": {"train": hash_of(train_set), "dev": hash_of(dev_set)},
+        "init_checkpoint": start,
+        "tokenizers": tokenizers_hash(*tokenizers),
+        "processes": processes,
+        "versions": {
+            "layalign": package_version(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def hash_of(examples: Iterable[Example]) -> dict[str, Any]:
+    """The number of examples, and a hash of all that is learned from them, in their order. 1 s for a million."""
+    found, count = hashlib.sha256(), 0
+    for each in examples:
+        parts = (each.source, each.target, each.language, each.prompt, *each.choices)
+        found.update("\0".join(parts).encode("utf-8", errors="surrogatepass") + b"\1")
+        count += 1
+    return {"examples": count, "sha256": found.hexdigest()}
+
+
+def start_of(config: TrainConfig, model: nn.Module | None, loaded: nn.Module) -> str:
+    """A hash of the trained weights that `init_checkpoint` gave; "fresh" without one, "given" for a model in memory.
+
+    Args:
+        model: that was given in memory, or None.
+        loaded: the model as it begins, whole or not.
+    """
+    weights = {name: weight for name, weight in loaded.named_parameters() if weight.requires_grad}
+    if model is not None or any(reason_whole_is_not_here(weight) for weight in weights.values()):
+        return "given"
+    if config.init_checkpoint is None:
+        return "fresh"
+    if config.lora is not None:
+        with reading(config.init_checkpoint, CONFIG):
+            had_lora = LayAlignConfig.from_pretrained(config.init_checkpoint).lora is not None
+        weights = {name: weight for name, weight in weights.items() if had_lora or "lora_" not in name}
+    return digest(weights)
+
+
+def write(folder: Path, record: dict[str, Any]) -> None:
+    """Put a record into a folder."""
+    write_whole(folder / FILE, json.dumps(record, indent=1) + "\n")
+
+
+# Reading
+
+
+def overwritten(config: TrainConfig, resume_from: Path | None) -> Earlier | None:
+    """The run whose model or checkpoints in the folder are going to be overwritten by another one; None without any.
+
+    Raises:
+        ArgumentError: nothing says of which run they are, or its settings cannot be read.
+        CheckpointError: the record cannot be read.
+    """
+    output = Path(config.output_dir)
+    if config.resume is False or (resume_from is not None and resume_from.resolve().parent == output.resolve()):
+        return None
+    held = _has_model(output) or (resume_from is not None and any(output.glob("checkpoint-*")))
+    return earlier(output, output / SETTINGS) if held else None
+
+
+def earlier(folder: Path, file: Path) -> Earlier:
+    """The run of a checkpoint, or of the model in a run's folder.
+
+    Args:
+        folder: that has its record.
+        file: with its settings, where it has none.
+
+    Raises:
+        ArgumentError: the folder holds a model and nothing that says of which run, or settings that cannot be read.
+        CheckpointError: the record cannot be read.
+    """
+    if os.path.lexists(folder / FILE):
+        record = _reading.read_json(folder / FILE)
+        settings = record.get("settings") if isinstance(record, dict) else None
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{folder / FILE}: expected what layalign writes there, with the run's settings")
+        return Earlier(folder, record, settings)
+    if os.path.lexists(file):
+        values = _yaml.read_file(file, "output_dir")
+        if not isinstance(values, dict) or not values:
+            raise ArgumentError(f"output_dir: {file}: expected the settings of the run, got {shown(values)}; {_ADVICE}")
+        return Earlier(folder, {}, values)
+    if file.parent == folder:
+        raise ArgumentError(
+            f"output_dir: {folder} holds a model, and neither {FILE} nor {SETTINGS} says of which run; {_ADVICE}"
+        )
+    return Earlier(folder, {}, {})
+
+
+def micro_batch(before: Earlier) -> dict[str, Any]:
+    """The micro batch of a checkpoint's run, as `training.json` has it; nothing where it is not known."""
+    known = _at(before.record, "processes", "micro_batch")
+    return {"micro_batch": known} if type(known) is int and known > 0 else {}
+
+
+_ADVICE = "set resume=false to start over, or another output_dir"
+
+
+def _has_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin"))
+
+
+def _at(found: Any, *keys: str) -> Any:
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+# Comparing
+
+
+def compare(config: TrainConfig, before: Earlier, here: dict[str, Any], model: Any, going_on: bool) -> list[str]:
+    """Refuse to go on with another run's checkpoint, or to overwrite another run's finished model.
+
+    Args:
+        config: of this run; `allow_changed` names what may differ all the same, where it goes on.
+        before: of :func:`earlier` or :func:`overwritten`.
+        here: what :func:`make` gave.
+        model: before any step.
+        going_on: from a checkpoint; else a finished model would be overwritten.
+
+    Returns:
+        The differences that were allowed.
+
+    Raises:
+        ArgumentError: what differs and may not.
+        CheckpointError: the checkpoint's configuration cannot be read.
+    """
+    unknown: list[str] = []
+    found: dict[str, Difference] = {}
+    for each in _differences(before, here, model, unknown):
+        found.setdefault(each.key, each)
+    allowed = [each for key, each in found.items() if going_on and key in config.allow_changed]
+    refused = [each for each in found.values() if each not in allowed]
+    if unknown:
+        logger.warning("%s: could not be compared with this run: %s", before.folder, ", ".join(unknown))
+    if refused:
+        first, *others = refused
+        texts = [f"{first.key}: the run in {before.folder} {first.text}"]
+        texts += [f"{each.key}: it {each.text}" for each in others]
+        keys = [each.key for each in refused]
+        may = going_on and set(keys) <= set(ALLOWED_CHANGES)
+        hint = f"allow_changed={','.join(keys)} goes on all the same; " if may else ""
+        raise ArgumentError(f"{'; '.join(texts)}; {hint}{_ADVICE}")
+    for key, text in allowed:
+        logger.warning("allow_changed: %s: the run in %s %s", key, before.folder, text)
+    for key in ("versions", "processes"):
+        then, now = _at(before.record, key), here[key]
+        if isinstance(then, dict) and then != now:
+            names = [name for name in now if then.get(name) != now[name]]
+            changed = ", ".join(f"{name} {shown(then.get(name))} then, {now[name]} now" for name in names)
+            logger.info("%s: %s", before.folder, changed)
+    return [f"{key}: {text}" for key, text in allowed]
+
+
+def _differences(before: Earlier, here: dict[str, Any], model: Any, unknown: list[str]) -> Iterator[Difference]:
+    """Every difference, the names of what cannot be compared put into ``unknown``."""
+    if not before.settings:
+        unknown.append("the settings")
+    for key, now in here["settings"].items():
+        if key in before.settings and key not in (*_FREE_KEYS, *_NAMES) and before.settings[key] != now:
+            yield _changed(key, before.settings[key], now)
+    yield from _content(before, here, unknown)
+    yield from _model(before, here, model, unknown)
+
+
+def _changed(key: str, then: Any, now: Any) -> Difference:
+    return Difference(key, f"has {shown(then)}, this one {shown(now)}")
+
+
+def _named(key: str, before: Earlier, here: dict[str, Any], unknown: list[str]) -> Iterator[Difference]:
+    """What is known by its name alone."""
+    unknown.append(f"the content of {key}")
+    if key in before.settings and before.settings[key] != here["settings"][key]:
+        yield _changed(key, before.settings[key], here["settings"][key])
+
+
+def _content(before: Earlier, here: dict[str, Any], unknown: list[str]) -> Iterator[Difference]:
+    data = before.record.get("data")
+    if not isinstance(data, dict):
+        yield from _named("data", before, here, unknown)
+    else:
+        for part, key in (("train", "data"), ("dev", "dev")):
+            then, now = data.get(part), here["data"][part]
+            if then != now:
+                numbers = f"{_at(then, 'examples')} of them, this one {now['examples']}"
+                risk = ", of which some may have been trained on" if part == "dev" and now["examples"] else ""
+                yield Difference(key, f"has other {part} examples, {numbers}{risk}")
+    then, now = before.record.get("init_checkpoint"), here["init_checkpoint"]
+    if then is None:
+        unknown.append("the weights that init_checkpoint gave")
+    elif then != now and "given" not in (then, now):
+        names = [values.get("init_checkpoint") for values in (before.settings, here["settings"])]
+        same = f", both of {shown(names[0])}" if names[0] == names[1] else ""
+        what = "none" if then == "fresh" else "other trained weights from it"
+        yield Difference("init_checkpoint", f"has {what}{same}, this one begins with {shown(names[1])}")
+    then = before.record.get("tokenizers")
+    if then is not None and then != here["tokenizers"]:
+        yield Difference("tokenizers", "has other ones, by their vocabularies or by what they make of a text")
+
+
+def _model(before: Earlier, here: dict[str, Any], model: Any, unknown: list[str]) -> Iterator[Difference]:
+    if not os.path.lexists(before.folder / CONFIG):  # a run that has not come to its end
+        for part in PARTS:
+            yield from _named(part, before, here, unknown)
+        return
+    with reading(str(before.folder), CONFIG):
+        stored = LayAlignConfig.from_pretrained(before.folder)
+    for key in _OF_THE_MODEL:
+        then, now = getattr(stored, key, None), getattr(model.config, key, None)
+        if then != now:
+            yield _changed(key, then, now)
+    for key in ("r", "lora_alpha"):
+        then, now = ((each.lora or {}).get(key) for each in (stored, model.config))
+        if then != now:
+            yield _changed(f"lora.{key}", then, now)
+    same_version = getattr(stored, "transformers_version", None) == transformers.__version__
+    for part in PARTS:
+        module, entries = getattr(model, part), (stored.frozen_fingerprints or {}).get(part)
+        if not entries or any(reason_whole_is_not_here(parameter) for parameter in module.parameters()):
+            yield from _named(part, before, here, unknown)
+            continue
+        with reading(str(before.folder), f"{CONFIG}: frozen_fingerprints"):
+            problems = fingerprint.differences(entries, module, same_version)
+        if same_version:  # another release may read the same configuration otherwise
+            problems = fingerprint.settings_that_differ(getattr(stored, f"{part}_config"), module.config) + problems
+        if problems:
+            name = "LLM" if part == "llm" else part
+            yield Difference(part, f"has another {name} than this one: {fingerprint.summary(problems)}")
