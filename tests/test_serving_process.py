@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,19 +55,62 @@ def wait_for(client: httpx.Client, name: str, value: float) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
+def idle_connections(port: int, count: int) -> Iterator[None]:
+    """Connections that send nothing, or half of a header."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, count + 512)), hard))
+    lying = []
+    try:
+        for number in range(count):
+            lying.append(socket.create_connection(("127.0.0.1", port), 20))
+            lying[-1].sendall((b"", b"GET /health HTTP/1.1\r\nHost: server\r\nX-Slow: ")[number % 2])
+        yield
+    finally:
+        for connection in lying:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def send_nonsense(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        connection.sendall(b"\x00\x1b[31m nonsense\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+
+
 def test_from_start_to_sigterm(tmp_path: Path) -> None:
     parts = case.write_checkpoint(tmp_path, ends=False)
     questions = case.questions(*parts, 8, seed=1)
     body = {"prompt": "siri kubwa", "task": "source", "max_tokens": 6000, "stream": True}
-    options = ("--max-prompt-tokens", "1024", "--max-new-tokens", "6000", "--grace", "60", "--model-name", "tiny")
+    options = (
+        "--max-batch",
+        "8",
+        "--max-queue",
+        "8",
+        "--max-prompt-tokens",
+        "1024",
+        "--max-new-tokens",
+        "6000",
+        "--grace",
+        "60",
+        "--model-name",
+        "tiny",
+    )
     with (
-        served(tmp_path, *options, OMP_NUM_THREADS="1", LAYALIGN_API_KEY="ufunguo") as (process, address),
+        served(tmp_path, *options, OMP_NUM_THREADS="1", LAYALIGN_API_KEY="ufunguo\n") as (process, address),
         ThreadPoolExecutor(8) as pool,
     ):
         assert httpx.post(f"{address}/v1/completions", json={"prompt": "a"}).status_code == 401
         connect = partial(httpx.Client, base_url=address, timeout=60, headers={"Authorization": "Bearer ufunguo"})
         client = connect()
         assert client.get("/ready").status_code == 200
+
+        port = int(address.rpartition(":")[2])
+        with idle_connections(port, 1100):  # more than it has places for
+            assert [httpx.get(f"{address}/health", timeout=20).status_code for _ in range(20)] == [200] * 20
+            assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        for _ in range(30):
+            send_nonsense(port)
 
         def ask(question: Any) -> tuple[str, str]:
             (choice,) = client.post("/v1/completions", json=question.body()).json()["choices"]
@@ -111,6 +156,7 @@ def test_from_start_to_sigterm(tmp_path: Path) -> None:
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 0
         assert "siri" not in output + errors and "Traceback" not in errors
+        assert errors.count("Invalid HTTP request") == 5 and "\x1b" not in errors
 
 
 @pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "prometheus_client"])

@@ -25,6 +25,8 @@ Prompt = Annotated[int, typer.Option("--max-prompt-tokens", min=1, help="Longest
 New = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
 Default = Annotated[int, typer.Option("--default-new-tokens", min=1, help="Longest answer unless a request says.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds for a whole answer.")]
+Step = Annotated[float, typer.Option("--step-timeout", min=0.001, help="Seconds after which a step counts as hung.")]
+Idle = Annotated[int, typer.Option("--max-idle", min=1, help="Most connections that wait for their client.")]
 Body = Annotated[int, typer.Option("--max-body-bytes", min=1, help="Longest body of a request.")]
 Grace = Annotated[float, typer.Option("--grace", min=0.001, help="Seconds running requests have after SIGTERM.")]
 
@@ -45,7 +47,9 @@ def serve(
     max_new_tokens: New = 512,
     default_new_tokens: Default = 256,
     timeout: Timeout = 120.0,
+    step_timeout: Step = 60.0,
     max_body_bytes: Body = 256 * 1024,
+    max_idle: Idle = 1024,
     grace: Grace = 30.0,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -56,6 +60,7 @@ def serve(
     """
     from layalign.errors import ArgumentError
     from layalign.serve import ServeSettings
+    from layalign.serve.settings import checked_key
 
     try:
         import fastapi  # noqa: F401
@@ -76,11 +81,16 @@ def serve(
         max_new_tokens=max_new_tokens,
         default_new_tokens=min(default_new_tokens, max_new_tokens),
         timeout=timeout,
+        step_timeout=step_timeout,
         max_body_bytes=max_body_bytes,
+        max_idle=max_idle,
         grace=grace,
     )
+    key = os.environ.get(KEY)
+    if key is not None:
+        key = checked_key(KEY, key)  # before the model is loaded
     model = load_model(checkpoint, device, dtype)
     from layalign.serve.server import run
     from layalign.serve.service import Service
 
-    run(Service(*model, settings), host, port, os.environ.get(KEY) or None)
+    run(Service(*model, settings), host, port, key)

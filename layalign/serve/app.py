@@ -49,6 +49,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         Guard,  # type: ignore[arg-type]
         settings=service.settings,
         metrics=service.metrics,
+        health=service.health,
         api_key=api_key,
     )
     app.add_exception_handler(HTTPException, _http_error)
@@ -69,11 +70,11 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
 def _add_watching(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
-        return _state(service.engine.healthy, "ok", "the model's thread has failed")
+        return _state(service.engine.problem, "ok")
 
     @app.get("/ready")
     async def ready() -> Response:
-        return _state(service.engine.healthy and not service.draining, "ready", "not ready")
+        return _state("the server is shutting down" if service.draining else service.engine.problem, "ready")
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -108,7 +109,9 @@ async def _answer(service: Service, request: Request, body: CompletionRequest | 
             return _EventStream(call, shape, first, events)
         while not isinstance(first, Done):
             first = await anext(events)
-        return JSONResponse(shape.whole(first.text, first.reason, first.tokens))
+        response = JSONResponse(shape.whole(first.text, first.reason, first.tokens))
+        service.health.answered()
+        return response
     except ClientGone:
         return Response(status_code=499)  # nobody reads it; the metrics count it
     finally:
@@ -140,6 +143,8 @@ class _EventStream(Response):
                 await self._write_events(write)
             except ApiError as error:  # too late for a status
                 await write(error_body(error))
+            else:
+                self.call.service.health.answered()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (ClientGone, OSError):  # servers may raise OSError when they write to a closed connection
             pass
@@ -157,8 +162,8 @@ class _EventStream(Response):
         await write("[DONE]")
 
 
-def _state(good: bool, word: str, otherwise: str) -> Response:
-    return JSONResponse({"status": word if good else otherwise}, 200 if good else 503)
+def _state(problem: str, good: str) -> Response:
+    return JSONResponse({"status": problem or good}, 503 if problem else 200)
 
 
 async def _http_error(request: Request, error: Any) -> Response:

@@ -21,10 +21,10 @@ from layalign.serve.sampling import Chooser, choose
 from layalign.serve.text import TextStream
 
 if TYPE_CHECKING:
+    from layalign.serve.health import Health
     from layalign.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-UNHEALTHY_AFTER = 3  # failed steps in a row: some errors of a GPU never go away in the same process
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Failed:
 
 
 Event = Piece | Done | Failed
+_ENDED = Failed("the model's thread has ended")
 
 
 @dataclass(eq=False)
@@ -113,18 +114,20 @@ class Engine:
         ends: token ids that end an answer.
         max_batch, max_batch_tokens: most rows, and most rows times the cache entries of the longest.
         metrics: where steps and tokens are counted.
+        health: is told of failures and of the step in progress.
     """
 
     def __init__(
-        self, decoder: Decoder, ends: frozenset[int], max_batch: int, max_batch_tokens: int, metrics: Metrics
-    ) -> None:
-        self.decoder, self.ends, self.metrics = decoder, ends, metrics
+        self, decoder: Decoder, ends: frozenset[int], max_batch: int, max_batch_tokens: int, metrics: Metrics,
+        health: Health,
+    ) -> None:  # fmt: skip
+        self.decoder, self.ends, self.metrics, self.health = decoder, ends, metrics, health
         self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
         self._state: State | None = None
         self._changed = threading.Condition()
-        self._closed, self._failures = False, 0
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     # From other threads
@@ -144,10 +147,16 @@ class Engine:
             self._thread.join(timeout)
 
     @property
+    def problem(self) -> str:
+        """Why the server is to be restarted; empty where it works."""
+        if self._thread is None or not self._thread.is_alive():
+            return "the model's thread does not run"
+        return self.health.problem
+
+    @property
     def healthy(self) -> bool:
-        """Whether the thread runs and the last steps did not all fail."""
-        alive = self._thread is not None and self._thread.is_alive()
-        return alive and self._failures < UNHEALTHY_AFTER
+        """Whether there is no problem."""
+        return not self.problem
 
     @property
     def waiting(self) -> int:
@@ -166,7 +175,7 @@ class Engine:
                 self._waiting.append(job)
                 self._changed.notify()
                 return
-        job.send(Failed("the server is shutting down"))
+        job.send(_ENDED)
 
     def cancel(self, job: Job) -> None:
         """Forget a job: at once where it waits, before the next step where it runs."""
@@ -195,7 +204,7 @@ class Engine:
                 self._waiting.clear()
             self._active, self._state = [], None
             for job in left:
-                job.send(Failed("the server is shutting down"))
+                job.send(_ENDED)
 
     def _turn(self) -> None:
         """One step: cancelled rows leave, waiting ones join, everyone gets a token."""
@@ -223,7 +232,8 @@ class Engine:
 
     def _prefill(self, jobs: list[Job]) -> None:
         try:
-            state, logits = self.decoder.prefill([job.inputs for job in jobs])
+            with self.health.working("a step"):
+                state, logits = self.decoder.prefill([job.inputs for job in jobs])
         except Exception as error:
             if len(jobs) > 1:  # one of them may be to blame, the others are not
                 for job in jobs:
@@ -232,16 +242,16 @@ class Engine:
             self._failed(jobs, error)
             return
         try:
-            going = self._deal(jobs, logits)
-            rows = [row for row, goes in enumerate(going) if goes]
-            if rows:
-                state = state if len(rows) == len(jobs) else kept(state, rows)
-                self._state = state if self._state is None else merged(self._state, state)
-                self._active += [jobs[row] for row in rows]
+            with self.health.working("a step"):
+                going = self._deal(jobs, logits)
+                rows = [row for row, goes in enumerate(going) if goes]
+                if rows:
+                    state = state if len(rows) == len(jobs) else kept(state, rows)
+                    self._state = state if self._state is None else merged(self._state, state)
+                    self._active += [jobs[row] for row in rows]
         except Exception as error:  # out of memory, say: those that ran before go on
             self._failed(jobs, error)
             return
-        self._failures = 0
         self.metrics.step_rows.observe(len(jobs))
 
     def _step(self) -> None:
@@ -250,10 +260,10 @@ class Engine:
             self._keep([not job.cancelled for job in jobs])
             if self._state is None:
                 return
-            logits = self.decoder.step(self._state, [job.last for job in self._active])
-            self.metrics.step_rows.observe(len(self._active))
-            self._keep(self._deal(self._active, logits))
-            self._failures = 0
+            with self.health.working("a step"):  # a GPU's ends where its tokens are read
+                logits = self.decoder.step(self._state, [job.last for job in self._active])
+                self.metrics.step_rows.observe(len(self._active))
+                self._keep(self._deal(self._active, logits))
         except Exception as error:
             self._active, self._state = [], None
             self._failed(jobs, error)
@@ -261,7 +271,11 @@ class Engine:
     def _deal(self, jobs: list[Job], logits: Tensor) -> list[bool]:
         """Give each job its next token; whether each goes on."""
         going = []
-        for job, token in zip(jobs, choose(logits, [job.chooser for job in jobs]), strict=True):
+        tokens = choose(logits, [job.chooser for job in jobs])
+        lost = tokens.count(None)
+        if lost:  # before anybody is answered: who is may ask for the health at once
+            self.health.failed(lost)
+        for job, token in zip(jobs, tokens, strict=True):
             if job.cancelled:
                 going.append(False)
                 continue
@@ -273,7 +287,11 @@ class Engine:
             if job.tokens == 0:
                 self.metrics.first_token_seconds.observe(time.monotonic() - job.arrived)
             self.metrics.generated.inc()
-            going.append(job.take(token, self.ends))
+            try:
+                going.append(job.take(token, self.ends))
+            except Exception as error:  # its own text's, which is nobody else's
+                self._failed([job], error)
+                going.append(False)
         return going
 
     def _keep(self, going: list[bool]) -> None:
@@ -285,7 +303,7 @@ class Engine:
         self._state = kept(self._state, rows) if rows else None
 
     def _failed(self, jobs: list[Job], error: Exception) -> None:
-        self._failures += 1
+        self.health.failed(len(jobs))
         self.metrics.failures.inc()
         log_error("a step failed", error)
         for job in jobs:
@@ -300,4 +318,5 @@ def log_error(what: str, error: BaseException) -> None:
         code = trace.tb_frame.f_code
         frames.append(f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}")
         trace = trace.tb_next
-    logger.error("%s: %s\n  %s", what, type(error).__name__, "\n  ".join(frames))
+    # Of the caller, which is what `layalign.serve.connections.Seldom` goes by.
+    logger.error("%s: %s\n  %s", what, type(error).__name__, "\n  ".join(frames), stacklevel=2)

@@ -12,9 +12,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from layalign.serve.engine import log_error
+from layalign.serve.health import Health
 from layalign.serve.messages import ApiError, error_body
 from layalign.serve.metrics import Metrics
-from layalign.serve.settings import ServeSettings
+from layalign.serve.settings import ServeSettings, checked_key
 
 OPEN_PATHS = ("/health", "/ready")  # without a key: whoever watches the process has none
 PATHS = (*OPEN_PATHS, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
@@ -27,12 +28,15 @@ class Guard:
         app: the application.
         settings: limits of the body.
         metrics: where requests are counted.
+        health: is told of errors in the server.
         api_key: what `Authorization: Bearer` must carry; None asks for nothing.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, api_key: str | None) -> None:
-        self.app, self.settings, self.metrics = app, settings, metrics
-        self.api_key = None if api_key is None else api_key.encode()
+    def __init__(
+        self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, health: Health, api_key: str | None
+    ) -> None:
+        self.app, self.settings, self.metrics, self.health = app, settings, metrics, health
+        self.api_key = None if api_key is None else checked_key("api_key", api_key).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,6 +60,7 @@ class Guard:
             await _respond(error, scope, receive, counted)
         except Exception as error:  # not handed on: a server's own log would print its text, with whatever is in it
             log_error(f"request {request_id} failed", error)
+            self.health.failed()
             if not status:
                 await _respond(ApiError(500, "an error in the server"), scope, receive, counted)
         finally:

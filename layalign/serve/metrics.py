@@ -37,6 +37,12 @@ class Metrics:
         self.source, self.prompt, self.generated = (tokens.labels(kind) for kind in ("source", "prompt", "generated"))
         self.cancelled = Counter("layalign_cancelled", "Requests given up before their end.", ["reason"], **own)
         self.failures = Counter("layalign_failures", "Steps of the model that failed.", **own)
+        self.healthy = Gauge("layalign_healthy", "1 while /health is 200, else 0.", **own)
+        self.busy_seconds = Gauge("layalign_step_running_seconds", "How long the step in progress has been.", **own)
+        self.connections = Gauge("layalign_connections", "Open connections.", **own)
+        self.waiting_connections = Gauge("layalign_connections_waiting", "Those that wait for their client.", **own)
+        self.closed = Counter("layalign_connections_closed", "Connections ended by the server.", ["reason"], **own)
+        self.malformed = Counter("layalign_malformed_requests", "What came and was no HTTP.", **own)
 
     def text(self) -> bytes:
         """The page."""

@@ -26,6 +26,8 @@ _NEUTRAL = {
     "watermarking_config": None,
 }  # fmt: skip
 
+COLDEST = 1e-6  # logits divided by less are infinite, and nothing can be drawn from them
+
 
 def repetition_penalty(generation_config: Any) -> float:
     """The model's own repetition penalty (1.0: none).
@@ -45,7 +47,7 @@ class Chooser:
     """How one request's tokens are chosen.
 
     Args:
-        temperature: 0 takes the likeliest token.
+        temperature: 0 (and what is below 1e-6) takes the likeliest token.
         top_p: draw from the likeliest tokens that together have this probability.
         seed: of this request's own random numbers; None for unpredictable ones.
         penalty: repetition penalty of the model's generation configuration.
@@ -62,7 +64,7 @@ class Chooser:
         self._processors, self._generator = LogitsProcessorList(), None
         if self.penalty != 1.0:
             self._processors.append(RepetitionPenaltyLogitsProcessor(self.penalty))
-        if self.temperature > 0:
+        if self.temperature > COLDEST:
             self._generator = torch.Generator()
             if self.seed is None:
                 self._generator.seed()

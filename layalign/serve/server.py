@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import time
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
 from layalign.serve.app import create_app
+from layalign.serve.connections import BACKLOG, Connection, Seldom, Waiting, room
 from layalign.serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -66,16 +69,10 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def run(service: Service, host: str, port: int, api_key: str | None = None) -> None:
-    """Serve until a signal ends it.
-
-    Args:
-        service: who answers.
-        host, port: where to listen; port 0 takes a free one, and the line on stdout says which.
-        api_key: what requests must carry; None asks for nothing, with a warning where others can reach the server.
-    """
-    if api_key is None and not is_loopback(host):
-        logger.warning("%s is reachable from other machines, and no key is asked for (set LAYALIGN_API_KEY)", host)
+def make_server(service: Service, host: str, port: int, api_key: str | None = None) -> Server:
+    """The server that `run` runs, with its arguments."""
+    settings = service.settings
+    waiting = Waiting(room(settings), settings, service.metrics)
     config = uvicorn.Config(
         create_app(service, api_key),
         host=host,
@@ -86,7 +83,26 @@ def run(service: Service, host: str, port: int, api_key: str | None = None) -> N
         ws="none",
         lifespan="on",
         timeout_graceful_shutdown=5,
-        # Connections beyond this get uvicorn's own 503, before anything is read of them.
-        limit_concurrency=service.settings.max_open + 1024,
+        timeout_keep_alive=math.ceil(settings.header_timeout),
+        http=partial(Connection, waiting),  # type: ignore[arg-type]
+        backlog=BACKLOG,
     )
-    Server(config, service).run()
+    return Server(config, service)
+
+
+def run(service: Service, host: str, port: int, api_key: str | None = None) -> None:
+    """Serve until a signal ends it.
+
+    Args:
+        service: who answers.
+        host, port: where to listen; port 0 takes a free one, and the line on stdout says which.
+        api_key: what requests must carry; None asks for nothing, with a warning where others can reach the server.
+
+    Raises:
+        ArgumentError: the key is empty or cannot stand in a header.
+    """
+    if api_key is None and not is_loopback(host):
+        logger.warning("%s is reachable from other machines, and no key is asked for (set LAYALIGN_API_KEY)", host)
+    for name in ("uvicorn.error", "asyncio", "layalign.serve.engine"):
+        logging.getLogger(name).addFilter(Seldom())
+    make_server(service, host, port, api_key).run()

@@ -13,8 +13,9 @@ from typing import Any
 from starlette.requests import Request
 
 from layalign.evaluation.answering import eos_ids, pad_id
-from layalign.serve.decoding import Decoder
+from layalign.serve.decoding import Decoder, Inputs
 from layalign.serve.engine import Done, Engine, Event, Failed, Job, Piece
+from layalign.serve.health import Health
 from layalign.serve.messages import ApiError, ChatRequest, CompletionRequest
 from layalign.serve.metrics import Metrics
 from layalign.serve.preparing import Preparer
@@ -36,6 +37,7 @@ class Service:
         settings: the limits.
 
     Attributes:
+        health: what came of the last minute's requests.
         open: requests between admission and the end of their answer.
         draining: no new ones are taken.
 
@@ -44,7 +46,7 @@ class Service:
     """
 
     def __init__(self, model: Any, encoder_tokenizer: Any, llm_tokenizer: Any, settings: ServeSettings) -> None:
-        self.settings, self.metrics = settings, Metrics()
+        self.settings, self.metrics, self.health = settings, Metrics(), Health(settings.step_timeout)
         self.penalty = repetition_penalty(model.generation_config)
         self.preparer = Preparer(model, encoder_tokenizer, llm_tokenizer, settings)
         # One thread, because tokenizers are not thread-safe; and for the engine's thread a tokenizer of its own.
@@ -52,10 +54,12 @@ class Service:
         self.tokenizer = copy.deepcopy(llm_tokenizer)
         decoder = Decoder(model.eval(), pad_id(encoder_tokenizer))
         ends = frozenset(eos_ids(model, llm_tokenizer))
-        self.engine = Engine(decoder, ends, settings.max_batch, settings.max_batch_tokens, self.metrics)
+        self.engine = Engine(decoder, ends, settings.max_batch, settings.max_batch_tokens, self.metrics, self.health)
         self.metrics.queue_length.set_function(lambda: self.engine.waiting)
         self.metrics.batch_rows.set_function(lambda: self.engine.active)
         self.metrics.open.set_function(lambda: self.open)
+        self.metrics.healthy.set_function(lambda: self.engine.healthy)
+        self.metrics.busy_seconds.set_function(lambda: self.health.running[0])
         self.open, self.draining = 0, False
         self._seconds = 1.0  # a running mean of how long an answer takes
 
@@ -110,18 +114,20 @@ class Service:
         if given is not None and given > settings.max_new_tokens:
             raise ApiError(400, f"{name}: expected at most {settings.max_new_tokens}", name)
         longest = settings.default_new_tokens if given is None else given
-        inputs = await asyncio.get_running_loop().run_in_executor(
-            self._tokenizing,
-            lambda: self.preparer(
-                body.text,
-                field="messages" if isinstance(body, ChatRequest) else "prompt",
-                language=body.language,
-                task=body.task,
-                llm_prompt=body.llm_prompt,
-                new_tokens=longest,
-                limit=name,
-            ),
-        )
+
+        def tokenized() -> Inputs:
+            with self.health.working("tokenizing"):
+                return self.preparer(
+                    body.text,
+                    field="messages" if isinstance(body, ChatRequest) else "prompt",
+                    language=body.language,
+                    task=body.task,
+                    llm_prompt=body.llm_prompt,
+                    new_tokens=longest,
+                    limit=name,
+                )
+
+        inputs = await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenized)
         ids = self.preparer.text(inputs) if self.penalty != 1.0 else []
         top_p = 1.0 if body.top_p is None else body.top_p
         chooser = Chooser(body.temperature or 0.0, top_p, body.seed, self.penalty, ids)
@@ -152,7 +158,7 @@ class Call:
         """Take a place and start the work.
 
         Raises:
-            ApiError: 429, 503, or what `Service.prepare` raises.
+            ApiError: 429, 503, 504 when time is up, or what `Service.prepare` raises.
         """
         self.service.admit()
         try:
@@ -162,7 +168,10 @@ class Call:
                 if not loop.is_closed():
                     loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-            self.job = await self.service.prepare(self.body, emit)
+            try:
+                self.job = await asyncio.wait_for(self.service.prepare(self.body, emit), self.left)
+            except asyncio.TimeoutError:
+                raise self.too_late() from None
             self.job.arrived = self._started
             self._gone = asyncio.create_task(self._wait_for_disconnect())
             self.service.engine.submit(self.job)
@@ -188,8 +197,9 @@ class Call:
         while True:
             event = await self._next()
             if isinstance(event, Failed):
-                closing = self.service.draining
-                raise ApiError(503 if closing else 500, event.reason, code="shutting_down" if closing else None)
+                if self.service.draining:
+                    raise ApiError(503, "the server is shutting down", code="shutting_down")
+                raise ApiError(500, event.reason)
             self._whole = isinstance(event, Done)
             yield event
             if self._whole:

@@ -11,9 +11,24 @@ from layalign.errors import ArgumentError
 
 _AT_LEAST_ONE = (
     "max_batch", "max_batch_tokens", "max_characters", "max_source_tokens", "max_prompt_tokens", "max_new_tokens",
-    "default_new_tokens", "max_body_bytes",
+    "default_new_tokens", "max_body_bytes", "max_idle",
 )  # fmt: skip
-_SECONDS = ("timeout", "body_timeout", "grace")
+_SECONDS = ("timeout", "step_timeout", "header_timeout", "body_timeout", "grace")
+
+
+def checked_key(name: str, key: str) -> str:
+    """An API key without the line's end that files and secrets have.
+
+    Raises:
+        ArgumentError: what is left is empty or cannot stand in a header. The text does not show it.
+    """
+    key = key.strip()
+    if not (key and key.isascii() and key.isprintable()) or " " in key:
+        raise ArgumentError(
+            f"{name}: expected a key of printable ASCII characters without spaces, got {len(key)} characters"
+            + (", not all of them such" if key else "")
+        )
+    return key
 
 
 @dataclass(frozen=True)
@@ -31,8 +46,11 @@ class ServeSettings:
         max_source_tokens, max_prompt_tokens: longest source (encoder tokens) and prompt (LLM tokens).
         max_new_tokens, default_new_tokens: longest answer in tokens, and the one for a request that does not say.
         timeout: seconds from a request's arrival to its whole answer.
+        step_timeout: seconds after which a step of the model that still runs counts as one that never ends.
+        header_timeout: seconds in which the whole header of a connection's next request must have come.
         body_timeout: seconds in which a request's body must have come.
         max_body_bytes: longest body.
+        max_idle: most connections that wait for their client; the one that has waited longest is closed for another.
         grace: seconds that running requests have after SIGTERM.
 
     Raises:
@@ -51,8 +69,11 @@ class ServeSettings:
     max_new_tokens: int = 512
     default_new_tokens: int = 256
     timeout: float = 120.0
+    step_timeout: float = 60.0
+    header_timeout: float = 10.0
     body_timeout: float = 10.0
     max_body_bytes: int = 256 * 1024
+    max_idle: int = 1024
     grace: float = 30.0
 
     def __post_init__(self) -> None:
