@@ -3,7 +3,8 @@
 ``python benchmarks/soak.py --minutes 30 --kill-minutes 5 --output benchmarks/results/serve/soak.json`` makes a tiny
 model, starts ``layalign serve`` with it as a process of its own, and asks from many clients at once, more than it has
 places for. Each answer must be what ``model.generate`` gave to that question alone. Among the requests: streams,
-clients that leave in the middle, malformed ones that must get their 4xx, and more than fit, which must get 429.
+clients that leave in the middle, malformed ones that must get their 4xx, and more than fit, which must get 429. Beside
+it `soak_idle.py` holds connections that ask for nothing and asks `/health` every second.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Tally:
     wrong: list[dict[str, Any]] = field(default_factory=list)
     memory: list[tuple[float, float]] = field(default_factory=list)
     recovery: list[float] = field(default_factory=list)
+    beside: dict[str, Any] = field(default_factory=dict)
     elapsed: float = 0.0
 
 
@@ -228,6 +230,10 @@ async def phase(server: ServerProcess, pool: list[Question], seconds: float, kil
     await server.ready(load.client)
     tasks = [asyncio.create_task(load.ask_until_the_end(seed)) for seed in range(CLIENTS)]
     tasks.append(asyncio.create_task(watch(server, tally, load.until)))
+    script = Path(__file__).with_name("soak_idle.py")
+    beside = await asyncio.create_subprocess_exec(
+        sys.executable, str(script), str(server.port), str(seconds), stdout=asyncio.subprocess.PIPE
+    )
     if kill_every is not None:
         while time.monotonic() + kill_every < load.until:
             await asyncio.sleep(kill_every)
@@ -237,6 +243,7 @@ async def phase(server: ServerProcess, pool: list[Question], seconds: float, kil
             await server.ready(load.client)
     await asyncio.gather(*tasks)
     tally.elapsed = time.monotonic() - begin
+    tally.beside = json.loads((await beside.communicate())[0])
     await asyncio.sleep(1.0)
     page = (await load.client.get("/metrics")).text
     for name in ("layalign_requests_admitted", "layalign_batch_rows", "layalign_queue_length"):
@@ -266,6 +273,7 @@ def summary(tally: Tally) -> dict[str, Any]:
     quantiles = {f"p{q}": round(float(np.percentile(tally.seconds, q)), 4) for q in (50, 90, 99)}
     first = {f"p{q}": round(float(np.percentile(tally.first, q)), 4) for q in (50, 90, 99)} if tally.first else {}
     return {
+        **tally.beside,
         "seconds": round(tally.elapsed, 1),
         "counts": {name: tally.counts[name] for name in sorted({*tally.counts, "wrong", "lost", "4xx missing"})},
         "wrong answers": tally.wrong[:20],
@@ -295,6 +303,7 @@ async def soak(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tree of layalign/serve": _tree(),
         "limits": LIMITS,
         "clients": CLIENTS,
+        "cores": os.cpu_count(),
         "questions": len(pool),
         "questions left out": len(made) - len(pool),
         "margin": MARGIN,
@@ -302,6 +311,7 @@ async def soak(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     try:
         result["saturation"] = summary(await phase(server, pool, 60 * arguments.minutes, None))
+        result["load average"] = round(os.getloadavg()[2], 2)  # of the last 15 minutes
         if arguments.kill_minutes > 0:
             killed = await phase(server, pool, 60 * arguments.kill_minutes, arguments.kill_every)
             result["kills"] = {**summary(killed), "every": arguments.kill_every}
@@ -341,7 +351,9 @@ def main() -> None:
     print({key: value for key, value in memory.items() if key != "samples"}, result.get("SIGTERM"))
     bad = sum(result[name]["counts"][key] for name in ("saturation", "kills") if name in result
               for key in ("wrong", "lost", "4xx missing"))  # fmt: skip
-    sys.exit(f"{bad} wrong, lost or let through" if bad else 0)
+    unhealthy = {**result["saturation"]["health"]["answers"], "200": 0}
+    bad += sum(unhealthy.values())
+    sys.exit(f"{bad} wrong, lost, let through or not healthy" if bad else 0)
 
 
 if __name__ == "__main__":
