@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_serving import COMPLETIONS, SETTINGS, Client, Parts, figures, run, tiny_parts
+from helpers_serving import COMPLETIONS, SETTINGS, Client, Parts, figures, run, tiny_parts, until
 
 from layalign.errors import ArgumentError
 from layalign.serve.decoding import Decoder
@@ -193,6 +194,28 @@ def test_work_that_does_not_end_is_told(
         assert await told(client) == (200, 200)
 
     run(parts, test, replace(SETTINGS, step_timeout=0.2))
+
+
+def test_a_step_that_does_not_end_holds_up_no_shutdown(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(Decoder, "step", lambda *args: go_on.wait(20))
+
+    async def test(service: Service, client: Client) -> None:
+        try:
+            asked = asyncio.create_task(client.post(COMPLETIONS, json=BODY))
+            await until(lambda: service.engine.active == 1)
+            service.draining = True
+            await asyncio.to_thread(service.engine.close, 0.1)
+            answer = await asked
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+        finally:
+            go_on.set()
+
+    run(parts, test)
+    end = time.monotonic() + 20
+    while any(thread.name == "layalign-engine" for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_thread_that_has_ended_is_told(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,12 +139,15 @@ class Engine:
             self._thread.start()
 
     def close(self, timeout: float = 10.0) -> None:
-        """Fail what has not ended and stop the thread; waits for the step in progress."""
+        """Fail what has not ended and stop the thread; waits so long for the step in progress, the first time."""
         with self._changed:
-            self._closed = True
+            again, self._closed = self._closed, True
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join(timeout)
+            self._thread.join(0.1 if again else timeout)
+            if self._thread.is_alive():  # in a step that does not end
+                for job in [*self._waiting, *self._active]:
+                    job.send(_ENDED)
 
     @property
     def problem(self) -> str:

@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
         if self.service.open:
             logger.warning("%d requests did not end in the grace time and fail", self.service.open)
-            self.service.engine.close()  # each of them gets its error
+            await asyncio.to_thread(self.service.engine.close)  # each of them gets its error
         self.should_exit = True
 
 
