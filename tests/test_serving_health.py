@@ -54,24 +54,21 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     health.failed(16)
     assert not health.problem  # one step: one of its requests may be to blame
     health.failed()
-    assert "17" in health.problem
-    health.answered()
-    assert not health.problem
-    for _ in range(3):
-        health.failed()
-    assert health.problem
-    now += 59
-    assert health.problem
-    now += 2
-    assert not health.problem  # nothing is known any more
-    for _ in range(5):
+    assert health.problem == "17 requests of the last minute failed, 0 were answered"
+    for _ in range(17):
+        assert health.problem
         health.answered()
-    for _ in range(5):
+    assert not health.problem  # no longer more than were answered
+    now += 30
+    for _ in range(2):
         health.failed()
-    assert not health.problem
+    assert health.problem  # a server that fails half of the time and a little
+    now += 31
+    assert not health.problem  # two are too few; the older ones are forgotten
     health.failed()
-    assert health.problem  # more than were answered
+    assert health.problem
     now += 61
+    assert not health.problem  # nothing is known any more
     with health.working("a step"):
         now += 60
         assert not health.problem
@@ -134,7 +131,9 @@ def test_a_server_that_fails_every_request_says_so_until_it_answers_again(
                 assert await told(client) == ((503, 503) if number >= 2 else (200, 200))
             assert "failed" in (await client.get("/health")).json()["status"]
             assert figures(service)["layalign_healthy"] == 0
-        assert await ask(client, **fields) == 200
+        for _ in range(3):  # as many answers as failures, with the first
+            assert await told(client) == (503, 503)
+            assert await ask(client, **fields) == 200
         assert await told(client) == (200, 200) and figures(service)["layalign_healthy"] == 1
 
     run(parts, test)
@@ -157,7 +156,7 @@ def test_what_clients_do_wrong_says_nothing(parts: Parts, monkeypatch: pytest.Mo
         for fields, status in wrong * 3:
             assert await ask(client, **fields) == status
         assert await told(client) == (200, 200)
-        for _ in range(4):  # one request that always fails, among good ones
+        for _ in range(4):  # one request that always fails, among as many good ones
             assert await ask(client, prompt="a" * 8) == 500
             assert await ask(client) == 200
         assert await told(client) == (200, 200)

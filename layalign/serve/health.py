@@ -15,8 +15,8 @@ LEAST = 3  # failed requests that are enough
 class Health:
     """What happened lately; usable from any thread.
 
-    A client's own fault is told to nobody here. So are answers that were given up: left, late, refused for want of a
-    place.
+    Nothing is to be told of what is a client's own fault, nor of answers that were given up: left, late, refused for
+    want of a place.
 
     Args:
         longest: seconds that one piece of work (a step of the model, the tokenizing of a text) may take.
@@ -25,7 +25,7 @@ class Health:
     def __init__(self, longest: float) -> None:
         self.longest = longest
         self._answers: deque[float] = deque()  # times of the whole answers
-        self._failures: deque[tuple[float, int]] = deque()  # since the last answer: when, how many
+        self._failures: deque[tuple[float, int]] = deque()  # when, and of how many requests
         self._running: dict[str, float] = {}  # work in progress, and when it began
         self._lock = threading.Lock()
 
@@ -33,7 +33,6 @@ class Health:
         """A whole answer was given."""
         with self._lock:
             self._forget()
-            self._failures.clear()
             self._answers.append(time.monotonic())
 
     def failed(self, requests: int = 1) -> None:
@@ -68,7 +67,7 @@ class Health:
             failed = sum(requests for _, requests in self._failures)
             # One step that failed for many requests may be the fault of one of them.
             if failed >= LEAST and len(self._failures) > 1 and failed > len(self._answers):
-                return f"the last {failed} answers failed"
+                return f"{failed} requests of the last minute failed, {len(self._answers)} were answered"
         return ""
 
     def _forget(self) -> None:
