@@ -152,6 +152,15 @@ def test_a_body_that_goes_wrong_gets_one_answer_or_none(caplog: pytest.LogCaptur
         for header in (b"X: " + b"a" * 70_000, b"a: b\r\n" * 10_000):
             assert received(connect(port, GET + header + b"\r\n\r\n")).startswith(b"HTTP/1.1 400")
         assert figures(service)["layalign_malformed_requests_total"] == 6
+        late = connect(port, POST + b"Content-Length: 300000\r\n\r\n")  # refused by its header; its body comes later
+        assert late.recv(65536).startswith(b"HTTP/1.1 413")
+        late.sendall(b" " * 300_000 + GET + b"\r\n")
+        assert b"HTTP/1.1 200" in received(late)
+        assert figures(service)["layalign_malformed_requests_total"] == 6
+        late = connect(port, POST.replace(b"application/json", b"text/plain") + chunked)
+        assert late.recv(65536).startswith(b"HTTP/1.1 415")
+        late.sendall(b"ZZ\r\n")
+        assert b"HTTP" not in received(late)
         assert healthy(port) and "Traceback" not in caplog.text and "ASGI" not in caplog.text
 
 

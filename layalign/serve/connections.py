@@ -9,6 +9,7 @@ import re
 import time
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from layalign.serve.metrics import Metrics
@@ -71,8 +72,9 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self._for == "header" and len(data) > HEADER and not _END.search(data, 0, HEADER):
-            self.send_400_response("Header too long.")  # h11 looks at the length of what is not whole alone
+        # h11 looks only at the length of what is not whole.
+        if self.conn.their_state is h11.IDLE and len(data) > HEADER and not _END.search(data, 0, HEADER):
+            self.send_400_response("Header too long.")
             return
         super().data_received(data)
         self._look()
@@ -90,17 +92,15 @@ class Connection(H11Protocol):
         self._look()
 
     def send_400_response(self, msg: str) -> None:
-        """The answer to what is no HTTP; none where it comes in the middle of another answer."""
+        """The answer to what is no HTTP; none in the middle of another answer or behind one."""
         self._waiting.metrics.malformed.inc()
-        cycle = self.cycle
-        going = cycle is not None and not cycle.response_complete
-        if going and cycle.response_started:
-            self.transport.abort()
-        else:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
-        if going:  # uvicorn would answer a second time
-            cycle.disconnected = True
-            cycle.message_event.set()
+        else:
+            self.transport.abort()
+        if self.cycle is not None and not self.cycle.response_complete:  # uvicorn would answer a second time
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def drop(self, reason: str) -> None:
         """End it at once."""
