@@ -127,12 +127,14 @@ def _seen(
     return tuple(settings), parameters
 
 
+SAMPLES = 64  # about so many numbers of each of the LLM's maps: more of them, far apart in memory, would cost time
 # Integers of the same size as an element: a NaN is equal to itself, and no type is without a comparison.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _bits(tensor: Tensor, step: int = 1) -> Tensor:
-    return tensor.detach().flatten()[::step].view(_BITS[tensor.element_size()])
+def _bits(tensor: Tensor, most: int | None = None) -> Tensor:
+    step = 1 if most is None else max(1, tensor.numel() // most) | 1  # odd: not always the same column
+    return tensor.flatten()[::step].view(_BITS[tensor.element_size()])
 
 
 @torch.inference_mode(False)
@@ -140,14 +142,11 @@ def _bits(tensor: Tensor, step: int = 1) -> Tensor:
 def _values(fc2: nn.Linear, maps: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """What is compared of weights that nobody seems to have written: writes past autograd's counters leave no trace.
 
-    All of fc2, which trains. Of the LLM's frozen maps, which are too much to read, the biases and so many numbers that
-    nearly every row and every column has one.
+    All of fc2, which trains, and the biases; of the LLM's frozen maps, which are too large to read, a sample.
     """
-    weights = [linear.weight for linear in maps]
-    some = [_bits(weight, min(weight.shape) + 1) for weight in weights]
-    some += [_bits(linear.bias) for linear in maps if linear.bias is not None]
-    whole = [_bits(p) for p in _parameters(fc2) if p is not None]
-    return *whole, torch.cat(some)
+    biases = [_bits(linear.bias) for linear in maps if linear.bias is not None]
+    sample = torch.cat([*(_bits(linear.weight, SAMPLES) for linear in maps), *biases])
+    return *(_bits(p) for p in _parameters(fc2) if p is not None), sample
 
 
 @dataclass(frozen=True)
