@@ -448,6 +448,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if source is None:
             require_no_unknown_cache(kwargs)
             raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            source = source.for_gradients()
         if inputs_embeds is None:
             if input_ids is None:
                 raise ArgumentError("input_ids: expected (B, T) token ids, got None")

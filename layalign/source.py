@@ -66,6 +66,13 @@ class SourceStates:
             real=None if self.real is None else function(self.real),
         )
 
+    def for_gradients(self) -> SourceStates:
+        """The same states, copied where they were made in inference mode: a backward could not save them."""
+        tensors = *self.keys, *self.values, self.mask
+        if not any(tensor is not None and tensor.is_inference() for tensor in tensors):
+            return self
+        return self.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
     @property
     def lengths(self) -> Tensor | None:
         """(B, 1), the numbers of real source tokens; None when nobody knows."""
