@@ -1,10 +1,14 @@
-"""Whether tensors are still those that something was made from, without keeping their memory."""
+"""Whether tensors are still those that something was made from, without keeping their memory.
+
+Writes past autograd's counters (through ``.data``, numpy, shared memory) leave no trace but the values.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -19,6 +23,29 @@ def reason_against_watching(tensors: Iterable[Tensor | None]) -> str | None:
         if tensor is not None and tensor.is_inference():
             return "made in inference mode, it has no versions"
     return None
+
+
+SAMPLE = 64  # about so many numbers of a tensor: more of them, far apart in memory, would cost time
+# Integers of the same size as an element: a NaN is equal to itself, and no type is without a comparison.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """All numbers of ``tensor`` (N,), as integers; for a contiguous one a view."""
+    return tensor.detach().flatten().view(_BITS[tensor.element_size()])
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Some of :func:`bits`, from all over the tensor: a write of all of it, or of a whole head, is found in them."""
+    return bits(tensor)[:: max(1, tensor.numel() // SAMPLE) | 1]  # odd: not always the same column
+
+
+def unwritten(before: Iterable[Tensor], now: Iterable[Tensor]) -> bool:
+    """Whether numbers are still what they were; on a GPU it is waited for, and taken for granted in a captured call."""
+    for one, two in zip(before, now, strict=True):
+        if not (one.is_cuda and torch.cuda.is_current_stream_capturing()) and not torch.equal(one, two):
+            return False
+    return True
 
 
 class Identity:
@@ -38,11 +65,11 @@ class Identity:
 
 
 def _seen(tensor: Tensor) -> tuple[Any, ...]:
-    storage, version = tensor.untyped_storage()._cdata, tensor._version
+    version = None if tensor.is_inference() else tensor._version
+    storage = tensor.untyped_storage()._cdata
     return id(tensor), type(tensor), version, storage, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _is_seen(tensor: Tensor, seen: tuple[Any, ...]) -> bool:
-    if id(tensor) != seen[0] or type(tensor) is not seen[1] or tensor.is_inference():
-        return False  # of another kind it may have no address or version
-    return _seen(tensor) == seen
+    # First what every tensor has: one of another type may have no address.
+    return id(tensor) == seen[0] and type(tensor) is seen[1] and _seen(tensor) == seen

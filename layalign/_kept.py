@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layalign._identity import Identity, reason_against_watching, sample, unwritten
 from layalign._plain import is_altered, parts
 from layalign._sharding import reason_whole_is_not_here
 from layalign.attention import key_value_modules
@@ -19,18 +19,19 @@ from layalign.ops import _checks, _direct
 
 @dataclass(frozen=True)
 class KeptStates:
-    """Keys and values (B, G, S, d), and what they were made from.
+    """Keys and values (B, G, S, d), and what they were made from: the states, and the weights.
 
-    Tensors and their memory are held, so that no identity and no address is given out twice.
+    The weights' memory is not held: whoever moves the LLM to another device gets it back.
     """
 
     key: Tensor
     value: Tensor
-    tensors: tuple[Tensor, ...]  # the states, then the weights
-    memory: tuple[Any, ...]
+    states: tuple[Tensor, ...]
+    tensors: Identity  # the states, then the weights
+    values: tuple[Tensor, ...]
+    steps: int  # of optimizers, some of which write past autograd's counters
     settings: tuple[Any, ...]
     modes: tuple[Any, ...]
-    contents: tuple[int | None, ...]
 
     @staticmethod
     def of(
@@ -41,13 +42,13 @@ class KeptStates:
         if made_with is None or key.requires_grad or value.requires_grad:
             return None
         weights, settings = made_with
-        if any(w.is_meta or w.is_inference() or reason_whole_is_not_here(w) is not None for w in weights):
+        if any(w.is_meta or reason_whole_is_not_here(w) is not None for w in weights):
             return None
         tensors = states + weights
-        if not _direct.plain(tensors):
+        if reason_against_watching(weights) is not None or not _direct.plain(tensors):
             return None
-        memory = tuple(tensor.untyped_storage() for tensor in tensors)
-        return KeptStates(key, value, tensors, memory, settings, _modes(query), _contents(tensors))
+        values = tuple(sample(tensor).clone() for tensor in tensors)
+        return KeptStates(key, value, states, Identity(tensors), values, STEPS[0], settings, _modes(query))
 
     def hold(self, attention: nn.Module, states: tuple[Tensor, ...], query: Tensor) -> bool:
         """Whether they are still what would be computed now."""
@@ -57,12 +58,15 @@ class KeptStates:
         if made_with is None or made_with[1] != self.settings:
             return False
         if torch.compiler.is_compiling():  # contents are not seen here: whoever changes them sets the states anew
-            return _same(self.tensors[: len(states)], states) and not torch.is_grad_enabled()
-        if not _same(self.tensors, states + made_with[0]) or self.contents != _contents(self.tensors):
+            return _same(self.states, states) and not torch.is_grad_enabled()
+        tensors = states + made_with[0]
+        if self.steps != STEPS[0] or not self.tensors.of(tensors):
             return False
+        if query.shape[2] > 1 and not unwritten(self.values, map(sample, tensors)):
+            return False  # not asked in every step of a generation
         # A tensor made in inference mode cannot be saved for the gate's backward.
         return not torch.is_grad_enabled() or not (
-            self.key.is_inference() or any(tensor.requires_grad for tensor in self.tensors)
+            self.key.is_inference() or any(tensor.requires_grad for tensor in tensors)
         )
 
 
@@ -105,15 +109,3 @@ def _is_lora(linear: Any) -> bool:
 def _modes(query: Tensor) -> tuple[Any, ...]:
     """What keys and values depend on beside tensors and modules."""
     return query.device, _checks.autocast_dtype(query), query.shape[0]
-
-
-def _contents(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
-    """What differs when the same tensor objects hold something else.
-
-    Their addresses, autograd's counters (tensors made in inference mode have none), and the steps of optimizers, some
-    of which write past the counters.
-    """
-    found: list[int | None] = [STEPS[0]]
-    for tensor in tensors:
-        found += tensor.data_ptr(), None if tensor.is_inference() else tensor._version
-    return tuple(found)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign import ops, slots
-from layalign._identity import Identity, reason_against_watching
+from layalign._identity import Identity, bits, reason_against_watching, sample, unwritten
 from layalign._plain import is_intercepted, reason_against_reading
 from layalign.attention import head_size, heads
 from layalign.nn.aligner import WeightedLinearProjector
@@ -127,26 +127,16 @@ def _seen(
     return tuple(settings), parameters
 
 
-SAMPLES = 64  # about so many numbers of each of the LLM's maps: more of them, far apart in memory, would cost time
-# Integers of the same size as an element: a NaN is equal to itself, and no type is without a comparison.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(tensor: Tensor, most: int | None = None) -> Tensor:
-    step = 1 if most is None else max(1, tensor.numel() // most) | 1  # odd: not always the same column
-    return tensor.flatten()[::step].view(_BITS[tensor.element_size()])
-
-
 @torch.inference_mode(False)
 @torch.no_grad()
 def _values(fc2: nn.Linear, maps: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """What is compared of weights that nobody seems to have written: writes past autograd's counters leave no trace.
+    """What is compared of weights that nobody seems to have written.
 
     All of fc2, which trains, and the biases; of the LLM's frozen maps, which are too large to read, a sample.
     """
-    biases = [_bits(linear.bias) for linear in maps if linear.bias is not None]
-    sample = torch.cat([*(_bits(linear.weight, SAMPLES) for linear in maps), *biases])
-    return *(_bits(p) for p in _parameters(fc2) if p is not None), sample
+    biases = [bits(linear.bias) for linear in maps if linear.bias is not None]
+    some = torch.cat([*(sample(linear.weight) for linear in maps), *biases])
+    return *(bits(p) for p in _parameters(fc2) if p is not None), some
 
 
 @dataclass(frozen=True)
@@ -158,19 +148,13 @@ class Folded:
     key: tuple[Any, ...]
     values: tuple[Tensor, ...]
 
-    def holds(self, fc2: nn.Linear, maps: Sequence[nn.Linear]) -> bool:
-        """Whether the weights still have the values that these were made from."""
-        if fc2.weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            return True  # nothing can be read back now
-        return all(map(torch.equal, self.values, _values(fc2, maps)))
-
 
 @torch.inference_mode(False)  # what is made in it cannot be saved for a backward
 @torch.no_grad()
 def _fold(
     fc2: nn.Linear, maps: Sequence[nn.Linear], dtype: torch.dtype, key: tuple[Any, ...], packed: bool = False
 ) -> Folded:
-    values = tuple(bits.clone() for bits in _values(fc2, maps))
+    values = tuple(each.clone() for each in _values(fc2, maps))
     wide = torch.float64 if dtype == torch.float64 else torch.float32  # one rounding, at the end
     inner = fc2.weight.to(wide)
     if fc2.bias is not None:
@@ -202,7 +186,8 @@ class _Fold(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, bias: Tensor | None, folded: Folded, maps: Sequence[nn.Linear]
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.maps, ctx.dtypes = maps, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(*(linear.weight for linear in maps))
         assert isinstance(folded.weight, Tensor)
         # Views: the cached tensors serve later calls too.
         return folded.weight.view_as(folded.weight), None if folded.bias is None else folded.bias.view_as(folded.bias)
@@ -213,8 +198,7 @@ class _Fold(torch.autograd.Function):
         need_weight, need_bias, *_ = ctx.needs_input_grad
         total: Tensor | None = None
         total_bias: Tensor | None = None
-        for slot, linear in enumerate(ctx.maps):
-            own = linear.weight
+        for slot, own in enumerate(ctx.saved_tensors):
             if need_weight and grad is not None:
                 total = _added(total, own.T.to(grad.dtype) @ grad[slot])
             if need_bias and grad_bias is not None:
@@ -355,7 +339,7 @@ class Folding:
         packed = packed and dtype == torch.float32
         key = dtype, packed, STEPS[0], passed
         folded = self._folded
-        if folded is None or folded.key != key or not folded.holds(fc2, maps):
+        if folded is None or folded.key != key or not unwritten(folded.values, _values(fc2, maps)):
             self._folded = folded = None  # the old one's memory first
             with _checks.without_autocast(like):
                 self._folded = folded = _fold(fc2, maps, dtype, key, packed)

@@ -118,6 +118,7 @@ class _Kept:
         size: int | None,
     ) -> None:
         self.impl, self.weight, self.bias, self.outer, self.size = impl, weight, bias, outer, size
+        self.frozen = tuple(linear.weight for linear in outer)  # for the backward, which reads them again
         self.in_two_steps = weight is None and len(outer) > 0
         self.kernel = impl in ("auto", "cpp")
 
@@ -147,8 +148,8 @@ class _Kept:
     def back(self, grads: Sequence[Tensor | None], first: int, rows: int) -> Tensor:
         """The gradients of y (slots, rows, D_l) from those of what :meth:`through` returned, zeros for None."""
         like = next(grad for grad in grads if grad is not None)
-        found = like.new_empty((len(grads), rows, self.outer[0].in_features))
-        weights = [linear.weight.to(like.dtype) for linear in self.outer[first : first + len(grads)]]
+        weights = [weight.to(like.dtype) for weight in self.frozen[first : first + len(grads)]]
+        found = like.new_empty((len(grads), rows, weights[0].shape[1]))
         return _slot_products.back_by_maps(grads, weights, found, self.kernel)
 
     def packed(
@@ -232,7 +233,7 @@ class _InnerSums:
         for slot, grad in enumerate(grads, group.start):
             if self._bias is not None and grad is not None:
                 column = grad.sum(dim=(0, 1), dtype=self._bias.dtype)
-                self._bias += column @ kept.outer[slot].weight.to(column.dtype) if folded else column
+                self._bias += column @ kept.frozen[slot].to(column.dtype) if folded else column
         if self._weight is not None and not folded:
             _packed.add_weight_gradient(self._weight, grads, x)
         elif self._weight is not None:
@@ -247,7 +248,7 @@ class _InnerSums:
             if self._folded is None:
                 self._folded = weight.new_empty((x.shape[-1], grad.shape[-1]))
             _packed.add_weight_gradient(self._folded.zero_(), [grad], x[place : place + 1])
-            weight.addmm_(self._folded, self._kept.outer[first + place].weight.to(weight.dtype))
+            weight.addmm_(self._folded, self._kept.frozen[first + place].to(weight.dtype))
 
 
 class _Mixed:
@@ -325,13 +326,14 @@ class _Slots(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.kept = kept
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mix_weight, mix_bias, inner, inner_bias, *hidden)
+        ctx.save_for_backward(mix_weight, mix_bias, inner, inner_bias, *hidden, *kept.frozen)
         return tuple(kept.as_heads(_forward(kept, mix_weight, mix_bias, inner, inner_bias, *hidden)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        mix_weight, mix_bias, inner, inner_bias, *hidden = ctx.saved_tensors
+        mix_weight, mix_bias, inner, inner_bias, *others = ctx.saved_tensors
+        hidden, ctx.kept.frozen = others[: len(ctx.needs_input_grad) - 5], others[len(ctx.needs_input_grad) - 5 :]
         _, need_mix, need_mix_bias, need_inner, need_inner_bias, *needs_hidden = ctx.needs_input_grad
         mixed = _Mixed((mix_weight, mix_bias, *hidden), (need_mix, need_mix_bias, *needs_hidden), ctx.kept.impl)
         dtype = hidden[0].dtype
@@ -353,11 +355,12 @@ class _Outer(torch.autograd.Function):
     def forward(ctx: Any, kept: _Kept, *y: Tensor) -> tuple[Tensor, ...]:
         ctx.kept, ctx.shape = kept, y[0].shape
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept.frozen)
         return tuple(kept.as_heads(kept.through(y[0].unbind(0) if y[0].dim() == 4 else y)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch, source, _ = ctx.shape[-3:]
+        ctx.kept.frozen, (batch, source, _) = ctx.saved_tensors, ctx.shape[-3:]
         found = ctx.kept.back(ctx.kept.as_rows(grads), 0, batch * source).unflatten(1, (batch, source))
         return (None, found) if len(ctx.shape) == 4 else (None, *found.unbind(0))

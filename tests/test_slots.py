@@ -85,7 +85,8 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 def test_nothing_of_x_or_y_is_kept(fold: bool) -> None:
     """Saved for the backward: the encoder's states and the parameters, no more."""
     projector, hidden, outer = parts(hidden_grad=False)
-    known = {t.data_ptr() for t in (*hidden, *projector.parameters())}
+    frozen = [linear.weight for linear in outer]
+    known = {t.data_ptr() for t in (*hidden, *projector.parameters(), *frozen)}
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         found(projector, hidden, outer, fold)
