@@ -61,7 +61,7 @@ def test_another_parameter_with_the_number_of_one_that_is_gone_is_noticed(folds:
     others = []  # of other numbers: they stay, so that the next has another
     for _ in range(1000):
         other = torch.from_numpy(memory)
-        del own["weight"]
+        own["weight"] = None
         own["weight"] = nn.Parameter(other, requires_grad=False)
         if id(own["weight"]) == seen[0]:
             break
