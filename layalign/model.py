@@ -297,6 +297,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         """
         if self.mapping is None and self.encoder_aligner is None:
             return None, SourceStates((), (), (), None, (), real=encoder_attention_mask)
+        if not torch.compiler.is_compiling():
+            self._follow_attentions()
         hidden, last = encoders.encode(
             self.encoder, encoder_input_ids, encoder_attention_mask, self.config.encoder_layers
         )
@@ -317,6 +319,20 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         return soft, SourceStates(
             tuple(self.config.language_layers), tuple(keys), tuple(values), mask, gated, real=attended
         )
+
+    def _follow_attentions(self) -> None:
+        """Take the attention modules that the LLM has now: somebody may have put other layers into it."""
+        names = dict(self.attach_report.attached)
+        now = [attention.submodule(self.llm, names[layer]) for layer in self.config.language_layers or ()]
+        found = tuple(old if new is None else new for new, old in zip(now, self._attentions, strict=True))
+        if found != self._attentions:
+            for layer, module in zip(self.config.language_layers or (), found, strict=True):
+                if not attention.carries_source(module):
+                    raise ArgumentError(
+                        f"llm: expected the attention of layer {layer} to take the source; it was replaced by one of "
+                        "another model: put layers in before LayAlign is built, or copies of the LLM's own"
+                    )
+            self._attentions, self._source_reaches_layers = found, False
 
     def _source_states(self, hidden: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values (B, G, S, d) of every language layer: folded, or by the LLM's own modules."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from published_tiny import published_model, wrappers
-from tiny import batch, tiny_model
+from tiny import batch, tiny_llm, tiny_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import layalign
-from layalign import fold
+from layalign import ArgumentError, fold
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -227,3 +228,29 @@ def test_kept_keys_and_values_follow_their_weights_and_states(change: Callable[[
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert (found[0][0] - found[0][1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fold", ["always", "never"])
+@pytest.mark.parametrize("place", ["layer", "attention"])
+def test_other_layers_in_the_llm_make_the_keys_and_values(place: str, fold: str) -> None:
+    model, fresh = tiny_model(fold=fold), tiny_model(fold=fold)
+    before, layers = logits(model), model.llm.model.layers
+    new = copy.deepcopy(layers[1] if place == "layer" else layers[1].self_attn)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.mul_(1.5)
+    if place == "layer":
+        layers[1] = new
+    else:
+        layers[1].self_attn = new
+    fresh.llm.load_state_dict(model.llm.state_dict())
+    found = logits(model)
+    assert torch.equal(found, logits(fresh)) and (found - before).abs().max() > 1e-2
+
+
+def test_a_layer_of_another_llm_is_refused() -> None:
+    model = tiny_model()
+    logits(model)
+    model.llm.model.layers[1] = tiny_llm(seed=5).model.layers[1]
+    with pytest.raises(ArgumentError, match="^llm: expected the attention of layer 1 to take the source"):
+        logits(model)
