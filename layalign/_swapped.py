@@ -201,8 +201,9 @@ class AttentionSwap:
         if (isinstance(pair, Tensor) and pair.shape[0] != 2) or not isinstance(pair, Tensor | list | tuple):
             raise ArgumentError(f"adapter_states: expected a pair of tensors (B, S, D_l), got {type(pair).__name__}")
         whole = (pair,) if isinstance(pair, Tensor) else tuple(pair)
-        if self.kept is not None and self.kept.hold(attention, whole, query):
-            return self.kept.key, self.kept.value
+        kept = self.kept  # which another thread may replace
+        if kept is not None and kept.hold(attention, whole, query):
+            return kept.key, kept.value
         self.again = None
         if attention.training:  # dropout in LoRA, checkpoints: nothing is kept
             self.kept = None
@@ -227,9 +228,9 @@ class AttentionSwap:
             ready = _repeated.ready(self.again, key, value, gate, None, self.impl)
         if ready is not None and (found := ready(query, base, scale, overwrite)) is not None:
             return found
-        if not compiling and query.shape[2] <= MAX_DECODE_ROWS and self.kept is not None:
+        if not compiling and query.shape[2] <= MAX_DECODE_ROWS and (kept := self.kept) is not None and kept.key is key:
             key, value = side_by_side(key, value)
-            self.kept = replace(self.kept, key=key, value=value)
+            self.kept = replace(kept, key=key, value=value)
         found = ops.gated_cross_attention(query, key, value, gate, base, scale=scale, impl=self.impl)
         if not compiling:
             self.again = _repeated.after(ready, (query, key, value, gate, base, None), scale, self.impl)
