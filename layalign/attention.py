@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from layalign._plain import parts
 from layalign._versions import importing
 from layalign.errors import ArgumentError, refuse, whole_number
-from layalign.source import SourceStates
+from layalign.source import OnePass, SourceStates
 
 with importing():
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -83,7 +83,7 @@ def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         value: Tensor,
         attention_mask: Tensor | None,
         *,
-        layalign_source: SourceStates | None = None,
+        layalign_source: OnePass | SourceStates | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         base = _base_function(base_name, module)
@@ -331,9 +331,9 @@ def is_reentrant(llm: nn.Module) -> bool:
     return False
 
 
-def require_attended(llm: nn.Module, source: SourceStates) -> None:
+def require_attended(llm: nn.Module, one: OnePass) -> None:
     """Fail when an LLM silently dropped the source: its layers do not pass keywords on to the attention function."""
-    missing = [layer for layer in source.layers if layer not in (source.seen or ())]
+    missing = [layer for layer in one.source.layers if layer not in (one.seen or ())]
     if missing:
         raise ArgumentError(
             f"llm: {type(llm).__name__} did not hand the source to its layers {missing}; "

@@ -99,8 +99,8 @@ class LastLayer:
         config = self._path[0].config
         if any(options.get(name) or getattr(config, name, False) for name in _COLLECTED):
             return "states of all positions are asked for"
-        source = options.get("layalign_source")
-        return self._reason_against_modules(() if source is None else source.attentions)
+        one = options.get("layalign_source")
+        return self._reason_against_modules(() if one is None else one.source.attentions)
 
     def _reason_against_modules(self, beside: Iterable[nn.Module]) -> str | None:
         if self._layer.training and getattr(self._layer, "gradient_checkpointing", False):

@@ -33,7 +33,7 @@ from layalign.nn.aligner import reason_against_passing
 from layalign.packing import pack, real_positions
 from layalign.padding import real_tokens
 from layalign.parts import own_parts
-from layalign.source import SourceStates, bridge, get_source, put_source
+from layalign.source import OnePass, SourceStates, bridge, get_source, put_source
 
 logger = logging.getLogger("layalign")
 
@@ -484,21 +484,22 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if attention.is_reentrant(self.llm) and torch.is_grad_enabled():
             inputs_embeds, source = bridge(inputs_embeds, source)
         # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes.
-        source.seen = set() if torch.compiler.is_compiling() or not self._source_reaches_layers else None
-        inputs = dict(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            layalign_source=source,
-            **{self._llm_cache_name: cache},
-            **kwargs,
-        )
-        with nullcontext() if torch.compiler.is_compiling() else source.one_pass():
+        compiling = torch.compiler.is_compiling()
+        seen: set[int] | None = set() if compiling or not self._source_reaches_layers else None
+        with nullcontext(OnePass(source, seen)) if compiling else source.one_pass(seen) as one:
+            inputs = dict(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                layalign_source=one,
+                **{self._llm_cache_name: cache},
+                **kwargs,
+            )
             output = run_llm(self, inputs, labels, logits_to_keep, skip_logits, num_items_in_batch)
-        if source.seen is not None:
-            attention.require_attended(self.llm, source)
-            self._source_reaches_layers, source.seen = True, None
+        if seen is not None:
+            attention.require_attended(self.llm, one)
+            self._source_reaches_layers = True
         if (filled := cache_of(output)) is not None:
             put_source(filled, source)
         return output

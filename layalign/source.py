@@ -31,7 +31,6 @@ class SourceStates:
         keys, values: L tensors (B, G, S, d) each; heads and head size may differ between layers.
         mask: (B, S) bool, true where a source token is real; None when padding is attended to, as published.
         attentions: L modules that hold the gates.
-        seen: when set, collects the LLM layers that attended, so that a dropped source can be noticed.
         real: (B, S), 1 where a source token is real, when ``mask`` is None; None when nobody knows.
     """
 
@@ -40,14 +39,12 @@ class SourceStates:
     values: tuple[Tensor, ...]
     mask: Tensor | None
     attentions: tuple[GatedCrossAttention, ...]
-    seen: set[int] | None = None
     real: Tensor | None = None
-    # By LLM layer: what the last call left for the next, and which of these holds for the pass under way.
+    # By LLM layer: what the last call left for the next.
     _again: dict[int, RepeatedDecode | None] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _ready: dict[int, Ready] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:  # launches kept for the next call hold addresses of this one's tensors
-        return {**self.__dict__, "seen": None, "_again": {}, "_ready": {}}
+        return {**self.__dict__, "_again": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SourceStates:
         for module in self.attentions:
@@ -97,44 +94,31 @@ class SourceStates:
         return self.map(lambda tensor: tensor.to(device))
 
     @contextmanager
-    def one_pass(self) -> Iterator[None]:
-        """Around one pass of the LLM: what its calls have in common is asked once for all of them."""
-        if (torch.is_grad_enabled() or self._again) and self.seen is None and _direct.undisturbed():
-            self._prepare()
+    def one_pass(self, seen: set[int] | None = None) -> Iterator[OnePass]:
+        """Around one pass of the LLM, whose layers are given what this yields; ``seen`` as there."""
+        one = OnePass(self, seen)
+        one.prepare()
         try:
-            yield
+            yield one
         finally:
-            self._ready.clear()
-
-    def _prepare(self) -> None:
-        if is_repatched(GatedCrossAttention) or not computes_the_reference():
-            return
-        training = torch.is_grad_enabled()
-        for slot, (layer, module) in enumerate(zip(self.layers, self.attentions, strict=True)):
-            if type(module) is not GatedCrossAttention or has_hooks(module) or "forward" in module.__dict__:
-                continue
-            gate = module.effective_gate()
-            if training and getattr(gate, "grad_fn", None) is not None:
-                continue  # its graph belongs into the layer's call, which a checkpoint makes twice
-            own = self.keys[slot], self.values[slot], gate, self.mask, module.impl
-            if (ready := _repeated.ready(self._again.get(layer), *own)) is not None:
-                self._ready[layer] = ready
+            one.ready.clear()  # a checkpoint that runs a layer again in the backward asks anew
 
     def attend(
-        self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
+        self,
+        layer: int,
+        query: Tensor,
+        base: Tensor,
+        scale: float | None,
+        *,
+        overwrite: bool = False,
+        tried: Ready | None = None,
     ) -> Tensor:
         """``base`` (B, T, H, d) plus the gated attention of LLM layer ``layer``; other layers return ``base``.
 
-        ``overwrite``: nobody else holds ``base``; the result may be written there.
+        ``overwrite``: nobody else holds ``base``; the result may be written there. ``tried``: it did not answer this.
         """
-        # First, and little of it: between the LLM's products all Python comes slowly. Graphs must not guard it.
-        ready = None if torch.compiler.is_compiling() else self._ready.get(layer)
-        if ready is not None and (found := ready(query, base, scale, overwrite)) is not None:
-            return found
         if layer not in self.layers:
             return base
-        if self.seen is not None:
-            self.seen.add(layer)
         slot = self.layers.index(layer)
         module = self.attentions[slot]
         if not torch.compiler.is_compiling() and query.shape[2] <= MAX_DECODE_ROWS:
@@ -148,8 +132,63 @@ class SourceStates:
         # What a hook or another class does to the gate is not known here.
         if not torch.compiler.is_compiling() and is_exactly(module, GatedCrossAttention):
             inputs = query, key, value, module.effective_gate(), base, mask
-            self._again[layer] = _repeated.after(ready, inputs, scale, module.impl)
+            self._again[layer] = _repeated.after(tried, inputs, scale, module.impl)
         return found
+
+
+class OnePass:
+    """A source in one pass of the LLM, with what belongs to this pass alone.
+
+    Passes over one source may be nested, or run in several threads.
+
+    Args:
+        source: what the layers attend to.
+        seen: collects the LLM layers that attended, so that a dropped source can be noticed; None where nobody asks.
+
+    Attributes:
+        ready: by LLM layer, what may answer its call.
+    """
+
+    def __init__(self, source: SourceStates, seen: set[int] | None = None) -> None:
+        self.source, self.seen = source, seen
+        self.ready: dict[int, Ready] = {}
+        self._keys, self._values, self._mask = source.keys, source.values, source.mask
+        self._grad = torch.is_grad_enabled()
+
+    def prepare(self) -> None:
+        """Ask what the calls of all layers have in common, once."""
+        source = self.source
+        if not (self._grad or source._again) or self.seen is not None or not _direct.undisturbed():
+            return
+        if is_repatched(GatedCrossAttention) or not computes_the_reference():
+            return
+        for slot, (layer, module) in enumerate(zip(source.layers, source.attentions, strict=True)):
+            if type(module) is not GatedCrossAttention or has_hooks(module) or "forward" in module.__dict__:
+                continue
+            gate = module.effective_gate()
+            if self._grad and getattr(gate, "grad_fn", None) is not None:
+                continue  # its graph belongs into the layer's call, which a checkpoint makes twice
+            own = self._keys[slot], self._values[slot], gate, self._mask, module.impl
+            if (ready := _repeated.ready(source._again.get(layer), *own)) is not None:
+                self.ready[layer] = ready
+
+    def attend(
+        self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
+    ) -> Tensor:
+        """As :meth:`SourceStates.attend`."""
+        # First, and little of it: between the LLM's products all Python comes slowly. Graphs must not guard it.
+        ready = None if torch.compiler.is_compiling() else self.ready.get(layer)
+        if ready is not None and self._holds() and (found := ready(query, base, scale, overwrite)) is not None:
+            return found
+        if self.seen is not None and layer in self.source.layers:
+            self.seen.add(layer)
+        return self.source.attend(layer, query, base, scale, overwrite=overwrite, tried=ready)
+
+    def _holds(self) -> bool:
+        """Whether the source is what it was when the pass began, and gradients are wanted as then."""
+        now = self.source
+        same = now.keys is self._keys and now.values is self._values and now.mask is self._mask
+        return same and torch.is_grad_enabled() == self._grad
 
 
 class _SourceCacheMixin:

@@ -20,7 +20,7 @@ from layalign import BackendError, ops
 from layalign.nn import GatedCrossAttention
 from layalign.ops import _direct, _repeated, backends
 from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
-from layalign.source import SourceStates
+from layalign.source import OnePass, SourceStates
 
 IMPLS = [name for name in ("cpp", "cuda") if backends.capability(name, "cpu")[0]]
 needs_kernels = pytest.mark.skipif(not IMPLS, reason="no compiled kernels here")
@@ -235,8 +235,8 @@ def test_a_decoding_step_brings_the_tokens_of_a_head_together(
     other = torch.randn(2, 2, 5, 16)
     source = SourceStates((1, 3), (other, key), (other, value), None, (module, module))
     query, base = torch.randn(2, 4, rows, 16), torch.randn(2, rows, 4, 16)
-    with torch.set_grad_enabled(grads), source.one_pass():
-        found = source.attend(3, query, base, None)
+    with torch.set_grad_enabled(grads), source.one_pass() as one:
+        found = one.attend(3, query, base, None)
     torch.testing.assert_close(
         found, full_call(query, key, value, module.adaption_gate, base, None, None), rtol=1e-5, atol=1e-5
     )
@@ -249,13 +249,13 @@ def test_a_decoding_step_brings_the_tokens_of_a_head_together(
 @pytest.mark.parametrize(("attention", "own"), [("sdpa", True), ("eager", False)])
 def test_only_what_sdpa_returned_is_overwritten(monkeypatch: pytest.MonkeyPatch, attention: str, own: bool) -> None:
     asked: list[bool] = []
-    attend = SourceStates.attend
+    attend = OnePass.attend
 
     def watched(*args: Any, overwrite: bool = False) -> Any:
         asked.append(overwrite)
         return attend(*args, overwrite=overwrite)
 
-    monkeypatch.setattr(SourceStates, "attend", watched)
+    monkeypatch.setattr(OnePass, "attend", watched)
     model = tiny_model(attention=attention)
     model(**batch(model=model))
     assert asked and set(asked) == {own}
@@ -295,6 +295,146 @@ def test_a_repeated_decode_leaves_other_calls_alone() -> None:
     assert RepeatedDecode.after((many, key, value, gate, torch.randn(2, 17, 4, 16), mask), scale, "cpp") is None
 
 
+def other_values(tensor: Tensor) -> Tensor:
+    return ~tensor if tensor.dtype == torch.bool else tensor + 1
+
+
+def emptied_and_filled(tensor: Tensor) -> None:
+    """As FSDP does, with something else in the memory meanwhile."""
+    values, storage = other_values(tensor), tensor.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    emptied_and_filled.between = torch.empty(size, dtype=torch.uint8)  # type: ignore[attr-defined]
+    storage.resize_(size)
+    tensor.copy_(values)
+
+
+def turned(tensor: Tensor) -> None:
+    """Other strides at the same address."""
+    tensor.set_(tensor.untyped_storage(), 0, tensor.shape, (tensor.stride(0) - 1, *tensor.stride()[1:]))
+
+
+def swapped_class(tensor: Tensor) -> None:
+    torch.utils.swap_tensors(tensor, other_values(tensor).as_subclass(Subclass))
+
+
+MOVES: dict[str, Callable[[Tensor], Any]] = {
+    "data": lambda tensor: setattr(tensor, "data", other_values(tensor)),
+    "set_": lambda tensor: tensor.set_(other_values(tensor)),
+    "swap_tensors": lambda tensor: torch.utils.swap_tensors(tensor, other_values(tensor)),
+    "swapped for a subclass": swapped_class,
+    "emptied and filled": emptied_and_filled,
+    "other strides": turned,
+    "negated": lambda tensor: torch.utils.swap_tensors(tensor, torch._neg_view(tensor.clone())),
+    "another type": lambda tensor: setattr(tensor, "data", tensor.data.view(torch.uint8)),
+    "on no device": lambda tensor: torch.utils.swap_tensors(tensor, tensor.to("meta")),
+}
+MOVED = [
+    (move, place)
+    for move in MOVES
+    for place in ("key", "value", "mask")
+    if not (place == "mask" and move == "negated") and not (place != "mask" and move == "another type")
+]
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+@pytest.mark.parametrize(("move", "place"), MOVED)
+def test_a_repeated_decode_reads_no_memory_that_its_tensors_have_left(move: str, place: str) -> None:
+    for between in (False, True):
+        arguments = decode_arguments()
+        again = RepeatedDecode.after(*split(arguments))
+        assert again is not None and repeated(again, arguments) is not None
+        query, key, value, gate, base, mask, scale, impl = arguments
+        at = arguments[("query", "key", "value", "gate", "base", "mask").index(place)].data_ptr()
+        tensor = {"key": key, "value": value, "mask": mask}[place]
+        if between:  # a hook on another layer
+            assert again.prepare(key, value, gate, mask, impl)
+        MOVES[move](tensor)
+        if not between:
+            assert not again.prepare(key, value, gate, mask, impl) or again(query, base, scale) is None
+        elif tensor.data_ptr() != at:
+            assert again(query, base, scale) is None
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+@pytest.mark.parametrize("move", ["data", "set_", "swap_tensors", "emptied and filled"])
+def test_a_repeated_decode_follows_its_gate(move: str) -> None:
+    arguments = decode_arguments()
+    again = RepeatedDecode.after(*split(arguments))
+    query, key, value, gate, base, mask, scale, impl = arguments
+    assert again is not None and again.prepare(key, value, gate, mask, impl)
+    MOVES[move](gate)
+    found = again(query, base, scale)
+    assert found is not None
+    torch.testing.assert_close(found, full_call(*arguments[:7]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+@pytest.mark.parametrize("move", [move for move in MOVES if move not in ("on no device", "another type")])
+@pytest.mark.parametrize("when", ["between passes", "within a pass"])
+def test_a_pass_follows_states_that_moved(move: str, when: str) -> None:
+    query, key, value, gate, base, _, scale, _ = decode_arguments()
+    module = GatedCrossAttention("cpp")
+    torch.nn.init.constant_(module.adaption_gate, 0.5)
+    other, more = key.clone(), value.clone()
+    source = SourceStates((1, 3), (other, key), (more, value), None, (module, module))
+    with torch.no_grad():
+        for _ in range(2):
+            with source.one_pass() as one:
+                one.attend(1, query, base, scale)
+                one.attend(3, query, base, scale)
+        if when == "between passes":
+            MOVES[move](key), MOVES[move](value)
+        with source.one_pass() as one:
+            one.attend(1, query, base, scale)
+            if when == "within a pass" and move != "other strides":
+                MOVES[move](key), MOVES[move](value)
+            found = one.attend(3, query, base, scale)
+    plain = [each.as_subclass(Tensor).resolve_neg() for each in (key, value)]
+    wanted = full_call(query, *plain, gate, base, None, scale)
+    torch.testing.assert_close(found.as_subclass(Tensor), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_pass_follows_a_source_that_got_other_states_within_it(grad: bool, kernels: Any) -> None:
+    query, key, value, gate, base, mask, scale, _ = decode_arguments()
+    module = GatedCrossAttention("cpp")
+    torch.nn.init.constant_(module.adaption_gate, 0.5)
+    source = SourceStates((3,), (key,), (value,), mask, (module,))
+    for _ in range(2):
+        with torch.set_grad_enabled(grad), source.one_pass() as one:
+            one.attend(3, query, base, scale)
+    for name, states in (("keys", (key + 1,)), ("values", (value + 1,)), ("mask", mask.flip(0))):
+        with torch.set_grad_enabled(grad), source.one_pass() as one:
+            setattr(source, name, states)
+            found = one.attend(3, query, base, scale)
+        wanted = full_call(query, source.keys[0], source.values[0], gate, base, source.mask, scale)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+def test_gradients_switched_on_within_a_pass_are_recorded(kernels: Any) -> None:
+    query, key, value, _, base, mask, scale, _ = decode_arguments()
+    module = GatedCrossAttention("cpp")
+    source = SourceStates((3,), (key,), (value,), mask, (module,))
+    for grad in (False, False, True):
+        with torch.no_grad(), source.one_pass() as one, torch.set_grad_enabled(grad):
+            found = one.attend(3, query, base, scale)
+    assert found.requires_grad
+
+
+def test_a_source_that_decoded_in_inference_mode_trains_afterwards() -> None:
+    key, value = (torch.randn(2, 5, 2, 16).transpose(1, 2) for _ in range(2))
+    source = SourceStates((3,), (key,), (value,), None, (GatedCrossAttention(),))
+    query, base = torch.randn(2, 4, 1, 16), torch.randn(2, 1, 4, 16)
+    with torch.inference_mode():
+        source.attend(3, query, base, None)
+    assert source.keys[0].is_contiguous()
+    source.attend(3, query, base, None).sum().backward()
+    assert source.attentions[0].adaption_gate.grad.abs() > 0
+
+
 @contextmanager
 def patched(module: nn.Module) -> Iterator[None]:
     module.forward = module.forward
@@ -321,9 +461,9 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
 
     def ran_short(within: Any, grad: bool = False) -> bool:
         short.clear()
-        with torch.set_grad_enabled(grad), within, source.one_pass():
-            found = source.attend(3, query, base, scale)
-            assert source.attend(2, query, base, scale) is base  # no language layer
+        with torch.set_grad_enabled(grad), within, source.one_pass() as one:
+            found = one.attend(3, query, base, scale)
+            assert one.attend(2, query, base, scale) is base  # no language layer
         torch.testing.assert_close(found, full_call(query, key, value, gate, base, mask, scale), rtol=1e-5, atol=1e-5)
         return bool(short)
 
@@ -336,10 +476,9 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
     with torch.no_grad():
         source.attend(3, query, base, scale)  # outside a pass nothing was asked
         assert len(short) == 1
-        source.seen = set()
-        with source.one_pass():
-            source.attend(3, query, base, scale)
-        assert source.seen == {3} and len(short) == 1
+        with source.one_pass(seen=set()) as one:
+            one.attend(3, query, base, scale)
+        assert one.seen == {3} and len(short) == 1
 
 
 TRAINED = {
@@ -456,6 +595,18 @@ def test_repeated_training_leaves_other_calls_alone(kernels: Any) -> None:
     ):
         RepeatedTraining.after(*split(refused))
     assert len(kernels) == count
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
+def test_repeated_training_looks_at_its_tensors_when_it_is_called(kernels: Any) -> None:
+    arguments = training_arguments({})
+    RepeatedTraining.after(*split(arguments))
+    query, key, value, gate, base, mask, scale, impl = arguments
+    prepared = RepeatedTraining(key, value, gate, mask, impl)
+    key.data = torch.randn(2, 5, 2, 16).transpose(1, 2)
+    assert torch.equal(prepared(query, base, scale), called(arguments))
+    value.data = torch.randn(2, 2, 5, 16)  # laid out in another way
+    assert prepared(query, base, scale) is None
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")

@@ -177,8 +177,8 @@ def test_a_gate_that_is_edited_between_two_calls_is_seen(
     for call in range(4):
         if call == 2:
             monkeypatch.setattr(GatedCrossAttention, name, tanh_forward if name == "forward" else tanh_gate)
-        with torch.set_grad_enabled(grad), states.one_pass():
-            found.append(states.attend(0, query.clone().requires_grad_(grad), base.clone(), None).detach())
+        with torch.set_grad_enabled(grad), states.one_pass() as one:
+            found.append(one.attend(0, query.clone().requires_grad_(grad), base.clone(), None).detach())
     torch.testing.assert_close(found[1], found[0])
     for each in found[2:]:
         torch.testing.assert_close(each, found[0] * torch.tensor(2.0).tanh() / 2)

@@ -194,8 +194,8 @@ def test_a_layers_repeated_calls() -> None:
             states = SourceStates((0,), (key.requires_grad_(grad),), (value.requires_grad_(grad),), mask, (module,))
             for step in range(3):
                 views = as_views((query + step, base + step), kinds)
-                with torch.set_grad_enabled(grad), states.one_pass():
-                    found = states.attend(0, *views, None)
+                with torch.set_grad_enabled(grad), states.one_pass() as one:
+                    found = one.attend(0, *views, None)
                 wide = [t.detach().resolve_neg().double() for t in (views[0], key, value, views[1])]
                 gate = torch.tensor(0.75, dtype=torch.float64)
                 wanted = reference.gated_cross_attention(*wide[:3], gate, wide[3], key_mask=mask)

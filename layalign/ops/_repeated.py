@@ -5,7 +5,8 @@ that where the LLM's products have just swept the caches, and Triton's launches 
 passed is kept here, and what follows it hands over addresses alone:
 
 - :class:`RepeatedDecode`, a layer's own: keys, values, mask and scale are held fast. It looks at what may have changed
-  once for all layers of a pass through the LLM (:meth:`RepeatedDecode.prepare`), and at query and base in each.
+  once for all layers of a pass through the LLM (:meth:`RepeatedDecode.prepare`), and in each at query, base and where
+  everything lies: whoever moves a tensor's memory in between must not have the old one read.
 - :class:`RepeatedTraining`: a call with gradients, for one layer in one pass; every tensor is new in every step, and
   the kernels' calls are kept by the kinds of all of them, for all layers together.
 
@@ -36,6 +37,16 @@ def _part(backend: str) -> Any:
 def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """What must not change from call to call in the tensors that do."""
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _layout(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    """What a kernel that has their addresses knows of keys, values and mask beside them."""
+    own = key.shape, key.stride(), key.dtype, key.is_neg(), value.shape, value.stride(), value.dtype, value.is_neg()
+    return own if mask is None else (*own, mask.shape, mask.stride(), mask.dtype)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _held(key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> tuple[Any, ...]:
@@ -85,7 +96,8 @@ def side_by_side(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not (key.is_cpu and value.is_cpu) or torch.is_grad_enabled() or key.requires_grad or value.requires_grad:
         return key, value  # re-entrant checkpoints run once without gradients, over states that need theirs
-    return key.contiguous(), value.contiguous()
+    with torch.inference_mode(False):  # a pass that trains may follow over the same source
+        return key.contiguous(), value.contiguous()
 
 
 class RepeatedDecode:
@@ -96,13 +108,15 @@ class RepeatedDecode:
 
     def __init__(self, inputs: Inputs, scale: float | None, impl: str, backend: str) -> None:
         query, key, value, gate, base, mask = inputs
-        self._kept = key, value, mask  # their addresses are in what follows
+        self._kept = key, value, mask
+        self._types, self._layout = (type(key), type(value), type(mask)), _layout(key, value, mask)
+        self._at_key, self._at_value, self._at_mask = map(_address, self._kept)  # bound in what follows
         self._impl, self._scale, self._autocast = impl, scale, _checks.autocast_dtype(query)
         self._device = query.device.type
         self._like, self._like_gate = (_kind(query), _kind(base)), (gate.dtype, gate.device)
         self._in_place = backend == "cpp" and _is_like_result(query, base)
         self._decode = _part(backend).repeated_decode(inputs, scale, _result(query, base))
-        self._gate = 0  # told by `prepare`
+        self._gate: Tensor | None = None  # told by `prepare`
 
     @staticmethod
     def after(inputs: Inputs, scale: float | None, impl: str) -> RepeatedDecode | None:
@@ -128,22 +142,33 @@ class RepeatedDecode:
         kept = self._kept
         if key is not kept[0] or value is not kept[1] or mask is not kept[2] or impl != self._impl:
             return False
-        if type(gate) not in _direct.PLAIN or (gate.dtype, gate.device) != self._like_gate or gate.is_neg():
+        # The same objects may hold other memory by now, laid out anew: offloading, `.data =`, `set_`, `swap_tensors`.
+        if (type(key), type(value), type(mask)) != self._types or _layout(key, value, mask) != self._layout:
+            return False
+        if type(gate) not in _direct.PLAIN or gate.is_neg() or gate.numel() != 1:
+            return False
+        if (gate.dtype, gate.device) != self._like_gate:
             return False
         autocast = torch.get_autocast_dtype(self._device) if torch.is_autocast_enabled(self._device) else None
         if autocast != self._autocast:
             return False
-        self._held_gate, self._gate = gate, gate.data_ptr()
+        self._gate = gate
         return True
 
     def __call__(self, query: Tensor, base: Tensor, scale: float | None, overwrite: bool = False) -> Tensor | None:
         """(B, T, H, d), or None where this call is not like the first one; ``overwrite``: written into ``base``."""
         if type(query) is not Tensor or type(base) is not Tensor or (_kind(query), _kind(base)) != self._like:
             return None
-        if scale != self._scale or not self._gate or query.is_neg() or base.is_neg():
+        gate = self._gate
+        if gate is None or scale != self._scale or query.is_neg() or base.is_neg():
+            return None
+        key, value, mask = self._kept
+        if key.data_ptr() != self._at_key or value.data_ptr() != self._at_value or not (at := gate.data_ptr()):
+            return None
+        if mask is not None and mask.data_ptr() != self._at_mask:
             return None
         out = base if overwrite and self._in_place else _result(query, base)
-        return out if self._decode(query.data_ptr(), self._gate, base.data_ptr(), out.data_ptr()) else None
+        return out if self._decode(query.data_ptr(), at, base.data_ptr(), out.data_ptr()) else None
 
 
 class _Kernels:
@@ -206,17 +231,17 @@ class RepeatedTraining:
     """
 
     def __init__(self, key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> None:
-        self._key, self._value, self._gate, self._mask = key, value, gate, mask
-        self._held = _held(key, value, gate, mask, impl) if _direct.whole((key, value, gate, mask)) else None
+        self._held, self._impl = (key, value, gate, mask), impl
 
     def __call__(self, query: Tensor, base: Tensor, scale: float | None, overwrite: bool = False) -> Tensor | None:
         """(B, T, H, d), or None where no full call of this kind has been made, or none with gradients."""
-        if self._held is None or type(query) is not Tensor or type(base) is not Tensor:
+        key, value, gate, mask = self._held
+        if type(query) is not Tensor or type(base) is not Tensor or not _direct.whole((query, *self._held, base)):
             return None
-        kernels = _KERNELS.get((scale, _kind(query), _kind(base), *self._held))
-        if kernels is None or not _direct.whole((query, base)):
+        kind = scale, _kind(query), _kind(base), *_held(key, value, gate, mask, self._impl)
+        if (kernels := _KERNELS.get(kind)) is None:
             return None
-        inputs = query, self._key, self._value, self._gate, base, self._mask
+        inputs = query, key, value, gate, base, mask
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
             return None  # re-entrant checkpoints ask for no gradients in between
         return _Short.apply(kernels, *inputs, scale, kernels.backend)  # type: ignore[no-any-return]
