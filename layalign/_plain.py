@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from layalign._sharding import reason_whole_is_not_here
 from layalign.errors import ArgumentError
+from layalign.rows import Front
 
 Module = TypeVar("Module", bound=nn.Module)
 
 # Their hooks look at parameters, move them or sum over processes; transformers' collect what a call asks for.
-ENGINES = ("torch.distributed", "deepspeed", "accelerate", "transformers.utils")
+# Ours belong to single passes, and leave others alone.
+ENGINES = ("torch.distributed", "deepspeed", "accelerate", "transformers.utils", "layalign.rows")
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
@@ -63,9 +65,15 @@ def is_repatched(cls: type[nn.Module]) -> bool:
     return known is not None and cls.forward is not known
 
 
+def patched_forward(module: nn.Module) -> Any:
+    """What was put in place of ``module``'s forward on this instance; passes in progress do not count."""
+    found = module.__dict__.get("forward")
+    return found.before if type(found) is Front else found
+
+
 def is_intercepted(module: nn.Module) -> bool:
     """Whether a call of ``module`` does other things than its class was written to do: hooks, or a patched forward."""
-    return has_hooks(module) or "forward" in module.__dict__ or is_repatched(type(module))
+    return has_hooks(module) or patched_forward(module) is not None or is_repatched(type(module))
 
 
 def is_exactly(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -103,8 +111,8 @@ def computes(expected: Callable[[], Iterable[Tensor]], found: Callable[[], Itera
 
 def is_altered(module: nn.Module) -> bool:
     """Whether a call may give something else than the module's class says."""
-    if "forward" in module.__dict__:
-        function = getattr(module.__dict__["forward"], "func", None)
+    if (patched := patched_forward(module)) is not None:
+        function = getattr(patched, "func", None)
         return not str(getattr(function, "__module__", "")).startswith(ENGINES)
     return has_hooks(module) and is_watched(module)
 

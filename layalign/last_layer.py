@@ -10,7 +10,7 @@ what is in the way.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from layalign._plain import is_altered, is_watched
 from layalign._versions import importing
 from layalign.attention import attention_modules
-from layalign.rows import Rows, only_rows
+from layalign.rows import KEYWORD, Rows, only_rows, running
 
 with importing():
     from transformers.pytorch_utils import Conv1D
@@ -55,6 +55,19 @@ def position_wise(module: nn.Module) -> bool:
     return True
 
 
+def _bodies(llm: nn.Module) -> list[nn.Module]:
+    """What lies between ``llm`` and the module that holds its layers, from the outside; empty if nothing is found."""
+    path: list[nn.Module] = []
+    module = llm
+    for name, _ in list(attention_modules(llm).values())[:1]:
+        for part in name.split("."):
+            module = module.get_submodule(part)
+            if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+                return path
+            path.append(module)
+    return []
+
+
 class LastLayer:
     """Finds the last decoder layer of an LLM, once; its maps are looked at in every call.
 
@@ -67,6 +80,7 @@ class LastLayer:
         self.choice = choice
         self.last: str = "not asked yet"  # what was done for the last call, and why
         self._path: list[nn.Module] = []  # the LLM, and what lies between it and the list of layers; empty if none is
+        self.bodies = _bodies(llm)
         found = attention_modules(llm)
         if not found:
             return
@@ -99,7 +113,7 @@ class LastLayer:
         config = self._path[0].config
         if any(options.get(name) or getattr(config, name, False) for name in _COLLECTED):
             return "states of all positions are asked for"
-        one = options.get("layalign_source")
+        one = options.get(KEYWORD)
         return self._reason_against_modules(() if one is None else one.source.attentions)
 
     def _reason_against_modules(self, beside: Iterable[nn.Module]) -> str | None:
@@ -124,10 +138,19 @@ class LastLayer:
             yield module
             yield from (child for child in module.children() if not isinstance(child, nn.ModuleList))
 
-    def only(self, rows: Rows | None, options: dict[str, Any]) -> AbstractContextManager[None]:
-        """Within the block, the last layer is computed for ``rows`` alone where nothing speaks against it."""
+    @contextmanager
+    def only(self, rows: Rows | None, options: dict[str, Any]) -> Iterator[None]:
+        """Within the block, the last layer of the pass with ``options`` is computed for ``rows`` alone.
+
+        Where nothing speaks against it. Other passes within this one, and parts called by themselves, are whole.
+        """
         if rows is None or torch.compiler.is_compiling():
-            return nullcontext()
+            yield
+            return
         against = self.reason_against(rows, options)
         self.last = f"whole: {against}" if against else f"{len(rows)} of {rows.shape.numel()} positions"
-        return nullcontext() if against else only_rows(self.maps(), rows)
+        if against:
+            yield
+            return
+        with running(self._layer, options[KEYWORD]) as active, only_rows(self.maps(), rows, active=active):
+            yield

@@ -1,7 +1,7 @@
 """The loss by Liger's fused linear cross-entropy, which never holds the logits of all labels at once.
 
 Liger-Kernel (the extra ``liger``) takes hidden states and the output head's weight and computes the logits piece by
-piece, the gradient in the same pass. So the head must not run: :func:`layalign.loss.rows_for_logits` lets it return the
+piece, the gradient in the same pass. So the head must not run: :func:`layalign.loss.passing_on` lets it return the
 hidden states it is given. That is right only where the LLM's logits are its head's output and nothing more;
 :func:`reason_against` says what is in the way. The package is imported by the first call that could use it.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from layalign._plain import reason_against_reading
 from layalign._versions import CACHE_NAMES
 from layalign.errors import ArgumentError, BackendError
-from layalign.loss import divided, label_loss, rows_for_logits, with_loss
+from layalign.loss import divided, label_loss, passing_on, with_loss
 from layalign.ops.backends import interpreting
-from layalign.rows import Rows, only_rows
+from layalign.rows import KEYWORD, Rows, only_rows_leave
 
 logger = logging.getLogger("layalign")
 
@@ -139,7 +139,13 @@ def _once() -> Callable[[Tensor], None]:
 
 
 def labelled_output(
-    llm: Any, inputs: dict[str, Any], targets: Tensor, rows: Rows, divisor: Tensor | int | None, choice: str
+    llm: Any,
+    inputs: dict[str, Any],
+    targets: Tensor,
+    rows: Rows,
+    divisor: Tensor | int | None,
+    choice: str,
+    bodies: Sequence[nn.Module],
 ) -> Any:
     """One pass of ``llm`` with the loss and without logits, through Liger where ``choice`` takes it.
 
@@ -148,6 +154,7 @@ def labelled_output(
         targets: (B, T) int64, position t's label; rows: where there is one.
         divisor: of the summed loss; None for the number of labels.
         choice: see :func:`chosen`.
+        bodies: see :func:`layalign.rows.only_rows_leave`.
 
     Returns:
         The LLM's output object.
@@ -158,7 +165,7 @@ def labelled_output(
     head, labels = llm.get_output_embeddings(), targets.flatten().index_select(0, rows.index)
     if chosen(choice, llm):
         _say(choice)
-        with rows_for_logits(head, rows) as states:
+        with only_rows_leave(bodies, rows, inputs[KEYWORD]) as left, passing_on(head, left) as states:
             output = llm(**inputs, return_dict=True)
         if states and output.logits is states[-1]:
             return with_loss(output, fused_label_loss(states[-1].flatten(0, -2), head, labels, divisor), None)
@@ -167,9 +174,10 @@ def labelled_output(
         if any(inputs.get(name) is not None for name in CACHE_NAMES):  # a second pass would fill it twice
             raise ArgumentError(f"liger: expected 'never' for {type(llm).__name__}, which changes its logits")
         chosen(choice, llm)  # "always" is told so
-    with only_rows([head], rows, spread=False):
+    with only_rows_leave(bodies, rows, inputs[KEYWORD]) as left:
         output = llm(**inputs, return_dict=True)
-    return with_loss(output, label_loss(output.logits, labels, divisor), None)
+    logits = output.logits if left else rows.select(output.logits)
+    return with_loss(output, label_loss(logits, labels, divisor), None)
 
 
 def _say(choice: str) -> None:

@@ -50,7 +50,8 @@ def run_llm(
             skip = model.training or torch.is_grad_enabled() or model.config.liger == "always"
         if skip:
             with model.last_layer.only(rows, inputs):
-                return liger.labelled_output(model.llm, inputs, targets, rows, divisor, model.config.liger)
+                bodies = model.last_layer.bodies
+                return liger.labelled_output(model.llm, inputs, targets, rows, divisor, model.config.liger, bodies)
     if model.config.liger == "always":
         # Raises: there are logits to return, or the call is compiled.
         liger.chosen("always", model.llm, keep if rows is None else 0)

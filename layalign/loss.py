@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,30 +11,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layalign.packing import IGNORE_INDEX
-from layalign.rows import Rows
+from layalign.rows import put_around
 
 
 @contextmanager
-def rows_for_logits(head: nn.Module, rows: Rows) -> Iterator[list[Tensor]]:
-    """Within the block, ``head`` does not run: it returns its input (1, N, D) at the positions of ``rows``.
+def passing_on(head: nn.Module, states: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Within the block, ``head`` does not run for ``states``, which are one call's own: it returns its input.
 
     Yields:
         The tensors it has returned so far.
     """
     returned: list[Tensor] = []
 
-    def forward(hidden: Tensor) -> Tensor:
-        returned.append(rows.select(hidden))
-        return returned[-1]
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not any(_is_view_of(args[0], each) for each in states):
+            return forward(*args, **kwargs)
+        returned.append(args[0])
+        return args[0]
 
-    before = head.__dict__.get("forward")
-    head.__dict__["forward"] = forward
-    try:
+    with put_around(head, run):
         yield returned
-    finally:
-        del head.__dict__["forward"]
-        if before is not None:
-            head.__dict__["forward"] = before
+
+
+def _is_view_of(tensor: Any, other: Tensor) -> bool:
+    """Whether ``tensor`` is ``other`` in whole."""
+    if not isinstance(tensor, Tensor) or tensor.shape != other.shape:
+        return False
+    return tensor is other or (tensor.data_ptr() == other.data_ptr() and tensor.stride() == other.stride())
 
 
 def label_loss(logits: Tensor, targets: Tensor, divisor: Tensor | int | None) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+KEYWORD = "layalign_source"  # by which a pass of the LLM hands what is its own to every layer
+Around = Callable[..., Any]  # (forward, *args, **kwargs) -> the result
 
 
 class Rows:
@@ -52,31 +56,129 @@ class Rows:
         return isinstance(value, Tensor) and value.dim() >= 3 and value.shape[:2] == self.shape
 
 
+class Front:
+    """A module's forward, with what the calls in progress have put around it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.before = module, module.__dict__.get("forward")
+        self.around: tuple[Around, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.before or functools.partial(type(self.module).forward, self.module)
+        for each in self.around:
+            forward = functools.partial(each, forward)
+        return forward(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:  # no call is in progress in a copy
+        return {**self.__dict__, "around": ()}
+
+
+_LOCK = threading.Lock()
+
+
 @contextmanager
-def only_rows(modules: Iterable[nn.Module], rows: Rows, spread: bool = True) -> Iterator[None]:
-    """Within the block, ``modules`` compute only the positions of ``rows`` when this thread calls them.
+def put_around(module: nn.Module, function: Around) -> Iterator[None]:
+    """Within the block, ``function(forward, *args, **kwargs)`` runs for ``module``'s forward, whoever calls it.
+
+    Blocks may begin and end in any order, in any thread: each takes out its own. Inside the hooks of ``module``.
+    """
+    front: Front | None = None
+    try:
+        with _LOCK:
+            found = module.__dict__.get("forward")
+            front = found if type(found) is Front else Front(module)
+            front.around = (*front.around, function)
+            module.__dict__["forward"] = front
+        yield
+    finally:
+        with _LOCK:
+            if front is not None:
+                front.around = tuple(each for each in front.around if each is not function)
+                if not front.around and id(module.__dict__.get("forward")) == id(front):
+                    del module.__dict__["forward"]
+                    if front.before is not None:
+                        module.__dict__["forward"] = front.before
+
+
+@contextmanager
+def running(module: nn.Module, call: Any) -> Iterator[Callable[[], bool]]:
+    """Within the block, a function that tells whether ``module`` runs for the pass that hands ``call`` to its layers.
+
+    False in other threads, and while ``module`` runs for another pass inside that one.
+    """
+    thread, inside = threading.get_ident(), []
+
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return forward(*args, **kwargs)
+        inside.append(kwargs.get(KEYWORD) is call)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    with put_around(module, run):
+        yield lambda: threading.get_ident() == thread and bool(inside) and inside[-1]
+
+
+@contextmanager
+def only_rows(
+    modules: Iterable[nn.Module], rows: Rows, spread: bool = True, active: Callable[[], bool] | None = None
+) -> Iterator[None]:
+    """Within the block, ``modules`` compute only the positions of ``rows``.
 
     Args:
         modules: position-wise maps: each position's result depends on nothing but this position.
         spread: whether the results are put back to (B, T, ...), zeros elsewhere; otherwise they stay (1, N, ...).
+        active: asked in every call; by default all calls from this thread.
     """
     thread = threading.get_ident()
-    inside: list[nn.Module] = []
+    asked = active or (lambda: threading.get_ident() == thread)
 
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if threading.get_ident() != thread or not args or not rows.of(args[0]):
-            return None
-        inside.append(module)
-        return (rows.select(args[0]), *args[1:])
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not asked() or not args or not rows.of(args[0]):
+            return forward(*args, **kwargs)
+        result = forward(rows.select(args[0]), *args[1:], **kwargs)
+        return rows.spread(result) if spread else result
 
-    def put_back(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
-        if threading.get_ident() != thread or not inside or inside[-1] is not module:
+    with ExitStack() as blocks:
+        for module in modules:
+            blocks.enter_context(put_around(module, run))
+        yield
+
+
+@contextmanager
+def only_rows_leave(bodies: Iterable[nn.Module], rows: Rows, call: Any) -> Iterator[list[Tensor]]:
+    """Within the block, the outermost of ``bodies`` returns only the positions of ``rows`` as its last hidden state.
+
+    In the pass that hands ``call`` to its layers, and behind all hooks of the module: they see the whole.
+
+    Args:
+        bodies: what lies between an LLM and its list of layers, from the outside.
+
+    Yields:
+        What was returned, (1, N, D); empty until then, and where no body returned states of the whole batch.
+    """
+    entered: list[nn.Module] = []
+    found: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get(KEYWORD) is call:
+            entered.append(module)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if kwargs.get(KEYWORD) is not call or entered[:1] != [module] or found:
             return None
-        inside.pop()
-        return rows.spread(result) if spread else None
+        states: Any = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+        if not rows.of(states):
+            return None
+        found.append(rows.select(states))
+        if isinstance(output, tuple):
+            return (found[0], *output[1:])
+        return type(output)(**{**output, "last_hidden_state": found[0]})
 
     with ExitStack() as handles:
-        for module in modules:
-            handles.callback(module.register_forward_pre_hook(select).remove)
-            handles.callback(module.register_forward_hook(put_back).remove)
-        yield
+        for module in bodies:
+            handles.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            handles.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+        yield found
