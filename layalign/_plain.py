@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layalign._sharding import reason_whole_is_not_here
 from layalign.errors import ArgumentError
-from layalign.rows import Front
+from layalign.rows import patched_forward
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -63,12 +63,6 @@ def is_repatched(cls: type[nn.Module]) -> bool:
     """Whether somebody has put another forward into a class that may be passed by."""
     known = _FORWARDS.get(cls)
     return known is not None and cls.forward is not known
-
-
-def patched_forward(module: nn.Module) -> Any:
-    """What was put in place of ``module``'s forward on this instance; passes in progress do not count."""
-    found = module.__dict__.get("forward")
-    return found.before if type(found) is Front else found
 
 
 def is_intercepted(module: nn.Module) -> bool:

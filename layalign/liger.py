@@ -167,8 +167,11 @@ def labelled_output(
         _say(choice)
         with only_rows_leave(bodies, rows, inputs[KEYWORD]) as left, passing_on(head, left) as states:
             output = llm(**inputs, return_dict=True)
+            made = bool(left) and not states  # the head ran, for the labelled rows: nothing is lost
         if states and output.logits is states[-1]:
             return with_loss(output, fused_label_loss(states[-1].flatten(0, -2), head, labels, divisor), None)
+        if made:
+            return with_loss(output, label_loss(output.logits, labels, divisor), None)
         logger.info("layalign: %s changes its logits behind its head; no Liger", type(llm).__name__)
         _CHANGES_ITS_LOGITS.add(llm)
         if any(inputs.get(name) is not None for name in CACHE_NAMES):  # a second pass would fill it twice

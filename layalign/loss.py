@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,29 +16,30 @@ from layalign.rows import put_around
 
 
 @contextmanager
-def passing_on(head: nn.Module, states: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Within the block, ``head`` does not run for ``states``, which are one call's own: it returns its input.
+def passing_on(head: nn.Module, states: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Within the block, ``head`` does not run for states of the shape of ``states[0]``: it returns its input.
+
+    Args:
+        states: filled by then with what leaves the LLM's body for one call, in this thread; emptied with the block.
 
     Yields:
-        The tensors it has returned so far.
+        The tensors that ``head`` has returned so far.
     """
+    thread = threading.get_ident()
     returned: list[Tensor] = []
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or not any(_is_view_of(args[0], each) for each in states):
+        own = threading.get_ident() == thread and states and len(args) == 1 and not kwargs
+        if not own or getattr(args[0], "shape", None) != states[0].shape:
             return forward(*args, **kwargs)
         returned.append(args[0])
         return args[0]
 
     with put_around(head, run):
-        yield returned
-
-
-def _is_view_of(tensor: Any, other: Tensor) -> bool:
-    """Whether ``tensor`` is ``other`` in whole."""
-    if not isinstance(tensor, Tensor) or tensor.shape != other.shape:
-        return False
-    return tensor is other or (tensor.data_ptr() == other.data_ptr() and tensor.stride() == other.stride())
+        try:
+            yield returned
+        finally:
+            states.clear()
 
 
 def label_loss(logits: Tensor, targets: Tensor, divisor: Tensor | int | None) -> Tensor:

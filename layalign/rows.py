@@ -57,23 +57,34 @@ class Rows:
 
 
 class Front:
-    """A module's forward, with what the calls in progress have put around it."""
+    """A module's forward with what one call in progress has put around it; several of them stand one behind another.
 
-    def __init__(self, module: nn.Module) -> None:
+    No lock: one that an interrupt leaves taken would stop everybody. Two threads that begin at once may lose one of
+    their fronts, which only costs what it would have saved.
+    """
+
+    def __init__(self, module: nn.Module, function: Around) -> None:
         self.module, self.before = module, module.__dict__.get("forward")
-        self.around: tuple[Around, ...] = ()
+        self.function: Around | None = function  # None: the call is over
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.before or functools.partial(type(self.module).forward, self.module)
-        for each in self.around:
-            forward = functools.partial(each, forward)
-        return forward(*args, **kwargs)
+        function = self.function
+        return forward(*args, **kwargs) if function is None else function(forward, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:  # no call is in progress in a copy
-        return {**self.__dict__, "around": ()}
+        return {**self.__dict__, "function": None}
 
 
-_LOCK = threading.Lock()
+def _behind(found: Any, skips: Callable[[Front], bool]) -> Any:
+    while type(found) is Front and skips(found):
+        found = found.before
+    return found
+
+
+def patched_forward(module: nn.Module) -> Any:
+    """What was put in place of ``module``'s forward on this instance, calls in progress apart; None if nothing."""
+    return _behind(module.__dict__.get("forward"), lambda front: True)
 
 
 @contextmanager
@@ -82,22 +93,24 @@ def put_around(module: nn.Module, function: Around) -> Iterator[None]:
 
     Blocks may begin and end in any order, in any thread: each takes out its own. Inside the hooks of ``module``.
     """
-    front: Front | None = None
+    front = Front(module, function)
     try:
-        with _LOCK:
-            found = module.__dict__.get("forward")
-            front = found if type(found) is Front else Front(module)
-            front.around = (*front.around, function)
-            module.__dict__["forward"] = front
+        module.__dict__["forward"] = front
         yield
     finally:
-        with _LOCK:
-            if front is not None:
-                front.around = tuple(each for each in front.around if each is not function)
-                if not front.around and id(module.__dict__.get("forward")) == id(front):
-                    del module.__dict__["forward"]
-                    if front.before is not None:
-                        module.__dict__["forward"] = front.before
+        front.function = None
+        top = module.__dict__.get("forward")
+        first = each = _behind(top, _is_over)
+        while type(each) is Front:
+            each.before = each = _behind(each.before, _is_over)
+        if first is None:
+            module.__dict__.pop("forward", None)
+        elif first is not top:
+            module.__dict__["forward"] = first
+
+
+def _is_over(front: Front) -> bool:
+    return front.function is None
 
 
 @contextmanager
