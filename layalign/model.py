@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -398,6 +399,13 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         embeds = self._tokens(input_ids, attention_mask).embed(embeds, soft, boundary, encoder_attention_mask)
         return input_ids, attention_mask, embeds, source
 
+    def _with_gates(self, source: SourceStates | None) -> SourceStates | None:
+        """A cache's source with this model's gates: the cache may be a copy, or they were replaced since."""
+        if source is None or torch.compiler.is_compiling() or source.layers != tuple(self.config.language_layers or ()):
+            return source
+        gates = cast(tuple[GatedCrossAttention, ...], tuple(self.cross_attention or ()))
+        return source if source.attentions == gates else replace(source, attentions=gates)
+
     @staticmethod
     def _require_begun(cache: Any) -> None:
         """Whoever feeds ids alone goes on with a sequence: at its beginning they stand for soft tokens."""
@@ -453,6 +461,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         """
         if self._attentions and not attention.carries_source(self._attentions[0]):
             attention.follow(self.llm)
+            self._source_reaches_layers = False  # a detached LLM takes none
         source = source_states
         cache = one_cache(past_key_values, cache)
         if encoder_input_ids is not None:
@@ -460,7 +469,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                 input_ids, attention_mask, encoder_input_ids, encoder_attention_mask
             )
         elif source is None:
-            source = get_source(cache)
+            source = self._with_gates(get_source(cache))
         if source is None:
             require_no_unknown_cache(kwargs)
             raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
