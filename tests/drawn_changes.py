@@ -7,6 +7,7 @@ without anything that earlier calls have left in this process, and by full calls
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -16,7 +17,6 @@ import random
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -273,7 +273,9 @@ def storage_set(model: Any, draw: random.Random) -> None:
 @_into(CHANGES)
 def swapped(model: Any, draw: random.Random) -> None:
     for _, _, parameter in slots(model, draw):
-        torch.utils.swap_tensors(parameter, nn.Parameter(MEMORY.take(other(parameter, draw)), parameter.requires_grad))
+        new = nn.Parameter(MEMORY.take(other(parameter, draw)), parameter.requires_grad)
+        with contextlib.suppress(RuntimeError):  # torch refuses while a graph holds the parameter
+            torch.utils.swap_tensors(parameter, new)
 
 
 @_into(CHANGES)
@@ -283,7 +285,8 @@ def swapped_on_conversion(model: Any, draw: random.Random) -> None:
         before = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:
-            part.to(torch.bfloat16).float()
+            with contextlib.suppress(RuntimeError):  # as above
+                part.to(torch.bfloat16).float()
         finally:
             torch.__future__.set_swap_module_params_on_conversion(before)
 
@@ -627,7 +630,7 @@ EDITS: list[tuple[type, str, Any]] = [
 _ORIGINALS: dict[tuple[type, str], Any] = {(cls, name): getattr(cls, name) for cls, name, _ in EDITS}
 
 
-@contextmanager
+@contextlib.contextmanager
 def same_world_afterwards() -> Iterator[None]:
     """Undo what changes of the process have left."""
     before = torch.get_num_threads()
@@ -648,7 +651,7 @@ _CACHED = [(module, "computes_the_reference") for module in (aligner, cross_atte
 _IMPORTED = [(source, "computes_the_reference")]
 
 
-@contextmanager
+@contextlib.contextmanager
 def never_called() -> Iterator[None]:
     """As in a process in which nothing was called so far; and every call is a full one."""
     puts: list[tuple[Any, str, Any]] = []

@@ -31,6 +31,7 @@ from transformers import DynamicCache
 
 import layalign
 from layalign import ArgumentError, LayAlignForCausalLM, attention
+from layalign._plain import device_of
 from layalign._versions import cache_of
 from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
 from layalign.serve.decoding import Decoder, Inputs, State, kept, merged
@@ -73,7 +74,7 @@ def under(modes: Modes, device: str = "cpu") -> Iterator[None]:
 
 
 def inputs(model: Any, which: int) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
+    device = device_of(model.get_input_embeddings())  # also where accelerate keeps weights elsewhere
     return {name: tensor.to(device) for name, tensor in batch(model=model, seed=which, **BATCHES[which % 4]).items()}
 
 
