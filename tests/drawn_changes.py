@@ -73,8 +73,9 @@ def give(model: nn.Module, values: dict[str, Tensor]) -> None:
             for leaf, old in table.items():
                 if old is not None:
                     value = values[f"{name}.{leaf}" if name else leaf]
+                    plain = type(value) in (Tensor, nn.Parameter)  # what is quantised cannot be copied, nor written
                     with torch.inference_mode(value.is_inference()):
-                        table[leaf] = copy.deepcopy(value, memo)
+                        table[leaf] = copy.deepcopy(value, memo) if plain else value
 
 
 def is_plain(tensor: Any) -> bool:

@@ -74,7 +74,7 @@ def describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, StoppedError):
         return _one_line(str(error)), STOPPED
     if isinstance(error, LayAlignError):  # which may name many differences
-        return _one_line(str(error), 1500), 2
+        return _one_line(str(error), 750), 2
     if isinstance(error, OSError) or type(error).__module__.startswith("yaml"):
         return _one_line(str(error)) or type(error).__name__, 2
     if isinstance(error, ImportError):

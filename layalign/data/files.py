@@ -92,7 +92,7 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     with opened(path) as file:
         for number, raw in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 2), b""), 1):
-            if too_long := len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+            if too_long := len(raw) > MAX_LINE_BYTES + 1 and not raw.endswith(b"\n"):
                 _skip_line(file)
             if number == 1:
                 raw = raw.removeprefix(_BOM)
