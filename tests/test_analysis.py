@@ -27,7 +27,7 @@ from layalign.analysis.tokens import CONTINUED, token_labels
 from layalign.data import Example
 from layalign.data.languages import languages
 from layalign.errors import ArgumentError, DataError
-from layalign.source import SourceStates
+from layalign.source import OnePass
 from layalign.tokenization import save_tokenizers
 
 SENTENCES = {
@@ -182,15 +182,16 @@ def test_every_sentence_meets_its_own_translation() -> None:
 def recorded(model: LayAlignForCausalLM, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     """What each language layer attends with, taken where the LLM hands it over."""
     found: dict[int, Any] = {}
-    attend = SourceStates.attend
+    attend = OnePass.attend
 
-    def spy(self: SourceStates, layer: int, query: Any, base: Any, scale: Any, overwrite: bool = False) -> Any:
-        if layer in self.layers:
-            slot = self.layers.index(layer)
-            found[slot] = (query, self.keys[slot], self.values[slot], self.mask, base, scale)
+    def spy(self: OnePass, layer: int, query: Any, base: Any, scale: Any, overwrite: bool = False) -> Any:
+        source = self.source
+        if layer in source.layers:
+            slot = source.layers.index(layer)
+            found[slot] = (query, source.keys[slot], source.values[slot], source.mask, base, scale)
         return attend(self, layer, query, base, scale)  # which leaves the base as it was
 
-    monkeypatch.setattr(SourceStates, "attend", spy)
+    monkeypatch.setattr(OnePass, "attend", spy)
     with torch.no_grad():
         model(**inputs)
     monkeypatch.undo()
