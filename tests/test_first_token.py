@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_encoder, tiny_llm, tiny_model
-from tiny_training import TinyParts, byte_tokenizer, save_parts, training_config
+from tiny_training import TinyParts, byte_tokenizer, save_parts, training_config, without_record
 from tokenizers import processors
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM
@@ -93,6 +93,7 @@ def test_a_run_keeps_what_it_began_with_and_says_what_differs(
     train(old)
     assert "llm_bos_token_id" not in caplog.text  # it was asked for
     lines = [line for line in _settings_file(tmp_path / "run").read_text().splitlines() if "llm_bos" not in line]
+    without_record(tmp_path / "run")
     _settings_file(tmp_path / "run").write_text("\n".join(lines) + "\n")  # as a version without the setting wrote it
     config = training_config(parts, tmp_path / "run", **settings)
     assert train(config).resumed_from is not None

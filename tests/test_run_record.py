@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_training import TinyParts, save_parts
+from tiny_training import TinyParts, save_parts, without_record
 from tiny_training import training_config as make_config
 from transformers import LlamaForCausalLM, TrainerCallback
 
@@ -21,7 +21,7 @@ from layalign import LayAlignForCausalLM
 from layalign.cli import main
 from layalign.errors import ArgumentError, CheckpointError
 from layalign.training import TrainSummary, build_model, read_examples, train
-from layalign.training.checkpoints import MANIFEST, problem, publish
+from layalign.training.checkpoints import MANIFEST, publish
 from layalign.training.config import ALLOWED_CHANGES, TrainConfig
 from layalign.training.record import FILE, hash_of
 
@@ -212,16 +212,6 @@ def test_the_settings_in_the_folder_are_not_what_decides(copied: tuple[TinyParts
     file.unlink() if content is None else file.write_bytes(content)
     assert refused(parts, run, learning_rate=1e-3).startswith("learning_rate: the run in")
     assert go_on(parts, run).resumed_from == str(run / "checkpoint-3")
-
-
-def without_record(run: Path) -> None:
-    """As an earlier layalign left it."""
-    (run / FILE).unlink()
-    for checkpoint in run.glob("checkpoint-*"):
-        (checkpoint / FILE).unlink(missing_ok=True)
-        (checkpoint / MANIFEST).unlink()
-        publish(checkpoint.rename(run / "old"), checkpoint)
-        assert problem(checkpoint) is None
 
 
 def test_old_runs_go_on_with_a_line_of_what_nobody_can_compare(

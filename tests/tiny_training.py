@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
 
 from layalign.training import TrainConfig, load_train_config
+from layalign.training.checkpoints import MANIFEST, problem, publish
+from layalign.training.record import FILE as RECORD
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]
 WORDS = {
@@ -98,3 +100,13 @@ def training_config(parts: TinyParts, output: Path, **changes: Any) -> TrainConf
         "progress": False, "use_cpu": True,
     }  # fmt: skip
     return load_train_config(values | changes)
+
+
+def without_record(run: Path) -> None:
+    """As an earlier layalign left it."""
+    (run / RECORD).unlink()
+    for checkpoint in run.glob("checkpoint-*"):
+        (checkpoint / RECORD).unlink(missing_ok=True)
+        (checkpoint / MANIFEST).unlink()
+        publish(checkpoint.rename(run / "old"), checkpoint)
+        assert problem(checkpoint) is None
