@@ -152,7 +152,7 @@ class Engine:
     @property
     def problem(self) -> str:
         """Why the server is to be restarted; empty where it works."""
-        if self._thread is None or not self._thread.is_alive():
+        if self._closed or self._thread is None or not self._thread.is_alive():
             return "the model's thread does not run"
         return self.health.problem
 
