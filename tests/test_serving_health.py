@@ -80,7 +80,7 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 def raising(error: Exception) -> Callable[[Any], Any]:
     def wrapped(old: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            raise error
+            raise type(error)(*error.args)  # the same one would hold the frames of all that it passed through
 
         return call
 
