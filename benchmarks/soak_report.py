@@ -35,6 +35,8 @@ def markdown(result: dict[str, Any]) -> str:
     def triple(name: str) -> list[str]:
         return [" / ".join(f"{phase[name][q]:.2f}" for q in ("p50", "p90", "p99")) for phase in phases]
 
+    asked = [phase["health"]["answers"] for phase in phases]
+    lying = [phase["idle connections"] for phase in phases]
     left = [sum(value for key, value in count.items() if key.startswith("left over")) for count in counts]
     recovery = phases[1]["seconds from kill to a right answer"]
     rows = [
@@ -56,6 +58,24 @@ def markdown(result: dict[str, Any]) -> str:
             "connections refused or cut, streams included",
             *map(sum, zip(each("connection errors"), each("streams cut"), strict=True)),
         ),
+        line(
+            "idle connections beside it, a third each: silent, a byte of a header a second, kept alive",
+            *(found["wanted"] for found in lying),
+        ),
+        line("of them open, mean", *(f"{found['open']['mean']:.0f}" for found in lying)),
+        line(
+            "closed by the server, and opened again",
+            *(sum(value for key, value in found["counts"].items() if key.startswith("closed")) for found in lying),
+        ),
+        line("`/health` asked, once a second", *(sum(found.values()) for found in asked)),
+        line("**answered with 200**", *(found.get("200", 0) for found in asked)),
+        line(
+            "seconds to `/health`, p50 / p90 / p99 / longest",
+            *(
+                " / ".join(f"{phase['health']['seconds'][q]:.2f}" for q in ("p50", "p90", "p99", "p100"))
+                for phase in phases
+            ),
+        ),
         line("answers per second", *(f"{phase['answers per second']:.1f}" for phase in phases)),
         line("seconds to an answer, p50 / p90 / p99", *triple("answer seconds")),
         line("seconds to the first piece, p50 / p90 / p99", *triple("first piece seconds")),
@@ -64,7 +84,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"{facts['device']['name']}, one thread; torch {versions['torch']}, transformers {versions['transformers']}; "
         f"layalign/serve as of git tree {result['tree of layalign/serve'][:7]}; {result['clients']} clients, "
         f"`--max-batch {result['limits']['--max-batch']}`, "
-        f"`--max-queue {result['limits']['--max-queue']}`; {result['questions']} questions.\n\n"
+        f"`--max-queue {result['limits']['--max-queue']}`; {result['questions']} questions. "
+        f"{result['cores']} cores, which other work used too: load average {result['load average']:.1f} over "
+        "the last 15 minutes of saturation.\n\n"
     )
     text = (
         f"\nMemory of the server: {memory['after warm-up']:.0f} MiB after three minutes, {memory['last']:.0f} at the "
