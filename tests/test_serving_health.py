@@ -197,7 +197,7 @@ def test_work_that_does_not_end_is_told(
 
 def test_a_step_that_does_not_end_holds_up_no_shutdown(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
-    monkeypatch.setattr(Decoder, "step", lambda *args: go_on.wait(20))
+    monkeypatch.setattr(Decoder, "step", lambda *args: go_on.wait(60))
 
     async def test(service: Service, client: Client) -> None:
         try:
@@ -205,7 +205,7 @@ def test_a_step_that_does_not_end_holds_up_no_shutdown(parts: Parts, monkeypatch
             await until(lambda: service.engine.active == 1)
             service.draining = True
             await asyncio.to_thread(service.engine.close, 0.1)
-            answer = await asked
+            answer = await asyncio.wait_for(asked, 20)  # while the step goes on
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
         finally:
             go_on.set()
