@@ -121,8 +121,9 @@ class Load:
             (kind,) = draw.choices(list(kinds), list(kinds.values()))
             try:
                 status = await kind(draw)
-            except httpx.TimeoutException:
+            except httpx.TimeoutException as error:
                 counts["lost"] += 1
+                counts[f"lost in {kind.__name__}: {type(error).__name__}"] += 1
             except httpx.TransportError:  # refused or cut: the server was killed, or counts as an error below
                 counts["connection errors"] += 1
                 await asyncio.sleep(0.2)

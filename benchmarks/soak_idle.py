@@ -35,8 +35,8 @@ class Idle:
         self.open: dict[socket.socket, str] = {}
         self.missing = [KINDS[number % len(KINDS)] for number in range(COUNT)]
 
-    def second(self, most: int = 200) -> None:
-        """Open what is missing, but not all at once; send a byte; then look for a second at what was closed."""
+    def second(self, most: int = 110) -> None:
+        """Open what is missing, in ten seconds or so; send a byte; then look for a second at what was closed."""
         begin = time.monotonic()
         for kind in self.missing[:most]:
             try:
