@@ -7,11 +7,14 @@ dies as a job of a cluster does, without a chance to tidy up. Prints what happen
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
 import signal
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +32,7 @@ from layalign.training import train
 from layalign.training.checkpoints import UNFINISHED, checkpoints
 
 DEADLINE = 120.0
+STACKS = tempfile.TemporaryFile("w+")  # noqa: SIM115  (of a child that hangs; the process ends with it)
 STEPS, EVERY = 24, 2
 
 
@@ -40,6 +44,7 @@ def forked(job: Callable[[], object]) -> int:
     code = 1
     try:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (the process ends with it)
+        faulthandler.register(signal.SIGUSR1, STACKS)
         job()
         code = 0
     finally:
@@ -113,8 +118,12 @@ def kill_while_writing(pid: int, output: Path, draw: random.Random) -> str | Non
         if os.waitpid(pid, os.WNOHANG)[0]:
             return None
         if time.monotonic() > end:
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(1)
             os.kill(pid, signal.SIGKILL)
-            raise AssertionError(f"a run does not get on: {sorted(path.name for path in output.glob('*'))}")
+            STACKS.seek(0)
+            names = sorted(path.name for path in output.glob("*"))
+            raise AssertionError(f"a run does not get on: {names}, all of its threads:\n{STACKS.read()}")
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     left = sorted(path.name for path in staging.rglob("*") if path.is_file())
@@ -142,6 +151,7 @@ def main() -> None:
     # A forked process has no other threads, and would wait for ever for a lock that one of them holds.
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())  # its own is of all processes together: one that is killed with it stops the next
     parts = save_parts(options.folder)
 
     whole = options.folder / "whole"
