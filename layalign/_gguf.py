@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from layalign._claims import require_modest
-from layalign._reading import require_regular
+from layalign._reading import Cursor, require_regular
 from layalign.errors import ArgumentError, CheckpointError, LayAlignError, shown
 from layalign.limits import MAX_TENSORS, MAX_TOKENIZER_BYTES
 
@@ -83,11 +83,8 @@ def read_head(path: str | Path) -> Head:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-class _Reader:
-    """A place in a file that is read from its start."""
-
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.size, self.at = path, data, len(data), 0
+class _Reader(Cursor):
+    """Reads what stands before the weights of a GGUF file."""
 
     def head(self) -> Head:
         magic, version, tensors, keys = self.bytes(4), self.take("I"), self.take("Q"), self.take("Q")
@@ -97,12 +94,12 @@ class _Reader:
             raise self.error(f"expected at most {MAX_TENSORS} tensors and {_MOST_KEYS} keys, got {tensors} and {keys}")
         head = Head()
         for _ in range(keys):
-            key = self.text()
+            key = self.text("Q")
             if key in head.metadata:
                 raise self.error(f"{shown(key)} stands in it twice")
             head.metadata[key] = self.value(self.take("I"))
         self.check_counts(head)
-        found = [(self.text(), self.shape(), self.take("I"), self.take("Q")) for _ in range(tensors)]
+        found = [(self.text("Q"), self.shape(), self.take("I"), self.take("Q")) for _ in range(tensors)]
         alignment = head.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
             raise self.error(f"general.alignment: expected a size in bytes, got {shown(alignment)}")
@@ -129,24 +126,6 @@ class _Reader:
         except ArgumentError as error:
             raise self.error(str(error)) from None
 
-    def error(self, text: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {text}")
-
-    def bytes(self, count: int) -> bytes:
-        if count > self.size - self.at:
-            raise self.error(f"expected {count} more bytes at {self.at}, got {self.size - self.at}: it is cut off")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def take(self, form: str) -> Any:
-        return struct.unpack(f"<{form}", self.bytes(struct.calcsize(f"<{form}")))[0]
-
-    def text(self) -> str:
-        try:
-            return self.bytes(min(self.take("Q"), 2**62)).decode()
-        except UnicodeDecodeError:
-            raise self.error(f"expected UTF-8 before byte {self.at}") from None
-
     def shape(self) -> tuple[int, ...]:
         if (count := self.take("I")) > _MOST_DIMENSIONS:
             raise self.error(f"expected at most {_MOST_DIMENSIONS} dimensions, got {count}")
@@ -154,7 +133,7 @@ class _Reader:
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
-            return self.text()
+            return self.text("Q")
         if kind in _FORMATS:
             return self.take(_FORMATS[kind])
         if kind != _ARRAY:
@@ -163,7 +142,7 @@ class _Reader:
         if count > MAX_TOKENIZER_BYTES:
             raise self.error(f"expected at most {MAX_TOKENIZER_BYTES} values in a list, got {count}")
         if kind == _STRING:
-            return [self.text() for _ in range(count)]
+            return [self.text("Q") for _ in range(count)]
         if kind not in _FORMATS:
             raise self.error(f"expected a list of texts or numbers at {self.at}, got type {kind}")
         form = f"<{count}{_FORMATS[kind]}"
@@ -223,9 +202,8 @@ def amend_tokenizer(tokenizer: Any, file: str | Path) -> Any:
     metadata = read_head(file).metadata
     kind = metadata.get("tokenizer.ggml.pre", "default")
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if metadata.get("tokenizer.ggml.model") != "gpt2" or backend is None or type(backend.pre_tokenizer).__name__ != (
-        "ByteLevel"
-    ):  # of another kind, or split already
+    splits_as_gpt2 = type(getattr(backend, "pre_tokenizer", None)).__name__ == "ByteLevel"
+    if metadata.get("tokenizer.ggml.model") != "gpt2" or not splits_as_gpt2:  # of another kind, or split as it should
         return tokenizer
     if kind in _SINGLE_DIGITS:
         split_digits(tokenizer)

@@ -112,8 +112,10 @@ def _compared(name: str | None, part: str, module: Any, found: Found) -> Found:
     if key not in _verdicts:
         if len(_verdicts) >= 8:
             _verdicts.pop(next(iter(_verdicts)))
-        gguf = files[0].suffix == names.GGUF
-        _verdicts[key] = _against_gguf(module, files[0]) if gguf else _against_files(part, module, settings.parent, files)
+        if files[0].suffix == names.GGUF:
+            _verdicts[key] = _against_gguf(module, files[0])
+        else:
+            _verdicts[key] = _against_files(part, module, settings.parent, files)
     differs, unchecked = _verdicts[key]
     return replace(found, differs=differs, unchecked=unchecked)
 

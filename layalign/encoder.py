@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from layalign._quiet import without_reports
 from layalign._reading import read_json
 from layalign.config import CONFIG_FILE
 from layalign.errors import ArgumentError, CheckpointError
-from layalign.names import given, gguf_parts, is_path, with_gguf
+from layalign.names import gguf_parts, given, is_path, with_gguf
 
 logger = logging.getLogger("layalign")
 
@@ -102,6 +101,7 @@ def gguf_path(name: str, **hub: Any) -> Path:
     from huggingface_hub import hf_hub_download
 
     place, file = gguf_parts(name)
+    assert file is not None
     known = {key: hub[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in hub}
     return Path(hf_hub_download(place, file, **known))
 

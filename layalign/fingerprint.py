@@ -276,7 +276,7 @@ def summary(problems: list[str]) -> str:
 
 
 def weight_files(name: str) -> list[Path]:
-    """The files that hold the weights of a folder, a GGUF file or a hub name in the cache; none if they are not there."""
+    """The files with the weights of a folder, a GGUF file or a hub name in the cache; none where they are not there."""
     place, file = gguf_parts(name)
     if file is not None:
         only = Path(name) if Path(name).is_absolute() else cached_file(place, file)

@@ -1,0 +1,1 @@
+"""Experiments with real pretrained models."""
