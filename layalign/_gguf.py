@@ -194,12 +194,17 @@ def without_kernels() -> Iterator[None]:
 
 
 def amend_tokenizer(tokenizer: Any, file: str | Path) -> Any:
-    """A tokenizer that transformers made from a GGUF file, with the splitting of text that the file names.
+    """A tokenizer that transformers made from a GGUF file, with the file's special tokens and splitting of text.
 
     transformers splits the text as GPT-2 did where it does not know the name: then 2019 may become one token where the
     LLM has only seen single digits. The rules of SmolLM2 and its like are put in, and a warning tells of others.
     """
     metadata = read_head(file).metadata
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        # Old releases take the first token of a text for its last.
+        if isinstance(number, int) and 0 <= number < len(tokenizer):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     kind = metadata.get("tokenizer.ggml.pre", "default")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     splits_as_gpt2 = type(getattr(backend, "pre_tokenizer", None)).__name__ == "ByteLevel"

@@ -133,7 +133,9 @@ def twin(part: PreTrainedModel) -> Any:
     config = copy.deepcopy(part.config)
     config._attn_implementation = "eager"  # this library's own name is known while it is attached only
     with torch.device("meta"):
-        return type(part)(config)
+        found = type(part)(config)
+    found.tie_weights()  # transformers 5.0 ties nothing on this device
+    return found
 
 
 def _modest(settings: dict[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _against_gguf(llm: Any, file: Path) -> tuple[str | None, str | None]:
     try:
         again = encoders.load_llm(str(file), dtype=llm.dtype)
         problems = fingerprint.settings_that_differ(again.config, llm.config)
-        problems += fingerprint.differences(fingerprint.examine(again).entries, llm, same_version=True)
+        problems += fingerprint.differences(fingerprint.examine(llm).entries, again, same_version=True)
     except Exception as error:
         return None, f"its file cannot be read: {first_line(error)}"
     return (fingerprint.summary(problems), None) if problems else (None, None)

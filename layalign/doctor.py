@@ -19,6 +19,7 @@ PACKAGES = (
     "datasets",
     "tokenizers",
     "safetensors",
+    "gguf",
     "tensorboard",
     "numpy",
 )
