@@ -28,6 +28,7 @@ from layalign.data import FORMATS, Example, LayAlignCollator, load_examples
 from layalign.errors import ArgumentError, CheckpointError, StoppedError
 from layalign.layers import named_layers
 from layalign.model import LayAlignForCausalLM
+from layalign.parts import matching_adapter_size
 from layalign.tokenization import first_token, load_tokenizer, load_tokenizers
 from layalign.training import record, runs
 from layalign.training.config import TrainConfig, require_config
@@ -53,7 +54,8 @@ logger = logging.getLogger("layalign")
 MEASURED = 200
 # What a checkpoint brings along: the model's shape.
 _SHAPE = (
-    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "prompt", "gate",
+    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "adapter_fusion", "prompt",
+    "gate",
 )  # fmt: skip
 
 
@@ -339,6 +341,8 @@ def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
         if isinstance(asked, str) and key == "encoder_layers":
             assert model.config.encoder_config is not None
             asked = named_layers(asked, number_of_layers(model.config.encoder_config) + 1)
+        if key == "adapter_size" and asked == "match":
+            asked = matching_adapter_size(model.config)
         if asked not in (getattr(defaults, key), has):
             raise ArgumentError(f"{key}: init_checkpoint {config.init_checkpoint} has {has}, got {asked}")
     asked, has = config.llm_bos_token_id, model.config.llm_bos_token_id
