@@ -42,7 +42,12 @@ class RealData:
 
     @property
     def mark(self) -> str:
-        """Changes with the text."""
+        """Changes with what is trained on."""
+        return f"{self.facts['train']['of']} {self.facts['dev']['of']}"
+
+    @property
+    def test_mark(self) -> str:
+        """Changes with all of the text."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

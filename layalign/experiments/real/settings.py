@@ -15,8 +15,9 @@ from layalign.baselines import baseline
 from layalign.data.languages import find_language
 from layalign.errors import ArgumentError, finite_number, one_of, refuse, whole_number
 
-# Changing one of these changes no run: where things are, and which runs there are.
-_NOT_OF_A_RUN = ("weights", "data", "seeds", "systems")
+# What training depends on beside its text; and the test, beside that.
+_OF_TRAINING = ("steps", "batch", "max_length", "eval_steps", "dtype", "learning_rates", "choice_steps")
+_OF_THE_TEST = ("max_new_tokens", "right_one_of", "written_per_language")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class RealSettings:
         eval_steps: steps between two dev losses.
         dtype: of all weights and of all arithmetic.
         learning_rates: to choose from for each system, by dev loss after `choice_steps` with the first seed.
+        written_per_language: test sentences of a language that the model answers, for chrF.
         max_new_tokens: longest answer.
         right_one_of: sentences of a group in which the right one is to be found.
         seeds: of the parts that train and of the order of the batches. The data are the same for all.
@@ -101,15 +103,17 @@ class RealSettings:
     dtype: str = "float32"
     learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
     choice_steps: int = 75
+    written_per_language: int = 50
     max_new_tokens: int = 24
     right_one_of: int = 5
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "max_length", "eval_steps", "choice_steps", "max_new_tokens", "right_one_of"):
+        for name in ("steps", "batch", "max_length", "eval_steps", "choice_steps", "max_new_tokens"):
             whole_number(name, getattr(self, name), least=1)
-        for name in ("test_per_language", "dev_per_language"):
+        for name in ("test_per_language", "dev_per_language", "written_per_language"):
             whole_number(name, getattr(self, name), least=1)
+        whole_number("right_one_of", self.right_one_of, least=2)
         whole_number("other_domain_per_language", self.other_domain_per_language, least=0)
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
         for name in ("english_words", "other_domain_words"):
@@ -163,12 +167,18 @@ class RealSettings:
         found = [(s.name, seed) for s in chosen for seed in self.seeds_of(s) if not seeds or seed in seeds]
         return sorted(found, key=lambda run: (run[1], order[run[0]]))
 
-    def fingerprint(self, system: RealSystem | None = None, data: str = "") -> str:
-        """Changes with everything that a run of `system` on `data` depends on."""
-        values = {key: value for key, value in asdict(self).items() if key not in _NOT_OF_A_RUN}
-        if system is not None:
-            of_system = {"stages": baseline(system.baseline).stages, **asdict(system), "all": system.model_settings}
-            values["system"] = {key: value for key, value in of_system.items() if key not in ("label", "seeds")}
+    def fingerprint(self, system: RealSystem, data: str) -> str:
+        """Changes with everything that the training of `system` depends on; `data` is that of the text."""
+        return self._mark(_OF_TRAINING, system, data)
+
+    def test_fingerprint(self, system: RealSystem, data: str) -> str:
+        """Changes with everything that the test of a trained `system` depends on beside its weights."""
+        return self._mark((*_OF_TRAINING, *_OF_THE_TEST), system, data)
+
+    def _mark(self, keys: Sequence[str], system: RealSystem, data: str) -> str:
+        values: dict[str, Any] = {key: getattr(self, key) for key in keys}
+        of_system = {"stages": baseline(system.baseline).stages, **asdict(system), "all": system.model_settings}
+        values["system"] = {key: value for key, value in of_system.items() if key not in ("label", "seeds")}
         return hashlib.sha256(json.dumps([values, data], sort_keys=True).encode()).hexdigest()[:16]
 
 
