@@ -1,4 +1,4 @@
-"""Which sentences are trained on, which are dev and which are test: by their English side, in all languages together."""
+"""Which sentences are trained on, which are dev and which are test: by their English side, in all languages."""
 
 from __future__ import annotations
 
@@ -117,7 +117,10 @@ def _first_of_each_english(pairs: Iterable[Example], words: Sequence[int]) -> li
 def _other_domain(settings: RealSettings, folder: Path) -> dict[str, list[Example]]:
     if not settings.other_domain_per_language or not folder.is_dir():
         return {}
-    groups = {path.stem: _first_of_each_english(_pairs(path), settings.other_domain_words) for path in sorted(folder.glob("*.tsv"))}
+    groups = {
+        path.stem: _first_of_each_english(_pairs(path), settings.other_domain_words)
+        for path in sorted(folder.glob("*.tsv"))
+    }
     return {code: group[: settings.other_domain_per_language] for code, group in groups.items()}
 
 

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from layalign import LayAlignForCausalLM
 from layalign._files import write_whole
 from layalign._lock import held
 from layalign.data import Example
+from layalign.evaluation.answering import LlmAnswers, ModelAnswers, llm_alone
 from layalign.experiment.runs import log, read_done, versions
 from layalign.experiments.real.data import RealData, as_text
+from layalign.experiments.real.measures import collators, measure
 from layalign.experiments.real.settings import RealSettings, RealSystem
 from layalign.tokenization import encode_texts, load_tokenizers
 from layalign.training import TrainConfig, train
@@ -92,7 +94,9 @@ def _train(
         lengths=_lengths(settings, data.train),
         callbacks=[watch, _PauseAt(until)],
     )
-    losses = {key: [(e["step"], round(e[key], 5)) for e in summary.log_history if key in e] for key in ("loss", "eval_loss")}
+    losses = {
+        key: [(e["step"], round(e[key], 5)) for e in summary.log_history if key in e] for key in ("loss", "eval_loss")
+    }
     return {
         "learning_rate": rate,
         "steps": summary.steps,
@@ -129,13 +133,17 @@ def choose_rate(settings: RealSettings, system: RealSystem, data: RealData, fold
         for rate in settings.learning_rates:
             log(folder, "choice", system=system.name, rate=rate)
             found = _train(settings, system, data, folder, seed, rate, settings.choice_steps)
-            tried[f"{rate:g}"] = {"dev_loss": found["dev_loss"], "dev_losses": found["dev_losses"], "losses": found["losses"]}
+            tried[f"{rate:g}"] = {
+                "dev_loss": found["dev_loss"],
+                "dev_losses": found["dev_losses"],
+                "losses": found["losses"],
+            }
         chosen = min(settings.learning_rates, key=lambda rate: tried[f"{rate:g}"]["dev_loss"])
         return _done(path, mark, {"system": system.name, "chosen": chosen, "tried": tried})
 
 
 def train_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
-    """Train a system with a seed, at its chosen learning rate; its weights come to ``checkpoint`` in the run's folder."""
+    """Train a system with a seed, at its chosen learning rate."""
     place, mark = run_folder(folder, system.name, seed), settings.fingerprint(system, data.mark)
     rate = choose_rate(settings, system, data, folder)["chosen"]
     with held(place, "output"):
@@ -157,7 +165,46 @@ def load_run(settings: RealSettings, system: RealSystem, folder: Path, seed: int
     return LayAlignForCausalLM.from_pretrained(checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs).eval()
 
 
-def _done(path: Path, mark: str, found: dict[str, Any]) -> dict[str, Any]:
+def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
+    """What a system does on the test sentences, trained before where it trains; every sentence's values."""
+    mark = settings.test_fingerprint(system, data.test_mark)
+    rate = train_run(settings, system, data, folder, seed)["learning_rate"] if system.trains else None
+    place = run_folder(folder, system.name, seed)
+    with held(place, "output"):
+        if (done := read_done(place / RESULT, mark)) is not None:
+            return done
+        log(folder, "test", system=system.name, seed=seed)
+        started = time.process_time()
+        domains = {"tatoeba": data.test, "ntrex": data.other_domain}
+        found: dict[str, Any] = {domain: {} for domain in domains}
+        answers, collator = _asked(settings, system, data, folder, seed, rate)
+        for domain, groups in domains.items():
+            for code, pairs in groups.items():
+                if system.shots and code not in data.shots:
+                    continue
+                read = pairs if system.shots else _read_by(system, pairs)
+                found[domain][code] = measure(settings, answers, collator, read, domain == "tatoeba")
+        found["cpu_seconds"] = round(time.process_time() - started)
+        return _done(place / RESULT, mark, {"system": system.name, "seed": seed, **found}, indent=None)
+
+
+def _asked(
+    settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int, rate: float | None
+) -> tuple[ModelAnswers | LlmAnswers, Any]:
+    """(what writes, the collator of likelihoods)."""
+    weights = Path(settings.weights)
+    tokenizers = load_tokenizers(None, encoder=str(weights / "encoder"), llm=str(weights / "llm"))
+    if rate is None:
+        llm = AutoModelForCausalLM.from_pretrained(weights / "llm", dtype=settings.dtype).eval()
+        shots = [shot for group in data.shots.values() for shot in group[: system.shots]]
+        alone = llm_alone(llm, tokenizers[1], examples=shots, max_new_tokens=settings.max_new_tokens)
+        return alone, alone.collator
+    model = load_run(settings, system, folder, seed, rate)
+    likely, writes = collators(model, tokenizers, "task" if system.reads_text else "translation", 256)
+    return ModelAnswers(model, writes, settings.max_new_tokens), likely
+
+
+def _done(path: Path, mark: str, found: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
     content = {"fingerprint": mark, **found, "versions": versions()}
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
     return content
