@@ -45,10 +45,19 @@ class RealData:
         """Changes with what is trained on."""
         return f"{self.facts['train']['of']} {self.facts['dev']['of']}"
 
+    def to_json(self) -> str:
+        """Counts and checksums, no text."""
+        return json.dumps(self.facts, indent=1) + "\n"
+
     @property
     def test_mark(self) -> str:
         """Changes with all of the text."""
-        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
+        return mark_of(self.facts)
+
+
+def mark_of(facts: Any) -> str:
+    """See :attr:`RealData.test_mark`."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def normalised(sentence: str) -> str:

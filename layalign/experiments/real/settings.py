@@ -167,6 +167,10 @@ class RealSettings:
         found = [(s.name, seed) for s in chosen for seed in self.seeds_of(s) if not seeds or seed in seeds]
         return sorted(found, key=lambda run: (run[1], order[run[0]]))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON or YAML."""
+        return asdict(self)
+
     def fingerprint(self, system: RealSystem, data: str) -> str:
         """Changes with everything that the training of `system` depends on; `data` is that of the text."""
         return self._mark(_OF_TRAINING, system, data)
@@ -180,6 +184,15 @@ class RealSettings:
         of_system = {"stages": baseline(system.baseline).stages, **asdict(system), "all": system.model_settings}
         values["system"] = {key: value for key, value in of_system.items() if key not in ("label", "seeds")}
         return hashlib.sha256(json.dumps([values, data], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_real(source: str | Path) -> bool:
+    """Whether a preset, or a file by its keys, is of this experiment and not of the controlled one."""
+    path = Path(source)
+    if str(source) == "real" or path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return str(source) == "real"
+    values = read_file(path)
+    return isinstance(values, Mapping) and "tested" in values
 
 
 def load_settings(source: str | Path = "real", changes: Mapping[str, Any] | None = None) -> RealSettings:
