@@ -134,8 +134,8 @@ def state(found: dict[str, Any]) -> str:
     data = found["data"]
     lines.append(
         f"Trained on {data['train']['pairs']:,} pairs of {data['train']['languages']} languages; "
-        f"{data['dev']['pairs']} dev pairs; {data['test']['pairs']:,} test pairs, and {data['other_domain']['pairs']:,} "
-        f"of news. {data['left_out_of_training']:,} pairs were left out of training: their English is in dev or test."
+        f"{data['dev']['pairs']} dev pairs; {data['test']['pairs']:,} test pairs, and "
+        f"{data['other_domain']['pairs']:,} of news. {data['left_out_of_training']:,} pairs were left out of training: their English is in dev or test."
     )
     return "\n".join(lines) + "\n"
 
