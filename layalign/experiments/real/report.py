@@ -135,7 +135,8 @@ def state(found: dict[str, Any]) -> str:
     lines.append(
         f"Trained on {data['train']['pairs']:,} pairs of {data['train']['languages']} languages; "
         f"{data['dev']['pairs']} dev pairs; {data['test']['pairs']:,} test pairs, and "
-        f"{data['other_domain']['pairs']:,} of news. {data['left_out_of_training']:,} pairs were left out of training: their English is in dev or test."
+        f"{data['other_domain']['pairs']:,} of news. "
+        f"{data['left_out_of_training']:,} pairs were left out of training: their English is in dev or test."
     )
     return "\n".join(lines) + "\n"
 

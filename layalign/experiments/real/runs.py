@@ -94,8 +94,11 @@ def _train(
         lengths=_lengths(settings, data.train),
         callbacks=[watch, _PauseAt(until)],
     )
+    history = summary.log_history
     losses = {
-        key: [(e["step"], round(e[key], 5)) for e in summary.log_history if key in e] for key in ("loss", "eval_loss")
+        # By step: the end of a run is measured twice.
+        key: [[step, loss] for step, loss in {e["step"]: round(e[key], 5) for e in history if key in e}.items()]
+        for key in ("loss", "eval_loss")
     }
     return {
         "learning_rate": rate,

@@ -33,7 +33,7 @@ def run_all(
         settings: of the experiment.
         folder: for everything.
         only, seeds: some of the systems and seeds.
-        jobs: runs at a time, each in a process with its share of the cores.
+        jobs: runs at a time; more than one have a process each, with its share of the cores.
         tell: called for each run that ended, with the problem it ended with or None.
 
     Raises:
@@ -45,16 +45,27 @@ def run_all(
     data = read_data(settings)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / DATA, data.to_json())
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+
+    def ended(run: tuple[str, int], error: BaseException | None) -> None:
+        if error is not None:
+            failed.append(run)
+        tell(*run, None if error is None else f"{type(error).__name__}: {first_line(error)}")
+
+    if jobs == 1:
+        for run in waiting:
+            try:
+                _run(settings, folder, *run)
+            except Exception as error:  # told, and the other runs go on
+                ended(run, error)
+            else:
+                ended(run, None)
+        return failed
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(threads,)) as pool:
+    threads = (max(1, (os.cpu_count() or 1) // jobs),)
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=threads) as pool:
         pending = {pool.submit(_run, settings, folder, *run): run for run in waiting}
         for future in as_completed(pending):
-            system, seed = pending[future]
-            error = future.exception()
-            if error is not None:
-                failed.append((system, seed))
-            tell(system, seed, None if error is None else f"{type(error).__name__}: {first_line(error)}")
+            ended(pending[future], future.exception())
     return failed
 
 
