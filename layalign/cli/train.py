@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,6 +84,11 @@ def train(
             overrides.append(f"init_checkpoint={start}")
         overrides += assignments or []
         configs.append(load_train_config(config, preset=preset, stage=name, overrides=overrides))
+    if len({each.output_dir for each in configs}) < len(configs):
+        raise ArgumentError(
+            f"output_dir: both stages would write to {configs[0].output_dir}; give --output, below which each gets a "
+            "folder of its own, or an output_dir under each of stages"
+        )
     if print_config:
         _print(configs)
     else:
@@ -102,9 +108,14 @@ def _train_all(configs: list[TrainConfig]) -> None:
     from rich.table import Table
 
     quiet_transformers()
+    from layalign.training import is_main_process, train
+
+    if is_main_process():
+        logging.getLogger("layalign").setLevel(logging.INFO)
+        for config in configs:
+            typer.echo(f"{config.stage}: writes to {config.output_dir}")
     from layalign.errors import StoppedError
     from layalign.evaluation.processes import leave
-    from layalign.training import is_main_process, train
     from layalign.training.runs import alone_in
 
     try:
