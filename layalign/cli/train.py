@@ -111,7 +111,7 @@ def _train_all(configs: list[TrainConfig]) -> None:
     from layalign.training import is_main_process, train
 
     if is_main_process():
-        logging.getLogger("layalign").setLevel(logging.INFO)
+        logging.getLogger("layalign.training").setLevel(logging.INFO)
         for config in configs:
             typer.echo(f"{config.stage}: writes to {config.output_dir}")
     from layalign.errors import StoppedError

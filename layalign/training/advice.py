@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from layalign.training.gates import gate_values
 
-logger = logging.getLogger("layalign")
+logger = logging.getLogger("layalign.training")
 
 # The published translation stages have 0.42 to 0.7 (4e-5, cosine, 21,024 to 35,088 steps). With SmolLM2-135M and
 # multilingual-e5-small gates of 0.05 on the mean were reached after 0.27; they get no further than this sum.

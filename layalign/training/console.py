@@ -32,6 +32,7 @@ class ConsoleLines(TrainerCallback):
         self._trainer, self._what = trainer, "dev loss" if has_dev else "loss of some training examples"
         self._begun, self._first_step = 0.0, 0
         self._step_begun, self._in_steps, self._counted = 0.0, 0.0, 0
+        self._evaluated = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun, self._first_step = time.perf_counter(), state.global_step
@@ -59,7 +60,10 @@ class ConsoleLines(TrainerCallback):
             parts += self._pace(state)
             print(f"{at}: {', '.join(parts)}", flush=True)
         elif "eval_loss" in logs:
-            print(f"{at}: {self._what} {logs['eval_loss']:.4f}", flush=True)
+            line = f"{at}: {self._what} {logs['eval_loss']:.4f}"
+            if line != self._evaluated:  # the run's end evaluates once more
+                print(line, flush=True)
+            self._evaluated = line
 
     def _pace(self, state: Any) -> list[str]:
         seen, seconds = self._trainer.examples_seen - self._counted, self._in_steps

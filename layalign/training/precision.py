@@ -8,7 +8,7 @@ import torch
 
 from layalign.training.config import TrainConfig
 
-logger = logging.getLogger("layalign")
+logger = logging.getLogger("layalign.training")
 
 
 def native_bf16(use_cpu: bool = False) -> tuple[bool, str]:

@@ -33,7 +33,7 @@ from layalign.tokenization import tokenizers_hash
 from layalign.training import precision
 from layalign.training.config import ALLOWED_CHANGES, TrainConfig
 
-logger = logging.getLogger("layalign")
+logger = logging.getLogger("layalign.training")
 
 FILE, SETTINGS = "run.json", "train_config.yaml"
 _VERSION = 1

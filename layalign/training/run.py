@@ -51,7 +51,7 @@ __all__ = [
     "train",
 ]
 
-logger = logging.getLogger("layalign")
+logger = logging.getLogger("layalign.training")
 
 MEASURED = 200
 # What a checkpoint brings along: the model's shape.
