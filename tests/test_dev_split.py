@@ -17,10 +17,10 @@ from tiny_training import training_config as make_config
 from layalign.data import Example
 from layalign.data.sentences import apart_from, cut_by_sentence, english_keys, sentence_key
 from layalign.errors import ArgumentError, DataError
-from layalign.training import load_train_config, read_examples, train
+from layalign.training import load_train_config, read_dev_examples, read_examples, train
 from layalign.training.checkpoints import publish
 from layalign.training.record import FILE
-from layalign.training.run import _split, read_dev_examples
+from layalign.training.run import _split
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_dev_files(parts: TinyParts, tmp_path: Path, caplog: pytest.LogCaptureFi
     summary = train(config)
     assert (summary.train_examples, summary.dev_examples) == (48, 6)
     assert [entry["step"] for entry in summary.log_history if "eval_loss" in entry] == [0, 1, 2, 2]
-    assert "dev" not in caplog.text
+    assert "dev_data" not in caplog.text
     few = replace(config, dev_size=4)
     assert len(read_dev_examples(few)) == 4 and set(read_dev_examples(few)) < set(read_dev_examples(config))
     assert "dev_data: 4 of its 6 examples are used (dev_size)" in caplog.text
@@ -258,3 +258,10 @@ def test_wrong_dev_files(parts: TinyParts, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         train(make_config(parts, tmp_path, dev_data="pairs:nowhere"))
     assert make_config(parts, tmp_path, dev_data=Path("a/b")).dev_data == "a/b"
+    given = {
+        "dev_data=2024": "2024",
+        "dev_data=pairs:a": "pairs:a",
+        "dev_data={path: a, limit: 2}": {"path": "a", "limit": 2},
+    }
+    assert {text: load_train_config({}, overrides=[text]).dev_data for text in given} == given
+    assert load_train_config({"dev_data": "a"}, overrides=["dev_data=null"]).dev_data is None

@@ -78,7 +78,7 @@ def test_a_resumed_run_counts_its_own_steps(
 
 
 def test_the_command_says_where_it_writes_and_what_precision(
-    parts: TinyParts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    parts: TinyParts, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     values = {**make_config(parts, tmp_path, max_steps=1).to_dict(), "bf16": "auto"}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
@@ -86,8 +86,10 @@ def test_the_command_says_where_it_writes_and_what_precision(
         main(["train", "--config", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "run")])
     captured = capsys.readouterr()
     assert stop.value.code == 0
-    assert captured.out.splitlines()[0] == f"translation: writes to {tmp_path / 'run'}"
     assert "step 1/1: loss" in captured.out
+    said = [record.message for record in caplog.records if record.levelname == "INFO"]
+    assert f"translation: writes to {tmp_path / 'run'}" in said
+    assert any(line.startswith("bf16: ") for line in said)
 
 
 # Small runs

@@ -108,6 +108,13 @@ def test_auto(
     assert training_arguments(config).bf16 == in_bf16
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine without a GPU")
+def test_a_cpu_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, True)
+    arguments = training_arguments(TrainConfig())
+    assert arguments.bf16 and arguments.device.type == "cpu"
+
+
 def test_it_is_the_default() -> None:
     assert (TrainConfig().bf16, TrainConfig().frozen_dtype) == ("auto", "auto")
 
@@ -145,7 +152,7 @@ def test_a_run_goes_on_with_the_precision_that_it_began_with(
     with caplog.at_level(logging.INFO, "layalign"):
         assert train(config, callbacks=[Seen(seen)]).resumed_from == str(tmp_path / "checkpoint-1")
     assert seen["bf16"] == began == settings(tmp_path)["bf16"]
-    slow = "bf16: the run began with it and goes on with it; this is a processor of the tests, where it is slower than"
+    slow = "bf16: the run began with it and goes on with it; this is a processor of the tests, where it may be slower"
     assert (slow in caplog.text) == began
     assert ("bf16: false (as the run began); frozen parts as stored" in caplog.text) == (not began)
     with pytest.raises(ArgumentError, match="^bf16: the run in .* allow_changed=bf16 goes on all the same"):

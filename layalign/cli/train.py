@@ -108,18 +108,17 @@ def _train_all(configs: list[TrainConfig]) -> None:
     from rich.table import Table
 
     quiet_transformers()
-    from layalign.training import is_main_process, train
-
-    if is_main_process():
-        logging.getLogger("layalign.training").setLevel(logging.INFO)
-        for config in configs:
-            typer.echo(f"{config.stage}: writes to {config.output_dir}")
     from layalign.errors import StoppedError
     from layalign.evaluation.processes import leave
+    from layalign.training import is_main_process, train
     from layalign.training.runs import alone_in
 
     try:
         with ExitStack() as folders:
+            if is_main_process():  # it says where it writes, and in what precision
+                said = logging.getLogger("layalign.training")
+                folders.callback(said.setLevel, said.level)
+                said.setLevel(logging.INFO)
             for config in configs:  # also those of later stages: who comes second is told before the first one
                 folders.enter_context(alone_in(config.output_dir))
             summaries = [(config.stage, train(config)) for config in configs]

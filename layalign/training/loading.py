@@ -130,7 +130,7 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
     key = key.strip()
     if not equals or not key.isprintable() or not key:
         refuse("set", "key=value", item)
-    if key in TEXTS or (key == "data" and not text.lstrip().startswith(("{", "["))):
+    if key in TEXTS or (key in ("data", "dev_data") and not text.lstrip().startswith(("{", "["))):
         value = None if text in ("null", "~", "") else text  # a folder may be called 2024 or true
     else:
         try:

@@ -53,10 +53,10 @@ def tell(asked: TrainConfig, settled: TrainConfig, going_on: bool) -> None:
         going_on: from a checkpoint.
     """
     native, processor = native_bf16(settled.use_cpu)
-    if settled.bf16 and not native and "type" not in processor:
+    if settled.bf16 and not native:
         began = "the run began with it and goes on with it; " if going_on and asked.bf16 == "auto" else ""
         logger.warning(
-            "bf16: %sthis is %s, where it is slower than float32; bf16=false%s is float32",
+            "bf16: %sthis is %s, where it may be slower than float32; bf16=false%s is float32",
             began, processor, " with allow_changed=bf16" if going_on else "",
         )  # fmt: skip
     elif "auto" in (asked.bf16, asked.frozen_dtype):

@@ -47,6 +47,7 @@ __all__ = [
     "build_model",
     "is_main_process",
     "load_train_config",
+    "read_dev_examples",
     "read_examples",
     "train",
 ]
@@ -140,8 +141,6 @@ def _stage(
         known = {**runs.read_run(resume_from.parent), **record.micro_batch(earlier)}
         running = with_kept_micro_batch(config, known, world_size)
     micro, _ = running.batch_plan(world_size)
-    if is_main_process():
-        precision.tell(asked, config, going_on=earlier is not None)
     if examples is None:
         examples = read_examples(config)
     if dev_examples is None and config.dev_data is not None:
@@ -158,7 +157,6 @@ def _stage(
         encoder_tokenizer, llm_tokenizer = encoder_tokenizer or loaded[0], llm_tokenizer or loaded[1]
     if resume_from is not None and config.llm_bos_token_id is None:  # a run goes on with what it began with
         model.config.llm_bos_token_id = LayAlignConfig.from_pretrained(resume_from).llm_bos_token_id
-    _tell_first_token(config, model, llm_tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _check_trained(model)
@@ -173,6 +171,10 @@ def _stage(
         here["changes"] = [*earlier.changes, *changed]
 
     runs.start_over(config)
+    if is_main_process():
+        logger.info("%s: writes to %s", config.stage, config.output_dir)
+        precision.tell(asked, config, going_on=earlier is not None)
+    _tell_first_token(config, model, llm_tokenizer)
     trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, world_size)
     trainer.record, trainer.keeps_hyperparameters = here, not changed
     for callback in callbacks:
@@ -487,6 +489,7 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
     micro, accumulation = config.batch_plan(world_size)
     evaluate = _when("eval", config.eval_steps if has_dev else 0)
     save = _when("save", config.eval_steps if config.keep_best else config.save_steps)
+    bf16 = precision.uses_bf16(config)
     arguments: dict[str, Any] = {
         "output_dir": config.output_dir,
         "per_device_train_batch_size": micro,
@@ -502,10 +505,11 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
         "adam_epsilon": config.adam_epsilon,
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch_fused",  # one pass over each parameter, on CPUs too
-        "bf16": precision.uses_bf16(config),
+        "bf16": bf16,
         "seed": config.seed,
         "data_seed": config.seed,
-        "use_cpu": config.use_cpu,
+        # transformers takes bf16 on a CPU only where the CPU is asked for.
+        "use_cpu": config.use_cpu or (bf16 and not torch.accelerator.is_available()),
         "dataloader_num_workers": config.num_workers,
         "dataloader_pin_memory": torch.cuda.is_available() and not config.use_cpu,
         "remove_unused_columns": False,
