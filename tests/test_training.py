@@ -299,7 +299,7 @@ def test_length_buckets(seed: int) -> None:
         ("encoder_dropout=much", "encoder_dropout: expected true, false or a rate below 1, got 'much'"),
         ("encoder_dropout=1", "encoder_dropout: expected true, false or a rate below 1, got 1"),
         ("encoder_dropout=-0.1", "encoder_dropout: expected true, false or a rate below 1, got -0.1"),
-        ("dev_data=3", "dev_data: expected a path, FORMAT:PATH, a mapping or a list of these, got 3"),
+        ("dev_data=[]", "dev_data: expected a path, FORMAT:PATH, a mapping or a list of these, got []"),
         ("dev_cut=line", "dev_cut: expected one of sentence, position, got 'line'"),
         ("dev_overlap=keep", "dev_overlap: expected one of warn, drop, got 'keep'"),
         ("use_cpu=1", "use_cpu: expected true or false, got 1"),

@@ -77,7 +77,12 @@ class Earlier(NamedTuple):
         found = self.record.get("changes")
         return found if isinstance(found, list) else []
 
-    def has(self, key: str) -> Any:
+    def knows(self, key: str) -> bool:
+        """Whether the run's value of a setting is known: it is written down, or was the only one there was."""
+        written = bool(self.settings) and (key in self.settings or key in _BEFORE_THE_KEY)
+        return written and not (key in _OPEN and self.setting(key) == _OPEN[key])
+
+    def setting(self, key: str) -> Any:
         """The value of a setting, also in a run from before its key was there."""
         found = self.settings.get(key, _BEFORE_THE_KEY.get(key))
         return "stored" if key == "frozen_dtype" and found in (None, "auto") else found
@@ -95,15 +100,15 @@ def settled(config: TrainConfig, before: Earlier | None, model: Any = None) -> T
     """
     chosen: dict[str, Any] = {}
     if config.dev_cut is None:
-        chosen["dev_cut"] = (before and before.has("dev_cut")) or "sentence"
+        chosen["dev_cut"] = (before and before.setting("dev_cut")) or "sentence"
     if config.encoder_dropout is None and before is not None:
-        chosen["encoder_dropout"] = before.has("encoder_dropout")
+        chosen["encoder_dropout"] = before.setting("encoder_dropout")
     if config.bf16 == "auto":
-        began = "auto" if before is None else before.has("bf16")
+        began = "auto" if before is None else before.setting("bf16")
         chosen["bf16"] = precision.uses_bf16(config) if began == "auto" else began
     if config.frozen_dtype == "auto":
         of_new = "stored" if model is not None else precision.frozen_dtype(replace(config, **chosen))
-        chosen["frozen_dtype"] = of_new if before is None else before.has("frozen_dtype")
+        chosen["frozen_dtype"] = of_new if before is None else before.setting("frozen_dtype")
     return replace(config, **chosen)
 
 
@@ -291,10 +296,8 @@ def _differences(before: Earlier, here: dict[str, Any], model: Any, unknown: lis
     if not before.settings:
         unknown.append("the settings")
     for key, now in here["settings"].items():
-        known = key in before.settings or (before.settings and key in _BEFORE_THE_KEY)
-        then = before.has(key)
-        if known and key not in (*_FREE_KEYS, *_NAMES) and then != now and not (key in _OPEN and then == _OPEN[key]):
-            yield _changed(key, then, now)
+        if key not in (*_FREE_KEYS, *_NAMES) and before.knows(key) and before.setting(key) != now:
+            yield _changed(key, before.setting(key), now)
     yield from _content(before, here, unknown)
     yield from _model(before, here, model, unknown)
 
@@ -314,8 +317,8 @@ def _content(before: Earlier, here: dict[str, Any], unknown: list[str]) -> Itera
     data = before.record.get("data")
     if not isinstance(data, dict):
         yield from _named("data", before, here, unknown)
-        if before.settings and before.has("dev_data") != here["settings"]["dev_data"]:
-            yield _changed("dev_data", before.has("dev_data"), here["settings"]["dev_data"])
+        if before.knows("dev_data") and before.setting("dev_data") != here["settings"]["dev_data"]:
+            yield _changed("dev_data", before.setting("dev_data"), here["settings"]["dev_data"])
     else:
         for part, key in (("train", "data"), ("dev", "dev")):
             then, now = data.get(part), here["data"][part]

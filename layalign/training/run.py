@@ -288,7 +288,7 @@ def _split(
     count, translation = len(examples), config.stage == "translation"
     if dev is not None:
         return _apart(config, examples, list(dev)), list(dev)
-    if config.dev_cut == "position":
+    if config.dev_cut == "position" or not config.dev_size:
         dev, examples = examples[: config.dev_size], examples[config.dev_size :]
     else:
         examples, dev, neither = cut_by_sentence(examples, config.dev_size, translation=translation)
