@@ -293,7 +293,7 @@ def _split(
     else:
         examples, dev, neither = cut_by_sentence(examples, config.dev_size, translation=translation)
         if neither and is_main_process():
-            logger.info("dev_cut: %d examples with the English of the last dev sentence are left out", neither)
+            logger.info("dev_cut: %d example(s) with the English of the last dev sentence are left out", neither)
     if not examples:
         raise ArgumentError(f"dev_size: {config.dev_size} leaves nothing to train on, there are {count} examples")
     return examples, list(dev)
