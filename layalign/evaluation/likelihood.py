@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from math import isfinite, nan
 from typing import Any
 
@@ -22,8 +23,10 @@ from layalign._versions import cache_name, cache_of
 from layalign.data.examples import Example
 from layalign.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
 from layalign.evaluation.answering import device_of, evaluation_mode
+from layalign.evaluation.measures import NATS, OTHER, group_size
 from layalign.packing import IGNORE_INDEX, real_positions
 
+LABELS = "labels"  # measured by the scorers that choose a label by likelihood
 LogProb = tuple[float, int]  # (sum of the log-probabilities of a text's tokens, number of these tokens)
 
 
@@ -138,6 +141,69 @@ def _row_sums(logits: Tensor, targets: Tensor) -> list[LogProb]:
     owners = wanted.nonzero()[:, 0].cpu()
     sums = torch.zeros(len(targets), dtype=torch.float64).index_add(0, owners, values)
     return list(zip(sums.tolist(), wanted.sum(1).tolist(), strict=True))
+
+
+class Likelihoods:
+    """What an evaluation measures of a language by likelihood: "nats", "nats-other-source", "right-one-of-N", "labels".
+
+    Args:
+        model, collator, batch_size: as for `target_log_probs`.
+    """
+
+    def __init__(self, model: Any, collator: Any, batch_size: int) -> None:
+        self.model, self.collator, self.batch_size = model, collator, batch_size
+
+    def units(self, measure: str, examples: Sequence[Example], done: Collection[int]) -> list[list[int]]:
+        """Numbers of examples that are measured together; those that are done are left out.
+
+        For right-one-of-N they are N examples in a row, and what is left at the end is not measured.
+        """
+        size = group_size(measure)
+        if size is None:
+            rest = [i for i in range(len(examples)) if i not in done]
+            return [[rest[i] for i in own] for own in _batches([examples[i] for i in rest], self.batch_size)]
+        groups = [list(range(start, start + size)) for start in range(0, len(examples) - size + 1, size)]
+        return [group for group in groups if not all(i in done for i in group)]
+
+    def __call__(self, measure: str, examples: Sequence[Example], numbers: Sequence[int]) -> dict[int, list[float]]:
+        """The numbers of some examples of a language: NaN or infinity where logits were not finite.
+
+        Returns:
+            For each example's number: "nats" and "nats-other-source" the target's log-probability and number of tokens;
+            "right-one-of-N" the log-probabilities of all N targets; "labels" those of all its labels, then their
+            numbers of tokens.
+        """
+        own = [examples[i] for i in numbers]
+        if measure in (NATS, OTHER):
+            if measure == OTHER:
+                own = [_with_other_source(examples, i) for i in numbers]
+            pairs = _values(target_log_probs, self.model, self.collator, own, self.batch_size)
+            return {i: [value, count] for i, (value, count) in zip(numbers, pairs, strict=True)}
+        texts = [[e.target for e in own]] * len(own) if group_size(measure) else [list(e.choices) for e in own]
+        rows = _values(choice_log_probs, self.model, self.collator, own, texts, self.batch_size)
+        counts = measure == LABELS
+        return {
+            i: [value for value, _ in row] + ([count for _, count in row] if counts else [])
+            for i, row in zip(numbers, rows, strict=True)
+        }
+
+
+def _values(function: Any, *arguments: Any) -> Any:
+    """What the function returns, or would have returned with values that are not finite."""
+    try:
+        return function(*arguments)
+    except NonFiniteError as error:
+        return error.output
+
+
+def _with_other_source(examples: Sequence[Example], number: int) -> Example:
+    """An example with the source and the prompt of the next one that has another source."""
+    own = examples[number]
+    others = (examples[(number + step) % len(examples)] for step in range(1, len(examples)))
+    other = next((example for example in others if example.source != own.source), None)
+    if other is None:
+        raise ArgumentError(f"data: expected different {own.language} sources for {OTHER}, all are one")
+    return replace(own, source=other.source, prompt=other.prompt)
 
 
 def right_ones(scores: Sequence[Sequence[float]], targets: Sequence[str]) -> list[bool]:
