@@ -256,7 +256,7 @@ def test_an_llm_alone_with_examples(tmp_path: Path) -> None:
         ({"measures": "chrf"}, "measures: expected a list of measures, got 'chrf'"),
         ({"measures": []}, "measures: expected a list of measures"),
         ({"measures": ["nats"]}, r"model: expected a LayAlign model or llm_alone\(...\) for nats, got said"),
-        ({"measures": ["right-one-of-4"]}, "measures: expected at least 4 Klingon/old examples for right-one-of-4, got"),
+        ({"measures": ["right-one-of-4"]}, "measures: expected at least 4 Klingon/old examples for right-one-of-4"),
         ({"task": "tsv", "measures": ["chrf"]}, r"measures: expected none for the scorer text, got \['chrf'\]"),
         ({"stage": "third"}, "stage: expected one of translation, task, got 'third'"),
     ],

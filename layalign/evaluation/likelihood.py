@@ -77,7 +77,7 @@ def choice_log_probs(
         model, collator: as for `target_log_probs`.
         examples: the contexts.
         choices: for each example, the texts.
-        batch_size: texts per forward pass; those of similar length go together.
+        batch_size: examples whose texts are scored together, one of each in a forward pass.
 
     Returns:
         For each example, and each of its choices in their order, what `target_log_probs` gives for a target.
@@ -91,44 +91,42 @@ def choice_log_probs(
     found: list[list[LogProb]] = [[(nan, 0)] * len(texts) for texts in choices]
     with evaluation_mode(model), torch.no_grad():
         for numbers in _batches(examples, batch_size):
-            group = [examples[i] for i in numbers]
             ids = [collator.continuations(examples[i], choices[i]) for i in numbers]
-            for row, place, value in _after_contexts(model, collator, group, ids, batch_size):
+            for row, place, value in _after_contexts(model, collator, [examples[i] for i in numbers], ids):
                 found[numbers[row]][place] = value
     _require_finite(examples, [sum(value for value, _ in rows) for rows in found], found)
     return found
 
 
 def _after_contexts(
-    model: Any, collator: Any, examples: Sequence[Example], ids: Sequence[Sequence[list[int]]], batch_size: int
+    model: Any, collator: Any, examples: Sequence[Example], ids: Sequence[Sequence[list[int]]]
 ) -> Iterator[tuple[int, int, LogProb]]:
-    """(number of the example, number of its choice, log-probability) for token ids that follow each context."""
+    """(number of the example, number of its choice, log-probability) for token ids that follow each context.
+
+    One pass for the contexts, then one for each number of a choice: as many in every process, however few examples one
+    has, for the weights may be spread over all of them.
+    """
     contexts = _call(model, collator.contexts(examples))
     before = contexts["attention_mask"]
     lengths = before.sum(1).tolist()
     _check_room(collator, examples, [n + max(map(len, rows), default=0) for n, rows in zip(lengths, ids, strict=True)])
     output = model(**contexts, use_cache=True, logits_to_keep=1)
-    cache, name, last = cache_of(output), cache_name(model.forward), output.logits[:, -1]  # (B, V)
-    pairs = [(i, j, list(row)) for i, rows in enumerate(ids) for j, row in enumerate(rows)]
-    pairs.sort(key=lambda pair: (-len(pair[2]), pair[1]))
-    for start in range(0, len(pairs), batch_size):
-        own = pairs[start : start + batch_size]
-        rows = torch.tensor([i for i, _, _ in own], device=before.device)
-        width = len(own[0][2])
-        tokens = torch.tensor(
-            [row + [IGNORE_INDEX] * (width - len(row)) for _, _, row in own], device=before.device
-        )  # (R, T), padded on the right
-        logits = last[rows.to(last.device), None]  # the first token follows the context
+    cache, name, last = cache_of(output), cache_name(model.forward), output.logits  # (B, 1, V)
+    for place in range(max(map(len, ids))):
+        rows = [row[place] if place < len(row) else [] for row in ids]
+        width = max(map(len, rows))
+        padded = [row + [IGNORE_INDEX] * (width - len(row)) for row in rows]
+        tokens = torch.tensor(padded, device=before.device)  # (B, T), padded on the right
+        logits = last  # the first token follows the context
         if width > 1:
-            mask = torch.cat([before[rows], (tokens[:, :-1] != IGNORE_INDEX).to(before.dtype)], dim=1)
-            copied = copy.deepcopy(cache)
-            copied.batch_select_indices(rows)
-            inputs = {"input_ids": tokens[:, :-1].clamp(min=0), "attention_mask": mask, name: copied}
+            mask = torch.cat([before, (tokens[:, :-1] != IGNORE_INDEX).to(before.dtype)], dim=1)
+            inputs = {"input_ids": tokens[:, :-1].clamp(min=0), "attention_mask": mask, name: copy.deepcopy(cache)}
             if "position_ids" in contexts:
                 inputs["position_ids"] = real_positions(mask)[:, before.shape[1] :]
-            logits = torch.cat([logits, model(**inputs, use_cache=True).logits], dim=1)
-        for (i, j, _), value in zip(own, _row_sums(logits, tokens), strict=True):
-            yield i, j, value
+            logits = torch.cat([last, model(**inputs, use_cache=True).logits], dim=1)
+        for number, value in enumerate(_row_sums(logits, tokens)):
+            if place < len(ids[number]):
+                yield number, place, value
 
 
 def _row_sums(logits: Tensor, targets: Tensor) -> list[LogProb]:

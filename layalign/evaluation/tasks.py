@@ -73,7 +73,11 @@ def check_labels(example: Example) -> None:
     """
     labels = example.choices
     where = f"data: the {example.language} example {example.id!r}"
-    if len(labels) < 2 or len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
+    if (
+        len(labels) < 2
+        or len(set(labels)) < len(labels)
+        or not all(isinstance(label, str) and label.strip() for label in labels)
+    ):
         refuse(where, "several different labels, none of them empty", labels)
     if example.target not in labels:
         refuse(where, f"the right label among {', '.join(labels)}", example.target)
