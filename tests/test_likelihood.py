@@ -195,6 +195,34 @@ def test_logits_that_are_not_finite(value: float) -> None:
     assert caught.value.rows == (1, 3)
 
 
+def test_what_is_cut_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = joined()
+    collate = collator(model, max_target_length=3)
+    with caplog.at_level("WARNING", "layalign"):
+        assert target_log_probs(model, collate, EXAMPLES[:1])[0][1] == 3
+        found = choice_log_probs(model, collator(model, max_target_length=3), EXAMPLES[:1], [["one"]])
+        assert found[0][0] == (pytest.approx(target_log_probs(model, collate, EXAMPLES[:1])[0][0], abs=2e-4), 3)
+        alone = llm_alone(model.unwrap(), TEXT, max_prompt_length=4)
+        target_log_probs(alone.llm, alone.collator, EXAMPLES * 2, batch_size=1)
+    assert caplog.messages == [
+        "1 target(s) of a batch cut to max_target_length; said only once",
+        "1 target(s) of a batch cut to max_target_length; said only once",
+        "a prompt lost its start, to fit max_prompt_length=4; said only once",
+    ]
+
+
+def test_examples_may_have_different_choices() -> None:
+    model = joined()
+    collate = collator(model)
+    choices = [["a", "bc", "d"], [], ["two"], ["x", ""]]
+    found = choice_log_probs(model, collate, EXAMPLES, choices, batch_size=3)
+    assert [[count for _, count in row] for row in found] == [[2, 3, 2], [], [4], [2, 1]]
+    for example, texts, row in zip(EXAMPLES, choices, found, strict=True):
+        for text, (value, _) in zip(texts, row, strict=True):
+            expected = directly(model, collate([Example(example.source, text, example.language)]))
+            assert value == pytest.approx(expected[0], abs=2e-4)
+
+
 def test_wrong_arguments() -> None:
     model = joined()
     collate = collator(model)

@@ -193,6 +193,7 @@ class LayAlignCollator:
     def continuations(self, example: Example, texts: Sequence[str]) -> list[list[int]]:
         """LLM token ids of each text as a target of `example`: cut like one, and with the end-of-sequence token."""
         found = encode_texts(self.llm_tokenizer, texts, longest=self.max_target_length - 1)
+        self._tell([["target"] if text.cut else [] for text in found])
         return [[*text.ids, self.llm_tokenizer.eos_token_id] for text in found]
 
     def encode_sources(self, examples: Sequence[Example], *, side: str = "right") -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from layalign.finite import generate_finite
 from layalign.generation import SourceGenerationMixin
 from layalign.packing import IGNORE_INDEX, real_positions
 from layalign.tokenization import encode_texts
+
+logger = logging.getLogger(__name__)
 
 
 class ModelAnswers:
@@ -85,6 +88,7 @@ class PromptCollator:
         self.tokenizer, self.max_prompt_length, self.shots = tokenizer, max_prompt_length, shots
         self.llm_positions, self.llm_positions_end = llm_positions, llm_positions_end
         self.end = "\n" if shots else None
+        self._told = False
         self.last_cut: list[tuple[str, ...]] = []
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -130,6 +134,11 @@ class PromptCollator:
         if self._adds_eos():
             rows = [row[:-1] for row in rows]
         self.last_cut = [("prompt",) if len(row) > self.max_prompt_length else () for row in rows]
+        if any(self.last_cut) and not self._told:
+            self._told = True
+            logger.warning(
+                "a prompt lost its start, to fit max_prompt_length=%d; said only once", self.max_prompt_length
+            )
         return [row[-self.max_prompt_length :] for row in rows]
 
     def _padded(self, contexts: Sequence[list[int]], targets: Sequence[list[int]]) -> dict[str, torch.Tensor]:

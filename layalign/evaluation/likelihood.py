@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from math import isfinite, nan
 from typing import Any
 
@@ -22,8 +23,10 @@ from layalign._versions import cache_name, cache_of
 from layalign.data.examples import Example
 from layalign.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
 from layalign.evaluation.answering import device_of, evaluation_mode
+from layalign.evaluation.measures import NATS, OTHER, group_size
 from layalign.packing import IGNORE_INDEX, real_positions
 
+LABELS = "labels"  # measured by the scorers that choose a label by likelihood
 LogProb = tuple[float, int]  # (sum of the log-probabilities of a text's tokens, number of these tokens)
 
 
@@ -74,7 +77,7 @@ def choice_log_probs(
         model, collator: as for `target_log_probs`.
         examples: the contexts.
         choices: for each example, the texts.
-        batch_size: texts per forward pass; those of similar length go together.
+        batch_size: examples whose texts are scored together, one of each in a forward pass.
 
     Returns:
         For each example, and each of its choices in their order, what `target_log_probs` gives for a target.
@@ -88,44 +91,42 @@ def choice_log_probs(
     found: list[list[LogProb]] = [[(nan, 0)] * len(texts) for texts in choices]
     with evaluation_mode(model), torch.no_grad():
         for numbers in _batches(examples, batch_size):
-            group = [examples[i] for i in numbers]
             ids = [collator.continuations(examples[i], choices[i]) for i in numbers]
-            for row, place, value in _after_contexts(model, collator, group, ids, batch_size):
+            for row, place, value in _after_contexts(model, collator, [examples[i] for i in numbers], ids):
                 found[numbers[row]][place] = value
     _require_finite(examples, [sum(value for value, _ in rows) for rows in found], found)
     return found
 
 
 def _after_contexts(
-    model: Any, collator: Any, examples: Sequence[Example], ids: Sequence[Sequence[list[int]]], batch_size: int
+    model: Any, collator: Any, examples: Sequence[Example], ids: Sequence[Sequence[list[int]]]
 ) -> Iterator[tuple[int, int, LogProb]]:
-    """(number of the example, number of its choice, log-probability) for token ids that follow each context."""
+    """(number of the example, number of its choice, log-probability) for token ids that follow each context.
+
+    One pass for the contexts, then one for each number of a choice: as many in every process, however few examples one
+    has, for the weights may be spread over all of them.
+    """
     contexts = _call(model, collator.contexts(examples))
     before = contexts["attention_mask"]
     lengths = before.sum(1).tolist()
     _check_room(collator, examples, [n + max(map(len, rows), default=0) for n, rows in zip(lengths, ids, strict=True)])
     output = model(**contexts, use_cache=True, logits_to_keep=1)
-    cache, name, last = cache_of(output), cache_name(model.forward), output.logits[:, -1]  # (B, V)
-    pairs = [(i, j, list(row)) for i, rows in enumerate(ids) for j, row in enumerate(rows)]
-    pairs.sort(key=lambda pair: (-len(pair[2]), pair[1]))
-    for start in range(0, len(pairs), batch_size):
-        own = pairs[start : start + batch_size]
-        rows = torch.tensor([i for i, _, _ in own], device=before.device)
-        width = len(own[0][2])
-        tokens = torch.tensor(
-            [row + [IGNORE_INDEX] * (width - len(row)) for _, _, row in own], device=before.device
-        )  # (R, T), padded on the right
-        logits = last[rows.to(last.device), None]  # the first token follows the context
+    cache, name, last = cache_of(output), cache_name(model.forward), output.logits  # (B, 1, V)
+    for place in range(max(map(len, ids))):
+        rows = [row[place] if place < len(row) else [] for row in ids]
+        width = max(map(len, rows))
+        padded = [row + [IGNORE_INDEX] * (width - len(row)) for row in rows]
+        tokens = torch.tensor(padded, device=before.device)  # (B, T), padded on the right
+        logits = last  # the first token follows the context
         if width > 1:
-            mask = torch.cat([before[rows], (tokens[:, :-1] != IGNORE_INDEX).to(before.dtype)], dim=1)
-            copied = copy.deepcopy(cache)
-            copied.batch_select_indices(rows)
-            inputs = {"input_ids": tokens[:, :-1].clamp(min=0), "attention_mask": mask, name: copied}
+            mask = torch.cat([before, (tokens[:, :-1] != IGNORE_INDEX).to(before.dtype)], dim=1)
+            inputs = {"input_ids": tokens[:, :-1].clamp(min=0), "attention_mask": mask, name: copy.deepcopy(cache)}
             if "position_ids" in contexts:
                 inputs["position_ids"] = real_positions(mask)[:, before.shape[1] :]
-            logits = torch.cat([logits, model(**inputs, use_cache=True).logits], dim=1)
-        for (i, j, _), value in zip(own, _row_sums(logits, tokens), strict=True):
-            yield i, j, value
+            logits = torch.cat([last, model(**inputs, use_cache=True).logits], dim=1)
+        for number, value in enumerate(_row_sums(logits, tokens)):
+            if place < len(ids[number]):
+                yield number, place, value
 
 
 def _row_sums(logits: Tensor, targets: Tensor) -> list[LogProb]:
@@ -138,6 +139,69 @@ def _row_sums(logits: Tensor, targets: Tensor) -> list[LogProb]:
     owners = wanted.nonzero()[:, 0].cpu()
     sums = torch.zeros(len(targets), dtype=torch.float64).index_add(0, owners, values)
     return list(zip(sums.tolist(), wanted.sum(1).tolist(), strict=True))
+
+
+class Likelihoods:
+    """What an evaluation measures of a language by likelihood: "nats", "nats-other-source", "right-one-of-N", "labels".
+
+    Args:
+        model, collator, batch_size: as for `target_log_probs`.
+    """
+
+    def __init__(self, model: Any, collator: Any, batch_size: int) -> None:
+        self.model, self.collator, self.batch_size = model, collator, batch_size
+
+    def units(self, measure: str, examples: Sequence[Example], done: Collection[int]) -> list[list[int]]:
+        """Numbers of examples that are measured together; those that are done are left out.
+
+        For right-one-of-N they are N examples in a row, and what is left at the end is not measured.
+        """
+        size = group_size(measure)
+        if size is None:
+            rest = [i for i in range(len(examples)) if i not in done]
+            return [[rest[i] for i in own] for own in _batches([examples[i] for i in rest], self.batch_size)]
+        groups = [list(range(start, start + size)) for start in range(0, len(examples) - size + 1, size)]
+        return [group for group in groups if not all(i in done for i in group)]
+
+    def __call__(self, measure: str, examples: Sequence[Example], numbers: Sequence[int]) -> dict[int, list[float]]:
+        """The numbers of some examples of a language: NaN or infinity where logits were not finite.
+
+        Returns:
+            For each example's number: "nats" and "nats-other-source" the target's log-probability and number of tokens;
+            "right-one-of-N" the log-probabilities of all N targets; "labels" those of all its labels, then their
+            numbers of tokens.
+        """
+        own = [examples[i] for i in numbers]
+        if measure in (NATS, OTHER):
+            if measure == OTHER:
+                own = [_with_other_source(examples, i) for i in numbers]
+            pairs = _values(target_log_probs, self.model, self.collator, own, self.batch_size)
+            return {i: [value, count] for i, (value, count) in zip(numbers, pairs, strict=True)}
+        texts = [[e.target for e in own]] * len(own) if group_size(measure) else [list(e.choices) for e in own]
+        rows = _values(choice_log_probs, self.model, self.collator, own, texts, self.batch_size)
+        counts = measure == LABELS
+        return {
+            i: [value for value, _ in row] + ([count for _, count in row] if counts else [])
+            for i, row in zip(numbers, rows, strict=True)
+        }
+
+
+def _values(function: Any, *arguments: Any) -> Any:
+    """What the function returns, or would have returned with values that are not finite."""
+    try:
+        return function(*arguments)
+    except NonFiniteError as error:
+        return error.output
+
+
+def _with_other_source(examples: Sequence[Example], number: int) -> Example:
+    """An example with the source and the prompt of the next one that has another source."""
+    own = examples[number]
+    others = (examples[(number + step) % len(examples)] for step in range(1, len(examples)))
+    other = next((example for example in others if example.source != own.source), None)
+    if other is None:
+        raise ArgumentError(f"data: expected different {own.language} sources for {OTHER}, all are one")
+    return replace(own, source=other.source, prompt=other.prompt)
 
 
 def right_ones(scores: Sequence[Sequence[float]], targets: Sequence[str]) -> list[bool]:

@@ -42,7 +42,7 @@ def translation_scores(
         raise ArgumentError(f"outputs: expected one for each of the references, got {len(outputs)}, {len(references)}")
     found: dict[str, Any] = {"statistics": {}, "signatures": {}}
     for name in metrics:
-        metric = _metric(name)
+        metric = metric_of(name)
         rows = metric._extract_corpus_statistics(list(outputs), [list(references)])
         found["statistics"][name] = np.asarray(rows, dtype=np.int64)
         found[name] = score_of(name, found["statistics"][name].sum(axis=0))
@@ -52,11 +52,17 @@ def translation_scores(
 
 def score_of(metric: str, statistics: Any) -> float:
     """The score, 0..100, of sentences whose statistics (k,) were summed."""
-    return float(_metric(metric)._compute_score_from_stats([int(value) for value in statistics]).score)
+    return float(metric_of(metric)._compute_score_from_stats([int(value) for value in statistics]).score)
 
 
 @lru_cache
-def _metric(name: str) -> Any:
+def metric_of(name: str) -> Any:
+    """sacrebleu's metric "chrf" or "bleu".
+
+    Raises:
+        ArgumentError: it is neither.
+        BackendError: sacrebleu is not installed.
+    """
     one_of("metrics", name, METRICS)
     try:
         from sacrebleu.metrics import BLEU, CHRF
