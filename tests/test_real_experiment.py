@@ -18,7 +18,7 @@ from layalign.cli import main
 from layalign.data import Example
 from layalign.errors import ArgumentError
 from layalign.evaluation.translation import translation_scores
-from layalign.experiments.real import load_settings, runs
+from layalign.experiments.real import load_settings, runs, text
 from layalign.experiments.real.data import as_text, normalised, read_data
 from layalign.experiments.real.measures import _groups
 from layalign.experiments.real.report import TABLES, written_into
@@ -87,7 +87,7 @@ def test_the_preset_is_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, text",
+    "change, told",
     [
         ({"tested": ["deu", "klingon"]}, "tested: expected codes of languages"),
         ({"unseen": ["fra"]}, "unseen: expected some of the tested languages"),
@@ -104,8 +104,8 @@ def test_the_preset_is_whole() -> None:
         ({"more": 1}, "more: no such key"),
     ],
 )
-def test_a_wrong_setting_is_named(change: dict[str, Any], text: str) -> None:
-    with pytest.raises(ArgumentError, match=text):
+def test_a_wrong_setting_is_named(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ArgumentError, match=told):
         load_settings("real", {**SMALL, **change})
 
 
@@ -135,6 +135,27 @@ def test_sentences_as_text() -> None:
     assert as_text([pair])[0].prompt == "Hallo du\nEnglish:"
     assert [len(group) for group in _groups([pair] * 7, 3)] == [3, 4]
     assert [len(group) for group in _groups([shot] * 2, 3)] == [2]
+
+
+def test_text_from_clones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, news = tmp_path / "laser" / "data" / "tatoeba" / "v1", tmp_path / "ntrex" / "NTREX-128"
+    where = [str(tmp_path / "out"), "--laser", str(tmp_path / "laser"), "--ntrex", str(tmp_path / "ntrex")]
+    with pytest.raises(ArgumentError, match="laser: expected a clone"):
+        text.main(where)
+    for place in (folder, news):
+        place.mkdir(parents=True)
+    for code in ("deu", "gle"):  # one that is tested, taken whole, and another
+        (folder / f"tatoeba.{code}-eng.{code}").write_text("".join(f" a\u2028{i}\u00a0b\n" for i in range(130)) + "\n")
+        (folder / f"tatoeba.{code}-eng.eng").write_text("".join(f"one\t{i}\n" for i in range(130)) + "no source\n")
+    with pytest.raises(ArgumentError, match="ntrex: expected a clone"):
+        text.main(where)
+    for name in ("src.eng", *(f"ref.{code}" for code in text.NEWS)):
+        (news / f"newstest2019-{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(160)))
+    text.main(where)
+    assert "{'tatoeba': 250, 'ntrex': 4500}" in capsys.readouterr().out
+    lines = (tmp_path / "out" / "tatoeba" / "gle.tsv").read_text().split("\n")
+    assert lines[3] == "a 3\u00a0b\tone 3" and len(lines) == 121
+    assert (tmp_path / "out" / "ntrex" / "zul.tsv").read_text().startswith("ref.zul 0\tsrc.eng 0\n")
 
 
 # Runs
@@ -260,8 +281,9 @@ def test_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     where = ["--weights", str(world / "weights"), "--data", str(world / "data"), "--output", str(tmp_path / "out")]
     assert command("--config", str(file), *where, "--only", "mindmerger-soft") == 0
     out = capsys.readouterr().out
-    assert "mindmerger-soft, seed 0: done" in out and "MindMerger-Soft" in out
-    assert (tmp_path / "out" / "report.md").is_file() and (tmp_path / "out" / "curves.png").is_file()
+    assert "mindmerger-soft, seed 0: done" in out and "step 4/4: dev loss" in out
+    assert "| MindMerger-Soft | 1 |" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "curves.png").is_file()
     assert command("--config", str(file), *where, "--report") == 0
     assert command("--data", str(world)) == 2
     assert "data: expected none with controlled" in capsys.readouterr().err
