@@ -17,8 +17,8 @@ _BREAKS = re.compile("[\t\v\f\r\x1c-\x1e\x85\u2028\u2029]")  # a tab, and what s
 PAIRS_OF_THE_OTHERS = 120  # of each language that is not tested
 NEWS_LINES = 150
 NEWS = (
-    "amh", "arb", "ben", "bul", "deu", "ell", "fra", "hau", "hin", "ibo", "ita", "jpn", "khm", "lao", "mya", "nld", "pol",
-    "por", "rus", "som", "spa", "swa", "tel", "tha", "tur", "urd", "vie", "yor", "zho-CN", "zul",
+    "amh", "arb", "ben", "bul", "deu", "ell", "fra", "hau", "hin", "ibo", "ita", "jpn", "khm", "lao", "mya", "nld",
+    "pol", "por", "rus", "som", "spa", "swa", "tel", "tha", "tur", "urd", "vie", "yor", "zho-CN", "zul",
 )  # fmt: skip
 
 
