@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_training import save_parts
 
 pytest.importorskip("sacrebleu")
@@ -17,11 +19,12 @@ pytest.importorskip("matplotlib")
 from layalign.cli import main
 from layalign.data import Example
 from layalign.errors import ArgumentError
+from layalign.evaluation.likelihood import target_log_probs
 from layalign.evaluation.translation import translation_scores
-from layalign.experiments.real import load_settings, runs, text
+from layalign.experiments.real import ablation, load_settings, runs, text
 from layalign.experiments.real.data import as_text, normalised, read_data
 from layalign.experiments.real.measures import _groups
-from layalign.experiments.real.report import TABLES, written_into
+from layalign.experiments.real.report import TABLES, pictures, written_into
 from layalign.experiments.real.results import summarise, write_results
 from layalign.experiments.real.schedule import run_all
 from layalign.experiments.real.settings import RealSettings, is_real
@@ -37,7 +40,7 @@ SMALL: dict[str, Any] = {
     "tested": ["deu", "swh"], "unseen": ["swh"], "test_per_language": 7, "dev_per_language": 3, "steps": 4, "batch": 4,
     "choice_steps": 2, "eval_steps": 2, "learning_rates": [1e-4, 1e-2], "right_one_of": 3, "written_per_language": 4,
     "max_new_tokens": 4, "seeds": [0, 1], "other_domain_per_language": 5, "other_domain_words": [3, 9],
-    "systems": SYSTEMS,
+    "ablated": ["layalign-all"], "systems": SYSTEMS,
 }  # fmt: skip
 
 
@@ -101,6 +104,8 @@ def test_the_preset_is_whole() -> None:
         ({"systems": [{"name": "a", "baseline": "llm", "x": 1}]}, "systems.x: no such key"),
         ({"english_words": [3]}, "english_words: expected two whole numbers"),
         ({"steps": 0}, "steps"),
+        ({"ablated": ["llm"]}, "ablated: expected systems that train"),
+        ({"ablated": ["x"]}, "ablated: expected some of the systems"),
         ({"more": 1}, "more: no such key"),
     ],
 )
@@ -226,6 +231,38 @@ def test_runs_of_other_settings_are_refused(world: Path, done: tuple[RealSetting
         runs.train_run(run, run.system("layalign-all"), read_data(run), folder, 0)
 
 
+def test_parts_taken_away(world: Path, done: tuple[RealSettings, Path]) -> None:
+    settings, folder = done
+    data, system = read_data(settings), settings.system("layalign-all")
+    found = ablation.ablate_run(settings, system, data, folder, 0)
+    rate = json.loads((folder / "runs/layalign-all/choice.json").read_text())["chosen"]
+    answers, collator = runs.asked(settings, system, data, folder, 0, rate)
+    model, pairs = answers.model, [pair for group in data.test.values() for pair in group[: ablation.PER_LANGUAGE]]
+
+    def nats(**changes: torch.Tensor) -> float:
+        changed = copy.deepcopy(model)
+        for name, value in changes.items():
+            dict(changed.named_parameters())[name].data.copy_(value)
+        values = target_log_probs(changed, collator, pairs)
+        return -sum(value for value, _ in values) / sum(count for _, count in values)
+
+    assert found["whole"] == pytest.approx(nats(), abs=1e-4)
+    weights = dict(model.named_parameters())
+    mix = weights["encoder_aligner.projector.fc1.weight"].detach().clone()
+    mix[:, 2] = 0
+    assert found["encoder layers"]["2"] == pytest.approx(
+        nats(**{"encoder_aligner.projector.fc1.weight": mix}), abs=1e-4
+    )
+    closed = {"cross_attention.1.adaption_gate": torch.zeros(1)}
+    assert found["LLM layers"]["1"] == pytest.approx(nats(**closed), abs=1e-4)
+    closed["cross_attention.0.adaption_gate"] = torch.zeros(1)
+    assert found["no gates"] == pytest.approx(nats(**closed), abs=1e-4)
+    assert len({found["whole"], found["no gates"], found["no soft tokens"], found["encoder layers"]["2"]}) == 4
+    assert len(found["encoder layers"]) == 4 and len(found["gates"]) == 2
+    adapter = ablation.ablate_run(settings, settings.system("mindmerger-soft"), data, folder, 0)
+    assert "no gates" not in adapter and adapter["no soft tokens"] != adapter["whole"]
+
+
 # Results
 
 
@@ -264,6 +301,7 @@ def test_report_and_page(done: tuple[RealSettings, Path]) -> None:
     page = written_into(marks, found)
     for system in settings.systems:
         assert page.count(f"| {system.label} |") >= 3
+    assert set(pictures(found)) == {"curves", "parts"} and "no layer 3" in page
     assert "5 runs are done." in page and "Swahili (unseen)" in page
 
 

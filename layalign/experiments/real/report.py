@@ -114,7 +114,28 @@ def training_rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def part_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per system whose parts were taken away: nats a token without each, less those with all."""
+    ablated = _ablated(found)
+    layers = sorted({int(layer) for of in ablated.values() for layer in of.get("encoder layers", ())})
+    rows = [["system", "with all", "no gates", "no soft tokens", *(f"no layer {layer}" for layer in layers)]]
+    for label, of in ablated.items():
+        values = [
+            of.get("no gates"),
+            of.get("no soft tokens"),
+            *(of.get("encoder layers", {}).get(str(e)) for e in layers),
+        ]
+        lost = ["-" if value is None else f"{value - of['whole']:+.3f}" for value in values]
+        rows.append([label, f"{of['whole']:.3f}", *lost])
+    return rows
+
+
+def _ablated(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {system["label"]: system["ablation"] for system in found["systems"].values() if "ablation" in system}
+
+
 TABLES = {
+    "parts": part_rows,
     "main": main_rows,
     "differences": difference_rows,
     "nats": nats_rows,
@@ -155,9 +176,37 @@ def curves(found: dict[str, Any]) -> bytes:
     axis.set(xlabel="step", ylabel="dev loss, nats a token")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def parts(found: dict[str, Any]) -> bytes | None:
+    """Gates, and what each LLM layer's gated term is worth; None where no run was looked at."""
+    from matplotlib.figure import Figure
+
+    ablated = {label: of for label, of in _ablated(found).items() if of.get("LLM layers")}
+    if not ablated:
+        return None
+    figure = Figure(figsize=(9, 2.6 * len(ablated)))
+    for row, (label, of) in zip(figure.subplots(len(ablated), 2, squeeze=False), ablated.items(), strict=True):
+        layers = [int(layer) for layer in of["LLM layers"]]
+        row[0].bar(layers, of["gates"])
+        row[1].bar(layers, [value - of["whole"] for value in of["LLM layers"].values()])
+        row[0].set(title=label, xlabel="LLM layer", ylabel="gate")
+        row[1].set(title="without this layer's gated term", xlabel="LLM layer", ylabel="nats a token lost")
+    figure.tight_layout()
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def pictures(found: dict[str, Any]) -> dict[str, bytes]:
+    """By name; those that there is something to show of."""
+    made = {"curves": curves(found), "parts": parts(found)}
+    return {name: picture for name, picture in made.items() if picture is not None}
 
 
 def written_into(page: str, found: dict[str, Any]) -> str:
@@ -170,14 +219,16 @@ def written_into(page: str, found: dict[str, Any]) -> str:
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
-    """`report.md` and `curves.png` in the experiment's folder."""
-    parts = [f"## {name}\n\n{markdown_table(rows(found))}" for name, rows in TABLES.items()]
-    write_whole(folder / "report.md", "\n".join(["# Evidence\n", state(found), *parts]))
-    write_whole(folder / "curves.png", curves(found))
+    """`report.md` and the pictures in the experiment's folder."""
+    tables = [f"## {name}\n\n{markdown_table(rows(found))}" for name, rows in TABLES.items()]
+    write_whole(folder / "report.md", "\n".join(["# Evidence\n", state(found), *tables]))
+    for name, picture in pictures(found).items():
+        write_whole(folder / f"{name}.png", picture)
 
 
 if __name__ == "__main__":  # RESULTS PAGE: the tables of the documentation, and its picture
     result, page = Path(sys.argv[1]), Path(sys.argv[2])
     content = read_json(result)
     page.write_text(written_into(page.read_text(encoding="utf-8"), content), encoding="utf-8")
-    write_whole(page.parent / "images" / "evidence-curves.png", curves(content))
+    for name, picture in pictures(content).items():
+        write_whole(page.parent / "images" / f"evidence-{name}.png", picture)

@@ -20,6 +20,7 @@ from layalign.errors import ArgumentError
 from layalign.evaluation.levels import resource_level
 from layalign.evaluation.translation import score_of
 from layalign.experiment.runs import read_done
+from layalign.experiments.real.ablation import ABLATION
 from layalign.experiments.real.data import language_name, mark_of
 from layalign.experiments.real.runs import CHOICE, RESULT, TRAINED, run_folder
 from layalign.experiments.real.schedule import DATA
@@ -137,6 +138,11 @@ def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
             for seed, t in zip(entry["seeds"], trained, strict=True)
             if t is not None
         }
+        ablation = _read(run_folder(folder, name, entry["seeds"][0]) / ABLATION)
+        if ablation is not None:
+            entry["ablation"] = {
+                key: value for key, value in ablation.items() if key not in ("fingerprint", "versions")
+            }
         choice = _read(folder / "runs" / name / CHOICE)
         entry["choice"] = choice and {rate: tried["dev_loss"] for rate, tried in choice["tried"].items()}
     missing = [f"{name}, seed {seed}" for name, seed in settings.runs() if seed not in runs.get(name, {})]

@@ -89,8 +89,8 @@ def _train(
     watch = _Seconds()
     summary = train(
         train_config(settings, system, seed, rate, output),
-        examples=_read_by(system, data.train),
-        dev_examples=_read_by(system, data.dev),
+        examples=read_by(system, data.train),
+        dev_examples=read_by(system, data.dev),
         lengths=_lengths(settings, data.train),
         callbacks=[watch, _PauseAt(until)],
     )
@@ -122,7 +122,8 @@ def _lengths(settings: RealSettings, pairs: Sequence[Example]) -> list[int]:
     return counts
 
 
-def _read_by(system: RealSystem, pairs: Sequence[Example]) -> list[Example]:
+def read_by(system: RealSystem, pairs: Sequence[Example]) -> list[Example]:
+    """The pairs as a system that trains reads them."""
     return as_text(pairs) if system.reads_text else list(pairs)
 
 
@@ -142,7 +143,7 @@ def choose_rate(settings: RealSettings, system: RealSystem, data: RealData, fold
                 "losses": found["losses"],
             }
         chosen = min(settings.learning_rates, key=lambda rate: tried[f"{rate:g}"]["dev_loss"])
-        return _done(path, mark, {"system": system.name, "chosen": chosen, "tried": tried})
+        return write_done(path, mark, {"system": system.name, "chosen": chosen, "tried": tried})
 
 
 def train_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def train_run(settings: RealSettings, system: RealSystem, data: RealData, folder
         for name in ("gates.jsonl", "training_config.yaml"):
             if (work / name).is_file():
                 shutil.copy2(work / name, place / name)
-        return _done(place / TRAINED, mark, {"system": system.name, "seed": seed, **found})
+        return write_done(place / TRAINED, mark, {"system": system.name, "seed": seed, **found})
 
 
 def load_run(settings: RealSettings, system: RealSystem, folder: Path, seed: int, rate: float) -> LayAlignForCausalLM:
@@ -180,18 +181,18 @@ def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
         started = time.process_time()
         domains = {"tatoeba": data.test, "ntrex": data.other_domain}
         found: dict[str, Any] = {domain: {} for domain in domains}
-        answers, collator = _asked(settings, system, data, folder, seed, rate)
+        answers, collator = asked(settings, system, data, folder, seed, rate)
         for domain, groups in domains.items():
             for code, pairs in groups.items():
                 if system.shots and code not in data.shots:
                     continue
-                read = pairs if system.shots else _read_by(system, pairs)
+                read = pairs if system.shots else read_by(system, pairs)
                 found[domain][code] = measure(settings, answers, collator, read, domain == "tatoeba")
         found["cpu_seconds"] = round(time.process_time() - started)
-        return _done(place / RESULT, mark, {"system": system.name, "seed": seed, **found}, indent=None)
+        return write_done(place / RESULT, mark, {"system": system.name, "seed": seed, **found}, indent=None)
 
 
-def _asked(
+def asked(
     settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int, rate: float | None
 ) -> tuple[ModelAnswers | LlmAnswers, Any]:
     """(what writes, the collator of likelihoods)."""
@@ -207,7 +208,8 @@ def _asked(
     return ModelAnswers(model, writes, settings.max_new_tokens), likely
 
 
-def _done(path: Path, mark: str, found: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
+def write_done(path: Path, mark: str, found: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
+    """Write what a step found, with its fingerprint and what made it; returns all of it."""
     content = {"fingerprint": mark, **found, "versions": versions()}
     write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
     return content

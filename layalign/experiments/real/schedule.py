@@ -70,10 +70,13 @@ def run_all(
 
 
 def _run(settings: RealSettings, folder: Path, system: str, seed: int) -> None:
-    from layalign.experiments.real import runs
+    from layalign.experiments.real import ablation, runs
 
+    each, data = settings.system(system), read_data(settings)
     try:
-        runs.test_run(settings, settings.system(system), read_data(settings), folder, seed)
+        runs.test_run(settings, each, data, folder, seed)
+        if system in settings.ablated and seed == settings.seeds_of(each)[0]:
+            ablation.ablate_run(settings, each, data, folder, seed)
     except Exception as error:
         runs.log(folder, "failed", system=system, seed=seed, problem=f"{type(error).__name__}: {error}")
         raise

@@ -83,6 +83,7 @@ class RealSettings:
         max_new_tokens: longest answer.
         right_one_of: sentences of a group in which the right one is to be found.
         seeds: of the parts that train and of the order of the batches. The data are the same for all.
+        ablated: systems of which parts are taken away after training, with the first seed.
         systems: what is compared. The first is what the others are tested against.
     """
 
@@ -107,6 +108,7 @@ class RealSettings:
     max_new_tokens: int = 24
     right_one_of: int = 5
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    ablated: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "max_length", "eval_steps", "choice_steps", "max_new_tokens"):
@@ -137,7 +139,11 @@ class RealSettings:
         names = [system.name for system in self.systems]
         if not names or len(set(names)) != len(names):
             raise ArgumentError(f"systems: expected at least one, with different names, got {names}")
+        if not isinstance(self.ablated, list) or not all(name in names for name in self.ablated):
+            refuse("ablated", "some of the systems", self.ablated)
         for system in self.systems:
+            if not system.trains and system.name in self.ablated:
+                refuse("ablated", "systems that train", system.name)
             if system.seeds is not None:
                 _seeds(f"systems.{system.name}.seeds", system.seeds)
 
