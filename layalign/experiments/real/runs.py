@@ -27,6 +27,7 @@ from layalign.experiments.real.measures import collators, measure
 from layalign.experiments.real.settings import RealSettings, RealSystem
 from layalign.tokenization import encode_texts, load_tokenizers
 from layalign.training import TrainConfig, train
+from layalign.training.gates import FILE as GATES
 
 CHOICE, TRAINED, RESULT = "choice.json", "trained.json", "result.json"
 SAVE_STEPS = 50
@@ -156,9 +157,8 @@ def train_run(settings: RealSettings, system: RealSystem, data: RealData, folder
         log(folder, "train", system=system.name, seed=seed, rate=rate)
         found = _train(settings, system, data, folder, seed, rate, settings.steps)
         work = work_folder(folder, system.name, seed, rate)
-        for name in ("gates.jsonl", "training_config.yaml"):
-            if (work / name).is_file():
-                shutil.copy2(work / name, place / name)
+        if (work / GATES).is_file():  # systems without an aligner have none
+            shutil.copyfile(work / GATES, place / GATES)
         return write_done(place / TRAINED, mark, {"system": system.name, "seed": seed, **found})
 
 
@@ -182,9 +182,10 @@ def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
         domains = {"tatoeba": data.test, "ntrex": data.other_domain}
         found: dict[str, Any] = {domain: {} for domain in domains}
         answers, collator = asked(settings, system, data, folder, seed, rate)
+        shown = {shot.language for group in data.shots.values() for shot in group}
         for domain, groups in domains.items():
             for code, pairs in groups.items():
-                if system.shots and code not in data.shots:
+                if system.shots and pairs[0].language not in shown:
                     continue
                 read = pairs if system.shots else read_by(system, pairs)
                 found[domain][code] = measure(settings, answers, collator, read, domain == "tatoeba")
