@@ -21,7 +21,7 @@ from layalign.data import Example
 from layalign.errors import ArgumentError
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.evaluation.translation import translation_scores
-from layalign.experiments.real import ablation, load_settings, runs, text
+from layalign.experiments.real import ablation, load_settings, runs, task, text
 from layalign.experiments.real.data import as_text, normalised, read_data
 from layalign.experiments.real.measures import _groups
 from layalign.experiments.real.report import TABLES, pictures, written_into
@@ -36,11 +36,21 @@ SYSTEMS: list[dict[str, Any]] = [
     {"name": "lora", "baseline": "lora", "reads_text": True, "seeds": [0]},
     {"name": "llm", "baseline": "llm", "reads_text": True, "shots": 2, "seeds": [0]},
 ]
+TASK: dict[str, Any] = {
+    "train": 12, "dev": 3, "test_per_language": 5, "steps": 4, "batch": 4, "choice_steps": 2, "eval_steps": 2,
+    "learning_rates": [1e-3, 1e-2], "seeds": [0], "systems": [
+        {"name": "layalign-all", "baseline": "all-layers", "after": "layalign-all"},
+        {"name": "langbridge", "baseline": "langbridge", "after": "mindmerger-soft"},
+        {"name": "lora", "baseline": "lora", "reads_text": True, "after": "lora"},
+        {"name": "lora-alone", "baseline": "lora", "reads_text": True},
+        {"name": "llm", "baseline": "llm", "reads_text": True},
+    ],
+}  # fmt: skip
 SMALL: dict[str, Any] = {
     "tested": ["deu", "swh"], "unseen": ["swh"], "test_per_language": 7, "dev_per_language": 3, "steps": 4, "batch": 4,
     "choice_steps": 2, "eval_steps": 2, "learning_rates": [1e-4, 1e-2], "right_one_of": 3, "written_per_language": 4,
     "max_new_tokens": 4, "seeds": [0, 1], "other_domain_per_language": 5, "other_domain_words": [3, 9],
-    "ablated": ["layalign-all"], "systems": SYSTEMS,
+    "ablated": ["layalign-all"], "systems": SYSTEMS, "task": TASK,
 }  # fmt: skip
 
 
@@ -60,6 +70,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 english = f"The {WORDS[i % 10]} and a {WORDS[(i // 10 + place) % 10]} {folder}."
                 lines.append(f"{english[::-1].lower()}\t{english}")
             (root / "data" / folder / f"{language}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, languages, count in (("dev", ("en",), 15), ("test", ("en", "sw", "ur"), 6)):
+        (root / "data" / "xnli" / name).mkdir(parents=True)
+        for language in languages:
+            labels = ("entailment", "neutral", "contradiction")
+            lines = [f"{language} {WORDS[i % 10]} {name}\t{WORDS[i % 7]}\t{labels[i % 3]}" for i in range(count)]
+            (root / "data" / "xnli" / name / f"{language}.tsv").write_text("\n".join(lines) + "\n")
     return root
 
 
@@ -73,7 +89,7 @@ def done(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RealSet
     settings, folder = settings_of(world), tmp_path_factory.mktemp("out")
     data = read_data(settings)
     (folder / "data.json").write_text(data.to_json())
-    for system, seed in settings.runs():
+    for _, system, seed in settings.runs(stage="translation"):
         runs.test_run(settings, settings.system(system), data, folder, seed)
     return settings, folder
 
@@ -85,7 +101,11 @@ def test_the_preset_is_whole() -> None:
     settings = load_settings("real")
     assert len(settings.tested) == 21 and len(settings.unseen) >= 3 and len(settings.seeds) >= 3
     assert [len(settings.seeds_of(settings.system(name))) for name in ("layalign-all", "last-layer")] == [5, 5]
-    assert settings.runs(seeds=[0])[:2] == [("layalign-all", 0), ("last-layer", 0)]
+    assert settings.runs(seeds=[0])[:2] == [("translation", "layalign-all", 0), ("translation", "last-layer", 0)]
+    assert settings.runs(["lora"], [1], "task") == [("task", "lora", 1)]
+    for wrong, told in (({"only": ["x"]}, "only"), ({"seeds": [9]}, "seeds"), ({"stage": "x"}, "stage")):
+        with pytest.raises(ArgumentError, match=f"{told}: expected"):
+            settings.runs(**wrong)
     assert is_real("real") and not is_real("controlled")
 
 
@@ -106,6 +126,10 @@ def test_the_preset_is_whole() -> None:
         ({"steps": 0}, "steps"),
         ({"ablated": ["llm"]}, "ablated: expected systems that train"),
         ({"ablated": ["x"]}, "ablated: expected some of the systems"),
+        ({"task": {**TASK, "steps": 1}}, "task.choice_steps: expected at most the 1 steps"),
+        ({"task": {**TASK, "more": 1}}, "task.more: no such key"),
+        ({"task": {"steps": 1}}, "task: expected a mapping with a list of systems"),
+        ({"task": {"systems": [{**SYSTEMS[0], "after": "x"}]}}, "task.systems.layalign-all.after: expected one of"),
         ({"more": 1}, "more: no such key"),
     ],
 )
@@ -198,7 +222,7 @@ def test_all_systems_learn_from_the_same_batches(world: Path, tmp_path: Path, mo
     settings = settings_of(world, learning_rates=[1e-3])
     data = read_data(settings)
     for name in ("layalign-all", "mindmerger-soft", "lora"):
-        runs.train_run(settings, settings.system(name), data, tmp_path, 0)
+        runs.train_run(runs.translation(settings, settings.system(name), data), tmp_path, 0)
     assert len(orders) >= 3 and all(order == orders[0] for order in orders)
 
 
@@ -215,11 +239,11 @@ def test_a_run_that_was_cut_off_goes_on(world: Path, tmp_path: Path, done: tuple
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs._PauseAt, "on_step_end", die)
         with pytest.raises(KeyboardInterrupt):
-            runs.train_run(settings, system, data, tmp_path, 0)
-    again = runs.train_run(settings, system, data, tmp_path, 0)
+            runs.train_run(runs.translation(settings, system, data), tmp_path, 0)
+    again = runs.train_run(runs.translation(settings, system, data), tmp_path, 0)
     whole = json.loads((folder / "runs/mindmerger-soft/seed-0/trained.json").read_text())
     assert again["dev_loss"] == whole["dev_loss"]
-    assert runs.train_run(settings, system, data, tmp_path, 0) == again
+    assert runs.train_run(runs.translation(settings, system, data), tmp_path, 0) == again
 
 
 def test_runs_of_other_settings_are_refused(world: Path, done: tuple[RealSettings, Path]) -> None:
@@ -228,7 +252,7 @@ def test_runs_of_other_settings_are_refused(world: Path, done: tuple[RealSetting
         summarise(settings_of(world, max_new_tokens=5), folder)
     run = settings_of(world, batch=2)
     with pytest.raises(ArgumentError, match="was made with other settings"):
-        runs.train_run(run, run.system("layalign-all"), read_data(run), folder, 0)
+        runs.train_run(runs.translation(run, run.system("layalign-all"), read_data(run)), folder, 0)
 
 
 def test_parts_taken_away(world: Path, done: tuple[RealSettings, Path]) -> None:
@@ -263,6 +287,50 @@ def test_parts_taken_away(world: Path, done: tuple[RealSettings, Path]) -> None:
     assert "no gates" not in adapter and adapter["no soft tokens"] != adapter["whole"]
 
 
+# The task stage
+
+
+def test_task_goes_on_with_the_translation_stage(world: Path, done: tuple[RealSettings, Path]) -> None:
+    settings, folder = done
+    data, read = read_data(settings), task.read_task(settings)
+    assert [len(group) for group in read.test.values()] == [5, 5, 5] and len(read.train) == 12
+    found = {
+        name: task.task_run(settings, task.system_of(settings, name), data, read, folder, seed)
+        for stage, name, seed in settings.runs(stage="task")
+    }
+    for name, result in found.items():
+        assert set(result["xnli"]) == {"English", "Swahili", "Urdu"}, name
+        for language, of in result["xnli"].items():
+            expected = [example.target for example in read.test[language]]
+            assert of["right"] == [a == b for a, b in zip(of["label"], expected, strict=True)]
+    # What goes on begins where the translation stage ended; what does not begins anew.
+    begins = {}
+    for name in ("layalign-all", "langbridge", "lora", "lora-alone"):
+        trained = json.loads((folder / "runs" / name / "seed-0" / "trained-task.json").read_text())
+        begins[name] = trained["dev_losses"][0][1]
+        assert trained["steps"] == 4
+    assert begins["lora"] != begins["lora-alone"]
+    summary = summarise(settings, folder)
+    cells = summary["task"]["layalign-all"]["xnli"]
+    right = [np.mean(of["right"]) for of in found["layalign-all"]["xnli"].values()]
+    assert cells["all"]["right"]["mean"] == pytest.approx(100 * np.mean(right))
+    assert summary["task"]["llm"]["xnli"]["all"]["right"]["difference"]["mean"] == pytest.approx(
+        summary["task"]["llm"]["xnli"]["all"]["right"]["mean"] - cells["all"]["right"]["mean"]
+    )
+    assert summary["missing"] == []
+    table = TABLES["xnli"](summary)
+    assert table[0][:5] == ["system", "seeds", "all (3)", "English (1)", "seen (2)"] and len(table) == 6
+
+
+def test_task_text_is_checked(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"data: expected 103 lines in .*en\.tsv, got 15"):
+        task.read_task(settings_of(world, task={**TASK, "train": 100}))
+    with pytest.raises(ArgumentError, match=r"data: expected .*en\.tsv and"):
+        task.read_task(settings_of(world, data=str(tmp_path)))
+    with pytest.raises(ArgumentError, match="task: expected the settings"):
+        task.read_task(settings_of(world, task=None))
+
+
 # Results
 
 
@@ -290,7 +358,7 @@ def test_results_are_means_of_languages_and_seeds(done: tuple[RealSettings, Path
     assert other["difference"]["mean"] == pytest.approx(other["mean"] - first_on_seed_0)
     # The same sentences are drawn for both: their difference is surer than either of them.
     assert other["difference"]["high"] - other["difference"]["low"] < other["high"] - other["low"]
-    assert found["missing"] == []
+    assert not [run for run in found["missing"] if run.startswith("translation")]
     assert found["systems"]["llm"]["ntrex"]["languages"].keys() == {"deu"}  # no examples of Yoruba to show
 
 
@@ -319,17 +387,19 @@ def test_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     where = ["--weights", str(world / "weights"), "--data", str(world / "data"), "--output", str(tmp_path / "out")]
     assert command("--config", str(file), *where, "--only", "mindmerger-soft") == 0
     out = capsys.readouterr().out
-    assert "mindmerger-soft, seed 0: done" in out and "step 4/4: dev loss" in out
+    assert "translation, mindmerger-soft, seed 0: done" in out and "step 4/4: dev loss" in out
     assert "| MindMerger-Soft | 1 |" in (tmp_path / "out" / "report.md").read_text()
     assert (tmp_path / "out" / "curves.png").is_file()
     assert command("--config", str(file), *where, "--report") == 0
     assert command("--data", str(world)) == 2
+    assert command("--stage", "task") == 2
     assert "data: expected none with controlled" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_told(world: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, int, str | None]] = []
+    told: list[tuple[Any, str | None]] = []
     settings = settings_of(world, weights=str(tmp_path / "none"))
-    failed = run_all(settings, tmp_path, only=["mindmerger-soft", "lora"], tell=lambda *each: told.append(each))
-    assert failed == [("mindmerger-soft", 0), ("lora", 0)]
-    assert [each[:2] for each in told] == failed and all("none" in str(each[2]) for each in told)
+    only = ["mindmerger-soft", "lora"]
+    failed = run_all(settings, tmp_path, only=only, stage="translation", tell=lambda *each: told.append(each))
+    assert failed == [("translation", "mindmerger-soft", 0), ("translation", "lora", 0)]
+    assert [run for run, _ in told] == failed and all("none" in str(problem) for _, problem in told)

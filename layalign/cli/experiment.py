@@ -19,6 +19,7 @@ Only = Annotated[str | None, typer.Option("--only", help="Some of the systems, w
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Some of the seeds, with commas between.")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time; each gets its share of the cores.")]
 ReportOnly = Annotated[bool, typer.Option("--report", help="Train nothing: write the report of what is done.")]
+Stage = Annotated[str | None, typer.Option("--stage", help="real: translation or task alone.")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="real: the folder that `layalign weights` wrote.")]
 Data = Annotated[Path | None, typer.Option("--data", help="real: the folder with the text; docs/evidence.md.")]
 
@@ -30,6 +31,7 @@ def experiment(
     seeds: Seeds = None,
     jobs: Jobs = 1,
     report: ReportOnly = False,
+    stage: Stage = None,
     weights: Weights = None,
     data: Data = None,
 ) -> None:
@@ -49,11 +51,11 @@ def experiment(
     numbers = None if seeds is None else [_seed(text) for text in seeds.split(",")]
     if is_real(config):
         changes = {name: str(value) for name, value in (("weights", weights), ("data", data)) if value is not None}
-        failed = _real(console, config, changes, output, listed(only), numbers, jobs, report)
+        failed = _real(console, config, changes, output, listed(only), numbers, stage, jobs, report)
     else:
-        for name, value in (("weights", weights), ("data", data)):
+        for name, value in (("weights", weights), ("data", data), ("stage", stage)):
             if value is not None:
-                raise ArgumentError(f"{name}: expected none with {config}, which makes its own models and text")
+                raise ArgumentError(f"{name}: expected none with {config}, it is for the preset real")
         failed = _controlled(console, config, output, listed(only), numbers, jobs, report)
     if failed:
         raise ArgumentError(f"{len(failed)} runs failed ({failed[0]}, ...); {output / 'log.jsonl'} says why")
@@ -97,26 +99,31 @@ def _real(
     output: Path,
     only: Sequence[str] | None,
     seeds: Sequence[int] | None,
+    stage: str | None,
     jobs: int,
     report: bool,
 ) -> list[str]:
     from layalign.experiments.real.report import main_rows, write_report
     from layalign.experiments.real.results import write_results
-    from layalign.experiments.real.schedule import run_all
+    from layalign.experiments.real.schedule import Run, run_all
     from layalign.experiments.real.settings import load_settings
 
     settings = load_settings(config, changes)
 
-    def tell(system: str, seed: int, problem: str | None) -> None:
+    def tell(run: Run, problem: str | None) -> None:
         text = "done" if problem is None else f"failed: {problem}"
-        console.print(f"{system}, seed {seed}: {text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{_name(run)}: {text}", highlight=False, markup=False, soft_wrap=True)
 
-    failed = [] if report else run_all(settings, output, only=only, seeds=seeds, jobs=jobs, tell=tell)
+    failed = [] if report else run_all(settings, output, only=only, seeds=seeds, stage=stage, jobs=jobs, tell=tell)
     found = write_results(settings, output)
     write_report(output, found)
     _print_table(console, "test sentences of Tatoeba, mean over languages and seeds [95% interval]", main_rows(found))
     console.print(f"report: {output / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
-    return [f"{system}, seed {seed}" for system, seed in failed]
+    return [_name(run) for run in failed]
+
+
+def _name(run: tuple[str, str, int]) -> str:
+    return f"{run[0]}, {run[1]}, seed {run[2]}"
 
 
 def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:

@@ -15,8 +15,17 @@ from layalign.data import Example
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.experiment.runs import log, read_done
 from layalign.experiments.real.data import RealData
-from layalign.experiments.real.measures import BATCH
-from layalign.experiments.real.runs import asked, read_by, run_folder, train_run, write_done
+from layalign.experiments.real.measures import BATCH, collators
+from layalign.experiments.real.runs import (
+    load_run,
+    read_by,
+    run_folder,
+    tokenizers_of,
+    train_run,
+    translation,
+    work_folder,
+    write_done,
+)
 from layalign.experiments.real.settings import RealSettings, RealSystem
 
 ABLATION = "ablation.json"
@@ -36,14 +45,15 @@ def ablate_run(settings: RealSettings, system: RealSystem, data: RealData, folde
         mix's absolute weights, keys and values apart.
     """
     place, mark = run_folder(folder, system.name, seed), settings.test_fingerprint(system, data.test_mark)
-    rate = train_run(settings, system, data, folder, seed)["learning_rate"]
+    rate = train_run(translation(settings, system, data), folder, seed)["learning_rate"]
     with held(place, "output"):
         if (done := read_done(place / ABLATION, mark)) is not None:
             return done
         log(folder, "ablation", system=system.name, seed=seed)
-        answers, collator = asked(settings, system, data, folder, seed, rate)
+        model = load_run(settings, work_folder(folder, system.name, seed, rate))
+        collator, _ = collators(model, tokenizers_of(settings), "task" if system.reads_text else "translation")
         pairs = [pair for group in data.test.values() for pair in group[:PER_LANGUAGE]]
-        found = ablate(answers.model, collator, read_by(system, pairs))
+        found = ablate(model, collator, read_by(system, pairs))
         return write_done(place / ABLATION, mark, {"system": system.name, "seed": seed, **found})
 
 

@@ -62,7 +62,7 @@ def _groups(pairs: Sequence[Example], size: int) -> list[list[Example]]:
     return [list(pairs[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def collators(model: Any, tokenizers: tuple[Any, Any], stage: str, longest: int) -> tuple[Any, Any]:
+def collators(model: Any, tokenizers: tuple[Any, Any], stage: str, longest: int = 256) -> tuple[Any, Any]:
     """(for likelihoods, for writing) of a LayAlign model; nothing of a test sentence is cut before `longest` tokens."""
     lengths = {"max_source_length": longest, "max_prompt_length": longest, "max_target_length": longest}
     made = [

@@ -76,6 +76,24 @@ def difference_rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def xnli_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per system of the task stage: accuracy by group of languages, difference to the first."""
+    groups = [group for group in ("all", "English", "seen", "unseen", "high", "low") if _xnli(found, group)]
+    rows = [["system", "seeds", *(f"{group} ({len(_xnli(found, group))})" for group in groups), "all: difference"]]
+    for system in found["task"].values():
+        of = system["xnli"]
+        cells = [(of["languages"] if group == "English" else of).get(group) for group in groups]
+        texts = [_cell(cell and cell["right"], 1) for cell in cells]
+        difference = _cell(of["all"]["right"].get("difference"), 1, True)
+        rows.append([system["label"], str(len(system["seeds"])), *texts, difference])
+    return rows
+
+
+def _xnli(found: dict[str, Any], group: str) -> list[str]:
+    groups = found["groups"].get("xnli", {})
+    return ["English"] if group == "English" and "English" in groups.get("all", ()) else groups.get(group, [])
+
+
 def language_rows(found: dict[str, Any]) -> list[list[str]]:
     """Header, then a row per language: nats a token and chrF of each system."""
     systems = list(found["systems"].values())
@@ -141,6 +159,7 @@ TABLES = {
     "nats": nats_rows,
     "chrf": chrf_rows,
     "news": domain_rows,
+    "xnli": xnli_rows,
     "languages": language_rows,
     "training": training_rows,
 }
@@ -169,7 +188,7 @@ def curves(found: dict[str, Any]) -> bytes:
 
     figure = Figure(figsize=(8, 4.5))
     axis = figure.subplots()
-    for colour, system in zip(colormaps["tab10"].colors * 9, found["systems"].values(), strict=False):
+    for colour, system in zip(colormaps["tab20"](range(20)), found["systems"].values(), strict=False):
         for i, run in enumerate(system["training"].values()):
             steps, losses = zip(*[(step, loss) for step, loss in run["dev_losses"] if step], strict=True)
             axis.plot(steps, losses, color=colour, label=system["label"] if i == 0 else None, linewidth=1.4)

@@ -22,9 +22,11 @@ from layalign.evaluation.translation import score_of
 from layalign.experiment.runs import read_done
 from layalign.experiments.real.ablation import ABLATION
 from layalign.experiments.real.data import language_name, mark_of
-from layalign.experiments.real.runs import CHOICE, RESULT, TRAINED, run_folder
+from layalign.experiments.real.runs import CHOICE, RESULT, TRAINED, named, run_folder
 from layalign.experiments.real.schedule import DATA
 from layalign.experiments.real.settings import RealSettings
+from layalign.experiments.real.task import SUFFIX
+from layalign.experiments.real.task import system_of as task_system
 
 RESAMPLES, TAILS = 1000, (0.025, 0.975)
 # Name, what it is, and whether more is better.
@@ -76,10 +78,12 @@ class _Scores:
     def __init__(self, values: Mapping[str, Any], draws: Any, count: int) -> None:
         # draws (R, n): how often each sentence is drawn; the row before the first is every sentence once.
         weights = np.vstack([np.ones(count, dtype=np.int64), draws])
-        tokens = weights @ np.asarray(values["tokens"])
-        self.found = {"nats": weights @ np.asarray(values["nats"]) / tokens}
-        self.found["nats_other"] = weights @ np.asarray(values["nats_other"]) / tokens
-        self.found["gain"] = self.found["nats_other"] - self.found["nats"]
+        self.found = {}
+        if "nats" in values:
+            tokens = weights @ np.asarray(values["tokens"])
+            for name in ("nats", "nats_other"):
+                self.found[name] = weights @ np.asarray(values[name]) / tokens
+            self.found["gain"] = self.found["nats_other"] - self.found["nats"]
         self.found["right"] = 100 * (weights @ np.asarray(values["right"], dtype=np.int64)) / weights.sum(1)
         if "chrf" in values:
             written = np.asarray(values["chrf"], dtype=np.int64)
@@ -93,9 +97,14 @@ def _draws(runs: Mapping[str, Mapping[int, Any]], domain: str) -> dict[str, Any]
     for of_system in runs.values():
         for run in of_system.values():
             for code, values in run[domain].items():
-                if counts.setdefault(code, len(values["tokens"])) != len(values["tokens"]):
+                if counts.setdefault(code, len(values["right"])) != len(values["right"]):
                     raise ArgumentError(f"output: runs have different numbers of test sentences of {code}")
     generator = np.random.default_rng(0)
+    if domain == "xnli":  # the same sentences in every language, which are drawn together
+        if len(set(counts.values())) != 1:
+            raise ArgumentError(f"output: runs have different numbers of test sentences in the languages, {counts}")
+        n = next(iter(counts.values()))
+        return dict.fromkeys(sorted(counts), generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES))
     return {code: generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for code, n in sorted(counts.items())}
 
 
@@ -113,22 +122,19 @@ def _cell(values: Any) -> dict[str, float]:
 def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
     """Everything the page tells, as JSON values."""
     runs = collect(settings, folder)
-    first = settings.systems[0].name
-    systems: dict[str, Any] = {}
+    systems: dict[str, Any] = {
+        name: {"label": settings.system(name).label, "seeds": sorted(of_system)} for name, of_system in runs.items()
+    }
     groups: dict[str, Any] = {}
     for domain in DOMAINS:
-        draws = _draws(runs, domain)
-        scores = {
-            name: {
-                seed: {code: _Scores(v, draws[code], len(v["tokens"])).found for code, v in run[domain].items()}
-                for seed, run in of_system.items()
-            }
-            for name, of_system in runs.items()
+        groups[domain] = _add(systems, runs, domain, settings, settings.systems[0].name)
+    task: dict[str, Any] = {}
+    if settings.task is not None and (of_task := collect_task(settings, folder)):
+        task = {
+            name: {"label": task_system(settings, name).label, "seeds": sorted(found)}
+            for name, found in of_task.items()
         }
-        groups[domain] = groups_of(settings, list(draws))
-        for name, of_system in scores.items():
-            entry = systems.setdefault(name, {"label": settings.system(name).label, "seeds": sorted(of_system)})
-            entry[domain] = _of_domain(of_system, groups[domain], scores.get(first) if name != first else None)
+        groups["xnli"] = _add(task, of_task, "xnli", settings, settings.task.systems[0].name)
     for name, entry in systems.items():
         trained = [_read(run_folder(folder, name, seed) / TRAINED) for seed in entry["seeds"]]
         entry["training"] = {
@@ -145,14 +151,50 @@ def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
             }
         choice = _read(folder / "runs" / name / CHOICE)
         entry["choice"] = choice and {rate: tried["dev_loss"] for rate, tried in choice["tried"].items()}
-    missing = [f"{name}, seed {seed}" for name, seed in settings.runs() if seed not in runs.get(name, {})]
+    done = {("translation", name, seed) for name, entry in systems.items() for seed in entry["seeds"]}
+    done |= {("task", name, seed) for name, entry in task.items() for seed in entry["seeds"]}
+    missing = [
+        f"{stage}, {name}, seed {seed}" for stage, name, seed in settings.runs() if (stage, name, seed) not in done
+    ]
     return {
         "settings": settings.to_dict(),
         "data": read_json(folder / DATA, where="output", error=ArgumentError),
         "groups": groups,
         "systems": systems,
+        "task": task,
         "missing": missing,
     }
+
+
+def _add(
+    systems: dict[str, Any], runs: Mapping[str, Mapping[int, Any]], domain: str, settings: RealSettings, first: str
+) -> dict[str, list[str]]:
+    """Put a domain's cells into each system's entry; returns the groups of languages."""
+    draws = _draws(runs, domain)
+    scores = {
+        name: {
+            seed: {code: _Scores(v, draws[code], len(v["right"])).found for code, v in run[domain].items()}
+            for seed, run in of_system.items()
+        }
+        for name, of_system in runs.items()
+    }
+    groups = groups_of(settings, list(draws))
+    for name, of_system in scores.items():
+        systems[name][domain] = _of_domain(of_system, groups, scores.get(first) if name != first else None)
+    return groups
+
+
+def collect_task(settings: RealSettings, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """The results of the task stage's finished runs, by system and seed.
+
+    They are not compared with the settings, which need the text: a run compares them when it goes on.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for _, name, seed in settings.runs(stage="task"):
+        done = _read(run_folder(folder, name, seed) / named(RESULT, SUFFIX))
+        if done is not None:
+            found.setdefault(name, {})[seed] = done
+    return found
 
 
 def _of_domain(

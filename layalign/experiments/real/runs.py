@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,54 @@ def run_folder(folder: Path, system: str, seed: int) -> Path:
     return folder / "runs" / system / f"seed-{seed}"
 
 
-def work_folder(folder: Path, system: str, seed: int, rate: float) -> Path:
+def work_folder(folder: Path, system: str, seed: int, rate: float, suffix: str = "") -> Path:
     """Where a run's checkpoints are."""
-    return folder / "work" / system / f"seed-{seed}" / f"lr-{rate:g}"
+    return folder / "work" / system / f"seed-{seed}" / f"lr-{rate:g}{suffix}"
+
+
+def named(file: str, suffix: str) -> str:
+    """The name of a stage's file: "trained.json" with "-task" is "trained-task.json"."""
+    return Path(file).stem + suffix + Path(file).suffix
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of training of one system.
+
+    Attributes:
+        suffix: of its files' names; "" in the translation stage.
+        system: which system.
+        steps, choice_steps, rates: see the settings.
+        seeds: of its runs.
+        train, dev: the examples, as the system reads them.
+        lengths: by which the batches are grouped, one per training example; the same for all systems.
+        config: the training configuration of a seed, a learning rate and a folder.
+        start: with a seed, what ``train`` goes on with: a model and its tokenizers, or nothing.
+        mark: the fingerprint.
+    """
+
+    suffix: str
+    system: RealSystem
+    steps: int
+    choice_steps: int
+    rates: Sequence[float]
+    seeds: Sequence[int]
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    lengths: Sequence[int]
+    config: Callable[[int, float, Path], TrainConfig]
+    start: Callable[[int], dict[str, Any]]
+    mark: str
+
+
+def translation(settings: RealSettings, system: RealSystem, data: RealData) -> Stage:
+    """The translation stage of a system."""
+    return Stage(
+        "", system, settings.steps, settings.choice_steps, settings.learning_rates, settings.seeds_of(system),
+        read_by(system, data.train), read_by(system, data.dev), token_counts(settings, data.train, settings.max_length),
+        lambda seed, rate, output: train_config(settings, system, seed, rate, output), lambda seed: {},
+        settings.fingerprint(system, data.mark),
+    )  # fmt: skip
 
 
 class _PauseAt(TrainerCallback):
@@ -82,18 +128,17 @@ def train_config(settings: RealSettings, system: RealSystem, seed: int, rate: fl
     )  # fmt: skip
 
 
-def _train(
-    settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int, rate: float, until: int
-) -> dict[str, Any]:
+def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int) -> dict[str, Any]:
     """Train up to a step of the schedule, from where the run's folder stands."""
-    output = work_folder(folder, system.name, seed, rate)
+    output = work_folder(folder, stage.system.name, seed, rate, stage.suffix)
     watch = _Seconds()
     summary = train(
-        train_config(settings, system, seed, rate, output),
-        examples=read_by(system, data.train),
-        dev_examples=read_by(system, data.dev),
-        lengths=_lengths(settings, data.train),
+        stage.config(seed, rate, output),
+        examples=stage.train,
+        dev_examples=stage.dev,
+        lengths=stage.lengths,
         callbacks=[watch, _PauseAt(until)],
+        **stage.start(seed),
     )
     history = summary.log_history
     losses = {
@@ -113,14 +158,20 @@ def _train(
     }
 
 
-def _lengths(settings: RealSettings, pairs: Sequence[Example]) -> list[int]:
+def token_counts(settings: RealSettings, pairs: Sequence[Example], longest: int) -> list[int]:
     """Tokens of encoder and LLM of each pair, the same numbers for every system, so that all make the same batches."""
-    weights, counts = Path(settings.weights), [0] * len(pairs)
-    tokenizers = load_tokenizers(None, encoder=str(weights / "encoder"), llm=str(weights / "llm"))
-    for tokenizer, texts in zip(tokenizers, ([p.source for p in pairs], [p.target for p in pairs]), strict=True):
-        rows = encode_texts(tokenizer, texts, longest=settings.max_length)
+    counts = [0] * len(pairs)
+    texts = [pair.source for pair in pairs], [pair.target for pair in pairs]
+    for tokenizer, of in zip(tokenizers_of(settings), texts, strict=True):
+        rows = encode_texts(tokenizer, of, longest=longest)
         counts = [count + len(row.ids) for count, row in zip(counts, rows, strict=True)]
     return counts
+
+
+def tokenizers_of(settings: RealSettings) -> tuple[Any, Any]:
+    """Of the encoder and of the LLM."""
+    weights = Path(settings.weights)
+    return load_tokenizers(None, encoder=str(weights / "encoder"), llm=str(weights / "llm"))
 
 
 def read_by(system: RealSystem, pairs: Sequence[Example]) -> list[Example]:
@@ -128,51 +179,50 @@ def read_by(system: RealSystem, pairs: Sequence[Example]) -> list[Example]:
     return as_text(pairs) if system.reads_text else list(pairs)
 
 
-def choose_rate(settings: RealSettings, system: RealSystem, data: RealData, folder: Path) -> dict[str, Any]:
+def choose_rate(stage: Stage, folder: Path) -> dict[str, Any]:
     """The learning rate with the lowest dev loss after ``choice_steps``; with the first seed, whose run goes on."""
-    path, mark = folder / "runs" / system.name / CHOICE, settings.fingerprint(system, data.mark)
+    path = folder / "runs" / stage.system.name / named(CHOICE, stage.suffix)
     with held(path.parent, "output"):
-        if (done := read_done(path, mark)) is not None:
+        if (done := read_done(path, stage.mark)) is not None:
             return done
-        seed, tried = settings.seeds_of(system)[0], {}
-        for rate in settings.learning_rates:
-            log(folder, "choice", system=system.name, rate=rate)
-            found = _train(settings, system, data, folder, seed, rate, settings.choice_steps)
-            tried[f"{rate:g}"] = {
-                "dev_loss": found["dev_loss"],
-                "dev_losses": found["dev_losses"],
-                "losses": found["losses"],
-            }
-        chosen = min(settings.learning_rates, key=lambda rate: tried[f"{rate:g}"]["dev_loss"])
-        return write_done(path, mark, {"system": system.name, "chosen": chosen, "tried": tried})
+        tried = {}
+        for rate in stage.rates:
+            log(folder, f"choice{stage.suffix}", system=stage.system.name, rate=rate)
+            found = _train(stage, folder, stage.seeds[0], rate, stage.choice_steps)
+            tried[f"{rate:g}"] = {key: found[key] for key in ("dev_loss", "dev_losses", "losses")}
+        chosen = min(stage.rates, key=lambda rate: tried[f"{rate:g}"]["dev_loss"])
+        return write_done(path, stage.mark, {"system": stage.system.name, "chosen": chosen, "tried": tried})
 
 
-def train_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
+def train_run(stage: Stage, folder: Path, seed: int) -> dict[str, Any]:
     """Train a system with a seed, at its chosen learning rate."""
-    place, mark = run_folder(folder, system.name, seed), settings.fingerprint(system, data.mark)
-    rate = choose_rate(settings, system, data, folder)["chosen"]
+    name, place = stage.system.name, run_folder(folder, stage.system.name, seed)
+    rate = choose_rate(stage, folder)["chosen"]
     with held(place, "output"):
-        if (done := read_done(place / TRAINED, mark)) is not None:
+        path = place / named(TRAINED, stage.suffix)
+        if (done := read_done(path, stage.mark)) is not None:
             return done
-        log(folder, "train", system=system.name, seed=seed, rate=rate)
-        found = _train(settings, system, data, folder, seed, rate, settings.steps)
-        work = work_folder(folder, system.name, seed, rate)
-        if (work / GATES).is_file():  # systems without an aligner have none
-            shutil.copyfile(work / GATES, place / GATES)
-        return write_done(place / TRAINED, mark, {"system": system.name, "seed": seed, **found})
+        log(folder, f"train{stage.suffix}", system=name, seed=seed, rate=rate)
+        found = _train(stage, folder, seed, rate, stage.steps)
+        gates = work_folder(folder, name, seed, rate, stage.suffix) / GATES
+        if gates.is_file():  # systems without an aligner have none
+            shutil.copyfile(gates, place / named(GATES, stage.suffix))
+        return write_done(path, stage.mark, {"system": name, "seed": seed, **found})
 
 
-def load_run(settings: RealSettings, system: RealSystem, folder: Path, seed: int, rate: float) -> LayAlignForCausalLM:
-    """The model of a trained run."""
+def load_run(settings: RealSettings, checkpoint: Path, **config: Any) -> LayAlignForCausalLM:
+    """The model of a trained run, with fields of its configuration changed."""
     kwargs = {"dtype": settings.dtype}
-    checkpoint = work_folder(folder, system.name, seed, rate)
-    return LayAlignForCausalLM.from_pretrained(checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs).eval()
+    model = LayAlignForCausalLM.from_pretrained(checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs, **config)
+    return model.eval()
 
 
 def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
     """What a system does on the test sentences, trained before where it trains; every sentence's values."""
     mark = settings.test_fingerprint(system, data.test_mark)
-    rate = train_run(settings, system, data, folder, seed)["learning_rate"] if system.trains else None
+    rate = None
+    if system.trains:
+        rate = train_run(translation(settings, system, data), folder, seed)["learning_rate"]
     place = run_folder(folder, system.name, seed)
     with held(place, "output"):
         if (done := read_done(place / RESULT, mark)) is not None:
@@ -197,15 +247,14 @@ def asked(
     settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int, rate: float | None
 ) -> tuple[ModelAnswers | LlmAnswers, Any]:
     """(what writes, the collator of likelihoods)."""
-    weights = Path(settings.weights)
-    tokenizers = load_tokenizers(None, encoder=str(weights / "encoder"), llm=str(weights / "llm"))
+    tokenizers = tokenizers_of(settings)
     if rate is None:
-        llm = AutoModelForCausalLM.from_pretrained(weights / "llm", dtype=settings.dtype).eval()
+        llm = AutoModelForCausalLM.from_pretrained(Path(settings.weights) / "llm", dtype=settings.dtype).eval()
         shots = [shot for group in data.shots.values() for shot in group[: system.shots]]
         alone = llm_alone(llm, tokenizers[1], examples=shots, max_new_tokens=settings.max_new_tokens)
         return alone, alone.collator
-    model = load_run(settings, system, folder, seed, rate)
-    likely, writes = collators(model, tokenizers, "task" if system.reads_text else "translation", 256)
+    model = load_run(settings, work_folder(folder, system.name, seed, rate))
+    likely, writes = collators(model, tokenizers, "task" if system.reads_text else "translation")
     return ModelAnswers(model, writes, settings.max_new_tokens), likely
 
 

@@ -15,7 +15,8 @@ from layalign.experiments.real.data import read_data
 from layalign.experiments.real.settings import RealSettings
 
 DATA = "data.json"
-Tell = Callable[[str, int, str | None], None]
+Run = tuple[str, str, int]  # stage, system, seed
+Tell = Callable[[Run, str | None], None]
 
 
 def run_all(
@@ -24,15 +25,16 @@ def run_all(
     *,
     only: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
+    stage: str | None = None,
     jobs: int = 1,
-    tell: Tell = lambda system, seed, problem: None,
-) -> list[tuple[str, int]]:
+    tell: Tell = lambda run, problem: None,
+) -> list[Run]:
     """Choose, train and test; returns the runs that failed.
 
     Args:
         settings: of the experiment.
         folder: for everything.
-        only, seeds: some of the systems and seeds.
+        only, seeds, stage: some of the systems and seeds, and one of the stages.
         jobs: runs at a time; more than one have a process each, with its share of the cores.
         tell: called for each run that ended, with the problem it ended with or None.
 
@@ -41,15 +43,16 @@ def run_all(
         DataError: the text cannot be read.
     """
     whole_number("jobs", jobs, least=1)
-    waiting, failed = settings.runs(only, seeds), []
+    waiting: list[Run] = settings.runs(only, seeds, stage)
+    failed: list[Run] = []
     data = read_data(settings)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / DATA, data.to_json())
 
-    def ended(run: tuple[str, int], error: BaseException | None) -> None:
+    def ended(run: Run, error: BaseException | None) -> None:
         if error is not None:
             failed.append(run)
-        tell(*run, None if error is None else f"{type(error).__name__}: {first_line(error)}")
+        tell(run, None if error is None else f"{type(error).__name__}: {first_line(error)}")
 
     if jobs == 1:
         for run in waiting:
@@ -69,14 +72,18 @@ def run_all(
     return failed
 
 
-def _run(settings: RealSettings, folder: Path, system: str, seed: int) -> None:
-    from layalign.experiments.real import ablation, runs
+def _run(settings: RealSettings, folder: Path, stage: str, system: str, seed: int) -> None:
+    from layalign.experiments.real import ablation, runs, task
 
-    each, data = settings.system(system), read_data(settings)
     try:
+        data = read_data(settings)
+        if stage == "task":
+            task.task_run(settings, task.system_of(settings, system), data, task.read_task(settings), folder, seed)
+            return
+        each = settings.system(system)
         runs.test_run(settings, each, data, folder, seed)
         if system in settings.ablated and seed == settings.seeds_of(each)[0]:
             ablation.ablate_run(settings, each, data, folder, seed)
     except Exception as error:
-        runs.log(folder, "failed", system=system, seed=seed, problem=f"{type(error).__name__}: {error}")
+        runs.log(folder, "failed", stage=stage, system=system, seed=seed, problem=f"{type(error).__name__}: {error}")
         raise

@@ -32,6 +32,7 @@ class RealSystem:
         reads_text: the LLM reads the sentence as text, after its language's name, and the encoder is not used.
         shots: examples of the same language before the sentence, for an LLM that is not trained.
         seeds: instead of the experiment's.
+        after: in the task stage, the system of the translation stage whose runs are gone on with; None begins anew.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RealSystem:
     reads_text: bool = False
     shots: int = 0
     seeds: list[int] | None = None
+    after: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.replace("-", "").isalnum():
@@ -59,6 +61,42 @@ class RealSystem:
     def model_settings(self) -> dict[str, Any]:
         """Keys of ``TrainConfig`` that make the system."""
         return {**baseline(self.baseline).settings, **self.settings}
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """The task stage: XNLI, English only in training.
+
+    Attributes:
+        systems: what is compared.
+        train: examples of English that are trained on, from the start of the file.
+        dev: English examples after those, for the choice of the learning rate.
+        test_per_language: of each language, from the start of its file.
+        steps, batch, eval_steps, learning_rates, choice_steps: as in the translation stage.
+        max_length: of source and prompt in tokens, in training.
+        seeds: of those of the translation stage.
+    """
+
+    systems: list[RealSystem]
+    train: int = 480
+    dev: int = 60
+    test_per_language: int = 60
+    steps: int = 120
+    batch: int = 8
+    max_length: int = 160
+    eval_steps: int = 20
+    learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
+    choice_steps: int = 20
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+
+    def __post_init__(self) -> None:
+        for name in ("train", "dev", "test_per_language", "steps", "batch", "max_length", "eval_steps", "choice_steps"):
+            whole_number(f"task.{name}", getattr(self, name), least=1)
+        _rates("task.learning_rates", self.learning_rates)
+        if self.choice_steps > self.steps:
+            refuse("task.choice_steps", f"at most the {self.steps} steps", self.choice_steps)
+        _seeds("task.seeds", self.seeds)
+        _systems("task.systems", self.systems)
 
 
 @dataclass(frozen=True)
@@ -85,6 +123,7 @@ class RealSettings:
         seeds: of the parts that train and of the order of the batches. The data are the same for all.
         ablated: systems of which parts are taken away after training, with the first seed.
         systems: what is compared. The first is what the others are tested against.
+        task: the stage after; None is none.
     """
 
     systems: list[RealSystem]
@@ -109,6 +148,7 @@ class RealSettings:
     right_one_of: int = 5
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     ablated: list[str] = field(default_factory=list)
+    task: TaskSettings | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "max_length", "eval_steps", "choice_steps", "max_new_tokens"):
@@ -126,26 +166,20 @@ class RealSettings:
         _codes("unseen", self.unseen)
         if strange := [code for code in self.unseen if code not in self.tested]:
             refuse("unseen", "some of the tested languages", strange[0])
-        if not isinstance(self.learning_rates, list) or not self.learning_rates:
-            refuse("learning_rates", "a list of numbers", self.learning_rates)
-        for rate in self.learning_rates:
-            if not 0 < finite_number("learning_rates", rate) < 1:
-                refuse("learning_rates", "numbers above 0 and below 1", rate)
+        _rates("learning_rates", self.learning_rates)
         if self.choice_steps > self.steps:
             refuse("choice_steps", f"at most the {self.steps} steps", self.choice_steps)
         _seeds("seeds", self.seeds)
-        if not isinstance(self.systems, list) or not all(isinstance(system, RealSystem) for system in self.systems):
-            refuse("systems", "a list of systems", self.systems)
+        _systems("systems", self.systems)
         names = [system.name for system in self.systems]
-        if not names or len(set(names)) != len(names):
-            raise ArgumentError(f"systems: expected at least one, with different names, got {names}")
         if not isinstance(self.ablated, list) or not all(name in names for name in self.ablated):
             refuse("ablated", "some of the systems", self.ablated)
         for system in self.systems:
             if not system.trains and system.name in self.ablated:
                 refuse("ablated", "systems that train", system.name)
-            if system.seeds is not None:
-                _seeds(f"systems.{system.name}.seeds", system.seeds)
+        for system in self.task.systems if self.task is not None else ():
+            if system.after is not None and system.after not in names:
+                refuse(f"task.systems.{system.name}.after", "one of the systems", system.after)
 
     def system(self, name: str) -> RealSystem:
         """The system of a name; raises ArgumentError where there is none."""
@@ -154,24 +188,40 @@ class RealSettings:
                 return system
         raise ArgumentError(f"only: expected some of {', '.join(s.name for s in self.systems)}, got {name!r}")
 
-    def seeds_of(self, system: RealSystem) -> list[int]:
+    def seeds_of(self, system: RealSystem, stage: str = "translation") -> list[int]:
         """The seeds of a system's runs."""
-        return self.seeds if system.seeds is None else system.seeds
+        if system.seeds is not None:
+            return system.seeds
+        return self.task.seeds if stage == "task" and self.task is not None else self.seeds
 
-    def runs(self, only: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[tuple[str, int]]:
-        """(system, seed) of every run, seed by seed, so that what is finished first can be compared.
+    def runs(
+        self, only: Sequence[str] | None = None, seeds: Sequence[int] | None = None, stage: str | None = None
+    ) -> list[tuple[str, str, int]]:
+        """(stage, system, seed) of every run, seed by seed, so that what is finished first can be compared.
 
         Raises:
-            ArgumentError: a system or a seed is not in the settings.
+            ArgumentError: a system, a seed or a stage is not in the settings.
         """
-        chosen = [self.system(name) for name in only] if only else self.systems
-        known = {seed for system in self.systems for seed in self.seeds_of(system)}
-        for seed in seeds or ():
-            if seed not in known:
-                raise ArgumentError(f"seeds: expected some of {sorted(known)}, got {seed}")
-        order = {system.name: place for place, system in enumerate(self.systems)}
-        found = [(s.name, seed) for s in chosen for seed in self.seeds_of(s) if not seeds or seed in seeds]
-        return sorted(found, key=lambda run: (run[1], order[run[0]]))
+        of_stages = {"translation": self.systems, "task": self.task.systems if self.task is not None else []}
+        if stage is not None:
+            one_of("stage", stage, of_stages)
+            of_stages = {stage: of_stages[stage]}
+        every = [
+            (name, place, system, seed)
+            for name, systems in of_stages.items()
+            for place, system in enumerate(systems)
+            for seed in self.seeds_of(system, name)
+        ]
+        names = list(dict.fromkeys(system.name for _, _, system, _ in every))
+        if missing := [name for name in only or () if name not in names]:
+            raise ArgumentError(f"only: expected some of {', '.join(names)}, got {missing[0]!r}")
+        known = sorted({seed for *_, seed in every})
+        if strange := [seed for seed in seeds or () if seed not in known]:
+            raise ArgumentError(f"seeds: expected some of {known}, got {strange[0]}")
+        chosen = [each for each in every if (not only or each[2].name in only) and (not seeds or each[3] in seeds)]
+        order = list(of_stages)
+        chosen.sort(key=lambda each: (order.index(each[0]), each[3], each[1]))
+        return [(name, system.name, seed) for name, _, system, seed in chosen]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON or YAML."""
@@ -188,7 +238,7 @@ class RealSettings:
     def _mark(self, keys: Sequence[str], system: RealSystem, data: str) -> str:
         values: dict[str, Any] = {key: getattr(self, key) for key in keys}
         of_system = {"stages": baseline(system.baseline).stages, **asdict(system), "all": system.model_settings}
-        values["system"] = {key: value for key, value in of_system.items() if key not in ("label", "seeds")}
+        values["system"] = {key: value for key, value in of_system.items() if key not in ("label", "seeds", "after")}
         return hashlib.sha256(json.dumps([values, data], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -221,7 +271,16 @@ def load_settings(source: str | Path = "real", changes: Mapping[str, Any] | None
     systems = values.get("systems")
     if not isinstance(systems, list):
         refuse("systems", "a list of systems", systems)
-    return _made(RealSettings, {**values, "systems": [_made(RealSystem, entry, "systems.") for entry in systems]}, "")
+    made = {**values, "systems": [_made(RealSystem, entry, "systems.") for entry in systems]}
+    if (task := values.get("task")) is not None:
+        if not isinstance(task, Mapping) or not isinstance(task.get("systems"), list):
+            refuse("task", "a mapping with a list of systems", task)
+        made["task"] = _made(
+            TaskSettings,
+            {**task, "systems": [_made(RealSystem, entry, "task.systems.") for entry in task["systems"]]},
+            "task.",
+        )
+    return _made(RealSettings, made, "")
 
 
 def _made(kind: Any, values: Any, where: str) -> Any:
@@ -243,6 +302,25 @@ def _codes(name: str, codes: Any) -> None:
     for code in codes:
         if not isinstance(code, str) or find_language(code) is None:
             refuse(name, "codes of languages that layalign.data.languages knows", code)
+
+
+def _rates(name: str, rates: Any) -> None:
+    if not isinstance(rates, list) or not rates:
+        refuse(name, "a list of numbers", rates)
+    for rate in rates:
+        if not 0 < finite_number(name, rate) < 1:
+            refuse(name, "numbers above 0 and below 1", rate)
+
+
+def _systems(name: str, systems: Any) -> None:
+    if not isinstance(systems, list) or not all(isinstance(system, RealSystem) for system in systems):
+        refuse(name, "a list of systems", systems)
+    names = [system.name for system in systems]
+    if not names or len(set(names)) != len(names):
+        raise ArgumentError(f"{name}: expected at least one, with different names, got {names}")
+    for system in systems:
+        if system.seeds is not None:
+            _seeds(f"{name}.{system.name}.seeds", system.seeds)
 
 
 def _seeds(name: str, seeds: Any) -> None:
