@@ -133,12 +133,12 @@ class Written(torch.nn.Module):
         super().__init__()
         self.rows = [TEXT(text)["input_ids"] for text in texts]
 
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, stopping_criteria: Any, **options: Any) -> Any:
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, stopping_criteria: Any = None, **_: Any) -> Any:
         ids, done = input_ids, torch.zeros(len(input_ids), dtype=torch.bool)
         for step in range(max_new_tokens):
             new = torch.tensor([row[step] for row in self.rows]).masked_fill(done, 0)
             ids = torch.cat([ids, new[:, None]], dim=1)
-            done = done | stopping_criteria(ids, None)
+            done = done | (False if stopping_criteria is None else stopping_criteria(ids, None))
             if done.all():
                 break
         self.steps = step + 1
@@ -150,6 +150,9 @@ def test_an_answer_after_examples_ends_with_its_line() -> None:
     alone = llm_alone(model, TEXT, examples=SHOTS, max_new_tokens=15)
     assert alone(EXAMPLES[:3]) == ["one", "twenty-two", ""]
     assert model.steps == 13 and alone.last_cut == [(), (), ()]
+    beams = llm_alone(model, TEXT, examples=SHOTS, max_new_tokens=15, num_beams=2)  # which go on after a line
+    assert beams(EXAMPLES[:3]) == ["one", "twenty-two", ""] and model.steps == 15
+    assert beams.last_cut == [(), (), ()]
     short = llm_alone(model, TEXT, examples=SHOTS, max_new_tokens=6)
     assert short(EXAMPLES[:3]) == ["one", "twent", ""]
     assert short.last_cut == [(), ("answer",), ()]
