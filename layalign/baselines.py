@@ -154,8 +154,15 @@ def baseline(name: str) -> Baseline:
     return BASELINES[name]
 
 
-def with_baseline(values: Mapping[str, Any], name: str, stage: str) -> dict[str, Any]:
-    """Settings of a training stage with those of a baseline put over them, and folders of its own.
+def with_baseline(values: Mapping[str, Any], name: str, stage: str, *, own_folders: bool = False) -> dict[str, Any]:
+    """Settings of a training stage with those of a baseline put over them.
+
+    Args:
+        values: keys of :class:`layalign.training.TrainConfig`.
+        name: of the baseline.
+        stage: "translation" or "task".
+        own_folders: whether `output_dir` and `init_checkpoint` become folders of the baseline's own: a/b/stage becomes
+            a/b/NAME/stage. For folders that nobody has chosen, such as a preset's.
 
     Raises:
         ArgumentError: the baseline is unknown, or has no such stage.
@@ -168,8 +175,8 @@ def with_baseline(values: Mapping[str, Any], name: str, stage: str) -> dict[str,
         has = f"only the {chosen.stages[0]} stage" if chosen.stages else "no stage: nothing of it trains"
         raise ArgumentError(f"baseline: {name} has {has}, got {stage}")
     merged = {**values, **chosen.settings, "baseline": name}
-    for key in ("output_dir", "init_checkpoint"):
-        if values.get(key):  # a/b/stage becomes a/b/NAME/stage: no run of another method stands there
+    for key in ("output_dir", "init_checkpoint") if own_folders else ():
+        if values.get(key):
             folder = Path(str(values[key]))
             merged[key] = str(folder.parent / name / folder.name)
     if "translation" not in chosen.stages:

@@ -70,6 +70,9 @@ class LayAlignConfig(PretrainedConfig):
         llm_bos_token_id: first token of the LLM's input. "own": that of the LLM's configuration, if it has one.
             None or False: none in any case, for LLMs whose tokenizers add none (Qwen); the attribute is None then.
         source_token_id: id that fills the slots of the soft tokens in ``input_ids``. None: the LLM's pad, else eos, id.
+        encoder_dropout: dropout of the frozen encoder in training mode. True, as published: as the encoder's own
+            configuration says. False: none, the encoder stays in eval mode. A number above 0 and below 1: that rate in
+            place of all of the encoder's own.
         lora: settings of a peft ``LoraConfig`` put on the LLM, or None.
         frozen_saved, part_dtypes: whether the checkpoint holds the frozen parts too (or which of them), and each part's
             dtype in it.
@@ -112,6 +115,7 @@ class LayAlignConfig(PretrainedConfig):
         mask_encoder_padding: bool = True,
         llm_bos_token_id: int | str | bool | None = "own",
         source_token_id: int | None = None,
+        encoder_dropout: bool | float = True,
         lora: dict[str, Any] | None = None,
         frozen_saved: bool | list[str] = False,
         part_dtypes: dict[str, str] | None = None,
@@ -142,6 +146,7 @@ class LayAlignConfig(PretrainedConfig):
         self.mask_encoder_padding = bool(mask_encoder_padding)
         self.llm_bos_token_id: Any = llm_bos_token_id
         self.source_token_id = source_token_id
+        self.encoder_dropout = encoder_dropout
         self.lora = lora
         self.frozen_saved = frozen_saved
         self.part_dtypes = part_dtypes
@@ -234,6 +239,7 @@ class LayAlignConfig(PretrainedConfig):
                 raise ArgumentError("adapter_fusion: expected None for a model without an adapter")
         if gate is not None:
             finite_number("gate", gate, "a finite number or None")
+        require_dropout(self.encoder_dropout)
 
     @property
     def fused_layers(self) -> list[int]:
@@ -320,6 +326,15 @@ def hidden_size(config: PretrainedConfig) -> int:
         if isinstance(number, int):
             return number
     raise ArgumentError(f"{type(config).__name__} does not say its hidden size")
+
+
+def require_dropout(value: Any) -> None:
+    """Raises ArgumentError for what `encoder_dropout` cannot be."""
+    expected = "true, false or a rate above 0 and below 1"
+    if not isinstance(value, bool):
+        finite_number("encoder_dropout", value, expected)
+        if not 0 < value < 1:
+            refuse("encoder_dropout", expected, value)
 
 
 def _first(token: Any) -> int | None:

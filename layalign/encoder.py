@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,27 @@ def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
 def encoder_from_config(config: Any) -> PreTrainedModel:
     """An encoder with fresh weights, built from the configuration of the whole model it belongs to."""
     return encoder_part(AutoModel.from_config(config, trust_remote_code=False))
+
+
+# What encoders of transformers call a rate of dropout that they apply by themselves, beside `nn.Dropout`.
+_RATES = ("dropout", "attention_dropout", "activation_dropout", "dropout_prob", "dropout_rate")
+
+
+def dropout_rates(encoder: nn.Module) -> dict[tuple[str, str], float]:
+    """Every rate of dropout in an encoder, by (module, attribute)."""
+    found: dict[tuple[str, str], float] = {}
+    for name, module in encoder.named_modules():
+        for attribute in ("p",) if isinstance(module, nn.Dropout) else _RATES:
+            value = getattr(module, attribute, None)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found[name, attribute] = value
+    return found
+
+
+def set_dropout_rates(encoder: nn.Module, rates: Mapping[tuple[str, str], float]) -> None:
+    """Put rates, as :func:`dropout_rates` gives them, into an encoder."""
+    for (name, attribute), rate in rates.items():
+        setattr(encoder.get_submodule(name), attribute, rate)
 
 
 def record_layers(encoder: PreTrainedModel) -> None:

@@ -21,7 +21,7 @@ from layalign._pickling import leave_out_recorders, make_recordable
 from layalign._plain import device_of
 from layalign._sharding import engine_of
 from layalign._versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
-from layalign.config import LayAlignConfig
+from layalign.config import LayAlignConfig, require_dropout
 from layalign.embedding_scale import in_slots
 from layalign.errors import ArgumentError, refuse, shown
 from layalign.fold import Folding
@@ -81,6 +81,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                 logger.warning("%s", said)
         self.freeze()
         encoders.record_layers(self.encoder)
+        self._own_dropout_rates = encoders.dropout_rates(self.encoder)
+        self.set_encoder_dropout(config.encoder_dropout)
         if config.lora is not None:
             self.add_lora(config.lora)
 
@@ -243,6 +245,31 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
     def source_attentions(self) -> tuple[nn.Module, ...]:
         """The self-attention modules of the language layers: their key and value maps make the source's states."""
         return self._attentions
+
+    def set_encoder_dropout(self, value: bool | float) -> None:
+        """Change the encoder's dropout in training mode: ``encoder_dropout`` of :class:`LayAlignConfig`.
+
+        Raises:
+            ArgumentError: the value is neither true nor false nor a rate, or the encoder has no dropout to change.
+        """
+        require_dropout(value)
+        own = self._own_dropout_rates
+        if not isinstance(value, bool) and not own:
+            name = type(self.encoder).__name__
+            raise ArgumentError(f"encoder_dropout: expected true or false, for {name} has no dropout, got {value}")
+        encoders.set_dropout_rates(self.encoder, own if isinstance(value, bool) else dict.fromkeys(own, float(value)))
+        before, self.config.encoder_dropout = self.config.encoder_dropout, value
+        if value is False:
+            self.encoder.eval()
+        elif before is False:
+            self.encoder.train(self.training)
+
+    def train(self, mode: bool = True) -> LayAlignForCausalLM:
+        """As torch's; without ``encoder_dropout`` the encoder stays in eval mode."""
+        super().train(mode)
+        if self.config.encoder_dropout is False:
+            self.encoder.eval()
+        return self
 
     def saved_names(self) -> set[str]:
         """Names of the weights that :meth:`save_pretrained` writes."""
