@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,27 @@ def encoder_from_config(config: Any) -> PreTrainedModel:
     return encoder_part(AutoModel.from_config(config, trust_remote_code=False))
 
 
+# What encoders of transformers call a rate of dropout that they apply by themselves, beside `nn.Dropout`.
+_RATES = ("dropout", "attention_dropout", "activation_dropout", "dropout_prob", "dropout_rate")
+
+
+def dropout_rates(encoder: nn.Module) -> dict[tuple[str, str], float]:
+    """Every rate of dropout in an encoder, by (module, attribute)."""
+    found: dict[tuple[str, str], float] = {}
+    for name, module in encoder.named_modules():
+        for attribute in ("p",) if isinstance(module, nn.Dropout) else _RATES:
+            value = getattr(module, attribute, None)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found[name, attribute] = value
+    return found
+
+
+def set_dropout_rates(encoder: nn.Module, rates: Mapping[tuple[str, str], float]) -> None:
+    """Put rates, as :func:`dropout_rates` gives them, into an encoder."""
+    for (name, attribute), rate in rates.items():
+        setattr(encoder.get_submodule(name), attribute, rate)
+
+
 def record_layers(encoder: PreTrainedModel) -> None:
     """Let transformers put its recorders of hidden states in place now: in a first call that is compiled it cannot."""
     try:
@@ -200,7 +221,7 @@ def encode(
     Args:
         encoder: any transformers encoder, or decoder-only model used as one.
         input_ids, attention_mask: (B, S) int64, padding on either side.
-        layers: E indices into ``hidden_states``.
+        layers: E indices into ``hidden_states``, or none.
 
     Returns:
         E hidden states (B, S, D_e) and the last hidden state (B, S, D_e).
@@ -211,7 +232,7 @@ def encode(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **extra
         )
     hidden = output.hidden_states
-    if hidden is None or max(layers) >= len(hidden):
+    if hidden is None or max(layers, default=0) >= len(hidden):
         count = 0 if hidden is None else len(hidden)
         raise ArgumentError(f"encoder_layers: expected indices below {count}, the encoder's layers, got {list(layers)}")
     dtype = encoder.dtype  # half-precision T5 keeps some weights in fp32, and its layers' outputs differ in dtype

@@ -21,7 +21,7 @@ from layalign._pickling import leave_out_recorders, make_recordable
 from layalign._plain import device_of
 from layalign._sharding import engine_of
 from layalign._versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
-from layalign.config import LayAlignConfig
+from layalign.config import LayAlignConfig, require_dropout
 from layalign.embedding_scale import in_slots
 from layalign.errors import ArgumentError, refuse, shown
 from layalign.fold import Folding
@@ -30,6 +30,7 @@ from layalign.inputs import require_ids, require_labels, require_mask
 from layalign.last_layer import LastLayer
 from layalign.llm_pass import LLMPartMixin, run_llm
 from layalign.nn import Adapter, GatedCrossAttention
+from layalign.nn.adapter import SoftmaxFusion, TokenSoftmaxFusion
 from layalign.nn.aligner import reason_against_passing
 from layalign.packing import pack, real_positions
 from layalign.padding import real_tokens
@@ -80,6 +81,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                 logger.warning("%s", said)
         self.freeze()
         encoders.record_layers(self.encoder)
+        self._own_dropout_rates = encoders.dropout_rates(self.encoder)
+        self.set_encoder_dropout(config.encoder_dropout)
         if config.lora is not None:
             self.add_lora(config.lora)
 
@@ -243,6 +246,31 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         """The self-attention modules of the language layers: their key and value maps make the source's states."""
         return self._attentions
 
+    def set_encoder_dropout(self, value: bool | float) -> None:
+        """Change the encoder's dropout in training mode: ``encoder_dropout`` of :class:`LayAlignConfig`.
+
+        Raises:
+            ArgumentError: the value is neither true nor false nor a rate, or the encoder has no dropout to change.
+        """
+        require_dropout(value)
+        own = self._own_dropout_rates
+        if not isinstance(value, bool) and not own:
+            name = type(self.encoder).__name__
+            raise ArgumentError(f"encoder_dropout: expected true or false, for {name} has no dropout, got {value}")
+        encoders.set_dropout_rates(self.encoder, own if isinstance(value, bool) else dict.fromkeys(own, float(value)))
+        before, self.config.encoder_dropout = self.config.encoder_dropout, value
+        if value is False:
+            self.encoder.eval()
+        elif before is False:
+            self.encoder.train(self.training)
+
+    def train(self, mode: bool = True) -> LayAlignForCausalLM:
+        """As torch's; without ``encoder_dropout`` the encoder stays in eval mode."""
+        super().train(mode)
+        if self.config.encoder_dropout is False:
+            self.encoder.eval()
+        return self
+
     def saved_names(self) -> set[str]:
         """Names of the weights that :meth:`save_pretrained` writes."""
         return checkpoint.saved_names(self)
@@ -262,6 +290,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             module.reset_parameters()
         elif isinstance(module, Adapter):
             nn.init.zeros_(module.end_boundary)
+        elif isinstance(module, (nn.LayerNorm, SoftmaxFusion, TokenSoftmaxFusion)):
+            module.reset_parameters()
         elif isinstance(module, GatedCrossAttention):
             nn.init.constant_(module.adaption_gate, module.start)
 
@@ -300,18 +330,22 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             return None, SourceStates((), (), (), None, (), real=encoder_attention_mask)
         if not torch.compiler.is_compiling():
             self._follow_attentions()
-        hidden, last = encoders.encode(
-            self.encoder, encoder_input_ids, encoder_attention_mask, self.config.encoder_layers
-        )
+        aligned = self.config.encoder_layers if self.encoder_aligner is not None else []
+        fused = self.config.fused_layers
+        layers = list(dict.fromkeys([*aligned, *fused]))
+        hidden, last = encoders.encode(self.encoder, encoder_input_ids, encoder_attention_mask, layers)
         dtype = cast(Tensor, self.get_input_embeddings().weight).dtype
         mask = encoder_attention_mask.bool() if self.config.mask_encoder_padding else None
         real = None if mask is None else real_tokens(mask)
         if real is not None:
             hidden, last = [real.pack(layer) for layer in hidden], real.pack(last)
+        by_layer = dict(zip(layers, hidden, strict=True))
         soft = None
         if self.mapping is not None:
-            soft = self.mapping(last.to(self.mapping.mlp.linear1.weight.dtype)).to(dtype)
-        keys, values = self._source_states(hidden, dtype)
+            own = self.mapping.mlp.linear1.weight.dtype
+            read = [by_layer[layer].to(own) for layer in fused] if fused else last.to(own)
+            soft = self.mapping(read).to(dtype)
+        keys, values = self._source_states([by_layer[layer] for layer in aligned], dtype)
         if real is not None:
             soft = None if soft is None else real.unpack(soft)
             keys, values = ([real.unpack_heads(state) for state in states] for states in (keys, values))

@@ -150,8 +150,9 @@ def run_evaluation(job: dict[str, Any]) -> dict[str, Any]:
     model = LayAlignForCausalLM.from_pretrained(job["model"])
     config = model.config
     tokenizers = load_tokenizers(job["model"], encoder=config.encoder_name_or_path, llm=config.llm_name_or_path)
-    result = evaluate(model, *tokenizers, "mgsm", job["data"], job["output"], batch_size=2, max_new_tokens=6)
-    return {"average": result.average}
+    options = {"batch_size": 2, "max_new_tokens": 6, **job.get("options", {})}
+    evaluate(model, *tokenizers, job.get("task", "mgsm"), job["data"], job["output"], **options)
+    return {}
 
 
 def run_command(job: dict[str, Any]) -> None:

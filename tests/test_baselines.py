@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny import batch, open_gates, tiny_encoder, tiny_llm, tiny_model
-from tiny_training import save_parts
+from tiny_training import save_parts, training_config
 
 from layalign import LayAlignForCausalLM, baselines
 from layalign.baselines import BASELINES
+from layalign.cli import main
 from layalign.config import LayAlignConfig
 from layalign.convert import convert_to_published
 from layalign.data import Example, LayAlignCollator
 from layalign.errors import ArgumentError, CheckpointError
 from layalign.layers import named_layers
-from layalign.training import build_model, load_train_config, train
+from layalign.training import TrainSummary, build_model, load_train_config, train
 from layalign.training.loading import configured_stages
 
 NAMES = list(BASELINES)
@@ -208,7 +210,7 @@ def test_both_stages_from_a_configuration(name: str, tmp_path: Path) -> None:
         if before is not None:
             config.init_checkpoint = before
         train(config)
-        assert Path(config.output_dir) == tmp_path / "out" / name / stage
+        assert Path(config.output_dir) == tmp_path / "out" / stage
         before = config.output_dir
     model = LayAlignForCausalLM.from_pretrained(before)
     assert (model.mapping is None, model.config.prompt, model.config.mix, model.config.gate) == (
@@ -223,15 +225,73 @@ def test_both_stages_from_a_configuration(name: str, tmp_path: Path) -> None:
 def test_configuration_of_a_baseline() -> None:
     values = {"output_dir": "a/translation", "stages": {"translation": {}, "task": {"output_dir": "a/task"}}}
     config = load_train_config(values, stage="task", overrides=["baseline=no-translation"])
-    assert config.output_dir == "a/no-translation/task" and config.init_checkpoint is None
+    assert config.output_dir == "a/task" and config.init_checkpoint is None
     config = load_train_config(preset="math", stage="task", overrides=["baseline=mindmerger-soft"])
     assert config.init_checkpoint == "outputs/math/mindmerger-soft/translation" and config.language_layers == []
+    assert config.output_dir == "outputs/math/mindmerger-soft/task"
     with pytest.raises(ArgumentError, match="baseline: no-translation has only the task stage, got translation"):
         load_train_config(values, stage="translation", overrides=["baseline=no-translation"])
     with pytest.raises(ArgumentError, match="baseline: llm has no stage"):
         load_train_config(values, stage="task", overrides=["baseline=llm"])
     with pytest.raises(ArgumentError, match="baseline: expected one of llm, "):
         load_train_config({"baseline": "layalgin"})
+
+
+def test_folders_that_somebody_chose_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "baseline: mindmerger-soft\noutput_dir: mine\nstages: {task: {init_checkpoint: start, output_dir: mine/task}}\n"
+    )
+    config = load_train_config(tmp_path / "c.yaml")
+    assert (config.output_dir, config.init_checkpoint, config.language_layers) == ("mine", None, [])
+    config = load_train_config(tmp_path / "c.yaml", stage="task")
+    assert (config.output_dir, config.init_checkpoint) == ("mine/task", "start")
+    named = ["baseline=layalign", "output_dir=mine", "init_checkpoint=start"]
+    config = load_train_config(preset="math", stage="task", overrides=named)
+    assert (config.output_dir, config.init_checkpoint) == ("mine", "start")
+    assert load_train_config({}, overrides=["baseline=layalign"]).output_dir == "outputs"
+
+    def places(*arguments: str) -> list[tuple[str, str | None]]:
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *arguments, "--print-config"])
+        assert stop.value.code == 0
+        texts = capsys.readouterr().out.split("# ")[1:]
+        values = [yaml.safe_load(text.split("\n", 1)[1]) for text in texts]
+        return [(each["output_dir"], each["init_checkpoint"]) for each in values]
+
+    math = ["--preset", "math", "--baseline", "layalign"]
+    assert places(*math) == [
+        ("outputs/math/layalign/translation", None),
+        ("outputs/math/layalign/task", "outputs/math/layalign/translation"),
+    ]
+    assert places(*math, "--output", "o") == [("o/translation", None), ("o/task", "o/translation")]
+    assert places(*math, "--stage", "task", "--output", "o") == [("o", "outputs/math/layalign/translation")]
+    assert places("--config", str(tmp_path / "c.yaml"), "--baseline", "no-adapter") == [("mine/task", "start")]
+
+
+def test_two_stages_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("output_dir: mine\nstages: {translation: {}, task: {}}\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(tmp_path / "c.yaml")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: output_dir: both stages would write to mine; give --output")
+
+
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_two_baselines_do_not_mix_in_a_folder(save_steps: int, tmp_path: Path) -> None:
+    parts = save_parts(tmp_path / "parts")
+
+    def run(name: str) -> TrainSummary:
+        changes = {"baseline": name, "max_steps": 1, "save_steps": save_steps}
+        return train(training_config(parts, tmp_path / "run", **changes))
+
+    run("layalign")
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    with pytest.raises(ArgumentError, match="^baseline: the run in .* has 'layalign', this one 'mindmerger-soft'"):
+        run("mindmerger-soft")
+    with pytest.raises(ArgumentError, match="^baseline: the run in .* has 'layalign', this one 'no-task'"):
+        run("no-task")  # the same model, another experiment
+    assert {path: path.read_bytes() for path in before} == before
+    assert run("layalign").steps == 1
 
 
 @pytest.mark.parametrize(
@@ -242,7 +302,7 @@ def test_configuration_of_a_baseline() -> None:
         ("prompt", "no", "prompt: expected true or false"),
         ("gate", float("nan"), "gate: expected a finite number or None"),
         ("gate", True, "gate: expected a finite number or None"),
-        ("adapter_size", 0, "adapter_size: expected a positive integer or None"),
+        ("adapter_size", 0, "adapter_size: expected a positive integer, 'match' or None"),
         ("encoder_layers", "lowest", "encoder_layers: expected indices or one of all, first-third, "),
     ],
 )

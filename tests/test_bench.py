@@ -8,12 +8,14 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_training import save_parts
 
 from layalign import bench
 from layalign.bench_report import write_report
@@ -361,3 +363,24 @@ def test_measured_tables_are_those_of_the_committed_file(page: Path, tmp_path: P
     command = [sys.executable, "benchmarks/tables.py", "benchmarks/results/cpu", str(copied)]
     subprocess.run(command, cwd=ROOT, check=True)
     assert copied.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), "run `make bench-tables`"
+
+
+def test_a_training_step_beside_the_bare_llm(tmp_path: Path) -> None:
+    save_parts(tmp_path)
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "training_step.py",
+        tmp_path,
+        "--rounds",
+        "2",
+        "--set",
+        "mix=shared",
+    ]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    found = re.findall(r"^(.+?) +(?:[\d.]+ s)? +([\d.]+) of the bare LLM$", output, re.M)
+    names, ratios = [name for name, _ in found], [float(ratio) for _, ratio in found]
+    assert names == [
+        "LayAlign, one step", "bare LLM, forward and backward", "encoder, forward", "LayAlign without the encoder",
+    ]  # fmt: skip
+    assert ratios[1] == 1 and 0 < ratios[2] < ratios[0]
+    assert re.match(r"32 pairs, \d+ of \d+ LLM tokens real, \d+ labels\n", output)

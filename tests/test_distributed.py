@@ -173,16 +173,22 @@ def evaluation_jobs(parts: TinyParts, folder: Path) -> list[dict[str, Any]]:
         else:
             file.write_text(file.read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
     kinds = {"answers-on": "evaluate", "answers-two": "command"}
-    return [{**job, "name": name, "kind": kind, "output": str(folder / name)} for name, kind in kinds.items()]
+    answers = [{**job, "name": name, "kind": kind, "output": str(folder / name)} for name, kind in kinds.items()]
+    measures = ["chrf", "nats", "nats-other-source", "right-one-of-2"]
+    measured = {**job, "task": "translation", "data": f"pairs:{parts.data}/bilingual_pairs"}
+    measured["options"] = {"measures": measures, "limit": 5}
+    run_evaluation({**measured, "output": str(folder / "measures-one")})
+    # The command is the last job: it leaves the process group.
+    return [{**measured, "name": "measures-two", "output": str(folder / "measures-two")}, *answers]
 
 
 def check_evaluation(folder: Path) -> None:
-    files = sorted(path.relative_to(folder / "answers-one") for path in (folder / "answers-one").rglob("*.*"))
-    assert len([file for file in files if file.suffix == ".json"]) == 4  # two languages, settings and scores
-    for name in ("answers-two", "answers-on"):
+    for name, one in (("answers-two", "answers-one"), ("answers-on", "answers-one"), ("measures-two", "measures-one")):
+        files = sorted(path.relative_to(folder / one) for path in (folder / one).rglob("*.*"))
+        assert len([file for file in files if file.suffix == ".json"]) == 4  # two languages, settings and scores
         assert sorted(path.relative_to(folder / name) for path in (folder / name).rglob("*.*")) == files
         for file in files:
-            assert (folder / name / file).read_bytes() == (folder / "answers-one" / file).read_bytes(), (name, file)
+            assert (folder / name / file).read_bytes() == (folder / one / file).read_bytes(), (name, file)
 
 
 def _own(values: dict[str, Any]) -> dict[str, Any]:

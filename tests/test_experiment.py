@@ -44,7 +44,9 @@ def test_presets_hold_every_baseline_and_three_levels() -> None:
     assert preset_names() == ["controlled", "larger", "smoke"]
     for name in preset_names():
         settings = load_settings(name)
-        assert {system.baseline for system in settings.systems} == set(BASELINES)
+        later = {name for name in BASELINES if "fused" in name or name == "mindmerger-matched"}  # than its results
+        expected = set(BASELINES) - (later if name == "controlled" else set())
+        assert {system.baseline for system in settings.systems} == expected
         assert settings.systems[0].name == "layalign"
         assert all(members(settings, level) for level in ("high", "medium", "low", "unseen", "trained"))
     controlled = load_settings("controlled")

@@ -93,11 +93,11 @@ def write_data(folder: Path, pairs: int = 24) -> None:
 
 
 def training_config(parts: TinyParts, output: Path, **changes: Any) -> TrainConfig:
-    """A few steps of the translation stage on the tiny parts."""
+    """A few steps of the translation stage on the tiny parts, the same on every processor."""
     values: dict[str, Any] = {
         "encoder": parts.encoder, "llm": parts.llm, "data": parts.data, "output_dir": str(output), "batch_size": 8,
         "dev_size": 8, "max_steps": 6, "learning_rate": 5e-3, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
-        "progress": False, "use_cpu": True,
+        "progress": False, "use_cpu": True, "bf16": False, "dev_cut": "position",
     }  # fmt: skip
     return load_train_config(values | changes)
 

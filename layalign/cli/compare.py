@@ -20,6 +20,8 @@ def compare(
 ) -> None:
     """Compare two evaluations answer by answer: exact McNemar tests and bootstrap intervals of the difference.
 
+    Translations are compared by each measure that both have, with a paired bootstrap over sentences.
+
     Example: layalign compare results/baseline results/layalign --by level
 
     For benchmark results see layalign bench --compare.

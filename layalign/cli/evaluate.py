@@ -10,7 +10,7 @@ import typer
 from layalign.cli.common import Device, Dtype, listed, load_model
 
 Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Folder or hub name of a trained model.")]
-Task = Annotated[str, typer.Option("--task", "-t", help="mgsm, msvamp, xnli, x-csqa, xcopa, ...")]
+Task = Annotated[str, typer.Option("--task", "-t", help="mgsm, msvamp, xnli, x-csqa, xcopa, translation, ...")]
 Data = Annotated[str, typer.Option("--data", "-d", help="Test files: a folder, a file, or FORMAT:PATH.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for predictions and scores.")]
 Languages = Annotated[
@@ -20,7 +20,29 @@ BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Quest
 NewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Default: the task's own.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first questions of each language.")]
 Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Beam search; the published numbers are greedy.")]
-Stage = Annotated[str, typer.Option("--stage", help="task gives the LLM the prompt, translation only the source.")]
+Stage = Annotated[
+    str | None,
+    typer.Option(
+        "--stage", help="task gives the LLM the prompt, translation only the source. Default: the task's own."
+    ),
+]
+Measures = Annotated[
+    str | None,
+    typer.Option(
+        "--measures",
+        "-m",
+        help="Of translation, with commas between: chrf, bleu, nats, nats-other-source, right-one-of-N. "
+        "Default: chrf,bleu.",
+    ),
+]
+Scorer = Annotated[
+    str | None,
+    typer.Option(
+        "--scorer",
+        help="number, signed-number, label, label-likelihood, label-likelihood-mean, text or translation. "
+        "Default: the task's own.",
+    ),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed lines out and count them.")]
 NoResume = Annotated[bool, typer.Option("--no-resume", help="Answer again what an earlier run has answered.")]
 LabelMatch = Annotated[str, typer.Option("--label-match", help="exact (published), or start: the answer begins so.")]
@@ -36,14 +58,18 @@ def evaluate(
     max_new_tokens: NewTokens = None,
     limit: Limit = None,
     num_beams: Beams = 1,
-    stage: Stage = "task",
+    measures: Measures = None,
+    scorer: Scorer = None,
+    stage: Stage = None,
     skip_bad: SkipBad = False,
     no_resume: NoResume = False,
     label_match: LabelMatch = "exact",
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Answer a test set in every language and count what is right. A rerun goes on where the last one stopped.
+    """Answer a test set in every language and count what is right, or translate it and measure how well.
+
+    A rerun goes on where the last one stopped.
 
     Started by torchrun, several processes share the questions.
 
@@ -73,6 +99,8 @@ def evaluate(
         limit=limit,
         skip_bad=skip_bad,
         resume=not no_resume,
+        scorer=scorer,
+        measures=listed(measures),
         label_match=label_match,
         stage=stage,
         generation={"num_beams": num_beams} if num_beams > 1 else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,6 +84,11 @@ def train(
             overrides.append(f"init_checkpoint={start}")
         overrides += assignments or []
         configs.append(load_train_config(config, preset=preset, stage=name, overrides=overrides))
+    if len({each.output_dir for each in configs}) < len(configs):
+        raise ArgumentError(
+            f"output_dir: both stages would write to {configs[0].output_dir}; give --output, below which each gets a "
+            "folder of its own, or an output_dir under each of stages"
+        )
     if print_config:
         _print(configs)
     else:
@@ -109,6 +115,10 @@ def _train_all(configs: list[TrainConfig]) -> None:
 
     try:
         with ExitStack() as folders:
+            if is_main_process():  # it says where it writes, and in what precision
+                said = logging.getLogger("layalign.training")
+                folders.callback(said.setLevel, said.level)
+                said.setLevel(logging.INFO)
             for config in configs:  # also those of later stages: who comes second is told before the first one
                 folders.enter_context(alone_in(config.output_dir))
             summaries = [(config.stage, train(config)) for config in configs]

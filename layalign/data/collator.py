@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -181,6 +182,20 @@ class LayAlignCollator:
         self._tell(cut)
         return {**self._padded(sources), **packed}
 
+    def contexts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """The batch up to where the targets begin: as a call with `with_targets=False`, which has the same errors."""
+        bare = copy.copy(self)
+        bare.with_targets = False
+        batch = bare(examples)
+        self.last_cut = bare.last_cut
+        return batch
+
+    def continuations(self, example: Example, texts: Sequence[str]) -> list[list[int]]:
+        """LLM token ids of each text as a target of `example`: cut like one, and with the end-of-sequence token."""
+        found = encode_texts(self.llm_tokenizer, texts, longest=self.max_target_length - 1)
+        self._tell([["target"] if text.cut else [] for text in found])
+        return [[*text.ids, self.llm_tokenizer.eos_token_id] for text in found]
+
     def encode_sources(self, examples: Sequence[Example], *, side: str = "right") -> list[list[int]]:
         """Encoder token ids of each source, special tokens included, cut to `max_source_length`, not padded.
 
@@ -193,6 +208,27 @@ class LayAlignCollator:
         rows, cut = self._encode_sources(examples, side)
         self._count(cut)
         return rows
+
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """How many tokens the LLM reads of each example, first token and boundary not counted; for batches of a length.
+
+        What is cut counts as cut, and is not told.
+        """
+        found = []
+        for start in range(0, len(examples), 1024):  # as many as fit well into the tokenizers' threads
+            group = examples[start : start + 1024]
+            unsaid: list[list[str]] = [[] for _ in group]
+            rows = [len(row) for row in self._encode_sources(group)[0]] if self.slots else [0] * len(group)
+            texts = []
+            if self.stage == "task" and self.prompt:
+                texts.append(("prompt", self.max_prompt_length))
+            if self.with_targets:
+                texts.append(("target", self.max_target_length - 1))
+            for kind, longest in texts:
+                ids = self._llm_ids([getattr(example, kind) for example in group], longest, kind, unsaid)
+                rows = [row + len(each) for row, each in zip(rows, ids, strict=True)]
+            found += rows
+        return found
 
     def _encode_sources(
         self, examples: Sequence[Example], side: str = "right"

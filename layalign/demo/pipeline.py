@@ -153,7 +153,8 @@ def _train(demo: Demo, system: str) -> LayAlignForCausalLM:
             stage=stage, task="math", data=str(demo.folder / "data" / files),
             output_dir=str(folder), max_steps=budget.steps, batch_size=budget.batch, micro_batch_size=budget.batch,
             learning_rate=budget.learning_rate, adam_beta1=0.9, dev_size=0, eval_steps=0, save_steps=0, logging_steps=5,
-            group_by_length=True, seed=demo.seed, use_cpu=True, resume=False, progress=False, **start,
+            group_by_length=True, seed=demo.seed, use_cpu=True, bf16=False, resume=False, progress="quiet",
+            **start,
         )  # fmt: skip
         with demo.phases.phase(label) as show:
             record = recorder(demo.losses.setdefault(label, []), show)

@@ -3,6 +3,19 @@
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.compare import compare_runs
 from layalign.evaluation.levels import resource_level
-from layalign.evaluation.run import TASKS, EvaluationResult, LanguageScore, evaluate
+from layalign.evaluation.measures import MeasureScore, MeasureScores
+from layalign.evaluation.run import EvaluationResult, LanguageScore, evaluate
+from layalign.evaluation.tasks import SCORERS, TASKS
 
-__all__ = ["TASKS", "EvaluationResult", "LanguageScore", "compare_runs", "evaluate", "llm_alone", "resource_level"]
+__all__ = [
+    "SCORERS",
+    "TASKS",
+    "EvaluationResult",
+    "LanguageScore",
+    "MeasureScore",
+    "MeasureScores",
+    "compare_runs",
+    "evaluate",
+    "llm_alone",
+    "resource_level",
+]

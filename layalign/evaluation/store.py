@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def prediction_path(folder: Path, language: str, suffix: str) -> Path:
 
 
 class OutputStore:
-    """The generated texts of a run: `predictions/<language>.jsonl`, one line per text, appended batch by batch.
+    """What a run got from its model: `predictions/<language>.jsonl`, one line per text, appended batch by batch.
+
+    Lists of numbers, which likelihoods give, have lines of their own: the example's number, what was measured, and the
+    numbers.
 
     Args:
         folder: the output folder; made if it does not exist.
@@ -57,6 +61,7 @@ class OutputStore:
 
     Attributes:
         cut: by language and number of the example, what of it was cut (only where something was).
+        values: by language, by what was measured, and by number of the example: lists of numbers.
 
     Raises:
         ArgumentError: outputs of other settings are there and `resume` is asked for.
@@ -65,6 +70,7 @@ class OutputStore:
     def __init__(self, folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
         self.folder, self.predictions = folder, folder / "predictions"
         self.cut: dict[str, dict[int, list[str]]] = {}
+        self.values: dict[str, dict[str, dict[int, list[float]]]] = {}
         with writing(f"output_dir: {folder}"):
             self.predictions.mkdir(parents=True, exist_ok=True)
         self._path = folder / SETTINGS
@@ -129,15 +135,15 @@ class OutputStore:
             path.unlink(missing_ok=True)
             known[language] = mark
             self._save()
-        self.cut[language] = {}
-        return self._read_outputs(path, len(examples), self.cut[language]) if path.exists() else {}
+        self.cut[language], self.values[language] = {}, {}
+        return self._read(path, len(examples), language) if path.exists() else {}
 
     def count_cut(self) -> dict[str, int]:
         """How many examples had each of their texts cut."""
         found = Counter(kind for of in self.cut.values() for kinds in of.values() for kind in kinds)
         return {kind: found[kind] for kind in CUT}
 
-    def _read_outputs(self, path: Path, count: int, cut: dict[int, list[str]]) -> dict[int, str | None]:
+    def _read(self, path: Path, count: int, language: str) -> dict[int, str | None]:
         raw = read_bytes(path, most=MAX_WHOLE_BYTES, error=DataError)
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) != len(raw):
@@ -147,15 +153,26 @@ class OutputStore:
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
                 entry = json.loads(line[: MAX_LINE_BYTES + 1])
-                index, output, kinds = entry["index"], entry["output"], entry.get("cut", [])
-                good = isinstance(output, str | None) and isinstance(index, int) and 0 <= index < count
-                good = good and isinstance(kinds, list) and set(kinds) <= set(CUT)
-            except (ValueError, KeyError, TypeError, RecursionError):
+                index, measure = entry["index"], entry.get("measure")
+                good = isinstance(index, int) and 0 <= index < count
+                if measure is not None:
+                    values = entry["values"]
+                    good = good and isinstance(measure, str) and isinstance(values, list)
+                    good = good and all(type(value) in (int, float) and isfinite(value) for value in values)
+                else:
+                    output, kinds = entry["output"], entry.get("cut", [])
+                    good = (
+                        good and isinstance(output, str | None) and isinstance(kinds, list) and set(kinds) <= set(CUT)
+                    )
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
                 good = False
             if not good:
                 raise DataError(f"{path}:{number}: a damaged line, expected the index and output of one example")
-            outputs[index] = output
-            cut.update({index: kinds} if kinds else {})
+            if measure is not None:
+                self.values[language].setdefault(measure, {})[index] = values
+            else:
+                outputs[index] = output
+                self.cut[language].update({index: kinds} if kinds else {})
         return outputs
 
     def append(self, language: str, outputs: Mapping[int, str | None], cut: Mapping[int, Sequence[str]]) -> None:
@@ -169,7 +186,15 @@ class OutputStore:
         entries = [
             {"index": i, "output": text, **({"cut": found[i]} if i in found else {})} for i, text in outputs.items()
         ]
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+        self._write(language, entries)
+
+    def append_values(self, language: str, measure: str, values: Mapping[int, Sequence[float]]) -> None:
+        """Add numbers that were measured for a batch, as `append` adds its outputs."""
+        self.values[language].setdefault(measure, {}).update({i: list(row) for i, row in values.items()})
+        self._write(language, [{"index": i, "measure": measure, "values": list(row)} for i, row in values.items()])
+
+    def _write(self, language: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries]
         path = self.path_of(language, ".jsonl")
         kept = "the answers written before are kept, and a rerun goes on behind them"
         with writing(f"output_dir: {path}", kept), path.open("ab") as file:

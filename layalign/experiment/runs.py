@@ -215,7 +215,7 @@ def _stage(
         stage=stage, task="math", data=str(data / _FILES[stage]), output_dir=str(place / stage), max_steps=steps,
         batch_size=budget.batch, micro_batch_size=budget.batch, learning_rate=budget.learning_rate, adam_beta1=0.9,
         dev_size=0, eval_steps=0, save_steps=0, logging_steps=10, group_by_length=True, seed=seed,
-        use_cpu=not torch.cuda.is_available(), resume=False, progress=False, **start,
+        use_cpu=not torch.cuda.is_available(), bf16=False, resume=False, progress="quiet", **start,
     )  # fmt: skip
     watch = _Watch()
     summary = train(config, callbacks=[watch])

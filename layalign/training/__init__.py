@@ -10,7 +10,14 @@ from layalign.training.config import TrainConfig
 from layalign.training.loading import load_train_config
 
 if TYPE_CHECKING:
-    from layalign.training.run import TrainSummary, build_model, read_examples, train, training_arguments
+    from layalign.training.run import (
+        TrainSummary,
+        build_model,
+        read_dev_examples,
+        read_examples,
+        train,
+        training_arguments,
+    )
     from layalign.training.runs import is_main_process
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "build_model",
     "is_main_process",
     "load_train_config",
+    "read_dev_examples",
     "read_examples",
     "train",
     "training_arguments",

@@ -30,7 +30,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
     "structure": ("Linear", "MLP"),
     "mix": ("layer-wise", "shared"),
-    "frozen_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "adapter_fusion": ("softmax", "token-softmax"),
+    "frozen_dtype": ("auto", "stored", "float32", "bfloat16", "float16"),
+    "dev_cut": ("sentence", "position"),
+    "dev_overlap": ("warn", "drop"),
     "sharding": ("fsdp2", "zero2", "zero3"),
 }
 _INTEGERS = {
@@ -70,19 +73,20 @@ _FLAGS = (
     "adapter",
     "prompt",
     "skip_bad",
-    "bf16",
     "gradient_checkpointing",
     "group_by_length",
     "keep_best",
     "use_cpu",
-    "progress",
 )
+# Keys that are true, false or this word.
+_FLAGS_OR = {"bf16": "auto", "progress": "quiet"}
 _LISTS = {"encoder_layers": int, "language_layers": int, "languages": str, "report_to": str, "allow_changed": str}
 # What may be changed on purpose when a run goes on. Never: what the model is and computes, and the dev examples, of
 # which some would have been trained on.
 ALLOWED_CHANGES = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "baseline", "batch_size", "bf16", "data", "frozen_dtype", "gate",
-    "gradient_checkpointing", "group_by_length", "init_checkpoint", "languages", "learning_rate", "limit",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "baseline", "batch_size", "bf16", "data", "dev_overlap",
+    "encoder_dropout", "frozen_dtype", "gate", "gradient_checkpointing", "group_by_length", "init_checkpoint",
+    "languages", "learning_rate", "limit",
     "lr_scheduler", "max_grad_norm", "max_prompt_length", "max_source_length", "max_target_length", "micro_batch_size",
     "seed", "skip_bad", "tokenizers", "warmup_ratio", "weight_decay",
 )  # fmt: skip
@@ -109,13 +113,18 @@ class TrainConfig:
     structure: str = "Linear"
     mix: str = "layer-wise"
     adapter: bool = True
-    adapter_size: int | None = None
+    adapter_size: int | str | None = None  # "match": as many trained parameters as LayAlign, without its aligner
+    adapter_fusion: str | None = None
     prompt: bool = True
     gate: float | None = None
     mask_encoder_padding: bool = True
     # None: as the LLM's tokenizer begins its texts; false: no first token; a number: that one.
     llm_bos_token_id: int | bool | None = None
+    # auto: bfloat16 where bf16 is in force, else as stored.
     frozen_dtype: str = "auto"
+    # Of the frozen encoder in training: true, as its own configuration says; false, none; or a rate. None: as the model
+    # has it, and true, as published, for a new one.
+    encoder_dropout: bool | float | None = None
     lora: dict[str, Any] | None = None
     init_checkpoint: str | None = None
 
@@ -125,7 +134,14 @@ class TrainConfig:
     data: Any = "datas"
     languages: list[str] | None = None
     limit: int | None = None
+    # Examples of the dev split: cut from `data`, or the most that are taken of `dev_data`.
     dev_size: int = 3000
+    dev_data: Any = None
+    # How dev is cut from `data`: by sentence, so that no English sentence of it stays in training, or by position, as
+    # published. None: by sentence; a run that goes on keeps the cut it began with.
+    dev_cut: str | None = None
+    # What becomes of training examples whose English sentence is one of `dev_data`: told, or left out.
+    dev_overlap: str = "warn"
     skip_bad: bool = False
     max_source_length: int | None = None
     max_prompt_length: int | None = None
@@ -149,7 +165,7 @@ class TrainConfig:
     # spike_factor times the median of the last hundred steps (0: no spike is looked for).
     max_skipped_steps: int = 0
     spike_factor: float = 4.0
-    bf16: bool = False
+    bf16: bool | str = "auto"  # auto: where the processor has it
     gradient_checkpointing: bool = False
     group_by_length: bool = False
     seed: int = 0
@@ -168,7 +184,8 @@ class TrainConfig:
     save_total_limit: int | None = 2
     keep_best: bool = False
     report_to: list[str] = field(default_factory=list)
-    progress: bool = True
+    # true: a bar; false: a plain line for each logged step and evaluation; quiet: neither.
+    progress: bool | str = True
 
     def __post_init__(self) -> None:
         _coerce(self)
@@ -235,6 +252,8 @@ def _coerce(config: TrainConfig) -> None:
         name, value = entry.name, getattr(config, entry.name)
         if (value is None and name in optional) or (value is False and name == "llm_bos_token_id"):
             continue
+        if name == "adapter_size" and isinstance(value, str) and value == "match":
+            continue
         if name in _INTEGERS:
             value = _number(name, value, whole=True)
         elif name in _NUMBERS:
@@ -242,6 +261,12 @@ def _coerce(config: TrainConfig) -> None:
         elif name in _FLAGS:
             if not isinstance(value, bool):
                 raise ArgumentError(f"{name}: expected true or false, got {shown(value)}")
+        elif name in _FLAGS_OR:
+            if not isinstance(value, bool) and value != _FLAGS_OR[name]:
+                raise ArgumentError(f"{name}: expected true, false or {_FLAGS_OR[name]}, got {shown(value)}")
+        elif name == "encoder_dropout":
+            if not isinstance(value, bool):
+                value = _number(name, value, whole=False, expected="true, false or a rate below 1") or False
         elif name in _LISTS:
             if name != "encoder_layers" or not isinstance(value, str):
                 value = _list(name, value, _LISTS[name])
@@ -252,11 +277,8 @@ def _coerce(config: TrainConfig) -> None:
         elif name in _CHOICES and value not in _CHOICES[name]:
             raise ArgumentError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {shown(value)}")
         setattr(config, name, value)
-    if not isinstance(config.data, (str, Path, Mapping, list)) or not config.data:
-        raise ArgumentError(
-            f"data: expected a path, FORMAT:PATH, a mapping or a list of these, got {shown(config.data)}"
-        )
-    config.data = str(config.data) if isinstance(config.data, Path) else config.data
+    config.data = _data("data", config.data)
+    config.dev_data = None if config.dev_data is None else _data("dev_data", config.dev_data)
     if config.lora is not None:
         config.lora = _lora_settings(config.lora)
     if config.resume is True:
@@ -265,8 +287,14 @@ def _coerce(config: TrainConfig) -> None:
         raise ArgumentError(f"resume: expected auto, false or a checkpoint folder, got {shown(config.resume)}")
 
 
-def _number(name: str, value: Any, *, whole: bool) -> Any:
-    expected, number = "a whole number" if whole else "a number", float("nan")
+def _data(name: str, value: Any) -> Any:
+    if not isinstance(value, (str, Path, Mapping, list)) or not value:
+        raise ArgumentError(f"{name}: expected a path, FORMAT:PATH, a mapping or a list of these, got {shown(value)}")
+    return str(value) if isinstance(value, Path) else value
+
+
+def _number(name: str, value: Any, *, whole: bool, expected: str = "") -> Any:
+    expected, number = expected or ("a whole number" if whole else "a number"), float("nan")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
     try:
@@ -315,7 +343,7 @@ def _lora_settings(value: Any) -> dict[str, Any]:
 def _check_ranges(config: TrainConfig) -> None:
     for name, lowest in {**_INTEGERS, **_NUMBERS}.items():
         value = getattr(config, name)
-        if value is not None and value < lowest:
+        if value is not None and not isinstance(value, str) and value < lowest:
             raise ArgumentError(f"{name}: expected at least {lowest:g}, got {value:g}")
     if config.seed >= SEEDS:
         raise ArgumentError(f"seed: expected a whole number below {SEEDS}, got {config.seed}")
@@ -325,6 +353,9 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("epochs", "learning_rate"):
         if getattr(config, name) == 0:
             raise ArgumentError(f"{name}: expected more than 0, got 0")
+    rate = config.encoder_dropout
+    if rate is not None and not isinstance(rate, bool) and not 0 <= rate < 1:
+        raise ArgumentError(f"encoder_dropout: expected true, false or a rate below 1, got {rate:g}")
     if 0 < config.spike_factor <= 1:
         raise ArgumentError(f"spike_factor: expected more than 1, or 0 for no look-out, got {config.spike_factor:g}")
     for name in ("encoder_layers", "language_layers"):
@@ -340,5 +371,7 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ArgumentError(
             "keep_best: needs a dev split and evaluation during training (dev_size and eval_steps not 0)"
         )
+    if config.dev_data is not None and config.dev_size == 0:
+        raise ArgumentError("dev_size: expected at least 1 with dev_data, the most that are taken of it, got 0")
     if config.keep_best and config.save_steps not in (None, config.eval_steps):
         raise ArgumentError("keep_best: saves where it evaluates; leave save_steps out or set it to eval_steps")

@@ -59,7 +59,7 @@ class GateHistory(TrainerCallback):
         self._step: int | None = None  # the last one written; None outside training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        gates = _gates(model)
+        gates = gate_values(model)
         if not state.is_world_process_zero or not gates:
             return
         folder = Path(args.output_dir)
@@ -72,7 +72,7 @@ class GateHistory(TrainerCallback):
         # Several logs fall on one step (loss, evaluation, the summary): its gates are written once.
         if self._step is None or state.global_step <= self._step:
             return
-        self._append(Path(args.output_dir), state.global_step, _gates(model))
+        self._append(Path(args.output_dir), state.global_step, gate_values(model))
 
     def _append(self, folder: Path, step: int, gates: list[float]) -> None:
         with writing(str(folder / FILE)), (folder / FILE).open("a", encoding="utf-8") as file:
@@ -80,9 +80,9 @@ class GateHistory(TrainerCallback):
         self._step = step
 
 
-def _gates(model: Any) -> list[float]:
+def gate_values(model: Any) -> list[float]:
     """The gates in one transfer; none where there are none or where one process does not hold them whole."""
-    gates = [module.adaption_gate for module in getattr(model, "cross_attention", ())]
+    gates = [module.adaption_gate for module in getattr(model, "cross_attention", None) or ()]
     if not gates or any(gate.numel() != 1 or hasattr(gate, "full_tensor") or hasattr(gate, "ds_id") for gate in gates):
         return []
     return torch.stack([gate.detach().float().squeeze().to(gates[0].device) for gate in gates]).tolist()

@@ -24,7 +24,8 @@ def load_train_config(
 ) -> TrainConfig:
     """Build a configuration from a YAML file (or a mapping, or a preset), one stage of it, and `key=value` overrides.
 
-    The YAML holds the keys of `TrainConfig`; those under `stages: {translation: ..., task: ...}` are of one stage.
+    The YAML holds the keys of `TrainConfig`; those under `stages: {translation: ..., task: ...}` are of one stage. A
+    baseline has its name put into the folders of a preset; those that a file, a mapping or an override names stay.
 
     Raises:
         ArgumentError: unknown key, wrong value, unreadable YAML or unknown preset; the text names which.
@@ -41,7 +42,7 @@ def load_train_config(
         raise ArgumentError(f"stages.{chosen}: expected a mapping, got {shown(of_stage)}")
     values = {**values, **of_stage, "stage": chosen}
     if named is not None:
-        values = with_baseline(values, named, chosen)
+        values = with_baseline(values, named, chosen, own_folders=preset is not None)
     for item in overrides:
         _apply_override(values, item)
     _check_keys(values)
@@ -129,7 +130,7 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
     key = key.strip()
     if not equals or not key.isprintable() or not key:
         refuse("set", "key=value", item)
-    if key in TEXTS or (key == "data" and not text.lstrip().startswith(("{", "["))):
+    if key in TEXTS or (key in ("data", "dev_data") and not text.lstrip().startswith(("{", "["))):
         value = None if text in ("null", "~", "") else text  # a folder may be called 2024 or true
     else:
         try:

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +30,10 @@ from layalign.doctor import package_version
 from layalign.errors import ArgumentError, CheckpointError, shown
 from layalign.names import PARTS
 from layalign.tokenization import tokenizers_hash
+from layalign.training import precision
 from layalign.training.config import ALLOWED_CHANGES, TrainConfig
 
-logger = logging.getLogger("layalign")
+logger = logging.getLogger("layalign.training")
 
 FILE, SETTINGS = "run.json", "train_config.yaml"
 _VERSION = 1
@@ -42,10 +44,15 @@ _FREE_KEYS = {
     "spike_factor", "sharding", "allow_changed",
 }  # fmt: skip
 # Names of things, whose content is compared where it is known: a folder may be moved, or hold something else.
-_NAMES = ("encoder", "llm", "data", "init_checkpoint")
+_NAMES = ("encoder", "llm", "data", "dev_data", "init_checkpoint")
+_OPEN = {"dev_cut": None, "encoder_dropout": None, "bf16": "auto"}  # what leaves it to the run
+# What runs did before there was a key for it.
+_BEFORE_THE_KEY = {
+    "dev_data": None, "dev_cut": "position", "dev_overlap": "warn", "encoder_dropout": True, "bf16": False,
+}  # fmt: skip
 # What decides what a model computes, beside its weights.
 _OF_THE_MODEL = (
-    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "prompt",
+    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "adapter_fusion", "prompt",
     "mask_encoder_padding",
 )  # fmt: skip
 
@@ -70,8 +77,39 @@ class Earlier(NamedTuple):
         found = self.record.get("changes")
         return found if isinstance(found, list) else []
 
+    def knows(self, key: str) -> bool:
+        """Whether the run's value of a setting is known: it is written down, or was the only one there was."""
+        written = bool(self.settings) and (key in self.settings or key in _BEFORE_THE_KEY)
+        return written and not (key in _OPEN and self.setting(key) == _OPEN[key])
+
+    def setting(self, key: str) -> Any:
+        """The value of a setting, also in a run from before its key was there."""
+        found = self.settings.get(key, _BEFORE_THE_KEY.get(key))
+        return "stored" if key == "frozen_dtype" and found in (None, "auto") else found
+
 
 # Making
+
+
+def settled(config: TrainConfig, before: Earlier | None, model: Any = None) -> TrainConfig:
+    """The configuration with what it leaves open as the earlier run began, or as a new one decides here.
+
+    Args:
+        before: the run that goes on, or whose model is trained again.
+        model: given in memory, whose frozen parts stay in the dtype they have.
+    """
+    chosen: dict[str, Any] = {}
+    if config.dev_cut is None:
+        chosen["dev_cut"] = (before and before.setting("dev_cut")) or "sentence"
+    if config.encoder_dropout is None and before is not None:
+        chosen["encoder_dropout"] = before.setting("encoder_dropout")
+    if config.bf16 == "auto":
+        began = "auto" if before is None else before.setting("bf16")
+        chosen["bf16"] = precision.uses_bf16(config) if began == "auto" else began
+    if config.frozen_dtype == "auto":
+        of_new = "stored" if model is not None else precision.frozen_dtype(replace(config, **chosen))
+        chosen["frozen_dtype"] = of_new if before is None else before.setting("frozen_dtype")
+    return replace(config, **chosen)
 
 
 def make(
@@ -86,12 +124,14 @@ def make(
     """What `run.json` holds.
 
     Args:
+        config: of :func:`settled`.
         start: of :func:`start_of`.
         processes: their number and the micro batch of one.
     """
+    settings = {**config.to_dict(), "encoder_dropout": model.config.encoder_dropout}
     return {
         "version": _VERSION,
-        "settings": json.loads(json.dumps(config.to_dict(), default=str)),
+        "settings": json.loads(json.dumps(settings, default=str)),
         "data": {"train": hash_of(train_set), "dev": hash_of(dev_set)},
         "init_checkpoint": start,
         "tokenizers": tokenizers_hash(*tokenizers),
@@ -256,8 +296,8 @@ def _differences(before: Earlier, here: dict[str, Any], model: Any, unknown: lis
     if not before.settings:
         unknown.append("the settings")
     for key, now in here["settings"].items():
-        if key in before.settings and key not in (*_FREE_KEYS, *_NAMES) and before.settings[key] != now:
-            yield _changed(key, before.settings[key], now)
+        if key not in (*_FREE_KEYS, *_NAMES) and before.knows(key) and before.setting(key) != now:
+            yield _changed(key, before.setting(key), now)
     yield from _content(before, here, unknown)
     yield from _model(before, here, model, unknown)
 
@@ -277,6 +317,8 @@ def _content(before: Earlier, here: dict[str, Any], unknown: list[str]) -> Itera
     data = before.record.get("data")
     if not isinstance(data, dict):
         yield from _named("data", before, here, unknown)
+        if before.knows("dev_data") and before.setting("dev_data") != here["settings"]["dev_data"]:
+            yield _changed("dev_data", before.setting("dev_data"), here["settings"]["dev_data"])
     else:
         for part, key in (("train", "data"), ("dev", "dev")):
             then, now = data.get(part), here["data"][part]

@@ -25,12 +25,16 @@ from layalign._files import writing
 from layalign.checkpoint import OWN_PARTS
 from layalign.config import LayAlignConfig, number_of_layers
 from layalign.data import FORMATS, Example, LayAlignCollator, load_examples
+from layalign.data.sentences import apart_from, cut_by_sentence
 from layalign.errors import ArgumentError, CheckpointError, StoppedError
 from layalign.layers import named_layers
 from layalign.model import LayAlignForCausalLM
+from layalign.parts import matching_adapter_size
 from layalign.tokenization import first_token, load_tokenizer, load_tokenizers
-from layalign.training import record, runs
+from layalign.training import precision, record, runs
+from layalign.training.advice import SmallRun
 from layalign.training.config import TrainConfig, require_config
+from layalign.training.console import ConsoleLines
 from layalign.training.gates import GateHistory
 from layalign.training.guard import StepGuard
 from layalign.training.launch import LossBefore, leave_engine, sharding_arguments, with_kept_micro_batch
@@ -44,16 +48,18 @@ __all__ = [
     "build_model",
     "is_main_process",
     "load_train_config",
+    "read_dev_examples",
     "read_examples",
     "train",
 ]
 
-logger = logging.getLogger("layalign")
+logger = logging.getLogger("layalign.training")
 
 MEASURED = 200
 # What a checkpoint brings along: the model's shape.
 _SHAPE = (
-    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "prompt", "gate",
+    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "adapter_fusion", "prompt",
+    "gate",
 )  # fmt: skip
 
 
@@ -89,6 +95,7 @@ def train(
     llm_tokenizer: Any = None,
     examples: Sequence[Example] | None = None,
     dev_examples: Sequence[Example] | None = None,
+    lengths: Sequence[int] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> TrainSummary:
     """Run one stage and write model, tokenizers, configuration and `training.json` to `config.output_dir`.
@@ -97,8 +104,10 @@ def train(
         config: all settings.
         model, encoder_tokenizer, llm_tokenizer: already in memory, instead of loading what `config` names. The model is
             trained in place.
-        examples: training examples instead of `config.data`; without `dev_examples` the dev split is cut off from them.
-        dev_examples: dev split of its own; `config.dev_size` is not used then.
+        examples: training examples instead of `config.data`; without `dev_examples` and `config.dev_data` the dev split
+            is cut off from them.
+        dev_examples: dev split of its own; `config.dev_data` and `config.dev_size` are not used then.
+        lengths: for `group_by_length`, one number per training example; without it the tokens that the LLM reads.
         callbacks: transformers TrainerCallbacks.
 
     Raises:
@@ -112,7 +121,7 @@ def train(
     """
     require_config(config)
     with runs.alone_in(config.output_dir):
-        return _stage(config, model, (encoder_tokenizer, llm_tokenizer), examples, dev_examples, callbacks)
+        return _stage(config, model, (encoder_tokenizer, llm_tokenizer), examples, dev_examples, lengths, callbacks)
 
 
 def _stage(
@@ -121,32 +130,40 @@ def _stage(
     tokenizers: tuple[Any, Any],
     examples: Sequence[Example] | None,
     dev_examples: Sequence[Example] | None,
+    lengths: Sequence[int] | None,
     callbacks: Sequence[Any],
 ) -> TrainSummary:
     encoder_tokenizer, llm_tokenizer = tokenizers
     started = time.perf_counter()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     resume_from = runs.find_resume(config)
-    overwritten = record.overwritten(config, resume_from)
-    earlier, running = None, config
+    overwritten, earlier = record.overwritten(config, resume_from), None
     if resume_from is not None:
         earlier = record.earlier(resume_from, resume_from.parent / record.SETTINGS)
+    asked, config = config, record.settled(config, earlier or overwritten, model)
+    running = config
+    if resume_from is not None and earlier is not None:
         known = {**runs.read_run(resume_from.parent), **record.micro_batch(earlier)}
         running = with_kept_micro_batch(config, known, world_size)
     micro, _ = running.batch_plan(world_size)
     if examples is None:
         examples = read_examples(config)
+    if dev_examples is None and config.dev_data is not None:
+        dev_examples = read_dev_examples(config)
     train_set, dev_set = _split(config, list(examples), dev_examples)
+    if lengths is not None and len(lengths) != len(train_set):
+        raise ArgumentError(f"lengths: expected one per training example, {len(train_set)}, got {len(lengths)}")
     given = model
     if model is None:
         model = build_model(config)
+    elif config.encoder_dropout is not None:
+        model.set_encoder_dropout(config.encoder_dropout)
     start = record.start_of(config, given, model)
     if encoder_tokenizer is None or llm_tokenizer is None:
         loaded = _tokenizers(config, model)
         encoder_tokenizer, llm_tokenizer = encoder_tokenizer or loaded[0], llm_tokenizer or loaded[1]
     if resume_from is not None and config.llm_bos_token_id is None:  # a run goes on with what it began with
         model.config.llm_bos_token_id = LayAlignConfig.from_pretrained(resume_from).llm_bos_token_id
-    _tell_first_token(config, model, llm_tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _check_trained(model)
@@ -161,12 +178,17 @@ def _stage(
         here["changes"] = [*earlier.changes, *changed]
 
     runs.start_over(config)
-    trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, world_size)
+    here["grouped_by"], lengths = _grouping(config, train_set, lengths, earlier)
+    if is_main_process():
+        logger.info("%s: writes to %s", config.stage, config.output_dir)
+        precision.tell(asked, config, going_on=earlier is not None)
+    _tell_first_token(config, model, llm_tokenizer)
+    trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, lengths, world_size)
     trainer.record, trainer.keeps_hyperparameters = here, not changed
     for callback in callbacks:
         trainer.add_callback(callback)
     measured = dev_set or train_set[:MEASURED]
-    before = LossBefore(config, trainer, measured, resume_from)
+    before = LossBefore(asked, trainer, measured, resume_from)
     if is_main_process():
         record.write(Path(config.output_dir), here)
     _train(trainer, resume_from)
@@ -192,10 +214,23 @@ def _stage(
         cut=_cut(trainer),
         log_history=[{"step": 0, "epoch": 0.0, "eval_loss": loss_before}, *trainer.state.log_history],
     )
-    runs.save_run(config, {**asdict(summary), "micro_batch": trainer.args.per_device_train_batch_size})
+    runs.save_run(asked, {**asdict(summary), "micro_batch": trainer.args.per_device_train_batch_size})
     trainer.accelerator.wait_for_everyone()  # the next stage of another process reads what this one's main has written
     leave_engine(trainer)
     return summary
+
+
+def _grouping(
+    config: TrainConfig, train_set: Sequence[Example], lengths: Sequence[int] | None, earlier: record.Earlier | None
+) -> tuple[str | None, Sequence[int] | None]:
+    """By what `group_by_length` sorts, and the numbers; None for the tokens, which the collator counts."""
+    if not config.group_by_length:
+        return None, None
+    goes_on = earlier is not None and earlier.settings.get("group_by_length")
+    if earlier is not None and goes_on and earlier.record.get("grouped_by") in (None, "letters"):
+        # It was begun when letters were counted.
+        return "letters", [len(each.source) + len(each.prompt) + len(each.target) for each in train_set]
+    return ("tokens" if lengths is None else "given"), lengths
 
 
 def _cut(trainer: LayAlignTrainer) -> dict[str, int]:
@@ -227,22 +262,35 @@ def _train(trainer: LayAlignTrainer, resume_from: Path | None) -> None:
 def read_examples(config: TrainConfig) -> list[Example]:
     """The stage's examples, shuffled with `config.seed`; malformed lines left out under `skip_bad` are logged."""
     require_config(config)
-    data = config.data
+    examples = _read(config, config.data, languages=config.languages, limit=config.limit)
+    if not examples:
+        raise ArgumentError(f"data: no example in {config.data} for the languages {config.languages or 'asked for'}")
+    return examples
+
+
+def read_dev_examples(config: TrainConfig) -> list[Example]:
+    """Of `config.dev_data` at most `config.dev_size` examples, drawn with `config.seed`.
+
+    `languages` and `limit` are of the training data; a mapping in `dev_data` has its own.
+    """
+    require_config(config)
+    examples = _read(config, config.dev_data)
+    if not examples:
+        raise ArgumentError(f"dev_data: no example in {config.dev_data}")
+    if len(examples) > config.dev_size and is_main_process():
+        logger.warning("dev_data: %d of its %d examples are used (dev_size)", config.dev_size, len(examples))
+    return examples[: config.dev_size]
+
+
+def _read(config: TrainConfig, data: Any, **options: Any) -> list[Example]:
     default = _translation_format(data) if config.stage == "translation" else config.task
     # A path that names no format is read in the stage's own.
     named = isinstance(data, str) and data.partition(":")[0] in FORMATS
     examples, report = load_examples(
-        data,
-        format=None if named else default,
-        languages=config.languages,
-        limit=config.limit,
-        skip_bad=config.skip_bad,
-        seed=config.seed,
+        data, format=None if named else default, skip_bad=config.skip_bad, seed=config.seed, **options
     )
     if report.skipped:
         logger.warning("%s", report.summary())
-    if not examples:
-        raise ArgumentError(f"data: no example in {data} for the languages {config.languages or 'asked for'}")
     return examples
 
 
@@ -258,11 +306,35 @@ def _translation_format(data: Any) -> str:
 def _split(
     config: TrainConfig, examples: list[Example], dev: Sequence[Example] | None
 ) -> tuple[list[Example], list[Example]]:
-    if dev is None:
+    count, translation = len(examples), config.stage == "translation"
+    if dev is not None:
+        return _apart(config, examples, list(dev)), list(dev)
+    if config.dev_cut == "position" or not config.dev_size:
         dev, examples = examples[: config.dev_size], examples[config.dev_size :]
+    else:
+        examples, dev, neither = cut_by_sentence(examples, config.dev_size, translation=translation)
+        if neither and is_main_process():
+            logger.info("dev_cut: %d example(s) with the English of the last dev sentence are left out", neither)
     if not examples:
-        raise ArgumentError(f"dev_size: {config.dev_size} leaves nothing to train on, there are {len(dev)} examples")
+        raise ArgumentError(f"dev_size: {config.dev_size} leaves nothing to train on, there are {count} examples")
     return examples, list(dev)
+
+
+def _apart(config: TrainConfig, examples: list[Example], dev: list[Example]) -> list[Example]:
+    """The training examples beside a dev split of its own."""
+    rest, shared = apart_from(examples, dev, translation=config.stage == "translation")
+    if not shared:
+        return examples
+    drop = config.dev_overlap == "drop"
+    if is_main_process():
+        logger.warning(
+            "dev_data: the English of %d of %d dev examples is that of %d training examples too, which are %s",
+            shared, len(dev), len(examples) - len(rest),
+            "left out" if drop else "trained on: the dev loss is too good (dev_overlap=drop leaves them out)",
+        )  # fmt: skip
+    if drop and not rest:
+        raise ArgumentError("dev_overlap: drop leaves nothing to train on, all of data stands in dev_data too")
+    return rest if drop else examples
 
 
 # Model
@@ -279,7 +351,9 @@ def build_model(config: TrainConfig) -> LayAlignForCausalLM:
     """
     require_config(config)
     set_seed(config.seed)
-    kwargs = {"dtype": config.frozen_dtype}
+    dtype = precision.frozen_dtype(config)
+    kwargs = {"dtype": "auto" if dtype == "stored" else dtype}
+    dropout = {} if config.encoder_dropout is None else {"encoder_dropout": config.encoder_dropout}
     if config.init_checkpoint is None:
         for name in ("encoder", "llm"):
             if getattr(config, name) is None:
@@ -293,10 +367,13 @@ def build_model(config: TrainConfig) -> LayAlignForCausalLM:
             llm_kwargs=kwargs,
             mask_encoder_padding=config.mask_encoder_padding,
             llm_bos_token_id=_first_token(config),
+            **dropout,
             **{key: getattr(config, key) for key in _SHAPE},
         )
     else:
-        model = LayAlignForCausalLM.from_pretrained(config.init_checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs)
+        model = LayAlignForCausalLM.from_pretrained(
+            config.init_checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs, **dropout
+        )
         _check_start(config, model)
     if config.lora is not None and model.config.lora is None:
         try:
@@ -327,6 +404,8 @@ def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
         if isinstance(asked, str) and key == "encoder_layers":
             assert model.config.encoder_config is not None
             asked = named_layers(asked, number_of_layers(model.config.encoder_config) + 1)
+        if key == "adapter_size" and asked == "match":
+            asked = matching_adapter_size(model.config)
         if asked not in (getattr(defaults, key), has):
             raise ArgumentError(f"{key}: init_checkpoint {config.init_checkpoint} has {has}, got {asked}")
     asked, has = config.llm_bos_token_id, model.config.llm_bos_token_id
@@ -383,6 +462,7 @@ def _trainer(
     tokenizers: tuple[Any, Any],
     train_set: list[Example],
     dev_set: list[Example],
+    lengths: Sequence[int] | None,
     world_size: int,
 ) -> LayAlignTrainer:
     collator = LayAlignCollator.from_model(
@@ -395,9 +475,8 @@ def _trainer(
     )
     if config.num_workers:
         collator.share_memory()
-    lengths = None
-    if config.group_by_length:
-        lengths = [len(example.source) + len(example.prompt) + len(example.target) for example in train_set]
+    if config.group_by_length and lengths is None:
+        lengths = collator.lengths(train_set)
     trainer = LayAlignTrainer(
         tokenizers=tokenizers,
         lengths=lengths,
@@ -416,8 +495,10 @@ def _trainer(
             f"max_skipped_steps: expected 0 with DeepSpeed, which takes its step inside the backward pass, got "
             f"{config.max_skipped_steps}"
         )
-    if not config.progress:
-        trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # where there is no bar; ours are the plain lines
+    if config.progress is False:
+        trainer.add_callback(ConsoleLines(trainer, has_dev=bool(dev_set)))
+    trainer.add_callback(SmallRun())
     for callback in trainer.callback_handler.callbacks:
         # The loss before training is logged before transformers would set this, and would land in the working folder.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -431,6 +512,7 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
     micro, accumulation = config.batch_plan(world_size)
     evaluate = _when("eval", config.eval_steps if has_dev else 0)
     save = _when("save", config.eval_steps if config.keep_best else config.save_steps)
+    bf16 = precision.uses_bf16(config)
     arguments: dict[str, Any] = {
         "output_dir": config.output_dir,
         "per_device_train_batch_size": micro,
@@ -446,10 +528,11 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
         "adam_epsilon": config.adam_epsilon,
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch_fused",  # one pass over each parameter, on CPUs too
-        "bf16": config.bf16,
+        "bf16": bf16,
         "seed": config.seed,
         "data_seed": config.seed,
-        "use_cpu": config.use_cpu,
+        # transformers takes bf16 on a CPU only where the CPU is asked for.
+        "use_cpu": config.use_cpu or (bf16 and not torch.accelerator.is_available()),
         "dataloader_num_workers": config.num_workers,
         "dataloader_pin_memory": torch.cuda.is_available() and not config.use_cpu,
         "remove_unused_columns": False,
@@ -458,7 +541,7 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
         "logging_steps": config.logging_steps,
         "save_total_limit": config.save_total_limit,
         "report_to": config.report_to or "none",
-        "disable_tqdm": not config.progress,
+        "disable_tqdm": config.progress is not True,
         "ddp_find_unused_parameters": False,  # all that trains takes part in every step
         "ddp_broadcast_buffers": False,
         **evaluate,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import find_batch_size
 
 from layalign import checkpoint, loading
 from layalign._files import writing
@@ -100,6 +101,7 @@ class LayAlignTrainer(DistributedTrainer):
         self.model_accepts_loss_kwargs = False
         self.record: dict[str, Any] | None = None  # what each checkpoint says of its run
         self._staging: Path | None = None
+        self.examples_seen = 0  # trained on, by all processes
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them; transformers would leave out biases and norms."""
@@ -126,6 +128,7 @@ class LayAlignTrainer(DistributedTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the Trainer's; the guard looks at the gradients before they are clipped."""
+        self.examples_seen += (find_batch_size(inputs) or 0) * self.args.world_size
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.guard.saw(loss, inputs)
         if self.accelerator.sync_gradients:

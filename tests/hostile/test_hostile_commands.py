@@ -20,7 +20,7 @@ COMMANDS: dict[str, list[str]] = {
     "train": ["--config", "config.yaml", "--stage", "task", "--output", "out", "--set", "batch_size=4"],
     "experiment": ["--config", "smoke", "--output", "none", "--seeds", "0", "--jobs", "1"],
     "evaluate": ["-c", "none", "-t", "mgsm", "-d", "mgsm:none", "-o", "out", "-l", "sw", "-b", "2", "--limit", "3",
-    "--device", "cpu"],
+    "--device", "cpu", "--scorer", "number", "--measures", "chrf"],
     "compare": ["none", "none", "--by", "level", "--grouping", "joshi", "--seed", "1"],
     "analyze": ["none", "--pairs", "sw=none.tsv", "-o", "out", "--limit", "5", "--sentence", "sw:1", "--before",
     "untrained"],

@@ -86,14 +86,14 @@ CONFIG = dict(
     encoder_config=ENCODER.config, llm_config=LLM.config, encoder_name_or_path="a", llm_name_or_path="b",
     encoder_layers=[0],
     language_layers=[1], structure="MLP", mix="shared", adapter=True, adapter_size=3, prompt=True, gate=0.5,
-    llm_bos_token_id=1,
+    adapter_fusion="softmax", llm_bos_token_id=1,
     source_token_id=0, lora=None, frozen_saved=False, part_dtypes=None, impl="auto", fold="auto", liger="auto",
 )  # fmt: skip
 LAYERS = [states(2, 3, 4)] * 2
 
 # name: (function, right arguments that are each replaced by everything wrong)
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "layalign.Adapter": (layalign.Adapter, dict(mt_dim=4, llm_dim=6, width=5)),
+    "layalign.Adapter": (layalign.Adapter, dict(mt_dim=4, llm_dim=6, width=5, fusion="softmax", layers=3)),
     "layalign.Adapter.forward": (runs_forward(lambda: layalign.Adapter(4, 6)), dict(hidden_states=states(2, 3, 4))),
     "layalign.EncoderAligner": (with_config(layalign.EncoderAligner), ALIGNER),
     "layalign.EncoderAligner.forward": (runs_forward(lambda: layalign.EncoderAligner(aligner_config())),
@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.data.tokenizer_source_language": (tokenizer_source_language, dict(tokenizer=TEXT, language="sw")),
     "layalign.evaluation.resource_level": (resource_level, dict(language="sw", grouping="paper")),
     "layalign.evaluation.compare_runs": (compare_runs, dict(run_a="none", run_b="none", seed=0)),
-    "layalign.evaluation.llm_alone": (llm_alone, dict(llm=LLM, tokenizer=TEXT, max_new_tokens=3)),
+    "layalign.evaluation.llm_alone": (llm_alone, dict(llm=LLM, tokenizer=TEXT, examples=EXAMPLES, max_new_tokens=3)),
     "layalign.analysis.centred_cosine": (centred_cosine, dict(first=states(3, 4), second=states(3, 4))),
     "layalign.analysis.linear_cka": (linear_cka, dict(first=states(3, 4), second=states(3, 4))),
     "layalign.analysis.retrieval_accuracy": (retrieval_accuracy, dict(queries=states(3, 4), candidates=states(3, 4))),
@@ -174,6 +174,8 @@ ELSEWHERE = {
     },
     "layalign.evaluation.EvaluationResult": "a record that evaluate returns",
     "layalign.evaluation.LanguageScore": "a record that evaluate returns",
+    "layalign.evaluation.MeasureScore": "a record that evaluate returns",
+    "layalign.evaluation.MeasureScores": "a record that evaluate returns",
     "layalign.training.TrainSummary": "a record that train returns",
     "layalign.analysis.AnalysisResult": "a record that analyze returns",
     "layalign.baselines.Baseline": "a record",
@@ -273,7 +275,7 @@ EVALUATE = dict(
     model=lambda batch: ["1"] * len(batch), encoder_tokenizer=None, llm_tokenizer=None, task="mgsm", data=EXAMPLES,
     output_dir="out",
     languages=["sw"], batch_size=2, max_new_tokens=3, limit=5, skip_bad=False, resume=False, scorer="number",
-    label_match="exact",
+    label_match="exact", measures=None,
     stage="task", max_source_length=5, max_prompt_length=5, generation={}, model_name="x",
 )  # fmt: skip
 ANALYZE = dict(

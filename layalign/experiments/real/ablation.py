@@ -1,0 +1,103 @@
+"""What a trained run loses when a part of it is taken away, without training again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layalign._lock import held
+from layalign.data import Example
+from layalign.evaluation.likelihood import target_log_probs
+from layalign.experiment.runs import log, read_done
+from layalign.experiments.real.data import RealData
+from layalign.experiments.real.measures import BATCH, collators
+from layalign.experiments.real.runs import (
+    load_run,
+    read_by,
+    run_folder,
+    tokenizers_of,
+    train_run,
+    translation,
+    work_folder,
+    write_done,
+)
+from layalign.experiments.real.settings import RealSettings, RealSystem
+
+ABLATION = "ablation.json"
+PER_LANGUAGE = 5
+
+
+def ablate_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
+    """Nats a token with every part in its place, and without each.
+
+    Without the encoder layer e: its weights in the aligner's mix are 0, for keys and values of all LLM layers. Without
+    the LLM layer i: its gate is 0. Without gates: all are. Without soft tokens: the adapter gives zeros.
+
+    Returns:
+        Under "whole", "no gates", "no soft tokens", and by number under "encoder layers" and "LLM layers", the nats a
+        token of the references of the first sentences of every test language, all tokens together; a part that the
+        system has not is left out. Under "gates" the gates, and under "encoder layer weights" the mean of the
+        mix's absolute weights, keys and values apart.
+    """
+    place, mark = run_folder(folder, system.name, seed), settings.test_fingerprint(system, data.test_mark)
+    rate = train_run(translation(settings, system, data), folder, seed)["learning_rate"]
+    with held(place, "output"):
+        if (done := read_done(place / ABLATION, mark)) is not None:
+            return done
+        log(folder, "ablation", system=system.name, seed=seed)
+        model = load_run(settings, work_folder(folder, system.name, seed, rate))
+        collator, _ = collators(model, tokenizers_of(settings), "task" if system.reads_text else "translation")
+        pairs = [pair for group in data.test.values() for pair in group[:PER_LANGUAGE]]
+        found = ablate(model, collator, read_by(system, pairs))
+        return write_done(place / ABLATION, mark, {"system": system.name, "seed": seed, **found})
+
+
+@torch.no_grad()
+def ablate(model: Any, collator: Any, pairs: Sequence[Example]) -> dict[str, Any]:
+    """See :func:`ablate_run`."""
+
+    def nats() -> float:
+        values = target_log_probs(model, collator, pairs, BATCH)
+        return round(-sum(value for value, _ in values) / sum(count for _, count in values), 5)
+
+    found: dict[str, Any] = {"whole": nats()}
+    if model.mapping is not None:
+        last = model.mapping.mlp.linear2
+        with _zero([last.weight, last.bias]):
+            found["no soft tokens"] = nats()
+    if model.encoder_aligner is not None:
+        gates = [module.adaption_gate for module in model.cross_attention]
+        with _zero(gates):
+            found["no gates"] = nats()
+        mix = model.encoder_aligner.projector.fc1.weight  # (2L, E)
+        found["encoder layers"], found["LLM layers"] = {}, {}
+        for place, layer in enumerate(model.config.encoder_layers):
+            with _zero([mix[:, place]]):
+                found["encoder layers"][str(layer)] = nats()
+        for gate, layer in zip(gates, model.config.language_layers, strict=True):
+            with _zero([gate]):
+                found["LLM layers"][str(layer)] = nats()
+        found["gates"] = [round(gate.item(), 5) for gate in gates]
+        found["encoder layer weights"] = {
+            name: [round(value, 5) for value in mix[start::2].abs().mean(0).tolist()]
+            for start, name in enumerate(("keys", "values"))
+        }
+    return found
+
+
+@contextmanager
+def _zero(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Tensors, or parts of them, that are 0 within the block."""
+    before = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()
+    try:
+        yield
+    finally:
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)

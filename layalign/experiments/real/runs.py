@@ -1,0 +1,265 @@
+"""One run on the real pair: a learning rate chosen, a system trained with a seed, and what it then does on test text.
+
+What a run leaves that others need are two small files and its trained weights: ``trained.json`` after training,
+``result.json`` after the test. What has one is not done again; a run that was cut off goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from layalign import LayAlignForCausalLM
+from layalign._files import write_whole
+from layalign._lock import held
+from layalign.data import Example
+from layalign.evaluation.answering import LlmAnswers, ModelAnswers, llm_alone
+from layalign.experiment.runs import log, read_done, versions
+from layalign.experiments.real.data import RealData, as_text
+from layalign.experiments.real.measures import collators, measure
+from layalign.experiments.real.settings import RealSettings, RealSystem
+from layalign.tokenization import encode_texts, load_tokenizers
+from layalign.training import TrainConfig, train
+from layalign.training.gates import FILE as GATES
+
+CHOICE, TRAINED, RESULT = "choice.json", "trained.json", "result.json"
+SAVE_STEPS = 50
+
+
+def run_folder(folder: Path, system: str, seed: int) -> Path:
+    """Where a run's small files are."""
+    return folder / "runs" / system / f"seed-{seed}"
+
+
+def work_folder(folder: Path, system: str, seed: int, rate: float, suffix: str = "") -> Path:
+    """Where a run's checkpoints are."""
+    return folder / "work" / system / f"seed-{seed}" / f"lr-{rate:g}{suffix}"
+
+
+def named(file: str, suffix: str) -> str:
+    """The name of a stage's file: "trained.json" with "-task" is "trained-task.json"."""
+    return Path(file).stem + suffix + Path(file).suffix
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of training of one system.
+
+    Attributes:
+        suffix: of its files' names; "" in the translation stage.
+        system: which system.
+        steps, choice_steps, rates: see the settings.
+        seeds: of its runs.
+        train, dev: the examples, as the system reads them.
+        lengths: by which the batches are grouped, one per training example; the same for all systems.
+        config: the training configuration of a seed, a learning rate and a folder.
+        start: with a seed, what ``train`` goes on with: a model and its tokenizers, or nothing.
+        mark: the fingerprint.
+    """
+
+    suffix: str
+    system: RealSystem
+    steps: int
+    choice_steps: int
+    rates: Sequence[float]
+    seeds: Sequence[int]
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    lengths: Sequence[int]
+    config: Callable[[int, float, Path], TrainConfig]
+    start: Callable[[int], dict[str, Any]]
+    mark: str
+
+
+def translation(settings: RealSettings, system: RealSystem, data: RealData) -> Stage:
+    """The translation stage of a system."""
+    return Stage(
+        "", system, settings.steps, settings.choice_steps, settings.learning_rates, settings.seeds_of(system),
+        read_by(system, data.train), read_by(system, data.dev), token_counts(settings, data.train, settings.max_length),
+        lambda seed, rate, output: train_config(settings, system, seed, rate, output), lambda seed: {},
+        settings.fingerprint(system, data.mark),
+    )  # fmt: skip
+
+
+class _PauseAt(TrainerCallback):
+    """Ends training after a step, with a checkpoint from which it goes on as if it had not ended."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step == self.step < state.max_steps:
+            control.should_save = control.should_evaluate = control.should_training_stop = True
+
+
+class _Seconds(TrainerCallback):
+    """Counts the seconds of the steps alone, without loading and evaluation."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds = 0, 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self._started = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.steps, self.seconds = self.steps + 1, self.seconds + time.process_time() - self._started
+
+
+def train_config(settings: RealSettings, system: RealSystem, seed: int, rate: float, output: Path) -> TrainConfig:
+    """The training configuration of a run; what is not named here is as published."""
+    weights = Path(settings.weights)
+    return TrainConfig(
+        encoder=str(weights / "encoder"), llm=str(weights / "llm"), output_dir=str(output),
+        stage="task" if system.reads_text else "translation", max_steps=settings.steps, learning_rate=rate,
+        batch_size=settings.batch, micro_batch_size=settings.batch, eval_batch_size=settings.batch,
+        max_source_length=settings.max_length, max_target_length=settings.max_length,
+        max_prompt_length=settings.max_length + 8, group_by_length=True, eval_steps=settings.eval_steps,
+        save_steps=SAVE_STEPS, save_total_limit=1, logging_steps=5, spike_factor=0.0, seed=seed,
+        frozen_dtype=settings.dtype, bf16=settings.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(),
+        progress=False, **system.model_settings,
+    )  # fmt: skip
+
+
+def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int) -> dict[str, Any]:
+    """Train up to a step of the schedule, from where the run's folder stands."""
+    output = work_folder(folder, stage.system.name, seed, rate, stage.suffix)
+    watch = _Seconds()
+    summary = train(
+        stage.config(seed, rate, output),
+        examples=stage.train,
+        dev_examples=stage.dev,
+        lengths=stage.lengths,
+        callbacks=[watch, _PauseAt(until)],
+        **stage.start(seed),
+    )
+    history = summary.log_history
+    losses = {
+        # By step: the end of a run is measured twice.
+        key: [[step, loss] for step, loss in {e["step"]: round(e[key], 5) for e in history if key in e}.items()]
+        for key in ("loss", "eval_loss")
+    }
+    return {
+        "learning_rate": rate,
+        "steps": summary.steps,
+        "dev_loss": summary.loss_after,
+        "losses": losses["loss"],
+        "dev_losses": losses["eval_loss"],
+        "trained_parameters": summary.trained_parameters,
+        "cut": summary.cut,
+        "cpu_seconds_of_a_step": round(watch.seconds / watch.steps, 3) if watch.steps else None,
+    }
+
+
+def token_counts(settings: RealSettings, pairs: Sequence[Example], longest: int) -> list[int]:
+    """Tokens of encoder and LLM of each pair, the same numbers for every system, so that all make the same batches."""
+    counts = [0] * len(pairs)
+    texts = [pair.source for pair in pairs], [pair.target for pair in pairs]
+    for tokenizer, of in zip(tokenizers_of(settings), texts, strict=True):
+        rows = encode_texts(tokenizer, of, longest=longest)
+        counts = [count + len(row.ids) for count, row in zip(counts, rows, strict=True)]
+    return counts
+
+
+def tokenizers_of(settings: RealSettings) -> tuple[Any, Any]:
+    """Of the encoder and of the LLM."""
+    weights = Path(settings.weights)
+    return load_tokenizers(None, encoder=str(weights / "encoder"), llm=str(weights / "llm"))
+
+
+def read_by(system: RealSystem, pairs: Sequence[Example]) -> list[Example]:
+    """The pairs as a system that trains reads them."""
+    return as_text(pairs) if system.reads_text else list(pairs)
+
+
+def choose_rate(stage: Stage, folder: Path) -> dict[str, Any]:
+    """The learning rate with the lowest dev loss after ``choice_steps``; with the first seed, whose run goes on."""
+    path = folder / "runs" / stage.system.name / named(CHOICE, stage.suffix)
+    with held(path.parent, "output"):
+        if (done := read_done(path, stage.mark)) is not None:
+            return done
+        tried = {}
+        for rate in stage.rates:
+            log(folder, f"choice{stage.suffix}", system=stage.system.name, rate=rate)
+            found = _train(stage, folder, stage.seeds[0], rate, stage.choice_steps)
+            tried[f"{rate:g}"] = {key: found[key] for key in ("dev_loss", "dev_losses", "losses")}
+        chosen = min(stage.rates, key=lambda rate: tried[f"{rate:g}"]["dev_loss"])
+        return write_done(path, stage.mark, {"system": stage.system.name, "chosen": chosen, "tried": tried})
+
+
+def train_run(stage: Stage, folder: Path, seed: int) -> dict[str, Any]:
+    """Train a system with a seed, at its chosen learning rate."""
+    name, place = stage.system.name, run_folder(folder, stage.system.name, seed)
+    rate = choose_rate(stage, folder)["chosen"]
+    with held(place, "output"):
+        path = place / named(TRAINED, stage.suffix)
+        if (done := read_done(path, stage.mark)) is not None:
+            return done
+        log(folder, f"train{stage.suffix}", system=name, seed=seed, rate=rate)
+        found = _train(stage, folder, seed, rate, stage.steps)
+        gates = work_folder(folder, name, seed, rate, stage.suffix) / GATES
+        if gates.is_file():  # systems without an aligner have none
+            shutil.copyfile(gates, place / named(GATES, stage.suffix))
+        return write_done(path, stage.mark, {"system": name, "seed": seed, **found})
+
+
+def load_run(settings: RealSettings, checkpoint: Path, **config: Any) -> LayAlignForCausalLM:
+    """The model of a trained run, with fields of its configuration changed."""
+    kwargs = {"dtype": settings.dtype}
+    model = LayAlignForCausalLM.from_pretrained(checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs, **config)
+    return model.eval()
+
+
+def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
+    """What a system does on the test sentences, trained before where it trains; every sentence's values."""
+    mark = settings.test_fingerprint(system, data.test_mark)
+    rate = None
+    if system.trains:
+        rate = train_run(translation(settings, system, data), folder, seed)["learning_rate"]
+    place = run_folder(folder, system.name, seed)
+    with held(place, "output"):
+        if (done := read_done(place / RESULT, mark)) is not None:
+            return done
+        log(folder, "test", system=system.name, seed=seed)
+        started = time.process_time()
+        domains = {"tatoeba": data.test, "ntrex": data.other_domain}
+        found: dict[str, Any] = {domain: {} for domain in domains}
+        answers, collator = asked(settings, system, data, folder, seed, rate)
+        shown = {shot.language for group in data.shots.values() for shot in group}
+        for domain, groups in domains.items():
+            for code, pairs in groups.items():
+                if system.shots and pairs[0].language not in shown:
+                    continue
+                read = pairs if system.shots else read_by(system, pairs)
+                found[domain][code] = measure(settings, answers, collator, read, domain == "tatoeba")
+        found["cpu_seconds"] = round(time.process_time() - started)
+        return write_done(place / RESULT, mark, {"system": system.name, "seed": seed, **found}, indent=None)
+
+
+def asked(
+    settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int, rate: float | None
+) -> tuple[ModelAnswers | LlmAnswers, Any]:
+    """(what writes, the collator of likelihoods)."""
+    tokenizers = tokenizers_of(settings)
+    if rate is None:
+        llm = AutoModelForCausalLM.from_pretrained(Path(settings.weights) / "llm", dtype=settings.dtype).eval()
+        shots = [shot for group in data.shots.values() for shot in group[: system.shots]]
+        alone = llm_alone(llm, tokenizers[1], examples=shots, max_new_tokens=settings.max_new_tokens)
+        return alone, alone.collator
+    model = load_run(settings, work_folder(folder, system.name, seed, rate))
+    likely, writes = collators(model, tokenizers, "task" if system.reads_text else "translation")
+    return ModelAnswers(model, writes, settings.max_new_tokens), likely
+
+
+def write_done(path: Path, mark: str, found: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
+    """Write what a step found, with its fingerprint and what made it; returns all of it."""
+    content = {"fingerprint": mark, **found, "versions": versions()}
+    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+    return content

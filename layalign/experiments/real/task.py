@@ -1,0 +1,189 @@
+"""The task stage: XNLI, with English alone in training, after the translation stage and without it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from layalign._lock import held
+from layalign.data import Example
+from layalign.data.readers import load_examples
+from layalign.errors import ArgumentError
+from layalign.evaluation.answering import llm_alone
+from layalign.evaluation.likelihood import best_label, choice_log_probs
+from layalign.experiment.runs import log, read_done
+from layalign.experiments.real.data import RealData
+from layalign.experiments.real.measures import collators
+from layalign.experiments.real.runs import (
+    RESULT,
+    Stage,
+    load_run,
+    named,
+    run_folder,
+    token_counts,
+    tokenizers_of,
+    train_run,
+    translation,
+    work_folder,
+    write_done,
+)
+from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
+from layalign.training import TrainConfig
+
+SUFFIX = "-task"
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Premises and hypotheses.
+
+    Attributes:
+        train, dev: English.
+        test: by the language's name.
+        mark: changes with all of it.
+    """
+
+    train: list[Example]
+    dev: list[Example]
+    test: dict[str, list[Example]]
+    mark: str
+
+
+def read_task(settings: RealSettings) -> TaskData:
+    """Read ``xnli/dev/en.tsv`` for training and ``xnli/test/*.tsv``: premise, hypothesis, label.
+
+    Raises:
+        ArgumentError: there is no such file, or it is too short.
+        DataError: a malformed line.
+    """
+    task, root = _task(settings), Path(settings.data) / "xnli"
+    english, files = root / "dev" / "en.tsv", sorted((root / "test").glob("*.tsv"))
+    if not english.is_file() or not files:
+        raise ArgumentError(f"data: expected {english} and {root / 'test'}, there are no such files")
+    examples = _read(english)
+    if len(examples) < task.train + task.dev:
+        raise ArgumentError(f"data: expected {task.train + task.dev} lines in {english}, got {len(examples)}")
+    test = {}
+    for file in files:
+        group = _read(file)[: task.test_per_language]
+        test[group[0].language] = group
+    held_out = {example.source for group in test.values() for example in group}
+    train = [example for example in examples[: task.train] if example.source not in held_out]
+    dev = examples[task.train : task.train + task.dev]
+    text = json.dumps([[each.source, each.target] for group in (train, dev, *test.values()) for each in group])
+    return TaskData(train, dev, test, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def _read(file: Path) -> list[Example]:
+    return load_examples({"format": "xnli", "path": str(file), "language": file.stem})[0]
+
+
+def _task(settings: RealSettings) -> TaskSettings:
+    if settings.task is None:
+        raise ArgumentError("task: expected the settings of a task stage, there are none")
+    return settings.task
+
+
+def system_of(settings: RealSettings, name: str) -> RealSystem:
+    """The task stage's system of a name; raises ArgumentError where there is none."""
+    for system in _task(settings).systems:
+        if system.name == name:
+            return system
+    raise ArgumentError(f"only: expected some of {', '.join(s.name for s in _task(settings).systems)}, got {name!r}")
+
+
+def _read_by(system: RealSystem, examples: Sequence[Example]) -> list[Example]:
+    """Without an encoder the prompt is all there is."""
+    if not system.reads_text:
+        return list(examples)
+    return [Example("", e.target, e.language, e.prompt, e.id, e.choices) for e in examples]
+
+
+def stage(settings: RealSettings, system: RealSystem, data: RealData, text: TaskData, folder: Path) -> Stage:
+    """The task stage of a system; the translation stage before it is trained where it is not yet.
+
+    Args:
+        data, text: of the two stages.
+        folder: of the experiment.
+    """
+    task = _task(settings)
+    before = None if system.after is None else translation(settings, settings.system(system.after), data)
+
+    def start(seed: int) -> dict[str, Any]:
+        if before is None:
+            return {}
+        rate = train_run(before, folder, seed)["learning_rate"]
+        tokenizers = dict(zip(("encoder_tokenizer", "llm_tokenizer"), tokenizers_of(settings), strict=True))
+        checkpoint = work_folder(folder, before.system.name, seed, rate)
+        return {"model": load_run(settings, checkpoint, **_changes(system)), **tokenizers}
+
+    values = {key: value for key, value in asdict(task).items() if key not in ("systems", "seeds")}
+    own = {"after": before and before.mark, "reads_text": system.reads_text, **system.model_settings}
+    mark = hashlib.sha256(json.dumps([values, own, settings.dtype, text.mark], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
+    return Stage(
+        SUFFIX, system, task.steps, task.choice_steps, task.learning_rates, system.seeds or task.seeds,
+        _read_by(system, text.train), _read_by(system, text.dev), token_counts(settings, text.train, task.max_length),
+        lambda seed, rate, output: _config(settings, system, seed, rate, output), start, mark,
+    )  # fmt: skip
+
+
+def _changes(system: RealSystem) -> dict[str, Any]:
+    """What a system makes otherwise than the checkpoint that it goes on with: whether the LLM gets the prompt."""
+    return {key: value for key, value in system.model_settings.items() if key == "prompt"}
+
+
+def _config(settings: RealSettings, system: RealSystem, seed: int, rate: float, output: Path) -> TrainConfig:
+    task, weights = _task(settings), Path(settings.weights)
+    return TrainConfig(
+        encoder=str(weights / "encoder"), llm=str(weights / "llm"), output_dir=str(output), stage="task", task="xnli",
+        max_steps=task.steps, learning_rate=rate, batch_size=task.batch, micro_batch_size=task.batch,
+        eval_batch_size=task.batch, max_source_length=task.max_length, max_prompt_length=task.max_length,
+        max_target_length=16, group_by_length=True, eval_steps=task.eval_steps, save_steps=50, save_total_limit=1,
+        logging_steps=5, spike_factor=0.0, seed=seed, frozen_dtype=settings.dtype,
+        bf16=settings.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), progress=False,
+        **system.model_settings,
+    )  # fmt: skip
+
+
+def task_run(
+    settings: RealSettings, system: RealSystem, data: RealData, text: TaskData, folder: Path, seed: int
+) -> dict[str, Any]:
+    """Train a system on the task and ask it for the labels of the test sentences, each by its likelihood.
+
+    Returns:
+        Under "xnli" by language lists with an entry per sentence: "label", the likeliest one (None where two were), and
+        "right".
+    """
+    place, own = run_folder(folder, system.name, seed), stage(settings, system, data, text, folder)
+    checkpoint = None
+    if system.trains:
+        rate = train_run(own, folder, seed)["learning_rate"]
+        checkpoint = work_folder(folder, system.name, seed, rate, SUFFIX)
+    path = place / named(RESULT, SUFFIX)
+    with held(place, "output"):
+        if (done := read_done(path, own.mark)) is not None:
+            return done
+        log(folder, f"test{SUFFIX}", system=system.name, seed=seed)
+        if checkpoint is None:
+            llm = AutoModelForCausalLM.from_pretrained(Path(settings.weights) / "llm", dtype=settings.dtype).eval()
+            model, collator = llm, llm_alone(llm, tokenizers_of(settings)[1]).collator
+        else:
+            model = load_run(settings, checkpoint)
+            collator = collators(model, tokenizers_of(settings), "task", 512)[0]
+        found: dict[str, Any] = {}
+        for language, examples in text.test.items():
+            read = _read_by(system, examples)
+            values = choice_log_probs(model, collator, read, [list(e.choices) for e in read], batch_size=BATCH)
+            labels = [best_label(row, e.choices) for row, e in zip(values, read, strict=True)]
+            found[language] = {"label": labels, "right": [a == e.target for a, e in zip(labels, read, strict=True)]}
+        return write_done(path, own.mark, {"system": system.name, "seed": seed, "xnli": found}, indent=None)
