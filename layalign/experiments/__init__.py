@@ -1,0 +1,1 @@
+"""Experiments with real models and real text."""
