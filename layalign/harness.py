@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from layalign._plain import device_of
 from layalign.data.collator import STAGES, LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.languages import find_language, language_of, tokenizer_source_language
 from layalign.errors import ArgumentError, NonFiniteError, shown
-from layalign.evaluation.answering import _generate, evaluation_mode
+from layalign.evaluation.answering import StopStrings, _generate, evaluation_mode
 from layalign.tokenization import encode_texts
 
 try:
@@ -378,7 +378,7 @@ class LayAlignLM(TemplateLM):
     def _write(self, rows: Sequence[_Row], until: list[str], longest: int, options: dict[str, Any]) -> list[str | None]:
         batch = self._batch(rows)
         if until and options.get("num_beams", 1) == 1:
-            stop = _StopStrings(self.tokenizer, until, batch["input_ids"].shape[1])
+            stop = StopStrings(self.tokenizer, until, batch["input_ids"].shape[1])
             options = {**options, "stopping_criteria": StoppingCriteriaList([stop])}
         with evaluation_mode(self.model), torch.no_grad():
             answers = _generate(self.model, self.tokenizer, batch, longest, options)
@@ -405,23 +405,6 @@ def _not_finite(request: Any) -> NonFiniteError:
         f"model: expected finite logits, got NaN or infinity for document {request.doc_id} of {request.task_name} "
         f"({shown(request.args[0])})"
     )
-
-
-class _StopStrings(StoppingCriteria):
-    """Stops each row once a stop string is in what it wrote; the input is not looked at."""
-
-    packed_ids = True  # as `width` counts them
-
-    def __init__(self, tokenizer: Any, until: Sequence[str], width: int) -> None:
-        self.tokenizer, self.until, self.width = tokenizer, until, width
-        # A token is at least a byte of the text, save a few that mark spaces or begin in the middle of a character.
-        self.tail = max(len(text.encode()) for text in until) + 8
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        written = input_ids[:, self.width :][:, -self.tail :]
-        texts = self.tokenizer.batch_decode(written, clean_up_tokenization_spaces=False)
-        done = [any(stop in text for stop in self.until) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
 
 
 def main(arguments: Sequence[str]) -> None:

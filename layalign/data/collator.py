@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -180,6 +181,19 @@ class LayAlignCollator:
         self._count(cut)
         self._tell(cut)
         return {**self._padded(sources), **packed}
+
+    def contexts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """The batch up to where the targets begin: as a call with `with_targets=False`, which has the same errors."""
+        bare = copy.copy(self)
+        bare.with_targets = False
+        batch = bare(examples)
+        self.last_cut = bare.last_cut
+        return batch
+
+    def continuations(self, example: Example, texts: Sequence[str]) -> list[list[int]]:
+        """LLM token ids of each text as a target of `example`: cut like one, and with the end-of-sequence token."""
+        found = encode_texts(self.llm_tokenizer, texts, longest=self.max_target_length - 1)
+        return [[*text.ids, self.llm_tokenizer.eos_token_id] for text in found]
 
     def encode_sources(self, examples: Sequence[Example], *, side: str = "right") -> list[list[int]]:
         """Encoder token ids of each source, special tokens included, cut to `max_source_length`, not padded.

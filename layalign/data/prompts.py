@@ -1,7 +1,8 @@
 """Prompts, equal byte for byte to those the published checkpoints were trained with (odd spacing included).
 
 Source: the published LayAlign code (`tools/read_datasets.py`); the math and translation prompts go back to Alpaca. Only
-`xcopa_prompt` is ours. No prompt ends in a space or newline: the LLM's tokenizer starts the answer on its own.
+`few_shot_prompt` and `xcopa_prompt` are ours. No prompt ends in a space or newline: the LLM's tokenizer starts the
+answer on its own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,25 @@ def translation_prompt(sentence: str, source_language: str, target_language: str
         f"### Instruction:\nTranslate the following sentences from {source_language} to {target_language}.\n"
         f"### Input:\n{sentence}\n### Response:"
     )
+
+
+def few_shot_prompt(
+    examples: Sequence[tuple[str, str]], sentence: str, source_language: str, target_language: str = "English"
+) -> str:
+    """Prompt for translation by an LLM that no prompt was trained into: some translations, then the sentence; ours.
+
+    Args:
+        examples: pairs of a sentence and its translation.
+        sentence: to be translated; it and the pairs are put on one line each.
+        source_language, target_language: English names.
+    """
+    blocks = [f"{source_language}: {one_line(a)}\n{target_language}: {one_line(b)}\n\n" for a, b in examples]
+    return "".join(blocks) + f"{source_language}: {one_line(sentence)}\n{target_language}:"
+
+
+def one_line(text: str) -> str:
+    """The text with every run of white space as one space."""
+    return " ".join(text.split())
 
 
 def xnli_prompt(premise: str, hypothesis: str) -> str:

@@ -10,13 +10,17 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.lengths import positions
-from layalign.errors import ArgumentError, NonFiniteError, whole_number
+from layalign.data.prompts import few_shot_prompt, one_line
+from layalign.data.readers import by_language
+from layalign.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
 from layalign.finite import generate_finite
 from layalign.generation import SourceGenerationMixin
+from layalign.packing import IGNORE_INDEX, real_positions
 from layalign.tokenization import encode_texts
 
 
@@ -42,7 +46,7 @@ class ModelAnswers:
         self.last_cut: list[tuple[str, ...]] = []
 
     def __call__(self, examples: Sequence[Example]) -> list[str | None]:
-        device = _device(self.model)
+        device = device_of(self.model)
         batch = {name: tensor.to(device) for name, tensor in self.collator(examples).items()}
         with evaluation_mode(self.model), torch.no_grad():
             limit = self.collator.llm_positions, self.collator.llm_positions_end
@@ -53,39 +57,92 @@ class ModelAnswers:
         return [answer.text for answer in answers]
 
 
-class LlmAnswers:
-    """Answers of an LLM that gets the prompt as text; see `llm_alone`."""
+class PromptCollator:
+    """Turns examples into a batch for an LLM that reads the prompt as text, without an encoder.
+
+    Args:
+        tokenizer: the LLM's, which adds its own special tokens, save one at the end.
+        max_prompt_length: longer prompts lose their start (the end asks for the answer).
+        shots: by language, translations that stand before each question of this language, which is then asked as
+            `layalign.data.prompts.few_shot_prompt` does. Without any, an example is asked by its prompt, else by its
+            source.
+        llm_positions: most tokens that the LLM was made for; None is no limit.
+        llm_positions_end: the LLM cannot read more than these at all.
+
+    Attributes:
+        last_cut: of each example of the last call ("prompt",) where its prompt was cut, else ().
+        end: the text that ends an answer: a line break after examples, else None, for the end-of-sequence token.
+    """
 
     def __init__(
-        self, llm: Any, tokenizer: Any, max_new_tokens: int, max_prompt_length: int, options: Mapping[str, Any]
+        self,
+        tokenizer: Any,
+        max_prompt_length: int = 512,
+        shots: Mapping[str, Sequence[Example]] | None = None,
+        llm_positions: int | None = None,
+        llm_positions_end: bool = False,
     ) -> None:
-        self.llm, self.tokenizer = llm, tokenizer
-        self.max_new_tokens, self.max_prompt_length, self.options = max_new_tokens, max_prompt_length, dict(options)
-        self.last_cut: list[tuple[str, ...]] = []  # as that of `ModelAnswers`
+        self.tokenizer, self.max_prompt_length, self.shots = tokenizer, max_prompt_length, shots
+        self.llm_positions, self.llm_positions_end = llm_positions, llm_positions_end
+        self.end = "\n" if shots else None
+        self.last_cut: list[tuple[str, ...]] = []
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the weights and the settings."""
-        options = sorted((key, repr(value)) for key, value in self.options.items())
-        return f"llm alone {model_fingerprint(self.llm)} {self.max_new_tokens} {self.max_prompt_length} {options}"
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """A batch with targets: `input_ids`, `attention_mask`, `position_ids` and `labels`, all (B, T) int64.
 
-    def __call__(self, examples: Sequence[Example]) -> list[str | None]:
-        texts = [example.prompt or example.source for example in examples]
-        rows = [text.ids for text in encode_texts(self.tokenizer, texts, special=True)]
+        Padded on the left; labels are -100 where nothing is predicted. A target is what `continuations` gives.
+        """
+        targets = [self.continuations(example, [example.target])[0] for example in examples]
+        return self._padded(self._context_ids(examples), targets)
+
+    def contexts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """The batch up to where the answers begin, without `labels`."""
+        batch = self._padded(self._context_ids(examples), [[] for _ in examples])
+        del batch["labels"]
+        return batch
+
+    def continuations(self, example: Example, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as the answer to `example`, after a space and with the answer's end.
+
+        A text is split into tokens together with its prompt, as lm-evaluation-harness does.
+        """
+        before, eos = self._text(example), self.tokenizer.eos_token_id
+        if self.end is None and eos is None:
+            raise ArgumentError("tokenizer: expected an eos_token, with which every answer ends; it has none")
+        whole = [f"{before} {one_line(text) + self.end if self.end else text}" for text in texts]
+        length, *found = (text.ids for text in encode_texts(self.tokenizer, [before, *whole]))
+        return [ids[len(length) :] + ([] if self.end else [eos]) for ids in found]
+
+    def _text(self, example: Example) -> str:
+        if not self.shots:
+            return example.prompt or example.source
+        if example.language not in self.shots:
+            known = ", ".join(self.shots)
+            raise ArgumentError(f"examples: expected some in {example.language}, which is asked; got {known}")
+        shots = self.shots[example.language]
+        if any(shot.source == example.source for shot in shots):
+            raise ArgumentError(f"examples: expected none that is asked, got {shown(example.source)}")
+        pairs = [(shot.source, shot.target) for shot in shots]
+        return few_shot_prompt(pairs, example.source, example.language)
+
+    def _context_ids(self, examples: Sequence[Example]) -> list[list[int]]:
+        rows = [text.ids for text in encode_texts(self.tokenizer, [self._text(e) for e in examples], special=True)]
         if self._adds_eos():
             rows = [row[:-1] for row in rows]
-        cut = [("prompt",) if len(row) > self.max_prompt_length else () for row in rows]
-        rows = [row[-self.max_prompt_length :] for row in rows]
-        width, pad, device = max(map(len, rows)), pad_id(self.tokenizer), _device(self.llm)
-        batch = {
-            "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
-            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device),
-        }
-        with evaluation_mode(self.llm), torch.no_grad():
-            limit = positions(self.llm, getattr(self.llm, "config", None))
-            answers = _generate(self.llm, self.tokenizer, batch, self.max_new_tokens, self.options, limit)
-        self.last_cut = _with_answers(cut, answers)
-        return [answer.text for answer in answers]
+        self.last_cut = [("prompt",) if len(row) > self.max_prompt_length else () for row in rows]
+        return [row[-self.max_prompt_length :] for row in rows]
+
+    def _padded(self, contexts: Sequence[list[int]], targets: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        packed = [(context, target) for context, target in zip(contexts, targets, strict=True)]
+        width, pad = max(len(context) + len(target) for context, target in packed), pad_id(self.tokenizer)
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for context, target in packed:
+            free = width - len(context) - len(target)
+            rows["input_ids"].append([pad] * free + context + target)
+            rows["attention_mask"].append([0] * free + [1] * (width - free))
+            rows["labels"].append([IGNORE_INDEX] * (free + len(context)) + target)
+        batch = {name: torch.tensor(row, dtype=torch.long) for name, row in rows.items()}
+        return {**batch, "position_ids": real_positions(batch["attention_mask"])}
 
     def _adds_eos(self) -> bool:
         # An answer cannot follow an end-of-sequence token.
@@ -93,29 +150,117 @@ class LlmAnswers:
         return len(probe) > 1 and probe[-1] == self.tokenizer.eos_token_id
 
 
+class LlmAnswers:
+    """Answers of an LLM that gets the prompt as text; see `llm_alone`.
+
+    Attributes:
+        llm: the model.
+        collator: what makes its batches; both are what `layalign.evaluation.likelihood` takes.
+        last_cut: as that of `ModelAnswers`.
+    """
+
+    def __init__(self, llm: Any, collator: PromptCollator, max_new_tokens: int, options: Mapping[str, Any]) -> None:
+        self.llm, self.collator = llm, collator
+        self.max_new_tokens, self.options = max_new_tokens, dict(options)
+        self.last_cut: list[tuple[str, ...]] = []
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights and the settings."""
+        options = sorted((key, repr(value)) for key, value in self.options.items())
+        text = f"llm alone {model_fingerprint(self.llm)} {self.max_new_tokens} {self.collator.max_prompt_length}"
+        if self.collator.shots:
+            shots = [(e.language, e.source, e.target) for of in self.collator.shots.values() for e in of]
+            text += f" {hashlib.sha256(json.dumps(shots).encode()).hexdigest()[:16]}"
+        return f"{text} {options}"
+
+    def __call__(self, examples: Sequence[Example]) -> list[str | None]:
+        tokenizer, device = self.collator.tokenizer, device_of(self.llm)
+        contexts = self.collator.contexts(examples)
+        batch = {name: contexts[name].to(device) for name in ("input_ids", "attention_mask")}
+        options, end = dict(self.options), self.collator.end
+        if end is not None and options.get("num_beams", 1) == 1:
+            stop = StopStrings(tokenizer, [end], batch["input_ids"].shape[1])
+            options["stopping_criteria"] = StoppingCriteriaList([stop, *options.get("stopping_criteria", ())])
+        with evaluation_mode(self.llm), torch.no_grad():
+            limit = self.collator.llm_positions, self.collator.llm_positions_end
+            answers = _generate(self.llm, tokenizer, batch, self.max_new_tokens, options, limit)
+        if end is not None:
+            answers = [
+                answer
+                if answer.text is None
+                else _Answer(answer.text.split(end)[0].strip(), answer.ended or end in answer.text, answer.fits)
+                for answer in answers
+            ]
+        self.last_cut = _with_answers(self.collator.last_cut, answers)
+        return [answer.text for answer in answers]
+
+
 def llm_alone(
-    llm: Any, tokenizer: Any, *, max_new_tokens: int = 512, max_prompt_length: int = 512, **generation: Any
+    llm: Any,
+    tokenizer: Any,
+    *,
+    examples: Sequence[Example] = (),
+    max_new_tokens: int = 512,
+    max_prompt_length: int = 512,
+    **generation: Any,
 ) -> LlmAnswers:
     """The baseline without an encoder: something to give to `evaluate` that asks the LLM with the prompt as text.
 
     Args:
         llm: a causal language model of transformers.
         tokenizer: its tokenizer, which adds its own special tokens, save one at the end.
+        examples: translations into English, some for every language that is asked. All those of a question's language
+            stand before it (few-shot, `layalign.data.prompts.few_shot_prompt`), the question's own prompt is not used,
+            and an answer ends at its first line break.
         max_new_tokens: longest answer.
         max_prompt_length: longer prompts lose their start (the end asks for the answer).
         **generation: further arguments of `generate`; without any, greedy search.
 
     Returns:
-        A callable from examples to answers, None where the LLM's logits were not finite. An example without a prompt is
-        asked by its source.
+        A callable from examples to answers, None where the LLM's logits were not finite. Without `examples` a question
+        without a prompt is asked by its source. Its attributes `llm` and `collator` are what
+        `layalign.evaluation.likelihood` takes.
+
+    Raises:
+        ArgumentError: an argument is none of those expected; in a call, a language without examples, or a question
+            that is among them.
     """
     if not hasattr(llm, "generate") or not hasattr(llm, "parameters"):
         raise ArgumentError(f"llm: expected a causal language model of transformers, got {type(llm).__name__}")
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
         raise ArgumentError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
+    if not isinstance(examples, Sequence) or not all(isinstance(example, Example) for example in examples):
+        refuse("examples", "a list of Example", examples)
     whole_number("max_new_tokens", max_new_tokens, least=1)
     whole_number("max_prompt_length", max_prompt_length, least=1)
-    return LlmAnswers(llm, tokenizer, max_new_tokens, max_prompt_length, generation)
+    shots = {name: list(group) for name, group in by_language(examples).items()} if examples else None
+    limit = positions(llm, getattr(llm, "config", None))
+    return LlmAnswers(llm, PromptCollator(tokenizer, max_prompt_length, shots, *limit), max_new_tokens, generation)
+
+
+class StopStrings(StoppingCriteria):
+    """Stops each row once a stop string is in what it wrote; the input is not looked at.
+
+    Args:
+        tokenizer: of the LLM.
+        until: the stop strings.
+        width: tokens of the input, padding included.
+    """
+
+    packed_ids = True  # as `width` counts them
+
+    def __init__(self, tokenizer: Any, until: Sequence[str], width: int) -> None:
+        self.tokenizer, self.until, self.width = tokenizer, until, width
+        # A token is at least a byte of the text, save a few that mark spaces or begin in the middle of a character.
+        self.tail = max(len(text.encode()) for text in until) + 8
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """(B, T) ids -> (B,) bool."""
+        written = input_ids[:, self.width :][:, -self.tail :]
+        texts = self.tokenizer.batch_decode(written, clean_up_tokenization_spaces=False)
+        done = [any(stop in text for stop in self.until) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
 
 
 class _Answer(NamedTuple):
@@ -198,7 +343,8 @@ def pad_id(tokenizer: Any) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def _device(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
+    """Where a module's first parameter is; the CPU for anything else."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
