@@ -1,1 +1,1 @@
-"""Experiments with real models and real text."""
+"""Experiments with real pretrained models."""
