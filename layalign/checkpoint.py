@@ -99,7 +99,12 @@ def _compared(name: str | None, part: str, module: Any, found: Found) -> Found:
     if not name:
         return found
     files = fingerprint.weight_files(name)
-    settings = Path(name) / CONFIG if os.path.isabs(name) else names.cached_file(name, CONFIG)
+    if names.gguf_parts(name)[1] is not None:
+        settings = files[0] if files else None
+    else:
+        settings = Path(name) / CONFIG if os.path.isabs(name) else names.cached_file(name, CONFIG)
+    if not files and os.path.isabs(name) and any(Path(name).glob(f"*{names.GGUF}")):
+        return replace(found, differs="its folder has GGUF files and no other weights, and none of them is named")
     if not files or settings is None or not settings.is_file():
         return replace(found, unchecked=f"the files of {name} are not on this machine")
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in (*files, settings)]
@@ -107,7 +112,10 @@ def _compared(name: str | None, part: str, module: Any, found: Found) -> Found:
     if key not in _verdicts:
         if len(_verdicts) >= 8:
             _verdicts.pop(next(iter(_verdicts)))
-        _verdicts[key] = _against_files(part, module, settings.parent, files)
+        if files[0].suffix == names.GGUF:
+            _verdicts[key] = _against_gguf(module, files[0])
+        else:
+            _verdicts[key] = _against_files(part, module, settings.parent, files)
     differs, unchecked = _verdicts[key]
     return replace(found, differs=differs, unchecked=unchecked)
 
@@ -127,6 +135,17 @@ def _against_files(part: str, module: Any, folder: Path, files: list[Path]) -> t
             problems = fingerprint.differences(entries, encoders.encoder_part(again), same_version=True)
     except Exception as error:  # a damaged file, code that would have to run, a release that reads it no more
         return None, f"its files cannot be read: {first_line(error)}"
+    return (fingerprint.summary(problems), None) if problems else (None, None)
+
+
+def _against_gguf(llm: Any, file: Path) -> tuple[str | None, str | None]:
+    """As :func:`_against_files`, with what a GGUF file gives when it is loaded."""
+    try:
+        again = encoders.load_llm(str(file), dtype=llm.dtype)
+        problems = fingerprint.settings_that_differ(again.config, llm.config)
+        problems += fingerprint.differences(fingerprint.examine(again).entries, llm, same_version=True)
+    except Exception as error:
+        return None, f"its file cannot be read: {first_line(error)}"
     return (fingerprint.summary(problems), None) if problems else (None, None)
 
 

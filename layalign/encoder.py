@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from transformers import (
     PreTrainedModel,
 )
 
+from layalign import _gguf
 from layalign._claims import names_kernels, require_files, require_modest, without_kernels
 from layalign._pickling import leave_out_recorders, make_recordable
 from layalign._plain import trains
-from layalign._quiet import loading_encoder
+from layalign._quiet import without_reports
 from layalign._reading import read_json
 from layalign.config import CONFIG_FILE
-from layalign.errors import ArgumentError
-from layalign.names import given
+from layalign.errors import ArgumentError, CheckpointError
+from layalign.names import gguf_parts, given, is_path, with_gguf
+
+logger = logging.getLogger("layalign")
 
 
 def encoder_part(model: PreTrainedModel) -> PreTrainedModel:
@@ -43,24 +46,104 @@ def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """The encoder of a checkpoint; of a T5-like one only the encoder's weights are read.
 
     Raises:
-        CheckpointError: the name can only be a path, and there is no such folder (:func:`layalign.names.given`).
+        CheckpointError: the name can only be a path, and there is no such folder (:func:`layalign.names.given`); or the
+            checkpoint lacks weights of the encoder.
+        ArgumentError: the name is that of a GGUF file.
     """
     name_or_path = given("encoder", name_or_path)
+    if gguf_parts(name_or_path)[1] is not None or "gguf_file" in kwargs:
+        raise ArgumentError("encoder: expected a folder or hub name, got a GGUF file, which is read for the LLM alone")
     kwargs.setdefault("trust_remote_code", False)  # transformers would ask on the terminal
     _look_at(name_or_path, kwargs)
     config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **_of_hub(kwargs))
     t5_like = config.model_type in ("t5", "mt5", "umt5")
     auto = AutoModelForTextEncoding if t5_like else AutoModel
-    with loading_encoder() if t5_like else nullcontext():
-        return encoder_part(auto.from_pretrained(name_or_path, **kwargs))
+    return encoder_part(_loaded("encoder", auto, name_or_path, kwargs))
 
 
 def load_llm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """The causal language model of a checkpoint; a name is taken as by :func:`load_encoder`."""
+    """The causal language model of a checkpoint or of a GGUF file; a name is taken as by :func:`load_encoder`.
+
+    Args:
+        name_or_path: folder, hub name or GGUF file (:mod:`layalign.names`).
+        **kwargs: as transformers' ``from_pretrained``; ``gguf_file`` names a file in the folder or hub repository.
+
+    Raises:
+        CheckpointError: there is no such folder or file, it is damaged, or it lacks weights of the LLM.
+        ArgumentError: a GGUF file is named, and the package ``gguf`` is not installed.
+    """
+    if (file := kwargs.pop("gguf_file", None)) is not None:
+        name_or_path = with_gguf(str(name_or_path), str(file))
     name_or_path = given("llm", name_or_path)
     kwargs.setdefault("trust_remote_code", False)
+    if gguf_parts(name_or_path)[1] is not None:
+        return _load_gguf(name_or_path, kwargs)
     _look_at(name_or_path, kwargs)
-    return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    return _loaded("llm", AutoModelForCausalLM, name_or_path, kwargs)
+
+
+def _load_gguf(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A GGUF file's model with plain weights, under the file's name."""
+    _gguf.require_package("llm")
+    path = gguf_path(name, **_of_hub(kwargs))
+    _gguf.read_head(path)  # a damaged one has an error of its own, before transformers reads it
+    kwargs = {**_gguf.arguments(str(path)), **kwargs}
+    with _gguf.without_kernels():
+        model = _loaded("llm", AutoModelForCausalLM, str(path.parent), kwargs)
+    model.config.name_or_path = name
+    return model
+
+
+def gguf_path(name: str, **hub: Any) -> Path:
+    """The GGUF file of a settled name (:mod:`layalign.names`); one of the hub is fetched if it is not here."""
+    if is_path(name):
+        return Path(name)
+    from huggingface_hub import hf_hub_download
+
+    place, file = gguf_parts(name)
+    assert file is not None
+    known = {key: hub[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in hub}
+    return Path(hf_hub_download(place, file, **known))
+
+
+def _loaded(part: str, auto: Any, name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A model whose weights all come from its files.
+
+    transformers prints a page for every weight that the files have too many or too few. What is missing in the part
+    that is used is an error here, for a frozen part's random weights are good for nothing. What other modules have
+    (a head, a pooler, the decoder of an encoder) is not worth a word.
+    """
+    kwargs.pop("output_loading_info", None)
+    with without_reports():
+        model, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
+    used = encoder_part(model) if part == "encoder" else model
+    inside = {id(tensor) for tensor in (*used.parameters(), *used.buffers())}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    missing = sorted(
+        key
+        for key in info["missing_keys"]
+        if (key not in tensors or id(tensors[key]) in inside) and "pooler" not in key.split(".")
+    )
+    if missing:
+        raise CheckpointError(f"{part}: {name} lacks weights of its {type(model).__name__}: {_some(missing)}")
+    if foreign := sorted(key for key in info["unexpected_keys"] if _of_own_module(model, key)):
+        logger.warning(
+            "%s: %s has weights that its %s has no place for: %s; is its configuration that of another model?",
+            part, name, type(model).__name__, _some(foreign),
+        )  # fmt: skip
+    return model
+
+
+def _of_own_module(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight's name begins with a module that the model has, though not this weight in it."""
+    key = key.removeprefix(f"{model.base_model_prefix}.")
+    first = key.split(".")[0]
+    return "." in key and any(first in dict(each.named_children()) for each in (model, model.base_model))
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *rest = names
+    return first + (f" and {len(rest)} more" if rest else "")
 
 
 def _look_at(name_or_path: str, kwargs: dict[str, Any]) -> None:

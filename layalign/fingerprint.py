@@ -23,7 +23,7 @@ from layalign._reading import confined, read_json
 from layalign._sharding import reason_whole_is_not_here
 from layalign.adapters import adapter_names, base_name
 from layalign.errors import shown
-from layalign.names import cached_file
+from layalign.names import cached_file, gguf_parts
 
 QUANTISERS = ("bitsandbytes", "optimum", "torchao", "hqq")  # packages whose modules hold packed weights
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -276,7 +276,11 @@ def summary(problems: list[str]) -> str:
 
 
 def weight_files(name: str) -> list[Path]:
-    """The files that hold the weights of a folder or of a hub name in the cache; none where they are not there."""
+    """The files with the weights of a folder, a GGUF file or a hub name in the cache; none where they are not there."""
+    place, file = gguf_parts(name)
+    if file is not None:
+        only = Path(name) if Path(name).is_absolute() else cached_file(place, file)
+        return [only] if only is not None and only.is_file() else []
     for first in ("model.safetensors", "pytorch_model.bin"):
         for file in (first, f"{first}.index.json"):
             path = Path(name) / file if Path(name).is_absolute() else cached_file(name, file)

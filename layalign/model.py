@@ -143,7 +143,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         for key, part in (("encoder_name_or_path", encoder), ("llm_name_or_path", llm)):
             name = part.config.name_or_path
             if key not in config:  # a folder here, as for transformers
-                config[key] = names.absolute(name) if name and Path(name).is_dir() else name or None
+                config[key] = names.of_part(name)
             elif isinstance(config[key], str):
                 config[key] = names.settled(config[key])
         config.setdefault("frozen_folders", {})  # the names are settled

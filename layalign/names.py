@@ -2,6 +2,8 @@
 
 A name that a user types is a folder where one stands there, seen from the working directory, as in transformers. What a
 checkpoint stores is settled: the absolute path of a folder, or the name of a hub repository.
+
+An LLM may also be a GGUF file: the path of one, `FOLDER/FILE.gguf`, or one of a hub repository, `OWNER/NAME:FILE.gguf`.
 """
 
 from __future__ import annotations
@@ -10,19 +12,49 @@ import os
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from layalign.errors import CheckpointError, shown
+from layalign.errors import ArgumentError, CheckpointError, shown
 
 if TYPE_CHECKING:
     from layalign.config import LayAlignConfig
 
 PARTS = ("encoder", "llm")  # the frozen ones
+GGUF = ".gguf"  # ends the names of such files
 UNFINISHED = ".unfinished"  # a training checkpoint is written in here, and moved up when it is whole
 # What another framework or tool reads.
 _FOREIGN = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "onnx/*", "openvino/*", "original/*"]
 
 
+def gguf_parts(name: str) -> tuple[str, str | None]:
+    """(folder or hub name, GGUF file in it); the file is None where the name is not one of a GGUF file."""
+    if not name.endswith(GGUF) or os.path.isdir(name):
+        return name, None
+    place, colon, file = name.partition(":")
+    if colon and file and place.count("/") == 1 and not is_path(place):
+        return place, file
+    return os.path.dirname(name) or ".", os.path.basename(name)
+
+
+def with_gguf(name: str, file: str) -> str:
+    """The name of a GGUF file that is given beside the folder or hub name that it is in.
+
+    Raises:
+        ArgumentError: the name has a file already, or the file is none of the folder.
+    """
+    path = PureWindowsPath(file)
+    if not file.endswith(GGUF) or path.is_absolute() or path.drive or ".." in path.parts or file.startswith("/"):
+        raise ArgumentError(f"gguf_file: expected the name of a {GGUF} file in {shown(name)}, got {shown(file)}")
+    if name.endswith(GGUF):
+        raise ArgumentError(f"gguf_file: expected a folder or hub name with it, got {shown(name)}")
+    if is_path(name) or os.path.isdir(name) or "/" not in name:
+        return f"{name.rstrip('/')}/{file}"
+    return f"{name}:{file}"
+
+
 def is_path(name: str) -> bool:
-    """Whether a name can only be a path: no repository of the hub is called so."""
+    """Whether a name can only be a path: no repository of the hub is called so, and no file of one."""
+    place, file = gguf_parts(name)
+    if file is not None:
+        return name != f"{place}:{file}"
     marked = name.startswith((".", "~", "/")) or name.endswith("/") or "\\" in name
     return marked or name.count("/") > 1 or bool(PureWindowsPath(name).drive)
 
@@ -41,11 +73,24 @@ def given(what: str, name: str | Path) -> str:
     name = str(name)
     if not name.strip():
         raise CheckpointError(f"{what}: expected a folder or hub name, got {shown(name)}")
-    if os.path.isdir(absolute(name)):
+    if _stands(absolute(name)):
         return absolute(name)
     if is_path(name):
-        raise CheckpointError(f"{what}: no such folder: {_shown(absolute(name))}")
+        raise CheckpointError(f"{what}: no such {_kind(name)}: {_shown(absolute(name))}")
     return name
+
+
+def _stands(path: str) -> bool:
+    return os.path.isdir(path) or (path.endswith(GGUF) and os.path.isfile(path))
+
+
+def _kind(name: str) -> str:
+    return "file" if name.endswith(GGUF) else "folder"
+
+
+def of_part(name: str) -> str | None:
+    """The settled name of what transformers has loaded by a name: a folder or file here, as for transformers."""
+    return absolute(name) if name and _stands(name) else name or None
 
 
 def settled(name: str) -> str:
@@ -101,20 +146,23 @@ def located(config: LayAlignConfig, part: str, checkpoint: str | Path | None = N
     if config.frozen_folders is None:  # an old checkpoint: the name as it was typed
         return given(f"{part}_name_or_path", name)
     if not is_path(name):
-        return _from_hub(name) if os.path.isdir(name) else name
+        return _from_hub(name) if os.path.isdir(gguf_parts(name)[0]) else name
     way = config.frozen_folders.get(part)
     moved = absolute(str(Path(checkpoint) / way)) if checkpoint is not None and way else name
     for folder in (name, moved):
-        if os.path.isdir(folder):
+        if _stands(folder):
             return folder
     tried = _shown(name) + ("" if moved == name else f", nor {_shown(moved)}")
-    raise CheckpointError(f"{part}_name_or_path: no such folder: {tried}")
+    raise CheckpointError(f"{part}_name_or_path: no such {_kind(name)}: {tried}")
 
 
 def _from_hub(name: str) -> str:
     """The repository's files in the hub's cache: transformers would read the folder of this name that stands here."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
+    place, file = gguf_parts(name)
+    if file is not None:
+        return str(hf_hub_download(place, file))
     return str(snapshot_download(name, ignore_patterns=_FOREIGN))
 
 

@@ -287,10 +287,26 @@ def load_tokenizer(
     else:
         raise CheckpointError(f"{part} tokenizer: expected {FOLDERS[part]}/ in {checkpoint}, or the {part}'s name")
     try:
+        if names.gguf_parts(source)[1] is not None:
+            return _from_gguf(source)
         require_files(Path(source))
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the libraries of the tokenizers raise what they like for a damaged file
         raise CheckpointError(f"{part} tokenizer: cannot be loaded from {source}: {first_line(error)}") from error
+
+
+def _from_gguf(name: str) -> Any:
+    """The tokenizer that a GGUF file has in it."""
+    from transformers import PreTrainedTokenizerFast
+
+    from layalign import _gguf
+    from layalign.encoder import gguf_path
+
+    _gguf.require_package("llm tokenizer")
+    path = gguf_path(name)
+    _gguf.read_head(path)
+    # Not AutoTokenizer: that reads the file once more, for a class that makes no difference.
+    return _gguf.amend_tokenizer(PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=str(path)), path)
 
 
 def first_token(tokenizer: Any) -> int | None:

@@ -17,6 +17,7 @@ from layalign.cli import (
     generate,
     serve,
     train,
+    weights,
 )
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command("analyze")(analyze.analyze)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
+app.command("weights")(weights.weights)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 

@@ -16,6 +16,7 @@ import yaml
 from layalign._files import write_whole
 from layalign.errors import ArgumentError, refuse, shown
 from layalign.layers import named_layers
+from layalign.names import with_gguf
 
 STAGES = ("translation", "task")
 TASKS = ("math", "x-csqa", "xnli")
@@ -85,7 +86,7 @@ ALLOWED_CHANGES = (
     "lr_scheduler", "max_grad_norm", "max_prompt_length", "max_source_length", "max_target_length", "micro_batch_size",
     "seed", "skip_bad", "tokenizers", "warmup_ratio", "weight_decay",
 )  # fmt: skip
-TEXTS = ("encoder", "llm", "output_dir", "init_checkpoint", "lr_scheduler", "baseline")
+TEXTS = ("encoder", "llm", "gguf_file", "output_dir", "init_checkpoint", "lr_scheduler", "baseline")
 _LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": None}
 
 
@@ -97,9 +98,11 @@ class TrainConfig:
         ArgumentError: on construction, for a value of the wrong type or out of its range; the text starts with the key.
     """
 
-    # What is joined, and how. Folder or hub name each; `baseline` only tells where the settings are from.
+    # What is joined, and how. Folder or hub name each, for the LLM also a GGUF file; `gguf_file` is one in the LLM's
+    # folder or hub repository, and becomes part of its name. `baseline` only tells where the settings are from.
     encoder: str | None = None
     llm: str | None = None
+    gguf_file: str | None = None
     baseline: str | None = None
     encoder_layers: list[int] | str | None = None
     language_layers: list[int] | None = None
@@ -170,6 +173,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _coerce(self)
         _check_ranges(self)
+        if self.gguf_file is not None:
+            if self.llm is None:
+                raise ArgumentError("gguf_file: expected llm, the folder or hub name that it is in, with it")
+            self.llm, self.gguf_file = with_gguf(self.llm, self.gguf_file), None
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.stage]
         longest = 512 if self.stage == "task" and self.task == "math" else 200

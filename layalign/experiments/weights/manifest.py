@@ -1,0 +1,65 @@
+"""A file beside a model that says where it came from, what was measured, and the checksum of each file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layalign._files import write_whole
+from layalign._reading import confined, read_json, require_regular
+from layalign.errors import CheckpointError
+
+NAME = "layalign-weights.json"
+FORMAT = 1
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def write(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder, over all files that are in it."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in files}
+    write_whole(folder / NAME, json.dumps({"format": FORMAT, **about, "files": entries}, indent=2) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder; None where it has none.
+
+    Raises:
+        CheckpointError: it is damaged, or of a later version of this library.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    found = read_json(path)
+    texts = isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("source", "dtype"))
+    if not texts or found.get("format") != FORMAT or not isinstance(found.get("files"), dict) or not found["files"]:
+        raise CheckpointError(f"{path}: expected a manifest of format {FORMAT}; remove {folder} and make it again")
+    return dict(found)
+
+
+def require_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """The files of a folder are those that were written.
+
+    Raises:
+        CheckpointError: one is missing or another; the text names it.
+    """
+    again = f"; remove {folder} and make it again"
+    for name, entry in manifest["files"].items():
+        path = confined(folder, name, str(folder / NAME))
+        try:
+            size = require_regular(path, str(path)).st_size
+        except OSError:
+            raise CheckpointError(f"{path}: is missing{again}") from None
+        if not isinstance(entry, dict) or size != entry.get("bytes") or checksum(path) != entry.get("sha256"):
+            raise CheckpointError(f"{path}: is not what was written (SHA-256){again}")
