@@ -87,7 +87,7 @@ def across(session: nox.Session) -> None:
 
 @nox.session
 def newest(session: nox.Session) -> None:
-    """What pip resolves today, unpinned: the made-up demo's fast form and the core tests. TORCH may name a build of torch."""
+    """What pip resolves today, unpinned: the made-up demo's fast form and the core tests. TORCH may name a build."""
     torch = os.environ.get("TORCH", "torch").split()
     session.install("--upgrade", *torch)
     session.install("--upgrade", *torch, "-e", ".[dev,lora,serve]", env={"LAYALIGN_CUDA": "0"})

@@ -12,7 +12,6 @@ from layalign.evaluation.translation import translation_scores
 from layalign.experiments.demo.models import Joined
 
 _ROWS = 64  # questions in a batch
-_LONGEST = 48  # tokens of a source
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ def layalign_answers(
     """
     tokenizers = joined.encoder_tokenizer, joined.llm_tokenizer
     with_targets, without = (
-        LayAlignCollator.from_model(joined.model, *tokenizers, with_targets=kind, max_source_length=_LONGEST)
-        for kind in (True, False)
+        LayAlignCollator.from_model(joined.model, *tokenizers, with_targets=kind) for kind in (True, False)
     )
     ask = ModelAnswers(joined.model, without, longest_answer)
     flat = [(language, example) for language, examples in questions.items() for example in examples]

@@ -92,9 +92,7 @@ def bar_chart(values: Sequence[float], labels: Sequence[str], x_label: str, y_la
         parts.append(f'<rect {bar} rx="1.5" class="fill {"c1" if value >= 0 else "c2"}">{title}</rect>')
         if i % every == 0:
             parts.append(_label(x + step / 2, HEIGHT - _BOTTOM + 16, label, "middle"))
-    parts.append(
-        f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{height(0):.1f}" y2="{height(0):.1f}" class="axis"/>'
-    )
+    parts.append(f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{height(0):.1f}" y2="{height(0):.1f}" class="axis"/>')
     parts += _axis_names(x_label, y_label, WIDTH, HEIGHT)
     return _svg(WIDTH, HEIGHT, parts, y_label)
 
@@ -132,7 +130,9 @@ def heat_map(
             title = f"<title>{html.escape(label)}, {html.escape(column_labels[j])}: {value:.3f}</title>"
             box = f'x="{left + wide * j}" y="{top + high * i}" width="{wide - 1}" height="{high - 1}"'
             colour = "c1" if value >= 0 else "c2"
-            parts.append(f'<rect {box} class="fill {colour}" fill-opacity="{0.04 + 0.96 * strength:.2f}">{title}</rect>')
+            parts.append(
+                f'<rect {box} class="fill {colour}" fill-opacity="{0.04 + 0.96 * strength:.2f}">{title}</rect>'
+            )
     for j, label in enumerate(column_labels):
         x, y = left + wide * j + wide / 2, top - 5
         turn = f' transform="rotate(-50 {x} {y})"' if slanted else ""
@@ -175,4 +175,4 @@ def _ticks(low: float, high: float, most: int = 6) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
     first = math.floor(low / step)
-    return [round((first + i) * step, 10) for i in range(int(math.floor((high - first * step) / step + 1e-9)) + 1)]
+    return [round((first + i) * step, 10) for i in range(math.floor((high - first * step) / step + 1e-9) + 1)]

@@ -7,7 +7,7 @@ before every question.
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,11 +63,13 @@ def _prompts(alone: LlmAnswers, questions: Sequence[Example]) -> list[list[int]]
 
 def _group(alone: LlmAnswers, prompts: Sequence[list[list[int]]], questions: Sequence[Example]) -> Any:
     """An iterator over the answers to some languages' questions, computed together."""
-    starts = [os.path.commonprefix([row[:-1] for row in rows]) for rows in prompts]
+    starts = [_common_start([row[:-1] for row in rows]) for rows in prompts]
     read = [_read(alone.llm, ids) for ids in starts]
     states = _side_by_side(read, [len(rows) for rows in prompts])
     width = max(map(len, starts))
-    before = [[0] * (width - len(ids)) + [1] * len(ids) for ids, rows in zip(starts, prompts, strict=True) for _ in rows]
+    before = [
+        [0] * (width - len(ids)) + [1] * len(ids) for ids, rows in zip(starts, prompts, strict=True) for _ in rows
+    ]
     rests = [row[len(ids) :] for ids, rows in zip(starts, prompts, strict=True) for row in rows]
     longest = max(map(len, rests))
     ids = torch.tensor([[pad_id(alone.collator.tokenizer)] * (longest - len(row)) + row for row in rests])
@@ -79,6 +81,12 @@ def _group(alone: LlmAnswers, prompts: Sequence[list[list[int]]], questions: Seq
     targets = [alone.collator.continuations(question, [question.target])[0] for question in questions]
     likely = _log_probs(alone, states, logits[:, -1], mask, targets)
     return iter([Answer(text, *pair) for text, pair in zip(texts, likely, strict=True)])
+
+
+def _common_start(rows: Sequence[list[int]]) -> list[int]:
+    """The tokens that all rows begin with."""
+    columns = zip(*rows, strict=False)
+    return [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def _read(llm: Any, ids: list[int]) -> States:

@@ -49,7 +49,7 @@ def train_live(
     seed: int,
     show: Show = lambda step, steps, losses: None,
 ) -> Curves:
-    """Train both systems on the same batches, each from the same fresh adapter.
+    """Train both systems on the same batches, from the same fresh adapter.
 
     Args:
         encoder, llm: the frozen parts; the LLM is not attached, and is given back as it was.
@@ -66,6 +66,7 @@ def train_live(
     for layers, own in zip(SYSTEMS, llms, strict=True):
         torch.manual_seed(seed)
         models[layers] = LayAlignForCausalLM.from_encoder_and_llm(encoder, own, encoder_layers=layers)
+    models["last"].mapping.load_state_dict(models["all"].mapping.state_dict())
     try:
         collate = LayAlignCollator.from_model(models["all"], *tokenizers)
         optimizers = {name: _optimizer(model) for name, model in models.items()}

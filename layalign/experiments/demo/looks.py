@@ -21,9 +21,12 @@ from layalign.tokenization import encode_texts
 from layalign.training.gates import read_gates
 
 _LONGEST_ANSWER = 20
+_MAPS = 4  # attention maps that are shown
 
 
-def inside(joined: Joined, checkpoint: Path, parallel: Mapping[str, Sequence[Example]], shown: Example) -> dict[str, Any]:
+def inside(
+    joined: Joined, checkpoint: Path, parallel: Mapping[str, Sequence[Example]], shown: Example
+) -> dict[str, Any]:
     """Gates, mix, retrieval by encoder layer, and the attention of one answer to its source, as JSON values.
 
     Args:
@@ -34,16 +37,29 @@ def inside(joined: Joined, checkpoint: Path, parallel: Mapping[str, Sequence[Exa
     """
     mix = fusion.mix_weights(joined.model)
     reader = Reader(joined.model, joined.encoder_tokenizer, joined.llm_tokenizer)
-    found: AttentionMap | None = attention(reader, shown, _LONGEST_ANSWER)
+    gates = fusion.gate_values(joined.model)
     return {
         "encoder_layers": list(joined.model.config.encoder_layers),
         "language_layers": list(joined.model.config.language_layers),
-        "gates": fusion.gate_values(joined.model),
+        "gates": gates,
         "gate_history": read_gates(checkpoint),
-        "mix": None if mix is None else {"keys": mix[0].tolist(), "values": mix[1].tolist()},
+        "mix": None if mix is None else {"keys": _rounded(mix[0]), "values": _rounded(mix[1])},
         "retrieval": retrieval_by_layer(joined, parallel),
-        "attention": None if found is None else vars(found),
+        "attention": _maps(attention(reader, shown, _LONGEST_ANSWER), gates),
     }
+
+
+def _maps(found: AttentionMap | None, gates: Sequence[float]) -> dict[str, Any] | None:
+    """The maps of the layers with the largest gates, in the order of the layers."""
+    if found is None:
+        return None
+    slots = sorted(sorted(range(len(gates)), key=lambda slot: -abs(gates[slot]))[:_MAPS])
+    shown = {name: value for name, value in vars(found).items() if name != "weights"}
+    return {**shown, "slots": slots, "weights": [_rounded(torch.tensor(found.weights[slot])) for slot in slots]}
+
+
+def _rounded(numbers: Tensor) -> list[list[float]]:
+    return [[round(number, 4) for number in row] for row in numbers.tolist()]
 
 
 @torch.no_grad()

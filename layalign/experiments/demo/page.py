@@ -9,10 +9,10 @@ from typing import Any
 
 from layalign._files import write_whole
 from layalign.data.languages import language_of
+from layalign.data.prompts import one_line
 from layalign.experiments.demo import charts, live
 from layalign.experiments.demo.run import ALL_LANGUAGES, SYSTEMS, UNSEEN, by_training_text, pairs_text
 
-_MAPS = 4  # attention maps, of the layers with the largest gates
 _STYLE = Path(__file__).with_name("page.css")
 
 
@@ -41,20 +41,26 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "")
     """A table; the cells of `rows` are HTML."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _head(found: dict[str, Any]) -> str:
     what, scores = found["models"], found["scores"]
+
+    def both(group: str, measure: str, digits: int, words: str) -> tuple[str, str]:
+        ours, alone = (f"{scores[system][group][measure]:.{digits}f}" for system in ("layalign", "llm"))
+        return ours, f"{words}; {alone} for the LLM alone"
+
     tiles = [
-        (f"{scores['layalign'][ALL_LANGUAGES]['chrf']:.1f}", f"chrF with LayAlign; {scores['llm'][ALL_LANGUAGES]['chrf']:.1f} for the LLM alone"),
-        (f"{scores['layalign'][ALL_LANGUAGES]['nats']:.2f}", f"nats a token of the reference; {scores['llm'][ALL_LANGUAGES]['nats']:.2f} for the LLM alone"),
-    ]  # fmt: skip
+        both(ALL_LANGUAGES, "chrf", 1, "chrF with LayAlign"),
+        both(ALL_LANGUAGES, "nats", 2, "nats a token of the reference"),
+    ]
     if UNSEEN in scores["llm"]:
-        tiles.append(
-            (f"{scores['layalign'][UNSEEN]['chrf']:.1f}", f"chrF in languages of no training pair; {scores['llm'][UNSEEN]['chrf']:.1f} for the LLM alone")
-        )  # fmt: skip
-    tiles.append((f"{what['trained'] / 1e6:.2f} M", f"parameters trained, over {what['frozen'] / 1e6:.0f} M frozen ones"))
+        tiles.append(both(UNSEEN, "chrf", 1, "chrF in languages without a training pair"))
+    millions = f"{what['trained'] / 1e6:.2f}\u00a0M", f"{what['frozen'] / 1e6:.0f}\u00a0M"
+    tiles.append((millions[0], f"parameters trained, over {millions[1]} frozen ones"))
     cards = "".join(f"<div><b>{html.escape(big)}</b><span>{html.escape(small)}</span></div>" for big, small in tiles)
     notes = "".join(_text(note, kind="note") for note in found["notes"])
     return (
@@ -121,7 +127,7 @@ def _answers(found: dict[str, Any]) -> str:
             [
                 f'<span lang="{code}" dir="auto">{html.escape(row["source"])}</span>',
                 html.escape(row["reference"]),
-                *(html.escape(row[system]) or "<em>nothing</em>" for system in SYSTEMS),
+                *(html.escape(one_line(row[system])) or "<em>nothing</em>" for system in SYSTEMS),
             ]
             for row in found["rows"][name]
         ]
@@ -247,10 +253,8 @@ def _attention(found: dict[str, Any]) -> str:
     shown = looks["attention"]
     if shown is None:
         return ""
-    slots = sorted(range(len(looks["gates"])), key=lambda slot: -abs(looks["gates"][slot]))[:_MAPS]
     maps = []
-    for slot in sorted(slots):
-        weights = shown["weights"][slot]
+    for slot, weights in zip(shown["slots"], shown["weights"], strict=True):
         limit = max(max(row) for row in weights)
         picture = charts.heat_map(
             weights, [_short(label) for label in shown["rows"]], [_short(label) for label in shown["columns"]],
