@@ -14,8 +14,8 @@ Weights = Annotated[
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", help="A LayAlign model over these two instead of the shipped one.")
 ]
-Sentences = Annotated[int | None, typer.Option("--sentences", help="Asked in each language: 2 to 12, by default 6.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Of the short training run, by default 16; 0: none.")]
+Sentences = Annotated[int | None, typer.Option("--sentences", help="Asked in each language: 2 to 12, by default 4.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Of the short training run, by default 12; 0: none.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the training run; with --made-up of data and models too.")]
 MadeUp = Annotated[
     bool, typer.Option("--made-up", help="Instead: models and text all made up, trained from nothing. Takes minutes.")

@@ -134,9 +134,9 @@ def heat_map(
                 f'<rect {box} class="fill {colour}" fill-opacity="{0.04 + 0.96 * strength:.2f}">{title}</rect>'
             )
     for j, label in enumerate(column_labels):
-        x, y = left + wide * j + wide / 2, top - 5
-        turn = f' transform="rotate(-50 {x} {y})"' if slanted else ""
-        parts.append(_label(x, y, label, "start" if slanted else "middle", turn))
+        middle, above = left + wide * j + wide / 2, top - 5
+        turn = f' transform="rotate(-50 {middle} {above})"' if slanted else ""
+        parts.append(_label(middle, above, label, "start" if slanted else "middle", turn))
     if names:
         parts.append(_label(left + wide * len(column_labels) / 2, height - 5, names[0], "middle"))
         x, y = 12, top + high * len(rows) / 2

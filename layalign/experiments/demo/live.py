@@ -62,7 +62,8 @@ def train_live(
     """
     # The second LLM has modules of its own and the same weights: no memory but for activations.
     llms = [llm, copy.deepcopy(llm, {id(parameter): parameter for parameter in llm.parameters()})]
-    models, curves = {}, Curves(pairs=len(pairs))
+    models: dict[str, Any] = {}
+    curves = Curves(pairs=len(pairs))
     for layers, own in zip(SYSTEMS, llms, strict=True):
         torch.manual_seed(seed)
         models[layers] = LayAlignForCausalLM.from_encoder_and_llm(encoder, own, encoder_layers=layers)

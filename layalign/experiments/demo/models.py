@@ -60,7 +60,8 @@ def load(checkpoint: Path, weights: Path) -> Joined:
     with _warnings() as notes:
         encoder, llm = load_encoder(folders["encoder"], dtype="float32"), load_llm(folders["llm"], dtype="float32")
         model = LayAlignForCausalLM.from_pretrained(checkpoint, encoder=encoder, llm=llm, changed_frozen="warn")
-    return Joined(model, *load_tokenizers(**folders), read_about(checkpoint), notes)
+    tokenizers = load_tokenizers(encoder=folders["encoder"], llm=folders["llm"])
+    return Joined(model, *tokenizers, read_about(checkpoint), notes)
 
 
 def fetch(weights: Path, tell: Callable[[str], None] = print) -> None:

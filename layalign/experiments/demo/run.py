@@ -50,8 +50,8 @@ class DemoOptions:
         seed: of the training run.
     """
 
-    sentences: int = 6
-    steps: int = 16
+    sentences: int = 4
+    steps: int = 12
     batch_size: int = 8
     seed: int = 0
 
@@ -109,7 +109,7 @@ def _run(folder: Path, weights: Path, checkpoint: Path, options: DemoOptions, ph
         parallel = {name: [*rows, *shown[name]] for name, rows in sentences("test").items()}
         language, number = _SHOWN
         looks = inside(joined, checkpoint, parallel, questions[language][number - 1])
-    found = {
+    found: dict[str, Any] = {
         "options": asdict(options),
         "about": joined.about,
         "notes": joined.notes,
