@@ -41,6 +41,7 @@ class Baseline:
 
 
 _LAYALIGN = "LayAlign (Ruan et al., 2025)"
+_FUSED = "Puranegedara et al. (2025); theirs has one linear map behind the sum, and English task data only"
 _METHODS = (
     Baseline(
         "llm", "LLM alone", "The frozen LLM reads the prompt as text. Nothing trains.", "every paper named here",
@@ -64,10 +65,36 @@ _METHODS = (
         "MindMerger (Huang et al., 2024); LayAlign, table 4", {"language_layers": []},
     ),
     Baseline(
+        "mindmerger-matched", "MindMerger-Soft, as many parameters",
+        "MindMerger-Soft whose adapter is as wide as it takes to train as many parameters as LayAlign does.",
+        "ours: what parameters are worth", {"language_layers": [], "adapter_size": "match"},
+    ),
+    Baseline(
+        "fused-softmax", "layers fused, one weight each",
+        "The adapter's soft tokens, from all encoder layers in a sum with learned softmax weights, stand before the "
+        "prompt.",
+        _FUSED, {"language_layers": [], "adapter_fusion": "softmax"},
+    ),
+    Baseline(
+        "fused-token-softmax", "layers fused, weights by token",
+        "The same with weights of its own for each source token, which a small transformer layer computes.",
+        _FUSED, {"language_layers": [], "adapter_fusion": "token-softmax"},
+    ),
+    Baseline(
         "layalign", "LayAlign",
         "Soft tokens before the prompt, and every LLM layer attends, through a learned gate, to its own mix of all "
         "encoder layers but the last.",
         _LAYALIGN,
+    ),
+    Baseline(
+        "layalign-fused-softmax", "LayAlign, layers fused",
+        "LayAlign whose soft tokens are those of fused-softmax.", "ours: the two together",
+        {"adapter_fusion": "softmax"},
+    ),
+    Baseline(
+        "layalign-fused-token-softmax", "LayAlign, layers fused by token",
+        "LayAlign whose soft tokens are those of fused-token-softmax.", "ours: the two together",
+        {"adapter_fusion": "token-softmax"},
     ),
 )  # fmt: skip
 _ABLATIONS = (

@@ -16,8 +16,10 @@ from layalign.last_layer import CHOICES as LAST_LAYER_CHOICES
 from layalign.layers import named_layers
 from layalign.liger import CHOICES as LIGER_CHOICES
 from layalign.names import PARTS
+from layalign.nn.adapter import FUSIONS
 from layalign.nn.aligner import MIXES, STRUCTURES
 from layalign.ops.backends import BACKENDS
+from layalign.parts import matching_adapter_size
 
 CONFIG_FILE = "config.json"
 IMPLS = ("auto", *BACKENDS)
@@ -55,7 +57,12 @@ class LayAlignConfig(PretrainedConfig):
         mix: "layer-wise", every LLM layer's keys and values mix the encoder's layers in their own way; or "shared", one
             mix for the keys and one for the values of all LLM layers.
         adapter: whether the encoder's last states stand before the text as soft tokens, with the boundary behind them.
-        adapter_size: width between the adapter's two linear maps. None: twice the encoder's, as published.
+        adapter_size: width between the adapter's two linear maps. None: twice the encoder's, as published. "match": as
+            many trained parameters as LayAlign has (:func:`layalign.parts.matching_adapter_size`); the attribute is
+            that number then.
+        adapter_fusion: which of the encoder's states the adapter reads. None: the last ones, as published. "softmax":
+            all but the embeddings, in a sum with one learned weight a layer; "token-softmax": with weights of its own
+            for each token (:mod:`layalign.nn.adapter`). What the aligner reads is not touched.
         prompt: whether the LLM gets the task's prompt beside the encoder's tokens. False: these stand in its place.
         gate: None, gates are learned and start at zero; a number fixes all of them there.
         mask_encoder_padding: hide encoder padding from the cross-attention and number LLM positions without padding, so
@@ -98,7 +105,8 @@ class LayAlignConfig(PretrainedConfig):
         structure: str = "Linear",
         mix: str = "layer-wise",
         adapter: bool = True,
-        adapter_size: int | None = None,
+        adapter_size: int | str | None = None,
+        adapter_fusion: str | None = None,
         prompt: bool = True,
         gate: float | None = None,
         mask_encoder_padding: bool = True,
@@ -127,7 +135,8 @@ class LayAlignConfig(PretrainedConfig):
         self.structure = structure
         self.mix = mix
         self.adapter = adapter
-        self.adapter_size = adapter_size
+        self.adapter_size: Any = adapter_size
+        self.adapter_fusion = adapter_fusion
         self.prompt = prompt
         self.gate = gate
         self.mask_encoder_padding = bool(mask_encoder_padding)
@@ -155,6 +164,8 @@ class LayAlignConfig(PretrainedConfig):
             self._resolve_encoder(self.encoder_config)
         if self.llm_config is not None:
             self._resolve_llm(self.llm_config.get_text_config(decoder=True), written_by)
+        if self.adapter_size == "match" and self.encoder_config is not None and self.llm_config is not None:
+            self.adapter_size = matching_adapter_size(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -213,10 +224,23 @@ class LayAlignConfig(PretrainedConfig):
         if not self.adapter and not self.prompt:
             raise ArgumentError("prompt: expected true for a model without an adapter, whose LLM would read nothing")
         size, gate = self.adapter_size, self.gate
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            refuse("adapter_size", "a positive integer or None", size)
+        if not (size is None or (isinstance(size, str) and size == "match")) and (
+            isinstance(size, bool) or not isinstance(size, int) or size < 1
+        ):
+            refuse("adapter_size", "a positive integer, 'match' or None", size)
+        if self.adapter_fusion is not None:
+            one_of("adapter_fusion", self.adapter_fusion, FUSIONS)
+            if not self.adapter:
+                raise ArgumentError("adapter_fusion: expected None for a model without an adapter")
         if gate is not None:
             finite_number("gate", gate, "a finite number or None")
+
+    @property
+    def fused_layers(self) -> list[int]:
+        """Indices of the encoder's ``hidden_states`` that the adapter fuses: all but the embeddings; or none."""
+        if self.adapter_fusion is None or self.encoder_config is None:
+            return []
+        return list(range(1, number_of_layers(self.encoder_config) + 1))
 
     def aligner(self) -> SimpleNamespace:
         """The published configuration of the aligner that follows from this one."""

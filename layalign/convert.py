@@ -94,10 +94,12 @@ def convert_to_published(model_dir: str | Path, output_file: str | Path) -> Conv
     """
     model = LayAlignForCausalLM.from_pretrained(str(model_dir))
     config = model.config
-    own = config.lora is not None or config.mix != "layer-wise" or config.adapter_size is not None
+    own = config.lora is not None or config.mix != "layer-wise"
+    own = own or config.adapter_size is not None or config.adapter_fusion is not None
     if own or not config.language_layers or not config.adapter:
         raise CheckpointError(
-            f"{model_dir}: the published format has an adapter of one size, a layer-wise aligner, no LoRA"
+            f"{model_dir}: the published format has an adapter of one size over the encoder's last states, a "
+            "layer-wise aligner, no LoRA"
         )
     state = published.to_published(model, model.state_dict())
     Path(output_file).parent.mkdir(parents=True, exist_ok=True)

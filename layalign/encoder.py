@@ -200,7 +200,7 @@ def encode(
     Args:
         encoder: any transformers encoder, or decoder-only model used as one.
         input_ids, attention_mask: (B, S) int64, padding on either side.
-        layers: E indices into ``hidden_states``.
+        layers: E indices into ``hidden_states``, or none.
 
     Returns:
         E hidden states (B, S, D_e) and the last hidden state (B, S, D_e).
@@ -211,7 +211,7 @@ def encode(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **extra
         )
     hidden = output.hidden_states
-    if hidden is None or max(layers) >= len(hidden):
+    if hidden is None or max(layers, default=0) >= len(hidden):
         count = 0 if hidden is None else len(hidden)
         raise ArgumentError(f"encoder_layers: expected indices below {count}, the encoder's layers, got {list(layers)}")
     dtype = encoder.dtype  # half-precision T5 keeps some weights in fp32, and its layers' outputs differ in dtype

@@ -30,6 +30,7 @@ from layalign.inputs import require_ids, require_labels, require_mask
 from layalign.last_layer import LastLayer
 from layalign.llm_pass import LLMPartMixin, run_llm
 from layalign.nn import Adapter, GatedCrossAttention
+from layalign.nn.adapter import SoftmaxFusion, TokenSoftmaxFusion
 from layalign.nn.aligner import reason_against_passing
 from layalign.packing import pack, real_positions
 from layalign.padding import real_tokens
@@ -262,6 +263,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             module.reset_parameters()
         elif isinstance(module, Adapter):
             nn.init.zeros_(module.end_boundary)
+        elif isinstance(module, (nn.LayerNorm, SoftmaxFusion, TokenSoftmaxFusion)):
+            module.reset_parameters()
         elif isinstance(module, GatedCrossAttention):
             nn.init.constant_(module.adaption_gate, module.start)
 
@@ -300,18 +303,22 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             return None, SourceStates((), (), (), None, (), real=encoder_attention_mask)
         if not torch.compiler.is_compiling():
             self._follow_attentions()
-        hidden, last = encoders.encode(
-            self.encoder, encoder_input_ids, encoder_attention_mask, self.config.encoder_layers
-        )
+        aligned = self.config.encoder_layers if self.encoder_aligner is not None else []
+        fused = self.config.fused_layers
+        layers = list(dict.fromkeys([*aligned, *fused]))
+        hidden, last = encoders.encode(self.encoder, encoder_input_ids, encoder_attention_mask, layers)
         dtype = cast(Tensor, self.get_input_embeddings().weight).dtype
         mask = encoder_attention_mask.bool() if self.config.mask_encoder_padding else None
         real = None if mask is None else real_tokens(mask)
         if real is not None:
             hidden, last = [real.pack(layer) for layer in hidden], real.pack(last)
+        by_layer = dict(zip(layers, hidden, strict=True))
         soft = None
         if self.mapping is not None:
-            soft = self.mapping(last.to(self.mapping.mlp.linear1.weight.dtype)).to(dtype)
-        keys, values = self._source_states(hidden, dtype)
+            own = self.mapping.mlp.linear1.weight.dtype
+            read = [by_layer[layer].to(own) for layer in fused] if fused else last.to(own)
+            soft = self.mapping(read).to(dtype)
+        keys, values = self._source_states([by_layer[layer] for layer in aligned], dtype)
         if real is not None:
             soft = None if soft is None else real.unpack(soft)
             keys, values = ([real.unpack_heads(state) for state in states] for states in (keys, values))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
+from layalign.errors import ArgumentError
 from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
 
 if TYPE_CHECKING:
@@ -17,7 +20,46 @@ def own_parts(config: LayAlignConfig) -> tuple[Adapter | None, EncoderAligner | 
     aligner = config.aligner()
     adapter = None
     if config.adapter:
-        adapter = Adapter(aligner.encoder_hidden_dim, aligner.language_hidden_dim, config.adapter_size)
+        adapter = Adapter(
+            aligner.encoder_hidden_dim, aligner.language_hidden_dim, config.adapter_size, config.adapter_fusion,
+            len(config.fused_layers) or None,
+        )  # fmt: skip
     layers = config.language_layers or ()
     gates = nn.ModuleList(GatedCrossAttention(config.impl, config.gate) for _ in layers)
     return adapter, EncoderAligner(aligner, impl=config.impl) if layers else None, gates
+
+
+def trained_parameters(config: LayAlignConfig) -> int:
+    """How many numbers train in adapter, aligner and gates."""
+    with torch.device("meta"):
+        parts = own_parts(config)
+    return sum(p.numel() for part in parts if part is not None for p in part.parameters() if p.requires_grad)
+
+
+def matching_adapter_size(config: LayAlignConfig) -> int:
+    """The adapter's width with which an adapter alone has as many trained parameters as LayAlign.
+
+    LayAlign is here the model of these settings with learned gates in all LLM layers, and with the published adapter.
+    An adapter of width w has w (D_e + D_l + 1) parameters beside those that do not depend on it, so that the two
+    numbers differ by (D_e + D_l + 1) / 2 at most.
+
+    Args:
+        config: with the configurations of both parts, an adapter, and no language layers.
+
+    Raises:
+        ArgumentError: there is no such adapter; or its fusion alone has more parameters.
+    """
+    if config.encoder_config is None or config.llm_config is None:
+        raise ArgumentError("config: expected encoder_config and llm_config")
+    if not config.adapter or config.language_layers:
+        raise ArgumentError("adapter_size: 'match' is for an adapter alone, without language layers")
+    full, narrow = copy(config), copy(config)
+    full.language_layers = list(range(config.get_text_config().num_hidden_layers))
+    full.adapter_size, full.adapter_fusion, full.gate = None, None, None
+    narrow.adapter_size = 1
+    sizes = config.aligner()
+    step = sizes.encoder_hidden_dim + sizes.language_hidden_dim + 1
+    missing = trained_parameters(full) - trained_parameters(narrow)
+    if missing < 0:
+        raise ArgumentError(f"adapter_size: the fusion alone has {-missing} parameters more than LayAlign")
+    return 1 + round(missing / step)

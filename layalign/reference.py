@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def layer_mix(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -75,6 +76,59 @@ def mlp_projection(
 ) -> Tensor:
     """The projection with structure "MLP": relu after the first linear map, then a second one."""
     return project(torch.relu(layer_projection(hidden, mix_weight, mix_bias, weight, bias)), out_weight, out_bias)
+
+
+def softmax_fusion(hidden: Sequence[Tensor], logits: Tensor) -> Tensor:
+    """y = sum_e softmax(logits)[e] * hidden[e].
+
+    Args:
+        hidden: E tensors (B, S, D_e).
+        logits: (E,), for all tokens; or (B, S, E).
+
+    Returns:
+        (B, S, D_e).
+    """
+    weights = logits.softmax(dim=-1).expand(*hidden[0].shape[:2], len(hidden))
+    return torch.einsum("bse,ebsd->bsd", weights, torch.stack(list(hidden)))
+
+
+def token_logits(
+    hidden: Sequence[Tensor],
+    layer_embedding: Tensor,
+    cls: Tensor,
+    query: Tensor,
+    attend: tuple[Tensor, Tensor],
+    norm1: tuple[Tensor, Tensor],
+    linear1: tuple[Tensor, Tensor],
+    linear2: tuple[Tensor, Tensor],
+    norm2: tuple[Tensor, Tensor],
+    out: tuple[Tensor, Tensor],
+) -> Tensor:
+    """For each token a transformer layer (residual, then norm) over the sequence [cls, hidden[0] + layer_embedding[0],
+    ...]: a linear map of what it gives at cls. The maps and norms are pairs of weight and bias.
+
+    Source: Puranegedara et al. (2025), "Transformer Softmax".
+
+    Args:
+        hidden: E tensors (B, S, D_e).
+        layer_embedding: (E, D_e).
+        cls, query: (D_e,).
+        attend: (D_e, D_e) and (D_e,).
+        norm1, norm2: (D_e,) and (D_e,).
+        linear1, linear2: (F, D_e) and (F,); (D_e, F) and (D_e,).
+        out: (E, D_e) and (E,).
+
+    Returns:
+        (B, S, E).
+    """
+    size = (len(cls),)
+    states = torch.stack(list(hidden), dim=2) + layer_embedding
+    sequence = torch.cat([cls.expand(*states.shape[:2], 1, -1), states], dim=2)
+    attention = (torch.einsum("bsnd,d->bsn", sequence, query) * len(cls) ** -0.5).softmax(dim=-1)
+    attended = torch.einsum("bsn,bsnd->bsd", attention, sequence)
+    x = functional.layer_norm(cls + functional.linear(attended, *attend), size, *norm1)
+    x = x + functional.linear(torch.relu(functional.linear(x, *linear1)), *linear2)
+    return functional.linear(functional.layer_norm(x, size, *norm2), *out)
 
 
 def gated_cross_attention(

@@ -242,7 +242,7 @@ def test_configuration_of_a_baseline() -> None:
         ("prompt", "no", "prompt: expected true or false"),
         ("gate", float("nan"), "gate: expected a finite number or None"),
         ("gate", True, "gate: expected a finite number or None"),
-        ("adapter_size", 0, "adapter_size: expected a positive integer or None"),
+        ("adapter_size", 0, "adapter_size: expected a positive integer, 'match' or None"),
         ("encoder_layers", "lowest", "encoder_layers: expected indices or one of all, first-third, "),
     ],
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from layalign.experiments.demo import charts, live, models, shipping
 from layalign.experiments.demo.few_shot import few_shot_answers
 from layalign.experiments.demo.run import ALL_LANGUAGES, SYSTEMS, UNSEEN, DemoOptions, run_demo, score_table
 from layalign.experiments.demo.sentences import FOLDER, KINDS, sentences
+from layalign.experiments.real import load_settings
+from layalign.experiments.real.runs import run_folder, work_folder
+from layalign.experiments.real.settings import RealSettings
 from layalign.tokenization import load_tokenizers
 
 pytest.importorskip("sacrebleu")
@@ -290,35 +295,58 @@ def test_the_command(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.
 # The checkpoint that ships
 
 
-def test_shipping_keeps_the_trained_weights_and_names_the_parts(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    weights, checkpoint = folders
-    history = [{"step": 0, "eval_loss": 5.0}, {"step": 5, "loss": 4.0}, {"step": 10, "eval_loss": 3.0}]
-    for name in ("run", "other"):
-        LayAlignForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / name)
-        (tmp_path / name / "training.json").write_text(json.dumps({"log_history": history}), encoding="utf-8")
-    about = shipping.ship(
-        tmp_path / "run", tmp_path / "shipped", weights, text="our own.", command="layalign train",
-        data=f"pairs:{FOLDER / 'train'}", compare={"another": tmp_path / "other"},
-    )  # fmt: skip
-    assert about["pairs"]["German"] == 24 and about["curves"]["another"] == [(0, 5.0), (10, 3.0)]
-    joined = models.load(tmp_path / "shipped", weights)
-    assert joined.notes == [] and joined.pairs_read("German") == 24 and joined.pairs_read("Swahili") == 0
+@pytest.fixture
+def evidence(folders: tuple[Path, Path], tmp_path: Path) -> tuple[RealSettings, Path]:
+    """(settings, folder) of an experiment on sentences of the package, with two trained runs."""
+    (tmp_path / "data" / "tatoeba").mkdir(parents=True)
+    for code, kind, name in (("deu", "test", "de"), ("swh", "test", "sw"), ("fra", "train", "fr")):
+        text = (FOLDER / kind / f"{name}.tsv").read_text(encoding="utf-8")
+        (tmp_path / "data" / "tatoeba" / f"{code}.tsv").write_text(text, encoding="utf-8")
+    changes = {"tested": ["deu", "swh"], "unseen": ["swh"], "test_per_language": 6, "dev_per_language": 2}
+    settings = load_settings("real", {**changes, "data": str(tmp_path / "data"), "weights": str(folders[0])})
+    for system, dev_loss in (("layalign-all", 3.0), ("last-layer", 3.5)):
+        record = {"learning_rate": 0.001, "steps": 300, "dev_loss": dev_loss, "dev_losses": [[0, 5.0], [300, dev_loss]]}
+        place = run_folder(tmp_path / "out", system, 0)
+        place.mkdir(parents=True)
+        (place / "trained.json").write_text(json.dumps(record), encoding="utf-8")
+    shutil.copytree(folders[1], work_folder(tmp_path / "out", "layalign-all", 0, 0.001))
+    return settings, tmp_path / "out"
+
+
+def test_shipping_keeps_the_trained_weights_and_names_the_parts(
+    folders: tuple[Path, Path], evidence: tuple[RealSettings, Path], tmp_path: Path
+) -> None:
+    about = shipping.ship(*evidence, tmp_path / "shipped", "layalign-all", 0, ["last-layer"])
+    # Swahili is unseen, and each English sentence of the test is German's too.
+    assert set(about["pairs"]) == {"French", "German"} and about["pairs"]["French"] == 24
+    assert list(about["curves"].values()) == [[[0, 5.0], [300, 3.0]], [[0, 5.0], [300, 3.5]]]
+    joined = models.load(tmp_path / "shipped", folders[0])
+    assert joined.notes == [] and joined.pairs_read("French") == 24 and joined.pairs_read("Swahili") == 0
     assert joined.model.config.llm_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    before = dict(LayAlignForCausalLM.from_pretrained(checkpoint).named_parameters())
+    before = dict(LayAlignForCausalLM.from_pretrained(folders[1]).named_parameters())
     for name, parameter in joined.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
+    assert not {"encoder", "llm"} & set(joined.model.config.saved_parts)
     card = (tmp_path / "shipped" / "README.md").read_text(encoding="utf-8")
-    assert "144 pairs in 6 languages" in card and "Dev loss 3.00" in card
+    assert "sentence pairs of Tatoeba in 2 languages" in card and "3.00 nats" in card and "Swahili" in card
+    assert (tmp_path / "shipped" / "gates.jsonl").is_file()
 
 
-def test_shipping_refuses_other_parts(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    save_parts(tmp_path)
-    llm = load_llm(str(tmp_path / "llm"))
+def test_shipping_refuses_other_parts_and_runs_that_are_not_there(
+    evidence: tuple[RealSettings, Path], tmp_path: Path
+) -> None:
+    settings, folder = evidence
+    with pytest.raises(ArgumentError, match=r"^evidence: .*seed 1"):
+        shipping.ship(settings, folder, tmp_path / "shipped", "layalign-all", 1)
+    save_parts(tmp_path / "other")
+    llm = load_llm(str(tmp_path / "other" / "llm"))
     with torch.no_grad():
         llm.get_input_embeddings().weight.add_(0.01)
-    llm.save_pretrained(tmp_path / "llm")
+    llm.save_pretrained(tmp_path / "other" / "llm")
+    changed = replace(settings, weights=str(tmp_path / "other"))
     with pytest.raises(CheckpointError, match="is not the one"):
-        shipping.ship(folders[1], tmp_path / "shipped", tmp_path, text="", command="")
+        shipping.ship(changed, folder, tmp_path / "shipped", "layalign-all", 0)
+    assert not (tmp_path / "shipped").exists()
 
 
 # Files of the package

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-Config = Annotated[str, typer.Option("--config", "-c", help="A .yaml file, or a preset: controlled, larger, smoke.")]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Config = Annotated[
+    str, typer.Option("--config", "--preset", "-c", help="A .yaml file, or a preset: controlled, larger, smoke, real.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything; a rerun goes on with it.")]
 Only = Annotated[str | None, typer.Option("--only", help="Some of the systems, with commas between.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Some of the seeds, with commas between.")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time; each gets its share of the cores.")]
 ReportOnly = Annotated[bool, typer.Option("--report", help="Train nothing: write the report of what is done.")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="real: the folder that `layalign weights` wrote.")]
+Data = Annotated[Path | None, typer.Option("--data", help="real: the folder with the text; docs/evidence.md.")]
 
 
 def experiment(
@@ -22,44 +30,105 @@ def experiment(
     seeds: Seeds = None,
     jobs: Jobs = 1,
     report: ReportOnly = False,
+    weights: Weights = None,
+    data: Data = None,
 ) -> None:
-    """Compare LayAlign with its baselines and ablations on generated problems, over several seeds. Takes hours.
+    """Compare LayAlign with its baselines over several seeds: on generated problems, or on real models. Takes hours.
 
     Example: layalign experiment --only layalign,mindmerger-soft --seeds 0
+    Example: layalign experiment --preset real --weights weights --data data --output evidence
     """
     from rich.console import Console
-    from rich.table import Table
 
     from layalign.cli.common import listed, quiet_transformers
+    from layalign.errors import ArgumentError
+    from layalign.experiments.real.settings import is_real
+
+    quiet_transformers()
+    console = Console()
+    numbers = None if seeds is None else [_seed(text) for text in seeds.split(",")]
+    if is_real(config):
+        changes = {name: str(value) for name, value in (("weights", weights), ("data", data)) if value is not None}
+        failed = _real(console, config, changes, output, listed(only), numbers, jobs, report)
+    else:
+        for name, value in (("weights", weights), ("data", data)):
+            if value is not None:
+                raise ArgumentError(f"{name}: expected none with {config}, which makes its own models and text")
+        failed = _controlled(console, config, output, listed(only), numbers, jobs, report)
+    if failed:
+        raise ArgumentError(f"{len(failed)} runs failed ({failed[0]}, ...); {output / 'log.jsonl'} says why")
+
+
+def _controlled(
+    console: Console,
+    config: str,
+    output: Path,
+    only: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    jobs: int,
+    report: bool,
+) -> list[str]:
     from layalign.errors import ArgumentError
     from layalign.experiment import load_settings
     from layalign.experiment.report import accuracy_rows, write_report
     from layalign.experiment.results import write_results
     from layalign.experiment.schedule import Task, run_all
 
-    quiet_transformers()
-    console, settings = Console(), load_settings(config)
-    numbers = None if seeds is None else [_seed(text) for text in seeds.split(",")]
+    settings = load_settings(config)
 
     def tell(task: Task, seconds: float, problem: str | None) -> None:
         text = f"{seconds:.0f} s" if problem is None else f"failed: {problem}"
         console.print(f"{task.name}: {text}", highlight=False, markup=False, soft_wrap=True)
 
-    failed = [] if report else run_all(settings, output, only=listed(only), seeds=numbers, jobs=jobs, tell=tell)
+    failed = [] if report else run_all(settings, output, only=only, seeds=seeds, jobs=jobs, tell=tell)
     if not any((output / "runs").glob("*/*/result.json")):
         raise ArgumentError(f"output: no finished run in {output}")
     found = write_results(settings, output)
     write_report(output, found)
-    header, *rows = accuracy_rows(found)
-    table = Table(title="accuracy %, mean over seeds ± 95% interval")
+    _print_table(console, "accuracy %, mean over seeds ± 95% interval", accuracy_rows(found))
+    console.print(f"report: {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    return [task.name for task in failed]
+
+
+def _real(
+    console: Console,
+    config: str,
+    changes: dict[str, str],
+    output: Path,
+    only: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    jobs: int,
+    report: bool,
+) -> list[str]:
+    from layalign.experiments.real.report import main_rows, write_report
+    from layalign.experiments.real.results import write_results
+    from layalign.experiments.real.schedule import run_all
+    from layalign.experiments.real.settings import load_settings
+
+    settings = load_settings(config, changes)
+
+    def tell(system: str, seed: int, problem: str | None) -> None:
+        text = "done" if problem is None else f"failed: {problem}"
+        console.print(f"{system}, seed {seed}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    failed = [] if report else run_all(settings, output, only=only, seeds=seeds, jobs=jobs, tell=tell)
+    found = write_results(settings, output)
+    write_report(output, found)
+    _print_table(console, "test sentences of Tatoeba, mean over languages and seeds [95% interval]", main_rows(found))
+    console.print(f"report: {output / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
+    return [f"{system}, seed {seed}" for system, seed in failed]
+
+
+def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    header, *others = rows
+    table = Table(title=title)
     for column in header:
         table.add_column(column, justify="left" if column == "system" else "right")
-    for row in rows:
+    for row in others:
         table.add_row(*row)
     console.print(table)
-    console.print(f"report: {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
-    if failed:
-        raise ArgumentError(f"{len(failed)} runs failed ({failed[0].name}, ...); {output / 'log.jsonl'} says why")
 
 
 def _seed(text: str) -> int:

@@ -208,6 +208,27 @@ class LayAlignCollator:
         self._count(cut)
         return rows
 
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """How many tokens the LLM reads of each example, first token and boundary not counted; for batches of a length.
+
+        What is cut counts as cut, and is not told.
+        """
+        found = []
+        for start in range(0, len(examples), 1024):  # as many as fit well into the tokenizers' threads
+            group = examples[start : start + 1024]
+            unsaid: list[list[str]] = [[] for _ in group]
+            rows = [len(row) for row in self._encode_sources(group)[0]] if self.slots else [0] * len(group)
+            texts = []
+            if self.stage == "task" and self.prompt:
+                texts.append(("prompt", self.max_prompt_length))
+            if self.with_targets:
+                texts.append(("target", self.max_target_length - 1))
+            for kind, longest in texts:
+                ids = self._llm_ids([getattr(example, kind) for example in group], longest, kind, unsaid)
+                rows = [row + len(each) for row, each in zip(rows, ids, strict=True)]
+            found += rows
+        return found
+
     def _encode_sources(
         self, examples: Sequence[Example], side: str = "right"
     ) -> tuple[list[list[int]], list[list[str]]]:

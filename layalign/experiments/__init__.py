@@ -1,1 +1,1 @@
-"""Experiments with real pretrained models."""
+"""What is run to find something out: whole programs over the library, none of which it needs."""

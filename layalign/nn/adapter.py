@@ -1,12 +1,17 @@
-"""The adapter: the encoder's last states become soft prompt tokens of the LLM."""
+"""The adapter: the encoder's states, the last or all layers fused, become soft prompt tokens of the LLM."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from layalign._plain import brought, require_input
-from layalign.errors import MAX_SIZE, whole_number
+from layalign.errors import MAX_SIZE, ArgumentError, one_of, refuse, whole_number
+
+FUSIONS = ("softmax", "token-softmax")
+FEED_FORWARD = 2048  # torch's default, with which it was published
 
 
 class MLP(nn.Module):
@@ -25,30 +30,145 @@ class MLP(nn.Module):
         return self.linear2(torch.relu(self.linear1(hidden_states)))
 
 
+class SoftmaxFusion(nn.Module):
+    """One weight a layer for all tokens: sum_e softmax(SCALE * logits)[e] * hidden[e].
+
+    Args:
+        layers: E.
+
+    Source: Puranegedara et al. (2025), "Global Softmax"; their code has a learned factor on the logits, about 100 at
+    the start. Ours: a fixed factor, and logits that start at zero.
+    """
+
+    SCALE = 10.0  # Adam moves a logit by a learning rate a step: without a factor, weights would stay near equal
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.empty(whole_number("layers", layers, 1, MAX_SIZE)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Equal weights."""
+        nn.init.zeros_(self.logits)
+
+    def weights(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """E tensors (B, S, D_e) -> (E,), fp32 or float64, of sum 1."""
+        return _softmax(self.logits * self.SCALE)
+
+    def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """E tensors (B, S, D_e) -> (B, S, D_e)."""
+        stacked = torch.stack(tuple(hidden_states))
+        return torch.tensordot(self.weights(hidden_states).to(stacked.dtype), stacked, 1)
+
+
+class TokenSoftmaxFusion(nn.Module):
+    """Weights of its own for each token: a small transformer layer reads the token's E states and gives E logits.
+
+    A learned vector ``cls`` attends, with one head, to itself and to the token's states plus a learned embedding of
+    each layer; a feed-forward network follows, both with residual and LayerNorm behind; a linear map of the result
+    gives the logits of a softmax over the layers.
+
+    Args:
+        hidden_size: D_e.
+        layers: E.
+
+    Source: Puranegedara et al. (2025), "Transformer Softmax": this function is theirs, and how it starts. Ours: what
+    attends is the same for all tokens, so their query and key maps are one vector (``query``), their value and output
+    maps one map (``attend``), and nothing but the row of ``cls`` is computed; no dropout.
+    """
+
+    def __init__(self, hidden_size: int, layers: int) -> None:
+        super().__init__()
+        hidden_size = whole_number("hidden_size", hidden_size, 1, MAX_SIZE)
+        layers = whole_number("layers", layers, 1, MAX_SIZE)
+        self.layer_embedding = nn.Parameter(torch.empty(layers, hidden_size))
+        self.cls = nn.Parameter(torch.empty(hidden_size))
+        self.query = nn.Parameter(torch.empty(hidden_size))
+        self.attend = nn.Linear(hidden_size, hidden_size)
+        self.norm1 = nn.LayerNorm(hidden_size)
+        self.linear1 = nn.Linear(hidden_size, FEED_FORWARD)
+        self.linear2 = nn.Linear(FEED_FORWARD, hidden_size)
+        self.norm2 = nn.LayerNorm(hidden_size)
+        self.logits = nn.Linear(hidden_size, layers)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The vectors as published; the maps inside are modules of their own."""
+        nn.init.normal_(self.layer_embedding)
+        nn.init.zeros_(self.cls)
+        nn.init.zeros_(self.query)
+
+    def weights(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """E tensors (B, S, D_e) -> (B, S, E), fp32 or float64, of sum 1 for each token."""
+        return self._weights(torch.stack(tuple(hidden_states), dim=-2))
+
+    def _weights(self, stacked: Tensor) -> Tensor:
+        cls, query, embedding = (each.to(stacked.dtype) for each in (self.cls, self.query, self.layer_embedding))
+        own = (cls @ query).expand(*stacked.shape[:-2], 1)
+        scores = torch.cat([own, stacked @ query + embedding @ query], dim=-1)
+        attention = _softmax(scores * cls.shape[0] ** -0.5).to(stacked.dtype)
+        first, rest = attention[..., :1], attention[..., 1:]
+        attended = first * cls + rest @ embedding + (rest[..., None, :] @ stacked).squeeze(-2)
+        x = self.norm1(cls + self.attend(attended))
+        x = self.norm2(x + self.linear2(torch.relu(self.linear1(x))))
+        return _softmax(self.logits(x))
+
+    def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """E tensors (B, S, D_e) -> (B, S, D_e)."""
+        stacked = torch.stack(tuple(hidden_states), dim=-2)
+        return (self._weights(stacked).to(stacked.dtype)[..., None, :] @ stacked).squeeze(-2)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 class Adapter(nn.Module):
-    """Published name ``Mapping``: an MLP over the encoder's last states, and the learned boundary token behind them.
+    """Published name ``Mapping``: an MLP over the encoder's states, and the learned boundary token behind them.
 
     Args:
         mt_dim: encoder hidden size D_e.
         llm_dim: LLM hidden size D_l.
         width: of the MLP; None is 2 D_e, as published.
+        fusion: None, the last states are read, as published; "softmax" or "token-softmax", those of several layers
+            (:class:`SoftmaxFusion`, :class:`TokenSoftmaxFusion`).
+        layers: E, how many layers are fused.
 
     Source: LayAlign, adapter; MindMerger's mapping layer.
     """
 
-    def __init__(self, mt_dim: int, llm_dim: int, width: int | None = None) -> None:
+    def __init__(
+        self, mt_dim: int, llm_dim: int, width: int | None = None, fusion: str | None = None, layers: int | None = None
+    ) -> None:
         super().__init__()
         self.mlp = MLP(mt_dim, llm_dim, width)
+        self.fusion: SoftmaxFusion | TokenSoftmaxFusion | None = None
+        if fusion is not None:
+            one_of("fusion", fusion, FUSIONS)
+            count = whole_number("layers", layers, 1, MAX_SIZE)
+            self.fusion = SoftmaxFusion(count) if fusion == FUSIONS[0] else TokenSoftmaxFusion(mt_dim, count)
+        elif layers is not None:
+            refuse("layers", "None for an adapter without fusion", layers)
+        self.layers = layers
         self.end_boundary = nn.Parameter(torch.zeros(1, 1, llm_dim))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, S, D_e) -> (B, S, D_l).
+    def forward(self, hidden_states: Tensor | Sequence[Tensor]) -> Tensor:
+        """(B, S, D_e), or with fusion E of these -> (B, S, D_l).
 
         Raises:
-            ArgumentError: not a floating tensor of D_e, or another dtype than the weights'.
+            ArgumentError: not a floating tensor of D_e, or another dtype than the weights'; not E of one shape.
         """
-        require_input("hidden_states", hidden_states, self.mlp.linear1)
-        return self.mlp(hidden_states)
+        if self.fusion is None:
+            require_input("hidden_states", hidden_states, self.mlp.linear1)
+            return self.mlp(hidden_states)
+        if not isinstance(hidden_states, Sequence) or len(hidden_states) != self.layers:
+            refuse("hidden_states", f"{self.layers} tensors (B, S, D_e)", hidden_states)
+        for index, states in enumerate(hidden_states):
+            require_input(f"hidden_states[{index}]", states, self.mlp.linear1)
+            if states.shape != hidden_states[0].shape:
+                shape, first = tuple(states.shape), tuple(hidden_states[0].shape)
+                raise ArgumentError(f"hidden_states[{index}]: expected the shape {first} of the first, got {shape}")
+        return self.mlp(self.fusion(hidden_states))
 
     def get_embed(self) -> Tensor:
         """The boundary token, (1, 1, D_l)."""

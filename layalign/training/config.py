@@ -30,6 +30,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
     "structure": ("Linear", "MLP"),
     "mix": ("layer-wise", "shared"),
+    "adapter_fusion": ("softmax", "token-softmax"),
     "frozen_dtype": ("auto", "float32", "bfloat16", "float16"),
     "sharding": ("fsdp2", "zero2", "zero3"),
 }
@@ -109,7 +110,8 @@ class TrainConfig:
     structure: str = "Linear"
     mix: str = "layer-wise"
     adapter: bool = True
-    adapter_size: int | None = None
+    adapter_size: int | str | None = None  # "match": as many trained parameters as LayAlign, without its aligner
+    adapter_fusion: str | None = None
     prompt: bool = True
     gate: float | None = None
     mask_encoder_padding: bool = True
@@ -235,6 +237,8 @@ def _coerce(config: TrainConfig) -> None:
         name, value = entry.name, getattr(config, entry.name)
         if (value is None and name in optional) or (value is False and name == "llm_bos_token_id"):
             continue
+        if name == "adapter_size" and isinstance(value, str) and value == "match":
+            continue
         if name in _INTEGERS:
             value = _number(name, value, whole=True)
         elif name in _NUMBERS:
@@ -315,7 +319,7 @@ def _lora_settings(value: Any) -> dict[str, Any]:
 def _check_ranges(config: TrainConfig) -> None:
     for name, lowest in {**_INTEGERS, **_NUMBERS}.items():
         value = getattr(config, name)
-        if value is not None and value < lowest:
+        if value is not None and not isinstance(value, str) and value < lowest:
             raise ArgumentError(f"{name}: expected at least {lowest:g}, got {value:g}")
     if config.seed >= SEEDS:
         raise ArgumentError(f"seed: expected a whole number below {SEEDS}, got {config.seed}")

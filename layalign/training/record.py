@@ -45,7 +45,7 @@ _FREE_KEYS = {
 _NAMES = ("encoder", "llm", "data", "init_checkpoint")
 # What decides what a model computes, beside its weights.
 _OF_THE_MODEL = (
-    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "prompt",
+    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "adapter_fusion", "prompt",
     "mask_encoder_padding",
 )  # fmt: skip
 

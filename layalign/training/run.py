@@ -28,6 +28,7 @@ from layalign.data import FORMATS, Example, LayAlignCollator, load_examples
 from layalign.errors import ArgumentError, CheckpointError, StoppedError
 from layalign.layers import named_layers
 from layalign.model import LayAlignForCausalLM
+from layalign.parts import matching_adapter_size
 from layalign.tokenization import first_token, load_tokenizer, load_tokenizers
 from layalign.training import record, runs
 from layalign.training.config import TrainConfig, require_config
@@ -53,7 +54,8 @@ logger = logging.getLogger("layalign")
 MEASURED = 200
 # What a checkpoint brings along: the model's shape.
 _SHAPE = (
-    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "prompt", "gate",
+    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "adapter_fusion", "prompt",
+    "gate",
 )  # fmt: skip
 
 
@@ -89,6 +91,7 @@ def train(
     llm_tokenizer: Any = None,
     examples: Sequence[Example] | None = None,
     dev_examples: Sequence[Example] | None = None,
+    lengths: Sequence[int] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> TrainSummary:
     """Run one stage and write model, tokenizers, configuration and `training.json` to `config.output_dir`.
@@ -99,6 +102,7 @@ def train(
             trained in place.
         examples: training examples instead of `config.data`; without `dev_examples` the dev split is cut off from them.
         dev_examples: dev split of its own; `config.dev_size` is not used then.
+        lengths: for `group_by_length`, one number per training example; without it the tokens that the LLM reads.
         callbacks: transformers TrainerCallbacks.
 
     Raises:
@@ -112,7 +116,7 @@ def train(
     """
     require_config(config)
     with runs.alone_in(config.output_dir):
-        return _stage(config, model, (encoder_tokenizer, llm_tokenizer), examples, dev_examples, callbacks)
+        return _stage(config, model, (encoder_tokenizer, llm_tokenizer), examples, dev_examples, lengths, callbacks)
 
 
 def _stage(
@@ -121,6 +125,7 @@ def _stage(
     tokenizers: tuple[Any, Any],
     examples: Sequence[Example] | None,
     dev_examples: Sequence[Example] | None,
+    lengths: Sequence[int] | None,
     callbacks: Sequence[Any],
 ) -> TrainSummary:
     encoder_tokenizer, llm_tokenizer = tokenizers
@@ -161,7 +166,16 @@ def _stage(
         here["changes"] = [*earlier.changes, *changed]
 
     runs.start_over(config)
-    trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, world_size)
+    if lengths is not None and len(lengths) != len(train_set):
+        raise ArgumentError(f"lengths: expected one per training example, {len(train_set)}, got {len(lengths)}")
+    here["grouped_by"] = None
+    if config.group_by_length:
+        here["grouped_by"] = "given" if lengths is not None else "tokens"
+        was_grouped = earlier is not None and earlier.settings.get("group_by_length")
+        if was_grouped and earlier.record.get("grouped_by") in (None, "letters"):  # begun when letters were counted
+            here["grouped_by"] = "letters"
+            lengths = [len(example.source) + len(example.prompt) + len(example.target) for example in train_set]
+    trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, lengths, world_size)
     trainer.record, trainer.keeps_hyperparameters = here, not changed
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -327,6 +341,8 @@ def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
         if isinstance(asked, str) and key == "encoder_layers":
             assert model.config.encoder_config is not None
             asked = named_layers(asked, number_of_layers(model.config.encoder_config) + 1)
+        if key == "adapter_size" and asked == "match":
+            asked = matching_adapter_size(model.config)
         if asked not in (getattr(defaults, key), has):
             raise ArgumentError(f"{key}: init_checkpoint {config.init_checkpoint} has {has}, got {asked}")
     asked, has = config.llm_bos_token_id, model.config.llm_bos_token_id
@@ -383,6 +399,7 @@ def _trainer(
     tokenizers: tuple[Any, Any],
     train_set: list[Example],
     dev_set: list[Example],
+    lengths: Sequence[int] | None,
     world_size: int,
 ) -> LayAlignTrainer:
     collator = LayAlignCollator.from_model(
@@ -395,12 +412,11 @@ def _trainer(
     )
     if config.num_workers:
         collator.share_memory()
-    lengths = None
-    if config.group_by_length:
-        lengths = [len(example.source) + len(example.prompt) + len(example.target) for example in train_set]
+    if config.group_by_length and lengths is None:
+        lengths = collator.lengths(train_set)
     trainer = LayAlignTrainer(
         tokenizers=tokenizers,
-        lengths=lengths,
+        lengths=lengths if config.group_by_length else None,
         model=model,
         args=training_arguments(config, world_size, has_dev=bool(dev_set)),
         train_dataset=train_set,

@@ -86,14 +86,14 @@ CONFIG = dict(
     encoder_config=ENCODER.config, llm_config=LLM.config, encoder_name_or_path="a", llm_name_or_path="b",
     encoder_layers=[0],
     language_layers=[1], structure="MLP", mix="shared", adapter=True, adapter_size=3, prompt=True, gate=0.5,
-    llm_bos_token_id=1,
+    adapter_fusion="softmax", llm_bos_token_id=1,
     source_token_id=0, lora=None, frozen_saved=False, part_dtypes=None, impl="auto", fold="auto", liger="auto",
 )  # fmt: skip
 LAYERS = [states(2, 3, 4)] * 2
 
 # name: (function, right arguments that are each replaced by everything wrong)
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "layalign.Adapter": (layalign.Adapter, dict(mt_dim=4, llm_dim=6, width=5)),
+    "layalign.Adapter": (layalign.Adapter, dict(mt_dim=4, llm_dim=6, width=5, fusion="softmax", layers=3)),
     "layalign.Adapter.forward": (runs_forward(lambda: layalign.Adapter(4, 6)), dict(hidden_states=states(2, 3, 4))),
     "layalign.EncoderAligner": (with_config(layalign.EncoderAligner), ALIGNER),
     "layalign.EncoderAligner.forward": (runs_forward(lambda: layalign.EncoderAligner(aligner_config())),

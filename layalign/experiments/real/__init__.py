@@ -1,0 +1,5 @@
+"""LayAlign and its relatives on real models and real text: `layalign experiment --preset real`."""
+
+from layalign.experiments.real.settings import RealSettings, RealSystem, load_settings
+
+__all__ = ["RealSettings", "RealSystem", "load_settings"]

@@ -1,0 +1,157 @@
+"""Which sentences are trained on, which are dev and which are test: by their English side, in all languages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layalign.data import Example
+from layalign.data.languages import find_language, language_of
+from layalign.data.readers import load_examples
+from layalign.errors import ArgumentError
+from layalign.experiments.real.settings import RealSettings
+
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class RealData:
+    """The text of the experiment.
+
+    Attributes:
+        train: pairs of all languages but the unseen ones. No English sentence of dev or test is among them.
+        dev: pairs of the tested languages that are seen.
+        test: pairs by file name of Tatoeba.
+        other_domain: pairs by file name of NTREX; empty without its folder.
+        shots: by file name of Tatoeba, pairs of the language that are neither dev nor test.
+        facts: counts, and checksums of what was read.
+    """
+
+    train: list[Example]
+    dev: list[Example]
+    test: dict[str, list[Example]]
+    other_domain: dict[str, list[Example]]
+    shots: dict[str, list[Example]]
+    facts: dict[str, Any]
+
+    @property
+    def mark(self) -> str:
+        """Changes with what is trained on."""
+        return f"{self.facts['train']['of']} {self.facts['dev']['of']}"
+
+    def to_json(self) -> str:
+        """Counts and checksums, no text."""
+        return json.dumps(self.facts, indent=1) + "\n"
+
+    @property
+    def test_mark(self) -> str:
+        """Changes with all of the text."""
+        return mark_of(self.facts)
+
+
+def mark_of(facts: Any) -> str:
+    """See :attr:`RealData.test_mark`."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def normalised(sentence: str) -> str:
+    """A sentence without case and punctuation: what makes two English sentences the same."""
+    return re.sub(r"\W+", " ", sentence.casefold()).strip()
+
+
+def read_data(settings: RealSettings) -> RealData:
+    """Read and split the text; the same for every system and seed.
+
+    Raises:
+        ArgumentError: a folder or the file of a tested language is not there, or has too few sentences.
+        DataError: a malformed line.
+    """
+    root = Path(settings.data)
+    files = sorted((root / "tatoeba").glob("*.tsv"))
+    if missing := [code for code in settings.tested if not (root / "tatoeba" / f"{code}.tsv").is_file()]:
+        raise ArgumentError(f"data: expected {root / 'tatoeba' / (missing[0] + '.tsv')}, there is no such file")
+    pairs = {path.stem: _pairs(path) for path in files if find_language(path.stem) is not None}
+    test, dev, held_out, rest = {}, [], set(), {}
+    for code in settings.tested:
+        order = list(pairs[code])
+        random.Random(_SPLIT_SEED).shuffle(order)
+        fitting = _first_of_each_english(order, settings.english_words)
+        wanted = settings.test_per_language + (0 if code in settings.unseen else settings.dev_per_language)
+        if len(fitting) < wanted:
+            raise ArgumentError(f"data: expected {wanted} sentences of {code} to test on, found {len(fitting)}")
+        test[code], of_dev = fitting[: settings.test_per_language], fitting[settings.test_per_language : wanted]
+        dev += of_dev
+        held_out |= {normalised(pair.target) for pair in (*test[code], *of_dev)}
+        rest[code] = order
+    other = _other_domain(settings, root / "ntrex")
+    held_out |= {normalised(pair.target) for group in other.values() for pair in group}
+    trained = [pair for code, group in pairs.items() if code not in settings.unseen for pair in group]
+    train = [pair for pair in trained if normalised(pair.target) not in held_out]
+    random.Random(_SPLIT_SEED).shuffle(train)
+    free = {code: [pair for pair in group if normalised(pair.target) not in held_out] for code, group in rest.items()}
+    used = [*files, *(root / "ntrex" / f"{code}.tsv" for code in other)]
+    facts = {
+        "files": {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in used},
+        "train": {"languages": len({pair.language for pair in train}), "pairs": len(train), "of": _digest(train)},
+        "dev": {"pairs": len(dev), "of": _digest(dev)},
+        "test": {"pairs": sum(map(len, test.values())), "of": _digest(pair for g in test.values() for pair in g)},
+        "other_domain": {
+            "pairs": sum(map(len, other.values())), "of": _digest(pair for g in other.values() for pair in g),
+        },
+        "left_out_of_training": len(trained) - len(train),
+    }  # fmt: skip
+    dev.sort(key=lambda pair: len(pair.source) + len(pair.target))  # less padding
+    return RealData(train, dev, test, other, {code: group[:5] for code, group in free.items()}, facts)
+
+
+def _pairs(path: Path) -> list[Example]:
+    return load_examples(str(path), format="pairs")[0]
+
+
+def _first_of_each_english(pairs: Iterable[Example], words: Sequence[int]) -> list[Example]:
+    """Pairs whose English is of a length between two, each English sentence once."""
+    found: dict[str, Example] = {}
+    for pair in pairs:
+        if words[0] <= len(pair.target.split()) <= words[1]:
+            found.setdefault(normalised(pair.target), pair)
+    return list(found.values())
+
+
+def _other_domain(settings: RealSettings, folder: Path) -> dict[str, list[Example]]:
+    if not settings.other_domain_per_language or not folder.is_dir():
+        return {}
+    groups = {
+        path.stem: _first_of_each_english(_pairs(path), settings.other_domain_words)
+        for path in sorted(folder.glob("*.tsv"))
+    }
+    return {code: group[: settings.other_domain_per_language] for code, group in groups.items()}
+
+
+def _digest(pairs: Iterable[Example]) -> str:
+    text = "".join(f"{pair.source}\t{pair.target}\n" for pair in pairs)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def as_text(pairs: Sequence[Example], shots: Sequence[Example] = ()) -> list[Example]:
+    """The pairs as an LLM reads them that has no encoder: the sentence stands in the prompt.
+
+    Without `shots` the prompt is the sentence and a line that asks for English. Lengths then differ from the pairs' by
+    one number, so that a trainer that sorts by length makes the same batches.
+    """
+    before = "".join(f"{pair.language}: {pair.source}\nEnglish: {pair.target}\n\n" for pair in shots)
+    start = f"{shots[0].language}: " if shots else ""
+    return [
+        Example("", pair.target, pair.language, prompt=f"{before}{start}{pair.source}\nEnglish:", id=pair.id)
+        for pair in pairs
+    ]
+
+
+def language_name(code: str) -> str:
+    """The English name of a file's language."""
+    return language_of(code).name

@@ -1,0 +1,71 @@
+"""What a trained system does on the test sentences: how likely it finds the references, and what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from layalign.data import Example, LayAlignCollator
+from layalign.evaluation.answering import LlmAnswers, ModelAnswers
+from layalign.evaluation.likelihood import choice_log_probs, right_ones
+from layalign.evaluation.translation import translation_scores
+from layalign.experiments.real.settings import RealSettings
+
+BATCH = 50
+
+
+def measure(
+    settings: RealSettings, answers: ModelAnswers | LlmAnswers, collator: Any, pairs: Sequence[Example], write: bool
+) -> dict[str, Any]:
+    """Everything that is measured of one language's test sentences.
+
+    Args:
+        answers: what writes translations, and whose model is asked for likelihoods.
+        collator: of the likelihoods.
+        pairs: the sentences, as the system reads them.
+        write: whether translations are written; of the first ``written_per_language``.
+
+    Returns:
+        Lists with an entry per sentence: under "nats" the log-probability of the reference given its source, summed
+        over its tokens, with the sign turned; under "nats_other" the same given the source of the group's next
+        sentence; under "tokens" the number of tokens; under "right" whether its source finds it among its group's
+        (`layalign.evaluation.likelihood.right_ones`); under "written" and "chrf" the translations and their chrF
+        statistics. Groups are of ``right_one_of`` sentences in the order given; what is left at the end joins the last.
+    """
+    model = answers.model if isinstance(answers, ModelAnswers) else answers.llm
+    found: dict[str, Any] = {"nats": [], "nats_other": [], "tokens": [], "right": []}
+    groups = _groups(pairs, settings.right_one_of)
+    choices = [[other.target for other in group] for group in groups for _ in group]
+    flat = iter(choice_log_probs(model, collator, pairs, choices, batch_size=BATCH))
+    for group in groups:
+        table = [next(flat) for _ in group]
+        sums = [[value for value, _ in row] for row in table]
+        found["right"] += right_ones(sums, [pair.target for pair in group])
+        for i in range(len(group)):
+            found["nats"].append(round(-sums[i][i], 4))
+            found["nats_other"].append(round(-sums[(i + 1) % len(group)][i], 4))
+            found["tokens"].append(table[i][i][1])
+    if write:
+        chosen = list(pairs[: settings.written_per_language])
+        texts: list[str] = []
+        for start in range(0, len(chosen), BATCH):
+            texts += [(text or "").strip() for text in answers(chosen[start : start + BATCH])]
+        found["written"] = texts
+        scores = translation_scores(texts, [pair.target for pair in chosen], ("chrf",))
+        found["chrf"] = scores["statistics"]["chrf"].tolist()
+    return found
+
+
+def _groups(pairs: Sequence[Example], size: int) -> list[list[Example]]:
+    starts = list(range(0, max(1, len(pairs) - size + 1), size))
+    ends = [*starts[1:], len(pairs)]
+    return [list(pairs[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+
+def collators(model: Any, tokenizers: tuple[Any, Any], stage: str, longest: int) -> tuple[Any, Any]:
+    """(for likelihoods, for writing) of a LayAlign model; nothing of a test sentence is cut before `longest` tokens."""
+    lengths = {"max_source_length": longest, "max_prompt_length": longest, "max_target_length": longest}
+    made = [
+        LayAlignCollator.from_model(model, *tokenizers, stage=stage, with_targets=t, **lengths) for t in (True, False)
+    ]
+    return made[0], made[1]

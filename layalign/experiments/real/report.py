@@ -1,0 +1,183 @@
+"""The page's tables and pictures, from `results.json` alone."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from layalign._files import write_whole
+from layalign._pages import replaced
+from layalign._reading import read_json
+from layalign.experiment.report import markdown_table
+from layalign.experiments.real.data import language_name
+
+_GROUPS = ("all", "seen", "unseen", "high", "medium", "low")
+
+
+def _cell(cell: dict[str, Any] | None, digits: int = 2, sign: bool = False) -> str:
+    if cell is None:
+        return "-"
+    form = f"{'+' if sign else ''}.{digits}f"
+    return f"{cell['mean']:{form}} [{cell['low']:{form}}, {cell['high']:{form}}]"
+
+
+def _digits(measure: str) -> int:
+    return 1 if measure in ("right", "chrf") else 2
+
+
+def main_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per system: the measures over all test languages of Tatoeba."""
+    rows = [["system", "seeds", "nats a token", "with another's source", "right one of N, %", "chrF"]]
+    for system in found["systems"].values():
+        cells = system["tatoeba"]["all"]
+        names = ("nats", "nats_other", "right", "chrf")
+        rows.append([system["label"], str(len(system["seeds"])), *(_cell(cells.get(m), _digits(m)) for m in names)])
+    return rows
+
+
+def _group_rows(found: dict[str, Any], domain: str, measure: str) -> list[list[str]]:
+    groups = [group for group in _GROUPS if group in found["groups"][domain]]
+    rows = [["system", *(f"{group} ({len(found['groups'][domain][group])})" for group in groups)]]
+    for system in found["systems"].values():
+        cells = system.get(domain) or {}
+        values = [(cells.get(group) or {}).get(measure) for group in groups]
+        if any(values):
+            rows.append([system["label"], *(_cell(value, _digits(measure)) for value in values)])
+    return rows
+
+
+def nats_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Nats a token by group of languages."""
+    return _group_rows(found, "tatoeba", "nats")
+
+
+def chrf_rows(found: dict[str, Any]) -> list[list[str]]:
+    """chrF by group of languages."""
+    return _group_rows(found, "tatoeba", "chrf")
+
+
+def domain_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Nats a token on news, out of the domain of training."""
+    return _group_rows(found, "ntrex", "nats")
+
+
+def difference_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per system but the first: its difference to the first."""
+    first = found["settings"]["systems"][0]["name"]
+    columns = [("all", "nats"), ("seen", "nats"), ("unseen", "nats"), ("all", "right"), ("all", "chrf")]
+    rows = [["system", *(f"{group}: {measure}" for group, measure in columns)]]
+    for name, system in found["systems"].items():
+        cells = [system["tatoeba"].get(group, {}).get(measure, {}).get("difference") for group, measure in columns]
+        if name != first and any(cells):
+            texts = [_cell(cell, _digits(measure), True) for cell, (_, measure) in zip(cells, columns, strict=True)]
+            rows.append([system["label"], *texts])
+    return rows
+
+
+def language_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per language: nats a token and chrF of each system."""
+    systems = list(found["systems"].values())
+    unseen = set(found["groups"]["tatoeba"].get("unseen", ()))
+    rows = [["language", *(f"{system['label']}: nats / chrF" for system in systems)]]
+    for code in found["groups"]["tatoeba"]["all"]:
+        cells = []
+        for system in systems:
+            of = system["tatoeba"]["languages"].get(code)
+            cells.append("-" if of is None else f"{of['nats']['mean']:.2f} / {of['chrf']['mean']:.1f}")
+        rows.append([language_name(code) + (" (unseen)" if code in unseen else ""), *cells])
+    return rows
+
+
+def training_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per system that trains: its parameters, its learning rate and what it was chosen from."""
+    rates = [f"{rate:g}" for rate in found["settings"]["learning_rates"]]
+    after = found["settings"]["choice_steps"]
+    rows = [
+        [
+            "system",
+            "trained parameters",
+            *(f"dev at {rate}, step {after}" for rate in rates),
+            "chosen",
+            "dev at the end",
+        ]
+    ]
+    for system in found["systems"].values():
+        runs = list(system["training"].values())
+        if runs:
+            tried = [f"{system['choice'][rate]:.3f}" if system["choice"] else "-" for rate in rates]
+            ends = ", ".join(f"{run['dev_losses'][-1][1]:.3f}" for run in runs)
+            rows.append(
+                [system["label"], f"{runs[0]['trained_parameters']:,}", *tried, f"{runs[0]['learning_rate']:g}", ends]
+            )
+    return rows
+
+
+TABLES = {
+    "main": main_rows,
+    "differences": difference_rows,
+    "nats": nats_rows,
+    "chrf": chrf_rows,
+    "news": domain_rows,
+    "languages": language_rows,
+    "training": training_rows,
+}
+
+
+def state(found: dict[str, Any]) -> str:
+    """What was run, and what was not."""
+    done = sum(len(system["seeds"]) for system in found["systems"].values())
+    lines = [f"{done} runs are done."]
+    if found["missing"]:
+        lines.append(f"Not run yet ({len(found['missing'])}): {'; '.join(found['missing'])}.")
+    data = found["data"]
+    lines.append(
+        f"Trained on {data['train']['pairs']:,} pairs of {data['train']['languages']} languages; "
+        f"{data['dev']['pairs']} dev pairs; {data['test']['pairs']:,} test pairs, and "
+        f"{data['other_domain']['pairs']:,} of news. "
+        f"{data['left_out_of_training']:,} pairs were left out of training: their English is in dev or test."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def curves(found: dict[str, Any]) -> bytes:
+    """Dev loss over training, a line per run."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5))
+    axis = figure.subplots()
+    for colour, system in zip(colormaps["tab10"].colors * 9, found["systems"].values(), strict=False):
+        for i, run in enumerate(system["training"].values()):
+            steps, losses = zip(*[(step, loss) for step, loss in run["dev_losses"] if step], strict=True)
+            axis.plot(steps, losses, color=colour, label=system["label"] if i == 0 else None, linewidth=1.4)
+    axis.set(xlabel="step", ylabel="dev loss, nats a token")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def written_into(page: str, found: dict[str, Any]) -> str:
+    """``page`` with its tables replaced by those of a result."""
+    for name, rows in TABLES.items():
+        begin, end = f"<!-- evidence: {name} -->", f"<!-- end of {name} -->"
+        if begin in page:
+            page = replaced(page, begin, end, markdown_table(rows(found)))
+    return replaced(page, "<!-- evidence: state -->", "<!-- end of state -->", state(found))
+
+
+def write_report(folder: Path, found: dict[str, Any]) -> None:
+    """`report.md` and `curves.png` in the experiment's folder."""
+    parts = [f"## {name}\n\n{markdown_table(rows(found))}" for name, rows in TABLES.items()]
+    write_whole(folder / "report.md", "\n".join(["# Evidence\n", state(found), *parts]))
+    write_whole(folder / "curves.png", curves(found))
+
+
+if __name__ == "__main__":  # RESULTS PAGE: the tables of the documentation, and its picture
+    result, page = Path(sys.argv[1]), Path(sys.argv[2])
+    content = read_json(result)
+    page.write_text(written_into(page.read_text(encoding="utf-8"), content), encoding="utf-8")
+    write_whole(page.parent / "images" / "evidence-curves.png", curves(content))

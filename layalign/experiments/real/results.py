@@ -1,0 +1,190 @@
+"""What the finished runs say: each measure by groups of languages, with intervals, and against the first system.
+
+Intervals are percentile bootstraps. A resample draws sentences in every language and, where a system has several,
+seeds. Every system and seed has the same sentences, and a resample draws the same ones for all of them: a difference of
+two systems is paired, over sentences and over the seeds that both have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layalign._files import write_whole
+from layalign._reading import read_json
+from layalign.errors import ArgumentError
+from layalign.evaluation.levels import resource_level
+from layalign.evaluation.translation import score_of
+from layalign.experiment.runs import read_done
+from layalign.experiments.real.data import language_name, mark_of
+from layalign.experiments.real.runs import CHOICE, RESULT, TRAINED, run_folder
+from layalign.experiments.real.schedule import DATA
+from layalign.experiments.real.settings import RealSettings
+
+RESAMPLES, TAILS = 1000, (0.025, 0.975)
+# Name, what it is, and whether more is better.
+MEASURES = {
+    "nats": ("nats a token of the reference", False),
+    "nats_other": ("the same with another sentence's source", True),
+    "gain": ("nats a token that the right source is worth", True),
+    "right": ("right one of N, %", True),
+    "chrf": ("chrF of what is written", True),
+}
+DOMAINS = ("tatoeba", "ntrex")
+_OF_TRAINING = ("learning_rate", "losses", "dev_losses", "trained_parameters", "versions")
+
+
+def groups_of(settings: RealSettings, codes: Sequence[str]) -> dict[str, list[str]]:
+    """The languages of each group that has some: all, by resource level, seen and unseen."""
+    unseen = {language_name(code) for code in settings.unseen}
+    found: dict[str, list[str]] = {"all": list(codes)}
+    for level in ("high", "medium", "low"):
+        found[level] = [code for code in codes if resource_level(language_name(code)) == level]
+    found["unseen"] = [code for code in codes if language_name(code) in unseen]
+    found["seen"] = [code for code in codes if language_name(code) not in unseen]
+    return {name: group for name, group in found.items() if group}
+
+
+def collect(settings: RealSettings, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """The results of all finished runs, by system and seed.
+
+    Raises:
+        ArgumentError: a run was made with other settings or on other text; or there is none.
+    """
+    facts = read_json(folder / DATA, where=f"output: {folder / DATA}", error=ArgumentError)
+    mark = mark_of(facts)
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for system in settings.systems:
+        for seed in settings.seeds_of(system):
+            place = run_folder(folder, system.name, seed)
+            done = read_done(place / RESULT, settings.test_fingerprint(system, mark))
+            if done is not None:
+                found.setdefault(system.name, {})[seed] = done
+    if not found:
+        raise ArgumentError(f"output: no finished run in {folder}")
+    return found
+
+
+class _Scores:
+    """One run's measures of one language: its value, and that of each resample."""
+
+    def __init__(self, values: Mapping[str, Any], draws: Any, count: int) -> None:
+        # draws (R, n): how often each sentence is drawn; the row before the first is every sentence once.
+        weights = np.vstack([np.ones(count, dtype=np.int64), draws])
+        tokens = weights @ np.asarray(values["tokens"])
+        self.found = {"nats": weights @ np.asarray(values["nats"]) / tokens}
+        self.found["nats_other"] = weights @ np.asarray(values["nats_other"]) / tokens
+        self.found["gain"] = self.found["nats_other"] - self.found["nats"]
+        self.found["right"] = 100 * (weights @ np.asarray(values["right"], dtype=np.int64)) / weights.sum(1)
+        if "chrf" in values:
+            written = np.asarray(values["chrf"], dtype=np.int64)
+            sums = weights[:, : len(written)] @ written
+            self.found["chrf"] = np.array([score_of("chrf", row) for row in sums])
+
+
+def _draws(runs: Mapping[str, Mapping[int, Any]], domain: str) -> dict[str, Any]:
+    """By language (R, n): how often a resample draws each of the n sentences."""
+    counts: dict[str, int] = {}
+    for of_system in runs.values():
+        for run in of_system.values():
+            for code, values in run[domain].items():
+                if counts.setdefault(code, len(values["tokens"])) != len(values["tokens"]):
+                    raise ArgumentError(f"output: runs have different numbers of test sentences of {code}")
+    generator = np.random.default_rng(0)
+    return {code: generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for code, n in sorted(counts.items())}
+
+
+def _seed_weights(seeds: Sequence[int], generator: np.random.Generator) -> Any:
+    """(1 + R, seeds), rows of sum 1: all alike, then a resample each."""
+    n = len(seeds)
+    return np.vstack([np.full(n, 1 / n), generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n])
+
+
+def _cell(values: Any) -> dict[str, float]:
+    low, high = np.quantile(values[1:], TAILS)
+    return {"mean": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
+    """Everything the page tells, as JSON values."""
+    runs = collect(settings, folder)
+    first = settings.systems[0].name
+    systems: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
+    for domain in DOMAINS:
+        draws = _draws(runs, domain)
+        scores = {
+            name: {
+                seed: {code: _Scores(v, draws[code], len(v["tokens"])).found for code, v in run[domain].items()}
+                for seed, run in of_system.items()
+            }
+            for name, of_system in runs.items()
+        }
+        groups[domain] = groups_of(settings, list(draws))
+        for name, of_system in scores.items():
+            entry = systems.setdefault(name, {"label": settings.system(name).label, "seeds": sorted(of_system)})
+            entry[domain] = _of_domain(of_system, groups[domain], scores.get(first) if name != first else None)
+    for name, entry in systems.items():
+        trained = [_read(run_folder(folder, name, seed) / TRAINED) for seed in entry["seeds"]]
+        entry["training"] = {
+            str(seed): {
+                key: t[key] for key in ("learning_rate", "losses", "dev_losses", "trained_parameters", "versions")
+            }
+            for seed, t in zip(entry["seeds"], trained, strict=True)
+            if t is not None
+        }
+        choice = _read(folder / "runs" / name / CHOICE)
+        entry["choice"] = choice and {rate: tried["dev_loss"] for rate, tried in choice["tried"].items()}
+    missing = [f"{name}, seed {seed}" for name, seed in settings.runs() if seed not in runs.get(name, {})]
+    return {
+        "settings": settings.to_dict(),
+        "data": read_json(folder / DATA, where="output", error=ArgumentError),
+        "groups": groups,
+        "systems": systems,
+        "missing": missing,
+    }
+
+
+def _of_domain(
+    of_system: Mapping[int, Mapping[str, Any]], groups: Mapping[str, Sequence[str]], of_first: Any
+) -> dict[str, Any]:
+    """By group and measure: value, interval, values by seed, and the difference to the first system."""
+    seeds = sorted(of_system)
+    found: dict[str, Any] = {}
+    languages = {code: [code] for code in of_system[seeds[0]]}
+    for group, codes in {**groups, **languages}.items():
+        have = [code for code in codes if code in of_system[seeds[0]]]
+        if not have:
+            continue
+        cells: dict[str, Any] = {}
+        for measure in of_system[seeds[0]][have[0]]:
+            by_seed = {seed: _mean(of_system[seed], have, measure) for seed in seeds}
+            weights = _seed_weights(seeds, np.random.default_rng(1))
+            cells[measure] = _cell((weights * np.stack(list(by_seed.values()), axis=1)).sum(1))
+            cells[measure]["by_seed"] = {str(seed): float(values[0]) for seed, values in by_seed.items()}
+            shared = [seed for seed in seeds if of_first and seed in of_first]
+            if shared and all(code in of_first[shared[0]] for code in have):
+                pairs = [by_seed[seed] - _mean(of_first[seed], have, measure) for seed in shared]
+                weights = _seed_weights(shared, np.random.default_rng(1))
+                cells[measure]["difference"] = _cell((weights * np.stack(pairs, axis=1)).sum(1))
+        (found if group in groups else found.setdefault("languages", {}))[group] = cells
+    return found
+
+
+def _mean(of_run: Mapping[str, Any], codes: Sequence[str], measure: str) -> Any:
+    return np.mean([of_run[code][measure] for code in codes], axis=0)
+
+
+def _read(path: Path) -> Any:
+    return read_json(path, where=f"output: {path}", error=ArgumentError) if path.is_file() else None
+
+
+def write_results(settings: RealSettings, folder: Path) -> dict[str, Any]:
+    """`results.json` in the experiment's folder, from the runs that are finished."""
+    found = summarise(settings, folder)
+    write_whole(folder / "results.json", json.dumps(found, ensure_ascii=False) + "\n")
+    return found

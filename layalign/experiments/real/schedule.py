@@ -1,0 +1,79 @@
+"""All runs of the experiment, a few at a time; what is done is not done again, what was cut off goes on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from layalign._files import write_whole
+from layalign.errors import first_line, whole_number
+from layalign.experiment.schedule import _start as start_worker
+from layalign.experiments.real.data import read_data
+from layalign.experiments.real.settings import RealSettings
+
+DATA = "data.json"
+Tell = Callable[[str, int, str | None], None]
+
+
+def run_all(
+    settings: RealSettings,
+    folder: Path,
+    *,
+    only: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    jobs: int = 1,
+    tell: Tell = lambda system, seed, problem: None,
+) -> list[tuple[str, int]]:
+    """Choose, train and test; returns the runs that failed.
+
+    Args:
+        settings: of the experiment.
+        folder: for everything.
+        only, seeds: some of the systems and seeds.
+        jobs: runs at a time; more than one have a process each, with its share of the cores.
+        tell: called for each run that ended, with the problem it ended with or None.
+
+    Raises:
+        ArgumentError: a system or seed is not in the settings, or there is no text.
+        DataError: the text cannot be read.
+    """
+    whole_number("jobs", jobs, least=1)
+    waiting, failed = settings.runs(only, seeds), []
+    data = read_data(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / DATA, data.to_json())
+
+    def ended(run: tuple[str, int], error: BaseException | None) -> None:
+        if error is not None:
+            failed.append(run)
+        tell(*run, None if error is None else f"{type(error).__name__}: {first_line(error)}")
+
+    if jobs == 1:
+        for run in waiting:
+            try:
+                _run(settings, folder, *run)
+            except Exception as error:  # told, and the other runs go on
+                ended(run, error)
+            else:
+                ended(run, None)
+        return failed
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    threads = (max(1, (os.cpu_count() or 1) // jobs),)
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=threads) as pool:
+        pending = {pool.submit(_run, settings, folder, *run): run for run in waiting}
+        for future in as_completed(pending):
+            ended(pending[future], future.exception())
+    return failed
+
+
+def _run(settings: RealSettings, folder: Path, system: str, seed: int) -> None:
+    from layalign.experiments.real import runs
+
+    try:
+        runs.test_run(settings, settings.system(system), read_data(settings), folder, seed)
+    except Exception as error:
+        runs.log(folder, "failed", system=system, seed=seed, problem=f"{type(error).__name__}: {error}")
+        raise
