@@ -103,9 +103,9 @@ Adapter, aligner and gates: {count:,} trained parameters. They join two frozen m
   {dev_loss:.2f} nats a token; `about.json` has the curve.
 - **Text.** {about["text"]} `about.json` has their number by language. None of them is shipped. No pairs in
   {", ".join(unseen)}, whose text the encoder read in its own training.
-- **Limits.** A language model of 135 M parameters and a short training run: many answers are wrong, and fluent when they
-  are. Long sentences, names and numbers suffer most. Not for use where a mistranslation matters. What the frozen models
-  learned, biases included, comes along.
+- **Limits.** A language model of 135 M parameters and a short training run: many answers are wrong, and fluent when
+  they are. Long sentences, names and numbers suffer most. Not for use where a mistranslation matters. What the frozen
+  models learned, biases included, comes along.
 - **Licence.** That of layalign, for the trained weights.
 """
 
