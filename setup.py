@@ -90,7 +90,7 @@ setup(
         "layalign.experiment": ["presets/*.yaml"],
         "layalign.experiments.demo": ["page.css", "sentences/README.md", "sentences/*/*.tsv", "checkpoint/*"],
         "layalign.experiments.real": ["*.yaml"],
-        "layalign.experiments.weights": ["*.json"],
+        "layalign.experiments.weights": ["sentences.json"],
     },
     include_package_data=False,
     ext_modules=[Extension("layalign._C", sources=[], optional=True)],

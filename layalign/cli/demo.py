@@ -33,7 +33,7 @@ def demo(
     made_up: MadeUp = False,
     fast: Fast = False,
 ) -> None:
-    """LayAlign on real models, in about a minute: ask it and the LLM alone in 21 languages, train briefly, one page.
+    """LayAlign on real models, in minutes: ask it and the LLM alone in 21 languages, train briefly, write one page.
 
     Example: layalign demo, then open demo-output/demo.html
     """
