@@ -22,7 +22,7 @@ from layalign.experiments.demo.asking import Answer
 from layalign.packing import real_positions
 
 States = list[tuple[Tensor, Tensor]]  # keys and values (B, G, T, d) of every layer
-_ROWS = 48  # questions in a batch
+_ROWS = 24  # questions in a batch: half a gigabyte of keys and values where a script is cut into bytes
 
 
 @torch.no_grad()
@@ -64,8 +64,7 @@ def _prompts(alone: LlmAnswers, questions: Sequence[Example]) -> list[list[int]]
 def _group(alone: LlmAnswers, prompts: Sequence[list[list[int]]], questions: Sequence[Example]) -> Any:
     """An iterator over the answers to some languages' questions, computed together."""
     starts = [_common_start([row[:-1] for row in rows]) for rows in prompts]
-    read = [_read(alone.llm, ids) for ids in starts]
-    states = _side_by_side(read, [len(rows) for rows in prompts])
+    states = _side_by_side([_read(alone.llm, ids) for ids in starts], [len(rows) for rows in prompts])
     width = max(map(len, starts))
     before = [
         [0] * (width - len(ids)) + [1] * len(ids) for ids, rows in zip(starts, prompts, strict=True) for _ in rows
