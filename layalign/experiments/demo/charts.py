@@ -119,8 +119,8 @@ def heat_map(
     """
     wide, high = cell
     left = 12 + (18 if names else 0) + round(6.6 * max(len(label) for label in row_labels))
-    top = 16 + (round(4.8 * max(len(label) for label in column_labels)) if slanted else 6)
-    width = left + wide * len(column_labels) + (40 if slanted else 4)
+    top = 20 + (round(5.4 * max(len(label) for label in column_labels)) if slanted else 6)
+    width = left + wide * len(column_labels) + (52 if slanted else 4)
     height = top + high * len(rows) + (22 if names else 2)
     parts = []
     for i, (label, row) in enumerate(zip(row_labels, rows, strict=True)):
