@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-for-demo
 DEMO_OUTPUT ?= demo-output
 WEIGHTS ?= weights
 # The folder in benchmarks/results where `make bench` writes.
@@ -14,10 +15,10 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test check-csrc weights demo lint format docs kernels-report bench bench-tables watch newest soak clean
+.PHONY: help venv test check-csrc weights demo demo-made-up lint format docs kernels-report bench bench-tables watch newest soak clean
 
 help:
-	@echo "make venv | test | check-csrc | weights | demo | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
+	@echo "make venv | test | check-csrc | weights | demo | demo-made-up | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
 
 venv: $(STAMP)
 
@@ -48,8 +49,20 @@ check-csrc: $(STAMP)
 weights: $(STAMP)
 	$(BIN)/layalign weights $(WEIGHTS)
 
-demo: $(STAMP)
-	$(BIN)/layalign demo --output $(DEMO_OUTPUT)
+# A first visitor does not wait for the packages of the tests.
+$(DEMO_STAMP): pyproject.toml setup.py constraints.txt $(filter-out csrc/__pycache__/%,$(SOURCES))
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[translation,weights]'
+	@touch $(DEMO_STAMP)
+
+# Real models: fetches the weights first where they are not there.
+demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_STAMP))
+	$(BIN)/layalign demo --weights $(WEIGHTS) --output $(DEMO_OUTPUT)
+
+# The controlled experiment in small: everything made up and trained from nothing, in minutes.
+demo-made-up: $(STAMP)
+	$(BIN)/layalign demo --made-up --output $(DEMO_OUTPUT)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -87,13 +87,13 @@ def across(session: nox.Session) -> None:
 
 @nox.session
 def newest(session: nox.Session) -> None:
-    """What pip resolves today, unpinned: the demo's fast form and the core tests. TORCH may name a build of torch."""
+    """What pip resolves today, unpinned: the made-up demo's fast form and the core tests. TORCH may name a build."""
     torch = os.environ.get("TORCH", "torch").split()
     session.install("--upgrade", *torch)
     session.install("--upgrade", *torch, "-e", ".[dev,lora,serve]", env={"LAYALIGN_CUDA": "0"})
     session.run("layalign", "doctor")
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    session.run("layalign", "demo", "--fast", "--output", session.create_tmp(), env=environment)
+    session.run("layalign", "demo", "--made-up", "--fast", "--output", session.create_tmp(), env=environment)
     session.run("python", "-m", "pytest", "-q", *CORE, env=environment)
 
 

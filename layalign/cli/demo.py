@@ -7,15 +7,55 @@ from typing import Annotated
 
 import typer
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for models, predictions and the report.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of data, models and training.")]
-Fast = Annotated[bool, typer.Option("--fast", help="Tiny sizes: see it run; the numbers mean nothing.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the page and its numbers.")]
+Weights = Annotated[
+    Path, typer.Option("--weights", help="Folder with encoder/ and llm/; fetched first where it is not there.")
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", help="A LayAlign model over these two instead of the shipped one.")
+]
+Sentences = Annotated[int | None, typer.Option("--sentences", help="Asked in each language: 2 to 12, by default 4.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Of the short training run, by default 12; 0: none.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the training run; with --made-up of data and models too.")]
+MadeUp = Annotated[
+    bool, typer.Option("--made-up", help="Instead: models and text all made up, trained from nothing. Takes minutes.")
+]
+Fast = Annotated[bool, typer.Option("--fast", help="With --made-up: tiny sizes; the numbers mean nothing.")]
 
 
-def demo(output: Output = Path("demo-output"), seed: Seed = 0, fast: Fast = False) -> None:
-    """The whole method, small: pre-train tiny parts, train both stages, compare, write a report. Takes minutes."""
+def demo(
+    output: Output = Path("demo-output"),
+    weights: Weights = Path("weights"),
+    checkpoint: Checkpoint = None,
+    sentences: Sentences = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    made_up: MadeUp = False,
+    fast: Fast = False,
+) -> None:
+    """LayAlign on real models, in minutes: ask it and the LLM alone in 21 languages, train briefly, write one page.
+
+    Example: layalign demo, then open demo-output/demo.html
+    """
     from layalign.cli.common import quiet_transformers
-    from layalign.demo import run_demo
+    from layalign.errors import ArgumentError
 
+    real = {"checkpoint": checkpoint, "sentences": sentences, "steps": steps}
+    for name, value in real.items():
+        if made_up and value is not None:
+            raise ArgumentError(f"{name}: expected only without --made-up")
+    if fast and not made_up:
+        raise ArgumentError("fast: expected with --made-up; for fewer sentences and steps give --sentences and --steps")
     quiet_transformers()
-    run_demo(output, seed=seed, fast=fast)
+    if made_up:
+        from layalign.demo import run_demo as run_made_up
+
+        run_made_up(output, seed=seed, fast=fast)
+        return
+    from layalign.experiments.demo import DemoOptions, run_demo
+    from layalign.experiments.demo.models import SHIPPED, fetch
+
+    numbers = {name: value for name, value in (("sentences", sentences), ("steps", steps)) if value is not None}
+    options = DemoOptions(seed=seed, **numbers)
+    fetch(weights)
+    run_demo(output, weights, checkpoint or SHIPPED, options)

@@ -25,8 +25,8 @@ class Phases:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[Callable[[int, int, float], None]]:
-        """Time a block; it gets a function to report steps with."""
+    def phase(self, name: str) -> Iterator[Callable[..., None]]:
+        """Time a block; it gets a function to report steps with: (step, steps, loss), the loss being optional."""
         started = time.perf_counter()
         columns = (
             TextColumn("{task.description}"),
@@ -41,14 +41,27 @@ class Phases:
         ) as bar:
             task = bar.add_task(name, total=None, note="")
 
-            def steps(step: int, total: int, loss: float) -> None:
-                notes[:] = [f"loss {loss:.3f}"]
-                bar.update(task, completed=step, total=total, note=notes[0])
+            def steps(step: int, total: int, loss: float | None = None) -> None:
+                notes[:] = [] if loss is None else [f"loss {loss:.3f}"]
+                bar.update(task, completed=step, total=total, note="".join(notes))
 
             yield steps
         self.seconds[name] = time.perf_counter() - started
         if self.shown:
             self.console.print(f"{name}: {self.seconds[name]:.1f} s" + "".join(f", {note}" for note in notes))
+
+    @contextmanager
+    def counting(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Time a block that goes through ``total`` things; it gets a function to say how many more are done."""
+        with self.phase(name) as steps:
+            done = 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                steps(done, total)
+
+            yield advance
 
 
 class StepCallback(TrainerCallback):

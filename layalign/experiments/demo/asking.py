@@ -1,0 +1,74 @@
+"""Both systems are asked the same sentences: what they write, and how likely the reference is for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from layalign.data import Example, LayAlignCollator
+from layalign.evaluation.answering import ModelAnswers
+from layalign.evaluation.likelihood import target_log_probs
+from layalign.evaluation.translation import translation_scores
+from layalign.experiments.demo.models import Joined
+
+_ROWS = 64  # questions in a batch
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a system makes of one sentence.
+
+    Attributes:
+        text: its translation, by greedy search.
+        log_prob: sum of the log-probabilities of the reference's tokens, its end included, in nats.
+        tokens: how many these are.
+    """
+
+    text: str
+    log_prob: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one system in one language: chrF (0..100) of its answers, nats a token of the references."""
+
+    chrf: float
+    nats: float
+
+
+def layalign_answers(
+    joined: Joined,
+    questions: Mapping[str, Sequence[Example]],
+    longest_answer: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, list[Answer]]:
+    """Answers of a LayAlign model that was trained to translate, and how likely their targets are.
+
+    Args:
+        joined: the model.
+        questions: by language.
+        longest_answer: in tokens.
+        advance: called with the number of questions that were answered.
+    """
+    tokenizers = joined.encoder_tokenizer, joined.llm_tokenizer
+    with_targets, without = (
+        LayAlignCollator.from_model(joined.model, *tokenizers, with_targets=kind) for kind in (True, False)
+    )
+    ask = ModelAnswers(joined.model, without, longest_answer)
+    flat = [(language, example) for language, examples in questions.items() for example in examples]
+    found: dict[str, list[Answer]] = {language: [] for language in questions}
+    for start in range(0, len(flat), _ROWS):
+        rows = flat[start : start + _ROWS]
+        examples = [example for _, example in rows]
+        likely = target_log_probs(joined.model, with_targets, examples, _ROWS // 2)
+        for (language, _), text, (log_prob, tokens) in zip(rows, ask(examples), likely, strict=True):
+            found[language].append(Answer((text or "").strip(), log_prob, tokens))
+        advance(len(rows))
+    return found
+
+
+def score(answers: Sequence[Answer], examples: Sequence[Example]) -> Score:
+    """The score of answers to examples, both in the same order."""
+    chrf = translation_scores([answer.text for answer in answers], [e.target for e in examples], ["chrf"])["chrf"]
+    return Score(chrf, -sum(a.log_prob for a in answers) / sum(a.tokens for a in answers))
