@@ -191,7 +191,7 @@ def test_text_from_clones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_run_leaves_what_it_did(done: tuple[RealSettings, Path]) -> None:
-    _, folder = done
+    settings, folder = done
     choice = json.loads((folder / "runs/layalign-all/choice.json").read_text())
     tried = {float(rate): found["dev_loss"] for rate, found in choice["tried"].items()}
     assert choice["chosen"] == min(tried, key=tried.__getitem__)
@@ -201,6 +201,10 @@ def test_a_run_leaves_what_it_did(done: tuple[RealSettings, Path]) -> None:
     chosen = choice["tried"][f"{choice['chosen']:g}"]
     assert trained[0]["dev_losses"][:2] == chosen["dev_losses"] and len(chosen["dev_losses"]) == 2
     assert trained[0]["dev_losses"] != trained[1]["dev_losses"]
+    # Chosen again from runs that have gone on since, it is the same choice.
+    (folder / "runs/layalign-all/choice.json").unlink()
+    stage = runs.translation(settings, settings.system("layalign-all"), read_data(settings))
+    assert runs.choose_rate(stage, folder) == choice
     result = json.loads((folder / "runs/layalign-all/seed-0/result.json").read_text())
     assert set(result["tatoeba"]) == {"deu", "swh"} and set(result["ntrex"]) == {"deu", "yor"}
     german = result["tatoeba"]["deu"]

@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from layalign import LayAlignForCausalLM
 from layalign._files import write_whole
 from layalign._lock import held
+from layalign._reading import read_json
 from layalign.data import Example
+from layalign.errors import ArgumentError
 from layalign.evaluation.answering import LlmAnswers, ModelAnswers, llm_alone
 from layalign.experiment.runs import log, read_done, versions
 from layalign.experiments.real.data import RealData, as_text
@@ -29,6 +31,7 @@ from layalign.experiments.real.settings import RealSettings, RealSystem
 from layalign.tokenization import encode_texts, load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.gates import FILE as GATES
+from layalign.training.runs import RUN_FILE
 
 CHOICE, TRAINED, RESULT = "choice.json", "trained.json", "result.json"
 SAVE_STEPS = 50
@@ -96,7 +99,7 @@ class _PauseAt(TrainerCallback):
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step == self.step < state.max_steps:
+        if self.step <= state.global_step < state.max_steps:
             control.should_save = control.should_evaluate = control.should_training_stop = True
 
 
@@ -129,32 +132,49 @@ def train_config(settings: RealSettings, system: RealSystem, seed: int, rate: fl
 
 
 def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int) -> dict[str, Any]:
-    """Train up to a step of the schedule, from where the run's folder stands."""
+    """Train up to a step of the schedule, from where the run's folder stands; what it did up to there.
+
+    Raises:
+        ArgumentError: the folder is beyond that step, and its dev loss there is not known.
+    """
     output = work_folder(folder, stage.system.name, seed, rate, stage.suffix)
-    watch = _Seconds()
-    summary = train(
-        stage.config(seed, rate, output),
-        examples=stage.train,
-        dev_examples=stage.dev,
-        lengths=stage.lengths,
-        callbacks=[watch, _PauseAt(until)],
-        **stage.start(seed),
-    )
-    history = summary.log_history
+    done = read_json(output / RUN_FILE, error=ArgumentError) if (output / RUN_FILE).is_file() else {}
+    if done.get("steps", 0) < until:
+        watch = _Seconds()
+        train(
+            stage.config(seed, rate, output),
+            examples=stage.train,
+            dev_examples=stage.dev,
+            lengths=stage.lengths,
+            callbacks=[watch, _PauseAt(until)],
+            **stage.start(seed),
+        )
+        done = read_json(output / RUN_FILE, error=ArgumentError)
+        log(
+            folder,
+            "steps",
+            system=stage.system.name,
+            seed=seed,
+            rate=rate,
+            steps=watch.steps,
+            cpu_seconds=round(watch.seconds),
+        )
     losses = {
         # By step: the end of a run is measured twice.
-        key: [[step, loss] for step, loss in {e["step"]: round(e[key], 5) for e in history if key in e}.items()]
+        key: [[step, loss] for step, loss in by_step.items() if step <= until]
         for key in ("loss", "eval_loss")
+        for by_step in [{e["step"]: round(e[key], 5) for e in done["log_history"] if key in e}]
     }
+    if losses["eval_loss"][-1][0] != until:
+        raise ArgumentError(f"output: {output} is at step {done['steps']}, its dev loss at step {until} is not known")
     return {
         "learning_rate": rate,
-        "steps": summary.steps,
-        "dev_loss": summary.loss_after,
+        "steps": until,
+        "dev_loss": losses["eval_loss"][-1][1],
         "losses": losses["loss"],
         "dev_losses": losses["eval_loss"],
-        "trained_parameters": summary.trained_parameters,
-        "cut": summary.cut,
-        "cpu_seconds_of_a_step": round(watch.seconds / watch.steps, 3) if watch.steps else None,
+        "trained_parameters": done["trained_parameters"],
+        "cut": done["cut"],
     }
 
 
