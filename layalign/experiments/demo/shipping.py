@@ -72,7 +72,8 @@ def ship(
         "text": f"{sum(pairs.values()):,} sentence pairs of Tatoeba in {len(pairs)} languages, everyday sentences.",
         "command": f"{COMMAND}, system {system}, seed {seed}, learning rate {trained[system]['learning_rate']:g}",
         "pairs": dict(sorted(pairs.items())),
-        "curves": {labels[name]: found["dev_losses"] for name, found in trained.items()},
+        # The last step stands there twice where a run was measured again at its end.
+        "curves": {labels[name]: [list(p) for p in dict(one["dev_losses"]).items()] for name, one in trained.items()},
     }
     write_whole(folder / ABOUT, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
     unseen = [language_of(code).name for code in settings.unseen]
