@@ -258,6 +258,8 @@ def test_wrong_dev_files(parts: TinyParts, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         train(make_config(parts, tmp_path, dev_data="pairs:nowhere"))
     assert make_config(parts, tmp_path, dev_data=Path("a/b")).dev_data == "a/b"
+    with pytest.raises(ArgumentError, match="^dev_data: expected a path, .* got None"):
+        read_dev_examples(make_config(parts, tmp_path))
     given = {
         "dev_data=2024": "2024",
         "dev_data=pairs:a": "pairs:a",

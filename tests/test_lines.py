@@ -65,6 +65,7 @@ def test_every_line_is_ours(tmp_path: Path) -> None:
     settings = {
         "encoder": parts.encoder, "llm": parts.llm, "data": parts.data, "batch_size": 8, "dev_size": 8, "max_steps": 1,
         "use_cpu": True, "progress": False, "output_dir": str(tmp_path / "run"), "lora": {"r": 2},
+        "learning_rate": 0.1, "warmup_ratio": 0.0,
     }  # fmt: skip
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     places = parts.encoder, parts.llm, tmp_path / "train.yaml", tmp_path / "run", tmp_path / "other"
@@ -73,9 +74,16 @@ def test_every_line_is_ours(tmp_path: Path) -> None:
         env={**os.environ, "COLUMNS": "200"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert _by_command(done.stderr) == {"python": [], "--help": [], "generate": [], "train": []}
+    said = _by_command(done.stderr)
+    train = [line.split(": ")[0].split() for line in said.pop("train")]
+    assert said == {"python": [], "--help": [], "generate": []}
+    assert ["INFO", "translation"] in train and ["INFO", "bf16"] in train
+    assert {tuple(start) for start in train} <= {
+        ("INFO", key) for key in ("translation", "bf16", "dev_cut", "llm_bos_token_id")
+    }
     found = _by_command(done.stdout)
-    assert found["python"] == [] and found["--help"][0].startswith("Usage: ") and len(found["generate"]) <= 1
+    assert [line.split()[:2] for line in found["python"]] == [["step", "0:"], ["step", "1/1:"]]
+    assert found["--help"][0].startswith("Usage: ") and len(found["generate"]) <= 1
     reported = [line for line in found["train"] if line.startswith("{")]  # the Trainer's, for `progress` asks for them
     assert len(reported) == 2 and "eval_loss" in reported[0] and "train_loss" in reported[1]
     table = found["train"][2:]

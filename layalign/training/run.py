@@ -274,6 +274,8 @@ def read_dev_examples(config: TrainConfig) -> list[Example]:
     `languages` and `limit` are of the training data; a mapping in `dev_data` has its own.
     """
     require_config(config)
+    if config.dev_data is None:
+        raise ArgumentError("dev_data: expected a path, FORMAT:PATH, a mapping or a list of these, got None")
     examples = _read(config, config.dev_data)
     if not examples:
         raise ArgumentError(f"dev_data: no example in {config.dev_data}")

@@ -26,7 +26,7 @@ from layalign.compat import LayAlignConfig as PublishedConfig
 from layalign.data import Example, LayAlignCollator, by_language, language_of, tokenizer_source_language
 from layalign.evaluation import compare_runs, evaluate, llm_alone, resource_level
 from layalign.nn import WeightedLinearProjector
-from layalign.training import build_model, read_examples, train, training_arguments
+from layalign.training import build_model, read_dev_examples, read_examples, train, training_arguments
 
 PACKAGES = (
     "layalign", "layalign.ops", "layalign.nn", "layalign.data", "layalign.evaluation", "layalign.training",
@@ -148,6 +148,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.baselines.with_baseline": (with_baseline, dict(values={"output_dir": "a/b"}, name="layalign",
     stage="task")),
     "layalign.training.build_model": (build_model, dict(config=None)),
+    "layalign.training.read_dev_examples": (read_dev_examples, dict(config=None)),
     "layalign.training.read_examples": (read_examples, dict(config=None)),
     "layalign.training.train": (train, dict(config=None)),
     "layalign.training.training_arguments": (training_arguments, dict(config=None)),
