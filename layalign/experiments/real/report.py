@@ -165,6 +165,9 @@ TABLES = {
 }
 
 
+PICTURES = {"curves": "Dev loss of every run", "parts": "Gates, and what each LLM layer's gated term is worth"}
+
+
 def state(found: dict[str, Any]) -> str:
     """What was run, and what was not."""
     done = sum(len(system["seeds"]) for system in found["systems"].values())
@@ -234,6 +237,10 @@ def written_into(page: str, found: dict[str, Any]) -> str:
         begin, end = f"<!-- evidence: {name} -->", f"<!-- end of {name} -->"
         if begin in page:
             page = replaced(page, begin, end, markdown_table(rows(found)))
+    for name in pictures(found):
+        begin, end = f"<!-- evidence: picture of {name} -->", f"<!-- end of picture of {name} -->"
+        if begin in page:
+            page = replaced(page, begin, end, f"![{PICTURES[name]}](images/evidence-{name}.png)\n")
     return replaced(page, "<!-- evidence: state -->", "<!-- end of state -->", state(found))
 
 
