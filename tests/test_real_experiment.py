@@ -32,7 +32,7 @@ from layalign.experiments.real.settings import RealSettings, is_real
 WORDS = ["sun", "rain", "stone", "river", "bird", "tree", "house", "road", "hand", "eye"]
 SYSTEMS: list[dict[str, Any]] = [
     {"name": "layalign-all", "baseline": "all-layers"},
-    {"name": "mindmerger-soft", "baseline": "mindmerger-soft", "seeds": [0]},
+    {"name": "mindmerger-soft", "baseline": "mindmerger-soft", "seeds": [0], "steps_factor": 1.5},
     {"name": "lora", "baseline": "lora", "reads_text": True, "seeds": [0]},
     {"name": "llm", "baseline": "llm", "reads_text": True, "shots": 2, "seeds": [0]},
 ]
@@ -124,6 +124,10 @@ def test_the_preset_is_whole() -> None:
         ({"systems": [{"name": "a", "baseline": "llm", "x": 1}]}, "systems.x: no such key"),
         ({"english_words": [3]}, "english_words: expected two whole numbers"),
         ({"steps": 0}, "steps"),
+        (
+            {"systems": [{"name": "a", "baseline": "llm", "steps_factor": 0}]},
+            "systems.a.steps_factor: expected a number",
+        ),
         ({"ablated": ["llm"]}, "ablated: expected systems that train"),
         ({"ablated": ["x"]}, "ablated: expected some of the systems"),
         ({"task": {**TASK, "steps": 1}}, "task.choice_steps: expected at most the 1 steps"),
@@ -197,6 +201,7 @@ def test_a_run_leaves_what_it_did(done: tuple[RealSettings, Path]) -> None:
     assert choice["chosen"] == min(tried, key=tried.__getitem__)
     trained = [json.loads((folder / f"runs/layalign-all/seed-{seed}/trained.json").read_text()) for seed in (0, 1)]
     assert [found["steps"] for found in trained] == [4, 4]
+    assert json.loads((folder / "runs/mindmerger-soft/seed-0/trained.json").read_text())["steps"] == 6
     # The chosen run of the first seed went on: its first losses are those of the choice.
     chosen = choice["tried"][f"{choice['chosen']:g}"]
     assert trained[0]["dev_losses"][:2] == chosen["dev_losses"] and len(chosen["dev_losses"]) == 2
@@ -391,7 +396,7 @@ def test_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     where = ["--weights", str(world / "weights"), "--data", str(world / "data"), "--output", str(tmp_path / "out")]
     assert command("--config", str(file), *where, "--only", "mindmerger-soft") == 0
     out = capsys.readouterr().out
-    assert "translation, mindmerger-soft, seed 0: done" in out and "step 4/4: dev loss" in out
+    assert "translation, mindmerger-soft, seed 0: done" in out and "step 6/6: dev loss" in out
     assert "| MindMerger-Soft | 1 |" in (tmp_path / "out" / "report.md").read_text()
     assert (tmp_path / "out" / "curves.png").is_file()
     assert command("--config", str(file), *where, "--report") == 0

@@ -27,7 +27,7 @@ from layalign.evaluation.answering import LlmAnswers, ModelAnswers, llm_alone
 from layalign.experiment.runs import log, read_done, versions
 from layalign.experiments.real.data import RealData, as_text
 from layalign.experiments.real.measures import collators, measure
-from layalign.experiments.real.settings import RealSettings, RealSystem
+from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
 from layalign.tokenization import encode_texts, load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.gates import FILE as GATES
@@ -84,8 +84,9 @@ class Stage:
 
 def translation(settings: RealSettings, system: RealSystem, data: RealData) -> Stage:
     """The translation stage of a system."""
+    steps, seeds = steps_of(settings, system), settings.seeds_of(system)
     return Stage(
-        "", system, settings.steps, settings.choice_steps, settings.learning_rates, settings.seeds_of(system),
+        "", system, steps, settings.choice_steps, settings.learning_rates, seeds,
         read_by(system, data.train), read_by(system, data.dev), token_counts(settings, data.train, settings.max_length),
         lambda seed, rate, output: train_config(settings, system, seed, rate, output), lambda seed: {},
         settings.fingerprint(system, data.mark),
@@ -116,12 +117,17 @@ class _Seconds(TrainerCallback):
         self.steps, self.seconds = self.steps + 1, self.seconds + time.process_time() - self._started
 
 
+def steps_of(settings: RealSettings | TaskSettings, system: RealSystem) -> int:
+    """Steps of a system in a stage."""
+    return max(1, round(settings.steps * system.steps_factor))
+
+
 def train_config(settings: RealSettings, system: RealSystem, seed: int, rate: float, output: Path) -> TrainConfig:
     """The training configuration of a run; what is not named here is as published."""
     weights = Path(settings.weights)
     return TrainConfig(
         encoder=str(weights / "encoder"), llm=str(weights / "llm"), output_dir=str(output),
-        stage="task" if system.reads_text else "translation", max_steps=settings.steps, learning_rate=rate,
+        stage="task" if system.reads_text else "translation", max_steps=steps_of(settings, system), learning_rate=rate,
         batch_size=settings.batch, micro_batch_size=settings.batch, eval_batch_size=settings.batch,
         max_source_length=settings.max_length, max_target_length=settings.max_length,
         max_prompt_length=settings.max_length + 8, group_by_length=True, eval_steps=settings.eval_steps,

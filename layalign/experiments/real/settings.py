@@ -32,6 +32,7 @@ class RealSystem:
         reads_text: the LLM reads the sentence as text, after its language's name, and the encoder is not used.
         shots: examples of the same language before the sentence, for an LLM that is not trained.
         seeds: instead of the experiment's.
+        steps_factor: times the steps of the stage.
         after: in the task stage, the system of the translation stage whose runs are gone on with; None begins anew.
     """
 
@@ -42,6 +43,7 @@ class RealSystem:
     reads_text: bool = False
     shots: int = 0
     seeds: list[int] | None = None
+    steps_factor: float = 1.0
     after: str | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class RealSystem:
         if not isinstance(self.settings, Mapping):
             refuse(f"systems.{self.name}.settings", "a mapping of keys to values", self.settings)
         whole_number(f"systems.{self.name}.shots", self.shots, least=0)
+        if not 0 < finite_number(f"systems.{self.name}.steps_factor", self.steps_factor) <= 100:
+            refuse(f"systems.{self.name}.steps_factor", "a number above 0, up to 100", self.steps_factor)
         object.__setattr__(self, "label", self.label or baseline(self.baseline).label)
 
     @property
@@ -136,13 +140,13 @@ class RealSettings:
     english_words: list[int] = field(default_factory=lambda: [3, 14])
     other_domain_per_language: int = 30
     other_domain_words: list[int] = field(default_factory=lambda: [6, 20])
-    steps: int = 400
-    batch: int = 32
+    steps: int = 800
+    batch: int = 8
     max_length: int = 48
-    eval_steps: int = 25
+    eval_steps: int = 100
     dtype: str = "float32"
     learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
-    choice_steps: int = 75
+    choice_steps: int = 100
     written_per_language: int = 50
     max_new_tokens: int = 24
     right_one_of: int = 5

@@ -27,6 +27,7 @@ from layalign.experiments.real.runs import (
     load_run,
     named,
     run_folder,
+    steps_of,
     token_counts,
     tokenizers_of,
     train_run,
@@ -126,12 +127,17 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
         return {"model": load_run(settings, checkpoint, **_changes(system)), **tokenizers}
 
     values = {key: value for key, value in asdict(task).items() if key not in ("systems", "seeds")}
-    own = {"after": before and before.mark, "reads_text": system.reads_text, **system.model_settings}
+    own: dict[str, Any] = {
+        "steps": steps_of(task, system),
+        "after": before and before.mark,
+        "reads_text": system.reads_text,
+        **system.model_settings,
+    }
     mark = hashlib.sha256(json.dumps([values, own, settings.dtype, text.mark], sort_keys=True).encode()).hexdigest()[
         :16
     ]
     return Stage(
-        SUFFIX, system, task.steps, task.choice_steps, task.learning_rates, system.seeds or task.seeds,
+        SUFFIX, system, steps_of(task, system), task.choice_steps, task.learning_rates, system.seeds or task.seeds,
         _read_by(system, text.train), _read_by(system, text.dev), token_counts(settings, text.train, task.max_length),
         lambda seed, rate, output: _config(settings, system, seed, rate, output), start, mark,
     )  # fmt: skip
@@ -146,7 +152,7 @@ def _config(settings: RealSettings, system: RealSystem, seed: int, rate: float, 
     task, weights = _task(settings), Path(settings.weights)
     return TrainConfig(
         encoder=str(weights / "encoder"), llm=str(weights / "llm"), output_dir=str(output), stage="task", task="xnli",
-        max_steps=task.steps, learning_rate=rate, batch_size=task.batch, micro_batch_size=task.batch,
+        max_steps=steps_of(task, system), learning_rate=rate, batch_size=task.batch, micro_batch_size=task.batch,
         eval_batch_size=task.batch, max_source_length=task.max_length, max_prompt_length=task.max_length,
         max_target_length=16, group_by_length=True, eval_steps=task.eval_steps, save_steps=50, save_total_limit=1,
         logging_steps=5, spike_factor=0.0, seed=seed, frozen_dtype=settings.dtype,
