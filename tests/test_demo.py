@@ -53,13 +53,13 @@ def test_results_and_table_have_every_language_and_system(run: tuple[Path, dict[
 
 
 def test_losses_fall_and_the_gates_open(run: tuple[Path, dict[str, Any]]) -> None:
-    _, found = run
+    folder, found = run
     for name in ("LLM", "encoder"):
         values = [loss for _, loss in found["losses"][name]]
         assert sum(values[-5:]) < 0.8 * sum(values[:5]), name
-    for name in ("LayAlign, translation", "last-layer adapter alone, translation"):
-        values = [loss for _, loss in found["losses"][name]]
-        assert values[-1] < values[0], name
+    for system in ("layalign", "adapter"):  # on the same examples; the batches of so few steps differ by more
+        summary = json.loads((folder / system / "translation" / "training.json").read_text(encoding="utf-8"))
+        assert summary["loss_after"] < summary["loss_before"], system
     assert any(gate != 0 for gate in found["gates"])
 
 

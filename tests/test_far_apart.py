@@ -44,8 +44,10 @@ def test_gated_cross_attention(impl: str, length: int) -> None:
         found.append([out, *torch.autograd.grad(out, tensors, grad)])
         with torch.no_grad():
             found[-1].append(ops.gated_cross_attention(*tensors, key_mask=own_mask, impl=impl))
+    # torch's products choose their code by the strides, and may then round otherwise: by one place of fp16.
+    rounding = 2**-10 if impl == "torch" else 0
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(other, one, rtol=0, atol=0)
+        torch.testing.assert_close(other, one, rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
