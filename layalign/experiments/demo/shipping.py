@@ -21,7 +21,7 @@ from layalign.encoder import load_encoder, load_llm
 from layalign.errors import ArgumentError
 from layalign.experiments.demo.models import ABOUT, SHIPPED
 from layalign.experiments.real.data import read_data
-from layalign.experiments.real.runs import TRAINED, run_folder, work_folder
+from layalign.experiments.real.runs import TRAINED, run_folder, steps_of, work_folder
 from layalign.experiments.real.settings import RealSettings, load_settings
 from layalign.experiments.weights.hub import MODELS
 from layalign.model import LayAlignForCausalLM
@@ -59,6 +59,7 @@ def ship(
     model.config.encoder_config, model.config.llm_config = encoder.config, llm.config
     for part in PARTS:
         setattr(model.config, f"{part}_name_or_path", MODELS[part].name)
+        getattr(model.config, f"{part}_config")._name_or_path = MODELS[part].name  # no folder of this machine
     pairs = Counter(pair.language for pair in read_data(settings).train)
     if folder.is_dir():
         shutil.rmtree(folder)
@@ -66,9 +67,10 @@ def ship(
     if (run / GATES).is_file():
         shutil.copyfile(run / GATES, folder / GATES)
     labels = {name: settings.system(name).label for name in trained}
-    steps = trained[system]["steps"]
+    steps, scheduled = trained[system]["steps"], steps_of(settings, settings.system(system))
+    taken = f"{steps:,}" if steps == scheduled else f"{steps:,} of {scheduled:,}"
     about = {
-        "what": f"{steps} steps of {settings.batch} pairs; dev loss, on pairs whose English is in no training pair.",
+        "what": f"{taken} steps of {settings.batch} pairs; dev loss, on pairs whose English is in no training pair.",
         "text": f"{sum(pairs.values()):,} sentence pairs of Tatoeba in {len(pairs)} languages, everyday sentences.",
         "command": f"{COMMAND}, system {system}, seed {seed}, learning rate {trained[system]['learning_rate']:g}",
         "pairs": dict(sorted(pairs.items())),
@@ -115,9 +117,11 @@ def main(
     evidence: Annotated[Path, typer.Argument(help="Folder of the experiment.")],
     data: Annotated[Path, typer.Option(help="Its text.")] = Path("data"),
     weights: Annotated[Path, typer.Option(help="Folder with encoder/ and llm/.")] = Path("weights"),
-    system: Annotated[str, typer.Option(help="Whose run.")] = "layalign-all",
+    system: Annotated[str, typer.Option(help="Whose run.")] = "layalign-all-long",
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
-    beside: Annotated[str, typer.Option(help="Systems whose dev losses are told too, with commas.")] = "last-layer",
+    beside: Annotated[
+        str, typer.Option(help="Systems whose dev losses are told too, with commas.")
+    ] = "last-layer-long",
     folder: Annotated[Path, typer.Option(help="Gets the checkpoint.")] = SHIPPED,
 ) -> None:
     """Write the checkpoint that ships with the package."""
