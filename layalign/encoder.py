@@ -87,7 +87,7 @@ def _load_gguf(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     _gguf.require_package("llm")
     path = gguf_path(name, **_of_hub(kwargs))
     _gguf.read_head(path)  # a damaged one has an error of its own, before transformers reads it
-    kwargs = {**_gguf.arguments(str(path)), **kwargs}
+    kwargs = {**_gguf.arguments(path.name), **kwargs}
     with _gguf.without_kernels():
         model = _loaded("llm", AutoModelForCausalLM, str(path.parent), kwargs)
     model.config.name_or_path = name

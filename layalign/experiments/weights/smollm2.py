@@ -46,7 +46,7 @@ def model_and_tokenizer(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=str(path))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the tokenizers' own errors are of any class
         raise CheckpointError(f"{path}: its tokenizer cannot be read: {first_line(error)}") from error
     return model, _gguf.amend_tokenizer(tokenizer, path)
