@@ -18,11 +18,12 @@ pytest.importorskip("matplotlib")
 
 from layalign.cli import main
 from layalign.data import Example
+from layalign.data.sentences import sentence_key
 from layalign.errors import ArgumentError
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.evaluation.translation import translation_scores
 from layalign.experiments.real import ablation, load_settings, runs, task, text
-from layalign.experiments.real.data import as_text, normalised, read_data
+from layalign.experiments.real.data import as_text, read_data
 from layalign.experiments.real.measures import _groups
 from layalign.experiments.real.report import TABLES, pictures, written_into
 from layalign.experiments.real.results import summarise, write_results
@@ -145,13 +146,13 @@ def test_a_wrong_setting_is_named(change: dict[str, Any], told: str) -> None:
 def test_no_english_of_dev_and_test_is_trained_on(world: Path) -> None:
     settings = settings_of(world)
     data = read_data(settings)
-    held_out = {normalised(pair.target) for pairs in (data.dev, *data.test.values()) for pair in pairs}
-    trained = {normalised(pair.target) for pair in data.train}
+    held_out = {sentence_key(pair.target) for pairs in (data.dev, *data.test.values()) for pair in pairs}
+    trained = {sentence_key(pair.target) for pair in data.train}
     assert len(held_out) == 7 + 3 + 7 and not held_out & trained
     assert {pair.language for pair in data.train} == {"German", "French"}
     assert {pair.language for pair in data.dev} == {"German"}
     assert data.facts["left_out_of_training"] == 80 - len(data.train) > 0  # of French too: it has the same English
-    assert not {normalised(shot.target) for shot in data.shots["swh"]} & held_out
+    assert not {sentence_key(shot.target) for shot in data.shots["swh"]} & held_out
     assert [len(group) for group in data.other_domain.values()] == [5, 5]
     assert "sun" not in data.to_json()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from layalign.data import Example
 from layalign.data.languages import find_language, language_of
 from layalign.data.readers import load_examples
+from layalign.data.sentences import sentence_key
 from layalign.errors import ArgumentError
 from layalign.experiments.real.settings import RealSettings
 
@@ -60,11 +60,6 @@ def mark_of(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def normalised(sentence: str) -> str:
-    """A sentence without case and punctuation: what makes two English sentences the same."""
-    return re.sub(r"\W+", " ", sentence.casefold()).strip()
-
-
 def read_data(settings: RealSettings) -> RealData:
     """Read and split the text; the same for every system and seed.
 
@@ -87,14 +82,14 @@ def read_data(settings: RealSettings) -> RealData:
             raise ArgumentError(f"data: expected {wanted} sentences of {code} to test on, found {len(fitting)}")
         test[code], of_dev = fitting[: settings.test_per_language], fitting[settings.test_per_language : wanted]
         dev += of_dev
-        held_out |= {normalised(pair.target) for pair in (*test[code], *of_dev)}
+        held_out |= {sentence_key(pair.target) for pair in (*test[code], *of_dev)}
         rest[code] = order
     other = _other_domain(settings, root / "ntrex")
-    held_out |= {normalised(pair.target) for group in other.values() for pair in group}
+    held_out |= {sentence_key(pair.target) for group in other.values() for pair in group}
     trained = [pair for code, group in pairs.items() if code not in settings.unseen for pair in group]
-    train = [pair for pair in trained if normalised(pair.target) not in held_out]
+    train = [pair for pair in trained if sentence_key(pair.target) not in held_out]
     random.Random(_SPLIT_SEED).shuffle(train)
-    free = {code: [pair for pair in group if normalised(pair.target) not in held_out] for code, group in rest.items()}
+    free = {code: [pair for pair in group if sentence_key(pair.target) not in held_out] for code, group in rest.items()}
     used = [*files, *(root / "ntrex" / f"{code}.tsv" for code in other)]
     facts = {
         "files": {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in used},
@@ -119,7 +114,7 @@ def _first_of_each_english(pairs: Iterable[Example], words: Sequence[int]) -> li
     found: dict[str, Example] = {}
     for pair in pairs:
         if words[0] <= len(pair.target.split()) <= words[1]:
-            found.setdefault(normalised(pair.target), pair)
+            found.setdefault(sentence_key(pair.target), pair)
     return list(found.values())
 
 
