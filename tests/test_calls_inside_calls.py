@@ -69,8 +69,8 @@ def bare(model: Model, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 def lens(model: Model, inputs: dict[str, Tensor]) -> list[Tensor]:
     """Parts of the LLM called by themselves, for states of the whole batch."""
-    torch.manual_seed(0)
-    states, layer = torch.randn(*inputs["input_ids"].shape, 32), model.llm.model.layers[-1]
+    own = torch.Generator().manual_seed(0)  # the default one is shared between threads
+    states, layer = torch.randn(*inputs["input_ids"].shape, 32, generator=own), model.llm.model.layers[-1]
     with torch.no_grad():
         return [
             model.llm.lm_head(model.llm.model.norm(states)),
