@@ -1,4 +1,4 @@
-"""Before anything imports Triton: without a GPU its kernels run in the interpreter. And the count of bad inputs."""
+"""Before anything imports Triton or the hub's client: what they read from the environment. The count of bad inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU its kernels run in the interpreter
+# No test needs the hub, and what one reads must not hang on what is there. Without a network each look-up waits a minute.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
