@@ -13,7 +13,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU its kernels run in the interpreter
-# No test needs the hub, and what one reads must not hang on what is there. Without a network each look-up waits a minute.
+# No test needs the hub, and none must hang on what is there. Without a network each look-up waits a minute.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

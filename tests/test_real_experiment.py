@@ -12,20 +12,22 @@ import numpy as np
 import pytest
 import torch
 from tiny_training import save_parts
+from transformers import AutoModel
 
 pytest.importorskip("sacrebleu")
 pytest.importorskip("matplotlib")
 
+from layalign.analysis.result import AnalysisResult
 from layalign.cli import main
 from layalign.data import Example
 from layalign.data.sentences import sentence_key
 from layalign.errors import ArgumentError
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.evaluation.translation import translation_scores
-from layalign.experiments.real import ablation, load_settings, runs, task, text
+from layalign.experiments.real import ablation, load_settings, looks, runs, task, text
 from layalign.experiments.real.data import as_text, read_data
 from layalign.experiments.real.measures import _groups
-from layalign.experiments.real.report import TABLES, pictures, written_into
+from layalign.experiments.real.report import PICTURES, TABLES, pictures, written_into
 from layalign.experiments.real.results import summarise, write_results
 from layalign.experiments.real.schedule import run_all
 from layalign.experiments.real.settings import RealSettings, is_real
@@ -293,8 +295,42 @@ def test_parts_taken_away(world: Path, done: tuple[RealSettings, Path]) -> None:
     assert found["no gates"] == pytest.approx(nats(**closed), abs=1e-4)
     assert len({found["whole"], found["no gates"], found["no soft tokens"], found["encoder layers"]["2"]}) == 4
     assert len(found["encoder layers"]) == 4 and len(found["gates"]) == 2
+    mix = weights["encoder_aligner.projector.fc1.weight"].detach().clone()
+    mix[:, :3] = 0  # layers 0 to 2 of 0 to 3
+    assert found["layer sets"]["all but the last"] == pytest.approx(
+        nats(**{"encoder_aligner.projector.fc1.weight": mix}), abs=1e-4
+    )
+    assert found["layer sets"]["last"] == found["encoder layers"]["3"] and len(found["layer sets"]) == 5
     adapter = ablation.ablate_run(settings, settings.system("mindmerger-soft"), data, folder, 0)
     assert "no gates" not in adapter and adapter["no soft tokens"] != adapter["whole"]
+
+
+def test_a_run_is_looked_into(world: Path, done: tuple[RealSettings, Path]) -> None:
+    settings, folder = done
+    data = read_data(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(looks, "PER_LANGUAGE", 3)
+        found = looks.look_run(settings, settings.system("layalign-all"), data, folder, 0)
+    text = (folder / "runs/layalign-all/seed-0/looks.json").read_text()
+    assert str(world) not in text and not [p for group in data.test.values() for p in group if p.source in text]
+    result = AnalysisResult.from_dict(found["analysis"])
+    assert result.to_dict() == found["analysis"] and result.sentences == {"German": 3, "Swahili": 3}
+    assert list(result.similarity) == ["LLM alone", "untrained", "LayAlign"]
+    assert [entry["step"] for entry in result.gate_history] == [0, 2, 4]
+    # The encoder's layers by hand: means over all tokens, without the language's own mean.
+    encoder, (tokenizer, _) = AutoModel.from_pretrained(world / "weights/encoder").eval(), runs.tokenizers_of(settings)
+    encoder, means = encoder.get_encoder() if hasattr(encoder, "encoder") else encoder, []
+    for side in ("source", "target"):
+        states = []
+        for pair in data.test["swh"][:3]:
+            ids = torch.tensor([tokenizer(getattr(pair, side)).input_ids])
+            with torch.no_grad():
+                hidden = encoder(ids, output_hidden_states=True).hidden_states
+            states.append(torch.stack([layer[0].mean(0) for layer in hidden]))
+        means.append(torch.stack(states) - torch.stack(states).mean(0))
+    near = torch.einsum("ied,jed->eij", *[torch.nn.functional.normalize(side, dim=-1) for side in means])
+    right = (near.argmax(-1) == torch.arange(3)).float().mean(-1)
+    assert found["encoder retrieval"]["Swahili"] == pytest.approx(right.tolist())
 
 
 # The task stage
@@ -374,12 +410,15 @@ def test_results_are_means_of_languages_and_seeds(done: tuple[RealSettings, Path
 
 def test_report_and_page(done: tuple[RealSettings, Path]) -> None:
     settings, folder = done
+    ablation.ablate_run(settings, settings.system("layalign-all"), read_data(settings), folder, 0)
+    looks.look_run(settings, settings.system("layalign-all"), read_data(settings), folder, 0)
     found = write_results(settings, folder)
+    assert str(folder) not in json.dumps(found) and settings.weights not in json.dumps(found)
     marks = "".join(f"<!-- evidence: {name} -->\n<!-- end of {name} -->\n" for name in ("state", *TABLES))
     page = written_into(marks, found)
     for system in settings.systems:
         assert page.count(f"| {system.label} |") >= 3
-    assert set(pictures(found)) == {"curves", "parts"} and "no layer 3" in page
+    assert set(pictures(found)) == set(PICTURES) and "no middle third" in page and "linear CKA" in page
     assert "5 runs are done." in page and "Swahili (unseen)" in page
 
 

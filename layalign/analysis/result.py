@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,19 @@ class AnalysisResult:
         found = asdict(self)
         del found["output_dir"]
         return _rounded(found)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AnalysisResult:
+        """What `to_dict` made; without attention where that was left out."""
+        made = dict(values)
+        made["similarity"] = {
+            view: {language: Similarity(**each) for language, each in found.items()}
+            for view, found in values["similarity"].items()
+        }
+        made["projections"] = {view: Projection(**found) for view, found in values["projections"].items()}
+        shown = values.get("attention")
+        made["attention"] = None if shown is None else AttentionMap(**shown)
+        return cls(**made)
 
     def averages(self, view: str, metric: str) -> list[float]:
         """A metric of `METRICS` per layer, mean over the languages."""

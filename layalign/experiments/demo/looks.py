@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign.analysis import fusion, retrieval_accuracy
+from layalign.analysis import fusion
+from layalign.analysis.encoder_layers import encoder_retrieval
 from layalign.analysis.measure import attention
 from layalign.analysis.reading import Reader
 from layalign.analysis.result import AttentionMap
-from layalign.config import number_of_layers
 from layalign.data import Example
-from layalign.encoder import encode
 from layalign.experiments.demo.models import Joined
-from layalign.tokenization import encode_texts
 from layalign.training.gates import read_gates
 
 _LONGEST_ANSWER = 20
@@ -44,7 +42,7 @@ def inside(
         "gates": gates,
         "gate_history": read_gates(checkpoint),
         "mix": None if mix is None else {"keys": _rounded(mix[0]), "values": _rounded(mix[1])},
-        "retrieval": retrieval_by_layer(joined, parallel),
+        "retrieval": encoder_retrieval(joined.model.encoder, joined.encoder_tokenizer, parallel),
         "attention": _maps(attention(reader, shown, _LONGEST_ANSWER), gates),
     }
 
@@ -60,32 +58,3 @@ def _maps(found: AttentionMap | None, gates: Sequence[float]) -> dict[str, Any] 
 
 def _rounded(numbers: Tensor) -> list[list[float]]:
     return [[round(number, 4) for number in row] for row in numbers.tolist()]
-
-
-@torch.no_grad()
-def retrieval_by_layer(joined: Joined, parallel: Mapping[str, Sequence[Example]]) -> dict[str, list[float]]:
-    """By language the accuracy (0..1) of finding each sentence's English by its encoder states, for every layer.
-
-    A sentence's vector is the mean of its tokens' states, without the language's own mean.
-    """
-    encoder = joined.model.encoder
-    layers = range(number_of_layers(encoder.config) + 1)
-    english = next(iter(parallel.values()))
-    wanted = _means(joined, [example.target for example in english], layers)
-    found = {}
-    for language, examples in parallel.items():
-        states = _means(joined, [example.source for example in examples], layers)
-        pairs = ((states[:, layer], wanted[:, layer]) for layer in layers)
-        found[language] = [retrieval_accuracy(x - x.mean(0), y - y.mean(0)) for x, y in pairs]
-    return found
-
-
-def _means(joined: Joined, texts: Sequence[str], layers: Sequence[int]) -> Tensor:
-    """(N, layers, D): each text's mean state of each layer."""
-    rows = [text.ids for text in encode_texts(joined.encoder_tokenizer, list(texts), special=True)]
-    width, pad = max(map(len, rows)), joined.encoder_tokenizer.pad_token_id
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    states, _ = encode(joined.model.encoder, ids, mask, list(layers))
-    inside = mask[:, None, :, None]
-    return (torch.stack(states, dim=1).float() * inside).sum(dim=2) / inside.sum(dim=2)

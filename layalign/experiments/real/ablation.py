@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layalign._lock import held
+from layalign.config import number_of_layers
 from layalign.data import Example
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.experiment.runs import log, read_done
@@ -27,22 +28,31 @@ from layalign.experiments.real.runs import (
     write_done,
 )
 from layalign.experiments.real.settings import RealSettings, RealSystem
+from layalign.layers import named_layers
 
 ABLATION = "ablation.json"
 PER_LANGUAGE = 5
+SETS = {
+    "first third": "first-third",
+    "middle third": "middle-third",
+    "last third": "last-third",
+    "last": "last",
+    "all but the last": None,
+}
 
 
 def ablate_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
     """Nats a token with every part in its place, and without each.
 
-    Without the encoder layer e: its weights in the aligner's mix are 0, for keys and values of all LLM layers. Without
-    the LLM layer i: its gate is 0. Without gates: all are. Without soft tokens: the adapter gives zeros.
+    Without the encoder layer e: its weights in the aligner's mix are 0, for keys and values of all LLM layers; the same
+    for sets of layers that leave some. Without the LLM layer i: its gate is 0. Without gates: all are. Without soft
+    tokens: the adapter gives zeros.
 
     Returns:
-        Under "whole", "no gates", "no soft tokens", and by number under "encoder layers" and "LLM layers", the nats a
-        token of the references of the first sentences of every test language, all tokens together; a part that the
-        system has not is left out. Under "gates" the gates, and under "encoder layer weights" the mean of the
-        mix's absolute weights, keys and values apart.
+        Under "whole", "no gates", "no soft tokens", by name under "layer sets" and by number under "encoder layers" and
+        "LLM layers", the nats a token of the references of the first sentences of every test language, all tokens
+        together; a part that the system has not is left out. Under "gates" the gates, and under "encoder layer
+        weights" the mean of the mix's absolute weights, keys and values apart.
     """
     place, mark = run_folder(folder, system.name, seed), settings.test_fingerprint(system, data.test_mark)
     rate = train_run(translation(settings, system, data), folder, seed)["learning_rate"]
@@ -75,7 +85,13 @@ def ablate(model: Any, collator: Any, pairs: Sequence[Example]) -> dict[str, Any
         with _zero(gates):
             found["no gates"] = nats()
         mix = model.encoder_aligner.projector.fc1.weight  # (2L, E)
-        found["encoder layers"], found["LLM layers"] = {}, {}
+        found["layer sets"], found["encoder layers"], found["LLM layers"] = {}, {}, {}
+        count = number_of_layers(model.config.encoder_config) + 1
+        for name, of_set in SETS.items():
+            away = [place for place, e in enumerate(model.config.encoder_layers) if e in named_layers(of_set, count)]
+            if 0 < len(away) < len(model.config.encoder_layers):
+                with _zero([mix[:, place] for place in away]):
+                    found["layer sets"][name] = nats()
         for place, layer in enumerate(model.config.encoder_layers):
             with _zero([mix[:, place]]):
                 found["encoder layers"][str(layer)] = nats()

@@ -10,7 +10,9 @@ from typing import Any
 from layalign._files import write_whole
 from layalign._pages import replaced
 from layalign._reading import read_json
+from layalign.analysis.result import METRICS, AnalysisResult
 from layalign.experiment.report import markdown_table
+from layalign.experiments.real.ablation import SETS
 from layalign.experiments.real.data import language_name
 
 _GROUPS = ("all", "seen", "unseen", "high", "medium", "low")
@@ -134,18 +136,27 @@ def training_rows(found: dict[str, Any]) -> list[list[str]]:
 
 def part_rows(found: dict[str, Any]) -> list[list[str]]:
     """Header, then a row per system whose parts were taken away: nats a token without each, less those with all."""
-    ablated = _ablated(found)
-    layers = sorted({int(layer) for of in ablated.values() for layer in of.get("encoder layers", ())})
-    rows = [["system", "with all", "no gates", "no soft tokens", *(f"no layer {layer}" for layer in layers)]]
-    for label, of in ablated.items():
-        values = [
-            of.get("no gates"),
-            of.get("no soft tokens"),
-            *(of.get("encoder layers", {}).get(str(e)) for e in layers),
-        ]
+    rows = [["system", "with all", "no gates", "no soft tokens", *(f"encoder layers: no {name}" for name in SETS)]]
+    for label, of in _ablated(found).items():
+        values = [of.get("no gates"), of.get("no soft tokens"), *(of.get("layer sets", {}).get(name) for name in SETS)]
         lost = ["-" if value is None else f"{value - of['whole']:+.3f}" for value in values]
         rows.append([label, f"{of['whole']:.3f}", *lost])
     return rows
+
+
+def representation_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Header, then a row per system that was looked into: X and English in the LLM's middle state, by view."""
+    analyses = {system["label"]: _analysis(system) for system in found["systems"].values() if "looks" in system}
+    rows = [["system", "measure", *(next(iter(analyses.values())).similarity if analyses else ())]]
+    for label, result in analyses.items():
+        for metric in ("cka", "to_english"):
+            values = (result.averages(view, metric)[result.layer] for view in result.similarity)
+            rows.append([label, METRICS[metric], *(f"{value:.2f}" for value in values)])
+    return rows
+
+
+def _analysis(system: dict[str, Any]) -> AnalysisResult:
+    return AnalysisResult.from_dict(system["looks"]["analysis"])
 
 
 def _ablated(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -161,11 +172,20 @@ TABLES = {
     "news": domain_rows,
     "xnli": xnli_rows,
     "languages": language_rows,
+    "representations": representation_rows,
     "training": training_rows,
 }
 
 
-PICTURES = {"curves": "Dev loss of every run", "parts": "Gates, and what each LLM layer's gated term is worth"}
+PICTURES = {
+    "curves": "Dev loss of every run",
+    "parts": "Gates, and what each LLM layer's gated term is worth",
+    "layers": "Encoder layers: which align, which are listened to, which are missed",
+    "mix": "The aligner's mix",
+    "gates": "Gates over training",
+    "similarity": "X and English inside the LLM, layer by layer",
+    "tsne": "Sentences in the LLM's middle state, t-SNE",
+}
 
 
 def state(found: dict[str, Any]) -> str:
@@ -219,6 +239,29 @@ def parts(found: dict[str, Any]) -> bytes | None:
     return _png(figure)
 
 
+def layers(system: dict[str, Any]) -> bytes:
+    """By encoder layer: retrieval of English, mean absolute mix weight, and nats lost without the layer."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    one, two, three = figure.subplots(1, 3)
+    retrieval = list(system["looks"]["encoder retrieval"].values())
+    one.plot([100 * sum(column) / len(retrieval) for column in zip(*retrieval, strict=True)], marker="o", markersize=3)
+    one.set(title="finds its English", ylabel="% of sentences, mean of the languages", ylim=(0, 100))
+    lost = system["ablation"]["encoder layers"]
+    numbers = [int(layer) for layer in lost]
+    for name, values in system["ablation"]["encoder layer weights"].items():
+        two.plot(numbers, values, marker="o", markersize=3, label=name)
+    two.set(title="is listened to", ylabel="mean |weight| in the mix", ylim=(0, None))
+    two.legend()
+    three.bar(numbers, [value - system["ablation"]["whole"] for value in lost.values()])
+    three.set(title="is missed", ylabel="nats a token lost without")
+    for axis in (one, two, three):
+        axis.set(xlabel="encoder layer (0: embeddings)")
+        axis.grid(alpha=0.3)
+    return _png(figure)
+
+
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
@@ -228,6 +271,18 @@ def _png(figure: Any) -> bytes:
 def pictures(found: dict[str, Any]) -> dict[str, bytes]:
     """By name; those that there is something to show of."""
     made = {"curves": curves(found), "parts": parts(found)}
+    looked = [system for system in found["systems"].values() if "looks" in system]
+    if looked and looked[0]["looks"]["analysis"]["mix"] is not None:
+        from layalign.analysis import plots
+
+        result = _analysis(looked[0])
+        made |= {
+            "layers": layers(looked[0]),
+            "mix": plots.mix_picture(result),
+            "gates": plots.gate_picture(result),
+            "similarity": plots.similarity_picture(result),
+            "tsne": plots.projection_picture(result, "tsne"),
+        }
     return {name: picture for name, picture in made.items() if picture is not None}
 
 

@@ -22,6 +22,7 @@ from layalign.evaluation.translation import score_of
 from layalign.experiment.runs import read_done
 from layalign.experiments.real.ablation import ABLATION
 from layalign.experiments.real.data import language_name, mark_of
+from layalign.experiments.real.looks import LOOKS
 from layalign.experiments.real.runs import CHOICE, RESULT, TRAINED, named, run_folder
 from layalign.experiments.real.schedule import DATA
 from layalign.experiments.real.settings import RealSettings
@@ -138,17 +139,14 @@ def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
     for name, entry in systems.items():
         trained = [_read(run_folder(folder, name, seed) / TRAINED) for seed in entry["seeds"]]
         entry["training"] = {
-            str(seed): {
-                key: t[key] for key in ("learning_rate", "losses", "dev_losses", "trained_parameters", "versions")
-            }
+            str(seed): {key: t[key] for key in _OF_TRAINING}
             for seed, t in zip(entry["seeds"], trained, strict=True)
             if t is not None
         }
-        ablation = _read(run_folder(folder, name, entry["seeds"][0]) / ABLATION)
-        if ablation is not None:
-            entry["ablation"] = {
-                key: value for key, value in ablation.items() if key not in ("fingerprint", "versions")
-            }
+        first = run_folder(folder, name, entry["seeds"][0])
+        for key, file in (("ablation", ABLATION), ("looks", LOOKS)):
+            if (found := _read(first / file)) is not None:
+                entry[key] = {part: value for part, value in found.items() if part not in ("fingerprint", "versions")}
         choice = _read(folder / "runs" / name / CHOICE)
         entry["choice"] = choice and {rate: tried["dev_loss"] for rate, tried in choice["tried"].items()}
     done = {("translation", name, seed) for name, entry in systems.items() for seed in entry["seeds"]}
@@ -157,7 +155,7 @@ def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
         f"{stage}, {name}, seed {seed}" for stage, name, seed in settings.runs() if (stage, name, seed) not in done
     ]
     return {
-        "settings": settings.to_dict(),
+        "settings": {key: value for key, value in settings.to_dict().items() if key not in ("weights", "data")},
         "data": read_json(folder / DATA, where="output", error=ArgumentError),
         "groups": groups,
         "systems": systems,

@@ -73,7 +73,7 @@ def run_all(
 
 
 def _run(settings: RealSettings, folder: Path, stage: str, system: str, seed: int) -> None:
-    from layalign.experiments.real import ablation, runs, task
+    from layalign.experiments.real import ablation, looks, runs, task
 
     try:
         data = read_data(settings)
@@ -84,6 +84,7 @@ def _run(settings: RealSettings, folder: Path, stage: str, system: str, seed: in
         runs.test_run(settings, each, data, folder, seed)
         if system in settings.ablated and seed == settings.seeds_of(each)[0]:
             ablation.ablate_run(settings, each, data, folder, seed)
+            looks.look_run(settings, each, data, folder, seed)
     except Exception as error:
         runs.log(folder, "failed", stage=stage, system=system, seed=seed, problem=f"{type(error).__name__}: {error}")
         raise

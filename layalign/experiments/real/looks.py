@@ -1,0 +1,63 @@
+"""What a trained run is like inside: `layalign analyze` on its test sentences, and the encoder's layers."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from layalign._lock import held
+from layalign.analysis import analyze
+from layalign.analysis.encoder_layers import encoder_retrieval
+from layalign.data import Example
+from layalign.experiment.runs import log, read_done
+from layalign.experiments.real.data import RealData, language_name
+from layalign.experiments.real.runs import (
+    load_run,
+    run_folder,
+    tokenizers_of,
+    train_run,
+    translation,
+    work_folder,
+    write_done,
+)
+from layalign.experiments.real.settings import RealSettings, RealSystem
+
+LOOKS = "looks.json"
+PER_LANGUAGE = 20
+
+
+def look_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
+    """Look at a trained run with the first sentences of every test language.
+
+    Returns:
+        Under "analysis" what :meth:`layalign.analysis.AnalysisResult.to_dict` gives, without attention and settings.
+        Under "encoder retrieval" what :func:`layalign.analysis.encoder_layers.encoder_retrieval` gives.
+    """
+    place, mark = run_folder(folder, system.name, seed), settings.test_fingerprint(system, data.test_mark)
+    rate = train_run(translation(settings, system, data), folder, seed)["learning_rate"]
+    with held(place, "output"):
+        if (done := read_done(place / LOOKS, mark)) is not None:
+            return done
+        log(folder, "looks", system=system.name, seed=seed)
+        checkpoint = work_folder(folder, system.name, seed, rate)
+        model, tokenizers = load_run(settings, checkpoint), tokenizers_of(settings)
+        shown = {language_name(code): group[:PER_LANGUAGE] for code, group in data.test.items()}
+        with tempfile.TemporaryDirectory() as pairs:
+            result = analyze(
+                model, *tokenizers, _files(Path(pairs), shown), limit=None, before="untrained", checkpoint=checkpoint
+            )
+        found = result.to_dict()
+        # Neither a sentence nor a path: the file is for whoever wants to check, on any machine.
+        found["attention"], found["settings"] = None, {}
+        retrieval = encoder_retrieval(model.encoder, tokenizers[0], shown)
+        return write_done(place / LOOKS, mark, {"analysis": found, "encoder retrieval": retrieval}, indent=None)
+
+
+def _files(folder: Path, examples: dict[str, list[Example]]) -> dict[str, Path]:
+    """Each language's pairs in a file, as `analyze` reads them."""
+    files = {}
+    for language, pairs in examples.items():
+        files[language] = folder / f"{language}.tsv"
+        files[language].write_text("".join(f"{p.source}\t{p.target}\n" for p in pairs), encoding="utf-8")
+    return files
