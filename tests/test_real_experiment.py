@@ -131,6 +131,10 @@ def test_the_preset_is_whole() -> None:
             {"systems": [{"name": "a", "baseline": "llm", "steps_factor": 0}]},
             "systems.a.steps_factor: expected a number",
         ),
+        (
+            {"systems": [{**SYSTEMS[0], "learning_rates": [2]}]},
+            "systems.layalign-all.learning_rates: expected numbers above 0 and below 1",
+        ),
         ({"ablated": ["llm"]}, "ablated: expected systems that train"),
         ({"ablated": ["x"]}, "ablated: expected some of the systems"),
         ({"task": {**TASK, "steps": 1}}, "task.choice_steps: expected at most the 1 steps"),
@@ -143,6 +147,16 @@ def test_the_preset_is_whole() -> None:
 def test_a_wrong_setting_is_named(change: dict[str, Any], told: str) -> None:
     with pytest.raises(ArgumentError, match=told):
         load_settings("real", {**SMALL, **change})
+
+
+def test_a_system_can_have_its_own_learning_rates(world: Path) -> None:
+    settings = settings_of(world, systems=[SYSTEMS[0], {**SYSTEMS[0], "name": "slow", "learning_rates": [1e-5]}])
+    data, (usual, slow) = read_data(settings), settings.systems
+    assert list(runs.translation(settings, usual, data).rates) == [1e-4, 1e-2]
+    assert list(runs.translation(settings, slow, data).rates) == [1e-5]
+    again = settings_of(world, systems=[SYSTEMS[0], {**SYSTEMS[0], "name": "slow", "learning_rates": [1e-6]}])
+    assert settings.fingerprint(slow, "") != again.fingerprint(again.systems[1], "")
+    assert settings.fingerprint(usual, "") == again.fingerprint(usual, "")
 
 
 def test_no_english_of_dev_and_test_is_trained_on(world: Path) -> None:

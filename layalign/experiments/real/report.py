@@ -126,7 +126,8 @@ def training_rows(found: dict[str, Any]) -> list[list[str]]:
     for system in found["systems"].values():
         runs = list(system["training"].values())
         if runs:
-            tried = [f"{system['choice'][rate]:.3f}" if system["choice"] else "-" for rate in rates]
+            choice = system["choice"] or {}
+            tried = [f"{choice[rate]:.3f}" if rate in choice else "-" for rate in rates]
             ends = ", ".join(f"{run['dev_losses'][-1][1]:.3f}" for run in runs)
             rows.append(
                 [system["label"], f"{runs[0]['trained_parameters']:,}", *tried, f"{runs[0]['learning_rate']:g}", ends]

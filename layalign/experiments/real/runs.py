@@ -86,7 +86,7 @@ def translation(settings: RealSettings, system: RealSystem, data: RealData) -> S
     """The translation stage of a system."""
     steps, seeds = steps_of(settings, system), settings.seeds_of(system)
     return Stage(
-        "", system, steps, settings.choice_steps, settings.learning_rates, seeds,
+        "", system, steps, settings.choice_steps, system.learning_rates or settings.learning_rates, seeds,
         read_by(system, data.train), read_by(system, data.dev), token_counts(settings, data.train, settings.max_length),
         lambda seed, rate, output: train_config(settings, system, seed, rate, output), lambda seed: {},
         settings.fingerprint(system, data.mark),

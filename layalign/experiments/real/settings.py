@@ -33,6 +33,7 @@ class RealSystem:
         shots: examples of the same language before the sentence, for an LLM that is not trained.
         seeds: instead of the experiment's.
         steps_factor: times the steps of the stage.
+        learning_rates: instead of the stage's.
         after: in the task stage, the system of the translation stage whose runs are gone on with; None begins anew.
     """
 
@@ -44,6 +45,7 @@ class RealSystem:
     shots: int = 0
     seeds: list[int] | None = None
     steps_factor: float = 1.0
+    learning_rates: list[float] | None = None
     after: str | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +56,8 @@ class RealSystem:
         whole_number(f"systems.{self.name}.shots", self.shots, least=0)
         if not 0 < finite_number(f"systems.{self.name}.steps_factor", self.steps_factor) <= 100:
             refuse(f"systems.{self.name}.steps_factor", "a number above 0, up to 100", self.steps_factor)
+        if self.learning_rates is not None:
+            _rates(f"systems.{self.name}.learning_rates", self.learning_rates)
         object.__setattr__(self, "label", self.label or baseline(self.baseline).label)
 
     @property
@@ -243,6 +247,8 @@ class RealSettings:
         values: dict[str, Any] = {key: getattr(self, key) for key in keys}
         of_system = {"stages": baseline(system.baseline).stages, **asdict(system), "all": system.model_settings}
         values["system"] = {key: value for key, value in of_system.items() if key not in ("label", "seeds", "after")}
+        if system.learning_rates is None:
+            del values["system"]["learning_rates"]  # what was made before a system could have its own stays valid
         return hashlib.sha256(json.dumps([values, data], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -137,7 +137,8 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
         :16
     ]
     return Stage(
-        SUFFIX, system, steps_of(task, system), task.choice_steps, task.learning_rates, system.seeds or task.seeds,
+        SUFFIX, system, steps_of(task, system), task.choice_steps, system.learning_rates or task.learning_rates,
+        system.seeds or task.seeds,
         _read_by(system, text.train), _read_by(system, text.dev), token_counts(settings, text.train, task.max_length),
         lambda seed, rate, output: _config(settings, system, seed, rate, output), start, mark,
     )  # fmt: skip
