@@ -150,11 +150,15 @@ def test_a_wrong_setting_is_named(change: dict[str, Any], told: str) -> None:
 
 
 def test_a_system_can_have_its_own_learning_rates(world: Path) -> None:
-    settings = settings_of(world, systems=[SYSTEMS[0], {**SYSTEMS[0], "name": "slow", "learning_rates": [1e-5]}])
+    settings = settings_of(
+        world, systems=[SYSTEMS[0], {**SYSTEMS[0], "name": "slow", "learning_rates": [1e-5]}], task=None, ablated=[]
+    )
     data, (usual, slow) = read_data(settings), settings.systems
     assert list(runs.translation(settings, usual, data).rates) == [1e-4, 1e-2]
     assert list(runs.translation(settings, slow, data).rates) == [1e-5]
-    again = settings_of(world, systems=[SYSTEMS[0], {**SYSTEMS[0], "name": "slow", "learning_rates": [1e-6]}])
+    again = settings_of(
+        world, systems=[SYSTEMS[0], {**SYSTEMS[0], "name": "slow", "learning_rates": [1e-6]}], task=None, ablated=[]
+    )
     assert settings.fingerprint(slow, "") != again.fingerprint(again.systems[1], "")
     assert settings.fingerprint(usual, "") == again.fingerprint(usual, "")
 
