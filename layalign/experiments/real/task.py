@@ -133,6 +133,8 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
         "reads_text": system.reads_text,
         **system.model_settings,
     }
+    if system.learning_rates is not None:
+        own["learning_rates"] = system.learning_rates
     mark = hashlib.sha256(json.dumps([values, own, settings.dtype, text.mark], sort_keys=True).encode()).hexdigest()[
         :16
     ]
