@@ -23,11 +23,9 @@ from layalign.data.languages import find_language
 from layalign.data.prompts import one_line
 from layalign.encoder import load_encoder, load_llm
 from layalign.errors import ArgumentError, CheckpointError
-from layalign.evaluation.answering import ModelAnswers, llm_alone
-from layalign.evaluation.likelihood import target_log_probs
+from layalign.evaluation.answering import ModelAnswers
 from layalign.evaluation.translation import translation_scores
 from layalign.experiments.demo import charts, live, models, shipping
-from layalign.experiments.demo.few_shot import few_shot_answers
 from layalign.experiments.demo.run import ALL_LANGUAGES, SYSTEMS, UNSEEN, DemoOptions, run_demo, score_table
 from layalign.experiments.demo.sentences import FOLDER, KINDS, sentences
 from layalign.experiments.real import load_settings
@@ -168,28 +166,6 @@ def test_other_frozen_parts_are_told_on_the_page(folders: tuple[Path, Path], tmp
     notes = models.load(checkpoint, changed).notes
     assert len(notes) == 1 and "the llm" in notes[0] and "is not the one that was there" in notes[0]
     assert models.load(checkpoint, weights).notes == []
-
-
-# The LLM alone
-
-
-def test_the_llm_alone_is_asked_as_elsewhere(folders: tuple[Path, Path]) -> None:
-    """Reading what the prompts share once changes neither a token nor a log-probability."""
-    parts = {name: str(folders[0] / name) for name in ("encoder", "llm")}
-    llm, tokenizer = load_llm(parts["llm"]).double(), load_tokenizers(**parts)[1]
-    shown = [pair for rows in sentences("examples").values() for pair in rows]
-    alone = llm_alone(llm, tokenizer, examples=shown, max_new_tokens=12, max_prompt_length=4096)
-    asked = {
-        name: rows for name, rows in sentences("test", 3).items() if name in ("German", "Swahili", "Telugu", "Thai")
-    }
-    counted: list[int] = []
-    found = few_shot_answers(alone, asked, counted.append)
-    assert sum(counted) == 12 and list(found) == list(asked)
-    for name, rows in asked.items():
-        assert [answer.text for answer in found[name]] == alone(rows), name
-        likely = target_log_probs(llm, alone.collator, rows)
-        assert [answer.tokens for answer in found[name]] == [count for _, count in likely]
-        assert [answer.log_prob for answer in found[name]] == pytest.approx([value for value, _ in likely])
 
 
 # Training

@@ -15,7 +15,7 @@ from layalign import LayAlignForCausalLM
 from layalign.data import Example, LayAlignCollator
 from layalign.data.prompts import few_shot_prompt
 from layalign.errors import ArgumentError, NonFiniteError
-from layalign.evaluation import llm_alone
+from layalign.evaluation import likelihood, llm_alone
 from layalign.evaluation.likelihood import best_label, choice_log_probs, right_ones, target_log_probs
 
 ENCODER, TEXT = byte_tokenizer(eos=True), byte_tokenizer()
@@ -124,6 +124,28 @@ def test_an_llm_with_examples_in_its_prompt() -> None:
         alone([Example("tano", "b", "Swahili")])
     others = llm_alone(model, tokenizer, examples=SHOTS[1:], max_new_tokens=3)
     assert alone.fingerprint != others.fingerprint != llm_alone(model, tokenizer, max_new_tokens=3).fingerprint
+
+
+@pytest.mark.parametrize("llm", ["llama", "gpt2", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("longest", [512, 60])  # the second cuts prompts at their start, so that they share none
+def test_examples_are_read_once(llm: str, longest: int) -> None:
+    model, tokenizer = tiny_llm(llm, seed=8, vocab_size=SIZE).double(), byte_tokenizer(bos=True)
+    settings: dict[str, Any] = {"examples": SHOTS, "max_new_tokens": 8, "max_prompt_length": longest}
+    alone, usual = llm_alone(model, tokenizer, **settings), llm_alone(model, tokenizer, do_sample=False, **settings)
+    sources = ["moja", "m", "kumi na nane na tisa"]
+    asked = [Example(source, "yes and no"[: 2 + place], "Swahili") for place, source in enumerate(sources)]
+    read: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, output: read.append(args[0].numel()))
+    answers, wanted = alone(asked), usual(asked)
+    assert answers == wanted and (len(set(answers)) > 1 or longest == 60)
+    found, one_pass = target_log_probs(model, alone.collator, asked), likelihood._targets(model, alone.collator, asked)
+    assert [count for _, count in found] == [count for _, count in one_pass]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in one_pass], abs=1e-9)
+    read.clear()
+    alone(asked)
+    whole = alone.collator.contexts(asked)["input_ids"].numel()
+    shares = llm in ("llama", "gpt2") and longest == 512  # the others have windows
+    assert (sum(read[:2]) < 0.7 * whole) == shares
 
 
 class Written(torch.nn.Module):

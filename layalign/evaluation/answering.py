@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from layalign._versions import generation_cache_name
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.lengths import positions
 from layalign.data.prompts import few_shot_prompt, one_line
 from layalign.data.readers import by_language
 from layalign.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
+from layalign.evaluation.shared_start import read_start
 from layalign.finite import generate_finite
 from layalign.generation import SourceGenerationMixin
 from layalign.packing import IGNORE_INDEX, real_positions
@@ -188,10 +190,15 @@ class LlmAnswers:
         contexts = self.collator.contexts(examples)
         batch = {name: contexts[name].to(device) for name in ("input_ids", "attention_mask")}
         options, end = dict(self.options), self.collator.end
-        if end is not None and options.get("num_beams", 1) == 1:
-            stop = StopStrings(tokenizer, [end], batch["input_ids"].shape[1])
-            options["stopping_criteria"] = StoppingCriteriaList([stop, *options.get("stopping_criteria", ())])
         with evaluation_mode(self.llm), torch.no_grad():
+            if self._shares():
+                batch, cache = read_start(self.llm, batch)
+                if cache is not None:
+                    options[generation_cache_name()] = cache
+                    del batch["position_ids"]  # generate makes its own
+            if end is not None and options.get("num_beams", 1) == 1:
+                stop = StopStrings(tokenizer, [end], batch["input_ids"].shape[1])
+                options["stopping_criteria"] = StoppingCriteriaList([stop, *options.get("stopping_criteria", ())])
             limit = self.collator.llm_positions, self.collator.llm_positions_end
             answers = _generate(self.llm, tokenizer, batch, self.max_new_tokens, options, limit)
         if end is not None:
@@ -203,6 +210,14 @@ class LlmAnswers:
             ]
         self.last_cut = _with_answers(self.collator.last_cut, answers)
         return [answer.text for answer in answers]
+
+    def _shares(self) -> bool:
+        """Whether the examples before all questions are read once: for the plain greedy search with a growing cache."""
+        settings = getattr(self.llm, "generation_config", None)
+        if settings is None or self.options or not self.collator.shots:
+            return False
+        asked = [getattr(settings, name, None) for name in ("num_beams", "cache_implementation", "use_cache")]
+        return asked[0] in (None, 1) and asked[1] is None and asked[2] is not False
 
 
 def llm_alone(

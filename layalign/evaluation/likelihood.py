@@ -24,6 +24,7 @@ from layalign.data.examples import Example
 from layalign.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
 from layalign.evaluation.answering import device_of, evaluation_mode
 from layalign.evaluation.measures import NATS, OTHER, group_size
+from layalign.evaluation.shared_start import read_start
 from layalign.packing import IGNORE_INDEX, real_positions
 
 LABELS = "labels"  # measured by the scorers that choose a label by likelihood
@@ -51,19 +52,29 @@ def target_log_probs(model: Any, collator: Any, examples: Sequence[Example], bat
     found: list[LogProb] = [(nan, 0)] * len(examples)
     with evaluation_mode(model), torch.no_grad():
         for numbers in _batches(examples, batch_size):
-            batch = _call(model, collator([examples[i] for i in numbers]))
-            labels = batch.pop("labels", None)
-            if labels is None:
-                raise ArgumentError("collator: expected one with targets, this one was made with with_targets=False")
-            _check_room(collator, [examples[i] for i in numbers], batch["attention_mask"].sum(1).tolist())
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # position t predicts token t + 1
-            keep = labels.shape[1] - int((targets != IGNORE_INDEX).any(0).int().argmax())
-            logits = model(**batch, logits_to_keep=keep, use_cache=False).logits  # (B, keep, V)
-            rows = _row_sums(logits, targets[:, -keep:])
+            own = [examples[i] for i in numbers]
+            if getattr(collator, "shots", None):  # which are then read once
+                ids = [collator.continuations(example, [example.target]) for example in own]
+                rows = [value for _, _, value in _after_contexts(model, collator, own, ids)]
+            else:
+                rows = _targets(model, collator, own)
             for i, row in zip(numbers, rows, strict=True):
                 found[i] = row
     _require_finite(examples, [value for value, _ in found], found)
     return found
+
+
+def _targets(model: Any, collator: Any, examples: Sequence[Example]) -> list[LogProb]:
+    """What `target_log_probs` gives for a batch, in one pass."""
+    batch = _call(model, collator(examples))
+    labels = batch.pop("labels", None)
+    if labels is None:
+        raise ArgumentError("collator: expected one with targets, this one was made with with_targets=False")
+    _check_room(collator, examples, batch["attention_mask"].sum(1).tolist())
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # position t predicts token t + 1
+    keep = labels.shape[1] - int((targets != IGNORE_INDEX).any(0).int().argmax())
+    logits = model(**batch, logits_to_keep=keep, use_cache=False).logits  # (B, keep, V)
+    return _row_sums(logits, targets[:, -keep:])
 
 
 def choice_log_probs(
@@ -110,8 +121,15 @@ def _after_contexts(
     before = contexts["attention_mask"]
     lengths = before.sum(1).tolist()
     _check_room(collator, examples, [n + max(map(len, rows), default=0) for n, rows in zip(lengths, ids, strict=True)])
-    output = model(**contexts, use_cache=True, logits_to_keep=1)
-    cache, name, last = cache_of(output), cache_name(model.forward), output.logits  # (B, 1, V)
+    name, inputs = cache_name(model.forward), contexts
+    if getattr(collator, "shots", None):
+        contexts, start = read_start(model, contexts)
+        inputs, before = contexts, contexts["attention_mask"]
+        if start is not None:
+            own = {key: contexts[key][:, start.get_seq_length() :] for key in ("input_ids", "position_ids")}
+            inputs = {**own, "attention_mask": before, name: start}
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    cache, last = cache_of(output), output.logits  # (B, 1, V)
     for place in range(max(map(len, ids))):
         rows = [row[place] if place < len(row) else [] for row in ids]
         width = max(map(len, rows))

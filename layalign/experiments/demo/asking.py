@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from layalign.data import Example, LayAlignCollator
-from layalign.evaluation.answering import ModelAnswers
+from layalign.evaluation.answering import LlmAnswers, ModelAnswers
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.evaluation.translation import translation_scores
 from layalign.experiments.demo.models import Joined
@@ -65,6 +65,24 @@ def layalign_answers(
         for (language, _), text, (log_prob, tokens) in zip(rows, ask(examples), likely, strict=True):
             found[language].append(Answer((text or "").strip(), log_prob, tokens))
         advance(len(rows))
+    return found
+
+
+def llm_answers(
+    alone: LlmAnswers, questions: Mapping[str, Sequence[Example]], advance: Callable[[int], None] = lambda count: None
+) -> dict[str, list[Answer]]:
+    """Answers of an LLM with examples in its prompt, language by language, so that these are read once.
+
+    Args:
+        alone: what `llm_alone` returns.
+        questions, advance: as for `layalign_answers`.
+    """
+    found = {}
+    for language, examples in questions.items():
+        likely = target_log_probs(alone.llm, alone.collator, examples, len(examples))
+        texts = alone(examples)
+        found[language] = [Answer(text or "", *pair) for text, pair in zip(texts, likely, strict=True)]
+        advance(len(examples))
     return found
 
 

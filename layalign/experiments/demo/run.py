@@ -24,8 +24,7 @@ from layalign.errors import whole_number
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.levels import resource_level
 from layalign.experiments.demo import live, models
-from layalign.experiments.demo.asking import Answer, Score, layalign_answers, score
-from layalign.experiments.demo.few_shot import few_shot_answers
+from layalign.experiments.demo.asking import Answer, Score, layalign_answers, llm_answers, score
 from layalign.experiments.demo.looks import inside
 from layalign.experiments.demo.sentences import sentences
 
@@ -145,7 +144,7 @@ def _ask(
             joined.model.llm, joined.llm_tokenizer, examples=examples, max_new_tokens=_LONGEST_ANSWER,
             max_prompt_length=_LONGEST_PROMPT,
         )  # fmt: skip
-        by_itself = few_shot_answers(alone, questions, advance)
+        by_itself = llm_answers(alone, questions, advance)
     with phases.counting(f"{SYSTEMS['layalign']}: the same sentences", count) as advance:
         return {"llm": by_itself, "layalign": layalign_answers(joined, questions, _LONGEST_ANSWER, advance)}
 
