@@ -35,6 +35,7 @@ from layalign.training.runs import RUN_FILE
 
 CHOICE, TRAINED, RESULT = "choice.json", "trained.json", "result.json"
 SAVE_STEPS = 50
+LONGEST_PROMPT = 2048  # tokens: five examples in a script that the LLM's tokenizer cuts into bytes
 
 
 def run_folder(folder: Path, system: str, seed: int) -> Path:
@@ -277,7 +278,9 @@ def asked(
     if rate is None:
         llm = AutoModelForCausalLM.from_pretrained(Path(settings.weights) / "llm", dtype=settings.dtype).eval()
         shots = [shot for group in data.shots.values() for shot in group[: system.shots]]
-        alone = llm_alone(llm, tokenizers[1], examples=shots, max_new_tokens=settings.max_new_tokens)
+        alone = llm_alone(
+            llm, tokenizers[1], examples=shots, max_new_tokens=settings.max_new_tokens, max_prompt_length=LONGEST_PROMPT
+        )
         return alone, alone.collator
     model = load_run(settings, work_folder(folder, system.name, seed, rate))
     likely, writes = collators(model, tokenizers, "task" if system.reads_text else "translation")
