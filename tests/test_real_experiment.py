@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_training import save_parts
 from transformers import AutoModel
 
@@ -276,6 +277,23 @@ def test_a_run_that_was_cut_off_goes_on(world: Path, tmp_path: Path, done: tuple
     assert runs.train_run(runs.translation(settings, system, data), tmp_path, 0) == again
 
 
+def test_small_files_alone_are_gone_on_with(
+    world: Path, tmp_path: Path, done: tuple[RealSettings, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, folder = done
+    data, system = read_data(settings), settings.system("mindmerger-soft")
+    shutil.copytree(folder / "runs/mindmerger-soft", tmp_path / "runs/mindmerger-soft")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_train", None)  # nothing is trained for what is done
+        again = runs.test_run(settings, system, data, tmp_path, 0)
+    assert again == json.loads((folder / "runs/mindmerger-soft/seed-0/result.json").read_text())
+    stage = runs.translation(settings, system, data)
+    files = [runs.trained_folder(stage, each, 0) / "model.safetensors" for each in (tmp_path, folder)]
+    again, first = map(load_file, files)
+    assert files[0].is_relative_to(tmp_path) and again.keys() == first.keys()
+    assert all(torch.equal(tensor, first[name]) for name, tensor in again.items())
+
+
 def test_runs_of_other_settings_are_refused(world: Path, done: tuple[RealSettings, Path]) -> None:
     _, folder = done
     with pytest.raises(ArgumentError, match="was made with other settings"):
@@ -289,8 +307,8 @@ def test_parts_taken_away(world: Path, done: tuple[RealSettings, Path]) -> None:
     settings, folder = done
     data, system = read_data(settings), settings.system("layalign-all")
     found = ablation.ablate_run(settings, system, data, folder, 0)
-    rate = json.loads((folder / "runs/layalign-all/choice.json").read_text())["chosen"]
-    answers, collator = runs.asked(settings, system, data, folder, 0, rate)
+    checkpoint = runs.trained_folder(runs.translation(settings, system, data), folder, 0)
+    answers, collator = runs.asked(settings, system, data, checkpoint)
     model, pairs = answers.model, [pair for group in data.test.values() for pair in group[: ablation.PER_LANGUAGE]]
 
     def nats(**changes: torch.Tensor) -> float:

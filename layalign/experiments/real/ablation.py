@@ -22,9 +22,8 @@ from layalign.experiments.real.runs import (
     read_by,
     run_folder,
     tokenizers_of,
-    train_run,
+    trained_folder,
     translation,
-    work_folder,
     write_done,
 )
 from layalign.experiments.real.settings import RealSettings, RealSystem
@@ -55,12 +54,12 @@ def ablate_run(settings: RealSettings, system: RealSystem, data: RealData, folde
         weights" the mean of the mix's absolute weights, keys and values apart.
     """
     place, mark = run_folder(folder, system.name, seed), settings.test_fingerprint(system, data.test_mark)
-    rate = train_run(translation(settings, system, data), folder, seed)["learning_rate"]
+    if (done := read_done(place / ABLATION, mark)) is not None:
+        return done
+    checkpoint = trained_folder(translation(settings, system, data), folder, seed)
     with held(place, "output"):
-        if (done := read_done(place / ABLATION, mark)) is not None:
-            return done
         log(folder, "ablation", system=system.name, seed=seed)
-        model = load_run(settings, work_folder(folder, system.name, seed, rate))
+        model = load_run(settings, checkpoint)
         collator, _ = collators(model, tokenizers_of(settings), "task" if system.reads_text else "translation")
         pairs = [pair for group in data.test.values() for pair in group[:PER_LANGUAGE]]
         found = ablate(model, collator, read_by(system, pairs))

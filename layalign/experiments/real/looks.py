@@ -16,9 +16,8 @@ from layalign.experiments.real.runs import (
     load_run,
     run_folder,
     tokenizers_of,
-    train_run,
+    trained_folder,
     translation,
-    work_folder,
     write_done,
 )
 from layalign.experiments.real.settings import RealSettings, RealSystem
@@ -35,12 +34,11 @@ def look_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
         Under "encoder retrieval" what :func:`layalign.analysis.encoder_layers.encoder_retrieval` gives.
     """
     place, mark = run_folder(folder, system.name, seed), settings.test_fingerprint(system, data.test_mark)
-    rate = train_run(translation(settings, system, data), folder, seed)["learning_rate"]
+    if (done := read_done(place / LOOKS, mark)) is not None:
+        return done
+    checkpoint = trained_folder(translation(settings, system, data), folder, seed)
     with held(place, "output"):
-        if (done := read_done(place / LOOKS, mark)) is not None:
-            return done
         log(folder, "looks", system=system.name, seed=seed)
-        checkpoint = work_folder(folder, system.name, seed, rate)
         model, tokenizers = load_run(settings, checkpoint), tokenizers_of(settings)
         shown = {language_name(code): group[:PER_LANGUAGE] for code, group in data.test.items()}
         with tempfile.TemporaryDirectory() as pairs:

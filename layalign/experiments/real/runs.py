@@ -237,6 +237,16 @@ def train_run(stage: Stage, folder: Path, seed: int) -> dict[str, Any]:
         return write_done(path, stage.mark, {"system": name, "seed": seed, **found})
 
 
+def trained_folder(stage: Stage, folder: Path, seed: int) -> Path:
+    """Where a run's trained weights are; trained again where its small files alone are there, as in a clone."""
+    rate = train_run(stage, folder, seed)["learning_rate"]
+    place = work_folder(folder, stage.system.name, seed, rate, stage.suffix)
+    if not (place / RUN_FILE).is_file():
+        with held(run_folder(folder, stage.system.name, seed), "output"):
+            _train(stage, folder, seed, rate, stage.steps)
+    return place
+
+
 def load_run(settings: RealSettings, checkpoint: Path, **config: Any) -> LayAlignForCausalLM:
     """The model of a trained run, with fields of its configuration changed."""
     kwargs = {"dtype": settings.dtype}
@@ -246,19 +256,16 @@ def load_run(settings: RealSettings, checkpoint: Path, **config: Any) -> LayAlig
 
 def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
     """What a system does on the test sentences, trained before where it trains; every sentence's values."""
-    mark = settings.test_fingerprint(system, data.test_mark)
-    rate = None
-    if system.trains:
-        rate = train_run(translation(settings, system, data), folder, seed)["learning_rate"]
-    place = run_folder(folder, system.name, seed)
+    mark, place = settings.test_fingerprint(system, data.test_mark), run_folder(folder, system.name, seed)
+    if (done := read_done(place / RESULT, mark)) is not None:
+        return done
+    checkpoint = trained_folder(translation(settings, system, data), folder, seed) if system.trains else None
     with held(place, "output"):
-        if (done := read_done(place / RESULT, mark)) is not None:
-            return done
         log(folder, "test", system=system.name, seed=seed)
         started = time.process_time()
         domains = {"tatoeba": data.test, "ntrex": data.other_domain}
         found: dict[str, Any] = {domain: {} for domain in domains}
-        answers, collator = asked(settings, system, data, folder, seed, rate)
+        answers, collator = asked(settings, system, data, checkpoint)
         shown = {shot.language for group in data.shots.values() for shot in group}
         for domain, groups in domains.items():
             for code, pairs in groups.items():
@@ -271,18 +278,18 @@ def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
 
 
 def asked(
-    settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int, rate: float | None
+    settings: RealSettings, system: RealSystem, data: RealData, checkpoint: Path | None
 ) -> tuple[ModelAnswers | LlmAnswers, Any]:
-    """(what writes, the collator of likelihoods)."""
+    """(what writes, the collator of likelihoods); the LLM alone where there is no checkpoint."""
     tokenizers = tokenizers_of(settings)
-    if rate is None:
+    if checkpoint is None:
         llm = AutoModelForCausalLM.from_pretrained(Path(settings.weights) / "llm", dtype=settings.dtype).eval()
         shots = [shot for group in data.shots.values() for shot in group[: system.shots]]
         alone = llm_alone(
             llm, tokenizers[1], examples=shots, max_new_tokens=settings.max_new_tokens, max_prompt_length=LONGEST_PROMPT
         )
         return alone, alone.collator
-    model = load_run(settings, work_folder(folder, system.name, seed, rate))
+    model = load_run(settings, checkpoint)
     likely, writes = collators(model, tokenizers, "task" if system.reads_text else "translation")
     return ModelAnswers(model, writes, settings.max_new_tokens), likely
 

@@ -30,9 +30,8 @@ from layalign.experiments.real.runs import (
     steps_of,
     token_counts,
     tokenizers_of,
-    train_run,
+    trained_folder,
     translation,
-    work_folder,
     write_done,
 )
 from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
@@ -121,9 +120,8 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
     def start(seed: int) -> dict[str, Any]:
         if before is None:
             return {}
-        rate = train_run(before, folder, seed)["learning_rate"]
         tokenizers = dict(zip(("encoder_tokenizer", "llm_tokenizer"), tokenizers_of(settings), strict=True))
-        checkpoint = work_folder(folder, before.system.name, seed, rate)
+        checkpoint = trained_folder(before, folder, seed)
         return {"model": load_run(settings, checkpoint, **_changes(system)), **tokenizers}
 
     values = {key: value for key, value in asdict(task).items() if key not in ("systems", "seeds")}
@@ -174,14 +172,11 @@ def task_run(
         "right".
     """
     place, own = run_folder(folder, system.name, seed), stage(settings, system, data, text, folder)
-    checkpoint = None
-    if system.trains:
-        rate = train_run(own, folder, seed)["learning_rate"]
-        checkpoint = work_folder(folder, system.name, seed, rate, SUFFIX)
     path = place / named(RESULT, SUFFIX)
+    if (done := read_done(path, own.mark)) is not None:
+        return done
+    checkpoint = trained_folder(own, folder, seed) if system.trains else None
     with held(place, "output"):
-        if (done := read_done(path, own.mark)) is not None:
-            return done
         log(folder, f"test{SUFFIX}", system=system.name, seed=seed)
         if checkpoint is None:
             llm = AutoModelForCausalLM.from_pretrained(Path(settings.weights) / "llm", dtype=settings.dtype).eval()
