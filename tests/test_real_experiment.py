@@ -355,7 +355,7 @@ def test_a_run_is_looked_into(world: Path, done: tuple[RealSettings, Path]) -> N
     assert [entry["step"] for entry in result.gate_history] == [0, 2, 4]
     # The encoder's layers by hand: means over all tokens, without the language's own mean.
     encoder, (tokenizer, _) = AutoModel.from_pretrained(world / "weights/encoder").eval(), runs.tokenizers_of(settings)
-    encoder, means = encoder.get_encoder() if hasattr(encoder, "encoder") else encoder, []
+    encoder, means, tokens = encoder.get_encoder() if hasattr(encoder, "encoder") else encoder, [], []
     for side in ("source", "target"):
         states = []
         for pair in data.test["swh"][:3]:
@@ -363,10 +363,18 @@ def test_a_run_is_looked_into(world: Path, done: tuple[RealSettings, Path]) -> N
             with torch.no_grad():
                 hidden = encoder(ids, output_hidden_states=True).hidden_states
             states.append(torch.stack([layer[0].mean(0) for layer in hidden]))
+            tokens += [torch.cat(hidden)] if side == "source" else []
         means.append(torch.stack(states) - torch.stack(states).mean(0))
     near = torch.einsum("ied,jed->eij", *[torch.nn.functional.normalize(side, dim=-1) for side in means])
     right = (near.argmax(-1) == torch.arange(3)).float().mean(-1)
     assert found["encoder retrieval"]["Swahili"] == pytest.approx(right.tolist())
+    middle = torch.cat(tokens, dim=1).mean(1, keepdim=True)
+    cosines: list[torch.Tensor] = []
+    for sentence in tokens:
+        unit = torch.nn.functional.normalize(sentence - middle, dim=-1)
+        for i in range(unit.shape[1]):
+            cosines += [(unit[:, i] * unit[:, j]).sum(-1) for j in range(unit.shape[1]) if j != i]
+    assert found["token likeness"]["Swahili"] == pytest.approx(torch.stack(cosines).mean(0).tolist(), abs=1e-5)
 
 
 # The task stage

@@ -8,7 +8,7 @@ from typing import Any
 
 from layalign._lock import held
 from layalign.analysis import analyze
-from layalign.analysis.encoder_layers import encoder_retrieval
+from layalign.analysis.encoder_layers import encoder_retrieval, token_likeness
 from layalign.data import Example
 from layalign.experiment.runs import log, read_done
 from layalign.experiments.real.data import RealData, language_name
@@ -31,7 +31,7 @@ def look_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
 
     Returns:
         Under "analysis" what :meth:`layalign.analysis.AnalysisResult.to_dict` gives, without attention and settings.
-        Under "encoder retrieval" what :func:`layalign.analysis.encoder_layers.encoder_retrieval` gives.
+        Under "encoder retrieval" and "token likeness" what the two functions of that name give.
     """
     place, mark = run_folder(folder, system.name, seed), settings.test_fingerprint(system, data.test_mark)
     if (done := read_done(place / LOOKS, mark)) is not None:
@@ -48,8 +48,9 @@ def look_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
         found = result.to_dict()
         # Neither a sentence nor a path: the file is for whoever wants to check, on any machine.
         found["attention"], found["settings"] = None, {}
-        retrieval = encoder_retrieval(model.encoder, tokenizers[0], shown)
-        return write_done(place / LOOKS, mark, {"analysis": found, "encoder retrieval": retrieval}, indent=None)
+        of_encoder = model.encoder, tokenizers[0], shown
+        layers = {"encoder retrieval": encoder_retrieval(*of_encoder), "token likeness": token_likeness(*of_encoder)}
+        return write_done(place / LOOKS, mark, {"analysis": found, **layers}, indent=None)
 
 
 def _files(folder: Path, examples: dict[str, list[Example]]) -> dict[str, Path]:

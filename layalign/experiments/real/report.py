@@ -241,14 +241,17 @@ def parts(found: dict[str, Any]) -> bytes | None:
 
 
 def layers(system: dict[str, Any]) -> bytes:
-    """By encoder layer: retrieval of English, mean absolute mix weight, and nats lost without the layer."""
+    """By encoder layer: retrieval of English, how alike a sentence's tokens are, mix weight, nats lost without it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    one, two, three = figure.subplots(1, 3)
-    retrieval = list(system["looks"]["encoder retrieval"].values())
-    one.plot([100 * sum(column) / len(retrieval) for column in zip(*retrieval, strict=True)], marker="o", markersize=3)
-    one.set(title="finds its English", ylabel="% of sentences, mean of the languages", ylim=(0, 100))
+    figure = Figure(figsize=(13, 3), layout="constrained")
+    zero, one, two, three = figure.subplots(1, 4)
+    for axis, name, factor in ((zero, "encoder retrieval", 100), (one, "token likeness", 1)):
+        rows = list(system["looks"][name].values())
+        means = [factor * sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        axis.plot(means, marker="o", markersize=3)
+    zero.set(title="finds its English", ylabel="% of sentences", ylim=(0, 100))
+    one.set(title="its tokens are alike", ylabel="cosine within a sentence", ylim=(None, 1))
     lost = system["ablation"]["encoder layers"]
     numbers = [int(layer) for layer in lost]
     for name, values in system["ablation"]["encoder layer weights"].items():
@@ -257,7 +260,7 @@ def layers(system: dict[str, Any]) -> bytes:
     two.legend()
     three.bar(numbers, [value - system["ablation"]["whole"] for value in lost.values()])
     three.set(title="is missed", ylabel="nats a token lost without")
-    for axis in (one, two, three):
+    for axis in (zero, one, two, three):
         axis.set(xlabel="encoder layer (0: embeddings)")
         axis.grid(alpha=0.3)
     return _png(figure)
