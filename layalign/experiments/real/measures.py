@@ -7,7 +7,7 @@ from typing import Any
 
 from layalign.data import Example, LayAlignCollator
 from layalign.evaluation.answering import LlmAnswers, ModelAnswers
-from layalign.evaluation.likelihood import choice_log_probs, right_ones
+from layalign.evaluation.likelihood import LogProb, choice_log_probs, right_ones, target_log_probs
 from layalign.evaluation.translation import translation_scores
 from layalign.experiments.real.settings import RealSettings
 
@@ -15,7 +15,7 @@ BATCH = 50
 
 
 def measure(
-    settings: RealSettings, answers: ModelAnswers | LlmAnswers, collator: Any, pairs: Sequence[Example], write: bool
+    settings: RealSettings, answers: ModelAnswers | LlmAnswers, collator: Any, pairs: Sequence[Example], closely: bool
 ) -> dict[str, Any]:
     """Everything that is measured of one language's test sentences.
 
@@ -23,37 +23,39 @@ def measure(
         answers: what writes translations, and whose model is asked for likelihoods.
         collator: of the likelihoods.
         pairs: the sentences, as the system reads them.
-        write: whether translations are written; of the first ``written_per_language``.
+        closely: whether the first ``written_per_language`` of them are also answered, and compared with one another.
 
     Returns:
         Lists with an entry per sentence: under "nats" the log-probability of the reference given its source, summed
-        over its tokens, with the sign turned; under "nats_other" the same given the source of the group's next
-        sentence; under "tokens" the number of tokens; under "right" whether its source finds it among its group's
-        (`layalign.evaluation.likelihood.right_ones`); under "written" and "chrf" the translations and their chrF
-        statistics. Groups are of ``right_one_of`` sentences in the order given; what is left at the end joins the last.
+        over its tokens, with the sign turned; under "tokens" the number of tokens. Of those that are looked at closely,
+        under "nats_other" the first given the source of the group's next sentence; under "right" whether its source
+        finds it among its group's (`layalign.evaluation.likelihood.right_ones`); under "written" and "chrf" the
+        translations and their chrF statistics. Groups are of ``right_one_of`` sentences in the order given; what is
+        left at the end joins the last.
     """
     model = answers.model if isinstance(answers, ModelAnswers) else answers.llm
-    found: dict[str, Any] = {"nats": [], "nats_other": [], "tokens": [], "right": []}
-    groups = _groups(pairs, settings.right_one_of)
-    choices = [[other.target for other in group] for group in groups for _ in group]
-    flat = iter(choice_log_probs(model, collator, pairs, choices, batch_size=BATCH))
-    for group in groups:
-        table = [next(flat) for _ in group]
-        sums = [[value for value, _ in row] for row in table]
-        found["right"] += right_ones(sums, [pair.target for pair in group])
-        for i in range(len(group)):
-            found["nats"].append(round(-sums[i][i], 4))
-            found["nats_other"].append(round(-sums[(i + 1) % len(group)][i], 4))
-            found["tokens"].append(table[i][i][1])
-    if write:
-        chosen = list(pairs[: settings.written_per_language])
+    chosen = list(pairs[: settings.written_per_language]) if closely else []
+    own: list[LogProb] = []
+    found: dict[str, Any] = {}
+    if chosen:
+        groups = _groups(chosen, settings.right_one_of)
+        choices = [[other.target for other in group] for group in groups for _ in group]
+        flat = iter(choice_log_probs(model, collator, chosen, choices, batch_size=BATCH))
+        found = {"nats_other": [], "right": []}
+        for group in groups:
+            table = [next(flat) for _ in group]
+            sums = [[value for value, _ in row] for row in table]
+            found["right"] += right_ones(sums, [pair.target for pair in group])
+            found["nats_other"] += [round(-sums[(i + 1) % len(group)][i], 4) for i in range(len(group))]
+            own += [row[i] for i, row in enumerate(table)]
         texts: list[str] = []
         for start in range(0, len(chosen), BATCH):
             texts += [(text or "").strip() for text in answers(chosen[start : start + BATCH])]
         found["written"] = texts
         scores = translation_scores(texts, [pair.target for pair in chosen], ("chrf",))
         found["chrf"] = scores["statistics"]["chrf"].tolist()
-    return found
+    own += target_log_probs(model, collator, pairs[len(chosen) :], batch_size=BATCH)
+    return {"nats": [round(-value, 4) for value, _ in own], "tokens": [count for _, count in own], **found}
 
 
 def _groups(pairs: Sequence[Example], size: int) -> list[list[Example]]:

@@ -30,14 +30,6 @@ from layalign.experiments.real.task import SUFFIX
 from layalign.experiments.real.task import system_of as task_system
 
 RESAMPLES, TAILS = 1000, (0.025, 0.975)
-# Name, what it is, and whether more is better.
-MEASURES = {
-    "nats": ("nats a token of the reference", False),
-    "nats_other": ("the same with another sentence's source", True),
-    "gain": ("nats a token that the right source is worth", True),
-    "right": ("right one of N, %", True),
-    "chrf": ("chrF of what is written", True),
-}
 DOMAINS = ("tatoeba", "ntrex")
 _OF_TRAINING = ("learning_rate", "losses", "dev_losses", "trained_parameters", "versions")
 
@@ -76,37 +68,48 @@ def collect(settings: RealSettings, folder: Path) -> dict[str, dict[int, dict[st
 class _Scores:
     """One run's measures of one language: its value, and that of each resample."""
 
-    def __init__(self, values: Mapping[str, Any], draws: Any, count: int) -> None:
+    def __init__(self, values: Mapping[str, Any], draws: Any) -> None:
         # draws (R, n): how often each sentence is drawn; the row before the first is every sentence once.
-        weights = np.vstack([np.ones(count, dtype=np.int64), draws])
+        weights = np.vstack([np.ones_like(draws[:1]), draws])
+
+        def sums(of: Any) -> Any:  # of the first sentences, where not all were looked at
+            return weights[:, : len(of)] @ np.asarray(of, dtype=np.float64)
+
         self.found = {}
         if "nats" in values:
-            tokens = weights @ np.asarray(values["tokens"])
-            for name in ("nats", "nats_other"):
-                self.found[name] = weights @ np.asarray(values[name]) / tokens
-            self.found["gain"] = self.found["nats_other"] - self.found["nats"]
-        self.found["right"] = 100 * (weights @ np.asarray(values["right"], dtype=np.int64)) / weights.sum(1)
+            self.found["nats"] = sums(values["nats"]) / sums(values["tokens"])
+        if "nats_other" in values:
+            self.found["nats_other"] = sums(values["nats_other"]) / sums(values["tokens"][: len(values["nats_other"])])
+        if "right" in values:
+            self.found["right"] = 100 * sums(values["right"]) / sums(np.ones(len(values["right"])))
         if "chrf" in values:
-            written = np.asarray(values["chrf"], dtype=np.int64)
-            sums = weights[:, : len(written)] @ written
-            self.found["chrf"] = np.array([score_of("chrf", row) for row in sums])
+            self.found["chrf"] = np.array([score_of("chrf", row) for row in sums(values["chrf"])])
+
+
+def _counts(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Test sentences of a language that were looked at closely, and the others."""
+    close = len(values.get("right", ()))
+    return close, len(values.get("nats", values.get("right"))) - close
 
 
 def _draws(runs: Mapping[str, Mapping[int, Any]], domain: str) -> dict[str, Any]:
-    """By language (R, n): how often a resample draws each of the n sentences."""
-    counts: dict[str, int] = {}
+    """By language (R, n): how often a resample draws each of the n sentences, of either kind as many as there are."""
+    counts: dict[str, tuple[int, int]] = {}
     for of_system in runs.values():
         for run in of_system.values():
             for code, values in run[domain].items():
-                if counts.setdefault(code, len(values["right"])) != len(values["right"]):
+                if counts.setdefault(code, _counts(values)) != _counts(values):
                     raise ArgumentError(f"output: runs have different numbers of test sentences of {code}")
     generator = np.random.default_rng(0)
+
+    def drawn(n: int) -> Any:
+        return generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+
     if domain == "xnli":  # the same sentences in every language, which are drawn together
         if len(set(counts.values())) != 1:
             raise ArgumentError(f"output: runs have different numbers of test sentences in the languages, {counts}")
-        n = next(iter(counts.values()))
-        return dict.fromkeys(sorted(counts), generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES))
-    return {code: generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for code, n in sorted(counts.items())}
+        return dict.fromkeys(sorted(counts), drawn(sum(next(iter(counts.values())))))
+    return {code: np.hstack([drawn(n) for n in of_language if n]) for code, of_language in sorted(counts.items())}
 
 
 def _seed_weights(seeds: Sequence[int], generator: np.random.Generator) -> Any:
@@ -171,7 +174,7 @@ def _add(
     draws = _draws(runs, domain)
     scores = {
         name: {
-            seed: {code: _Scores(v, draws[code], len(v["right"])).found for code, v in run[domain].items()}
+            seed: {code: _Scores(v, draws[code]).found for code, v in run[domain].items()}
             for seed, run in of_system.items()
         }
         for name, of_system in runs.items()

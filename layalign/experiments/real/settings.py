@@ -125,7 +125,8 @@ class RealSettings:
         eval_steps: steps between two dev losses.
         dtype: of all weights and of all arithmetic.
         learning_rates: to choose from for each system, by dev loss after `choice_steps` with the first seed.
-        written_per_language: test sentences of a language that the model answers, for chrF.
+        written_per_language: test sentences of a language, from the first, that the model answers, for chrF, and
+            tells from one another.
         max_new_tokens: longest answer.
         right_one_of: sentences of a group in which the right one is to be found.
         seeds: of the parts that train and of the order of the batches. The data are the same for all.
