@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
@@ -15,13 +16,13 @@ pytest.importorskip("matplotlib")
 
 from layalign.baselines import BASELINES
 from layalign.cli import main
-from layalign.errors import ArgumentError
-from layalign.experiment import load_settings, preset_names
+from layalign.errors import ArgumentError, StoppedError
+from layalign.experiment import load_settings, preset_names, schedule
 from layalign.experiment.report import TABLES, accuracy_rows, picture, written_into
 from layalign.experiment.report import test_rows as difference_rows
 from layalign.experiment.results import corrected, mean_interval, members, paired, summarise
 from layalign.experiment.runs import PREPARED, RESULT, run_folder, seed_folder
-from layalign.experiment.schedule import run_all, tasks
+from layalign.experiment.schedule import Task, run_all, tasks
 from layalign.experiment.settings import ExperimentSettings, settings_from
 
 ROOT = Path(__file__).parent.parent
@@ -220,6 +221,20 @@ def test_an_experiment_goes_on_where_it_stopped(tmp_path: Path) -> None:
         run_all(two_systems(max_new_tokens=5), tmp_path)
     events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert events == ["start", "done", "start", "done"] + ["start", "done"] * 2
+
+
+def test_sigterm_to_a_run_ends_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def stopped(settings: ExperimentSettings, folder: Path, task: Task) -> float:
+        begun.append(task.name)
+        raise StoppedError("stopped by SIGTERM after step 1")
+
+    monkeypatch.setattr(schedule, "_work", stopped)
+    monkeypatch.setattr(schedule, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    with pytest.raises(StoppedError, match="after step 1"):
+        run_all(two_systems(), tmp_path)
+    assert begun == ["pre-training, seed 0"]
 
 
 def test_a_run_that_fails_is_logged_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from layalign.analysis.result import AnalysisResult
 from layalign.cli import main
 from layalign.data import Example
 from layalign.data.sentences import sentence_key
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, StoppedError
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.evaluation.translation import translation_scores
-from layalign.experiments.real import ablation, load_settings, looks, runs, task, text
+from layalign.experiments.real import ablation, load_settings, looks, runs, schedule, task, text
 from layalign.experiments.real.data import as_text, read_data
 from layalign.experiments.real.measures import _groups
 from layalign.experiments.real.report import PICTURES, TABLES, pictures, written_into
@@ -496,3 +497,18 @@ def test_a_run_that_fails_is_told(world: Path, tmp_path: Path) -> None:
     failed = run_all(settings, tmp_path, only=only, stage="translation", tell=lambda *each: told.append(each))
     assert failed == [("translation", "mindmerger-soft", 0), ("translation", "lora", 0)]
     assert [run for run, _ in told] == failed and all("none" in str(problem) for _, problem in told)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_sigterm_ends_all_of_it(jobs: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def stopped(settings: RealSettings, folder: Path, *run: Any) -> None:
+        begun.append(run[1])
+        raise StoppedError("stopped by SIGTERM after step 1")
+
+    monkeypatch.setattr(schedule, "_run", stopped)
+    monkeypatch.setattr(schedule, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
+    with pytest.raises(StoppedError, match="after step 1"):
+        run_all(settings_of(world), tmp_path, stage="translation", jobs=jobs)
+    assert begun[0] == "layalign-all" and len(begun) < 5

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layalign.errors import ArgumentError
+from layalign.errors import ArgumentError, StoppedError
 from layalign.experiment.settings import ExperimentSettings
 
 # Called with a finished task, its seconds, and what went wrong (None: nothing).
@@ -101,6 +101,7 @@ def run_all(
 
     Raises:
         ArgumentError: a system or seed is not in the settings, or the folder holds runs of other settings.
+        StoppedError: SIGTERM came to a run that trained; no other is begun.
     """
     if jobs < 1:
         raise ArgumentError(f"jobs: expected a number from 1, got {jobs}")
@@ -138,5 +139,7 @@ def _finish(folder: Path, future: Future[float], task: Task, failed: list[Task],
         return
     text = f"{type(problem).__name__}: {problem}"
     runs.log(folder, "failed", system=task.system, seed=task.seed, problem=text)
+    if isinstance(problem, StoppedError):
+        raise problem
     failed.append(task)
     tell(task, 0.0, text)

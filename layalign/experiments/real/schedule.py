@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from layalign._files import write_whole
-from layalign.errors import first_line, whole_number
+from layalign.errors import StoppedError, first_line, whole_number
 from layalign.experiment.schedule import _start as start_worker
 from layalign.experiments.real.data import read_data
 from layalign.experiments.real.settings import RealSettings
@@ -41,6 +41,7 @@ def run_all(
     Raises:
         ArgumentError: a system or seed is not in the settings, or there is no text.
         DataError: the text cannot be read.
+        StoppedError: SIGTERM came while a run trained; no other run is begun.
     """
     whole_number("jobs", jobs, least=1)
     waiting: list[Run] = settings.runs(only, seeds, stage)
@@ -58,6 +59,8 @@ def run_all(
         for run in waiting:
             try:
                 _run(settings, folder, *run)
+            except StoppedError:
+                raise
             except Exception as error:  # told, and the other runs go on
                 ended(run, error)
             else:
@@ -68,7 +71,11 @@ def run_all(
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=threads) as pool:
         pending = {pool.submit(_run, settings, folder, *run): run for run in waiting}
         for future in as_completed(pending):
-            ended(pending[future], future.exception())
+            problem = future.exception()
+            if isinstance(problem, StoppedError):
+                pool.shutdown(cancel_futures=True)
+                raise problem
+            ended(pending[future], problem)
     return failed
 
 
