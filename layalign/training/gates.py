@@ -51,7 +51,7 @@ def read_gates(folder: str | Path) -> list[dict[str, Any]]:
 class GateHistory(TrainerCallback):
     """Appends `{"step": n, "gates": [...]}` to `gates.jsonl` in the run's folder at every log, step 0 included.
 
-    Only the main process writes. A run that starts anew starts the file anew; a resumed one drops the lines behind the
+    Gates have six digits there. Only the main process writes. A run that starts anew starts the file anew; a resumed one drops the lines behind the
     step it resumes from. Nothing is written for a model without gates, or where a sharded gate cannot be read.
     """
 
@@ -76,7 +76,7 @@ class GateHistory(TrainerCallback):
 
     def _append(self, folder: Path, step: int, gates: list[float]) -> None:
         with writing(str(folder / FILE)), (folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "gates": gates}) + "\n")
+            file.write(json.dumps({"step": step, "gates": [float(f"{gate:.6g}") for gate in gates]}) + "\n")
         self._step = step
 
 

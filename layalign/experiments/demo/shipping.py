@@ -70,9 +70,10 @@ def ship(
     steps, scheduled = trained[system]["steps"], steps_of(settings, settings.system(system))
     taken = f"{steps:,}" if steps == scheduled else f"{steps:,} of {scheduled:,}"
     about = {
-        "what": f"{taken} steps of {settings.batch} pairs; dev loss, on pairs whose English is in no training pair.",
+        "what": f"{taken} steps of {settings.batch} pairs, learning rate {trained[system]['learning_rate']:g}; "
+        "dev loss, on pairs whose English is in no training pair.",
         "text": f"{sum(pairs.values()):,} sentence pairs of Tatoeba in {len(pairs)} languages, everyday sentences.",
-        "command": f"{COMMAND}, system {system}, seed {seed}, learning rate {trained[system]['learning_rate']:g}",
+        "command": f"{COMMAND} --only {system} --seeds {seed}",
         "pairs": dict(sorted(pairs.items())),
         # The last step stands there twice where a run was measured again at its end.
         "curves": {labels[name]: [list(p) for p in dict(one["dev_losses"]).items()] for name, one in trained.items()},
@@ -102,10 +103,12 @@ Adapter, aligner and gates: {count:,} trained parameters. They join two frozen m
 
 - **Use.** Translation of short everyday sentences into English, to show and to study the method: `layalign demo`, or
   `LayAlignForCausalLM.from_pretrained(folder, encoder=..., llm=...)` with both parts loaded from `layalign weights`.
-- **Training.** The translation stage only, by `{about["command"]}`. {about["what"]} Dev loss at the end
-  {dev_loss:.2f} nats a token; `about.json` has the curve.
-- **Text.** {about["text"]} `about.json` has their number by language. None of them is shipped. No pairs in
-  {", ".join(unseen)}, whose text the encoder read in its own training.
+- **Training.** The translation stage only, by `{about["command"]}`.
+  {about["what"]}
+  Dev loss at the end {dev_loss:.2f} nats a token; `about.json` has the curve.
+- **Text.** {about["text"]}
+  `about.json` has their number by language. None of them is shipped. No pairs in {", ".join(unseen)}, whose text the
+  encoder read in its own training.
 - **Limits.** A language model of 135 M parameters and a short training run: many answers are wrong, and fluent when
   they are. Long sentences, names and numbers suffer most. Not for use where a mistranslation matters. What the frozen
   models learned, biases included, comes along.
