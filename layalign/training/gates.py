@@ -51,8 +51,9 @@ def read_gates(folder: str | Path) -> list[dict[str, Any]]:
 class GateHistory(TrainerCallback):
     """Appends `{"step": n, "gates": [...]}` to `gates.jsonl` in the run's folder at every log, step 0 included.
 
-    Gates have six digits there. Only the main process writes. A run that starts anew starts the file anew; a resumed one drops the lines behind the
-    step it resumes from. Nothing is written for a model without gates, or where a sharded gate cannot be read.
+    Gates have six digits there. Only the main process writes. A run that starts anew starts the file anew; a resumed
+    one drops the lines behind the step it resumes from. Nothing is written for a model without gates, or where a
+    sharded gate cannot be read.
     """
 
     def __init__(self) -> None:
