@@ -359,7 +359,7 @@ def test_a_run_is_looked_into(world: Path, done: tuple[RealSettings, Path]) -> N
     encoder, means, tokens = encoder.get_encoder() if hasattr(encoder, "encoder") else encoder, [], []
     for side in ("source", "target"):
         states = []
-        for pair in data.test["swh"][:3]:
+        for pair in data.test["swh"]:
             ids = torch.tensor([tokenizer(getattr(pair, side)).input_ids])
             with torch.no_grad():
                 hidden = encoder(ids, output_hidden_states=True).hidden_states
@@ -367,7 +367,7 @@ def test_a_run_is_looked_into(world: Path, done: tuple[RealSettings, Path]) -> N
             tokens += [torch.cat(hidden)] if side == "source" else []
         means.append(torch.stack(states) - torch.stack(states).mean(0))
     near = torch.einsum("ied,jed->eij", *[torch.nn.functional.normalize(side, dim=-1) for side in means])
-    right = (near.argmax(-1) == torch.arange(3)).float().mean(-1)
+    right = (near.argmax(-1) == torch.arange(7)).float().mean(-1)
     assert found["encoder retrieval"]["Swahili"] == pytest.approx(right.tolist())
     middle = torch.cat(tokens, dim=1).mean(1, keepdim=True)
     cosines: list[torch.Tensor] = []

@@ -27,7 +27,7 @@ PER_LANGUAGE = 20
 
 
 def look_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
-    """Look at a trained run with the first sentences of every test language.
+    """Look at a trained run with the first sentences of every test language, and at its encoder with all of them.
 
     Returns:
         Under "analysis" what :meth:`layalign.analysis.AnalysisResult.to_dict` gives, without attention and settings.
@@ -48,7 +48,8 @@ def look_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
         found = result.to_dict()
         # Neither a sentence nor a path: the file is for whoever wants to check, on any machine.
         found["attention"], found["settings"] = None, {}
-        of_encoder = model.encoder, tokenizers[0], shown
+        # All sentences: of 20 nearly every layer finds the right one.
+        of_encoder = model.encoder, tokenizers[0], {language_name(code): group for code, group in data.test.items()}
         layers = {"encoder retrieval": encoder_retrieval(*of_encoder), "token likeness": token_likeness(*of_encoder)}
         return write_done(place / LOOKS, mark, {"analysis": found, **layers}, indent=None)
 
