@@ -281,7 +281,7 @@ def pictures(found: dict[str, Any]) -> dict[str, bytes]:
 
         result = _analysis(looked[0])
         made |= {
-            "layers": layers(looked[0]),
+            "layers": layers(looked[0]) if "ablation" in looked[0] else None,
             "mix": plots.mix_picture(result),
             "gates": plots.gate_picture(result),
             "similarity": plots.similarity_picture(result),
