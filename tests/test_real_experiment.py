@@ -467,6 +467,15 @@ def test_report_and_page(done: tuple[RealSettings, Path]) -> None:
     assert "5 runs are done." in page and "Swahili (unseen)" in page
 
 
+def test_the_page_is_that_of_the_committed_results() -> None:
+    root = Path(__file__).parent.parent
+    found = json.loads((root / "benchmarks/results/real/results.json").read_text(encoding="utf-8"))
+    page = (root / "docs/evidence.md").read_text(encoding="utf-8")
+    assert written_into(page, found) == page
+    for name in pictures(found):
+        assert (root / "docs/images" / f"evidence-{name}.png").is_file()
+
+
 def command(*words: str) -> Any:
     with pytest.raises(SystemExit) as end:
         main(["experiment", *words])

@@ -93,5 +93,6 @@ def _run(settings: RealSettings, folder: Path, stage: str, system: str, seed: in
             ablation.ablate_run(settings, each, data, folder, seed)
             looks.look_run(settings, each, data, folder, seed)
     except Exception as error:
-        runs.log(folder, "failed", stage=stage, system=system, seed=seed, problem=f"{type(error).__name__}: {error}")
+        problem = f"{type(error).__name__}: {error}".replace(f"{folder}/", "")  # the log says nothing of the machine
+        runs.log(folder, "failed", stage=stage, system=system, seed=seed, problem=problem)
         raise
