@@ -194,7 +194,12 @@ def state(found: dict[str, Any]) -> str:
     done = sum(len(system["seeds"]) for system in found["systems"].values())
     lines = [f"{done} runs are done."]
     if found["missing"]:
-        lines.append(f"Not run yet ({len(found['missing'])}): {'; '.join(found['missing'])}.")
+        seeds: dict[str, list[str]] = {}
+        for run in found["missing"]:
+            name, seed = run.removeprefix("translation, ").rsplit(", seed ", 1)
+            seeds.setdefault(name, []).append(seed)
+        runs = "; ".join(f"{name} ({', '.join(each)})" for name, each in seeds.items())
+        lines.append(f"Not run yet, with the seeds in brackets ({len(found['missing'])}): {runs}.")
     data = found["data"]
     lines.append(
         f"Trained on {data['train']['pairs']:,} pairs of {data['train']['languages']} languages; "
