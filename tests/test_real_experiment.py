@@ -278,6 +278,10 @@ def test_a_run_that_was_cut_off_goes_on(world: Path, tmp_path: Path, done: tuple
     assert runs.train_run(runs.translation(settings, system, data), tmp_path, 0) == again
 
 
+def chosen_rate(folder: Path) -> float:
+    return float(json.loads((folder / "runs/mindmerger-soft/choice.json").read_text())["chosen"])
+
+
 def test_small_files_alone_are_gone_on_with(
     world: Path, tmp_path: Path, done: tuple[RealSettings, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +293,7 @@ def test_small_files_alone_are_gone_on_with(
         again = runs.test_run(settings, system, data, tmp_path, 0)
     assert again == json.loads((folder / "runs/mindmerger-soft/seed-0/result.json").read_text())
     stage = runs.translation(settings, system, data)
+    runs._train(stage, tmp_path, 0, chosen_rate(tmp_path), 4)  # of 6: as if training again had been cut off
     files = [runs.trained_folder(stage, each, 0) / "model.safetensors" for each in (tmp_path, folder)]
     again, first = map(load_file, files)
     assert files[0].is_relative_to(tmp_path) and again.keys() == first.keys()

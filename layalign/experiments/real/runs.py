@@ -240,11 +240,9 @@ def train_run(stage: Stage, folder: Path, seed: int) -> dict[str, Any]:
 def trained_folder(stage: Stage, folder: Path, seed: int) -> Path:
     """Where a run's trained weights are; trained again where its small files alone are there, as in a clone."""
     rate = train_run(stage, folder, seed)["learning_rate"]
-    place = work_folder(folder, stage.system.name, seed, rate, stage.suffix)
-    if not (place / RUN_FILE).is_file():
-        with held(run_folder(folder, stage.system.name, seed), "output"):
-            _train(stage, folder, seed, rate, stage.steps)
-    return place
+    with held(run_folder(folder, stage.system.name, seed), "output"):
+        _train(stage, folder, seed, rate, stage.steps)  # nothing, where the weights are there
+    return work_folder(folder, stage.system.name, seed, rate, stage.suffix)
 
 
 def load_run(settings: RealSettings, checkpoint: Path, **config: Any) -> LayAlignForCausalLM:
