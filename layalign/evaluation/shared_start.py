@@ -39,10 +39,9 @@ def read_start(llm: Any, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], A
     if not start or not movable or "position_ids" not in inspect.signature(llm.forward).parameters:
         return batch, None
     cache.batch_repeat_interleave(len(rows))
-    ones = [torch.ones_like(row[start:]) for row in rows]
+    own = [row[start:] for row in rows]
     rest, real = (
-        pad_sequence([row.flip(0) for row in each], batch_first=True).flip(1)
-        for each in ([row[start:] for row in rows], ones)
+        pad_sequence(each, batch_first=True, padding_side="left") for each in (own, [torch.ones_like(r) for r in own])
     )
     ids = torch.cat([same[:, :start], rest], dim=1)
     mask = torch.cat([torch.ones_like(same[:, :start]), real], dim=1)
