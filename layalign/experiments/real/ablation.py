@@ -10,21 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign._lock import held
 from layalign.config import number_of_layers
 from layalign.data import Example
 from layalign.evaluation.likelihood import target_log_probs
-from layalign.experiment.runs import log, read_done
 from layalign.experiments.real.data import RealData
 from layalign.experiments.real.measures import BATCH, collators
 from layalign.experiments.real.runs import (
+    after_training,
     load_run,
     read_by,
-    run_folder,
     tokenizers_of,
-    trained_folder,
-    translation,
-    write_done,
 )
 from layalign.experiments.real.settings import RealSettings, RealSystem
 from layalign.layers import named_layers
@@ -53,17 +48,14 @@ def ablate_run(settings: RealSettings, system: RealSystem, data: RealData, folde
         together; a part that the system has not is left out. Under "gates" the gates, and under "encoder layer
         weights" the mean of the mix's absolute weights, keys and values apart.
     """
-    place, mark = run_folder(folder, system.name, seed), settings.test_fingerprint(system, data.test_mark)
-    if (done := read_done(place / ABLATION, mark)) is not None:
-        return done
-    checkpoint = trained_folder(translation(settings, system, data), folder, seed)
-    with held(place, "output"):
-        log(folder, "ablation", system=system.name, seed=seed)
+
+    def ablated(checkpoint: Path) -> dict[str, Any]:
         model = load_run(settings, checkpoint)
         collator, _ = collators(model, tokenizers_of(settings), "task" if system.reads_text else "translation")
         pairs = [pair for group in data.test.values() for pair in group[:PER_LANGUAGE]]
-        found = ablate(model, collator, read_by(system, pairs))
-        return write_done(place / ABLATION, mark, {"system": system.name, "seed": seed, **found})
+        return ablate(model, collator, read_by(system, pairs))
+
+    return after_training(settings, system, data, folder, seed, ABLATION, "ablation", ablated)
 
 
 @torch.no_grad()

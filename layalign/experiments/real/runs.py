@@ -254,12 +254,8 @@ def load_run(settings: RealSettings, checkpoint: Path, **config: Any) -> LayAlig
 
 def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
     """What a system does on the test sentences, trained before where it trains; every sentence's values."""
-    mark, place = settings.test_fingerprint(system, data.test_mark), run_folder(folder, system.name, seed)
-    if (done := read_done(place / RESULT, mark)) is not None:
-        return done
-    checkpoint = trained_folder(translation(settings, system, data), folder, seed) if system.trains else None
-    with held(place, "output"):
-        log(folder, "test", system=system.name, seed=seed)
+
+    def tested(checkpoint: Path | None) -> dict[str, Any]:
         started = time.process_time()
         domains = {"tatoeba": data.test, "ntrex": data.other_domain}
         found: dict[str, Any] = {domain: {} for domain in domains}
@@ -271,8 +267,26 @@ def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
                     continue
                 read = pairs if system.shots else read_by(system, pairs)
                 found[domain][code] = measure(settings, answers, collator, read, domain == "tatoeba")
-        found["cpu_seconds"] = round(time.process_time() - started)
-        return write_done(place / RESULT, mark, {"system": system.name, "seed": seed, **found}, indent=None)
+        return {**found, "cpu_seconds": round(time.process_time() - started)}
+
+    return after_training(settings, system, data, folder, seed, RESULT, "test", tested, indent=None)
+
+
+def after_training(
+    settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int, file: str, event: str,
+    work: Callable[[Any], dict[str, Any]], indent: int | None = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """What a run's ``file`` holds; where it is not there, ``work`` finds it in the folder of the trained weights.
+
+    ``work`` gets None for a system that does not train. ``event`` is the line in the log.
+    """
+    mark, place = settings.test_fingerprint(system, data.test_mark), run_folder(folder, system.name, seed)
+    if (done := read_done(place / file, mark)) is not None:
+        return done
+    checkpoint = trained_folder(translation(settings, system, data), folder, seed) if system.trains else None
+    with held(place, "output"):
+        log(folder, event, system=system.name, seed=seed)
+        return write_done(place / file, mark, {"system": system.name, "seed": seed, **work(checkpoint)}, indent)
 
 
 def asked(
