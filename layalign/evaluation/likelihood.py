@@ -115,7 +115,7 @@ def _after_contexts(
     """(number of the example, number of its choice, log-probability) for token ids that follow each context.
 
     One pass for the contexts, then one for each number of a choice: as many in every process, however few examples one
-    has, for the weights may be spread over all of them.
+    has, for the weights may be spread over all of them. The shortest choices go together, so that little is padded.
     """
     contexts = _call(model, collator.contexts(examples))
     before = contexts["attention_mask"]
@@ -130,8 +130,10 @@ def _after_contexts(
             inputs = {**own, "attention_mask": before, name: start}
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     cache, last = cache_of(output), output.logits  # (B, 1, V)
-    for place in range(max(map(len, ids))):
-        rows = [row[place] if place < len(row) else [] for row in ids]
+    orders = [np.argsort([len(each) for each in row], kind="stable").tolist() for row in ids]
+    for rank in range(max(map(len, ids))):
+        places = [order[rank] if rank < len(order) else None for order in orders]
+        rows = [[] if place is None else row[place] for place, row in zip(places, ids, strict=True)]
         width = max(map(len, rows))
         padded = [row + [IGNORE_INDEX] * (width - len(row)) for row in rows]
         tokens = torch.tensor(padded, device=before.device)  # (B, T), padded on the right
@@ -142,8 +144,8 @@ def _after_contexts(
             if "position_ids" in contexts:
                 inputs["position_ids"] = real_positions(mask)[:, before.shape[1] :]
             logits = torch.cat([last, model(**inputs, use_cache=True).logits], dim=1)
-        for number, value in enumerate(_row_sums(logits, tokens)):
-            if place < len(ids[number]):
+        for number, (place, value) in enumerate(zip(places, _row_sums(logits, tokens), strict=True)):
+            if place is not None:
                 yield number, place, value
 
 

@@ -11,7 +11,7 @@ from layalign.evaluation.likelihood import LogProb, choice_log_probs, right_ones
 from layalign.evaluation.translation import translation_scores
 from layalign.experiments.real.settings import RealSettings
 
-BATCH = 50
+BATCH, WRITTEN_BATCH = 16, 50  # sentences of much the same length: little is padded
 
 
 def measure(
@@ -49,8 +49,8 @@ def measure(
             found["nats_other"] += [round(-sums[(i + 1) % len(group)][i], 4) for i in range(len(group))]
             own += [row[i] for i, row in enumerate(table)]
         texts: list[str] = []
-        for start in range(0, len(chosen), BATCH):
-            texts += [(text or "").strip() for text in answers(chosen[start : start + BATCH])]
+        for start in range(0, len(chosen), WRITTEN_BATCH):
+            texts += [(text or "").strip() for text in answers(chosen[start : start + WRITTEN_BATCH])]
         found["written"] = texts
         scores = translation_scores(texts, [pair.target for pair in chosen], ("chrf",))
         found["chrf"] = scores["statistics"]["chrf"].tolist()
