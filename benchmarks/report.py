@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from layalign.bench_report import write_report
-from layalign.errors import LayAlignError
+from layalign.utils.errors import LayAlignError
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:

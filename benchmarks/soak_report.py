@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from layalign._pages import replaced
+from layalign.utils.pages import replaced
 
 BEGIN, END = "<!-- soak -->", "<!-- end of soak -->"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from layalign._versions import importing
-from layalign.errors import ArgumentError, BackendError, CheckpointError, DataError, LayAlignError
+from layalign.utils.errors import ArgumentError, BackendError, CheckpointError, DataError, LayAlignError
+from layalign.utils.versions import importing
 
 if TYPE_CHECKING:
     from layalign.attention import attach, detach

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from layalign._reading import require_regular
-from layalign.errors import ArgumentError, CheckpointError, shown
-from layalign.limits import (
+from layalign.utils.errors import ArgumentError, CheckpointError, shown
+from layalign.utils.limits import (
     MAX_HEADER_BYTES,
     MAX_JSON_BYTES,
     MAX_LABELS,
@@ -21,6 +20,7 @@ from layalign.limits import (
     MAX_POSITIONS,
     MAX_TOKENIZER_BYTES,
 )
+from layalign.utils.reading import require_regular
 
 logger = logging.getLogger("layalign")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from layalign._claims import require_modest
-from layalign._reading import Cursor, require_regular
-from layalign.errors import ArgumentError, CheckpointError, LayAlignError, shown
-from layalign.limits import MAX_TENSORS, MAX_TOKENIZER_BYTES
+from layalign.utils.errors import ArgumentError, CheckpointError, LayAlignError, shown
+from layalign.utils.limits import MAX_TENSORS, MAX_TOKENIZER_BYTES
+from layalign.utils.reading import Cursor, require_regular
 
 logger = logging.getLogger("layalign")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from layalign._sharding import reason_whole_is_not_here
-from layalign.errors import ArgumentError
 from layalign.rows import patched_forward
+from layalign.utils.errors import ArgumentError
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from layalign import _swapped
 from layalign._plain import has_hooks, readable
-from layalign._versions import CACHE_NAMES
 from layalign.attention import PREFIX, head_size, key_value_maps
-from layalign.errors import ArgumentError
 from layalign.nn.aligner import STRUCTURES
+from layalign.utils.errors import ArgumentError
+from layalign.utils.versions import CACHE_NAMES
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative to the largest number; half precision: 5e-2
 

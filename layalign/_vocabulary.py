@@ -10,7 +10,7 @@ from torch import nn
 
 from layalign._sharding import reason_whole_is_not_here
 from layalign.attention import own_configs
-from layalign.errors import MAX_SIZE, ArgumentError, whole_number
+from layalign.utils.errors import MAX_SIZE, ArgumentError, whole_number
 
 if TYPE_CHECKING:
     from layalign.model import LayAlignForCausalLM

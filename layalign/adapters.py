@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from layalign._quiet import importing_peft
-from layalign.errors import ArgumentError, CheckpointError, first_line, shown
-from layalign.limits import MAX_RANK
+from layalign.utils.errors import ArgumentError, CheckpointError, first_line, shown
+from layalign.utils.limits import MAX_RANK
+from layalign.utils.quiet import importing_peft
 
 _INNER = ("base_layer", "original_module")  # what peft's layers call the module that they wrap
 

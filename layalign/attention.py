@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from layalign._plain import parts
-from layalign._versions import importing
-from layalign.errors import ArgumentError, refuse, whole_number
 from layalign.source import OnePass, SourceStates
+from layalign.utils.errors import ArgumentError, refuse, whole_number
+from layalign.utils.versions import importing
 
 with importing():
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

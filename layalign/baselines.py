@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layalign._pages import print_or_write, replaced
-from layalign.errors import ArgumentError, one_of, refuse
+from layalign.utils.errors import ArgumentError, one_of, refuse
+from layalign.utils.pages import print_or_write, replaced
 
 __all__ = ["BASELINES", "Baseline", "baseline", "with_baseline"]
 

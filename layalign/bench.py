@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layalign._reading import read_json
-from layalign.errors import ArgumentError, shown
+from layalign.utils.errors import ArgumentError, shown
+from layalign.utils.reading import read_json
 
 FORMAT = 1
 FILE = "bench.json"

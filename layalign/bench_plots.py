@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layalign._files import write_whole
 from layalign.bench import Results, rough
+from layalign.utils.files import write_whole
 
 COLOURS = ("#1b6ca8", "#e0772f", "#4b9b5a", "#a23b72", "#7a6c5d", "#c9a227")
 WIDTH = 9.0  # inches

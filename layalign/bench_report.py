@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from layalign import bench_plots
-from layalign._files import write_whole
 from layalign.bench import RATES, Results, interval_text, load_folder, quantity, ratio_text
+from layalign.utils.files import write_whole
 
 PAGE = "report.html"
 STYLE = """

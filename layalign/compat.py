@@ -18,11 +18,11 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 
 from layalign import published
 from layalign.encoder import load_encoder, load_llm
-from layalign.errors import ArgumentError
 from layalign.finite import finite
 from layalign.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, Mapping
 from layalign.nn.aligner import WeightedLinearProjector
+from layalign.utils.errors import ArgumentError
 
 __all__ = ["EncoderAligner", "LayAlign", "LayAlignConfig", "Mapping", "WeightedLinearProjector"]
 

@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PretrainedConfig
 
 from layalign._claims import require_modest, without_kernels
-from layalign._versions import CACHE_NAMES
 from layalign.embedding_scale import SCALED_IN_DECODER, scaled_as_text
-from layalign.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
 from layalign.fold import CHOICES
 from layalign.last_layer import CHOICES as LAST_LAYER_CHOICES
 from layalign.layers import named_layers
@@ -20,6 +18,8 @@ from layalign.nn.adapter import FUSIONS
 from layalign.nn.aligner import MIXES, STRUCTURES
 from layalign.ops.backends import BACKENDS
 from layalign.parts import matching_adapter_size
+from layalign.utils.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
+from layalign.utils.versions import CACHE_NAMES
 
 CONFIG_FILE = "config.json"
 IMPLS = ("auto", *BACKENDS)

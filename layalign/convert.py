@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from layalign import published
-from layalign._lock import held
-from layalign.errors import CheckpointError
 from layalign.model import LayAlignForCausalLM
+from layalign.utils.errors import CheckpointError
+from layalign.utils.lock import held
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from layalign.errors import ArgumentError, shown
+from layalign.utils.errors import ArgumentError, shown
 
 # Allow lists: what a later transformers adds is refused until it has a test here (docs/decoding.md).
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from layalign._versions import TESTED, tested
+from layalign.utils.versions import TESTED, tested
 
 PACKAGES = (
     "torch",

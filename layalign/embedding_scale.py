@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign._versions import minor_version
+from layalign.utils.versions import minor_version
 
 # The model types whose factor moved, and the version that moved it.
 SCALED_IN_DECODER = ("gemma", "gemma2", "vaultgemma")

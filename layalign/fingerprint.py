@@ -19,11 +19,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from layalign._reading import confined, read_json
 from layalign._sharding import reason_whole_is_not_here
 from layalign.adapters import adapter_names, base_name
-from layalign.errors import shown
 from layalign.names import cached_file, gguf_parts
+from layalign.utils.errors import shown
+from layalign.utils.reading import confined, read_json
 
 QUANTISERS = ("bitsandbytes", "optimum", "torchao", "hqq")  # packages whose modules hold packed weights
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from layalign.errors import NonFiniteError
+from layalign.utils.errors import NonFiniteError
 
 _INPUTS = ("encoder_input_ids", "input_ids", "inputs", "inputs_embeds")
 

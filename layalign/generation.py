@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin
 
-from layalign._versions import cache_name, generation_cache_name, take_cache
 from layalign.decoding_modes import require_served
-from layalign.errors import ArgumentError, refuse
 from layalign.finite import finite
 from layalign.inputs import require_ids, require_mask
 from layalign.packing import PackedTokens
@@ -26,6 +24,8 @@ from layalign.text_only import (
     text_processors,
     with_text,
 )
+from layalign.utils.errors import ArgumentError, refuse
+from layalign.utils.versions import cache_name, generation_cache_name, take_cache
 
 
 def cache_for_compiled(llm: Any, use_cache: bool | None) -> DynamicCache | None:

@@ -29,9 +29,9 @@ from layalign._plain import device_of
 from layalign.data.collator import STAGES, LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.languages import find_language, language_of, tokenizer_source_language
-from layalign.errors import ArgumentError, NonFiniteError, shown
 from layalign.evaluation.answering import StopStrings, _generate, evaluation_mode
 from layalign.tokenization import encode_texts
+from layalign.utils.errors import ArgumentError, NonFiniteError, shown
 
 try:
     import lm_eval.models  # noqa: F401  # a registry that holds our name no longer loads the others by itself

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign.errors import ArgumentError
 from layalign.ops._checks import describe, is_plain
 from layalign.packing import IGNORE_INDEX, MAX_LENGTH
+from layalign.utils.errors import ArgumentError
 
 _WHOLE = (torch.int64, torch.int32)
 _MASKS = (

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from layalign._plain import is_altered, is_watched
-from layalign._versions import importing
 from layalign.attention import attention_modules
 from layalign.rows import KEYWORD, Rows, only_rows, running
+from layalign.utils.versions import importing
 
 with importing():
     from transformers.pytorch_utils import Conv1D

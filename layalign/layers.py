@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
 
 LAYER_NAMES = ("all", "first-third", "middle-third", "last-third", "last")
 

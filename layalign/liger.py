@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from layalign._plain import reason_against_reading
-from layalign._versions import CACHE_NAMES
-from layalign.errors import ArgumentError, BackendError
 from layalign.loss import divided, label_loss, passing_on, with_loss
 from layalign.ops.backends import interpreting
 from layalign.rows import KEYWORD, Rows, only_rows_leave
+from layalign.utils.errors import ArgumentError, BackendError
+from layalign.utils.versions import CACHE_NAMES
 
 logger = logging.getLogger("layalign")
 

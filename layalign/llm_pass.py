@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layalign import _vocabulary, liger
-from layalign.errors import ArgumentError, first_line, refuse
 from layalign.loss import label_loss, with_loss
 from layalign.packing import IGNORE_INDEX
 from layalign.rows import Rows
+from layalign.utils.errors import ArgumentError, first_line, refuse
 
 if TYPE_CHECKING:
     from layalign.model import LayAlignForCausalLM

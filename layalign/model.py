@@ -20,10 +20,8 @@ from layalign import encoder as encoders
 from layalign._pickling import leave_out_recorders, make_recordable
 from layalign._plain import device_of
 from layalign._sharding import engine_of
-from layalign._versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
 from layalign.config import LayAlignConfig, require_dropout
 from layalign.embedding_scale import in_slots
-from layalign.errors import ArgumentError, refuse, shown
 from layalign.fold import Folding
 from layalign.generation import SourceGenerationMixin, cache_for_compiled
 from layalign.inputs import require_ids, require_labels, require_mask
@@ -36,6 +34,8 @@ from layalign.packing import pack, real_positions
 from layalign.padding import real_tokens
 from layalign.parts import own_parts
 from layalign.source import OnePass, SourceStates, bridge, get_source, put_source
+from layalign.utils.errors import ArgumentError, refuse, shown
+from layalign.utils.versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
 
 logger = logging.getLogger("layalign")
 

@@ -12,7 +12,7 @@ import os
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from layalign.errors import ArgumentError, CheckpointError, shown
+from layalign.utils.errors import ArgumentError, CheckpointError, shown
 
 if TYPE_CHECKING:
     from layalign.config import LayAlignConfig

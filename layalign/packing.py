@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from layalign.errors import ArgumentError, refuse, whole_number
+from layalign.utils.errors import ArgumentError, refuse, whole_number
 
 IGNORE_INDEX = -100
 MAX_LENGTH = 2**24  # of a source, in tokens: more would take all memory before any model is asked

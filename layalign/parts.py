@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from layalign.errors import ArgumentError
 from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
+from layalign.utils.errors import ArgumentError
 
 if TYPE_CHECKING:
     from layalign.config import LayAlignConfig

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from layalign import attention
-from layalign.errors import CheckpointError, first_line
 from layalign.model import LayAlignForCausalLM
 from layalign.ops._checks import describe, is_floating
+from layalign.utils.errors import CheckpointError, first_line
 
 LLM_PREFIX = "model_llm.model."
 EMBEDDING = "llm_embedding_layer.weight"  # the published module registers the LLM's embedding a second time

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from layalign import _recognise, _swapped
-from layalign.errors import ArgumentError, one_of, refuse
 from layalign.fold import CHOICES
 from layalign.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector
 from layalign.ops import backends
+from layalign.utils.errors import ArgumentError, one_of, refuse
 
 logger = logging.getLogger("layalign")
 

@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 
 from layalign import names
 from layalign._claims import require_files
-from layalign._files import written_aside
-from layalign.errors import ArgumentError, CheckpointError, first_line
+from layalign.utils.errors import ArgumentError, CheckpointError, first_line
+from layalign.utils.files import written_aside
 
 if TYPE_CHECKING:
     from layalign.config import LayAlignConfig

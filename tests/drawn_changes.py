@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from layalign import LayAlignForCausalLM, attention, source
-from layalign.errors import ArgumentError
 from layalign.last_layer import LastLayer
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector, aligner, cross_attention
 from layalign.ops import _repeated
+from layalign.utils.errors import ArgumentError
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 Change = Callable[[Any, random.Random], Any]

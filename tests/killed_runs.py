@@ -25,11 +25,11 @@ from tiny_training import TinyParts, save_parts, training_config
 from tqdm import tqdm
 
 from layalign import LayAlignForCausalLM
-from layalign.errors import ArgumentError
 from layalign.evaluation import evaluate
 from layalign.tokenization import load_tokenizers
 from layalign.training import train
 from layalign.training.checkpoints import UNFINISHED, checkpoints
+from layalign.utils.errors import ArgumentError
 
 DEADLINE = 120.0
 STACKS = tempfile.TemporaryFile("w+")  # noqa: SIM115  (of a child that hangs; the process ends with it)

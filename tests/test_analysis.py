@@ -26,9 +26,9 @@ from layalign.analysis.result import AnalysisResult, Projection, Similarity
 from layalign.analysis.tokens import CONTINUED, token_labels
 from layalign.data import Example
 from layalign.data.languages import languages
-from layalign.errors import ArgumentError, DataError
 from layalign.source import OnePass
 from layalign.tokenization import save_tokenizers
+from layalign.utils.errors import ArgumentError, DataError
 
 SENTENCES = {
     "de": ["eins zwei", "rot", "die Katze und der Hund", "blau blau", "zwei Hunde"],

@@ -17,10 +17,10 @@ from layalign.cli import main
 from layalign.config import LayAlignConfig
 from layalign.convert import convert_to_published
 from layalign.data import Example, LayAlignCollator
-from layalign.errors import ArgumentError, CheckpointError
 from layalign.layers import named_layers
 from layalign.training import TrainSummary, build_model, load_train_config, train
 from layalign.training.loading import configured_stages
+from layalign.utils.errors import ArgumentError, CheckpointError
 
 NAMES = list(BASELINES)
 DOCS = Path(__file__).parent.parent / "docs" / "baselines.md"

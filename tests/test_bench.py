@@ -20,7 +20,7 @@ from tiny_training import save_parts
 from layalign import bench
 from layalign.bench_report import write_report
 from layalign.cli import main
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
 
 ROOT = Path(__file__).parents[1]
 

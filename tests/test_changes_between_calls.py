@@ -32,10 +32,10 @@ from transformers import DynamicCache
 import layalign
 from layalign import ArgumentError, LayAlignForCausalLM, attention
 from layalign._plain import device_of
-from layalign._versions import cache_of
 from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
 from layalign.serve.decoding import Decoder, Inputs, State, kept, merged
 from layalign.source import SourceStates, get_source, put_source
+from layalign.utils.versions import cache_of
 
 DRAWN = int(os.environ.get("LAYALIGN_DRAWN", "0"))
 Answer = dict[str, Tensor]

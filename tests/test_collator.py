@@ -5,7 +5,7 @@ import torch
 from helpers_text import byte_tokenizer, m2m100_tokenizer, nllb_tokenizer
 
 from layalign.data import Example, LayAlignCollator
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
 
 LLM = byte_tokenizer(bos=True, eos=True)  # as Llama's: adds both unless told not to
 BOS, EOS, SLOT = 1, 2, 0

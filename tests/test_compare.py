@@ -12,10 +12,10 @@ import pytest
 
 from layalign.cli import main
 from layalign.data import Example
-from layalign.errors import ArgumentError, DataError
 from layalign.evaluation import compare_runs, evaluate
 from layalign.evaluation.compare import mcnemar
 from layalign.evaluation.intervals import bootstrap_totals, holm, is_parallel, macro_interval, sign_flip_p
+from layalign.utils.errors import ArgumentError, DataError
 
 
 def test_mcnemar_by_hand() -> None:

@@ -10,7 +10,7 @@ from helpers_text import write_json_lines, write_lines
 
 from layalign.data import load_examples
 from layalign.data.prompts import math_prompt, translation_prompt, x_csqa_prompt, xcopa_prompt, xnli_prompt
-from layalign.errors import ArgumentError, DataError
+from layalign.utils.errors import ArgumentError, DataError
 
 CSQA = {
     "id": "q1",

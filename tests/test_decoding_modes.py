@@ -18,8 +18,8 @@ from tiny import batch, row, tiny_llm, tiny_model
 from transformers import DynamicCache, GenerationMixin, StaticCache, cache_utils
 
 from layalign import ArgumentError
-from layalign._versions import cache_of
 from layalign.source import get_source, put_source
+from layalign.utils.versions import cache_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "decoding.md").read_text(encoding="utf-8")
 GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=[])

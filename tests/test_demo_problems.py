@@ -22,8 +22,8 @@ from layalign.demo.problems import (
     split_of,
     table,
 )
-from layalign.errors import ArgumentError
 from layalign.evaluation.metrics import last_number
+from layalign.utils.errors import ArgumentError
 
 EXPECTED = {
     "add_buy": "a + b",

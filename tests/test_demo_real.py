@@ -22,7 +22,6 @@ from layalign.data import LayAlignCollator
 from layalign.data.languages import find_language
 from layalign.data.prompts import one_line
 from layalign.encoder import load_encoder, load_llm
-from layalign.errors import ArgumentError, CheckpointError
 from layalign.evaluation.answering import ModelAnswers
 from layalign.evaluation.translation import translation_scores
 from layalign.experiments.demo import charts, live, models, shipping
@@ -32,6 +31,7 @@ from layalign.experiments.real import load_settings
 from layalign.experiments.real.runs import run_folder, work_folder
 from layalign.experiments.real.settings import RealSettings
 from layalign.tokenization import load_tokenizers
+from layalign.utils.errors import ArgumentError, CheckpointError
 
 pytest.importorskip("sacrebleu")
 

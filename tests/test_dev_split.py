@@ -16,11 +16,11 @@ from tiny_training import training_config as make_config
 
 from layalign.data import Example
 from layalign.data.sentences import apart_from, cut_by_sentence, english_keys, sentence_key
-from layalign.errors import ArgumentError, DataError
 from layalign.training import load_train_config, read_dev_examples, read_examples, train
 from layalign.training.checkpoints import publish
 from layalign.training.record import FILE
 from layalign.training.run import _split
+from layalign.utils.errors import ArgumentError, DataError
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from tiny_training import TinyParts, save_parts, training_config
 from torch.utils.data import BatchSampler
 from transformers import Trainer
 
-from layalign.errors import ArgumentError
 from layalign.training import TrainConfig, build_model, load_train_config, train
 from layalign.training.checkpoints import checkpoints
 from layalign.training.distributed import EvenShares, weights_of_step
 from layalign.training.trainer import LayAlignTrainer
+from layalign.utils.errors import ArgumentError
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5

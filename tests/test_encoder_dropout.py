@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 from layalign import LayAlignForCausalLM
 from layalign.config import LayAlignConfig
 from layalign.encoder import encoder_part
-from layalign.errors import ArgumentError
 from layalign.training import build_model, train
 from layalign.training.record import FILE
+from layalign.utils.errors import ArgumentError
 
 WITHOUT = ("modernbert", "qwen2")  # their configurations have rates of 0
 

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MT5Config, MT5EncoderModel
 
 from layalign.data import Example, load_examples
-from layalign.errors import ArgumentError, DataError
 from layalign.evaluation import TASKS, evaluate, llm_alone
 from layalign.evaluation.answering import evaluation_mode, model_fingerprint
+from layalign.utils.errors import ArgumentError, DataError
 
 TOKENIZER = byte_tokenizer()
 

@@ -16,7 +16,6 @@ pytest.importorskip("matplotlib")
 
 from layalign.baselines import BASELINES
 from layalign.cli import main
-from layalign.errors import ArgumentError, StoppedError
 from layalign.experiment import load_settings, preset_names, schedule
 from layalign.experiment.report import TABLES, accuracy_rows, picture, written_into
 from layalign.experiment.report import test_rows as difference_rows
@@ -24,6 +23,7 @@ from layalign.experiment.results import corrected, mean_interval, members, paire
 from layalign.experiment.runs import PREPARED, RESULT, run_folder, seed_folder
 from layalign.experiment.schedule import Task, run_all, tasks
 from layalign.experiment.settings import ExperimentSettings, settings_from
+from layalign.utils.errors import ArgumentError, StoppedError
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,8 +15,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from layalign import LayAlignForCausalLM
 from layalign.data import Example
-from layalign.errors import ArgumentError, DataError, NonFiniteError
 from layalign.evaluation import compare_runs, evaluate, llm_alone
+from layalign.utils.errors import ArgumentError, DataError, NonFiniteError
 
 TOKENIZER, ENCODER = byte_tokenizer(), byte_tokenizer(eos=True)
 

@@ -15,11 +15,11 @@ from tiny_training import training_config as make_config
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from layalign.errors import ArgumentError, NonFiniteError
 from layalign.training import TrainSummary, build_model, train
 from layalign.training.checkpoints import checkpoints
 from layalign.training.guard import StepGuard, gradient_norm
 from layalign.training.trainer import LayAlignTrainer
+from layalign.utils.errors import ArgumentError, NonFiniteError
 
 
 @pytest.fixture(scope="module")

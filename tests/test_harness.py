@@ -19,8 +19,8 @@ from tiny import open_gates, tiny_encoder, tiny_llm
 from torch import Tensor
 
 from layalign import LayAlignForCausalLM
-from layalign.errors import ArgumentError, NonFiniteError
 from layalign.tokenization import save_tokenizers
+from layalign.utils.errors import ArgumentError, NonFiniteError
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install 'layalign[lm-eval]')")
 

@@ -4,7 +4,7 @@ from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CO
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as NLLB
 
 from layalign.data import language_of, languages, tokenizer_source_language
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
 
 # What the published code writes into `tokenizer.src_lang`; its Telugu entry is no code of M2M100.
 PUBLISHED_M2M = {

@@ -19,12 +19,12 @@ from layalign import LayAlignForCausalLM
 from layalign.analysis import analyze
 from layalign.data import Example, LayAlignCollator
 from layalign.data.lengths import positions
-from layalign.errors import ArgumentError
 from layalign.evaluation import evaluate, llm_alone
 from layalign.serve.messages import ApiError
 from layalign.serve.preparing import Preparer
 from layalign.serve.settings import ServeSettings
 from layalign.training import train
+from layalign.utils.errors import ArgumentError
 
 ENCODER, LLM = byte_tokenizer(eos=True), byte_tokenizer()
 SIZE = len(LLM)

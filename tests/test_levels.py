@@ -9,9 +9,9 @@ import pytest
 
 from layalign.data import Example
 from layalign.data.languages import languages
-from layalign.errors import ArgumentError
 from layalign.evaluation import evaluate, resource_level
 from layalign.evaluation.levels import _JOSHI, _classes, by_level, resource_class
+from layalign.utils.errors import ArgumentError
 
 EVALUATED = {
     "mgsm": "bn de en es fr ja ru sw te th zh",

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, liger
-from layalign.errors import BackendError
 from layalign.loss import passing_on
 from layalign.rows import Rows, only_rows
+from layalign.utils.errors import BackendError
 
 TESTS = Path(__file__).parent
 NAMES = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional")

@@ -14,9 +14,9 @@ from tiny import tiny_encoder, tiny_llm
 from layalign import LayAlignForCausalLM
 from layalign.data import Example, LayAlignCollator
 from layalign.data.prompts import few_shot_prompt
-from layalign.errors import ArgumentError, NonFiniteError
 from layalign.evaluation import likelihood, llm_alone
 from layalign.evaluation.likelihood import best_label, choice_log_probs, right_ones, target_log_probs
+from layalign.utils.errors import ArgumentError, NonFiniteError
 
 ENCODER, TEXT = byte_tokenizer(eos=True), byte_tokenizer()
 SIZE = len(TEXT)

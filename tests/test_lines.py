@@ -99,7 +99,7 @@ def test_one_line_is_left_out_and_only_within_the_call(
 ) -> None:
     import logging
 
-    from layalign._quiet import importing_peft
+    from layalign.utils.quiet import importing_peft
 
     with importing_peft():
         logging.getLogger(name).warning(text)
@@ -111,7 +111,7 @@ def test_one_line_is_left_out_and_only_within_the_call(
 def test_only_reports_of_too_many_or_too_few_weights_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     import logging
 
-    from layalign._quiet import without_reports
+    from layalign.utils.quiet import without_reports
 
     caplog.set_level("WARNING", "transformers.modeling_utils")  # other tests have made it quieter
     head = "MT5EncoderModel LOAD REPORT from: x\nKey | Status |\n---+---+-\n"

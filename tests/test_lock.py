@@ -18,27 +18,27 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from layalign import _lock
-from layalign._lock import LOCK, held
 from layalign.analysis import analyze
 from layalign.data import Example
 from layalign.demo import run_demo
-from layalign.errors import ArgumentError, OutputError
 from layalign.evaluation import evaluate
 from layalign.experiment import load_settings, runs
 from layalign.training import TrainConfig, train
+from layalign.utils import lock as _lock
+from layalign.utils.errors import ArgumentError, OutputError
+from layalign.utils.lock import LOCK, held
 
 REFUSED = "^output_dir: {} is in use by process {} on {}, since .*; expected another folder, or that run to end first"
 HOLD = """
 import sys, time
-from layalign._lock import held
+from layalign.utils.lock import held
 with held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
 FORK = """
 import os, sys, time
-from layalign._lock import held
+from layalign.utils.lock import held
 with held(sys.argv[1]):
     if os.fork() == 0:
         print("held", flush=True)
@@ -135,8 +135,8 @@ def test_the_same_thread_may_take_it_again_and_it_ends_with_the_outermost(tmp_pa
 def test_many_processes_that_come_and_go_are_never_two(tmp_path: Path) -> None:
     program = """
 import os, sys, time
-from layalign._lock import held
-from layalign.errors import ArgumentError
+from layalign.utils.lock import held
+from layalign.utils.errors import ArgumentError
 got, end = 0, time.monotonic() + 1.5
 while time.monotonic() < end:
     try:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from layalign.data import load_examples
 from layalign.data.numbers import find_number, whole_number_text
-from layalign.errors import DataError
 from layalign.evaluation.metrics import last_number
+from layalign.utils.errors import DataError
 
 ANY = (None, "English", "German", "French", "Russian", "Bengali", "Chinese", "Swahili", "Arabic")
 UNAMBIGUOUS = {  # the same in every language

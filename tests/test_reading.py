@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from layalign import _reading, _yaml, limits
-from layalign.errors import ArgumentError, CheckpointError, DataError
+from layalign.utils import limits
+from layalign.utils import reading as _reading
+from layalign.utils import yaml_files as _yaml
+from layalign.utils.errors import ArgumentError, CheckpointError, DataError
 
 # Each line's mapping merges the one before nine times: 9^12 pairs of keys.
 MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 13))

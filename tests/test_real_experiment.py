@@ -23,7 +23,6 @@ from layalign.analysis.result import AnalysisResult
 from layalign.cli import main
 from layalign.data import Example
 from layalign.data.sentences import sentence_key
-from layalign.errors import ArgumentError, StoppedError
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.evaluation.translation import translation_scores
 from layalign.experiments.real import ablation, load_settings, looks, runs, schedule, task, text
@@ -33,6 +32,7 @@ from layalign.experiments.real.report import PICTURES, TABLES, pictures, written
 from layalign.experiments.real.results import summarise, write_results
 from layalign.experiments.real.schedule import run_all
 from layalign.experiments.real.settings import RealSettings, is_real
+from layalign.utils.errors import ArgumentError, StoppedError
 
 WORDS = ["sun", "rain", "stone", "river", "bird", "tree", "house", "road", "hand", "eye"]
 SYSTEMS: list[dict[str, Any]] = [

@@ -24,16 +24,16 @@ from tiny_training import training_config as make_config
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
-from layalign._files import write_whole
 from layalign.cli import describe
 from layalign.data import Example
 from layalign.demo.report import write_report
-from layalign.errors import ArgumentError, CheckpointError, OutputError, StoppedError
 from layalign.evaluation import evaluate
 from layalign.tokenization import load_tokenizers, save_tokenizers
 from layalign.training import TrainSummary, train
 from layalign.training.checkpoints import MANIFEST, UNFINISHED, checkpoints, problem, rotate, sha256
 from layalign.training.runs import find_resume, read_run
+from layalign.utils.errors import ArgumentError, CheckpointError, OutputError, StoppedError
+from layalign.utils.files import write_whole
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from layalign import LayAlignForCausalLM
 from layalign.cli import main
-from layalign.errors import ArgumentError, CheckpointError
 from layalign.training import TrainSummary, build_model, read_examples, train
 from layalign.training.checkpoints import MANIFEST, publish
 from layalign.training.config import ALLOWED_CHANGES, TrainConfig
 from layalign.training.record import FILE, hash_of
+from layalign.utils.errors import ArgumentError, CheckpointError
 
 COMMON = {"max_steps": 3, "save_steps": 2, "save_total_limit": None}
 

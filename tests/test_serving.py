@@ -12,10 +12,10 @@ import pytest
 import torch
 from helpers_serving import CHAT, COMPLETIONS, SETTINGS, Client, Parts, case, figures, pieces, run, tiny_parts, until
 
-from layalign.errors import ArgumentError
 from layalign.serve.decoding import Decoder
 from layalign.serve.messages import CompletionRequest
 from layalign.serve.service import Service
+from layalign.utils.errors import ArgumentError
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import pytest
 import torch
 from helpers_serving import COMPLETIONS, SETTINGS, Client, Parts, figures, run, tiny_parts, until
 
-from layalign.errors import ArgumentError
 from layalign.serve.decoding import Decoder
 from layalign.serve.engine import Engine
 from layalign.serve.health import Health
@@ -23,6 +22,7 @@ from layalign.serve.preparing import Preparer
 from layalign.serve.service import Service
 from layalign.serve.settings import checked_key
 from layalign.serve.text import TextStream
+from layalign.utils.errors import ArgumentError
 
 BODY = {"prompt": "paka mbwa", "max_tokens": 4}
 

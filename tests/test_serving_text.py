@@ -17,12 +17,12 @@ from tiny_training import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from layalign._pages import replaced
-from layalign.errors import ArgumentError
 from layalign.serve import ServeSettings
 from layalign.serve.sampling import Chooser, choose, repetition_penalty
 from layalign.serve.server import is_loopback
 from layalign.serve.text import TextStream
+from layalign.utils.errors import ArgumentError
+from layalign.utils.pages import replaced
 
 ROOT = Path(__file__).parents[1]
 SPECIAL = ["<pad>", "</s>"]

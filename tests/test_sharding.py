@@ -20,12 +20,12 @@ from torch import nn
 
 from layalign import _sharding
 from layalign._plain import reason_against_reading
-from layalign.errors import ArgumentError
-from layalign.evaluation.processes import Processes, join
 from layalign.training import TrainConfig
 from layalign.training.distributed import shard_first
 from layalign.training.launch import preset_file, sharding_arguments, with_kept_micro_batch
 from layalign.training.trainer import load_trained
+from layalign.utils.errors import ArgumentError
+from layalign.utils.processes import Processes, join
 
 
 def partition(model: nn.Module, keep: tuple[str, ...] = ()) -> None:

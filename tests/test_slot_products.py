@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_ops import within_budget
 
-from layalign.errors import BackendError
 from layalign.ops import _packed, _slot_products, backends, extension
+from layalign.utils.errors import BackendError
 
 pytestmark = pytest.mark.skipif(
     not backends.capability("cpp", "cpu")[0] or not _packed.available(), reason="no C++ kernels for this machine here"

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from layalign import ArgumentError
-from layalign._versions import cache_of
+from layalign.utils.versions import cache_of
 
 FILLERS = {"pad": 0, "eos": 2, "a word": 9}
 SETTINGS: dict[str, dict[str, Any]] = {

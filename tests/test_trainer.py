@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from layalign import LayAlignForCausalLM
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
 
 Row = dict[str, list[int]]
 # Sources, prompts and targets of unequal lengths: a label counts the same wherever it stands.

@@ -15,11 +15,11 @@ from tiny_training import training_config as make_config
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
-from layalign.errors import ArgumentError, CheckpointError
 from layalign.tokenization import load_tokenizers
 from layalign.training import TrainSummary, build_model, load_train_config, train, training_arguments
 from layalign.training.checkpoints import checkpoints
 from layalign.training.trainer import LengthBucketSampler, load_trained
+from layalign.utils.errors import ArgumentError, CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from tiny_training import save_parts, training_config
 from transformers import TrainerCallback
 
-from layalign._lock import held
 from layalign.training import train
 from layalign.training.checkpoints import checkpoints
 from layalign.training.launch import preset_file
+from layalign.utils.lock import held
 
 
 def test_both_stages_in_two_processes(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from tiny_training import TinyParts, save_parts
 from tiny_training import training_config as make_config
 from transformers import TrainerCallback
 
-from layalign.errors import ArgumentError
 from layalign.training import build_model, precision, train, training_arguments
 from layalign.training.config import TrainConfig
 from layalign.training.precision import frozen_dtype, native_bf16, uses_bf16
 from layalign.training.record import FILE
+from layalign.utils.errors import ArgumentError
 
 
 @pytest.fixture(scope="module")

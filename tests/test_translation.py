@@ -19,7 +19,6 @@ from tiny import tiny_encoder, tiny_llm
 from layalign import LayAlignForCausalLM
 from layalign.cli import main
 from layalign.data import Example, LayAlignCollator
-from layalign.errors import ArgumentError, BackendError, DataError, NonFiniteError
 from layalign.evaluation import compare_runs, evaluate, llm_alone, translation
 from layalign.evaluation.answering import ModelAnswers
 from layalign.evaluation.likelihood import Likelihoods, target_log_probs
@@ -28,6 +27,7 @@ from layalign.evaluation.metrics import wilson_interval
 from layalign.evaluation.store import prediction_path
 from layalign.evaluation.translation import score_of, translation_scores
 from layalign.tokenization import save_tokenizers
+from layalign.utils.errors import ArgumentError, BackendError, DataError, NonFiniteError
 
 OUTPUTS = ["The men went to work.", "I don't speak Japanese", "", "a", "Where is the station?"]
 REFERENCES = ["The men have gone to work.", "I speak no Japanese.", "Nothing at all.", "a", "Where's the station?"]

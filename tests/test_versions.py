@@ -15,8 +15,9 @@ from tiny import batch, tiny_model
 from transformers import DynamicCache
 
 import layalign
-from layalign import ArgumentError, _versions, cli
-from layalign._versions import CACHE_NAMES, cache_of
+from layalign import ArgumentError, cli
+from layalign.utils import versions as _versions
+from layalign.utils.versions import CACHE_NAMES, cache_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -26,10 +26,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertCon
 from layalign import ArgumentError, CheckpointError
 from layalign.cli import main
 from layalign.encoder import load_llm
-from layalign.errors import DataError, OutputError
 from layalign.experiments.weights import check_weights, checks, e5, fetch, fetch_weights, hub, manifest, smollm2
 from layalign.experiments.weights.checks import Check
 from layalign.experiments.weights.packages import DataFile, extract
+from layalign.utils.errors import DataError, OutputError
 
 SIZES = e5.Sizes(hidden=32, layers=2, heads=4, feed_forward=64, vocabulary=270, positions=40, types=2, epsilon=1e-6)
 

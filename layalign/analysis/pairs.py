@@ -8,7 +8,7 @@ from pathlib import Path
 from layalign.data import Example, load_examples
 from layalign.data.languages import find_language
 from layalign.data.readers import language_of_path
-from layalign.errors import ArgumentError, refuse, whole_number
+from layalign.utils.errors import ArgumentError, refuse, whole_number
 
 Pairs = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 FEWEST = 2

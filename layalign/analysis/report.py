@@ -7,10 +7,10 @@ import html
 import json
 from pathlib import Path
 
-from layalign._files import write_whole, writing
 from layalign.analysis import plots
 from layalign.analysis.attention_svg import caption, map_svg
 from layalign.analysis.result import METRICS, AnalysisResult
+from layalign.utils.files import write_whole, writing
 
 PAGE, NUMBERS = "report.html", "analysis.json"
 _STYLE = """

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 
-from layalign import _lock
 from layalign.analysis import fusion, measure
 from layalign.analysis.measure import UNTRAINED
 from layalign.analysis.pairs import Pairs, read_pairs
@@ -20,9 +19,10 @@ from layalign.analysis.result import AnalysisResult
 from layalign.config import number_of_layers
 from layalign.data import Example
 from layalign.data.languages import find_language
-from layalign.errors import ArgumentError, refuse, whole_number
 from layalign.evaluation.answering import evaluation_mode
 from layalign.training.gates import read_gates
+from layalign.utils import lock as _lock
+from layalign.utils.errors import ArgumentError, refuse, whole_number
 
 LIMIT = 200
 

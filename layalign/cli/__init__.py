@@ -63,8 +63,8 @@ def _run_command(arguments: list[str], debug: bool) -> int:
 
 def describe(error: Exception) -> tuple[str, int]:
     """One line for an exception, and the exit code that goes with it."""
-    from layalign._versions import note_if_untested
-    from layalign.errors import LayAlignError, StoppedError
+    from layalign.utils.errors import LayAlignError, StoppedError
+    from layalign.utils.versions import note_if_untested
 
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         # A usage error of the command line parser, whichever copy of click it comes from.

@@ -93,7 +93,7 @@ def analyze(
 
 def _sentence(text: str) -> tuple[str | None, int]:
     """(language or None, number) of "N" or "LANGUAGE:N"."""
-    from layalign.errors import ArgumentError
+    from layalign.utils.errors import ArgumentError
 
     language, _, number = text.rpartition(":")
     if not number.strip().isdigit():
@@ -103,7 +103,7 @@ def _sentence(text: str) -> tuple[str | None, int]:
 
 def _before(before: str | None, device: str | None, dtype: str) -> Any:
     """What to compare with, loaded."""
-    from layalign.errors import ArgumentError
+    from layalign.utils.errors import ArgumentError
 
     if before is None or before == "untrained":
         return before

@@ -22,7 +22,7 @@ def bench(compare: Compare = None, threshold: Threshold = 1.1, report: Report = 
 
     `pytest benchmarks/ --results DIR`, in a clone, writes them.
     """
-    from layalign.errors import ArgumentError
+    from layalign.utils.errors import ArgumentError
 
     if compare is None and report is None:
         raise ArgumentError("bench: give --compare A B or --report DIR")

@@ -37,9 +37,9 @@ def load_model(checkpoint: str, device: str | None, dtype: str) -> tuple[Any, An
     import torch
 
     from layalign import LayAlignForCausalLM
-    from layalign.errors import ArgumentError
     from layalign.names import is_path
     from layalign.tokenization import load_tokenizers
+    from layalign.utils.errors import ArgumentError
 
     quiet_transformers()
     dtypes = ("auto", "float32", "bfloat16", "float16")

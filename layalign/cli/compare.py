@@ -30,8 +30,8 @@ def compare(
 
     from rich.console import Console
 
-    from layalign._files import write_whole
     from layalign.evaluation.compare import compare_runs
+    from layalign.utils.files import write_whole
 
     comparison = compare_runs(run_a, run_b, seed=seed)
     table = comparison.table(by, grouping)

@@ -20,7 +20,7 @@ Llm = Annotated[str | None, typer.Option("--llm", help="LLM the published file w
 def convert(source: SourcePath, output: OutputPath, encoder: Encoder = None, llm: Llm = None) -> None:
     """Turn a published checkpoint into our format, or ours into a published one."""
     from layalign.cli.common import quiet_transformers
-    from layalign.errors import ArgumentError
+    from layalign.utils.errors import ArgumentError
 
     if not source.exists():
         raise ArgumentError(f"source: no such file or folder: {source}")

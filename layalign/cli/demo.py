@@ -38,7 +38,7 @@ def demo(
     Example: layalign demo, then open demo-output/demo.html
     """
     from layalign.cli.common import quiet_transformers
-    from layalign.errors import ArgumentError
+    from layalign.utils.errors import ArgumentError
 
     real = {"checkpoint": checkpoint, "sentences": sentences, "steps": steps}
     for name, value in real.items():

@@ -77,10 +77,10 @@ def evaluate(
     """
     from rich.console import Console
 
-    from layalign.errors import ArgumentError
     from layalign.evaluation import TASKS
     from layalign.evaluation import evaluate as run
-    from layalign.evaluation.processes import Processes, join, leave
+    from layalign.utils.errors import ArgumentError
+    from layalign.utils.processes import Processes, join, leave
 
     if task not in TASKS:
         raise ArgumentError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")

@@ -43,8 +43,8 @@ def experiment(
     from rich.console import Console
 
     from layalign.cli.common import listed, quiet_transformers
-    from layalign.errors import ArgumentError
     from layalign.experiments.real.settings import is_real
+    from layalign.utils.errors import ArgumentError
 
     quiet_transformers()
     console = Console()
@@ -70,11 +70,11 @@ def _controlled(
     jobs: int,
     report: bool,
 ) -> list[str]:
-    from layalign.errors import ArgumentError
     from layalign.experiment import load_settings
     from layalign.experiment.report import accuracy_rows, write_report
     from layalign.experiment.results import write_results
     from layalign.experiment.schedule import Task, run_all
+    from layalign.utils.errors import ArgumentError
 
     settings = load_settings(config)
 
@@ -139,7 +139,7 @@ def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) ->
 
 
 def _seed(text: str) -> int:
-    from layalign.errors import ArgumentError
+    from layalign.utils.errors import ArgumentError
 
     if not text.strip().isdigit():
         raise ArgumentError(f"seeds: expected whole numbers with commas between, got {text.strip()!r}")

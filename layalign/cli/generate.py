@@ -66,7 +66,7 @@ def generate(
     """Answer a source text, or each line of stdin."""
     import json
 
-    from layalign.errors import ArgumentError
+    from layalign.utils.errors import ArgumentError
 
     if prompt is not None and task is not None:
         raise ArgumentError("prompt: give either --prompt or --task, not both")
@@ -97,8 +97,8 @@ def generate(
 def _examples(source: list[str] | None, language: str, prompt: str | None, task: str | None) -> Iterator[Example]:
     from layalign.data import Example, language_of
     from layalign.data.prompts import math_prompt
-    from layalign.errors import ArgumentError
     from layalign.tokenization import Prompt
+    from layalign.utils.errors import ArgumentError
 
     if task not in (None, "math", "source"):
         raise ArgumentError(f"task: expected math or source, got {task!r}")
@@ -144,7 +144,7 @@ class _Run:
         return {key: tensor.to(device) for key, tensor in self.collators[stage](batch).items()}
 
     def answers(self, examples: Iterator[Example], batch_size: int) -> Iterator[tuple[Example, str]]:
-        from layalign.errors import NonFiniteError
+        from layalign.utils.errors import NonFiniteError
 
         while batch := list(islice(examples, batch_size)):
             inputs, failed = self.inputs(batch), tuple[int, ...]()
@@ -164,7 +164,7 @@ class _Run:
     def stream(self, example: Example) -> None:
         from transformers import TextStreamer
 
-        from layalign.errors import NonFiniteError
+        from layalign.utils.errors import NonFiniteError
 
         streamer = TextStreamer(self.llm_tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
@@ -174,6 +174,6 @@ class _Run:
 
     @staticmethod
     def refused(example: Example) -> Exception:
-        from layalign.errors import NonFiniteError, shown
+        from layalign.utils.errors import NonFiniteError, shown
 
         return NonFiniteError(f"model: expected finite logits, got NaN or infinity for {shown(example.source)}")

@@ -58,9 +58,9 @@ def serve(
 
     Where the environment variable LAYALIGN_API_KEY is set, requests must carry it (Authorization: Bearer).
     """
-    from layalign.errors import ArgumentError
     from layalign.serve import ServeSettings
     from layalign.serve.settings import checked_key
+    from layalign.utils.errors import ArgumentError
 
     try:
         import fastapi  # noqa: F401

@@ -62,8 +62,8 @@ def train(
 
     Example: layalign train --preset math --data datas --set batch_size=64
     """
-    from layalign.errors import ArgumentError
     from layalign.training.loading import configured_stages, load_train_config
+    from layalign.utils.errors import ArgumentError
 
     if preset is None and config is None:
         raise ArgumentError("preset: give --preset or --config (for a small run on a laptop see layalign demo)")
@@ -108,10 +108,10 @@ def _train_all(configs: list[TrainConfig]) -> None:
     from rich.table import Table
 
     quiet_transformers()
-    from layalign.errors import StoppedError
-    from layalign.evaluation.processes import leave
     from layalign.training import is_main_process, train
     from layalign.training.runs import alone_in
+    from layalign.utils.errors import StoppedError
+    from layalign.utils.processes import leave
 
     try:
         with ExitStack() as folders:

@@ -14,9 +14,9 @@ import torch
 from layalign.data.examples import Example
 from layalign.data.languages import tokenizer_source_language
 from layalign.data.lengths import known_limit, positions
-from layalign.errors import ArgumentError, one_of, refuse, whole_number
 from layalign.packing import pack
 from layalign.tokenization import encode_texts
+from layalign.utils.errors import ArgumentError, one_of, refuse, whole_number
 
 logger = logging.getLogger(__name__)
 STAGES = ("translation", "task")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from layalign.errors import DataError
+from layalign.utils.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from layalign.data.examples import BadRecord
-from layalign.errors import BackendError, DataError, first_line
-from layalign.limits import MAX_LINE_BYTES, MAX_ROWS, MAX_ROWS_BYTES, MAX_WHOLE_BYTES
+from layalign.utils.errors import BackendError, DataError, first_line
+from layalign.utils.limits import MAX_LINE_BYTES, MAX_ROWS, MAX_ROWS_BYTES, MAX_WHOLE_BYTES
 
 COMPRESSED = (".gz", ".bz2", ".xz")
 _OPEN: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh91AY&SY": bz2.open, b"\xfd7zXZ\0": lzma.open}

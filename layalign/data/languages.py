@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from layalign.data.language_table import TABLE
-from layalign.errors import ArgumentError, refuse
+from layalign.utils.errors import ArgumentError, refuse
 
 # Scripts that NLLB knows besides the one in the table.
 _NLLB_OTHER_SCRIPTS = ("ace_Arab", "bjn_Arab", "kas_Deva", "knc_Arab", "taq_Tfng", "zho_Hant")

@@ -43,7 +43,7 @@ from layalign.data.files import (
 )
 from layalign.data.languages import Language, find_language, language_of
 from layalign.data.records import PROMPTS, Record
-from layalign.errors import ArgumentError, BackendError, DataError, refuse, whole_number
+from layalign.utils.errors import ArgumentError, BackendError, DataError, refuse, whole_number
 
 DATASETS = "datasets:"
 MAX_DEPTH = 8  # of lists in lists

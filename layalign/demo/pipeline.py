@@ -16,8 +16,6 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from layalign import LayAlignForCausalLM
-from layalign._files import give_usual_modes, write_whole
-from layalign._lock import held
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_data
 from layalign.demo.pretraining import (
     Progress,
@@ -33,6 +31,8 @@ from layalign.demo.settings import DemoSettings
 from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
 from layalign.evaluation import EvaluationResult, evaluate, llm_alone
 from layalign.training import TrainConfig, train
+from layalign.utils.files import give_usual_modes, write_whole
+from layalign.utils.lock import held
 
 # What is compared, and its name in tables. The adapter alone has no aligner and no gates.
 SYSTEMS = {"llm": "LLM alone", "adapter": "last-layer adapter alone", "layalign": "LayAlign"}

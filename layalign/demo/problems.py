@@ -22,7 +22,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
 
 LANGUAGES = ("English", "Spanish", "German", "French", "Russian", "Chinese", "Swahili", "Bengali", "Haitian Creole")
 MORE_LANGUAGES = ("Portuguese", "Japanese", "Indonesian", "Turkish")

@@ -7,10 +7,10 @@ import html
 from pathlib import Path
 from typing import Any
 
-from layalign._files import write_whole
 from layalign.demo.pipeline import SYSTEMS, table_rows
 from layalign.demo.plots import gate_picture, loss_curves, mix_picture
 from layalign.demo.problems import generate_problems
+from layalign.utils.files import write_whole
 
 _STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd }

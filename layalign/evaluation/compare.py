@@ -20,14 +20,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from layalign._reading import read_json
-from layalign.errors import ArgumentError, DataError, refuse, whole_number
 from layalign.evaluation.intervals import holm, is_parallel, macro_interval, sign_flip_p
 from layalign.evaluation.levels import GROUPINGS, by_level
 from layalign.evaluation.measures import Sentences, bootstrap_p, group_size, interval_of, less_is_better
 from layalign.evaluation.store import SETTINGS, prediction_path
 from layalign.evaluation.translation import METRICS, translation_scores
-from layalign.limits import MAX_WHOLE_BYTES
+from layalign.utils.errors import ArgumentError, DataError, refuse, whole_number
+from layalign.utils.limits import MAX_WHOLE_BYTES
+from layalign.utils.reading import read_json
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from layalign.errors import ArgumentError
 from layalign.evaluation.metrics import wilson_interval
+from layalign.utils.errors import ArgumentError
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95

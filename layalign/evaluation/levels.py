@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from layalign.data.languages import Language, find_language
-from layalign.errors import one_of, refuse
 from layalign.evaluation.intervals import Interval, is_parallel, macro_interval
+from layalign.utils.errors import one_of, refuse
 
 # Of one language: (id of the question, whether the answer is right), in file order.
 Outcomes = Sequence[tuple[str, bool]]

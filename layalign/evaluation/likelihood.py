@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layalign._versions import cache_name, cache_of
 from layalign.data.examples import Example
-from layalign.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
 from layalign.evaluation.answering import device_of, evaluation_mode
 from layalign.evaluation.measures import NATS, OTHER, group_size
 from layalign.evaluation.shared_start import read_start
 from layalign.packing import IGNORE_INDEX, real_positions
+from layalign.utils.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
+from layalign.utils.versions import cache_name, cache_of
 
 LABELS = "labels"  # measured by the scorers that choose a label by likelihood
 LogProb = tuple[float, int]  # (sum of the log-probabilities of a text's tokens, number of these tokens)

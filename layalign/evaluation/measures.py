@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from layalign.errors import ArgumentError, refuse
 from layalign.evaluation.intervals import CONFIDENCE, is_parallel, macro_interval
 from layalign.evaluation.levels import GROUPINGS, by_level
 from layalign.evaluation.metrics import wilson_interval
 from layalign.evaluation.translation import METRICS, score_of
+from layalign.utils.errors import ArgumentError, refuse
 
 NATS, OTHER = "nats", "nats-other-source"
 RESAMPLES = 1000

@@ -20,12 +20,10 @@ from typing import Any
 
 import torch
 
-from layalign._files import write_whole
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example, ReadReport
 from layalign.data.languages import language_of
 from layalign.data.readers import Spec, by_language, load_examples
-from layalign.errors import ArgumentError, NonFiniteError, one_of, refuse, shown, whole_number
 from layalign.evaluation.answering import (
     ModelAnswers,
     evaluation_mode,
@@ -38,11 +36,13 @@ from layalign.evaluation.levels import LevelScore, Outcomes, average_interval, l
 from layalign.evaluation.likelihood import LABELS, Likelihoods, best_label, right_ones
 from layalign.evaluation.measures import MeasureScores, Sentences, check_measures, group_size, require_groups
 from layalign.evaluation.metrics import wilson_interval
-from layalign.evaluation.processes import Processes
 from layalign.evaluation.store import OutputStore
 from layalign.evaluation.tasks import LIKELIHOODS, NUMERIC, SCORERS, TASKS, Task, check_labels, judge, task_of
 from layalign.evaluation.translation import METRICS, metric_of, score_of, translation_scores
 from layalign.tokenization import tokenizers_hash
+from layalign.utils.errors import ArgumentError, NonFiniteError, one_of, refuse, shown, whole_number
+from layalign.utils.files import write_whole
+from layalign.utils.processes import Processes
 
 __all__ = ["NUMERIC", "SCORERS", "TASKS", "EvaluationResult", "LanguageScore", "Task", "evaluate", "llm_alone"]
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer
 
-from layalign._versions import cache_of
 from layalign.packing import real_positions
+from layalign.utils.versions import cache_of
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from layalign._files import write_whole, writing
-from layalign._reading import read_bytes, read_json
 from layalign.data.examples import Example
-from layalign.errors import ArgumentError, DataError
-from layalign.limits import MAX_LINE_BYTES, MAX_WHOLE_BYTES
+from layalign.utils.errors import ArgumentError, DataError
+from layalign.utils.files import write_whole, writing
+from layalign.utils.limits import MAX_LINE_BYTES, MAX_WHOLE_BYTES
+from layalign.utils.reading import read_bytes, read_json
 
 logger = logging.getLogger("layalign")
 

@@ -8,8 +8,8 @@ from typing import Any
 from layalign.data.collator import STAGES
 from layalign.data.examples import Example
 from layalign.data.numbers import find_number
-from layalign.errors import one_of, refuse
 from layalign.evaluation.metrics import last_number, parse_label, same_number
+from layalign.utils.errors import one_of, refuse
 
 LIKELIHOODS = ("label-likelihood", "label-likelihood-mean")  # scorers that choose a label and generate nothing
 SCORERS = ("number", "signed-number", "label", *LIKELIHOODS, "text", "translation")

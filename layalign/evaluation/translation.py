@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from layalign.errors import ArgumentError, BackendError, one_of, refuse
+from layalign.utils.errors import ArgumentError, BackendError, one_of, refuse
 
 METRICS = ("chrf", "bleu")
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from layalign._files import write_whole
-from layalign._pages import replaced
-from layalign._reading import read_json
 from layalign.experiment.results import GROUPS
+from layalign.utils.files import write_whole
+from layalign.utils.pages import replaced
+from layalign.utils.reading import read_json
 
 _COLUMNS = ("all", "high", "medium", "low", "trained", "unseen", "English")
 

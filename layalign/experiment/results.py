@@ -157,7 +157,7 @@ def summarise(settings: ExperimentSettings, folder: Path) -> dict[str, Any]:
 
 def write_results(settings: ExperimentSettings, folder: Path) -> dict[str, Any]:
     """`results.json` in the experiment's folder, from the runs that are finished."""
-    from layalign._files import write_whole
+    from layalign.utils.files import write_whole
 
     found = summarise(settings, folder)
     write_whole(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")

@@ -21,18 +21,18 @@ import transformers
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
-from layalign._files import give_usual_modes, write_whole, writing
-from layalign._lock import LOCK, held
-from layalign._reading import read_json
 from layalign.baselines import baseline
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
 from layalign.demo.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
 from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
-from layalign.errors import ArgumentError
 from layalign.evaluation import evaluate
 from layalign.experiment.settings import ExperimentSettings, Steps, System
 from layalign.tokenization import load_tokenizers
 from layalign.training import TrainConfig, train
+from layalign.utils.errors import ArgumentError
+from layalign.utils.files import give_usual_modes, write_whole, writing
+from layalign.utils.lock import LOCK, held
+from layalign.utils.reading import read_json
 
 RESULT, LOG, PREPARED = "result.json", "log.jsonl", "prepared.json"
 _FILES = {"translation": TRANSLATION, "task": MATH}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layalign.errors import ArgumentError, StoppedError
 from layalign.experiment.settings import ExperimentSettings
+from layalign.utils.errors import ArgumentError, StoppedError
 
 # Called with a finished task, its seconds, and what went wrong (None: nothing).
 Tell = Callable[["Task", float, str | None], None]

@@ -11,11 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from layalign._yaml import read_file, read_text
 from layalign.baselines import baseline
 from layalign.demo.pretraining import Budget
 from layalign.demo.problems import ALL_LANGUAGES
-from layalign.errors import ArgumentError, refuse, shown
+from layalign.utils.errors import ArgumentError, refuse, shown
+from layalign.utils.yaml_files import read_file, read_text
 
 LEVELS = ("high", "medium", "low")
 MAX_SHARE = 1e6

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign._plain import brought, require_input
-from layalign.errors import MAX_SIZE, ArgumentError, one_of, refuse, whole_number
+from layalign.utils.errors import MAX_SIZE, ArgumentError, one_of, refuse, whole_number
 
 FUSIONS = ("softmax", "token-softmax")
 FEED_FORWARD = 2048  # torch's default, with which it was published

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from layalign import ops, reference
 from layalign._plain import computes, is_exactly, readable, reason_against_reading
-from layalign.errors import MAX_SIZE, ArgumentError, one_of, refuse
 from layalign.ops._checks import check_hidden
+from layalign.utils.errors import MAX_SIZE, ArgumentError, one_of, refuse
 
 STRUCTURES = ("Linear", "MLP")
 MIXES = ("layer-wise", "shared")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from layalign import ops, reference
 from layalign._plain import computes, readable
-from layalign.errors import finite_number
+from layalign.utils.errors import finite_number
 
 
 @readable

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
 
 MAX_LAYERS, MAX_SLOTS = 64, 256  # of one call, for the fused kernels
 MAX_SIZE = 2**31 - 1  # of one dimension, for the fused kernels, which count tokens in 32 bits

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from layalign.errors import BackendError, refuse
 from layalign.ops import _direct
+from layalign.utils.errors import BackendError, refuse
 
 logger = logging.getLogger("layalign")
 

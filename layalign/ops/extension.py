@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign.errors import BackendError
+from layalign.utils.errors import BackendError
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
 MIN_CAPABILITY = (8, 0)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.errors import ArgumentError, BackendError, shown
 from layalign.ops import _checks, _direct, backends
+from layalign.utils.errors import ArgumentError, BackendError, shown
 
 MAX_HEAD_SIZE = 256
 MAX_DECODE_ROWS = 16

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.errors import BackendError
 from layalign.ops import _checks, _direct, backends
+from layalign.utils.errors import BackendError
 
 
 def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.errors import ArgumentError, BackendError
 from layalign.ops import _checks, _direct, _packed, _slot_products, backends, plans
+from layalign.utils.errors import ArgumentError, BackendError
 
 
 def _torch(

@@ -14,8 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from layalign._pages import print_or_write, replaced
 from layalign.ops import _checks, backends
+from layalign.utils.pages import print_or_write, replaced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEVICES = {"triton": ("GPU", "GPU, sm_100"), "cuda": ("GPU", "GPU, sm_100"), "cpp": ("CPU",), "torch": ("CPU", "GPU")}

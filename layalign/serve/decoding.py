@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from layalign._plain import device_of
-from layalign._versions import cache_of
 from layalign.packing import real_positions
 from layalign.source import SourceStates, get_source, put_source
+from layalign.utils.versions import cache_of
 
 
 @dataclass(frozen=True)

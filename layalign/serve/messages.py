@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
-from layalign._pages import print_or_write, replaced
+from layalign.utils.pages import print_or_write, replaced
 
 STATUS_TYPES = {
     401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
 
 # Fields of a generation configuration that change greedy answers and that are not served, with the value that does not.
 _NEUTRAL = {

@@ -7,7 +7,7 @@ from math import isfinite
 
 from layalign.data.languages import language_of
 from layalign.data.records import PROMPTS
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
 
 _AT_LEAST_ONE = (
     "max_batch", "max_batch_tokens", "max_characters", "max_source_tokens", "max_prompt_tokens", "max_new_tokens",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from layalign._quiet import importing_peft
 from layalign.training.config import TrainConfig
 from layalign.training.loading import load_train_config
+from layalign.utils.quiet import importing_peft
 
 if TYPE_CHECKING:
     from layalign.training.run import (

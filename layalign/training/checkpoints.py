@@ -19,11 +19,11 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from layalign._files import sync, write_whole
-from layalign._reading import confined, read_json, require_regular
 from layalign.checkpoint import CONFIG, WEIGHTS
-from layalign.errors import CheckpointError, first_line, shown
 from layalign.names import UNFINISHED
+from layalign.utils.errors import CheckpointError, first_line, shown
+from layalign.utils.files import sync, write_whole
+from layalign.utils.reading import confined, read_json, require_regular
 
 logger = logging.getLogger("layalign")
 

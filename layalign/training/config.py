@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from layalign._files import write_whole
-from layalign.errors import ArgumentError, refuse, shown
 from layalign.layers import named_layers
 from layalign.names import with_gguf
+from layalign.utils.errors import ArgumentError, refuse, shown
+from layalign.utils.files import write_whole
 
 STAGES = ("translation", "task")
 TASKS = ("math", "x-csqa", "xnli")

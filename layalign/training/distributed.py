@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from layalign import _sharding, checkpoint
 from layalign.attention import key_value_modules
-from layalign.errors import ArgumentError, CheckpointError
+from layalign.utils.errors import ArgumentError, CheckpointError
 
 logger = logging.getLogger("layalign")
 

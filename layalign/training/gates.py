@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from layalign._files import write_whole, writing
 from layalign.data.files import decode, raw_lines
-from layalign.errors import DataError, first_line
+from layalign.utils.errors import DataError, first_line
+from layalign.utils.files import write_whole, writing
 
 logger = logging.getLogger("layalign")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from layalign.errors import NonFiniteError
+from layalign.utils.errors import NonFiniteError
 
 logger = logging.getLogger("layalign")
 

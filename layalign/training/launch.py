@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from layalign.data import Example
-from layalign.errors import ArgumentError
 from layalign.training import runs
 from layalign.training.config import TrainConfig
+from layalign.utils.errors import ArgumentError
 
 if TYPE_CHECKING:
     from layalign.training.trainer import LayAlignTrainer

@@ -9,10 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from layalign._yaml import read_file, read_text
 from layalign.baselines import baseline, with_baseline
-from layalign.errors import ArgumentError, refuse, shown
 from layalign.training.config import STAGES, TEXTS, TrainConfig
+from layalign.utils.errors import ArgumentError, refuse, shown
+from layalign.utils.yaml_files import read_file, read_text
 
 
 def load_train_config(

@@ -20,18 +20,20 @@ import torch
 import transformers
 from torch import nn
 
-from layalign import _reading, _yaml, fingerprint
-from layalign._files import write_whole
+from layalign import fingerprint
 from layalign._sharding import reason_whole_is_not_here
 from layalign.checkpoint import CONFIG, WEIGHTS, digest, reading
 from layalign.config import LayAlignConfig
 from layalign.data import Example
 from layalign.doctor import package_version
-from layalign.errors import ArgumentError, CheckpointError, shown
 from layalign.names import PARTS
 from layalign.tokenization import tokenizers_hash
 from layalign.training import precision
 from layalign.training.config import ALLOWED_CHANGES, TrainConfig
+from layalign.utils import reading as _reading
+from layalign.utils import yaml_files as _yaml
+from layalign.utils.errors import ArgumentError, CheckpointError, shown
+from layalign.utils.files import write_whole
 
 logger = logging.getLogger("layalign.training")
 

@@ -21,12 +21,10 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, __version__, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from layalign._files import writing
 from layalign.checkpoint import OWN_PARTS
 from layalign.config import LayAlignConfig, number_of_layers
 from layalign.data import FORMATS, Example, LayAlignCollator, load_examples
 from layalign.data.sentences import apart_from, cut_by_sentence
-from layalign.errors import ArgumentError, CheckpointError, StoppedError
 from layalign.layers import named_layers
 from layalign.model import LayAlignForCausalLM
 from layalign.parts import matching_adapter_size
@@ -41,6 +39,8 @@ from layalign.training.launch import LossBefore, leave_engine, sharding_argument
 from layalign.training.loading import load_train_config
 from layalign.training.runs import is_main_process
 from layalign.training.trainer import LayAlignTrainer
+from layalign.utils.errors import ArgumentError, CheckpointError, StoppedError
+from layalign.utils.files import writing
 
 __all__ = [
     "TrainConfig",

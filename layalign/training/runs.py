@@ -10,14 +10,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from layalign._files import write_whole, writing
-from layalign._lock import held
-from layalign._reading import read_json
-from layalign.errors import ArgumentError, CheckpointError, shown
-from layalign.evaluation.processes import Processes
 from layalign.training.checkpoints import check_writable, checkpoints, clear_unfinished, problem, remove
 from layalign.training.config import TrainConfig
 from layalign.training.record import SETTINGS
+from layalign.utils.errors import ArgumentError, CheckpointError, shown
+from layalign.utils.files import write_whole, writing
+from layalign.utils.lock import held
+from layalign.utils.processes import Processes
+from layalign.utils.reading import read_json
 
 logger = logging.getLogger("layalign")
 
@@ -31,7 +31,7 @@ def is_main_process() -> bool:
 
 @contextmanager
 def alone_in(folder: str | Path) -> Iterator[None]:
-    """Within the block the run's main process holds its folder (`layalign._lock.held`).
+    """Within the block the run's main process holds its folder (`layalign.utils.lock.held`).
 
     Where the processes of the run are joined already, all raise what the main one does. Else it ends, and its launcher
     ends the others (torchrun and accelerate do) before any of them has written.

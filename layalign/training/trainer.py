@@ -14,16 +14,16 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import find_batch_size
 
 from layalign import checkpoint, loading
-from layalign._files import writing
 from layalign._sharding import full_shape, put
 from layalign.checkpoint import reading
-from layalign.errors import CheckpointError, refuse
 from layalign.tokenization import save_tokenizers
 from layalign.training import record
 from layalign.training.checkpoints import UNFINISHED, clear_unfinished, publish, rotate
 from layalign.training.distributed import DistributedTrainer
 from layalign.training.guard import StepGuard
 from layalign.training.stop import StopOnSignal
+from layalign.utils.errors import CheckpointError, refuse
+from layalign.utils.files import writing
 
 _BATCHES_PER_POOL = 50
 

@@ -18,9 +18,10 @@ from tiny import open_gates, tiny_encoder, tiny_llm
 from tiny_training import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
-from layalign import CheckpointError, LayAlignConfig, LayAlignForCausalLM, limits
+from layalign import CheckpointError, LayAlignConfig, LayAlignForCausalLM
 from layalign.checkpoint import read_weights
 from layalign.tokenization import load_tokenizers
+from layalign.utils import limits
 
 
 @pytest.fixture(scope="module")

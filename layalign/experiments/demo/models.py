@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from layalign.encoder import load_encoder, load_llm
-from layalign.errors import ArgumentError, CheckpointError, LayAlignError, first_line
 from layalign.model import LayAlignForCausalLM
 from layalign.names import PARTS
 from layalign.tokenization import load_tokenizers
+from layalign.utils.errors import ArgumentError, CheckpointError, LayAlignError, first_line
 
 SHIPPED = Path(__file__).parent / "checkpoint"
 ABOUT = "about.json"

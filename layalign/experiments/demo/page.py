@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layalign._files import write_whole
 from layalign.data.languages import language_of
 from layalign.data.prompts import one_line
 from layalign.experiments.demo import charts, live
 from layalign.experiments.demo.run import ALL_LANGUAGES, SYSTEMS, UNSEEN, by_training_text, pairs_text
+from layalign.utils.files import write_whole
 
 _STYLE = Path(__file__).with_name("page.css")
 

@@ -16,17 +16,17 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from layalign._files import write_whole, writing
-from layalign._lock import held
 from layalign.data import Example
 from layalign.demo.progress import Phases
-from layalign.errors import whole_number
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.levels import resource_level
 from layalign.experiments.demo import live, models
 from layalign.experiments.demo.asking import Answer, Score, layalign_answers, llm_answers, score
 from layalign.experiments.demo.looks import inside
 from layalign.experiments.demo.sentences import sentences
+from layalign.utils.errors import whole_number
+from layalign.utils.files import write_whole, writing
+from layalign.utils.lock import held
 
 SYSTEMS = {"llm": "LLM alone", "layalign": "LayAlign"}
 ALL_LANGUAGES, UNSEEN = "all languages", "in no training text"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from layalign.analysis.pairs import read_pairs
 from layalign.data import Example
-from layalign.errors import one_of
+from layalign.utils.errors import one_of
 
 FOLDER = Path(__file__).parent / "sentences"
 # "test": what is asked. "examples": what SmolLM2 alone is shown before. "train": what the short training run reads.

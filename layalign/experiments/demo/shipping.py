@@ -14,11 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from layalign._files import write_whole
-from layalign._reading import read_json
 from layalign.data.languages import language_of
 from layalign.encoder import load_encoder, load_llm
-from layalign.errors import ArgumentError
 from layalign.experiments.demo.models import ABOUT, SHIPPED
 from layalign.experiments.real.data import read_data
 from layalign.experiments.real.runs import TRAINED, run_folder, steps_of, work_folder
@@ -27,6 +24,9 @@ from layalign.experiments.weights.hub import MODELS
 from layalign.model import LayAlignForCausalLM
 from layalign.names import PARTS
 from layalign.training.gates import FILE as GATES
+from layalign.utils.errors import ArgumentError
+from layalign.utils.files import write_whole
+from layalign.utils.reading import read_json
 
 CARD = "README.md"
 COMMAND = "layalign experiment --preset real"

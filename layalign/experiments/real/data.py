@@ -14,8 +14,8 @@ from layalign.data import Example
 from layalign.data.languages import find_language, language_of
 from layalign.data.readers import load_examples
 from layalign.data.sentences import sentence_key
-from layalign.errors import ArgumentError
 from layalign.experiments.real.settings import RealSettings
+from layalign.utils.errors import ArgumentError
 
 _SPLIT_SEED = 0
 

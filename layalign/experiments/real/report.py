@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from layalign._files import write_whole
-from layalign._pages import replaced
-from layalign._reading import read_json
 from layalign.analysis.result import METRICS, AnalysisResult
 from layalign.experiment.report import markdown_table
 from layalign.experiments.real.ablation import SETS
 from layalign.experiments.real.data import language_name
+from layalign.utils.files import write_whole
+from layalign.utils.pages import replaced
+from layalign.utils.reading import read_json
 
 _GROUPS = ("all", "seen", "unseen", "high", "medium", "low")
 

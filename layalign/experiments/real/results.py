@@ -14,9 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from layalign._files import write_whole
-from layalign._reading import read_json
-from layalign.errors import ArgumentError
 from layalign.evaluation.levels import resource_level
 from layalign.evaluation.translation import score_of
 from layalign.experiment.runs import read_done
@@ -28,6 +25,9 @@ from layalign.experiments.real.schedule import DATA
 from layalign.experiments.real.settings import RealSettings
 from layalign.experiments.real.task import SUFFIX
 from layalign.experiments.real.task import system_of as task_system
+from layalign.utils.errors import ArgumentError
+from layalign.utils.files import write_whole
+from layalign.utils.reading import read_json
 
 RESAMPLES, TAILS = 1000, (0.025, 0.975)
 DOMAINS = ("tatoeba", "ntrex")

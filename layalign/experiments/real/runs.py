@@ -18,11 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from layalign import LayAlignForCausalLM
-from layalign._files import write_whole
-from layalign._lock import held
-from layalign._reading import read_json
 from layalign.data import Example
-from layalign.errors import ArgumentError
 from layalign.evaluation.answering import LlmAnswers, ModelAnswers, llm_alone
 from layalign.experiment.runs import log, read_done, versions
 from layalign.experiments.real.data import RealData, as_text
@@ -32,6 +28,10 @@ from layalign.tokenization import encode_texts, load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.gates import FILE as GATES
 from layalign.training.runs import RUN_FILE
+from layalign.utils.errors import ArgumentError
+from layalign.utils.files import write_whole
+from layalign.utils.lock import held
+from layalign.utils.reading import read_json
 
 CHOICE, TRAINED, RESULT = "choice.json", "trained.json", "result.json"
 SAVE_STEPS = 50

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from layalign._files import write_whole
-from layalign.errors import StoppedError, first_line, whole_number
 from layalign.experiment.schedule import _start as start_worker
 from layalign.experiments.real.data import read_data
 from layalign.experiments.real.settings import RealSettings
+from layalign.utils.errors import StoppedError, first_line, whole_number
+from layalign.utils.files import write_whole
 
 DATA = "data.json"
 Run = tuple[str, str, int]  # stage, system, seed

@@ -10,10 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from layalign._yaml import read_file, read_text
 from layalign.baselines import baseline
 from layalign.data.languages import find_language
-from layalign.errors import ArgumentError, finite_number, one_of, refuse, whole_number
+from layalign.utils.errors import ArgumentError, finite_number, one_of, refuse, whole_number
+from layalign.utils.yaml_files import read_file, read_text
 
 # What training depends on beside its text; and the test, beside that.
 _OF_TRAINING = ("steps", "batch", "max_length", "eval_steps", "dtype", "learning_rates", "choice_steps")

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from layalign._lock import held
 from layalign.data import Example
 from layalign.data.readers import load_examples
-from layalign.errors import ArgumentError
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.likelihood import best_label, choice_log_probs
 from layalign.experiment.runs import log, read_done
@@ -36,6 +34,8 @@ from layalign.experiments.real.runs import (
 )
 from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
 from layalign.training import TrainConfig
+from layalign.utils.errors import ArgumentError
+from layalign.utils.lock import held
 
 SUFFIX = "-task"
 BATCH = 16

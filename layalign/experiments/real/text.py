@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from layalign.errors import ArgumentError
 from layalign.experiments.real.settings import load_settings
+from layalign.utils.errors import ArgumentError
 
 _BREAKS = re.compile("[\t\v\f\r\x1c-\x1e\x85\u2028\u2029]")  # a tab, and what some readers end a line at
 PAIRS_OF_THE_OTHERS = 120  # of each language that is not tested

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from layalign.checkpoint import reading
 from layalign.encoder import load_encoder, load_llm
-from layalign.errors import CheckpointError
 from layalign.tokenization import load_tokenizer
+from layalign.utils.errors import CheckpointError
 
 ENGLISH = (
     "The old bridge was closed for repairs, so we had to walk around the lake to get home.",

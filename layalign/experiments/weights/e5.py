@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layalign._reading import Cursor, require_regular
-from layalign.errors import DataError, LayAlignError, shown
+from layalign.utils.errors import DataError, LayAlignError, shown
+from layalign.utils.reading import Cursor, require_regular
 
 FLOAT32, Q4_0 = 0, 1
 BLOCK, BLOCK_BYTES = 32, 18

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from layalign._quiet import without_reports
-from layalign.errors import DataError, first_line
 from layalign.experiments.weights.manifest import checksum
+from layalign.utils.errors import DataError, first_line
+from layalign.utils.quiet import without_reports
 
 # Nothing that is code, and no second copy of the weights.
 _FILES = ["*.json", "*.txt", "*.jinja", "*.model", "model.safetensors"]

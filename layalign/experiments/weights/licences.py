@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from layalign._files import write_whole
 from layalign.experiments.weights import hub, packages
+from layalign.utils.files import write_whole
 
 _MIT = """\
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated

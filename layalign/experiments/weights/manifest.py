@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layalign._files import write_whole
-from layalign._reading import confined, read_json, require_regular
-from layalign.errors import CheckpointError
+from layalign.utils.errors import CheckpointError
+from layalign.utils.files import write_whole
+from layalign.utils.reading import confined, read_json, require_regular
 
 NAME = "layalign-weights.json"
 FORMAT = 1

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from layalign._files import writing
-from layalign.errors import DataError, first_line
+from layalign.utils.errors import DataError, first_line
+from layalign.utils.files import writing
 
 # The data files are the same on every platform, but one wheel is only there for this one.
 PLATFORM = "manylinux2014_x86_64"

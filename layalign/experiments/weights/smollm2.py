@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layalign import _gguf
-from layalign.errors import CheckpointError, first_line
+from layalign.utils.errors import CheckpointError, first_line
 
 _PARTS = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",

@@ -22,8 +22,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from layalign._files import writing
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
+from layalign.utils.files import writing
 
 try:
     import fcntl

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from layalign import _reading
-from layalign.errors import ArgumentError
-from layalign.limits import MAX_YAML_CHARACTERS, MAX_YAML_DEPTH, MAX_YAML_VALUES
+from layalign.utils import reading as _reading
+from layalign.utils.errors import ArgumentError
+from layalign.utils.limits import MAX_YAML_CHARACTERS, MAX_YAML_DEPTH, MAX_YAML_VALUES
 
 
 def read_file(path: Path, argument: str = "config") -> Any:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-from layalign.errors import ArgumentError
+from layalign.utils.errors import ArgumentError
 
 # By package the lowest and the newest minor version. pyproject.toml, noxfile.py and docs/versions.md say the same.
 TESTED = {"transformers": ("5.0", "5.24"), "torch": ("2.6", "2.15")}

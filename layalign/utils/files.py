@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
-from layalign.errors import LayAlignError, OutputError
+from layalign.utils.errors import LayAlignError, OutputError
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from layalign._lock import held
+from layalign.utils.lock import held
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Processes:
 
     @contextmanager
     def all_held(self, folder: str | Path) -> Iterator[None]:
-        """Within the block the main process holds the folder; where it cannot, all raise (`layalign._lock.held`)."""
+        """The main process holds the folder within the block; where it cannot, all raise (`layalign.utils.lock.held`)."""
         with ExitStack() as stack:
             self.all_get(lambda: stack.enter_context(held(folder)))
             yield

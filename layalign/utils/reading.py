@@ -9,8 +9,8 @@ import struct
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from layalign.errors import CheckpointError, LayAlignError, shown
-from layalign.limits import MAX_JSON_BYTES, MAX_JSON_DEPTH
+from layalign.utils.errors import CheckpointError, LayAlignError, shown
+from layalign.utils.limits import MAX_JSON_BYTES, MAX_JSON_DEPTH
 
 Kind = type[LayAlignError]
 _TOO_DEEP = object()
