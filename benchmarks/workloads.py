@@ -12,8 +12,8 @@ from torch import Tensor
 
 from layalign import reference
 from layalign.loss import label_loss
+from layalign.nn.rows import Rows, only_rows
 from layalign.packing import IGNORE_INDEX
-from layalign.rows import Rows, only_rows
 
 Call = Callable[[], Any]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from layalign.ops._direct import PLAIN
+from layalign.ops.dispatch import PLAIN
 
 
 def reason_against_watching(tensors: Iterable[Tensor | None]) -> str | None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from layalign._identity import Identity, reason_against_watching, sample, unwritten
-from layalign._plain import is_altered, parts
-from layalign._sharding import reason_whole_is_not_here
 from layalign.attention import key_value_modules
 from layalign.fold import STEPS
-from layalign.ops import _checks, _direct
+from layalign.nn.inspection import is_altered, parts
+from layalign.nn.sharding import reason_whole_is_not_here
+from layalign.ops import checks as _checks
+from layalign.ops import dispatch as _direct
 
 
 @dataclass(frozen=True)

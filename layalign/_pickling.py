@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
-from layalign._plain import parts
+from layalign.nn.inspection import parts
 
 _FLAG = "_output_capturing_hooks_installed"
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from layalign import last_layer, ops
 from layalign._kept import KeptStates
-from layalign._plain import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
 from layalign.attention import PREFIX, head_size, key_value_modules, key_value_states, register
 from layalign.fold import count_steps
-from layalign.ops import _direct, _repeated
-from layalign.ops._repeated import Ready, RepeatedDecode, side_by_side
+from layalign.nn.inspection import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
+from layalign.ops import cached_launch as _repeated
+from layalign.ops import dispatch as _direct
+from layalign.ops.cached_launch import Ready, RepeatedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 from layalign.slots import passable, through
 from layalign.utils.errors import ArgumentError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from layalign._sharding import reason_whole_is_not_here
 from layalign.attention import own_configs
+from layalign.nn.sharding import reason_whole_is_not_here
 from layalign.utils.errors import MAX_SIZE, ArgumentError, whole_number
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from layalign._plain import parts
+from layalign.nn.inspection import parts
 from layalign.source import OnePass, SourceStates
 from layalign.utils.errors import ArgumentError, refuse, whole_number
 from layalign.utils.versions import importing

@@ -22,9 +22,9 @@ from transformers import (
 from layalign import _gguf
 from layalign._claims import names_kernels, require_files, require_modest, without_kernels
 from layalign._pickling import leave_out_recorders, make_recordable
-from layalign._plain import trains
 from layalign.config import CONFIG_FILE
 from layalign.names import gguf_parts, given, is_path, with_gguf
+from layalign.nn.inspection import trains
 from layalign.utils.errors import ArgumentError, CheckpointError
 from layalign.utils.quiet import without_reports
 from layalign.utils.reading import read_json

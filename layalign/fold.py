@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from layalign import ops, slots
 from layalign._identity import Identity, bits, reason_against_watching, sample, unwritten
-from layalign._plain import is_intercepted, reason_against_reading
 from layalign.attention import head_size, heads
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.ops import _checks, _direct
-from layalign.ops._packed import PackedWeight
+from layalign.nn.inspection import is_intercepted, reason_against_reading
+from layalign.ops import checks as _checks
+from layalign.ops import dispatch as _direct
+from layalign.ops.packed_weight import PackedWeight
 
 logger = logging.getLogger("layalign")
 

@@ -25,11 +25,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
-from layalign._plain import device_of
 from layalign.data.collator import STAGES, LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.languages import find_language, language_of, tokenizer_source_language
 from layalign.evaluation.answering import StopStrings, _generate, evaluation_mode
+from layalign.nn.inspection import device_of
 from layalign.tokenization import encode_texts
 from layalign.utils.errors import ArgumentError, NonFiniteError, shown
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign.ops._checks import describe, is_plain
+from layalign.ops.checks import describe, is_plain
 from layalign.packing import IGNORE_INDEX, MAX_LENGTH
 from layalign.utils.errors import ArgumentError
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from layalign._plain import is_altered, is_watched
 from layalign.attention import attention_modules
-from layalign.rows import KEYWORD, Rows, only_rows, running
+from layalign.nn.inspection import is_altered, is_watched
+from layalign.nn.rows import KEYWORD, Rows, only_rows, running
 from layalign.utils.versions import importing
 
 with importing():

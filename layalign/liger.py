@@ -20,10 +20,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from layalign._plain import reason_against_reading
 from layalign.loss import divided, label_loss, passing_on, with_loss
+from layalign.nn.inspection import reason_against_reading
+from layalign.nn.rows import KEYWORD, Rows, only_rows_leave
 from layalign.ops.backends import interpreting
-from layalign.rows import KEYWORD, Rows, only_rows_leave
 from layalign.utils.errors import ArgumentError, BackendError
 from layalign.utils.versions import CACHE_NAMES
 
@@ -154,7 +154,7 @@ def labelled_output(
         targets: (B, T) int64, position t's label; rows: where there is one.
         divisor: of the summed loss; None for the number of labels.
         choice: see :func:`chosen`.
-        bodies: see :func:`layalign.rows.only_rows_leave`.
+        bodies: see :func:`layalign.nn.rows.only_rows_leave`.
 
     Returns:
         The LLM's output object.

@@ -12,8 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layalign import _vocabulary, liger
 from layalign.loss import label_loss, with_loss
+from layalign.nn.rows import Rows
 from layalign.packing import IGNORE_INDEX
-from layalign.rows import Rows
 from layalign.utils.errors import ArgumentError, first_line, refuse
 
 if TYPE_CHECKING:

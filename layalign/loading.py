@@ -18,12 +18,12 @@ from transformers.utils import cached_file
 from layalign import encoder as encoders
 from layalign import fingerprint, names
 from layalign._claims import require_files
-from layalign._plain import device_of
 from layalign.adapters import adapter_names, base_name, inject_lora
 from layalign.checkpoint import CONFIG, OWN_PARTS, WEIGHTS, own_state, part_of, read_weights, reading, weights_name
 from layalign.config import LayAlignConfig, hidden_size, number_of_layers
 from layalign.names import PARTS
-from layalign.ops._checks import FLOAT_DTYPES
+from layalign.nn.inspection import device_of
+from layalign.ops.checks import FLOAT_DTYPES
 from layalign.parts import own_parts
 from layalign.utils.errors import ArgumentError, CheckpointError, one_of, refuse, shown
 from layalign.utils.reading import read_json

@@ -18,8 +18,6 @@ from transformers.utils import can_return_tuple
 from layalign import adapters, attention, checkpoint, loading, names, slots
 from layalign import encoder as encoders
 from layalign._pickling import leave_out_recorders, make_recordable
-from layalign._plain import device_of
-from layalign._sharding import engine_of
 from layalign.config import LayAlignConfig, require_dropout
 from layalign.embedding_scale import in_slots
 from layalign.fold import Folding
@@ -30,6 +28,8 @@ from layalign.llm_pass import LLMPartMixin, run_llm
 from layalign.nn import Adapter, GatedCrossAttention
 from layalign.nn.adapter import SoftmaxFusion, TokenSoftmaxFusion
 from layalign.nn.aligner import reason_against_passing
+from layalign.nn.inspection import device_of
+from layalign.nn.sharding import engine_of
 from layalign.packing import pack, real_positions
 from layalign.padding import real_tokens
 from layalign.parts import own_parts

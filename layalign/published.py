@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layalign import attention
 from layalign.model import LayAlignForCausalLM
-from layalign.ops._checks import describe, is_floating
+from layalign.ops.checks import describe, is_floating
 from layalign.utils.errors import CheckpointError, first_line
 
 LLM_PREFIX = "model_llm.model."

@@ -20,11 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layalign import ops
-from layalign._plain import is_intercepted, reason_against_reading
 from layalign.attention import heads
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.ops import _checks, _direct, _packed, _slot_products
-from layalign.ops._packed import PackedWeight
+from layalign.nn.inspection import is_intercepted, reason_against_reading
+from layalign.ops import batched_linear as _slot_products
+from layalign.ops import checks as _checks
+from layalign.ops import dispatch as _direct
+from layalign.ops import packed_weight as _packed
+from layalign.ops.packed_weight import PackedWeight
 
 GROUP_BYTES = 2**24  # of x at once: stays in a third-level cache
 FEW_ROWS = 256  # below them, one slot's product does not fill the cores

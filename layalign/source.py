@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from layalign._plain import has_hooks, is_exactly, is_repatched
 from layalign.nn.cross_attention import GatedCrossAttention, computes_the_reference
-from layalign.ops import _direct, _repeated
-from layalign.ops._repeated import Ready, RepeatedDecode, side_by_side
+from layalign.nn.inspection import has_hooks, is_exactly, is_repatched
+from layalign.ops import cached_launch as _repeated
+from layalign.ops import dispatch as _direct
+from layalign.ops.cached_launch import Ready, RepeatedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 from layalign import LayAlignForCausalLM, attention, source
 from layalign.last_layer import LastLayer
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector, aligner, cross_attention
-from layalign.ops import _repeated
+from layalign.ops import cached_launch as _repeated
 from layalign.utils.errors import ArgumentError
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

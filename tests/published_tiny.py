@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import published
 
 from layalign import ops
-from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
+from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
 
 ENCODER_LAYERS = [0, 2, 3]
 

@@ -31,8 +31,8 @@ from transformers import DynamicCache
 
 import layalign
 from layalign import ArgumentError, LayAlignForCausalLM, attention
-from layalign._plain import device_of
-from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
+from layalign.nn.inspection import device_of
+from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
 from layalign.serve.decoding import Decoder, Inputs, State, kept, merged
 from layalign.source import SourceStates, get_source, put_source
 from layalign.utils.versions import cache_of

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
 from layalign import LayAlignForCausalLM
-from layalign.ops import _checks
+from layalign.ops import checks as _checks
 from layalign.source import SourceDynamicCache, get_source, source_cache
 
 DEPTH = {"m2m_100": "encoder_layers", "mt5": "num_layers", "xlm-roberta": "num_hidden_layers"}

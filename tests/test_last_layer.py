@@ -14,7 +14,7 @@ from torch import nn
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM
 from layalign.last_layer import LastLayer, position_wise
-from layalign.rows import Rows, only_rows
+from layalign.nn.rows import Rows, only_rows
 
 
 def both(llm: str = "llama", **options) -> tuple[LayAlignForCausalLM, LayAlignForCausalLM]:

@@ -20,8 +20,9 @@ from tiny import batch, tiny_model
 from torch import Tensor, nn
 
 from layalign import ops
-from layalign.ops import _repeated, backends
-from layalign.ops._repeated import RepeatedDecode, RepeatedTraining
+from layalign.ops import backends
+from layalign.ops import cached_launch as _repeated
+from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
 
 pytest.importorskip("triton")
 from emulated_triton import Emulated, Launched, emulated_triton

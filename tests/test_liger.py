@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, liger
 from layalign.loss import passing_on
-from layalign.rows import Rows, only_rows
+from layalign.nn.rows import Rows, only_rows
 from layalign.utils.errors import BackendError
 
 TESTS = Path(__file__).parent

@@ -12,7 +12,7 @@ from tiny import batch, open_gates, tiny_encoder, tiny_llm, tiny_model
 from transformers import AutoModelForCausalLM
 
 from layalign import LayAlignForCausalLM
-from layalign._plain import device_of
+from layalign.nn.inspection import device_of
 
 CPU = torch.device("cpu")
 

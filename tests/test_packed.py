@@ -13,8 +13,9 @@ from tiny import batch, tiny_model
 
 from layalign import ops, reference, slots
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.ops import _packed, backends, extension
-from layalign.ops._packed import PackedWeight
+from layalign.ops import backends, extension
+from layalign.ops import packed_weight as _packed
+from layalign.ops.packed_weight import PackedWeight
 
 pytestmark = pytest.mark.skipif(
     not backends.capability("cpp", "cpu")[0] or not _packed.available(), reason="no C++ kernels for this machine here"

@@ -18,8 +18,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from tiny import batch, open_gates, tiny_model
 from torch import nn
 
-from layalign import _sharding
-from layalign._plain import reason_against_reading
+from layalign.nn import sharding as _sharding
+from layalign.nn.inspection import reason_against_reading
 from layalign.training import TrainConfig
 from layalign.training.distributed import shard_first
 from layalign.training.launch import preset_file, sharding_arguments, with_kept_micro_batch

@@ -6,7 +6,9 @@ import pytest
 import torch
 from test_ops import within_budget
 
-from layalign.ops import _packed, _slot_products, backends, extension
+from layalign.ops import backends, extension
+from layalign.ops import batched_linear as _slot_products
+from layalign.ops import packed_weight as _packed
 from layalign.utils.errors import BackendError
 
 pytestmark = pytest.mark.skipif(

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from layalign import ops, reference, slots
 from layalign.nn import GatedCrossAttention
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.ops import _packed, _slot_products, extension
+from layalign.ops import batched_linear as _slot_products
+from layalign.ops import extension
+from layalign.ops import packed_weight as _packed
 from layalign.source import SourceStates
 
 BACKENDS = serving("layer_mix", "layer_projection", "gated_cross_attention")

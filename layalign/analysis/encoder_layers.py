@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layalign._plain import device_of
 from layalign.analysis.measure import Data
 from layalign.analysis.similarity import retrieval_accuracy
 from layalign.config import number_of_layers
 from layalign.encoder import encode
+from layalign.nn.inspection import device_of
 from layalign.tokenization import encode_texts
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign._plain import device_of
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
+from layalign.nn.inspection import device_of
 from layalign.tokenization import encode_texts
 
 Advance = Callable[[int], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layalign.ops._checks import describe, is_floating
+from layalign.ops.checks import describe, is_floating
 from layalign.utils.errors import ArgumentError
 
 _TIE = 1e-12  # cosines of equal vectors differ by rounding

@@ -132,8 +132,8 @@ class _Run:
     collators: dict[str, LayAlignCollator] = field(default_factory=dict)
 
     def inputs(self, batch: list[Example]) -> dict[str, Any]:
-        from layalign._plain import device_of
         from layalign.data import LayAlignCollator
+        from layalign.nn.inspection import device_of
 
         stage = "task" if batch[0].prompt else "translation"
         if stage not in self.collators:  # one of each: what it has to say of texts that are cut, it says once

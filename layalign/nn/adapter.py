@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layalign._plain import brought, require_input
+from layalign.nn.inspection import brought, require_input
 from layalign.utils.errors import MAX_SIZE, ArgumentError, one_of, refuse, whole_number
 
 FUSIONS = ("softmax", "token-softmax")

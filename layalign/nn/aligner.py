@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from layalign import ops, reference
-from layalign._plain import computes, is_exactly, readable, reason_against_reading
-from layalign.ops._checks import check_hidden
+from layalign.nn.inspection import computes, is_exactly, readable, reason_against_reading
+from layalign.ops.checks import check_hidden
 from layalign.utils.errors import MAX_SIZE, ArgumentError, one_of, refuse
 
 STRUCTURES = ("Linear", "MLP")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign import ops, reference
-from layalign._plain import computes, readable
+from layalign.nn.inspection import computes, readable
 from layalign.utils.errors import finite_number
 
 

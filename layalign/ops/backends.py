@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from layalign.ops import _direct
+from layalign.ops import dispatch as _direct
 from layalign.utils.errors import BackendError, refuse
 
 logger = logging.getLogger("layalign")

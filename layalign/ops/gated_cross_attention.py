@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.ops import _checks, _direct, backends
+from layalign.ops import backends
+from layalign.ops import checks as _checks
+from layalign.ops import dispatch as _direct
 from layalign.utils.errors import ArgumentError, BackendError, shown
 
 MAX_HEAD_SIZE = 256

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.ops import _checks, _direct, _packed, _slot_products, backends, plans
+from layalign.ops import backends, plans
+from layalign.ops import batched_linear as _slot_products
+from layalign.ops import checks as _checks
+from layalign.ops import dispatch as _direct
+from layalign.ops import packed_weight as _packed
 from layalign.utils.errors import ArgumentError, BackendError
 
 

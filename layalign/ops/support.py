@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from layalign.ops import _checks, backends
+from layalign.ops import backends
+from layalign.ops import checks as _checks
 from layalign.utils.pages import print_or_write, replaced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

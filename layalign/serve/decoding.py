@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from layalign._plain import device_of
+from layalign.nn.inspection import device_of
 from layalign.packing import real_positions
 from layalign.source import SourceStates, get_source, put_source
 from layalign.utils.versions import cache_of

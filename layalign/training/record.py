@@ -21,12 +21,12 @@ import transformers
 from torch import nn
 
 from layalign import fingerprint
-from layalign._sharding import reason_whole_is_not_here
 from layalign.checkpoint import CONFIG, WEIGHTS, digest, reading
 from layalign.config import LayAlignConfig
 from layalign.data import Example
 from layalign.doctor import package_version
 from layalign.names import PARTS
+from layalign.nn.sharding import reason_whole_is_not_here
 from layalign.tokenization import tokenizers_hash
 from layalign.training import precision
 from layalign.training.config import ALLOWED_CHANGES, TrainConfig

@@ -14,8 +14,8 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import find_batch_size
 
 from layalign import checkpoint, loading
-from layalign._sharding import full_shape, put
 from layalign.checkpoint import reading
+from layalign.nn.sharding import full_shape, put
 from layalign.tokenization import save_tokenizers
 from layalign.training import record
 from layalign.training.checkpoints import UNFINISHED, clear_unfinished, publish, rotate

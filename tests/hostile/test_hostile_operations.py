@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from layalign import ArgumentError, BackendError, ops, reference
-from layalign.ops import _packed, backends
+from layalign.ops import backends
+from layalign.ops import packed_weight as _packed
 
 SCALARS = [None, 0.3, -2.0, 0.0, 3, 1e-45, 1e30, -1e38, 1e39, float("nan"), float("inf"), "0.5", True, 10**400, 1j, [1]]
 IMPLS = ["auto", *(name for name in backends.BACKENDS if name != "triton")]

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layalign.ops import _direct, _packed, extension
+from layalign.ops import dispatch as _direct
+from layalign.ops import extension
+from layalign.ops import packed_weight as _packed
 
 
 def serves(*tensors: Tensor | None) -> bool:

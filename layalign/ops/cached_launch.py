@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign.ops import _checks, _direct, backends, extension
+from layalign.ops import backends, extension
+from layalign.ops import checks as _checks
+from layalign.ops import dispatch as _direct
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS, forward, gradients, keep
 
 MOST_KINDS = 256  # kept at a time
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, gate, base, mask
-_PARTS = {"cpp": "layalign.ops._repeated_cpp", "triton": "layalign_kernels.repeated"}
+_PARTS = {"cpp": "layalign.ops.cached_launch_cpp", "triton": "layalign_kernels.repeated"}
 
 
 def _part(backend: str) -> Any:
@@ -137,7 +139,7 @@ class RepeatedDecode:
     def prepare(self, key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> bool:
         """Whether the calls that follow may be made: for as long as these arguments and torch's modes stay.
 
-        The caller has asked :func:`layalign.ops._direct.quiet`.
+        The caller has asked :func:`layalign.ops.dispatch.quiet`.
         """
         kept = self._kept
         if key is not kept[0] or value is not kept[1] or mask is not kept[2] or impl != self._impl:
@@ -227,7 +229,7 @@ _KERNELS: dict[tuple[Any, ...], _Kernels] = {}
 class RepeatedTraining:
     """One layer's call with gradients in the pass under way, whose key, value, gate and mask are known beforehand.
 
-    The caller has asked :func:`layalign.ops._direct.undisturbed`.
+    The caller has asked :func:`layalign.ops.dispatch.undisturbed`.
     """
 
     def __init__(self, key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> None:
@@ -270,7 +272,7 @@ def ready(
 ) -> Ready | None:
     """What may answer a layer's next call, ``again`` being what the last one left; None where only a full call may.
 
-    The caller has asked :func:`layalign.ops._direct.undisturbed`.
+    The caller has asked :func:`layalign.ops.dispatch.undisturbed`.
     """
     if not torch.is_grad_enabled():
         return again if again is not None and again.prepare(key, value, gate, mask, impl) else None

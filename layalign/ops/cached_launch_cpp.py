@@ -1,4 +1,4 @@
-"""The C++ kernels' part of :mod:`layalign.ops._repeated`: described and checked once, addresses alone after that.
+"""The C++ kernels' part of :mod:`layalign.ops.cached_launch`: described and checked once, addresses alone after that.
 
 The counterparts of those in ``kernels/repeated.py``, by the same names.
 """

@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from layalign._sharding import reason_whole_is_not_here
-from layalign.rows import patched_forward
+from layalign.nn.rows import patched_forward
+from layalign.nn.sharding import reason_whole_is_not_here
 from layalign.utils.errors import ArgumentError
 
 Module = TypeVar("Module", bound=nn.Module)
 
 # Their hooks look at parameters, move them or sum over processes; transformers' collect what a call asks for.
 # Ours belong to single passes, and leave others alone.
-ENGINES = ("torch.distributed", "deepspeed", "accelerate", "transformers.utils", "layalign.rows")
+ENGINES = ("torch.distributed", "deepspeed", "accelerate", "transformers.utils", "layalign.nn.rows")
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
@@ -113,7 +113,7 @@ def is_altered(module: nn.Module) -> bool:
 
 def require_input(name: str, value: Any, linear: Any) -> None:
     """``value`` is what a linear map reads; of one that is wrapped, quantised or sharded only the size is known."""
-    from layalign.ops._checks import describe, is_floating
+    from layalign.ops.checks import describe, is_floating
 
     size = getattr(linear, "in_features", None)
     if not is_floating(value) or value.dim() == 0 or (size is not None and value.shape[-1] != size):
