@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MT5Config, MT5EncoderMod
 from layalign import LayAlignForCausalLM
 from layalign.data import Example, LayAlignCollator
 from layalign.data.records import PROMPTS
-from layalign.tokenization import save_tokenizers
+from layalign.modeling.tokenization import save_tokenizers
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]
 SIZE = len(SPECIAL) + 256

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from layalign import LayAlignForCausalLM
 from layalign.data import Example, LayAlignCollator
-from layalign.packing import IGNORE_INDEX
-from layalign.tokenization import load_tokenizers
+from layalign.modeling.packing import IGNORE_INDEX
+from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import build_model, load_train_config
 
 LENGTH = 48  # tokens of a source or target, at most

@@ -11,9 +11,9 @@ from shapes import Work
 from torch import Tensor
 
 from layalign import reference
-from layalign.loss import label_loss
+from layalign.modeling.loss import label_loss
+from layalign.modeling.packing import IGNORE_INDEX
 from layalign.nn.rows import Rows, only_rows
-from layalign.packing import IGNORE_INDEX
 
 Call = Callable[[], Any]
 

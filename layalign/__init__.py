@@ -12,11 +12,11 @@ from layalign.utils.errors import ArgumentError, BackendError, CheckpointError, 
 from layalign.utils.versions import importing
 
 if TYPE_CHECKING:
-    from layalign.attention import attach, detach
-    from layalign.config import LayAlignConfig
-    from layalign.model import LayAlignForCausalLM
+    from layalign.modeling.attention_interface import attach, detach
+    from layalign.modeling.configuration import LayAlignConfig
+    from layalign.modeling.model import LayAlignForCausalLM
+    from layalign.modeling.packing import pack
     from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
-    from layalign.packing import pack
     from layalign.swap import accelerate, restore
 
 __version__ = "0.1.0"
@@ -25,12 +25,12 @@ _LAZY = {
     "Adapter": "layalign.nn",
     "EncoderAligner": "layalign.nn",
     "GatedCrossAttention": "layalign.nn",
-    "LayAlignConfig": "layalign.config",
-    "LayAlignForCausalLM": "layalign.model",
+    "LayAlignConfig": "layalign.modeling.configuration",
+    "LayAlignForCausalLM": "layalign.modeling.model",
     "accelerate": "layalign.swap",
-    "attach": "layalign.attention",
-    "detach": "layalign.attention",
-    "pack": "layalign.packing",
+    "attach": "layalign.modeling.attention_interface",
+    "detach": "layalign.modeling.attention_interface",
+    "pack": "layalign.modeling.packing",
     "restore": "layalign.swap",
 }
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign._identity import Identity, reason_against_watching, sample, unwritten
-from layalign.attention import key_value_modules
-from layalign.fold import STEPS
+from layalign.modeling.attention_interface import key_value_modules
+from layalign.modeling.fold import STEPS
+from layalign.modeling.identity import Identity, reason_against_watching, sample, unwritten
 from layalign.nn.inspection import is_altered, parts
 from layalign.nn.sharding import reason_whole_is_not_here
 from layalign.ops import checks as _checks

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign import _swapped
-from layalign.attention import PREFIX, head_size, key_value_maps
+from layalign.modeling.attention_interface import PREFIX, head_size, key_value_maps
 from layalign.nn.aligner import STRUCTURES
 from layalign.nn.inspection import has_hooks, readable
 from layalign.utils.errors import ArgumentError

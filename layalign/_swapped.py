@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign import last_layer, ops
+from layalign import ops
 from layalign._kept import KeptStates
-from layalign.attention import PREFIX, head_size, key_value_modules, key_value_states, register
-from layalign.fold import count_steps
+from layalign.modeling import last_layer
+from layalign.modeling.attention_interface import PREFIX, head_size, key_value_modules, key_value_states, register
+from layalign.modeling.fold import count_steps
+from layalign.modeling.slots import passable, through
 from layalign.nn.inspection import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
 from layalign.ops import cached_launch as _repeated
 from layalign.ops import dispatch as _direct
 from layalign.ops.cached_launch import Ready, RepeatedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
-from layalign.slots import passable, through
 from layalign.utils.errors import ArgumentError
 
 
@@ -253,7 +254,7 @@ def reason_against_output(attention: nn.Module) -> str | None:
 
 
 class _Term:
-    """Stands for the source in one call of the attention function: see :mod:`layalign.attention`."""
+    """Stands for the source in one call of the attention function: see :mod:`layalign.modeling.attention_interface`."""
 
     def __init__(self, wrapper: Any, attention: nn.Module) -> None:
         self.wrapper, self.attention, self.attended = wrapper, attention, False
@@ -261,7 +262,7 @@ class _Term:
     def attend(
         self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
     ) -> Tensor:
-        """``base`` (B, T, H, d) plus the gated term, for :func:`layalign.attention.register`'s functions."""
+        """``base`` (B, T, H, d) plus the gated term, for :func:`layalign.modeling.attention_interface.register`'s functions."""
         self.attended = True
         swap = self.wrapper.layalign_swap
         key, value = swap.states(self.attention, self.wrapper.adapter_states, query)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 
 from layalign import published
-from layalign.encoder import load_encoder, load_llm
-from layalign.finite import finite
-from layalign.model import LayAlignForCausalLM
+from layalign.modeling.encoders import load_encoder, load_llm
+from layalign.modeling.finite import finite
+from layalign.modeling.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, Mapping
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.utils.errors import ArgumentError

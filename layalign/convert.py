@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layalign import published
-from layalign.model import LayAlignForCausalLM
+from layalign.modeling.model import LayAlignForCausalLM
 from layalign.utils.errors import CheckpointError
 from layalign.utils.lock import held
 

@@ -29,8 +29,8 @@ from layalign.data.collator import STAGES, LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.languages import find_language, language_of, tokenizer_source_language
 from layalign.evaluation.answering import StopStrings, _generate, evaluation_mode
+from layalign.modeling.tokenization import encode_texts
 from layalign.nn.inspection import device_of
-from layalign.tokenization import encode_texts
 from layalign.utils.errors import ArgumentError, NonFiniteError, shown
 
 try:

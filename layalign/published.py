@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign import attention
-from layalign.model import LayAlignForCausalLM
+from layalign.modeling import attention_interface as attention
+from layalign.modeling.model import LayAlignForCausalLM
 from layalign.ops.checks import describe, is_floating
 from layalign.utils.errors import CheckpointError, first_line
 

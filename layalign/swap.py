@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from layalign import _recognise, _swapped
-from layalign.fold import CHOICES
-from layalign.model import LayAlignForCausalLM
+from layalign.modeling.fold import CHOICES
+from layalign.modeling.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector
 from layalign.ops import backends
 from layalign.utils.errors import ArgumentError, one_of, refuse
@@ -89,7 +89,7 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
     Args:
         model: any tree of torch modules: a model, its wrapper (DDP, torch.compile, peft), or a single module.
         impl: backend of the operations, "auto" or a name from :data:`layalign.ops.backends.BACKENDS`.
-        fold: "auto", "always" or "never", for layalign's own models (:mod:`layalign.fold`); published-style modules
+        fold: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.fold`); published-style modules
             keep aligner and attention apart, so there is nothing to fold.
 
     Returns:

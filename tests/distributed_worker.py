@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from layalign import LayAlignForCausalLM
 from layalign.cli.evaluate import evaluate as command
 from layalign.evaluation import evaluate
-from layalign.tokenization import load_tokenizers
+from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import load_train_config, train
 from layalign.training import run as training_run
 from layalign.utils.errors import ArgumentError, StoppedError

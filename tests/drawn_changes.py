@@ -26,8 +26,10 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from layalign import LayAlignForCausalLM, attention, source
-from layalign.last_layer import LastLayer
+from layalign import LayAlignForCausalLM
+from layalign.modeling import attention_interface as attention
+from layalign.modeling import source
+from layalign.modeling.last_layer import LastLayer
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector, aligner, cross_attention
 from layalign.ops import cached_launch as _repeated
 from layalign.utils.errors import ArgumentError

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from layalign import LayAlignForCausalLM
 from layalign.evaluation import evaluate
-from layalign.tokenization import load_tokenizers
+from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import train
 from layalign.training.checkpoints import UNFINISHED, checkpoints
 from layalign.utils.errors import ArgumentError

@@ -26,8 +26,8 @@ from layalign.analysis.result import AnalysisResult, Projection, Similarity
 from layalign.analysis.tokens import CONTINUED, token_labels
 from layalign.data import Example
 from layalign.data.languages import languages
-from layalign.source import OnePass
-from layalign.tokenization import save_tokenizers
+from layalign.modeling.source import OnePass
+from layalign.modeling.tokenization import save_tokenizers
 from layalign.utils.errors import ArgumentError, DataError
 
 SENTENCES = {

@@ -9,7 +9,7 @@ import torch
 from tiny import ENCODERS, LLMS, batch, row, tiny_encoder, tiny_llm, tiny_model
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, reference
-from layalign.packing import real_positions
+from layalign.modeling.packing import real_positions
 
 ROTARY = [name for name in LLMS if name not in ("phi3", "gpt2", "gpt_neox")]
 BOTH = [

@@ -30,11 +30,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import layalign
-from layalign import ArgumentError, LayAlignForCausalLM, attention
+from layalign import ArgumentError, LayAlignForCausalLM
+from layalign.modeling import attention_interface as attention
+from layalign.modeling.source import SourceStates, get_source, put_source
 from layalign.nn.inspection import device_of
 from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
 from layalign.serve.decoding import Decoder, Inputs, State, kept, merged
-from layalign.source import SourceStates, get_source, put_source
 from layalign.utils.versions import cache_of
 
 DRAWN = int(os.environ.get("LAYALIGN_DRAWN", "0"))

@@ -13,7 +13,7 @@ from tiny import batch, open_gates, tiny_folders, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layalign import ArgumentError, CheckpointError, LayAlignConfig, LayAlignForCausalLM
-from layalign.encoder import load_encoder
+from layalign.modeling.encoders import load_encoder
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layalign import CheckpointError, LayAlignForCausalLM
 from layalign.cli.common import load_model
-from layalign.encoder import load_encoder, load_llm
-from layalign.tokenization import load_tokenizers
+from layalign.modeling.encoders import load_encoder, load_llm
+from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import train
 
 
@@ -155,7 +155,9 @@ def test_a_name_of_an_old_checkpoint_may_be_one_of_the_hub(
     assert asked == []
     path.write_text(json.dumps({**config, "llm_name_or_path": "someone/llm"}))
     named: list[str] = []
-    monkeypatch.setattr("layalign.encoder.load_llm", lambda name, **kwargs: named.append(name) or again.unwrap())
+    monkeypatch.setattr(
+        "layalign.modeling.encoders.load_llm", lambda name, **kwargs: named.append(name) or again.unwrap()
+    )
     LayAlignForCausalLM.from_pretrained("out")
     assert named == ["someone/llm"]
 

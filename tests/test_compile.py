@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
 from layalign import LayAlignForCausalLM
+from layalign.modeling.source import SourceDynamicCache, get_source, source_cache
 from layalign.ops import checks as _checks
-from layalign.source import SourceDynamicCache, get_source, source_cache
 
 DEPTH = {"m2m_100": "encoder_layers", "mt5": "num_layers", "xlm-roberta": "num_hidden_layers"}
 # The first two differ in every size, so that the second compilation knows what varies.

@@ -21,7 +21,6 @@ from layalign.cli import main
 from layalign.data import LayAlignCollator
 from layalign.data.languages import find_language
 from layalign.data.prompts import one_line
-from layalign.encoder import load_encoder, load_llm
 from layalign.evaluation.answering import ModelAnswers
 from layalign.evaluation.translation import translation_scores
 from layalign.experiments.demo import charts, live, models, shipping
@@ -30,7 +29,8 @@ from layalign.experiments.demo.sentences import FOLDER, KINDS, sentences
 from layalign.experiments.real import load_settings
 from layalign.experiments.real.runs import run_folder, work_folder
 from layalign.experiments.real.settings import RealSettings
-from layalign.tokenization import load_tokenizers
+from layalign.modeling.encoders import load_encoder, load_llm
+from layalign.modeling.tokenization import load_tokenizers
 from layalign.utils.errors import ArgumentError, CheckpointError
 
 pytest.importorskip("sacrebleu")

@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layalign import BackendError, ops
+from layalign.modeling.source import OnePass, SourceStates
 from layalign.nn import GatedCrossAttention
 from layalign.ops import backends
 from layalign.ops import cached_launch as _repeated
 from layalign.ops import dispatch as _direct
 from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
-from layalign.source import OnePass, SourceStates
 
 IMPLS = [name for name in ("cpp", "cuda") if backends.capability(name, "cpu")[0]]
 needs_kernels = pytest.mark.skipif(not IMPLS, reason="no compiled kernels here")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import layalign
-from layalign import ops, source
+from layalign import ops
+from layalign.modeling import source
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector, aligner, cross_attention
 from layalign.nn import inspection as _plain
 from layalign.serve.decoding import Decoder, Inputs

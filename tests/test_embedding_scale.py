@@ -11,8 +11,9 @@ from scaling_llms import LLMS, scaling_llm, scaling_model
 from tiny import batch
 from torch import nn
 
-from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, embedding_scale, liger
-from layalign.embedding_scale import SCALED_IN_DECODER
+from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM
+from layalign.modeling import embedding_scale, liger
+from layalign.modeling.embedding_scale import SCALED_IN_DECODER
 
 
 class Stop(Exception):

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
-from layalign.config import LayAlignConfig
-from layalign.encoder import encoder_part
+from layalign.modeling.configuration import LayAlignConfig
+from layalign.modeling.encoders import encoder_part
 from layalign.training import build_model, train
 from layalign.training.record import FILE
 from layalign.utils.errors import ArgumentError

@@ -215,7 +215,7 @@ def test_the_command_answers_the_other_sources_and_names_the_one_that_failed(
     model: LayAlignForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from layalign.cli import main
-    from layalign.tokenization import save_tokenizers
+    from layalign.modeling.tokenization import save_tokenizers
 
     model.save_pretrained(tmp_path)
     save_tokenizers(str(tmp_path), ENCODER, TOKENIZER)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny import batch, compiles, tiny_model
 
-from layalign import ArgumentError, LayAlignConfig, slots
-from layalign.fold import MARGIN, break_even_rows, reason_against
+from layalign import ArgumentError, LayAlignConfig
+from layalign.modeling import slots
+from layalign.modeling.fold import MARGIN, break_even_rows, reason_against
 
 
 def loss_and_gradients(model, inputs) -> dict[str, torch.Tensor]:
@@ -74,7 +75,7 @@ def test_a_training_run_with_accumulation_is_the_same() -> None:
 
 
 def test_the_weights_are_folded_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    from layalign import fold
+    from layalign.modeling import fold
 
     counted = []
     original = fold._fold

@@ -15,8 +15,9 @@ from tiny import tiny_encoder, tiny_folders, tiny_llm
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from layalign import CheckpointError, LayAlignForCausalLM, fingerprint
-from layalign.fingerprint import difference
+from layalign import CheckpointError, LayAlignForCausalLM
+from layalign.modeling import fingerprint
+from layalign.modeling.fingerprint import difference
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 

@@ -18,10 +18,12 @@ from tiny_gguf import VOCABULARY, tiny_llama, write_gguf
 from tiny_training import byte_tokenizer, write_data
 from transformers import AutoModelForCausalLM
 
-from layalign import ArgumentError, CheckpointError, LayAlignForCausalLM, _gguf, names
+from layalign import ArgumentError, CheckpointError, LayAlignForCausalLM
 from layalign.cli.common import load_model
-from layalign.encoder import load_encoder, load_llm
-from layalign.tokenization import load_tokenizer, load_tokenizers
+from layalign.modeling import gguf as _gguf
+from layalign.modeling import names
+from layalign.modeling.encoders import load_encoder, load_llm
+from layalign.modeling.tokenization import load_tokenizer, load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.loading import load_train_config
 

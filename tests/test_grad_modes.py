@@ -11,7 +11,7 @@ from tiny import batch, compiles, tiny_model
 from torch import Tensor, nn
 
 import layalign
-from layalign import slots
+from layalign.modeling import slots
 
 MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": nullcontext}
 

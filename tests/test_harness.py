@@ -19,7 +19,7 @@ from tiny import open_gates, tiny_encoder, tiny_llm
 from torch import Tensor
 
 from layalign import LayAlignForCausalLM
-from layalign.tokenization import save_tokenizers
+from layalign.modeling.tokenization import save_tokenizers
 from layalign.utils.errors import ArgumentError, NonFiniteError
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install 'layalign[lm-eval]')")

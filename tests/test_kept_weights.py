@@ -13,7 +13,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import layalign
-from layalign import ArgumentError, fold
+from layalign import ArgumentError
+from layalign.modeling import fold
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -178,7 +179,7 @@ def test_swapped_tensors_are_noticed(folds: list[int]) -> None:
 def test_weights_that_change_before_the_backward(fold: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in torch: the backward goes by the weights of the forward, or fails where these are written."""
     if form == "together":
-        from layalign import slots
+        from layalign.modeling import slots
 
         monkeypatch.setattr(slots, "useful", lambda *_: False)
     found = []

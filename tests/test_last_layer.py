@@ -13,7 +13,7 @@ from tiny import LLMS, batch, compiles, tiny_llm, tiny_model
 from torch import nn
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM
-from layalign.last_layer import LastLayer, position_wise
+from layalign.modeling.last_layer import LastLayer, position_wise
 from layalign.nn.rows import Rows, only_rows
 
 

@@ -16,8 +16,9 @@ from tiny import batch, tiny_encoder, tiny_llm, tiny_model
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, liger
-from layalign.loss import passing_on
+from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM
+from layalign.modeling import liger
+from layalign.modeling.loss import passing_on
 from layalign.nn.rows import Rows, only_rows
 from layalign.utils.errors import BackendError
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from layalign import ArgumentError, CheckpointError, LayAlignForCausalLM, ops, reference
-from layalign.checkpoint import is_quantised
+from layalign.modeling.checkpoint import is_quantised
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HALVES = [BF16, F16]

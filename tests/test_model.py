@@ -10,8 +10,8 @@ from tiny import batch, row, tiny_encoder, tiny_llm, tiny_model
 from transformers import AutoModelForCausalLM
 
 from layalign import ArgumentError, LayAlignForCausalLM, attach, detach, pack
-from layalign.attention import is_attached
-from layalign.packing import real_positions
+from layalign.modeling.attention_interface import is_attached
+from layalign.modeling.packing import real_positions
 
 
 def test_attach_acts_on_one_instance_and_detach_leaves_nothing_behind() -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from test_ops import mix_inputs, within_budget
 from tiny import batch, tiny_model
 
-from layalign import ops, reference, slots
+from layalign import ops, reference
+from layalign.modeling import slots
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.ops import backends, extension
 from layalign.ops import packed_weight as _packed

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import batch, tiny_model
 
-from layalign import model as model_module
-from layalign.padding import real_tokens
+from layalign.modeling import model as model_module
+from layalign.modeling.padding import real_tokens
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
 

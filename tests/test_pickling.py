@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from layalign import LayAlignForCausalLM, attach
-from layalign.source import get_source
+from layalign.modeling.source import get_source
 
 
 def _saved(model: Any) -> Any:

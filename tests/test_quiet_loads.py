@@ -15,7 +15,7 @@ from tiny import ENCODERS, open_gates, tiny_encoder, tiny_llm
 from transformers import AutoConfig
 
 from layalign import CheckpointError, LayAlignForCausalLM
-from layalign.encoder import load_encoder, load_llm
+from layalign.modeling.encoders import load_encoder, load_llm
 
 
 @pytest.fixture(autouse=True)

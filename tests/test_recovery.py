@@ -28,7 +28,7 @@ from layalign.cli import describe
 from layalign.data import Example
 from layalign.demo.report import write_report
 from layalign.evaluation import evaluate
-from layalign.tokenization import load_tokenizers, save_tokenizers
+from layalign.modeling.tokenization import load_tokenizers, save_tokenizers
 from layalign.training import TrainSummary, train
 from layalign.training.checkpoints import MANIFEST, UNFINISHED, checkpoints, problem, rotate, sha256
 from layalign.training.runs import find_resume, read_run

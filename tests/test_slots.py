@@ -9,8 +9,9 @@ import torch
 from tiny import batch, tiny_model
 from torch import Tensor, nn
 
-from layalign import reference, slots
-from layalign.fold import _fold
+from layalign import reference
+from layalign.modeling import slots
+from layalign.modeling.fold import _fold
 from layalign.nn.aligner import WeightedLinearProjector
 
 E, L, D_E, D_L, D_KV = 3, 2, 12, 10, 6

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from layalign.data import Example, LayAlignCollator
-from layalign.tokenization import Prompt, encode_texts
+from layalign.modeling.tokenization import Prompt, encode_texts
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz<>/_[]|0123456789 é"
 CHAT = ["<|im_start|>", "<|im_end|>", "<|eot_id|>"]

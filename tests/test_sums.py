@@ -7,7 +7,8 @@ import torch
 from test_ops import DEVICE, serving, skip_unserved
 from torch import Tensor, nn
 
-from layalign import fold, ops, reference, slots
+from layalign import ops, reference
+from layalign.modeling import fold, slots
 from layalign.nn.aligner import WeightedLinearProjector
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

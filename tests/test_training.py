@@ -15,7 +15,7 @@ from tiny_training import training_config as make_config
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
-from layalign.tokenization import load_tokenizers
+from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import TrainSummary, build_model, load_train_config, train, training_arguments
 from layalign.training.checkpoints import checkpoints
 from layalign.training.trainer import LengthBucketSampler, load_trained

@@ -26,7 +26,7 @@ from layalign.evaluation.measures import Sentences
 from layalign.evaluation.metrics import wilson_interval
 from layalign.evaluation.store import prediction_path
 from layalign.evaluation.translation import score_of, translation_scores
-from layalign.tokenization import save_tokenizers
+from layalign.modeling.tokenization import save_tokenizers
 from layalign.utils.errors import ArgumentError, BackendError, DataError, NonFiniteError
 
 OUTPUTS = ["The men went to work.", "I don't speak Japanese", "", "a", "Where is the station?"]

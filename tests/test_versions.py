@@ -99,10 +99,10 @@ def test_imports_and_commands_name_the_tested_versions(monkeypatch: pytest.Monke
     import transformers.masking_utils
 
     assert cli.describe(TypeError("no"))[0] == "TypeError: no"  # a tested version is not to blame
-    monkeypatch.delitem(sys.modules, "layalign.attention")
+    monkeypatch.delitem(sys.modules, "layalign.modeling.attention_interface")
     monkeypatch.delitem(vars(layalign), "attach", raising=False)
     monkeypatch.delattr(transformers.masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS")
-    for start in (lambda: layalign.attach, lambda: importlib.import_module("layalign.attention")):
+    for start in (lambda: layalign.attach, lambda: importlib.import_module("layalign.modeling.attention_interface")):
         with pytest.raises(ImportError, match=rf"^cannot import name 'ALL_MASK_.*; {NOTE}$"):
             start()
     monkeypatch.setitem(_versions.TESTED, "transformers", ("4.0", "4.1"))

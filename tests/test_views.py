@@ -13,13 +13,14 @@ import torch
 from test_ops import DEVICE, serving
 from torch import Tensor, nn
 
-from layalign import ops, reference, slots
+from layalign import ops, reference
+from layalign.modeling import slots
+from layalign.modeling.source import SourceStates
 from layalign.nn import GatedCrossAttention
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.ops import batched_linear as _slot_products
 from layalign.ops import extension
 from layalign.ops import packed_weight as _packed
-from layalign.source import SourceStates
 
 BACKENDS = serving("layer_mix", "layer_projection", "gated_cross_attention")
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter computes bfloat16 wrongly
@@ -252,7 +253,7 @@ def test_products_of_the_slots() -> None:
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("rows", [S, 80], ids=["few rows", "many rows"])
 def test_the_models_way_on_a_cpu(folded: bool, rows: int) -> None:
-    """:mod:`layalign.slots`, with parameters that are views: tied to, or cut out of, something larger."""
+    """:mod:`layalign.modeling.slots`, with parameters that are views: tied to, or cut out of, something larger."""
 
     lead = (J,) if folded else ()
     inner = draw(N, D, seed=14), draw(N, seed=15)

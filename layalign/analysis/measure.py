@@ -17,7 +17,7 @@ from layalign.analysis.result import AttentionMap, Projection, Similarity
 from layalign.analysis.similarity import centred_cosine, linear_cka, retrieval_accuracy
 from layalign.analysis.tokens import token_labels
 from layalign.data.examples import Example
-from layalign.packing import IGNORE_INDEX
+from layalign.modeling.packing import IGNORE_INDEX
 
 LLM_ALONE, UNTRAINED, BEFORE, AFTER = "LLM alone", "untrained", "before", "LayAlign"
 ENGLISH = "English"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
+from layalign.modeling.tokenization import encode_texts
 from layalign.nn.inspection import device_of
-from layalign.tokenization import encode_texts
 
 Advance = Callable[[int], None]
 

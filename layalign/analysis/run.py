@@ -16,10 +16,10 @@ from layalign.analysis.measure import UNTRAINED
 from layalign.analysis.pairs import Pairs, read_pairs
 from layalign.analysis.reading import Reader
 from layalign.analysis.result import AnalysisResult
-from layalign.config import number_of_layers
 from layalign.data import Example
 from layalign.data.languages import find_language
 from layalign.evaluation.answering import evaluation_mode
+from layalign.modeling.configuration import number_of_layers
 from layalign.training.gates import read_gates
 from layalign.utils import lock as _lock
 from layalign.utils.errors import ArgumentError, refuse, whole_number

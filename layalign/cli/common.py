@@ -37,8 +37,8 @@ def load_model(checkpoint: str, device: str | None, dtype: str) -> tuple[Any, An
     import torch
 
     from layalign import LayAlignForCausalLM
-    from layalign.names import is_path
-    from layalign.tokenization import load_tokenizers
+    from layalign.modeling.names import is_path
+    from layalign.modeling.tokenization import load_tokenizers
     from layalign.utils.errors import ArgumentError
 
     quiet_transformers()

@@ -97,7 +97,7 @@ def generate(
 def _examples(source: list[str] | None, language: str, prompt: str | None, task: str | None) -> Iterator[Example]:
     from layalign.data import Example, language_of
     from layalign.data.prompts import math_prompt
-    from layalign.tokenization import Prompt
+    from layalign.modeling.tokenization import Prompt
     from layalign.utils.errors import ArgumentError
 
     if task not in (None, "math", "source"):

@@ -14,8 +14,8 @@ import torch
 from layalign.data.examples import Example
 from layalign.data.languages import tokenizer_source_language
 from layalign.data.lengths import known_limit, positions
-from layalign.packing import pack
-from layalign.tokenization import encode_texts
+from layalign.modeling.packing import pack
+from layalign.modeling.tokenization import encode_texts
 from layalign.utils.errors import ArgumentError, one_of, refuse, whole_number
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _COUNTED = ("examples", "source", "prompt", "target", "context")
 class LayAlignCollator:
     """Turns a list of `Example` into a batch for `LayAlignForCausalLM`.
 
-    Texts are text: what looks like a special token in them is none (`layalign.tokenization.encode_texts`).
+    Texts are text: what looks like a special token in them is none (`layalign.modeling.tokenization.encode_texts`).
 
     Args:
         encoder_tokenizer: tokenizer of the multilingual encoder. Its own special tokens are kept; M2M100 and NLLB

@@ -14,7 +14,7 @@ from layalign.data.examples import BadRecord, Example
 from layalign.data.languages import find_language
 from layalign.data.numbers import whole_number_text
 from layalign.data.prompts import choice_letters, math_prompt, x_csqa_prompt, xcopa_prompt, xnli_prompt
-from layalign.tokenization import Prompt
+from layalign.modeling.tokenization import Prompt
 
 XNLI_LABELS = ("entailment", "neutral", "contradiction")
 # XTREME's translated training files say "contradictory".

@@ -31,7 +31,7 @@ from transformers import (
 
 from layalign.data.prompts import math_prompt
 from layalign.demo.problems import LANGUAGES, LOW_RESOURCE, generate_problems, generate_sentences
-from layalign.tokenization import encode_texts
+from layalign.modeling.tokenization import encode_texts
 
 IGNORE = -100
 # Called after every step with (step, steps, loss).

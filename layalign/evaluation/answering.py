@@ -19,10 +19,10 @@ from layalign.data.lengths import positions
 from layalign.data.prompts import few_shot_prompt, one_line
 from layalign.data.readers import by_language
 from layalign.evaluation.shared_start import read_start
-from layalign.finite import generate_finite
-from layalign.generation import SourceGenerationMixin
-from layalign.packing import IGNORE_INDEX, real_positions
-from layalign.tokenization import encode_texts
+from layalign.modeling.finite import generate_finite
+from layalign.modeling.generation import SourceGenerationMixin
+from layalign.modeling.packing import IGNORE_INDEX, real_positions
+from layalign.modeling.tokenization import encode_texts
 from layalign.utils.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
 from layalign.utils.versions import generation_cache_name
 

@@ -39,7 +39,7 @@ from layalign.evaluation.metrics import wilson_interval
 from layalign.evaluation.store import OutputStore
 from layalign.evaluation.tasks import LIKELIHOODS, NUMERIC, SCORERS, TASKS, Task, check_labels, judge, task_of
 from layalign.evaluation.translation import METRICS, metric_of, score_of, translation_scores
-from layalign.tokenization import tokenizers_hash
+from layalign.modeling.tokenization import tokenizers_hash
 from layalign.utils.errors import ArgumentError, NonFiniteError, one_of, refuse, shown, whole_number
 from layalign.utils.files import write_whole
 from layalign.utils.processes import Processes

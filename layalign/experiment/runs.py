@@ -27,7 +27,7 @@ from layalign.demo.pretraining import encoder_config, llm_config, pretrain_encod
 from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
 from layalign.evaluation import evaluate
 from layalign.experiment.settings import ExperimentSettings, Steps, System
-from layalign.tokenization import load_tokenizers
+from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.utils.errors import ArgumentError
 from layalign.utils.files import give_usual_modes, write_whole, writing

@@ -1,6 +1,6 @@
 """Continuous batching: sequences that are decoded together, and may join and leave between any two steps.
 
-The batch is padded on the left, as `layalign.packing` pads; positions count real tokens, and padding is masked, so a
+The batch is padded on the left, as `layalign.modeling.packing` pads; positions count real tokens, and padding is masked, so a
 row's numbers do not depend on its neighbours (beyond the rounding of another matrix shape). A joining sequence is
 prefilled by itself and its cache put beside the others; a leaving one is cut out, and so is padding no row needs any
 more.
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from layalign.modeling.packing import real_positions
+from layalign.modeling.source import SourceStates, get_source, put_source
 from layalign.nn.inspection import device_of
-from layalign.packing import real_positions
-from layalign.source import SourceStates, get_source, put_source
 from layalign.utils.versions import cache_of
 
 

@@ -8,10 +8,10 @@ from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.languages import find_language
 from layalign.data.records import PROMPTS
+from layalign.modeling.tokenization import Prompt
 from layalign.serve.decoding import Inputs
 from layalign.serve.messages import ApiError
 from layalign.serve.settings import ServeSettings
-from layalign.tokenization import Prompt
 from layalign.utils.errors import ArgumentError
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from layalign.checkpoint import CONFIG, WEIGHTS
-from layalign.names import UNFINISHED
+from layalign.modeling.checkpoint import CONFIG, WEIGHTS
+from layalign.modeling.names import UNFINISHED
 from layalign.utils.errors import CheckpointError, first_line, shown
 from layalign.utils.files import sync, write_whole
 from layalign.utils.reading import confined, read_json, require_regular

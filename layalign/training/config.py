@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from layalign.layers import named_layers
-from layalign.names import with_gguf
+from layalign.modeling.layers import named_layers
+from layalign.modeling.names import with_gguf
 from layalign.utils.errors import ArgumentError, refuse, shown
 from layalign.utils.files import write_whole
 

@@ -23,8 +23,8 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 
-from layalign import checkpoint
-from layalign.attention import key_value_modules
+from layalign.modeling import checkpoint
+from layalign.modeling.attention_interface import key_value_modules
 from layalign.nn import sharding as _sharding
 from layalign.utils.errors import ArgumentError, CheckpointError
 

@@ -20,14 +20,14 @@ import torch
 import transformers
 from torch import nn
 
-from layalign import fingerprint
-from layalign.checkpoint import CONFIG, WEIGHTS, digest, reading
-from layalign.config import LayAlignConfig
 from layalign.data import Example
 from layalign.doctor import package_version
-from layalign.names import PARTS
+from layalign.modeling import fingerprint
+from layalign.modeling.checkpoint import CONFIG, WEIGHTS, digest, reading
+from layalign.modeling.configuration import LayAlignConfig
+from layalign.modeling.names import PARTS
+from layalign.modeling.tokenization import tokenizers_hash
 from layalign.nn.sharding import reason_whole_is_not_here
-from layalign.tokenization import tokenizers_hash
 from layalign.training import precision
 from layalign.training.config import ALLOWED_CHANGES, TrainConfig
 from layalign.utils import reading as _reading

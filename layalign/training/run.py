@@ -21,14 +21,14 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, __version__, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from layalign.checkpoint import OWN_PARTS
-from layalign.config import LayAlignConfig, number_of_layers
 from layalign.data import FORMATS, Example, LayAlignCollator, load_examples
 from layalign.data.sentences import apart_from, cut_by_sentence
-from layalign.layers import named_layers
-from layalign.model import LayAlignForCausalLM
-from layalign.parts import matching_adapter_size
-from layalign.tokenization import first_token, load_tokenizer, load_tokenizers
+from layalign.modeling.checkpoint import OWN_PARTS
+from layalign.modeling.configuration import LayAlignConfig, number_of_layers
+from layalign.modeling.layers import named_layers
+from layalign.modeling.model import LayAlignForCausalLM
+from layalign.modeling.parts import matching_adapter_size
+from layalign.modeling.tokenization import first_token, load_tokenizer, load_tokenizers
 from layalign.training import precision, record, runs
 from layalign.training.advice import SmallRun
 from layalign.training.config import TrainConfig, require_config

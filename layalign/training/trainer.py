@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import find_batch_size
 
-from layalign import checkpoint, loading
-from layalign.checkpoint import reading
+from layalign.modeling import checkpoint, loading
+from layalign.modeling.checkpoint import reading
+from layalign.modeling.tokenization import save_tokenizers
 from layalign.nn.sharding import full_shape, put
-from layalign.tokenization import save_tokenizers
 from layalign.training import record
 from layalign.training.checkpoints import UNFINISHED, clear_unfinished, publish, rotate
 from layalign.training.distributed import DistributedTrainer

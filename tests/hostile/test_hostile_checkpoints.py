@@ -25,8 +25,8 @@ from tiny_training import byte_tokenizer
 
 from layalign import CheckpointError, LayAlignError, LayAlignForCausalLM
 from layalign.convert import convert_published, convert_to_published
+from layalign.modeling.tokenization import load_tokenizers
 from layalign.published import load_bin
-from layalign.tokenization import load_tokenizers
 
 HOSTILE = "import pathlib\npathlib.Path({path!r}).write_text('ran')\n"
 

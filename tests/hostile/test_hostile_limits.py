@@ -19,8 +19,8 @@ from tiny_training import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from layalign import CheckpointError, LayAlignConfig, LayAlignForCausalLM
-from layalign.checkpoint import read_weights
-from layalign.tokenization import load_tokenizers
+from layalign.modeling.checkpoint import read_weights
+from layalign.modeling.tokenization import load_tokenizers
 from layalign.utils import limits
 
 
@@ -126,7 +126,7 @@ def test_a_million_empty_tensors(work: Path, monkeypatch: pytest.MonkeyPatch) ->
     path = work / "small" / "model.safetensors"
     empty_tensors(path, 20_000)  # a mixture of experts
     assert len(read_weights(path)) == 20_000
-    monkeypatch.setattr("layalign.checkpoint.MAX_TENSORS", 19_999)
+    monkeypatch.setattr("layalign.modeling.checkpoint.MAX_TENSORS", 19_999)
     assert "model.safetensors: expected at most 19999 tensors, got 20000" in refused(work / "small")
 
 

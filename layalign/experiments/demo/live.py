@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from layalign.data import Example, LayAlignCollator
-from layalign.model import LayAlignForCausalLM
+from layalign.modeling.model import LayAlignForCausalLM
 
 SYSTEMS = {"all": "LayAlign, all encoder layers", "last": "last encoder layer only"}  # by `encoder_layers`
 LEARNING_RATE, WARM_UP, CLIP = 1e-3, 4, 1.0

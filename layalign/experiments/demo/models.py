@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layalign.encoder import load_encoder, load_llm
-from layalign.model import LayAlignForCausalLM
-from layalign.names import PARTS
-from layalign.tokenization import load_tokenizers
+from layalign.modeling.encoders import load_encoder, load_llm
+from layalign.modeling.model import LayAlignForCausalLM
+from layalign.modeling.names import PARTS
+from layalign.modeling.tokenization import load_tokenizers
 from layalign.utils.errors import ArgumentError, CheckpointError, LayAlignError, first_line
 
 SHIPPED = Path(__file__).parent / "checkpoint"

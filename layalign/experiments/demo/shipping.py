@@ -15,14 +15,14 @@ from typing import Annotated, Any
 import typer
 
 from layalign.data.languages import language_of
-from layalign.encoder import load_encoder, load_llm
 from layalign.experiments.demo.models import ABOUT, SHIPPED
 from layalign.experiments.real.data import read_data
 from layalign.experiments.real.runs import TRAINED, run_folder, steps_of, work_folder
 from layalign.experiments.real.settings import RealSettings, load_settings
 from layalign.experiments.weights.hub import MODELS
-from layalign.model import LayAlignForCausalLM
-from layalign.names import PARTS
+from layalign.modeling.encoders import load_encoder, load_llm
+from layalign.modeling.model import LayAlignForCausalLM
+from layalign.modeling.names import PARTS
 from layalign.training.gates import FILE as GATES
 from layalign.utils.errors import ArgumentError
 from layalign.utils.files import write_whole

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign.config import number_of_layers
 from layalign.data import Example
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.experiments.real.data import RealData
@@ -22,7 +21,8 @@ from layalign.experiments.real.runs import (
     tokenizers_of,
 )
 from layalign.experiments.real.settings import RealSettings, RealSystem
-from layalign.layers import named_layers
+from layalign.modeling.configuration import number_of_layers
+from layalign.modeling.layers import named_layers
 
 ABLATION = "ablation.json"
 PER_LANGUAGE = 5

@@ -24,7 +24,7 @@ from layalign.experiment.runs import log, read_done, versions
 from layalign.experiments.real.data import RealData, as_text
 from layalign.experiments.real.measures import collators, measure
 from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
-from layalign.tokenization import encode_texts, load_tokenizers
+from layalign.modeling.tokenization import encode_texts, load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.gates import FILE as GATES
 from layalign.training.runs import RUN_FILE

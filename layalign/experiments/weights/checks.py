@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layalign.checkpoint import reading
-from layalign.encoder import load_encoder, load_llm
-from layalign.tokenization import load_tokenizer
+from layalign.modeling.checkpoint import reading
+from layalign.modeling.encoders import load_encoder, load_llm
+from layalign.modeling.tokenization import load_tokenizer
 from layalign.utils.errors import CheckpointError
 
 ENGLISH = (

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from layalign import _gguf
 from layalign.experiments.weights import e5, hub, licences, manifest, packages, smollm2
 from layalign.experiments.weights.checks import Check, check
-from layalign.names import PARTS
+from layalign.modeling import gguf as _gguf
+from layalign.modeling.names import PARTS
 from layalign.utils.errors import ArgumentError, CheckpointError, one_of, refuse
 from layalign.utils.files import give_usual_modes, writing
 from layalign.utils.lock import held

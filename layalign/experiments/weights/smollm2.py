@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct from its 4-bit GGUF file: the tensors unpacked by the package gguf, to a LlamaForCausalLM.
 
-transformers reads the same file to the same numbers (:func:`layalign.encoder.load_llm`), in five times the time.
+transformers reads the same file to the same numbers (:func:`layalign.modeling.encoders.load_llm`), in five times the time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layalign import _gguf
+from layalign.modeling import gguf as _gguf
 from layalign.utils.errors import CheckpointError, first_line
 
 _PARTS = {

@@ -7,17 +7,17 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
-from layalign._claims import require_modest, without_kernels
-from layalign.embedding_scale import SCALED_IN_DECODER, scaled_as_text
-from layalign.fold import CHOICES
-from layalign.last_layer import CHOICES as LAST_LAYER_CHOICES
-from layalign.layers import named_layers
-from layalign.liger import CHOICES as LIGER_CHOICES
-from layalign.names import PARTS
+from layalign.modeling.claims import require_modest, without_kernels
+from layalign.modeling.embedding_scale import SCALED_IN_DECODER, scaled_as_text
+from layalign.modeling.fold import CHOICES
+from layalign.modeling.last_layer import CHOICES as LAST_LAYER_CHOICES
+from layalign.modeling.layers import named_layers
+from layalign.modeling.liger import CHOICES as LIGER_CHOICES
+from layalign.modeling.names import PARTS
+from layalign.modeling.parts import matching_adapter_size
 from layalign.nn.adapter import FUSIONS
 from layalign.nn.aligner import MIXES, STRUCTURES
 from layalign.ops.backends import BACKENDS
-from layalign.parts import matching_adapter_size
 from layalign.utils.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
 from layalign.utils.versions import CACHE_NAMES
 
@@ -51,14 +51,14 @@ class LayAlignConfig(PretrainedConfig):
         encoder_config, llm_config: configurations of the frozen parts (or their dicts).
         encoder_name_or_path, llm_name_or_path: where their weights come from when only trained weights are saved.
         encoder_layers: E indices into the encoder's ``hidden_states`` (0 is the embedding output). None: all but the
-            last, as published (0..23 of mT5-xl's 25). Or a name of :data:`layalign.layers.LAYER_NAMES`.
+            last, as published (0..23 of mT5-xl's 25). Or a name of :data:`layalign.modeling.layers.LAYER_NAMES`.
         language_layers: L indices of LLM layers that attend. None: all. []: neither aligner nor gates (adapter alone).
         structure: "Linear" or "MLP", the projection behind the layer mix.
         mix: "layer-wise", every LLM layer's keys and values mix the encoder's layers in their own way; or "shared", one
             mix for the keys and one for the values of all LLM layers.
         adapter: whether the encoder's last states stand before the text as soft tokens, with the boundary behind them.
         adapter_size: width between the adapter's two linear maps. None: twice the encoder's, as published. "match": as
-            many trained parameters as LayAlign has (:func:`layalign.parts.matching_adapter_size`); the attribute is
+            many trained parameters as LayAlign has (:func:`layalign.modeling.parts.matching_adapter_size`); the attribute is
             that number then.
         adapter_fusion: which of the encoder's states the adapter reads. None: the last ones, as published. "softmax":
             all but the embeddings, in a sum with one learned weight a layer; "token-softmax": with weights of its own
@@ -77,17 +77,17 @@ class LayAlignConfig(PretrainedConfig):
         frozen_saved, part_dtypes: whether the checkpoint holds the frozen parts too (or which of them), and each part's
             dtype in it.
         frozen_fingerprints: by part and weight, what the frozen parts held when the checkpoint was saved
-            (:mod:`layalign.fingerprint`). None: an old checkpoint.
+            (:mod:`layalign.modeling.fingerprint`). None: an old checkpoint.
         frozen_folders: by part, the way from the checkpoint's folder to the part's folder. A part without one has a hub
             name. None: an old checkpoint, or names as they were typed.
         impl: backend of the operations, "auto" by default.
-        fold: whether the aligner's projection is folded into the LLM's key and value maps (:mod:`layalign.fold`):
+        fold: whether the aligner's projection is folded into the LLM's key and value maps (:mod:`layalign.modeling.fold`):
             "auto" where it takes less work, "always" where it can be done, "never".
-        liger: whether Liger's fused linear cross-entropy computes the loss (:mod:`layalign.liger`): "auto" in training
+        liger: whether Liger's fused linear cross-entropy computes the loss (:mod:`layalign.modeling.liger`): "auto" in training
             on a CUDA GPU where it is installed and applies, "always" with an error where it cannot be, "never".
-        last_layer: "auto" computes the LLM's last layer only where its logits are wanted (:mod:`layalign.last_layer`),
+        last_layer: "auto" computes the LLM's last layer only where its logits are wanted (:mod:`layalign.modeling.last_layer`),
             "whole" at all positions.
-        scaled_soft_tokens: whether soft tokens are multiplied as a Gemma's text is (:mod:`layalign.embedding_scale`).
+        scaled_soft_tokens: whether soft tokens are multiplied as a Gemma's text is (:mod:`layalign.modeling.embedding_scale`).
             None: no; yes in a checkpoint without this field that was written under transformers below 5.4.
 
     Raises:

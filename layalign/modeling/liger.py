@@ -1,7 +1,7 @@
 """The loss by Liger's fused linear cross-entropy, which never holds the logits of all labels at once.
 
 Liger-Kernel (the extra ``liger``) takes hidden states and the output head's weight and computes the logits piece by
-piece, the gradient in the same pass. So the head must not run: :func:`layalign.loss.passing_on` lets it return the
+piece, the gradient in the same pass. So the head must not run: :func:`layalign.modeling.loss.passing_on` lets it return the
 hidden states it is given. That is right only where the LLM's logits are its head's output and nothing more;
 :func:`reason_against` says what is in the way. The package is imported by the first call that could use it.
 
@@ -20,7 +20,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from layalign.loss import divided, label_loss, passing_on, with_loss
+from layalign.modeling.loss import divided, label_loss, passing_on, with_loss
 from layalign.nn.inspection import reason_against_reading
 from layalign.nn.rows import KEYWORD, Rows, only_rows_leave
 from layalign.ops.backends import interpreting
@@ -102,7 +102,7 @@ def _load() -> tuple[Callable[..., Tensor] | None, str | None]:
 
 
 def fused_label_loss(rows: Tensor, head: nn.Linear, targets: Tensor, divisor: Tensor | int | None) -> Tensor:
-    """:func:`layalign.loss.label_loss` of ``head(rows)``, without the logits.
+    """:func:`layalign.modeling.loss.label_loss` of ``head(rows)``, without the logits.
 
     Args:
         rows: (N, D) hidden states where a label stands, in the head's dtype or under autocast.

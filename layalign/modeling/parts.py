@@ -12,7 +12,7 @@ from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
 from layalign.utils.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from layalign.config import LayAlignConfig
+    from layalign.modeling.configuration import LayAlignConfig
 
 
 def own_parts(config: LayAlignConfig) -> tuple[Adapter | None, EncoderAligner | None, nn.ModuleList]:

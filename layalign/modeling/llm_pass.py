@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from layalign import _vocabulary, liger
-from layalign.loss import label_loss, with_loss
+from layalign.modeling import liger
+from layalign.modeling import vocabulary as _vocabulary
+from layalign.modeling.loss import label_loss, with_loss
+from layalign.modeling.packing import IGNORE_INDEX
 from layalign.nn.rows import Rows
-from layalign.packing import IGNORE_INDEX
 from layalign.utils.errors import ArgumentError, first_line, refuse
 
 if TYPE_CHECKING:
-    from layalign.model import LayAlignForCausalLM
+    from layalign.modeling.model import LayAlignForCausalLM
 
 
 def run_llm(

@@ -20,13 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from layalign import encoder as encoders
-from layalign import fingerprint, names
-from layalign._claims import require_header
-from layalign.adapters import adapter_names, base_name, inject_lora, recorded_lora, twin
-from layalign.config import LayAlignConfig
-from layalign.fingerprint import Found, is_quantised
-from layalign.names import PARTS
+from layalign.modeling import encoders, fingerprint, names
+from layalign.modeling.claims import require_header
+from layalign.modeling.configuration import LayAlignConfig
+from layalign.modeling.fingerprint import Found, is_quantised
+from layalign.modeling.lora import adapter_names, base_name, inject_lora, recorded_lora, twin
+from layalign.modeling.names import PARTS
 from layalign.nn.sharding import reason_whole_is_not_here
 from layalign.utils.errors import ArgumentError, BackendError, CheckpointError, first_line, one_of, refuse
 from layalign.utils.files import usual_mode, write_whole, written_aside

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layalign.attention import attention_modules
+from layalign.modeling.attention_interface import attention_modules
 from layalign.nn.inspection import is_altered, is_watched
 from layalign.nn.rows import KEYWORD, Rows, only_rows, running
 from layalign.utils.versions import importing

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign import ops, slots
-from layalign._identity import Identity, bits, reason_against_watching, sample, unwritten
-from layalign.attention import head_size, heads
+from layalign import ops
+from layalign.modeling import slots
+from layalign.modeling.attention_interface import head_size, heads
+from layalign.modeling.identity import Identity, bits, reason_against_watching, sample, unwritten
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.nn.inspection import is_intercepted, reason_against_reading
 from layalign.ops import checks as _checks

@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from layalign.modeling.source import OnePass, SourceStates
 from layalign.nn.inspection import parts
-from layalign.source import OnePass, SourceStates
 from layalign.utils.errors import ArgumentError, refuse, whole_number
 from layalign.utils.versions import importing
 

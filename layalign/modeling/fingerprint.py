@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from layalign.adapters import adapter_names, base_name
-from layalign.names import cached_file, gguf_parts
+from layalign.modeling.lora import adapter_names, base_name
+from layalign.modeling.names import cached_file, gguf_parts
 from layalign.nn.sharding import reason_whole_is_not_here
 from layalign.utils.errors import shown
 from layalign.utils.reading import confined, read_json

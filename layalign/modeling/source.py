@@ -247,7 +247,7 @@ def put_source(cache: Cache, source: SourceStates) -> Cache:
     """Let ``cache`` carry ``source``."""
     if torch.compiler.is_compiling() and not isinstance(cache, _SourceCacheMixin):
         torch._dynamo.graph_break(
-            msg="past_key_values: expected a cache from layalign.source.source_cache(cache) or one that carries a "
+            msg="past_key_values: expected a cache from layalign.modeling.source.source_cache(cache) or one that carries a "
             "source already; compiled code cannot change the class of another"
         )
     source_cache(cache).source = source  # type: ignore[attr-defined]

@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from layalign import _gguf
-from layalign._claims import names_kernels, require_files, require_modest, without_kernels
-from layalign._pickling import leave_out_recorders, make_recordable
-from layalign.config import CONFIG_FILE
-from layalign.names import gguf_parts, given, is_path, with_gguf
+from layalign.modeling import gguf as _gguf
+from layalign.modeling.claims import names_kernels, require_files, require_modest, without_kernels
+from layalign.modeling.configuration import CONFIG_FILE
+from layalign.modeling.names import gguf_parts, given, is_path, with_gguf
+from layalign.modeling.pickling import leave_out_recorders, make_recordable
 from layalign.nn.inspection import trains
 from layalign.utils.errors import ArgumentError, CheckpointError
 from layalign.utils.quiet import without_reports
@@ -46,7 +46,7 @@ def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """The encoder of a checkpoint; of a T5-like one only the encoder's weights are read.
 
     Raises:
-        CheckpointError: the name can only be a path, and there is no such folder (:func:`layalign.names.given`); or the
+        CheckpointError: the name can only be a path, and there is no such folder (:func:`layalign.modeling.names.given`); or the
             checkpoint lacks weights of the encoder.
         ArgumentError: the name is that of a GGUF file.
     """
@@ -65,7 +65,7 @@ def load_llm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """The causal language model of a checkpoint or of a GGUF file; a name is taken as by :func:`load_encoder`.
 
     Args:
-        name_or_path: folder, hub name or GGUF file (:mod:`layalign.names`).
+        name_or_path: folder, hub name or GGUF file (:mod:`layalign.modeling.names`).
         **kwargs: as transformers' ``from_pretrained``; ``gguf_file`` names a file in the folder or hub repository.
 
     Raises:
@@ -95,7 +95,7 @@ def _load_gguf(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
 
 
 def gguf_path(name: str, **hub: Any) -> Path:
-    """The GGUF file of a settled name (:mod:`layalign.names`); one of the hub is fetched if it is not here."""
+    """The GGUF file of a settled name (:mod:`layalign.modeling.names`); one of the hub is fetched if it is not here."""
     if is_path(name):
         return Path(name)
     from huggingface_hub import hf_hub_download

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from layalign import names
-from layalign._claims import require_files
+from layalign.modeling import names
+from layalign.modeling.claims import require_files
 from layalign.utils.errors import ArgumentError, CheckpointError, first_line
 from layalign.utils.files import written_aside
 
 if TYPE_CHECKING:
-    from layalign.config import LayAlignConfig
+    from layalign.modeling.configuration import LayAlignConfig
 
 _PROBE = (
     "The answer is 1,234.56 dollars.\n\n### Wie viele Äpfel? ¿Cuántos? Сколько яблок? ஆப்பிள் 多少个苹果？ "
@@ -299,8 +299,8 @@ def _from_gguf(name: str) -> Any:
     """The tokenizer that a GGUF file has in it."""
     from transformers import PreTrainedTokenizerFast
 
-    from layalign import _gguf
-    from layalign.encoder import gguf_path
+    from layalign.modeling import gguf as _gguf
+    from layalign.modeling.encoders import gguf_path
 
     _gguf.require_package("llm tokenizer")
     path = gguf_path(name)

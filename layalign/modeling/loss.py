@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layalign.modeling.packing import IGNORE_INDEX
 from layalign.nn.rows import put_around
-from layalign.packing import IGNORE_INDEX
 
 
 @contextmanager

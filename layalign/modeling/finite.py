@@ -18,7 +18,7 @@ _INPUTS = ("encoder_input_ids", "input_ids", "inputs", "inputs_embeds")
 class _Largest(LogitsProcessor):
     """Keeps the largest score of every row and step, on their device: nothing waits for it before the end."""
 
-    packed_ids = True  # all rows of a step at once: see `layalign.text_only`
+    packed_ids = True  # all rows of a step at once: see `layalign.modeling.text_only`
 
     def __init__(self, sampling: bool) -> None:
         self.sampling = sampling

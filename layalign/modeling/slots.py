@@ -1,7 +1,7 @@
 """Layer mix and projection a few slots at a time, each slot's result a tensor of its own: the model's way on a CPU.
 
     y[j] = x[j] @ W[j].T + c[j],   W[j] = W2, c[j] = b2            (the aligner's projection)
-                                   W[j] = Wk @ W2, c[j] = Wk @ b2 + bk   (folded, :mod:`layalign.fold`)
+                                   W[j] = Wk @ W2, c[j] = Wk @ b2 + bk   (folded, :mod:`layalign.modeling.fold`)
     k[j] = y[j] @ Wk.T + bk        (in two steps, where folding does not pay: Wk is the LLM's own and frozen)
 
 Neither x nor the gradients of x, W[j] and y are ever whole in memory: a group of slots is mixed, multiplied and
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layalign import ops
-from layalign.attention import heads
+from layalign.modeling.attention_interface import heads
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.nn.inspection import is_intercepted, reason_against_reading
 from layalign.ops import batched_linear as _slot_products

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from layalign.utils.errors import ArgumentError, CheckpointError, shown
 
 if TYPE_CHECKING:
-    from layalign.config import LayAlignConfig
+    from layalign.modeling.configuration import LayAlignConfig
 
 PARTS = ("encoder", "llm")  # the frozen ones
 GGUF = ".gguf"  # ends the names of such files

@@ -15,25 +15,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from layalign import adapters, attention, checkpoint, loading, names, slots
-from layalign import encoder as encoders
-from layalign._pickling import leave_out_recorders, make_recordable
-from layalign.config import LayAlignConfig, require_dropout
-from layalign.embedding_scale import in_slots
-from layalign.fold import Folding
-from layalign.generation import SourceGenerationMixin, cache_for_compiled
-from layalign.inputs import require_ids, require_labels, require_mask
-from layalign.last_layer import LastLayer
-from layalign.llm_pass import LLMPartMixin, run_llm
+from layalign.modeling import attention_interface as attention
+from layalign.modeling import checkpoint, encoders, loading, names, slots
+from layalign.modeling import lora as adapters
+from layalign.modeling.configuration import LayAlignConfig, require_dropout
+from layalign.modeling.embedding_scale import in_slots
+from layalign.modeling.fold import Folding
+from layalign.modeling.generation import SourceGenerationMixin, cache_for_compiled
+from layalign.modeling.inputs import require_ids, require_labels, require_mask
+from layalign.modeling.last_layer import LastLayer
+from layalign.modeling.llm_pass import LLMPartMixin, run_llm
+from layalign.modeling.packing import pack, real_positions
+from layalign.modeling.padding import real_tokens
+from layalign.modeling.parts import own_parts
+from layalign.modeling.pickling import leave_out_recorders, make_recordable
+from layalign.modeling.source import OnePass, SourceStates, bridge, get_source, put_source
 from layalign.nn import Adapter, GatedCrossAttention
 from layalign.nn.adapter import SoftmaxFusion, TokenSoftmaxFusion
 from layalign.nn.aligner import reason_against_passing
 from layalign.nn.inspection import device_of
 from layalign.nn.sharding import engine_of
-from layalign.packing import pack, real_positions
-from layalign.padding import real_tokens
-from layalign.parts import own_parts
-from layalign.source import OnePass, SourceStates, bridge, get_source, put_source
 from layalign.utils.errors import ArgumentError, refuse, shown
 from layalign.utils.versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
 
@@ -303,7 +304,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         prompts: Sequence[Sequence[int]] | None = None,
         targets: Sequence[Sequence[int]] | None = None,
     ) -> dict[str, Tensor]:
-        """The LLM's input for a batch of sources: see :func:`layalign.packing.pack`; on the mask's device."""
+        """The LLM's input for a batch of sources: see :func:`layalign.modeling.packing.pack`; on the mask's device."""
         return pack(
             encoder_attention_mask.sum(dim=1).tolist(),
             prompts,

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from layalign.attention import own_configs
+from layalign.modeling.attention_interface import own_configs
 from layalign.nn.sharding import reason_whole_is_not_here
 from layalign.utils.errors import MAX_SIZE, ArgumentError, whole_number
 
 if TYPE_CHECKING:
-    from layalign.model import LayAlignForCausalLM
+    from layalign.modeling.model import LayAlignForCausalLM
 
 
 def resize(model: LayAlignForCausalLM, size: int | None, multiple: int | None, mean_resizing: bool) -> nn.Embedding:

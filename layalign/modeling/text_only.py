@@ -20,7 +20,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers import PrefixConstrainedLogitsProcessor as PrefixConstrained
 from transformers.generation import logits_process, stopping_criteria
 
-from layalign.packing import PackedTokens
+from layalign.modeling.packing import PackedTokens
 from layalign.utils.errors import ArgumentError
 
 # transformers' own that look at the scores, at the width of input_ids (which max_length counts) or at the newest token.

@@ -1,4 +1,4 @@
-"""Loading what `layalign.checkpoint` wrote: every file and every frozen part is compared with what was saved."""
+"""Loading what `layalign.modeling.checkpoint` wrote: every file and every frozen part is compared with what was saved."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, __version__
 from transformers.utils import cached_file
 
-from layalign import encoder as encoders
-from layalign import fingerprint, names
-from layalign._claims import require_files
-from layalign.adapters import adapter_names, base_name, inject_lora
-from layalign.checkpoint import CONFIG, OWN_PARTS, WEIGHTS, own_state, part_of, read_weights, reading, weights_name
-from layalign.config import LayAlignConfig, hidden_size, number_of_layers
-from layalign.names import PARTS
+from layalign.modeling import encoders, fingerprint, names
+from layalign.modeling.checkpoint import (
+    CONFIG,
+    OWN_PARTS,
+    WEIGHTS,
+    own_state,
+    part_of,
+    read_weights,
+    reading,
+    weights_name,
+)
+from layalign.modeling.claims import require_files
+from layalign.modeling.configuration import LayAlignConfig, hidden_size, number_of_layers
+from layalign.modeling.lora import adapter_names, base_name, inject_lora
+from layalign.modeling.names import PARTS
+from layalign.modeling.parts import own_parts
 from layalign.nn.inspection import device_of
 from layalign.ops.checks import FLOAT_DTYPES
-from layalign.parts import own_parts
 from layalign.utils.errors import ArgumentError, CheckpointError, one_of, refuse, shown
 from layalign.utils.reading import read_json
 

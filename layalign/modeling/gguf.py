@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from layalign._claims import require_modest
+from layalign.modeling.claims import require_modest
 from layalign.utils.errors import ArgumentError, CheckpointError, LayAlignError, shown
 from layalign.utils.limits import MAX_TENSORS, MAX_TOKENIZER_BYTES
 from layalign.utils.reading import Cursor, require_regular

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layalign.modeling.packing import IGNORE_INDEX, MAX_LENGTH
 from layalign.ops.checks import describe, is_plain
-from layalign.packing import IGNORE_INDEX, MAX_LENGTH
 from layalign.utils.errors import ArgumentError
 
 _WHOLE = (torch.int64, torch.int32)
