@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from layalign.modeling.model import LayAlignForCausalLM
     from layalign.modeling.packing import pack
     from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
-    from layalign.swap import accelerate, restore
+    from layalign.published.swap import accelerate, restore
 
 __version__ = "0.1.0"
 
@@ -27,11 +27,11 @@ _LAZY = {
     "GatedCrossAttention": "layalign.nn",
     "LayAlignConfig": "layalign.modeling.configuration",
     "LayAlignForCausalLM": "layalign.modeling.model",
-    "accelerate": "layalign.swap",
+    "accelerate": "layalign.published.swap",
     "attach": "layalign.modeling.attention_interface",
     "detach": "layalign.modeling.attention_interface",
     "pack": "layalign.modeling.packing",
-    "restore": "layalign.swap",
+    "restore": "layalign.published.swap",
 }
 
 __all__ = [

@@ -14,10 +14,10 @@ from tiny_training import save_parts, training_config
 from layalign import LayAlignForCausalLM, baselines
 from layalign.baselines import BASELINES
 from layalign.cli import main
-from layalign.convert import convert_to_published
 from layalign.data import Example, LayAlignCollator
 from layalign.modeling.configuration import LayAlignConfig
 from layalign.modeling.layers import named_layers
+from layalign.published.convert import convert_to_published
 from layalign.training import TrainSummary, build_model, load_train_config, train
 from layalign.training.loading import configured_stages
 from layalign.utils.errors import ArgumentError, CheckpointError

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from layalign import CheckpointError, LayAlignForCausalLM
-from layalign.compat import EncoderAligner, LayAlign, LayAlignConfig
-from layalign.convert import convert_published, convert_to_published
+from layalign.published.classes import EncoderAligner, LayAlign, LayAlignConfig
+from layalign.published.convert import convert_published, convert_to_published
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = ["mha_translation", "gqa_task_mlp"]

@@ -7,7 +7,7 @@ import torch
 from published_tiny import ENCODER_LAYERS, assert_same, data, loss_and_gradients, published_model, settings
 from tiny import tiny_encoder, tiny_llm
 
-from layalign.compat import LayAlign, LayAlignConfig
+from layalign.published.classes import LayAlign, LayAlignConfig
 
 CASES = [("llama", "Linear", (0, 1, 2)), ("mistral", "MLP", (0, 2)), ("qwen2", "Linear", (2,))]
 

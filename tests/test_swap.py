@@ -27,10 +27,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import layalign
-from layalign import ArgumentError, _swapped, ops
+from layalign import ArgumentError, ops
 from layalign.modeling.slots import through
 from layalign.ops import backends
 from layalign.ops import cached_launch as _repeated
+from layalign.published.names import swapped_modules as _swapped
 
 needs_cpp = pytest.mark.skipif(not backends.capability("cpp", "cpu")[0], reason="no C++ kernels here")
 

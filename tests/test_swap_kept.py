@@ -11,7 +11,7 @@ from published_tiny import assert_same, data, published_model, wrappers
 from torch import nn
 
 import layalign
-from layalign import _swapped
+from layalign.published.names import swapped_modules as _swapped
 
 
 def step(model: nn.Module) -> torch.Tensor:

@@ -25,7 +25,7 @@ def convert(source: SourcePath, output: OutputPath, encoder: Encoder = None, llm
     if not source.exists():
         raise ArgumentError(f"source: no such file or folder: {source}")
     quiet_transformers()
-    from layalign.convert import convert_published, convert_to_published
+    from layalign.published.convert import convert_published, convert_to_published
 
     if source.is_dir():
         if output.is_dir():

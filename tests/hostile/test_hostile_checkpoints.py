@@ -24,9 +24,9 @@ from tiny import open_gates, tiny_encoder, tiny_llm, tiny_model
 from tiny_training import byte_tokenizer
 
 from layalign import CheckpointError, LayAlignError, LayAlignForCausalLM
-from layalign.convert import convert_published, convert_to_published
 from layalign.modeling.tokenization import load_tokenizers
-from layalign.published import load_bin
+from layalign.published.convert import convert_published, convert_to_published
+from layalign.published.names import load_bin
 
 HOSTILE = "import pathlib\npathlib.Path({path!r}).write_text('ran')\n"
 

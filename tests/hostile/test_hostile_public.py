@@ -21,16 +21,16 @@ import layalign
 from layalign import LayAlignError
 from layalign.analysis import analyze, centred_cosine, linear_cka, read_pairs, retrieval_accuracy
 from layalign.baselines import baseline, with_baseline
-from layalign.compat import LayAlign
-from layalign.compat import LayAlignConfig as PublishedConfig
 from layalign.data import Example, LayAlignCollator, by_language, language_of, tokenizer_source_language
 from layalign.evaluation import compare_runs, evaluate, llm_alone, resource_level
 from layalign.nn import WeightedLinearProjector
+from layalign.published.classes import LayAlign
+from layalign.published.classes import LayAlignConfig as PublishedConfig
 from layalign.training import build_model, read_dev_examples, read_examples, train, training_arguments
 
 PACKAGES = (
     "layalign", "layalign.ops", "layalign.nn", "layalign.data", "layalign.evaluation", "layalign.training",
-    "layalign.experiment", "layalign.analysis", "layalign.demo", "layalign.baselines", "layalign.compat",
+    "layalign.experiment", "layalign.analysis", "layalign.demo", "layalign.baselines", "layalign.published.classes",
     "layalign.cli",
 )  # fmt: skip
 WRONG: dict[str, Any] = {
@@ -152,7 +152,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.training.read_examples": (read_examples, dict(config=None)),
     "layalign.training.train": (train, dict(config=None)),
     "layalign.training.training_arguments": (training_arguments, dict(config=None)),
-    "layalign.compat.LayAlign": (LayAlign, dict(config=PublishedConfig())),
+    "layalign.published.classes.LayAlign": (LayAlign, dict(config=PublishedConfig())),
 }  # fmt: skip
 ELSEWHERE = {
     "layalign.ops": "test_hostile_operations.py",
@@ -167,7 +167,7 @@ ELSEWHERE = {
     "layalign.training.is_main_process": "no argument",
     "layalign.data.languages": "no argument",
     "layalign.nn.Mapping": "another name of Adapter",
-    "layalign.compat.LayAlignConfig": "a record of fields, which LayAlign checks",
+    "layalign.published.classes.LayAlignConfig": "a record of fields, which LayAlign checks",
     **{f"layalign.{kind}": "an exception" for kind in layalign.__all__ if kind.endswith("Error")},
     **{
         f"layalign.data.{kind}": "a record, which checks nothing"

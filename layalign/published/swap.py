@@ -5,8 +5,8 @@
     layalign.restore(model)               # the exact classes and config objects from before
 
 Nothing is imported from the user's code and nothing global is patched: single instances get a subclass of their own
-class (:mod:`layalign._swapped`), after their ``forward`` was compared with the published formula on a small random
-input (:mod:`layalign._recognise`).
+class (:mod:`layalign.published.swapped_modules`), after their ``forward`` was compared with the published formula on a small random
+input (:mod:`layalign.published.match`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from layalign import _recognise, _swapped
 from layalign.modeling.fold import CHOICES
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector
 from layalign.ops import backends
+from layalign.published.names import match as _recognise
+from layalign.published.names import swapped_modules as _swapped
 from layalign.utils.errors import ArgumentError, one_of, refuse
 
 logger = logging.getLogger("layalign")

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign import _swapped
 from layalign.modeling.attention_interface import PREFIX, head_size, key_value_maps
 from layalign.nn.aligner import STRUCTURES
 from layalign.nn.inspection import has_hooks, readable
+from layalign.published.names import swapped_modules as _swapped
 from layalign.utils.errors import ArgumentError
 from layalign.utils.versions import CACHE_NAMES
 

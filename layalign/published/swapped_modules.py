@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from layalign import ops
-from layalign._kept import KeptStates
 from layalign.modeling import last_layer
 from layalign.modeling.attention_interface import PREFIX, head_size, key_value_modules, key_value_states, register
 from layalign.modeling.fold import count_steps
@@ -26,6 +25,7 @@ from layalign.ops import cached_launch as _repeated
 from layalign.ops import dispatch as _direct
 from layalign.ops.cached_launch import Ready, RepeatedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
+from layalign.published.kept import KeptStates
 from layalign.utils.errors import ArgumentError
 
 
@@ -198,7 +198,7 @@ class AttentionSwap:
     def states(self, attention: nn.Module, pair: Any, query: Tensor) -> tuple[Tensor, Tensor]:
         """k and v (B, G, S, d) of the source for a query (B, H, T, d); one source serves all B rows, as published.
 
-        Made once per pair while :class:`layalign._kept.KeptStates` may keep them, else at every call.
+        Made once per pair while :class:`layalign.published.kept.KeptStates` may keep them, else at every call.
         """
         if (isinstance(pair, Tensor) and pair.shape[0] != 2) or not isinstance(pair, Tensor | list | tuple):
             raise ArgumentError(f"adapter_states: expected a pair of tensors (B, S, D_l), got {type(pair).__name__}")

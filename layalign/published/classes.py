@@ -2,7 +2,7 @@
 
 A published training or evaluation script runs with its import lines changed and nothing else::
 
-    from layalign.compat import LayAlign, LayAlignConfig
+    from layalign.published.classes import LayAlign, LayAlignConfig
 
 Encoder padding is attended to, as published (``mask_encoder_padding=False``).
 """
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 
-from layalign import published
 from layalign.modeling.encoders import load_encoder, load_llm
 from layalign.modeling.finite import finite
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, Mapping
 from layalign.nn.aligner import WeightedLinearProjector
+from layalign.published.names import names as published
 from layalign.utils.errors import ArgumentError
 
 __all__ = ["EncoderAligner", "LayAlign", "LayAlignConfig", "Mapping", "WeightedLinearProjector"]

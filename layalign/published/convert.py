@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign import published
 from layalign.modeling.model import LayAlignForCausalLM
+from layalign.published.names import names as published
 from layalign.utils.errors import CheckpointError
 from layalign.utils.lock import held
 
