@@ -77,14 +77,14 @@ format: $(STAMP)
 # The parts of the documentation that the code writes.
 docs: $(STAMP)
 	$(BIN)/python -m layalign.ops.support --write docs/backends.md
-	$(BIN)/python -m layalign.baselines --write docs/baselines.md
+	$(BIN)/python -m layalign.training.baselines --write docs/baselines.md
 	$(BIN)/python -m layalign.experiment.report benchmarks/results/experiment/results.json docs/experiment.md
 	$(BIN)/python -m layalign.experiments.real.report benchmarks/results/real/results.json docs/evidence.md
 	$(BIN)/python benchmarks/estimate.py docs/reproduce.md
 	$(BIN)/python benchmarks/scale.py docs/scale.md
 	$(BIN)/python benchmarks/watch.py benchmarks/results/watch/versions.json --page docs/versions.md
 	$(BIN)/python benchmarks/curves.py --page docs/versions.md
-	$(BIN)/python -m layalign.serve.messages --write docs/serving.md
+	$(BIN)/python -m layalign.serving.http.messages --write docs/serving.md
 	$(BIN)/python benchmarks/across.py page docs/versions.md --results benchmarks/results/watch/across.json
 	$(BIN)/python benchmarks/soak_report.py benchmarks/results/serve/soak.json docs/serving.md
 

@@ -35,7 +35,7 @@ PACKAGES = [
     "layalign.experiments.weights",
     "layalign.nn",
     "layalign.ops",
-    "layalign.serve",
+    "layalign.serving.http",
     "layalign.training",
     "layalign_kernels",
 ]

@@ -1,4 +1,4 @@
-"""A served tiny model and its client, in one process and without a network, for the tests of `layalign.serve`."""
+"""A served tiny model and its client, in one process and without a network, for the tests of `layalign.serving.http`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from layalign.serve import ServeSettings
-from layalign.serve.app import create_app
-from layalign.serve.decoding import Decoder
-from layalign.serve.service import Service
+from layalign.serving.http import ServeSettings
+from layalign.serving.http.app import create_app
+from layalign.serving.http.decoding import Decoder
+from layalign.serving.http.service import Service
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ServeSettings(max_prompt_tokens=1024, max_new_tokens=200, default_new_tokens=8)

@@ -11,14 +11,14 @@ import yaml
 from tiny import batch, open_gates, tiny_encoder, tiny_llm, tiny_model
 from tiny_training import save_parts, training_config
 
-from layalign import LayAlignForCausalLM, baselines
-from layalign.baselines import BASELINES
+from layalign import LayAlignForCausalLM
 from layalign.cli import main
 from layalign.data import Example, LayAlignCollator
 from layalign.modeling.configuration import LayAlignConfig
 from layalign.modeling.layers import named_layers
 from layalign.published.convert import convert_to_published
-from layalign.training import TrainSummary, build_model, load_train_config, train
+from layalign.training import TrainSummary, baselines, build_model, load_train_config, train
+from layalign.training.baselines import BASELINES
 from layalign.training.loading import configured_stages
 from layalign.utils.errors import ArgumentError, CheckpointError
 

@@ -35,7 +35,7 @@ from layalign.modeling import attention_interface as attention
 from layalign.modeling.source import SourceStates, get_source, put_source
 from layalign.nn.inspection import device_of
 from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
-from layalign.serve.decoding import Decoder, Inputs, State, kept, merged
+from layalign.serving.http.decoding import Decoder, Inputs, State, kept, merged
 from layalign.utils.versions import cache_of
 
 DRAWN = int(os.environ.get("LAYALIGN_DRAWN", "0"))

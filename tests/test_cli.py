@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from layalign.cli import describe, main
 from layalign.cli.app import app
-from layalign.doctor import examine
+from layalign.cli.environment import examine
 
 COMMANDS = (
     "demo", "baselines", "train", "experiment", "evaluate", "compare", "analyze", "generate", "serve", "convert",

@@ -19,7 +19,7 @@ from layalign import ops
 from layalign.modeling import source
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector, aligner, cross_attention
 from layalign.nn import inspection as _plain
-from layalign.serve.decoding import Decoder, Inputs
+from layalign.serving.http.decoding import Decoder, Inputs
 
 Edit = Callable[[Any, pytest.MonkeyPatch], None]
 

@@ -14,7 +14,6 @@ import yaml
 
 pytest.importorskip("matplotlib")
 
-from layalign.baselines import BASELINES
 from layalign.cli import main
 from layalign.experiment import load_settings, preset_names, schedule
 from layalign.experiment.report import TABLES, accuracy_rows, picture, written_into
@@ -23,6 +22,7 @@ from layalign.experiment.results import corrected, mean_interval, members, paire
 from layalign.experiment.runs import PREPARED, RESULT, run_folder, seed_folder
 from layalign.experiment.schedule import Task, run_all, tasks
 from layalign.experiment.settings import ExperimentSettings, settings_from
+from layalign.training.baselines import BASELINES
 from layalign.utils.errors import ArgumentError, StoppedError
 
 ROOT = Path(__file__).parent.parent

@@ -11,13 +11,13 @@ from tiny import batch, compiles, row, tiny_encoder, tiny_folders, tiny_llm, tin
 from torch import Tensor, nn
 
 from layalign import LayAlignForCausalLM, reference
-from layalign.baselines import BASELINES
 from layalign.modeling.configuration import LayAlignConfig
 from layalign.modeling.parts import matching_adapter_size, trained_parameters
 from layalign.nn import Adapter
 from layalign.nn.adapter import SoftmaxFusion, TokenSoftmaxFusion
 from layalign.published.convert import convert_to_published
 from layalign.training import TrainConfig, build_model
+from layalign.training.baselines import BASELINES
 from layalign.utils.errors import ArgumentError, CheckpointError
 
 FUSIONS = ("softmax", "token-softmax")

@@ -24,7 +24,7 @@ from layalign.utils.errors import ArgumentError, NonFiniteError
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install 'layalign[lm-eval]')")
 
-from layalign.harness import LayAlignLM
+from layalign.evaluation.lm_eval import LayAlignLM
 
 LLM = byte_tokenizer()
 ENCODER = byte_tokenizer(eos=True)

@@ -20,9 +20,9 @@ from layalign.analysis import analyze
 from layalign.data import Example, LayAlignCollator
 from layalign.data.lengths import positions
 from layalign.evaluation import evaluate, llm_alone
-from layalign.serve.messages import ApiError
-from layalign.serve.preparing import Preparer
-from layalign.serve.settings import ServeSettings
+from layalign.serving.http.messages import ApiError
+from layalign.serving.http.preparing import Preparer
+from layalign.serving.http.settings import ServeSettings
 from layalign.training import train
 from layalign.utils.errors import ArgumentError
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from helpers_serving import CHAT, COMPLETIONS, SETTINGS, Client, Parts, case, figures, pieces, run, tiny_parts, until
 
-from layalign.serve.decoding import Decoder
-from layalign.serve.messages import CompletionRequest
-from layalign.serve.service import Service
+from layalign.serving.http.decoding import Decoder
+from layalign.serving.http.messages import CompletionRequest
+from layalign.serving.http.service import Service
 from layalign.utils.errors import ArgumentError
 
 
@@ -66,7 +66,7 @@ def test_rows_join_and_leave_between_steps(llm: str, masked: bool) -> None:
     """Sliding windows, learned positions, and source padding that is attended to: logits as of each row alone."""
     from tiny import tiny_model
 
-    from layalign.serve.decoding import Inputs, State, kept, merged
+    from layalign.serving.http.decoding import Inputs, State, kept, merged
 
     model = tiny_model(llm=llm, mask_encoder_padding=masked)
     decoder, draw = Decoder(model, 0), torch.Generator().manual_seed(0)

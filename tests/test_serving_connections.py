@@ -16,10 +16,10 @@ import pytest
 from helpers_serving import COMPLETIONS, SETTINGS, figures, tiny_parts
 
 from layalign.cli import main
-from layalign.serve import ServeSettings
-from layalign.serve.connections import BACKLOG, SPARE_FILES, Seldom, room
-from layalign.serve.server import make_server
-from layalign.serve.service import Service
+from layalign.serving.http import ServeSettings
+from layalign.serving.http.connections import BACKLOG, SPARE_FILES, Seldom, room
+from layalign.serving.http.server import make_server
+from layalign.serving.http.service import Service
 
 GET = b"GET /health HTTP/1.1\r\nHost: server\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\n"
@@ -166,7 +166,7 @@ def test_a_body_that_goes_wrong_gets_one_answer_or_none(caplog: pytest.LogCaptur
 
 def test_a_line_comes_seldom_from_one_place(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now, lines = 0.0, logging.getLogger("test.seldom")
-    monkeypatch.setattr("layalign.serve.connections.time.monotonic", lambda: now)
+    monkeypatch.setattr("layalign.serving.http.connections.time.monotonic", lambda: now)
     lines.addFilter(Seldom(2))
     for now in [float(second) for second in range(70)]:
         lines.warning("again %d", now)

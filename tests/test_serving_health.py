@@ -14,14 +14,14 @@ import pytest
 import torch
 from helpers_serving import COMPLETIONS, SETTINGS, Client, Parts, figures, run, tiny_parts, until
 
-from layalign.serve.decoding import Decoder
-from layalign.serve.engine import Engine
-from layalign.serve.health import Health
-from layalign.serve.messages import Shape
-from layalign.serve.preparing import Preparer
-from layalign.serve.service import Service
-from layalign.serve.settings import checked_key
-from layalign.serve.text import TextStream
+from layalign.serving.http.decoding import Decoder
+from layalign.serving.http.engine import Engine
+from layalign.serving.http.health import Health
+from layalign.serving.http.messages import Shape
+from layalign.serving.http.preparing import Preparer
+from layalign.serving.http.service import Service
+from layalign.serving.http.settings import checked_key
+from layalign.serving.http.text import TextStream
 from layalign.utils.errors import ArgumentError
 
 BODY = {"prompt": "paka mbwa", "max_tokens": 4}
@@ -30,7 +30,7 @@ BODY = {"prompt": "paka mbwa", "max_tokens": 4}
 @pytest.fixture(autouse=True)
 def _no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """No token ends an answer: each takes steps after its prefill."""
-    monkeypatch.setattr("layalign.serve.service.eos_ids", lambda model, tokenizer: [])
+    monkeypatch.setattr("layalign.serving.http.service.eos_ids", lambda model, tokenizer: [])
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ async def ask(client: Client, **fields: Any) -> int:
 
 def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("layalign.serve.health.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("layalign.serving.http.health.time", SimpleNamespace(monotonic=lambda: now))
     health = Health(longest=60)
     health.failed(16)
     assert not health.problem  # one step: one of its requests may be to blame

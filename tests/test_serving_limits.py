@@ -16,9 +16,9 @@ import pytest
 from helpers_serving import CHAT, COMPLETIONS, SETTINGS, Client, Parts, Slow, figures, run, tiny_parts, until
 from torch import Tensor
 
-from layalign.serve.decoding import Decoder, State
-from layalign.serve.engine import Job
-from layalign.serve.service import Call, Service
+from layalign.serving.http.decoding import Decoder, State
+from layalign.serving.http.engine import Job
+from layalign.serving.http.service import Call, Service
 
 SECRET = "siri kubwa 5521"
 
@@ -31,7 +31,7 @@ def parts() -> Parts:
 @pytest.fixture
 def long_body(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A request whose answer takes all its tokens: no token ends it."""
-    monkeypatch.setattr("layalign.serve.service.eos_ids", lambda model, tokenizer: [])
+    monkeypatch.setattr("layalign.serving.http.service.eos_ids", lambda model, tokenizer: [])
     return {"prompt": "paka mbwa", "max_tokens": 200}
 
 

@@ -17,10 +17,10 @@ from tiny_training import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from layalign.serve import ServeSettings
-from layalign.serve.sampling import Chooser, choose, repetition_penalty
-from layalign.serve.server import is_loopback
-from layalign.serve.text import TextStream
+from layalign.serving.http import ServeSettings
+from layalign.serving.http.sampling import Chooser, choose, repetition_penalty
+from layalign.serving.http.server import is_loopback
+from layalign.serving.http.text import TextStream
 from layalign.utils.errors import ArgumentError
 from layalign.utils.pages import replaced
 
@@ -189,7 +189,7 @@ def test_the_page_names_every_option_status_and_metric() -> None:
     said = {"--checkpoint", "--device", "--dtype", "--port", "--default-new-tokens", "--help"}
     source = (ROOT / "layalign/cli/serve.py").read_text(encoding="utf-8")
     assert set(re.findall(r'"(--[a-z-]+)"', source)) - said <= set(re.findall(r"--[a-z-]+", page))
-    metrics = set(re.findall(r'"(layalign_\w+)"', (ROOT / "layalign/serve/metrics.py").read_text()))
+    metrics = set(re.findall(r'"(layalign_\w+)"', (ROOT / "layalign/serving/http/metrics.py").read_text()))
     assert {name for name in metrics if name not in page} == set()
     defaults = ServeSettings()
     for name in ("max_characters", "max_source_tokens", "max_new_tokens", "max_batch", "max_queue", "timeout", "grace"):

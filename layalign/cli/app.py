@@ -52,14 +52,14 @@ def _lm_eval(context: typer.Context) -> None:
 
     Example: layalign lm-eval --model layalign --model_args checkpoint=outputs/xnli/task --tasks xnli_sw
     """
-    from layalign.harness import main
+    from layalign.evaluation.lm_eval import main
 
     main(context.args)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from layalign.doctor import package_version
+        from layalign.cli.environment import package_version
 
         typer.echo(f"layalign {package_version()}")
         raise typer.Exit

@@ -8,7 +8,7 @@ def baselines() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from layalign.baselines import BASELINES
+    from layalign.training.baselines import BASELINES
 
     table = Table(title="layalign train --baseline NAME", show_lines=True)
     for column in ("name", "what it is", "stages", "source"):

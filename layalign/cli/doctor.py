@@ -11,7 +11,7 @@ def doctor(
     """Show versions, devices, each backend with the reason when it is off, and what was compiled."""
     import json
 
-    from layalign.doctor import examine
+    from layalign.cli.environment import examine
 
     report = examine()
     if as_json:

@@ -58,8 +58,8 @@ def serve(
 
     Where the environment variable LAYALIGN_API_KEY is set, requests must carry it (Authorization: Bearer).
     """
-    from layalign.serve import ServeSettings
-    from layalign.serve.settings import checked_key
+    from layalign.serving.http import ServeSettings
+    from layalign.serving.http.settings import checked_key
     from layalign.utils.errors import ArgumentError
 
     try:
@@ -90,7 +90,7 @@ def serve(
     if key is not None:
         key = checked_key(KEY, key)  # before the model is loaded
     model = load_model(checkpoint, device, dtype)
-    from layalign.serve.server import run
-    from layalign.serve.service import Service
+    from layalign.serving.http.server import run
+    from layalign.serving.http.service import Service
 
     run(Service(*model, settings), host, port, key)

@@ -21,7 +21,6 @@ import transformers
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
-from layalign.baselines import baseline
 from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
 from layalign.demo.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
 from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
@@ -29,6 +28,7 @@ from layalign.evaluation import evaluate
 from layalign.experiment.settings import ExperimentSettings, Steps, System
 from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import TrainConfig, train
+from layalign.training.baselines import baseline
 from layalign.utils.errors import ArgumentError
 from layalign.utils.files import give_usual_modes, write_whole, writing
 from layalign.utils.lock import LOCK, held

@@ -11,9 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from layalign.baselines import baseline
 from layalign.demo.pretraining import Budget
 from layalign.demo.problems import ALL_LANGUAGES
+from layalign.training.baselines import baseline
 from layalign.utils.errors import ArgumentError, refuse, shown
 from layalign.utils.yaml_files import read_file, read_text
 
@@ -43,7 +43,7 @@ class System:
 
     Attributes:
         name: of its folder and column.
-        baseline: one of :data:`layalign.baselines.BASELINES`.
+        baseline: one of :data:`layalign.training.baselines.BASELINES`.
         settings: further keys of ``TrainConfig``, such as adapter_size.
         steps_factor: times the steps of each stage, to take as long as another system.
         label: for tables; the baseline's by default.

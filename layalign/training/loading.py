@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from layalign.baselines import baseline, with_baseline
+from layalign.training.baselines import baseline, with_baseline
 from layalign.training.config import STAGES, TEXTS, TrainConfig
 from layalign.utils.errors import ArgumentError, refuse, shown
 from layalign.utils.yaml_files import read_file, read_text

@@ -20,8 +20,8 @@ import torch
 import transformers
 from torch import nn
 
+from layalign.cli.environment import package_version
 from layalign.data import Example
-from layalign.doctor import package_version
 from layalign.modeling import fingerprint
 from layalign.modeling.checkpoint import CONFIG, WEIGHTS, digest, reading
 from layalign.modeling.configuration import LayAlignConfig

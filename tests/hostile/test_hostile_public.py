@@ -20,17 +20,17 @@ from torch import nn
 import layalign
 from layalign import LayAlignError
 from layalign.analysis import analyze, centred_cosine, linear_cka, read_pairs, retrieval_accuracy
-from layalign.baselines import baseline, with_baseline
 from layalign.data import Example, LayAlignCollator, by_language, language_of, tokenizer_source_language
 from layalign.evaluation import compare_runs, evaluate, llm_alone, resource_level
 from layalign.nn import WeightedLinearProjector
 from layalign.published.classes import LayAlign
 from layalign.published.classes import LayAlignConfig as PublishedConfig
 from layalign.training import build_model, read_dev_examples, read_examples, train, training_arguments
+from layalign.training.baselines import baseline, with_baseline
 
 PACKAGES = (
     "layalign", "layalign.ops", "layalign.nn", "layalign.data", "layalign.evaluation", "layalign.training",
-    "layalign.experiment", "layalign.analysis", "layalign.demo", "layalign.baselines", "layalign.published.classes",
+    "layalign.experiment", "layalign.analysis", "layalign.demo", "layalign.training.baselines", "layalign.published.classes",
     "layalign.cli",
 )  # fmt: skip
 WRONG: dict[str, Any] = {
@@ -144,8 +144,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.analysis.linear_cka": (linear_cka, dict(first=states(3, 4), second=states(3, 4))),
     "layalign.analysis.retrieval_accuracy": (retrieval_accuracy, dict(queries=states(3, 4), candidates=states(3, 4))),
     "layalign.analysis.read_pairs": (read_pairs, dict(pairs="none.tsv", languages=["sw"], limit=3)),
-    "layalign.baselines.baseline": (baseline, dict(name="layalign")),
-    "layalign.baselines.with_baseline": (with_baseline, dict(values={"output_dir": "a/b"}, name="layalign",
+    "layalign.training.baselines.baseline": (baseline, dict(name="layalign")),
+    "layalign.training.baselines.with_baseline": (with_baseline, dict(values={"output_dir": "a/b"}, name="layalign",
     stage="task")),
     "layalign.training.build_model": (build_model, dict(config=None)),
     "layalign.training.read_dev_examples": (read_dev_examples, dict(config=None)),
@@ -179,7 +179,7 @@ ELSEWHERE = {
     "layalign.evaluation.MeasureScores": "a record that evaluate returns",
     "layalign.training.TrainSummary": "a record that train returns",
     "layalign.analysis.AnalysisResult": "a record that analyze returns",
-    "layalign.baselines.Baseline": "a record",
+    "layalign.training.baselines.Baseline": "a record",
 }
 # What an error may call an argument besides its own name.
 NAMED_AS = {

@@ -10,8 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from layalign.baselines import baseline
 from layalign.data.languages import find_language
+from layalign.training.baselines import baseline
 from layalign.utils.errors import ArgumentError, finite_number, one_of, refuse, whole_number
 from layalign.utils.yaml_files import read_file, read_text
 
@@ -26,7 +26,7 @@ class RealSystem:
 
     Attributes:
         name: of its folder.
-        baseline: one of :data:`layalign.baselines.BASELINES`.
+        baseline: one of :data:`layalign.training.baselines.BASELINES`.
         label: for tables; the baseline's by default.
         settings: further keys of ``TrainConfig``, such as adapter_size.
         reads_text: the LLM reads the sentence as text, after its language's name, and the encoder is not used.

@@ -9,9 +9,9 @@ from layalign.data.examples import Example
 from layalign.data.languages import find_language
 from layalign.data.records import PROMPTS
 from layalign.modeling.tokenization import Prompt
-from layalign.serve.decoding import Inputs
-from layalign.serve.messages import ApiError
-from layalign.serve.settings import ServeSettings
+from layalign.serving.http.decoding import Inputs
+from layalign.serving.http.messages import ApiError
+from layalign.serving.http.settings import ServeSettings
 from layalign.utils.errors import ArgumentError
 
 

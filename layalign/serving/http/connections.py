@@ -12,8 +12,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from layalign.serve.metrics import Metrics
-from layalign.serve.settings import ServeSettings
+from layalign.serving.http.metrics import Metrics
+from layalign.serving.http.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 SPARE_FILES = 256  # descriptors for all that is no connection of a client

@@ -11,11 +11,11 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from layalign.serve.engine import log_error
-from layalign.serve.health import Health
-from layalign.serve.messages import ApiError, error_body
-from layalign.serve.metrics import Metrics
-from layalign.serve.settings import ServeSettings, checked_key
+from layalign.serving.http.engine import log_error
+from layalign.serving.http.health import Health
+from layalign.serving.http.messages import ApiError, error_body
+from layalign.serving.http.metrics import Metrics
+from layalign.serving.http.settings import ServeSettings, checked_key
 
 OPEN_PATHS = ("/health", "/ready")  # without a key: whoever watches the process has none
 PATHS = (*OPEN_PATHS, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from layalign.serve.decoding import Decoder, Inputs, State, kept, merged
-from layalign.serve.sampling import Chooser, choose
-from layalign.serve.text import TextStream
+from layalign.serving.http.decoding import Decoder, Inputs, State, kept, merged
+from layalign.serving.http.sampling import Chooser, choose
+from layalign.serving.http.text import TextStream
 
 if TYPE_CHECKING:
-    from layalign.serve.health import Health
-    from layalign.serve.metrics import Metrics
+    from layalign.serving.http.health import Health
+    from layalign.serving.http.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -321,5 +321,5 @@ def log_error(what: str, error: BaseException) -> None:
         code = trace.tb_frame.f_code
         frames.append(f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}")
         trace = trace.tb_next
-    # Of the caller, which is what `layalign.serve.connections.Seldom` goes by.
+    # Of the caller, which is what `layalign.serving.http.connections.Seldom` goes by.
     logger.error("%s: %s\n  %s", what, type(error).__name__, "\n  ".join(frames), stacklevel=2)

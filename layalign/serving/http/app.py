@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from layalign.serve.engine import Done
-from layalign.serve.guard import PATHS, Guard
-from layalign.serve.messages import (
+from layalign.serving.http.engine import Done
+from layalign.serving.http.guard import PATHS, Guard
+from layalign.serving.http.messages import (
     ApiError,
     ChatRequest,
     CompletionRequest,
@@ -24,7 +24,7 @@ from layalign.serve.messages import (
     error_body,
     first_problem,
 )
-from layalign.serve.service import Call, ClientGone, Service
+from layalign.serving.http.service import Call, ClientGone, Service
 
 
 def create_app(service: Service, api_key: str | None = None) -> FastAPI:

@@ -13,15 +13,15 @@ from typing import Any
 from starlette.requests import Request
 
 from layalign.evaluation.answering import eos_ids, pad_id
-from layalign.serve.decoding import Decoder, Inputs
-from layalign.serve.engine import Done, Engine, Event, Failed, Job, Piece
-from layalign.serve.health import Health
-from layalign.serve.messages import ApiError, ChatRequest, CompletionRequest
-from layalign.serve.metrics import Metrics
-from layalign.serve.preparing import Preparer
-from layalign.serve.sampling import Chooser, repetition_penalty
-from layalign.serve.settings import ServeSettings
-from layalign.serve.text import TextStream
+from layalign.serving.http.decoding import Decoder, Inputs
+from layalign.serving.http.engine import Done, Engine, Event, Failed, Job, Piece
+from layalign.serving.http.health import Health
+from layalign.serving.http.messages import ApiError, ChatRequest, CompletionRequest
+from layalign.serving.http.metrics import Metrics
+from layalign.serving.http.preparing import Preparer
+from layalign.serving.http.sampling import Chooser, repetition_penalty
+from layalign.serving.http.settings import ServeSettings
+from layalign.serving.http.text import TextStream
 
 
 class ClientGone(Exception):

@@ -13,9 +13,9 @@ from typing import Any
 
 import uvicorn
 
-from layalign.serve.app import create_app
-from layalign.serve.connections import BACKLOG, Connection, Seldom, Waiting, room
-from layalign.serve.service import Service
+from layalign.serving.http.app import create_app
+from layalign.serving.http.connections import BACKLOG, Connection, Seldom, Waiting, room
+from layalign.serving.http.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,6 @@ def run(service: Service, host: str, port: int, api_key: str | None = None) -> N
     """
     if api_key is None and not is_loopback(host):
         logger.warning("%s is reachable from other machines, and no key is asked for (set LAYALIGN_API_KEY)", host)
-    for name in ("uvicorn.error", "asyncio", "layalign.serve.engine"):
+    for name in ("uvicorn.error", "asyncio", "layalign.serving.http.engine"):
         logging.getLogger(name).addFilter(Seldom())
     make_server(service, host, port, api_key).run()
