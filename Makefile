@@ -78,7 +78,7 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m layalign.ops.support --write docs/backends.md
 	$(BIN)/python -m layalign.training.baselines --write docs/baselines.md
-	$(BIN)/python -m layalign.experiment.report benchmarks/results/experiment/results.json docs/experiment.md
+	$(BIN)/python -m layalign.experiments.controlled.report benchmarks/results/experiment/results.json docs/experiment.md
 	$(BIN)/python -m layalign.experiments.real.report benchmarks/results/real/results.json docs/evidence.md
 	$(BIN)/python benchmarks/estimate.py docs/reproduce.md
 	$(BIN)/python benchmarks/scale.py docs/scale.md

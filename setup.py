@@ -23,12 +23,12 @@ import builder  # noqa: E402  (csrc/builder.py)
 
 PACKAGES = [
     "layalign",
-    "layalign.analysis",
+    "layalign.experiments.analysis",
     "layalign.cli",
     "layalign.data",
     "layalign.evaluation",
-    "layalign.demo",
-    "layalign.experiment",
+    "layalign.experiments.made_up",
+    "layalign.experiments.controlled",
     "layalign.experiments",
     "layalign.experiments.demo",
     "layalign.experiments.real",
@@ -86,8 +86,8 @@ setup(
     package_dir={"layalign_kernels": "kernels"},
     package_data={
         "layalign": ["py.typed", "presets/*.yaml", "presets/accelerate/*.yaml", "presets/deepspeed/*.json"],
-        "layalign.demo": ["*.json", "templates/*.json"],
-        "layalign.experiment": ["presets/*.yaml"],
+        "layalign.experiments.made_up": ["*.json", "templates/*.json"],
+        "layalign.experiments.controlled": ["presets/*.yaml"],
         "layalign.experiments.demo": ["page.css", "sentences/README.md", "sentences/*/*.tsv", "checkpoint/*"],
         "layalign.experiments.real": ["*.yaml"],
         "layalign.experiments.weights": ["sentences.json"],

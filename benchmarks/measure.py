@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from layalign.bench import FEW_ROUNDS
+from layalign.experiments.bench.results import FEW_ROUNDS
 
 SHORT, LONG, VERY_LONG, LONGEST = 2e-3, 0.3, 3.0, 5.0  # seconds of a call
 NARROW = 0.01  # half the width of a ratio's 95 % interval, over the ratio, that is narrow enough

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from layalign.bench_report import write_report
+from layalign.experiments.bench.report import write_report
 from layalign.utils.errors import LayAlignError
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from layalign.bench import Results, interval_text, load, quantity, ratio_text, rough
-from layalign.bench_plots import OPERATIONS
+from layalign.experiments.bench.plots import OPERATIONS
+from layalign.experiments.bench.results import Results, interval_text, load, quantity, ratio_text, rough
 
 SECTION = re.compile(r"(<!-- measured: (?P<name>\w+)(, (?P<folder>[\w-]+))? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 

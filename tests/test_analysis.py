@@ -17,15 +17,15 @@ from tiny import batch, tiny_model
 from tiny_training import TinyParts, byte_tokenizer, save_parts
 
 from layalign import LayAlignForCausalLM, reference
-from layalign.analysis import analyze, centred_cosine, linear_cka, read_pairs, retrieval_accuracy
-from layalign.analysis.fusion import attention_maps, contribution_norms, gate_values, mix_weights
-from layalign.analysis.measure import contributions, read_view, similarity
-from layalign.analysis.reading import Reader, source_positions, untrained
-from layalign.analysis.report import write_report
-from layalign.analysis.result import AnalysisResult, Projection, Similarity
-from layalign.analysis.tokens import CONTINUED, token_labels
 from layalign.data import Example
 from layalign.data.languages import languages
+from layalign.experiments.analysis import analyze, centred_cosine, linear_cka, read_pairs, retrieval_accuracy
+from layalign.experiments.analysis.fusion import attention_maps, contribution_norms, gate_values, mix_weights
+from layalign.experiments.analysis.measure import contributions, read_view, similarity
+from layalign.experiments.analysis.reading import Reader, source_positions, untrained
+from layalign.experiments.analysis.report import write_report
+from layalign.experiments.analysis.result import AnalysisResult, Projection, Similarity
+from layalign.experiments.analysis.tokens import CONTINUED, token_labels
 from layalign.modeling.source import OnePass
 from layalign.modeling.tokenization import save_tokenizers
 from layalign.utils.errors import ArgumentError, DataError
@@ -545,7 +545,7 @@ def test_errors_of_files_and_arguments(
 
 def test_importing_loads_neither_sklearn_nor_matplotlib() -> None:
     code = (
-        "import sys, layalign, layalign.analysis\nfrom layalign.analysis import linear_cka\n"
+        "import sys, layalign, layalign.experiments.analysis\nfrom layalign.experiments.analysis import linear_cka\n"
         "print(sorted({'sklearn', 'matplotlib', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

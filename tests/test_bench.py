@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from tiny_training import save_parts
 
-from layalign import bench
-from layalign.bench_report import write_report
 from layalign.cli import main
+from layalign.experiments.bench import results as bench
+from layalign.experiments.bench.report import write_report
 from layalign.utils.errors import ArgumentError
 
 ROOT = Path(__file__).parents[1]

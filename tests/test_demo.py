@@ -12,11 +12,11 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from layalign.demo import run_demo
-from layalign.demo.pipeline import SYSTEMS, result_table, table_rows
-from layalign.demo.pretraining import corrupt, demo_weights, encoder_pairs, garble, llm_documents
-from layalign.demo.problems import LANGUAGES, LOW_RESOURCE
-from layalign.demo.vocabulary import prompt_pieces
+from layalign.experiments.made_up import run_demo
+from layalign.experiments.made_up.pipeline import SYSTEMS, result_table, table_rows
+from layalign.experiments.made_up.pretraining import corrupt, demo_weights, encoder_pairs, garble, llm_documents
+from layalign.experiments.made_up.problems import LANGUAGES, LOW_RESOURCE
+from layalign.experiments.made_up.vocabulary import prompt_pieces
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_garbled_text_keeps_numbers_and_nothing_else() -> None:
 
 
 def test_low_resource_languages_are_read_less_often() -> None:
-    from layalign.demo.problems import table
+    from layalign.experiments.made_up.problems import table
 
     names = {str(table("Swahili")["names"]["Peter"])}, {str(table("French")["names"]["Peter"])}
     sources = [source for source, _ in encoder_pairs(6000, 0, demo_weights(0.2), short=True)]

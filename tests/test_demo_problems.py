@@ -7,7 +7,8 @@ import re
 import pytest
 
 from layalign.data.languages import language_of
-from layalign.demo.problems import (
+from layalign.evaluation.metrics import last_number
+from layalign.experiments.made_up.problems import (
     ALL_LANGUAGES,
     KINDS,
     LANGUAGES,
@@ -22,7 +23,6 @@ from layalign.demo.problems import (
     split_of,
     table,
 )
-from layalign.evaluation.metrics import last_number
 from layalign.utils.errors import ArgumentError
 
 EXPECTED = {

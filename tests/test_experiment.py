@@ -15,13 +15,13 @@ import yaml
 pytest.importorskip("matplotlib")
 
 from layalign.cli import main
-from layalign.experiment import load_settings, preset_names, schedule
-from layalign.experiment.report import TABLES, accuracy_rows, picture, written_into
-from layalign.experiment.report import test_rows as difference_rows
-from layalign.experiment.results import corrected, mean_interval, members, paired, summarise
-from layalign.experiment.runs import PREPARED, RESULT, run_folder, seed_folder
-from layalign.experiment.schedule import Task, run_all, tasks
-from layalign.experiment.settings import ExperimentSettings, settings_from
+from layalign.experiments.controlled import load_settings, preset_names, schedule
+from layalign.experiments.controlled.report import TABLES, accuracy_rows, picture, written_into
+from layalign.experiments.controlled.report import test_rows as difference_rows
+from layalign.experiments.controlled.results import corrected, mean_interval, members, paired, summarise
+from layalign.experiments.controlled.runs import PREPARED, RESULT, run_folder, seed_folder
+from layalign.experiments.controlled.schedule import Task, run_all, tasks
+from layalign.experiments.controlled.settings import ExperimentSettings, settings_from
 from layalign.training.baselines import BASELINES
 from layalign.utils.errors import ArgumentError, StoppedError
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def smoke(**changes: Any) -> dict[str, Any]:
-    text = (resources.files("layalign.experiment") / "presets" / "smoke.yaml").read_text(encoding="utf-8")
+    text = (resources.files("layalign.experiments.controlled") / "presets" / "smoke.yaml").read_text(encoding="utf-8")
     return {**yaml.safe_load(text), **changes}
 
 

@@ -16,10 +16,10 @@ from tiny_training import save_parts, training_config
 from transformers import AutoConfig, AutoModel
 
 from layalign import LayAlignForCausalLM
-from layalign.analysis import analyze
 from layalign.data import Example, LayAlignCollator
 from layalign.data.lengths import positions
 from layalign.evaluation import evaluate, llm_alone
+from layalign.experiments.analysis import analyze
 from layalign.serving.http.messages import ApiError
 from layalign.serving.http.preparing import Preparer
 from layalign.serving.http.settings import ServeSettings

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from layalign.analysis import analyze
 from layalign.data import Example
-from layalign.demo import run_demo
 from layalign.evaluation import evaluate
-from layalign.experiment import load_settings, runs
+from layalign.experiments.analysis import analyze
+from layalign.experiments.controlled import load_settings, runs
+from layalign.experiments.made_up import run_demo
 from layalign.training import TrainConfig, train
 from layalign.utils import lock as _lock
 from layalign.utils.errors import ArgumentError, OutputError

@@ -19,12 +19,12 @@ from transformers import AutoModel
 pytest.importorskip("sacrebleu")
 pytest.importorskip("matplotlib")
 
-from layalign.analysis.result import AnalysisResult
 from layalign.cli import main
 from layalign.data import Example
 from layalign.data.sentences import sentence_key
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.evaluation.translation import translation_scores
+from layalign.experiments.analysis.result import AnalysisResult
 from layalign.experiments.real import ablation, load_settings, looks, runs, schedule, task, text
 from layalign.experiments.real.data import as_text, read_data
 from layalign.experiments.real.measures import _groups

@@ -26,8 +26,8 @@ from transformers import TrainerCallback
 from layalign import LayAlignForCausalLM
 from layalign.cli import describe
 from layalign.data import Example
-from layalign.demo.report import write_report
 from layalign.evaluation import evaluate
+from layalign.experiments.made_up.report import write_report
 from layalign.modeling.tokenization import load_tokenizers, save_tokenizers
 from layalign.training import TrainSummary, train
 from layalign.training.checkpoints import MANIFEST, UNFINISHED, checkpoints, problem, rotate, sha256
@@ -484,7 +484,7 @@ def test_no_room_for_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Pictures and pages are whole or not there, and the error is ours."""
     found = {"losses": {}, "gates": [], "mix_weights": [], "encoder_layers": []}
     for name in ("loss_curves", "gate_picture", "mix_picture"):
-        monkeypatch.setattr(f"layalign.demo.report.{name}", lambda *arguments: b"a" * 2000)
+        monkeypatch.setattr(f"layalign.experiments.made_up.report.{name}", lambda *arguments: b"a" * 2000)
     (tmp_path / "losses.png").write_bytes(b"old")
     with limits_restored():
         largest_file_below(1000)

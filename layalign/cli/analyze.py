@@ -60,8 +60,8 @@ def analyze(
     """
     from rich.console import Console
 
-    from layalign.analysis import analyze as run
-    from layalign.analysis import read_pairs
+    from layalign.experiments.analysis import analyze as run
+    from layalign.experiments.analysis import read_pairs
 
     names = listed(languages)
     language, number = _sentence(sentence)

@@ -27,7 +27,7 @@ def bench(compare: Compare = None, threshold: Threshold = 1.1, report: Report = 
     if compare is None and report is None:
         raise ArgumentError("bench: give --compare A B or --report DIR")
     if report is not None:
-        from layalign.bench_report import write_report
+        from layalign.experiments.bench.report import write_report
 
         typer.echo(f"wrote {write_report(report)}")
     if compare is not None and _regressed(*compare, threshold):
@@ -40,7 +40,7 @@ def _regressed(first: Path, second: Path, threshold: float) -> bool:
     from rich.markup import escape
     from rich.table import Table
 
-    from layalign import bench
+    from layalign.experiments.bench import results as bench
 
     one, two = bench.load(first), bench.load(second)
     changes = bench.compare(one, two, threshold)

@@ -48,7 +48,7 @@ def demo(
         raise ArgumentError("fast: expected with --made-up; for fewer sentences and steps give --sentences and --steps")
     quiet_transformers()
     if made_up:
-        from layalign.demo import run_demo as run_made_up
+        from layalign.experiments.made_up import run_demo as run_made_up
 
         run_made_up(output, seed=seed, fast=fast)
         return

@@ -70,10 +70,10 @@ def _controlled(
     jobs: int,
     report: bool,
 ) -> list[str]:
-    from layalign.experiment import load_settings
-    from layalign.experiment.report import accuracy_rows, write_report
-    from layalign.experiment.results import write_results
-    from layalign.experiment.schedule import Task, run_all
+    from layalign.experiments.controlled import load_settings
+    from layalign.experiments.controlled.report import accuracy_rows, write_report
+    from layalign.experiments.controlled.results import write_results
+    from layalign.experiments.controlled.schedule import Task, run_all
     from layalign.utils.errors import ArgumentError
 
     settings = load_settings(config)

@@ -19,9 +19,9 @@ from torch import nn
 
 import layalign
 from layalign import LayAlignError
-from layalign.analysis import analyze, centred_cosine, linear_cka, read_pairs, retrieval_accuracy
 from layalign.data import Example, LayAlignCollator, by_language, language_of, tokenizer_source_language
 from layalign.evaluation import compare_runs, evaluate, llm_alone, resource_level
+from layalign.experiments.analysis import analyze, centred_cosine, linear_cka, read_pairs, retrieval_accuracy
 from layalign.nn import WeightedLinearProjector
 from layalign.published.classes import LayAlign
 from layalign.published.classes import LayAlignConfig as PublishedConfig
@@ -30,7 +30,7 @@ from layalign.training.baselines import baseline, with_baseline
 
 PACKAGES = (
     "layalign", "layalign.ops", "layalign.nn", "layalign.data", "layalign.evaluation", "layalign.training",
-    "layalign.experiment", "layalign.analysis", "layalign.demo", "layalign.training.baselines", "layalign.published.classes",
+    "layalign.experiments.controlled", "layalign.experiments.analysis", "layalign.experiments.made_up", "layalign.training.baselines", "layalign.published.classes",
     "layalign.cli",
 )  # fmt: skip
 WRONG: dict[str, Any] = {
@@ -140,10 +140,10 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.evaluation.resource_level": (resource_level, dict(language="sw", grouping="paper")),
     "layalign.evaluation.compare_runs": (compare_runs, dict(run_a="none", run_b="none", seed=0)),
     "layalign.evaluation.llm_alone": (llm_alone, dict(llm=LLM, tokenizer=TEXT, examples=EXAMPLES, max_new_tokens=3)),
-    "layalign.analysis.centred_cosine": (centred_cosine, dict(first=states(3, 4), second=states(3, 4))),
-    "layalign.analysis.linear_cka": (linear_cka, dict(first=states(3, 4), second=states(3, 4))),
-    "layalign.analysis.retrieval_accuracy": (retrieval_accuracy, dict(queries=states(3, 4), candidates=states(3, 4))),
-    "layalign.analysis.read_pairs": (read_pairs, dict(pairs="none.tsv", languages=["sw"], limit=3)),
+    "layalign.experiments.analysis.centred_cosine": (centred_cosine, dict(first=states(3, 4), second=states(3, 4))),
+    "layalign.experiments.analysis.linear_cka": (linear_cka, dict(first=states(3, 4), second=states(3, 4))),
+    "layalign.experiments.analysis.retrieval_accuracy": (retrieval_accuracy, dict(queries=states(3, 4), candidates=states(3, 4))),
+    "layalign.experiments.analysis.read_pairs": (read_pairs, dict(pairs="none.tsv", languages=["sw"], limit=3)),
     "layalign.training.baselines.baseline": (baseline, dict(name="layalign")),
     "layalign.training.baselines.with_baseline": (with_baseline, dict(values={"output_dir": "a/b"}, name="layalign",
     stage="task")),
@@ -156,14 +156,14 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }  # fmt: skip
 ELSEWHERE = {
     "layalign.ops": "test_hostile_operations.py",
-    "layalign.experiment": "test_hostile_settings.py: load_settings, and every key of ExperimentSettings and System",
+    "layalign.experiments.controlled": "test_hostile_settings.py: load_settings, and every key of ExperimentSettings and System",
     "layalign.data.load_examples": "test_hostile_data_files.py",
     "layalign.training.TrainConfig": "test_hostile_settings.py",
     "layalign.training.load_train_config": "test_hostile_settings.py",
     "layalign.evaluation.evaluate": "below, with its many arguments",
-    "layalign.analysis.analyze": "below, with its many arguments",
+    "layalign.experiments.analysis.analyze": "below, with its many arguments",
     "layalign.cli.main": "test_hostile_commands.py",
-    "layalign.demo.run_demo": "writes its own inputs; its folder, seed and a flag are those of the command",
+    "layalign.experiments.made_up.run_demo": "writes its own inputs; its folder, seed and a flag are those of the command",
     "layalign.training.is_main_process": "no argument",
     "layalign.data.languages": "no argument",
     "layalign.nn.Mapping": "another name of Adapter",
@@ -178,7 +178,7 @@ ELSEWHERE = {
     "layalign.evaluation.MeasureScore": "a record that evaluate returns",
     "layalign.evaluation.MeasureScores": "a record that evaluate returns",
     "layalign.training.TrainSummary": "a record that train returns",
-    "layalign.analysis.AnalysisResult": "a record that analyze returns",
+    "layalign.experiments.analysis.AnalysisResult": "a record that analyze returns",
     "layalign.training.baselines.Baseline": "a record",
 }
 # What an error may call an argument besides its own name.

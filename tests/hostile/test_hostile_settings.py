@@ -14,12 +14,13 @@ import yaml
 from bad_inputs import times, tried
 from mutate import mutated
 
-from layalign import ArgumentError, DataError, LayAlignError, bench
+from layalign import ArgumentError, DataError, LayAlignError
 from layalign.data import Example
 from layalign.evaluation import compare_runs, evaluate
 from layalign.evaluation.store import OutputStore, prediction_path
-from layalign.experiment import load_settings
-from layalign.experiment.settings import ExperimentSettings, settings_from
+from layalign.experiments.bench import results as bench
+from layalign.experiments.controlled import load_settings
+from layalign.experiments.controlled.settings import ExperimentSettings, settings_from
 from layalign.training.config import TrainConfig
 from layalign.training.loading import configured_stages, load_train_config
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign.analysis import fusion
-from layalign.analysis.encoder_layers import encoder_retrieval
-from layalign.analysis.measure import attention
-from layalign.analysis.reading import Reader
-from layalign.analysis.result import AttentionMap
 from layalign.data import Example
+from layalign.experiments.analysis import fusion
+from layalign.experiments.analysis.encoder_layers import encoder_retrieval
+from layalign.experiments.analysis.measure import attention
+from layalign.experiments.analysis.reading import Reader
+from layalign.experiments.analysis.result import AttentionMap
 from layalign.experiments.demo.models import Joined
 from layalign.training.gates import read_gates
 

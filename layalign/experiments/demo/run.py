@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from layalign.data import Example
-from layalign.demo.progress import Phases
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.levels import resource_level
 from layalign.experiments.demo import live, models
 from layalign.experiments.demo.asking import Answer, Score, layalign_answers, llm_answers, score
 from layalign.experiments.demo.looks import inside
 from layalign.experiments.demo.sentences import sentences
+from layalign.experiments.made_up.progress import Phases
 from layalign.utils.errors import whole_number
 from layalign.utils.files import write_whole, writing
 from layalign.utils.lock import held

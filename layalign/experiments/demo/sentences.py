@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from layalign.analysis.pairs import read_pairs
 from layalign.data import Example
+from layalign.experiments.analysis.pairs import read_pairs
 from layalign.utils.errors import one_of
 
 FOLDER = Path(__file__).parent / "sentences"

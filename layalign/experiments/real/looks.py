@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from layalign.analysis import analyze
-from layalign.analysis.encoder_layers import encoder_retrieval, token_likeness
 from layalign.data import Example
+from layalign.experiments.analysis import analyze
+from layalign.experiments.analysis.encoder_layers import encoder_retrieval, token_likeness
 from layalign.experiments.real.data import RealData, language_name
 from layalign.experiments.real.runs import after_training, load_run, tokenizers_of
 from layalign.experiments.real.settings import RealSettings, RealSystem
@@ -21,7 +21,7 @@ def look_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
     """Look at a trained run with the first sentences of every test language, and at its encoder with all of them.
 
     Returns:
-        Under "analysis" what :meth:`layalign.analysis.AnalysisResult.to_dict` gives, without attention and settings.
+        Under "analysis" what :meth:`layalign.experiments.analysis.AnalysisResult.to_dict` gives, without attention and settings.
         Under "encoder retrieval" and "token likeness" what the two functions of that name give.
     """
 

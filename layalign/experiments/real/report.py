@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from layalign.analysis.result import METRICS, AnalysisResult
-from layalign.experiment.report import markdown_table
+from layalign.experiments.analysis.result import METRICS, AnalysisResult
+from layalign.experiments.controlled.report import markdown_table
 from layalign.experiments.real.ablation import SETS
 from layalign.experiments.real.data import language_name
 from layalign.utils.files import write_whole
@@ -282,7 +282,7 @@ def pictures(found: dict[str, Any]) -> dict[str, bytes]:
     made = {"curves": curves(found), "parts": parts(found)}
     looked = [system for system in found["systems"].values() if "looks" in system]
     if looked and looked[0]["looks"]["analysis"]["mix"] is not None:
-        from layalign.analysis import plots
+        from layalign.experiments.analysis import plots
 
         result = _analysis(looked[0])
         made |= {

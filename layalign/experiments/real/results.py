@@ -16,7 +16,7 @@ import numpy as np
 
 from layalign.evaluation.levels import resource_level
 from layalign.evaluation.translation import score_of
-from layalign.experiment.runs import read_done
+from layalign.experiments.controlled.runs import read_done
 from layalign.experiments.real.ablation import ABLATION
 from layalign.experiments.real.data import language_name, mark_of
 from layalign.experiments.real.looks import LOOKS

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from layalign import LayAlignForCausalLM
 from layalign.data import Example
 from layalign.evaluation.answering import LlmAnswers, ModelAnswers, llm_alone
-from layalign.experiment.runs import log, read_done, versions
+from layalign.experiments.controlled.runs import log, read_done, versions
 from layalign.experiments.real.data import RealData, as_text
 from layalign.experiments.real.measures import collators, measure
 from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings

@@ -16,7 +16,7 @@ from layalign.data import Example
 from layalign.data.readers import load_examples
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.likelihood import best_label, choice_log_probs
-from layalign.experiment.runs import log, read_done
+from layalign.experiments.controlled.runs import log, read_done
 from layalign.experiments.real.data import RealData
 from layalign.experiments.real.measures import collators
 from layalign.experiments.real.runs import (

@@ -21,11 +21,11 @@ import transformers
 from transformers import TrainerCallback
 
 from layalign import LayAlignForCausalLM
-from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
-from layalign.demo.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
-from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
 from layalign.evaluation import evaluate
-from layalign.experiment.settings import ExperimentSettings, Steps, System
+from layalign.experiments.controlled.settings import ExperimentSettings, Steps, System
+from layalign.experiments.made_up.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
+from layalign.experiments.made_up.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
+from layalign.experiments.made_up.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
 from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.baselines import baseline

@@ -16,8 +16,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from layalign import LayAlignForCausalLM
-from layalign.demo.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_data
-from layalign.demo.pretraining import (
+from layalign.evaluation import EvaluationResult, evaluate, llm_alone
+from layalign.experiments.made_up.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_data
+from layalign.experiments.made_up.pretraining import (
     Progress,
     demo_weights,
     encoder_config,
@@ -25,11 +26,10 @@ from layalign.demo.pretraining import (
     pretrain_encoder,
     pretrain_llm,
 )
-from layalign.demo.problems import LANGUAGES, LOW_RESOURCE
-from layalign.demo.progress import Phases, StepCallback
-from layalign.demo.settings import DemoSettings
-from layalign.demo.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
-from layalign.evaluation import EvaluationResult, evaluate, llm_alone
+from layalign.experiments.made_up.problems import LANGUAGES, LOW_RESOURCE
+from layalign.experiments.made_up.progress import Phases, StepCallback
+from layalign.experiments.made_up.settings import DemoSettings
+from layalign.experiments.made_up.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
 from layalign.training import TrainConfig, train
 from layalign.utils.files import give_usual_modes, write_whole
 from layalign.utils.lock import held
@@ -80,7 +80,7 @@ def run_demo(
 
 
 def _run(demo: Demo) -> dict[str, Any]:
-    from layalign.demo.report import write_report
+    from layalign.experiments.made_up.report import write_report
 
     with demo.phases.phase("data"):
         counts = write_data(demo.folder / "data", demo.settings, demo.seed)

@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layalign.analysis.pairs import read_pairs
-    from layalign.analysis.result import AnalysisResult
-    from layalign.analysis.run import analyze
-    from layalign.analysis.similarity import centred_cosine, linear_cka, retrieval_accuracy
+    from layalign.experiments.analysis.pairs import read_pairs
+    from layalign.experiments.analysis.result import AnalysisResult
+    from layalign.experiments.analysis.run import analyze
+    from layalign.experiments.analysis.similarity import centred_cosine, linear_cka, retrieval_accuracy
 
 _LAZY = {
     "AnalysisResult": "result",
@@ -25,5 +25,5 @@ __all__ = ["AnalysisResult", "analyze", "centred_cosine", "linear_cka", "read_pa
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module 'layalign.analysis' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"layalign.analysis.{_LAZY[name]}"), name)
+        raise AttributeError(f"module 'layalign.experiments.analysis' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"layalign.experiments.analysis.{_LAZY[name]}"), name)

@@ -1,5 +1,5 @@
 """The controlled experiment: every baseline and ablation on the same generated problems, over several seeds."""
 
-from layalign.experiment.settings import ExperimentSettings, System, load_settings, preset_names
+from layalign.experiments.controlled.settings import ExperimentSettings, System, load_settings, preset_names
 
 __all__ = ["ExperimentSettings", "System", "load_settings", "preset_names"]

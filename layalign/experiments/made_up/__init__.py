@@ -10,7 +10,7 @@ __all__ = ["run_demo"]
 def __getattr__(name: str) -> Any:
     """Import the pipeline only when it is asked for: the problems need neither transformers nor matplotlib."""
     if name == "run_demo":
-        from layalign.demo.pipeline import run_demo
+        from layalign.experiments.made_up.pipeline import run_demo
 
         return run_demo
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

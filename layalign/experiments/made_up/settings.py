@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from layalign.demo.pretraining import Budget
-from layalign.demo.problems import LANGUAGES
+from layalign.experiments.made_up.pretraining import Budget
+from layalign.experiments.made_up.problems import LANGUAGES
 
 # The published task data has no English either; Russian and Haitian Creole are ours to hold out.
 HELD_OUT = ("English", "Russian", "Haitian Creole")

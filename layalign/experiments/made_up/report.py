@@ -7,9 +7,9 @@ import html
 from pathlib import Path
 from typing import Any
 
-from layalign.demo.pipeline import SYSTEMS, table_rows
-from layalign.demo.plots import gate_picture, loss_curves, mix_picture
-from layalign.demo.problems import generate_problems
+from layalign.experiments.made_up.pipeline import SYSTEMS, table_rows
+from layalign.experiments.made_up.plots import gate_picture, loss_curves, mix_picture
+from layalign.experiments.made_up.problems import generate_problems
 from layalign.utils.files import write_whole
 
 _STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; color: #222 }

@@ -20,9 +20,9 @@ class Similarity:
     """X and English, per hidden state of the LLM (0 is the embeddings): lists of layers + 1 numbers.
 
     Attributes:
-        cosine: :func:`layalign.analysis.centred_cosine`.
-        cka: :func:`layalign.analysis.linear_cka`.
-        to_english, from_english: :func:`layalign.analysis.retrieval_accuracy` in both directions; chance is 1 / N.
+        cosine: :func:`layalign.experiments.analysis.centred_cosine`.
+        cka: :func:`layalign.experiments.analysis.linear_cka`.
+        to_english, from_english: :func:`layalign.experiments.analysis.retrieval_accuracy` in both directions; chance is 1 / N.
         shuffled_cka: linear CKA when the sentences are paired at random, its value without any alignment.
     """
 

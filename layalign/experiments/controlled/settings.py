@@ -11,8 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from layalign.demo.pretraining import Budget
-from layalign.demo.problems import ALL_LANGUAGES
+from layalign.experiments.made_up.pretraining import Budget
+from layalign.experiments.made_up.problems import ALL_LANGUAGES
 from layalign.training.baselines import baseline
 from layalign.utils.errors import ArgumentError, refuse, shown
 from layalign.utils.yaml_files import read_file, read_text
@@ -172,7 +172,7 @@ class ExperimentSettings:
 
 def preset_names() -> list[str]:
     """The experiments that ship with the package."""
-    folder = resources.files("layalign.experiment") / "presets"
+    folder = resources.files("layalign.experiments.controlled") / "presets"
     return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -190,7 +190,9 @@ def load_settings(source: str | Path = "controlled") -> ExperimentSettings:
             raise ArgumentError(f"config: no such file: {path}")
         return settings_from(read_file(path))
     if str(source) in preset_names():
-        text = (resources.files("layalign.experiment") / "presets" / f"{source}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("layalign.experiments.controlled") / "presets" / f"{source}.yaml").read_text(
+            encoding="utf-8"
+        )
         return settings_from(read_text(text, f"config: {source}"))
     refuse("config", f"a .yaml file or one of {', '.join(preset_names())}", source)
 

@@ -7,8 +7,8 @@ import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from layalign.demo.problems import LANGUAGES, generate_problems, generate_sentences, table
-from layalign.demo.settings import DemoSettings
+from layalign.experiments.made_up.problems import LANGUAGES, generate_problems, generate_sentences, table
+from layalign.experiments.made_up.settings import DemoSettings
 
 TRANSLATION, MATH, TEST = "translation", "math", "mgsm"
 

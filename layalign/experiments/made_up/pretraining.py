@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from layalign.data.prompts import math_prompt
-from layalign.demo.problems import LANGUAGES, LOW_RESOURCE, generate_problems, generate_sentences
+from layalign.experiments.made_up.problems import LANGUAGES, LOW_RESOURCE, generate_problems, generate_sentences
 from layalign.modeling.tokenization import encode_texts
 
 IGNORE = -100

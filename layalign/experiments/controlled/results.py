@@ -11,8 +11,8 @@ from typing import Any
 from scipy import stats
 
 from layalign.evaluation.intervals import holm
-from layalign.experiment.runs import PREPARED, RESULT, read_done, run_folder, seed_folder
-from layalign.experiment.settings import LEVELS, ExperimentSettings
+from layalign.experiments.controlled.runs import PREPARED, RESULT, read_done, run_folder, seed_folder
+from layalign.experiments.controlled.settings import LEVELS, ExperimentSettings
 
 CONFIDENCE = 0.95
 # What the accuracies are averaged over: name, and what it means.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layalign.bench import Results, rough
+from layalign.experiments.bench.results import Results, rough
 from layalign.utils.files import write_whole
 
 COLOURS = ("#1b6ca8", "#e0772f", "#4b9b5a", "#a23b72", "#7a6c5d", "#c9a227")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layalign.analysis.measure import Data
-from layalign.analysis.similarity import retrieval_accuracy
+from layalign.experiments.analysis.measure import Data
+from layalign.experiments.analysis.similarity import retrieval_accuracy
 from layalign.modeling.configuration import number_of_layers
 from layalign.modeling.encoders import encode
 from layalign.modeling.tokenization import encode_texts

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from layalign.experiment.results import GROUPS
+from layalign.experiments.controlled.results import GROUPS
 from layalign.utils.files import write_whole
 from layalign.utils.pages import replaced
 from layalign.utils.reading import read_json

@@ -7,9 +7,9 @@ import html
 import json
 from pathlib import Path
 
-from layalign.analysis import plots
-from layalign.analysis.attention_svg import caption, map_svg
-from layalign.analysis.result import METRICS, AnalysisResult
+from layalign.experiments.analysis import plots
+from layalign.experiments.analysis.attention_svg import caption, map_svg
+from layalign.experiments.analysis.result import METRICS, AnalysisResult
 from layalign.utils.files import write_whole, writing
 
 PAGE, NUMBERS = "report.html", "analysis.json"

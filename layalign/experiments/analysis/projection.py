@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from layalign.analysis.result import Projection
+from layalign.experiments.analysis.result import Projection
 
 MOST_PERPLEXITY = 30.0  # scikit-learn's default
 _SIZE_BEFORE = 50  # as van der Maaten and Hinton did: PCA first, for speed and against noise

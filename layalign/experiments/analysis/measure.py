@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign.analysis import fusion
-from layalign.analysis.projection import project
-from layalign.analysis.reading import Reader, untrained
-from layalign.analysis.result import AttentionMap, Projection, Similarity
-from layalign.analysis.similarity import centred_cosine, linear_cka, retrieval_accuracy
-from layalign.analysis.tokens import token_labels
 from layalign.data.examples import Example
+from layalign.experiments.analysis import fusion
+from layalign.experiments.analysis.projection import project
+from layalign.experiments.analysis.reading import Reader, untrained
+from layalign.experiments.analysis.result import AttentionMap, Projection, Similarity
+from layalign.experiments.analysis.similarity import centred_cosine, linear_cka, retrieval_accuracy
+from layalign.experiments.analysis.tokens import token_labels
 from layalign.modeling.packing import IGNORE_INDEX
 
 LLM_ALONE, UNTRAINED, BEFORE, AFTER = "LLM alone", "untrained", "before", "LayAlign"

@@ -165,7 +165,9 @@ def table(language: str) -> dict[str, Any]:
     if language not in ALL_LANGUAGES:
         raise ArgumentError(f"language: expected one of {', '.join(ALL_LANGUAGES)}, got {language!r}")
     name = language.lower().replace(" ", "_") + ".json"
-    return json.loads((resources.files("layalign.demo") / "templates" / name).read_text(encoding="utf-8"))
+    return json.loads(
+        (resources.files("layalign.experiments.made_up") / "templates" / name).read_text(encoding="utf-8")
+    )
 
 
 def _counted(noun: dict[str, str], number: int) -> str:

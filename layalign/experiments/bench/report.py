@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layalign import bench_plots
-from layalign.bench import RATES, Results, interval_text, load_folder, quantity, ratio_text
+from layalign.experiments.bench import plots as bench_plots
+from layalign.experiments.bench.results import RATES, Results, interval_text, load_folder, quantity, ratio_text
 from layalign.utils.files import write_whole
 
 PAGE = "report.html"

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import transformers
 
-from layalign.analysis import fusion, measure
-from layalign.analysis.measure import UNTRAINED
-from layalign.analysis.pairs import Pairs, read_pairs
-from layalign.analysis.reading import Reader
-from layalign.analysis.result import AnalysisResult
 from layalign.data import Example
 from layalign.data.languages import find_language
 from layalign.evaluation.answering import evaluation_mode
+from layalign.experiments.analysis import fusion, measure
+from layalign.experiments.analysis.measure import UNTRAINED
+from layalign.experiments.analysis.pairs import Pairs, read_pairs
+from layalign.experiments.analysis.reading import Reader
+from layalign.experiments.analysis.result import AnalysisResult
 from layalign.modeling.configuration import number_of_layers
 from layalign.training.gates import read_gates
 from layalign.utils import lock as _lock
@@ -52,7 +52,7 @@ def analyze(
     Args:
         model: a `LayAlignForCausalLM`, with or without an aligner.
         encoder_tokenizer, llm_tokenizer: its tokenizers.
-        pairs: files of lines `source<TAB>english`; see :func:`layalign.analysis.read_pairs`.
+        pairs: files of lines `source<TAB>english`; see :func:`layalign.experiments.analysis.read_pairs`.
         output_dir: gets `report.html`, `analysis.json` and the pictures as PNG; None writes nothing.
         languages: names or codes of the languages to look at; None is all.
         limit: most sentences per language; None is all.
@@ -110,7 +110,7 @@ def analyze(
             attention=attention,
         )
         if output_dir is not None:
-            from layalign.analysis.report import write_report
+            from layalign.experiments.analysis.report import write_report
 
             write_report(result, Path(output_dir))
             result.output_dir = Path(output_dir)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layalign.experiment.settings import ExperimentSettings
+from layalign.experiments.controlled.settings import ExperimentSettings
 from layalign.utils.errors import ArgumentError, StoppedError
 
 # Called with a finished task, its seconds, and what went wrong (None: nothing).
@@ -60,7 +60,7 @@ def _start(threads: int) -> None:
 
 
 def _work(settings: ExperimentSettings, folder: Path, task: Task) -> float:
-    from layalign.experiment import runs
+    from layalign.experiments.controlled import runs
 
     started = time.perf_counter()
     runs.log(folder, "start", system=task.system, seed=task.seed)
@@ -72,7 +72,7 @@ def _work(settings: ExperimentSettings, folder: Path, task: Task) -> float:
 
 
 def _is_done(settings: ExperimentSettings, folder: Path, task: Task) -> bool:
-    from layalign.experiment import runs
+    from layalign.experiments.controlled import runs
 
     if task.system is None:
         path = runs.seed_folder(folder, task.seed) / runs.PREPARED
@@ -129,7 +129,7 @@ def run_all(
 
 
 def _finish(folder: Path, future: Future[float], task: Task, failed: list[Task], tell: Tell) -> None:
-    from layalign.experiment import runs
+    from layalign.experiments.controlled import runs
 
     problem: Any = future.exception()
     if problem is None:

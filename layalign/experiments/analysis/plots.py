@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from layalign.analysis.result import METRICS, AnalysisResult
+from layalign.experiments.analysis.result import METRICS, AnalysisResult
 
 _MARKERS = "ovsDP^<>Xp"
 _ENGLISH = "English"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from layalign.analysis.result import AttentionMap
+from layalign.experiments.analysis.result import AttentionMap
 
 CELL = 16
 _LABEL = 96  # room for a token's label
