@@ -23,20 +23,25 @@ import builder  # noqa: E402  (csrc/builder.py)
 
 PACKAGES = [
     "layalign",
-    "layalign.experiments.analysis",
     "layalign.cli",
     "layalign.data",
     "layalign.evaluation",
-    "layalign.experiments.made_up",
-    "layalign.experiments.controlled",
     "layalign.experiments",
+    "layalign.experiments.analysis",
+    "layalign.experiments.bench",
+    "layalign.experiments.controlled",
     "layalign.experiments.demo",
+    "layalign.experiments.made_up",
     "layalign.experiments.real",
     "layalign.experiments.weights",
+    "layalign.modeling",
     "layalign.nn",
     "layalign.ops",
+    "layalign.published",
+    "layalign.serving",
     "layalign.serving.http",
     "layalign.training",
+    "layalign.utils",
     "layalign_kernels",
 ]
 
@@ -85,12 +90,13 @@ setup(
     # the root of the checkout.
     package_dir={"layalign_kernels": "kernels"},
     package_data={
-        "layalign": ["py.typed", "presets/*.yaml", "presets/accelerate/*.yaml", "presets/deepspeed/*.json"],
+        "layalign": ["py.typed"],
         "layalign.experiments.made_up": ["*.json", "templates/*.json"],
         "layalign.experiments.controlled": ["presets/*.yaml"],
         "layalign.experiments.demo": ["page.css", "sentences/README.md", "sentences/*/*.tsv", "checkpoint/*"],
         "layalign.experiments.real": ["*.yaml"],
         "layalign.experiments.weights": ["sentences.json"],
+        "layalign.training": ["presets/*.yaml", "presets/accelerate/*.yaml", "presets/deepspeed/*.json"],
     },
     include_package_data=False,
     ext_modules=[Extension("layalign._C", sources=[], optional=True)],

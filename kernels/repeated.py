@@ -1,7 +1,7 @@
 """Gated cross-attention again and again, with other tensors of the same kind: what one call found is kept.
 
-The counterparts of those in ``layalign/ops/cached_launch_cpp.py``, which ``layalign/ops/cached_launch.py`` takes by the same
-names; there it is decided which calls are of the same kind.
+The counterparts of those in ``layalign/ops/cached_launch_cpp.py``, which ``layalign/ops/cached_launch.py`` takes by
+the same names; there it is decided which calls are of the same kind.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from layalign.utils.errors import ArgumentError, BackendError, CheckpointError, DataError, LayAlignError
+from layalign.utils.moved import keep_old_paths
 from layalign.utils.versions import importing
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from layalign.published.swap import accelerate, restore
 
 __version__ = "0.1.0"
+
+keep_old_paths()
 
 _LAZY = {
     "Adapter": "layalign.nn",

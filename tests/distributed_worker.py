@@ -25,8 +25,7 @@ from layalign import LayAlignForCausalLM
 from layalign.cli.evaluate import evaluate as command
 from layalign.evaluation import evaluate
 from layalign.modeling.tokenization import load_tokenizers
-from layalign.training import load_train_config, train
-from layalign.training import run as training_run
+from layalign.training import load_train_config, run, train
 from layalign.utils.errors import ArgumentError, StoppedError
 
 
@@ -165,7 +164,7 @@ def no_extension() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    plain = training_run.sharding_arguments
+    plain = run.sharding_arguments
 
     def partition_all(config: Any, world_size: int) -> dict[str, Any]:
         found = plain(config, world_size)
@@ -173,7 +172,7 @@ def no_extension() -> None:
             found["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return found
 
-    training_run.sharding_arguments = partition_all
+    run.sharding_arguments = partition_all
 
 
 def main(plan: str, results: str) -> None:

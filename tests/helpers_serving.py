@@ -1,4 +1,4 @@
-"""A served tiny model and its client, in one process and without a network, for the tests of `layalign.serving.http`."""
+"""A served tiny model and its client, in one process and without a network: for tests of `layalign.serving.http`."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from transformers import DynamicCache
 
 import layalign
 from layalign import ArgumentError, LayAlignForCausalLM
-from layalign.modeling import attention_interface as attention
+from layalign.modeling import attention_interface
 from layalign.modeling.source import SourceStates, get_source, put_source
 from layalign.nn.inspection import device_of
 from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
@@ -710,7 +710,7 @@ def test_a_model_whose_llm_was_taken_away_says_so_after_calls_too() -> None:
     for call in (lambda: model(**given), lambda: model.generate(**{k: v for k, v in given.items() if k != "labels"})):
         with pytest.raises(ArgumentError, match=r"did not hand the source to its layers \[0, 1, 2\]"):
             call()
-    attention.attach(llm, model.config.language_layers)
+    attention_interface.attach(llm, model.config.language_layers)
     torch.testing.assert_close(model(**given).loss, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -18,8 +18,8 @@ from tiny_training import byte_tokenizer, save_parts, training_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layalign import CheckpointError, LayAlignForCausalLM
-from layalign.cli.common import load_model
 from layalign.modeling.encoders import load_encoder, load_llm
+from layalign.modeling.loading import load_model
 from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import train
 

@@ -19,9 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layalign import BackendError, ops
 from layalign.modeling.source import OnePass, SourceStates
 from layalign.nn import GatedCrossAttention
-from layalign.ops import backends
-from layalign.ops import cached_launch as _repeated
-from layalign.ops import dispatch as _direct
+from layalign.ops import backends, cached_launch, dispatch
 from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
 
 IMPLS = [name for name in ("cpp", "cuda") if backends.capability(name, "cpu")[0]]
@@ -134,28 +132,28 @@ class Watching(TorchFunctionMode):
 
 def test_whoever_watches_is_seen() -> None:
     plain = torch.ones(2)
-    assert _direct.unobserved([plain, None, torch.nn.Parameter(plain, requires_grad=False)])
-    assert not _direct.unobserved([plain.as_subclass(Subclass)])
+    assert dispatch.unobserved([plain, None, torch.nn.Parameter(plain, requires_grad=False)])
+    assert not dispatch.unobserved([plain.as_subclass(Subclass)])
     parameter = torch.nn.Parameter(plain)
-    assert not _direct.unobserved([parameter])
+    assert not dispatch.unobserved([parameter])
     with torch.no_grad():
-        assert _direct.unobserved([parameter])
+        assert dispatch.unobserved([parameter])
     for mode in (Watching(), Recorded(), torch.profiler.profile(), forward_ad.dual_level()):
         with mode:
-            assert not _direct.unobserved([plain]), mode
-    assert _direct.unobserved([plain])
+            assert not dispatch.unobserved([plain]), mode
+    assert dispatch.unobserved([plain])
 
     seen = []
 
     def inside(x: Tensor) -> Tensor:
-        seen.append(_direct.unobserved([plain]))
+        seen.append(dispatch.unobserved([plain]))
         return x
 
     with torch.no_grad():
-        assert _direct.quiet()
+        assert dispatch.quiet()
         for mode in (Watching(), torch.profiler.profile(), torch.enable_grad()):
             with mode:
-                assert not _direct.quiet(), mode
+                assert not dispatch.quiet(), mode
 
     torch.vmap(inside)(plain)
     torch.func.grad(lambda x: inside(x).sum())(plain)
@@ -164,8 +162,8 @@ def test_whoever_watches_is_seen() -> None:
 
 
 def test_a_torch_without_these_hooks_loses_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_direct, "_KNOWN", False)
-    assert not _direct.unobserved([torch.ones(2)])
+    monkeypatch.setattr(dispatch, "_KNOWN", False)
+    assert not dispatch.unobserved([torch.ones(2)])
 
 
 def decode_arguments() -> list[Any]:
@@ -542,7 +540,7 @@ def leaves(arguments: list[Any]) -> list[Tensor]:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """The kept kernels: none yet."""
-    monkeypatch.setattr(_repeated, "_KERNELS", found := {})
+    monkeypatch.setattr(cached_launch, "_KERNELS", found := {})
     return found
 
 
@@ -663,7 +661,7 @@ def test_the_backward_is_short_whatever_the_base_was_like(
     RepeatedTraining.after(*split(arguments))
     weight = torch.randn(rows, 20, 4, 16)
     right = torch.autograd.grad(called(arguments), leaves(arguments), weight)
-    monkeypatch.setattr(_repeated, "gradients", None)  # the long way
+    monkeypatch.setattr(cached_launch, "gradients", None)  # the long way
     result = trained(arguments)
     assert result is not None
     for one, other in zip(torch.autograd.grad(result, leaves(arguments), weight), right, strict=True):
@@ -698,7 +696,7 @@ def test_autocast_is_part_of_the_kind(kernels: Any) -> None:
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_no_more_kinds_are_kept_than_a_process_needs(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_repeated, "MOST_KINDS", 3)
+    monkeypatch.setattr(cached_launch, "MOST_KINDS", 3)
     for length in range(4, 9):
         change = {"mask": torch.ones(2, 5, dtype=torch.bool), "scale": length / 10}
         RepeatedTraining.after(*split(training_arguments(change)))
@@ -715,8 +713,8 @@ def test_a_model_trains_the_short_way_as_the_long_one(
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     inputs = batch(model=model)
     short: list[bool] = []
-    apply = _repeated._Short.apply
-    monkeypatch.setattr(_repeated._Short, "apply", lambda *given: short.append(True) or apply(*given))
+    apply = cached_launch._Short.apply
+    monkeypatch.setattr(cached_launch._Short, "apply", lambda *given: short.append(True) or apply(*given))
 
     def step() -> list[Tensor]:
         model.zero_grad()

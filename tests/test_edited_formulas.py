@@ -17,8 +17,14 @@ from torch.nn.utils import parametrize
 import layalign
 from layalign import ops
 from layalign.modeling import source
-from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector, aligner, cross_attention
-from layalign.nn import inspection as _plain
+from layalign.nn import (
+    EncoderAligner,
+    GatedCrossAttention,
+    WeightedLinearProjector,
+    aligner,
+    cross_attention,
+    inspection,
+)
 from layalign.serving.http.decoding import Decoder, Inputs
 
 Edit = Callable[[Any, pytest.MonkeyPatch], None]
@@ -83,7 +89,7 @@ def in_the_file(patch: pytest.MonkeyPatch, cls: type, module: Any, **changes: An
     """As if the source had been written so: it is the only ``forward`` that was ever there."""
     for name, function in changes.items():
         patch.setattr(cls, name, function)
-    patch.setitem(_plain._FORWARDS, cls, cls.forward)  # type: ignore[attr-defined]
+    patch.setitem(inspection._FORWARDS, cls, cls.forward)  # type: ignore[attr-defined]
     tried = functools.cache(module.computes_the_reference.__wrapped__)
     patch.setattr(module, "computes_the_reference", tried)
     if hasattr(source, "computes_the_reference"):

@@ -19,10 +19,9 @@ from tiny_training import byte_tokenizer, write_data
 from transformers import AutoModelForCausalLM
 
 from layalign import ArgumentError, CheckpointError, LayAlignForCausalLM
-from layalign.cli.common import load_model
-from layalign.modeling import gguf as _gguf
-from layalign.modeling import names
+from layalign.modeling import gguf_files, names
 from layalign.modeling.encoders import load_encoder, load_llm
+from layalign.modeling.loading import load_model
 from layalign.modeling.tokenization import load_tokenizer, load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.loading import load_train_config
@@ -78,13 +77,13 @@ def test_no_code_of_the_hub_is_looked_for(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "get_ggml_layer_mapping", lambda: pytest.fail("layers were asked for"))
     monkeypatch.setattr("transformers.quantizers.quantizer_gguf.get_gguf_kernel", lambda: pytest.fail("a kernel"))
     load_llm(str(write_gguf(tmp_path / "a.gguf", kind="Q8_0")))
-    with _gguf.without_kernels():
+    with gguf_files.without_kernels():
         kernels.kernelize_ggml_layers(None)
     assert kernels.is_kernels_available()
 
 
 def test_head_has_metadata_and_places(tmp_path: Path) -> None:
-    head = _gguf.read_head(write_gguf(tmp_path / "a.gguf", kind="Q4_0"))
+    head = gguf_files.read_head(write_gguf(tmp_path / "a.gguf", kind="Q4_0"))
     assert head.architecture == "llama" and head.metadata["llama.block_count"] == 2
     assert head.metadata["tokenizer.ggml.tokens"] == VOCABULARY
     assert head.tensors["blk.1.ffn_down.weight"].shape == (64, 96) and len(head.tensors) == 20
@@ -97,7 +96,11 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
     def refused(content: bytes, match: str) -> None:
         path.write_bytes(content)
-        for ask in (_gguf.read_head, lambda name: load_llm(str(name)), lambda name: load_tokenizer("llm", str(name))):
+        for ask in (
+            gguf_files.read_head,
+            lambda name: load_llm(str(name)),
+            lambda name: load_tokenizer("llm", str(name)),
+        ):
             with pytest.raises(CheckpointError, match=rf"damaged\.gguf.*({match})"):
                 ask(path)
 
@@ -123,14 +126,14 @@ def test_bytes_that_changed_by_chance_never_bring_another_error(tmp_path: Path) 
             content[draw.randrange(min(head, len(content)))] = draw.randrange(256)
         path.write_bytes(content)
         try:
-            _gguf.read_head(path)
+            gguf_files.read_head(path)
         except CheckpointError as error:
             refusals += str(path) in str(error)
     assert refusals > 150
 
 
 def test_without_the_package_the_error_says_what_to_install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gguf, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_files, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"llm: expected the package gguf.*pip install 'layalign\[weights\]'"):
         load_llm(str(place / "ggufs" / "tiny.gguf"))
     with pytest.raises(CheckpointError, match="expected the package gguf"):
@@ -303,7 +306,7 @@ def test_an_llm_that_somebody_else_read_from_a_gguf_file_is_written(
     place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its configuration names the folder, and nothing says which file of it."""
-    options = _gguf.arguments("tiny.gguf")
+    options = gguf_files.arguments("tiny.gguf")
     model = joined(place, llm=AutoModelForCausalLM.from_pretrained(place / "ggufs", **options))
     model.save_pretrained(place / "out")
     assert "its folder has GGUF files and no other weights" in caplog.text

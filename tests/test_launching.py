@@ -20,8 +20,7 @@ from tiny import batch, tiny_model
 from torch import Tensor, nn
 
 from layalign import ops
-from layalign.ops import backends
-from layalign.ops import cached_launch as _repeated
+from layalign.ops import backends, cached_launch
 from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
 
 pytest.importorskip("triton")
@@ -63,9 +62,9 @@ def test_in_a_process_whose_kernels_are_not_interpreted() -> None:
 @interpreted
 def test_interpreted_kernels_are_called_in_full() -> None:
     assert RepeatedDecode.after(*split(arguments())) is None
-    kinds = len(_repeated._KERNELS)
+    kinds = len(cached_launch._KERNELS)
     RepeatedTraining.after(*split(arguments(rows=20)))
-    assert len(_repeated._KERNELS) == kinds
+    assert len(cached_launch._KERNELS) == kinds
 
 
 def arguments(
@@ -114,7 +113,7 @@ def trained(given: Sequence[Any]) -> Tensor | None:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
-    monkeypatch.setattr(_repeated, "_KERNELS", {})
+    monkeypatch.setattr(cached_launch, "_KERNELS", {})
     with emulated_triton(monkeypatch) as found:
         yield found
 
@@ -314,7 +313,7 @@ def test_what_cannot_be_kept(case: str, driver: Emulated, monkeypatch: pytest.Mo
     with torch.no_grad():
         assert RepeatedDecode.after(*split(arguments())) is None
     RepeatedTraining.after(*split(arguments(rows=20)))
-    assert not _repeated._KERNELS
+    assert not cached_launch._KERNELS
 
 
 def with_triton(model: Any) -> Any:
@@ -359,7 +358,7 @@ def test_a_model_launches_the_same_either_way(
         # A generation's first pass and its first step have another shape each time, and say what follows.
         assert launches_of_triton == (0 if call is step else 2 * layers)
         with monkeypatch.context() as patch:
-            patch.setattr(_repeated, "ready", lambda *_: None)
+            patch.setattr(cached_launch, "ready", lambda *_: None)
             long, launches_of_triton = counted(call)
         assert long == short and launches_of_triton == expected
 

@@ -24,7 +24,7 @@ from layalign.experiments.analysis import analyze
 from layalign.experiments.controlled import load_settings, runs
 from layalign.experiments.made_up import run_demo
 from layalign.training import TrainConfig, train
-from layalign.utils import lock as _lock
+from layalign.utils import lock
 from layalign.utils.errors import ArgumentError, OutputError
 from layalign.utils.lock import LOCK, held
 
@@ -161,14 +161,14 @@ print(got)
 def test_a_file_that_its_holder_removed_in_between_is_not_what_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take, removed = _lock._lock, []
+    take, removed = lock._lock, []
 
     def late(handle: int, what: str) -> bool:
         if not removed:
             removed.append((tmp_path / LOCK).unlink())
         return take(handle, what)
 
-    monkeypatch.setattr(_lock, "_lock", late)
+    monkeypatch.setattr(lock, "_lock", late)
     with held(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
@@ -181,8 +181,8 @@ def test_without_locks_signs_of_life_decide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("fcntl.flock", no_locks)
-    monkeypatch.setattr(_lock, "BEAT", 0.1)
-    monkeypatch.setattr(_lock, "SILENCE", 0.5)
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    monkeypatch.setattr(lock, "SILENCE", 0.5)
     program = HOLD.replace("with held", "import fcntl\nfrom layalign import _lock\n_lock.BEAT = 0.1\nwith held")
     program = program.replace("with held", "def no(*_): raise OSError(95, 'no')\nfcntl.flock = no\nwith held")
     with holder(tmp_path, program) as other:
@@ -200,7 +200,7 @@ def test_without_locks_signs_of_life_decide(
 def test_another_machine_which_the_lock_does_not_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: bool
 ) -> None:
-    monkeypatch.setattr(_lock, "SILENCE", 0.5)
+    monkeypatch.setattr(lock, "SILENCE", 0.5)
     file, ended = tmp_path / LOCK, threading.Event()
     record = {"host": "elsewhere", "pid": os.getpid(), "since": "then", "beat": 1}
     file.write_text(json.dumps(record))

@@ -14,21 +14,21 @@ from tiny import batch, tiny_model
 from layalign import ops, reference
 from layalign.modeling import slots
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.ops import backends, extension
-from layalign.ops import packed_weight as _packed
+from layalign.ops import backends, extension, packed_weight
 from layalign.ops.packed_weight import PackedWeight
 
 pytestmark = pytest.mark.skipif(
-    not backends.capability("cpp", "cpu")[0] or not _packed.available(), reason="no C++ kernels for this machine here"
+    not backends.capability("cpp", "cpu")[0] or not packed_weight.available(),
+    reason="no C++ kernels for this machine here",
 )
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The kernel takes every call that it can, however small; how often it was called."""
-    monkeypatch.setattr(_packed, "MIN_WORK", 0)
-    monkeypatch.setattr(_packed, "MIN_ROWS", 0)
-    monkeypatch.setattr(_packed, "COLUMNS_PER_LAYER", 0)
+    monkeypatch.setattr(packed_weight, "MIN_WORK", 0)
+    monkeypatch.setattr(packed_weight, "MIN_ROWS", 0)
+    monkeypatch.setattr(packed_weight, "COLUMNS_PER_LAYER", 0)
     calls: list[int] = []
     for name in ("layer_projection_forward", "layer_projection_backward"):
         real = getattr(extension, name)
@@ -83,7 +83,7 @@ def test_drawn_shapes(e: int, count: int, b: int, s: int, d: int, n: int, per_sl
     mix_weight, mix_bias = torch.randn(count, e, generator=generator), torch.full((count,), shift)
     weight = torch.randn((count, n, d) if per_slot else (n, d), generator=generator)
     arguments = hidden, mix_weight, mix_bias, weight, None
-    found = torch.stack(list(_packed.project(*arguments)))
+    found = torch.stack(list(packed_weight.project(*arguments)))
     exact = reference.layer_projection(*doubled(arguments))
     usual = (reference.layer_projection(*arguments).double() - exact).abs().max()
     sizes = [[layer.abs() for layer in hidden], *(t.abs() for t in (mix_weight, mix_bias, weight)), None]
@@ -103,7 +103,7 @@ def test_views_and_poisoned_results(always: list[int]) -> None:
     ]
     turned = weight.T.contiguous().T
     outs = [torch.full((2, 7, 13), torch.nan) for _ in range(6)]
-    _packed.project(views, mix_weight.T.contiguous().T, mix_bias.double(), turned, bias[::1], outs)
+    packed_weight.project(views, mix_weight.T.contiguous().T, mix_bias.double(), turned, bias[::1], outs)
     expected = reference.layer_projection(hidden, mix_weight, mix_bias, weight, bias)
     torch.testing.assert_close(torch.stack(outs), expected, rtol=1e-5, atol=1e-5)
 
@@ -133,14 +133,14 @@ def test_the_same_bits_on_any_number_of_threads_and_beside_any_other_rows(always
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            own = torch.stack(list(_packed.project(hidden, mix_weight, mix_bias, weight, bias)))
+            own = torch.stack(list(packed_weight.project(hidden, mix_weight, mix_bias, weight, bias)))
             y = ops.layer_projection(hidden, mix_weight, mix_bias, leaf, None, impl="cpp")
             results.append((own, y.detach(), *torch.autograd.grad(y.square().sum(), leaf)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
-    alone = torch.stack(list(_packed.project(few, mix_weight, mix_bias, weight, bias)))
+    alone = torch.stack(list(packed_weight.project(few, mix_weight, mix_bias, weight, bias)))
     assert torch.equal(alone, results[0][0][:, 1:, :3])
 
 
@@ -167,7 +167,7 @@ def test_weights_packed_for_another_instruction_set_are_packed_again() -> None:
     finally:
         found.use_instruction_set(best)
     assert packed.data.shape[-1] != found.packed_width()
-    ours = torch.stack(list(_packed.project(*arguments[:3], packed, arguments[4])))
+    ours = torch.stack(list(packed_weight.project(*arguments[:3], packed, arguments[4])))
     torch.testing.assert_close(ours, reference.layer_projection(*arguments), rtol=1e-5, atol=1e-5)
 
 
@@ -175,15 +175,15 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def states(layers: int, width: int, rows: int = 64, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         return [torch.empty(1, rows, width, dtype=dtype)] * layers
 
-    assert _packed.serves(states(8, 512), 768) and _packed.serves(states(24, 2048), 4096)
-    assert not _packed.serves(states(24, 2048), 256)  # their states would be read more often than it is worth
-    assert not _packed.serves(states(8, 512, dtype=torch.bfloat16), 768)
-    assert not _packed.serves(states(8, 512), 768, torch.empty(1, dtype=torch.float64))
+    assert packed_weight.serves(states(8, 512), 768) and packed_weight.serves(states(24, 2048), 4096)
+    assert not packed_weight.serves(states(24, 2048), 256)  # their states would be read more often than it is worth
+    assert not packed_weight.serves(states(8, 512, dtype=torch.bfloat16), 768)
+    assert not packed_weight.serves(states(8, 512), 768, torch.empty(1, dtype=torch.float64))
     shared, own = torch.empty(768, 512), torch.empty(24, 768, 512)
-    assert _packed.pays(states(8, 512, 64), shared, 24) and not _packed.pays(states(8, 512, 4), shared, 24)
-    assert _packed.pays(states(8, 512, 512), own, 24) and not _packed.pays(states(8, 512, 128), own, 24)
-    monkeypatch.setattr(_packed, "available", lambda: False)
-    assert not _packed.serves(states(8, 512), 768)
+    assert packed_weight.pays(states(8, 512, 64), shared, 24) and not packed_weight.pays(states(8, 512, 4), shared, 24)
+    assert packed_weight.pays(states(8, 512, 512), own, 24) and not packed_weight.pays(states(8, 512, 128), own, 24)
+    monkeypatch.setattr(packed_weight, "available", lambda: False)
+    assert not packed_weight.serves(states(8, 512), 768)
 
 
 def projector(**changes) -> WeightedLinearProjector:

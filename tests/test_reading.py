@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from layalign.utils import limits
-from layalign.utils import reading as _reading
-from layalign.utils import yaml_files as _yaml
+from layalign.utils import limits, reading, yaml_files
 from layalign.utils.errors import ArgumentError, CheckpointError, DataError
 
 # Each line's mapping merges the one before nine times: 9^12 pairs of keys.
@@ -57,7 +55,7 @@ def test_damaged_yaml(kind: str, tmp_path: Path) -> None:
     file.write_bytes(content)
     begun = time.process_time()
     with pytest.raises(ArgumentError, match="config: .*train_config.yaml.*") as caught:
-        _yaml.read_file(file)
+        yaml_files.read_file(file)
     assert expected in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert time.process_time() - begun < 5
@@ -66,11 +64,11 @@ def test_damaged_yaml(kind: str, tmp_path: Path) -> None:
 def test_yaml_that_people_write() -> None:
     """Aliases and merge keys mean what they mean to PyYAML; a mapping at the limits is read."""
     text = "base: &b {x: 1, y: [1, 2]}\nother: {<<: *b, x: 2}\nboth: {<<: [*b, {z: 3}]}\nagain: *b\n"
-    assert _yaml.read_text(text, "it") == yaml.safe_load(text)
+    assert yaml_files.read_text(text, "it") == yaml.safe_load(text)
     longest = "[" + ",".join(["1"] * (limits.MAX_YAML_VALUES - 1)) + "]"
-    assert len(_yaml.read_text(longest, "it")) == limits.MAX_YAML_VALUES - 1
+    assert len(yaml_files.read_text(longest, "it")) == limits.MAX_YAML_VALUES - 1
     deepest = "[" * 41 + "]" * 41
-    assert _yaml.read_text(deepest, "it") == yaml.safe_load(deepest)
+    assert yaml_files.read_text(deepest, "it") == yaml.safe_load(deepest)
 
 
 @pytest.mark.parametrize("kind", JSON)
@@ -79,20 +77,20 @@ def test_damaged_json(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "training.json"
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"training\.json") as caught:
-        _reading.read_json(file)
+        reading.read_json(file)
     assert expected in str(caught.value)
 
 
 def test_json_at_the_limits(tmp_path: Path) -> None:
     """Many lists beside each other are not deep."""
     wide: Any = [[{}] for _ in range(1000)]
-    assert _reading.parse_json(str(wide), "it") == wide
+    assert reading.parse_json(str(wide), "it") == wide
     deepest = "[" * limits.MAX_JSON_DEPTH + "]" * limits.MAX_JSON_DEPTH
-    assert _reading.parse_json(deepest, "it")
+    assert reading.parse_json(deepest, "it")
     (tmp_path / "a.json").write_text("[1, 2]")
-    assert _reading.read_json(tmp_path / "a.json", most=6) == [1, 2]
+    assert reading.read_json(tmp_path / "a.json", most=6) == [1, 2]
     with pytest.raises(DataError, match=r"what: expected at most 5 bytes, got 6"):
-        _reading.read_json(tmp_path / "a.json", most=5, where="what", error=DataError)
+        reading.read_json(tmp_path / "a.json", most=5, where="what", error=DataError)
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
@@ -110,10 +108,10 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         "a\0b": "cannot be read: embedded null",
     }.items():
         with pytest.raises(CheckpointError, match=expected):
-            _reading.read_bytes(tmp_path / name)
+            reading.read_bytes(tmp_path / name)
     (tmp_path / "file").write_bytes(b"text")
     (tmp_path / "link").symlink_to("file")
-    assert _reading.read_text(tmp_path / "link") == "text"
+    assert reading.read_text(tmp_path / "link") == "text"
 
 
 OUTSIDE = [
@@ -125,9 +123,9 @@ OUTSIDE = [
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_names_that_lead_out_of_a_folder(name: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"manifest.json: expected the name of a file in its folder, got"):
-        _reading.confined(tmp_path, name, "manifest.json")
+        reading.confined(tmp_path, name, "manifest.json")
 
 
 def test_names_within_a_folder(tmp_path: Path) -> None:
     for name in ("a", "global_step3/zero_pp_rank_0.pt", "..a", "a b", "ä"):
-        assert _reading.confined(tmp_path, name, "it") == tmp_path / name
+        assert reading.confined(tmp_path, name, "it") == tmp_path / name

@@ -170,7 +170,7 @@ async def refused(create: Any, field: str, body: dict[str, Any], status: int = 4
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_every_field_of_the_client_is_known(path: str) -> None:
-    """A new one of a new version: say in `layalign.serving.http.messages` which values ask for nothing, and put it here."""
+    """A new one: say in `layalign.serving.http.messages` which values ask for nothing, and put it here."""
     new = names(*PARAMS[path]) - set(NOT_SERVED) - set(SERVED)
     assert not new, f"openai {openai.__version__} has fields for {path} that neither server nor test know: {new}"
 

@@ -18,7 +18,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from tiny import batch, open_gates, tiny_model
 from torch import nn
 
-from layalign.nn import sharding as _sharding
+from layalign.nn import sharding
 from layalign.nn.inspection import reason_against_reading
 from layalign.training import TrainConfig
 from layalign.training.distributed import shard_first
@@ -134,7 +134,7 @@ def test_fsdp2_weights_look_plain_while_a_module_runs_and_are_left_alone(alone: 
     gate = model.cross_attention[0].adaption_gate
     before = gate.detach().clone()
     fully_shard(model)
-    assert _sharding.engine_of(model) == "FSDP2"
+    assert sharding.engine_of(model) == "FSDP2"
     k_proj = model._attentions[0].k_proj
     assert reason_against_reading(k_proj) == "its weight is sharded (DTensor)"
     seen = []
@@ -147,12 +147,12 @@ def test_fsdp2_weights_look_plain_while_a_module_runs_and_are_left_alone(alone: 
     model.reshard()
     # Reading and writing whole.
     sharded = model.cross_attention[0].adaption_gate
-    assert _sharding.is_dtensor(sharded)
-    torch.testing.assert_close(_sharding.whole(sharded), before)
-    _sharding.put(sharded, torch.tensor([5.0]))
-    assert _sharding.whole(sharded).item() == 5
+    assert sharding.is_dtensor(sharded)
+    torch.testing.assert_close(sharding.whole(sharded), before)
+    sharding.put(sharded, torch.tensor([5.0]))
+    assert sharding.whole(sharded).item() == 5
     load_trained(model, tmp_path / "saved")
-    torch.testing.assert_close(_sharding.whole(sharded), before)
+    torch.testing.assert_close(sharding.whole(sharded), before)
 
 
 def test_what_fsdp2_cannot_load_is_refused() -> None:

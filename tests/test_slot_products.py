@@ -6,13 +6,12 @@ import pytest
 import torch
 from test_ops import within_budget
 
-from layalign.ops import backends, extension
-from layalign.ops import batched_linear as _slot_products
-from layalign.ops import packed_weight as _packed
+from layalign.ops import backends, batched_linear, extension, packed_weight
 from layalign.utils.errors import BackendError
 
 pytestmark = pytest.mark.skipif(
-    not backends.capability("cpp", "cpu")[0] or not _packed.available(), reason="no C++ kernels for this machine here"
+    not backends.capability("cpp", "cpu")[0] or not packed_weight.available(),
+    reason="no C++ kernels for this machine here",
 )
 
 
@@ -38,13 +37,13 @@ SHAPES = [(1, (1,), 1, 1), (3, (2, 5), 7, 11), (2, (1, 130), 96, 200), (4, (300,
 @pytest.mark.parametrize("slots, shape, columns, depth", SHAPES)
 def test_both_ways_within_the_error_budget(slots, shape, columns, depth, calls: list[int]) -> None:
     x, weights, biases = case(slots, shape, columns, depth)
-    found = _slot_products.by_maps(x, weights, biases)
+    found = batched_linear.by_maps(x, weights, biases)
     for j, y in enumerate(found):
         bias = biases[j]
         exact = torch.nn.functional.linear(*(None if t is None else t.double() for t in (x[j], weights[j], bias)))
         within_budget(y, torch.nn.functional.linear(x[j], weights[j], bias), exact, torch.float32)
     into = torch.full((slots, x[0][..., 0].numel(), depth), torch.nan)
-    back = _slot_products.back_by_maps(found, weights, into)
+    back = batched_linear.back_by_maps(found, weights, into)
     assert back is into and calls == [slots, slots]
     for j, y in enumerate(found):
         flat = y.flatten(0, -2)
@@ -53,30 +52,30 @@ def test_both_ways_within_the_error_budget(slots, shape, columns, depth, calls: 
 
 def test_views_and_missing_gradients(calls: list[int]) -> None:
     x, weights, biases = case(4, (2, 6), 10, 8)
-    expected = _slot_products.by_maps(x, weights, biases)
+    expected = batched_linear.by_maps(x, weights, biases)
     strided = [each.mT.contiguous().mT for each in x]
     turned = [torch.stack([w, w + 9], dim=-1)[..., 0] for w in weights]  # no unit stride
     assert not turned[0].is_contiguous() and not strided[0].is_contiguous()
     wide = [torch.stack([b, b], dim=-1)[:, 0] if b is not None else None for b in biases]
-    for one, other in zip(_slot_products.by_maps(strided, turned, wide), expected, strict=True):
+    for one, other in zip(batched_linear.by_maps(strided, turned, wide), expected, strict=True):
         assert torch.equal(one, other)
     grads = [
         None if j in (0, 2) else each.transpose(0, 1).contiguous().transpose(0, 1) for j, each in enumerate(expected)
     ]
     into = torch.full((4, 12, 8), torch.nan)
-    _slot_products.back_by_maps(grads, weights, into)
+    batched_linear.back_by_maps(grads, weights, into)
     assert torch.equal(into[0], torch.zeros(12, 8)) and torch.equal(into[2], torch.zeros(12, 8))
-    whole = _slot_products.back_by_maps(expected, weights, torch.empty(4, 12, 8))
+    whole = batched_linear.back_by_maps(expected, weights, torch.empty(4, 12, 8))
     assert torch.equal(into[1], whole[1]) and torch.equal(into[3], whole[3])
-    none = _slot_products.back_by_maps([None, None], weights[:2], torch.full((2, 3, 8), torch.nan))
+    none = batched_linear.back_by_maps([None, None], weights[:2], torch.full((2, 3, 8), torch.nan))
     assert torch.equal(none, torch.zeros(2, 3, 8)) and calls == [4, 4, 2, 4]
 
 
 def test_no_rows_and_no_columns() -> None:
     x, weights, biases = case(2, (0, 3), 5, 4)
-    assert [y.shape for y in _slot_products.by_maps(x, weights, biases)] == [(0, 3, 5)] * 2
+    assert [y.shape for y in batched_linear.by_maps(x, weights, biases)] == [(0, 3, 5)] * 2
     x, weights, biases = case(2, (1, 3), 5, 0)
-    found = _slot_products.by_maps(x, weights, biases)
+    found = batched_linear.by_maps(x, weights, biases)
     assert torch.equal(found[0], torch.zeros(1, 3, 5)) and torch.equal(found[1], biases[1].expand(1, 3, 5))
 
 
@@ -85,18 +84,18 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
     x, weights, biases = case(2, (4,), 70, 20, biased=False)
     x[0][2] = 0
     weights[0][3, 5] = value  # a zero times it is NaN
-    found, plain = _slot_products.by_maps(x, weights, biases), x[0] @ weights[0].T
+    found, plain = batched_linear.by_maps(x, weights, biases), x[0] @ weights[0].T
     torch.testing.assert_close(found[0], plain, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert found[0][2, 3].isnan() and bool(found[1].isfinite().all())
 
 
 def test_a_rows_bits_depend_neither_on_its_neighbours_nor_on_the_threads() -> None:
     x, weights, biases = case(3, (77,), 100, 300)
-    whole, threads = _slot_products.by_maps(x, weights, biases), torch.get_num_threads()
-    parts = _slot_products.by_maps([each[13:14] for each in x], weights, biases)
+    whole, threads = batched_linear.by_maps(x, weights, biases), torch.get_num_threads()
+    parts = batched_linear.by_maps([each[13:14] for each in x], weights, biases)
     try:
         torch.set_num_threads(1)
-        alone = _slot_products.by_maps(x, weights, biases)
+        alone = batched_linear.by_maps(x, weights, biases)
     finally:
         torch.set_num_threads(threads)
     for j in range(3):
@@ -108,15 +107,15 @@ def test_what_the_kernel_cannot_take_is_left_to_torch(calls: list[int]) -> None:
 
     for dtype in (torch.bfloat16, torch.float64):
         x, weights, biases = case(2, (3,), 6, 8, dtype)
-        for y, each, weight, bias in zip(_slot_products.by_maps(x, weights, biases), x, weights, biases, strict=True):
+        for y, each, weight, bias in zip(batched_linear.by_maps(x, weights, biases), x, weights, biases, strict=True):
             assert torch.equal(y, torch.nn.functional.linear(each, weight, bias))
-        back = _slot_products.back_by_maps([None, x[1] @ weights[1].T], weights, torch.empty(2, 3, 8, dtype=dtype))
+        back = batched_linear.back_by_maps([None, x[1] @ weights[1].T], weights, torch.empty(2, 3, 8, dtype=dtype))
         assert torch.equal(back[1], x[1] @ weights[1].T @ weights[1]) and not back[0].any()
     x, weights, biases = case(2, (3,), 6, 8)
-    _slot_products.by_maps(x, weights, biases, kernel=False)
-    _slot_products.back_by_maps([y[:, :6] for y in x], weights, torch.empty(2, 3, 8), kernel=False)
+    batched_linear.by_maps(x, weights, biases, kernel=False)
+    batched_linear.back_by_maps([y[:, :6] for y in x], weights, torch.empty(2, 3, 8), kernel=False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = _slot_products.by_maps([mode.from_tensor(each) for each in x], weights, biases)
+        fake = batched_linear.by_maps([mode.from_tensor(each) for each in x], weights, biases)
     assert fake[0].shape == (3, 6) and calls == []
 
 

@@ -29,9 +29,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import layalign
 from layalign import ArgumentError, ops
 from layalign.modeling.slots import through
-from layalign.ops import backends
-from layalign.ops import cached_launch as _repeated
-from layalign.published.names import swapped_modules as _swapped
+from layalign.ops import backends, cached_launch
+from layalign.published import swapped_modules
 
 needs_cpp = pytest.mark.skipif(not backends.capability("cpp", "cpu")[0], reason="no C++ kernels here")
 
@@ -182,7 +181,7 @@ def test_keys_and_values_are_made_once_per_sequence(monkeypatch: pytest.MonkeyPa
         return through(states, *rest)
 
     monkeypatch.setattr(nn.Linear, "forward", count)
-    monkeypatch.setattr(_swapped, "through", pass_through)
+    monkeypatch.setattr(swapped_modules, "through", pass_through)
     with torch.no_grad():
         model(**data(labels=False))
         assert seen == [width] * 36  # two maps, three layers, six tokens: at every call
@@ -201,7 +200,7 @@ def test_keys_and_values_are_made_once_per_sequence(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("somebody", ["nobody", "hook", "trains", "torch"])
 def test_maps_are_called_where_somebody_looks_or_they_train(somebody: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, passed, seen = published_model(), [], []
-    monkeypatch.setattr(_swapped, "through", lambda *a: (passed.append(1), through(*a))[1])
+    monkeypatch.setattr(swapped_modules, "through", lambda *a: (passed.append(1), through(*a))[1])
     layalign.accelerate(model, impl="torch" if somebody == "torch" else "auto")
     first = wrappers(model)[0]
     linear = getattr(first, first.layalign_swap.child).k_proj
@@ -255,7 +254,7 @@ def full_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     original = ops.gated_cross_attention
     monkeypatch.setattr(ops, "gated_cross_attention", lambda *a, **k: seen.append(a[0]) or original(*a, **k))
-    monkeypatch.setattr(_repeated, "_KERNELS", {})
+    monkeypatch.setattr(cached_launch, "_KERNELS", {})
     return seen
 
 

@@ -11,7 +11,7 @@ from published_tiny import assert_same, data, published_model, wrappers
 from torch import nn
 
 import layalign
-from layalign.published.names import swapped_modules as _swapped
+from layalign.published import swapped_modules
 
 
 def step(model: nn.Module) -> torch.Tensor:
@@ -23,8 +23,8 @@ def step(model: nn.Module) -> torch.Tensor:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """Grows by the attention module whenever keys and values of a source are computed."""
     seen: list[nn.Module] = []
-    original = _swapped.key_value_states
-    monkeypatch.setattr(_swapped, "key_value_states", lambda *a: seen.append(a[0]) or original(*a))
+    original = swapped_modules.key_value_states
+    monkeypatch.setattr(swapped_modules, "key_value_states", lambda *a: seen.append(a[0]) or original(*a))
     return seen
 
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 import layalign
 from layalign import ArgumentError, cli
-from layalign.utils import versions as _versions
+from layalign.utils import versions
 from layalign.utils.versions import CACHE_NAMES, cache_of
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def one_more(model) -> dict[str, torch.Tensor]:
 def test_the_cache_is_taken_under_both_names(name: str) -> None:
     model = tiny_model()
     inputs, more = batch(model=model, targets=None), one_more(model)
-    expected = model(**more, **{_versions.generation_cache_name(): filled(model)}).logits
+    expected = model(**more, **{versions.generation_cache_name(): filled(model)}).logits
     cache = DynamicCache(config=model.llm.config)
     assert cache_of(model(**inputs, use_cache=True, **{name: cache})) is cache
     torch.testing.assert_close(model(**more, **{name: cache}).logits, expected)
@@ -54,7 +54,7 @@ def test_an_llm_gets_the_cache_under_the_name_that_it_takes(name: str) -> None:
     inputs, more = batch(model=model, targets=None), one_more(model)
     expected = model(**more, cache=filled(model)).logits
     weights, llm, calls = model.state_dict(), model.unwrap(), []
-    taken, original = _versions.cache_name(llm.forward), llm.forward
+    taken, original = versions.cache_name(llm.forward), llm.forward
 
     def old(self, inputs_embeds=None, past_key_values=None, **kwargs):
         return called(inputs_embeds, past_key_values, kwargs)
@@ -85,12 +85,12 @@ def test_an_unknown_cache_argument_is_an_error_with_the_tested_versions() -> Non
     def forward(inputs_embeds, kv_store=None): ...
 
     with pytest.raises(ArgumentError, match=rf"forward: expected an argument named cache or past_key_values; {NOTE}$"):
-        _versions.cache_name(forward)
+        versions.cache_name(forward)
 
 
 def test_a_name_that_transformers_no_longer_has_is_an_error_with_the_tested_versions() -> None:
     text = rf"cannot import name 'Gone' from 'transformers'.*; {NOTE}$"
-    with pytest.raises(ImportError, match=text), _versions.importing():
+    with pytest.raises(ImportError, match=text), versions.importing():
         from transformers import Gone  # noqa: F401
 
 
@@ -105,13 +105,13 @@ def test_imports_and_commands_name_the_tested_versions(monkeypatch: pytest.Monke
     for start in (lambda: layalign.attach, lambda: importlib.import_module("layalign.modeling.attention_interface")):
         with pytest.raises(ImportError, match=rf"^cannot import name 'ALL_MASK_.*; {NOTE}$"):
             start()
-    monkeypatch.setitem(_versions.TESTED, "transformers", ("4.0", "4.1"))
+    monkeypatch.setitem(versions.TESTED, "transformers", ("4.0", "4.1"))
     line, _ = cli.describe(TypeError("no"))
     assert re.fullmatch(r"TypeError: no; transformers \S+ is installed; tested with 4\.0 to 4\.1", line)
 
 
 def test_the_ranges_are_the_same_everywhere() -> None:
-    (lowest, newest), (low_torch, new_torch) = _versions.TESTED["transformers"], _versions.TESTED["torch"]
+    (lowest, newest), (low_torch, new_torch) = versions.TESTED["transformers"], versions.TESTED["torch"]
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"transformers>={lowest},' in project and f'"torch>={low_torch}"' in project
     page = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")

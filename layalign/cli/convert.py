@@ -19,8 +19,8 @@ Llm = Annotated[str | None, typer.Option("--llm", help="LLM the published file w
 
 def convert(source: SourcePath, output: OutputPath, encoder: Encoder = None, llm: Llm = None) -> None:
     """Turn a published checkpoint into our format, or ours into a published one."""
-    from layalign.cli.common import quiet_transformers
     from layalign.utils.errors import ArgumentError
+    from layalign.utils.quiet import quiet_transformers
 
     if not source.exists():
         raise ArgumentError(f"source: no such file or folder: {source}")

@@ -37,8 +37,8 @@ def demo(
 
     Example: layalign demo, then open demo-output/demo.html
     """
-    from layalign.cli.common import quiet_transformers
     from layalign.utils.errors import ArgumentError
+    from layalign.utils.quiet import quiet_transformers
 
     real = {"checkpoint": checkpoint, "sentences": sentences, "steps": steps}
     for name, value in real.items():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
-from layalign.utils.versions import TESTED, tested
+from layalign.utils.versions import TESTED, package_version, tested
 
 PACKAGES = (
     "torch",
@@ -42,18 +41,6 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self)
-
-
-def package_version(name: str = "layalign") -> str | None:
-    """Version of an installed package; None when it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        if name != "layalign":
-            return None
-    import layalign
-
-    return getattr(layalign, "__version__", None)
 
 
 def examine() -> Report:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from layalign.cli.common import Device, Dtype, listed, load_model
+from layalign.cli.common import Device, Dtype, listed
 
 Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Folder or hub name of a trained model.")]
 Task = Annotated[str, typer.Option("--task", "-t", help="mgsm, msvamp, xnli, x-csqa, xcopa, translation, ...")]
@@ -85,6 +85,8 @@ def evaluate(
     if task not in TASKS:
         raise ArgumentError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     console = Console()
+    from layalign.modeling.loading import load_model
+
     model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, join(device), dtype)
     result = run(
         model,

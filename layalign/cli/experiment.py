@@ -42,9 +42,10 @@ def experiment(
     """
     from rich.console import Console
 
-    from layalign.cli.common import listed, quiet_transformers
+    from layalign.cli.common import listed
     from layalign.experiments.real.settings import is_real
     from layalign.utils.errors import ArgumentError
+    from layalign.utils.quiet import quiet_transformers
 
     quiet_transformers()
     console = Console()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layalign.cli.common import Device, Dtype, load_model
+from layalign.cli.common import Device, Dtype
 
 if TYPE_CHECKING:
     from layalign.data import Example, LayAlignCollator
@@ -79,6 +79,8 @@ def generate(
     options["num_return_sequences"] = num_return_sequences
     if sample:
         options.update(temperature=temperature, top_p=top_p, top_k=top_k)
+    from layalign.modeling.loading import load_model
+
     model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
     if seed is not None:
         from transformers import set_seed

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from layalign.cli.common import Device, Dtype, load_model
+from layalign.cli.common import Device, Dtype
 from layalign.cli.generate import Checkpoint
 
 KEY = "LAYALIGN_API_KEY"
@@ -89,6 +89,8 @@ def serve(
     key = os.environ.get(KEY)
     if key is not None:
         key = checked_key(KEY, key)  # before the model is loaded
+    from layalign.modeling.loading import load_model
+
     model = load_model(checkpoint, device, dtype)
     from layalign.serving.http.server import run
     from layalign.serving.http.service import Service

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layalign.cli.common import quiet_transformers
+from layalign.utils.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from layalign.training.config import TrainConfig

@@ -36,7 +36,7 @@ def weights(
 
     from rich.console import Console
 
-    from layalign.cli.common import quiet_transformers
+    from layalign.utils.quiet import quiet_transformers
 
     quiet_transformers()
     from layalign.experiments.weights import check_weights, fetch_weights

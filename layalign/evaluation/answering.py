@@ -22,7 +22,7 @@ from layalign.evaluation.shared_start import read_start
 from layalign.modeling.finite import generate_finite
 from layalign.modeling.generation import SourceGenerationMixin
 from layalign.modeling.packing import IGNORE_INDEX, real_positions
-from layalign.modeling.tokenization import encode_texts
+from layalign.modeling.tokenization import encode_texts, eos_ids, pad_id
 from layalign.utils.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
 from layalign.utils.versions import generation_cache_name
 
@@ -352,19 +352,6 @@ def _generate(
         ended = len(row) < max_new_tokens or not stops.isdisjoint(row)
         answers.append(_Answer(text, ended, most is None or length + end <= most + 1))
     return answers
-
-
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Token ids that end an answer: the tokenizer's, and those of the model's generation configuration."""
-    ids: list[int] = []
-    for value in (tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)):
-        ids += value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return list(dict.fromkeys(int(value) for value in ids))
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The id that fills padding: the tokenizer's pad, else its end, else 0."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def device_of(model: Any) -> torch.device:

@@ -120,7 +120,7 @@ class LayAlignLM(TemplateLM):
             raise ArgumentError(f"batch_size: expected a number >= 1 ('auto' is not offered), got {batch_size!r}")
         self.language = language if language == "task" else language_of(language).name
         if checkpoint is not None:
-            from layalign.cli.common import load_model
+            from layalign.modeling.loading import load_model
 
             if device == DEFAULT_DEVICE and not torch.cuda.is_available():
                 logger.warning("device: %s, the harness's default, is not here; the model runs on the CPU", device)

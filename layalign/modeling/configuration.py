@@ -58,8 +58,8 @@ class LayAlignConfig(PretrainedConfig):
             mix for the keys and one for the values of all LLM layers.
         adapter: whether the encoder's last states stand before the text as soft tokens, with the boundary behind them.
         adapter_size: width between the adapter's two linear maps. None: twice the encoder's, as published. "match": as
-            many trained parameters as LayAlign has (:func:`layalign.modeling.parts.matching_adapter_size`); the attribute is
-            that number then.
+            many trained parameters as LayAlign has (:func:`layalign.modeling.parts.matching_adapter_size`); the
+            attribute is that number then.
         adapter_fusion: which of the encoder's states the adapter reads. None: the last ones, as published. "softmax":
             all but the embeddings, in a sum with one learned weight a layer; "token-softmax": with weights of its own
             for each token (:mod:`layalign.nn.adapter`). What the aligner reads is not touched.
@@ -81,14 +81,16 @@ class LayAlignConfig(PretrainedConfig):
         frozen_folders: by part, the way from the checkpoint's folder to the part's folder. A part without one has a hub
             name. None: an old checkpoint, or names as they were typed.
         impl: backend of the operations, "auto" by default.
-        fold: whether the aligner's projection is folded into the LLM's key and value maps (:mod:`layalign.modeling.fold`):
-            "auto" where it takes less work, "always" where it can be done, "never".
-        liger: whether Liger's fused linear cross-entropy computes the loss (:mod:`layalign.modeling.liger`): "auto" in training
-            on a CUDA GPU where it is installed and applies, "always" with an error where it cannot be, "never".
-        last_layer: "auto" computes the LLM's last layer only where its logits are wanted (:mod:`layalign.modeling.last_layer`),
-            "whole" at all positions.
-        scaled_soft_tokens: whether soft tokens are multiplied as a Gemma's text is (:mod:`layalign.modeling.embedding_scale`).
-            None: no; yes in a checkpoint without this field that was written under transformers below 5.4.
+        fold: whether the aligner's projection is folded into the LLM's key and value maps
+            (:mod:`layalign.modeling.fold`): "auto" where it takes less work, "always" where it can be done, "never".
+        liger: whether Liger's fused linear cross-entropy computes the loss (:mod:`layalign.modeling.liger`): "auto" in
+            training on a CUDA GPU where it is installed and applies, "always" with an error where it cannot be,
+            "never".
+        last_layer: "auto" computes the LLM's last layer only where its logits are wanted
+            (:mod:`layalign.modeling.last_layer`), "whole" at all positions.
+        scaled_soft_tokens: whether soft tokens are multiplied as a Gemma's text is
+            (:mod:`layalign.modeling.embedding_scale`). None: no; yes in a checkpoint without this field that was
+            written under transformers below 5.4.
 
     Raises:
         ArgumentError: a value is out of range; the message names it.

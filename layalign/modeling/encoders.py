@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from layalign.modeling import gguf as _gguf
+from layalign.modeling import gguf_files
 from layalign.modeling.claims import names_kernels, require_files, require_modest, without_kernels
 from layalign.modeling.configuration import CONFIG_FILE
 from layalign.modeling.names import gguf_parts, given, is_path, with_gguf
@@ -46,8 +46,8 @@ def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """The encoder of a checkpoint; of a T5-like one only the encoder's weights are read.
 
     Raises:
-        CheckpointError: the name can only be a path, and there is no such folder (:func:`layalign.modeling.names.given`); or the
-            checkpoint lacks weights of the encoder.
+        CheckpointError: the name can only be a path, and there is no such folder (`layalign.modeling.names.given`); or
+            the checkpoint lacks weights of the encoder.
         ArgumentError: the name is that of a GGUF file.
     """
     name_or_path = given("encoder", name_or_path)
@@ -84,11 +84,11 @@ def load_llm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
 def _load_gguf(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     """A GGUF file's model with plain weights, under the file's name."""
-    _gguf.require_package("llm")
+    gguf_files.require_package("llm")
     path = gguf_path(name, **_of_hub(kwargs))
-    _gguf.read_head(path)  # a damaged one has an error of its own, before transformers reads it
-    kwargs = {**_gguf.arguments(path.name), **kwargs}
-    with _gguf.without_kernels():
+    gguf_files.read_head(path)  # a damaged one has an error of its own, before transformers reads it
+    kwargs = {**gguf_files.arguments(path.name), **kwargs}
+    with gguf_files.without_kernels():
         model = _loaded("llm", AutoModelForCausalLM, str(path.parent), kwargs)
     model.config.name_or_path = name
     return model

@@ -26,8 +26,7 @@ from layalign.modeling.attention_interface import head_size, heads
 from layalign.modeling.identity import Identity, bits, reason_against_watching, sample, unwritten
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.nn.inspection import is_intercepted, reason_against_reading
-from layalign.ops import checks as _checks
-from layalign.ops import dispatch as _direct
+from layalign.ops import checks, dispatch
 from layalign.ops.packed_weight import PackedWeight
 
 logger = logging.getLogger("layalign")
@@ -302,7 +301,7 @@ class Folding:
             return "no layer attends", None
         if torch.compiler.is_compiling():
             return "compiled: the weights' versions cannot be watched", None
-        if _direct.transforming():
+        if dispatch.transforming():
             return "under functional transforms (torch.func) the modules are called", None
         seen, passed = _seen(projector, attentions), self._passed
         if passed is not None and passed.holds(*seen):
@@ -337,13 +336,13 @@ class Folding:
     def _current(
         self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor, packed: bool, passed: _Passed | None
     ) -> Folded:
-        dtype = _checks.compute_dtype(like)
+        dtype = checks.compute_dtype(like)
         packed = packed and dtype == torch.float32
         key = dtype, packed, STEPS[0], passed
         folded = self._folded
         if folded is None or folded.key != key or not unwritten(folded.values, _values(fc2, maps)):
             self._folded = folded = None  # the old one's memory first
-            with _checks.without_autocast(like):
+            with checks.without_autocast(like):
                 self._folded = folded = _fold(fc2, maps, dtype, key, packed)
         return folded
 

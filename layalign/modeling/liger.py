@@ -1,8 +1,8 @@
 """The loss by Liger's fused linear cross-entropy, which never holds the logits of all labels at once.
 
 Liger-Kernel (the extra ``liger``) takes hidden states and the output head's weight and computes the logits piece by
-piece, the gradient in the same pass. So the head must not run: :func:`layalign.modeling.loss.passing_on` lets it return the
-hidden states it is given. That is right only where the LLM's logits are its head's output and nothing more;
+piece, the gradient in the same pass. So the head must not run: :func:`layalign.modeling.loss.passing_on` lets it return
+the hidden states it is given. That is right only where the LLM's logits are its head's output and nothing more;
 :func:`reason_against` says what is in the way. The package is imported by the first call that could use it.
 
 Source: Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024.

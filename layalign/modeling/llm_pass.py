@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from layalign.modeling import liger
-from layalign.modeling import vocabulary as _vocabulary
+from layalign.modeling import liger, vocabulary
 from layalign.modeling.loss import label_loss, with_loss
 from layalign.modeling.packing import IGNORE_INDEX
 from layalign.nn.rows import Rows
@@ -136,7 +135,7 @@ class LLMPartMixin:
             ArgumentError: the model would lose a token that it needs, or the embeddings are not plain ones (quantised,
                 sharded, offloaded, LoRA-wrapped). Nothing is changed then.
         """
-        return _vocabulary.resize(cast("LayAlignForCausalLM", self), new_num_tokens, pad_to_multiple_of, mean_resizing)
+        return vocabulary.resize(cast("LayAlignForCausalLM", self), new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """The attention function of both parts, or by part: {"llm_config": "eager"}. The source's stays beside it.

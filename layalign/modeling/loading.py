@@ -1,4 +1,4 @@
-"""Loading what `layalign.modeling.checkpoint` wrote: every file and every frozen part is compared with what was saved."""
+"""Loading what `layalign.modeling.checkpoint` wrote: all files and frozen parts are compared with what was saved."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from layalign.modeling.parts import own_parts
 from layalign.nn.inspection import device_of
 from layalign.ops.checks import FLOAT_DTYPES
 from layalign.utils.errors import ArgumentError, CheckpointError, one_of, refuse, shown
+from layalign.utils.quiet import quiet_transformers
 from layalign.utils.reading import read_json
 
 logger = logging.getLogger("layalign")
@@ -369,3 +370,28 @@ def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> No
 def _home(model: Any, name: str, place: Tensor) -> torch.device:
     """Own parts live with the LLM's embeddings, everything else stays where it is."""
     return device_of(model.get_input_embeddings()) if name.startswith(OWN_PARTS) else place.device
+
+
+def load_model(checkpoint: str, device: str | None, dtype: str) -> tuple[Any, Any, Any]:
+    """(model, encoder tokenizer, LLM tokenizer) of a checkpoint, ready to generate."""
+    from layalign.modeling.model import LayAlignForCausalLM
+    from layalign.modeling.tokenization import load_tokenizers
+
+    quiet_transformers()
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in dtypes:
+        raise ArgumentError(f"dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
+    if not Path(checkpoint).expanduser().exists() and (names.is_path(checkpoint) or "/" not in checkpoint):
+        raise ArgumentError(f"checkpoint: no such folder: {checkpoint}")
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device: {device!r} cannot be used here: {error}") from error
+    kwargs = {"dtype": dtype}
+    model = LayAlignForCausalLM.from_pretrained(checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs)
+    if dtype != "auto":
+        for part in (model.encoder, model.llm):  # also where the checkpoint itself holds them
+            part.to(getattr(torch, dtype))
+    model.to(place).eval()
+    return model, *load_tokenizers(checkpoint, config=model.config)

@@ -15,9 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from layalign.modeling import attention_interface as attention
-from layalign.modeling import checkpoint, encoders, loading, names, slots
-from layalign.modeling import lora as adapters
+from layalign.modeling import attention_interface, checkpoint, encoders, loading, lora, names, slots
 from layalign.modeling.configuration import LayAlignConfig, require_dropout
 from layalign.modeling.embedding_scale import in_slots
 from layalign.modeling.fold import Folding
@@ -78,7 +76,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         # By name, for another vocabulary brings other parameters.
         self._trainable_before = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         for name in ("encoder", "llm"):
-            if (said := adapters.announce(name, getattr(self, name))) is not None:
+            if (said := lora.announce(name, getattr(self, name))) is not None:
                 logger.warning("%s", said)
         self.freeze()
         encoders.record_layers(self.encoder)
@@ -90,8 +88,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         assert config.encoder_layers is not None and config.language_layers is not None
         self.mapping, self.encoder_aligner, self.cross_attention = own_parts(config)
         # A tuple, so that the LLM's modules do not appear a second time among this module's children.
-        self.attach_report = attention.attach(self.llm, config.language_layers)
-        found = attention.attention_modules(self.llm)
+        self.attach_report = attention_interface.attach(self.llm, config.language_layers)
+        found = attention_interface.attention_modules(self.llm)
         self._attentions = tuple(found[layer][1] for layer in config.language_layers)
         self._source_reaches_layers = False
         self.folding, self.last_layer = Folding(config.fold), LastLayer(self.llm, config.last_layer)
@@ -278,7 +276,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
 
     def unwrap(self) -> PreTrainedModel:
         """Give the LLM back as it was before: detached, its parameters trainable where they were."""
-        attention.detach(self.llm)
+        attention_interface.detach(self.llm)
         for name, parameter in self.named_parameters():
             if name.replace(".base_layer.", ".") in self._trainable_before:  # LoRA puts a level in between
                 parameter.requires_grad_(True)
@@ -359,11 +357,11 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
     def _follow_attentions(self) -> None:
         """Take the attention modules that the LLM has now: somebody may have put other layers into it."""
         names = dict(self.attach_report.attached)
-        now = [attention.submodule(self.llm, names[layer]) for layer in self.config.language_layers or ()]
+        now = [attention_interface.submodule(self.llm, names[layer]) for layer in self.config.language_layers or ()]
         found = tuple(old if new is None else new for new, old in zip(now, self._attentions, strict=True))
         if found != self._attentions:
             for layer, module in zip(self.config.language_layers or (), found, strict=True):
-                if not attention.carries_source(module):
+                if not attention_interface.carries_source(module):
                     raise ArgumentError(
                         f"llm: expected the attention of layer {layer} to take the source; it was replaced by one of "
                         "another model: put layers in before LayAlign is built, or copies of the LLM's own"
@@ -393,7 +391,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if pairs is None:
             pairs = self.encoder_aligner(hidden)
         both = [
-            attention.key_value_states(module, key.to(dtype), value.to(dtype))
+            attention_interface.key_value_states(module, key.to(dtype), value.to(dtype))
             for module, (key, value) in zip(self._attentions, pairs, strict=True)
         ]
         return [key for key, _ in both], [value for _, value in both]
@@ -494,8 +492,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         Raises:
             ArgumentError: shapes do not fit, the input is not packed, or there is no source.
         """
-        if self._attentions and not attention.carries_source(self._attentions[0]):
-            attention.follow(self.llm)
+        if self._attentions and not attention_interface.carries_source(self._attentions[0]):
+            attention_interface.follow(self.llm)
             self._source_reaches_layers = False  # a detached LLM takes none
         source = source_states
         cache = one_cache(past_key_values, cache)
@@ -525,7 +523,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             cache = cache_for_compiled(self.llm, use_cache)
         if cache is not None:
             put_source(cache, source)
-        if attention.is_reentrant(self.llm) and torch.is_grad_enabled():
+        if attention_interface.is_reentrant(self.llm) and torch.is_grad_enabled():
             inputs_embeds, source = bridge(inputs_embeds, source)
         # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes.
         compiling = torch.compiler.is_compiling()
@@ -542,7 +540,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             )
             output = run_llm(self, inputs, labels, logits_to_keep, skip_logits, num_items_in_batch)
         if seen is not None:
-            attention.require_attended(self.llm, one)
+            attention_interface.require_attended(self.llm, one)
             self._source_reaches_layers = True
         if (filled := cache_of(output)) is not None:
             put_source(filled, source)

@@ -23,10 +23,7 @@ from layalign import ops
 from layalign.modeling.attention_interface import heads
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.nn.inspection import is_intercepted, reason_against_reading
-from layalign.ops import batched_linear as _slot_products
-from layalign.ops import checks as _checks
-from layalign.ops import dispatch as _direct
-from layalign.ops import packed_weight as _packed
+from layalign.ops import batched_linear, checks, dispatch, packed_weight
 from layalign.ops.packed_weight import PackedWeight
 
 GROUP_BYTES = 2**24  # of x at once: stays in a third-level cache
@@ -35,7 +32,7 @@ FEW_ROWS = 256  # below them, one slot's product does not fill the cores
 
 def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
     """Whether the model should go by slots: on a CPU, where the projector's weights may be read."""
-    if torch.compiler.is_compiling() or _direct.transforming():
+    if torch.compiler.is_compiling() or dispatch.transforming():
         return False
     if hidden[0].device.type != "cpu" or projector.impl == "torch":
         return False
@@ -53,7 +50,7 @@ def differentiated(projector: WeightedLinearProjector, hidden: Sequence[Tensor])
 
 def packable(projector: WeightedLinearProjector, hidden: Sequence[Tensor], columns: int) -> bool:
     """Whether folded maps (2L, columns, D_e) are best kept packed for the C++ kernel, if no gradients are wanted."""
-    return projector.impl in ("auto", "cpp") and _packed.serves(hidden, columns) and _direct.plain(hidden)
+    return projector.impl in ("auto", "cpp") and packed_weight.serves(hidden, columns) and dispatch.plain(hidden)
 
 
 def project(
@@ -77,10 +74,10 @@ def project(
     Source: LayAlign, layer-wise aligner; gradients: dW2 = sum_j (dy[j].T @ x[j]), each led by Wk.T where folded.
     """
     fc1, fc2 = projector.fc1, projector.fc2
-    hidden = _checks.autocast(hidden)
+    hidden = checks.autocast(hidden)
     kept = _Kept(projector.impl, weight, bias, outer, size)
     inputs = fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden
-    direct = _direct.plain(inputs) and not differentiated(projector, hidden)
+    direct = dispatch.plain(inputs) and not differentiated(projector, hidden)
     return kept.as_heads(_forward(kept, *inputs)) if direct else list(_Slots.apply(kept, *inputs))
 
 
@@ -97,7 +94,7 @@ def passable(y: Sequence[Tensor], outer: Sequence[Any]) -> bool:
     """Whether states that autograd follows may go :func:`through` maps, and that is the same as calling them."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(state.requires_grad for state in y):
         return False
-    if _direct.transforming() or torch.is_autocast_enabled(y[0].device.type):
+    if dispatch.transforming() or torch.is_autocast_enabled(y[0].device.type):
         return False
     for state, linear in zip(y, outer, strict=True):
         if reason_against_reading(linear) is not None or state.shape != y[0].shape or state.dim() != 3:
@@ -145,7 +142,7 @@ class _Kept:
         for group in _groups(y, len(y)):
             maps = self.outer[first + group.start : first + group.stop]
             weights, biases = zip(*(_as(y[0].dtype, each.weight, each.bias) for each in maps), strict=True)
-            y[group] = _slot_products.by_maps(y[group], weights, biases, self.kernel)
+            y[group] = batched_linear.by_maps(y[group], weights, biases, self.kernel)
         return y
 
     def back(self, grads: Sequence[Tensor | None], first: int, rows: int) -> Tensor:
@@ -153,7 +150,7 @@ class _Kept:
         like = next(grad for grad in grads if grad is not None)
         weights = [weight.to(like.dtype) for weight in self.frozen[first : first + len(grads)]]
         found = like.new_empty((len(grads), rows, weights[0].shape[1]))
-        return _slot_products.back_by_maps(grads, weights, found, self.kernel)
+        return batched_linear.back_by_maps(grads, weights, found, self.kernel)
 
     def packed(
         self, hidden: Sequence[Tensor], slots: int, inner: Tensor, inner_bias: Tensor | None
@@ -163,18 +160,18 @@ class _Kept:
             return self.weight, self.bias
         weight, bias = (inner, inner_bias) if self.weight is None else (self.weight, self.bias)
         weight, bias = _as(hidden[0].dtype, weight, bias)
-        served = self.kernel and _packed.serves(hidden, weight.shape[-2])
-        if not served or not _direct.plain((*hidden, weight, bias)):
+        served = self.kernel and packed_weight.serves(hidden, weight.shape[-2])
+        if not served or not dispatch.plain((*hidden, weight, bias)):
             return None
-        return (weight, bias) if _packed.pays(hidden, weight, slots) else None
+        return (weight, bias) if packed_weight.pays(hidden, weight, slots) else None
 
     def products(self, x: Tensor, group: slice) -> list[Tensor]:
         """x (slots, B, S, D_e) of a group by the folded maps."""
         assert isinstance(self.weight, Tensor)  # packed ones are for calls without gradients
         weight, bias = _as(x.dtype, self.weight[group], None if self.bias is None else self.bias[group])
-        if x[0, ..., 0].numel() >= FEW_ROWS or (self.kernel and _slot_products.serves(x, weight, bias)):
+        if x[0, ..., 0].numel() >= FEW_ROWS or (self.kernel and batched_linear.serves(x, weight, bias)):
             biases = [None] * len(x) if bias is None else bias.unbind(0)
-            return _slot_products.by_maps(x.unbind(0), weight.unbind(0), biases, self.kernel)
+            return batched_linear.by_maps(x.unbind(0), weight.unbind(0), biases, self.kernel)
         rows, flat = weight.mT, x.flatten(1, 2)
         y = torch.bmm(flat, rows) if bias is None else torch.baddbmm(bias[:, None], flat, rows)
         return list(y.unflatten(1, x.shape[1:3]).unbind(0))
@@ -225,20 +222,20 @@ class _InnerSums:
         found, kept = torch.empty_like(x), self._kept
         if kept.in_two_steps:
             dy = kept.back(grads, group.start, x[0, ..., 0].numel())
-            _slot_products.back_by_maps([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), kept.kernel)
+            batched_linear.back_by_maps([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), kept.kernel)
             if self._bias is not None:
                 self._bias += dy.sum(dim=(0, 1), dtype=self._bias.dtype)
             if self._weight is not None:
-                _packed.add_weight_gradient(self._weight, dy.unbind(0), x)
+                packed_weight.add_weight_gradient(self._weight, dy.unbind(0), x)
             return found
         folded = kept.weight is not None
-        _slot_products.back_by_maps(grads, kept.maps(group, inner, x.dtype), found.flatten(1, 2), kept.kernel)
+        batched_linear.back_by_maps(grads, kept.maps(group, inner, x.dtype), found.flatten(1, 2), kept.kernel)
         for slot, grad in enumerate(grads, group.start):
             if self._bias is not None and grad is not None:
                 column = grad.sum(dim=(0, 1), dtype=self._bias.dtype)
                 self._bias += column @ kept.frozen[slot].to(column.dtype) if folded else column
         if self._weight is not None and not folded:
-            _packed.add_weight_gradient(self._weight, grads, x)
+            packed_weight.add_weight_gradient(self._weight, grads, x)
         elif self._weight is not None:
             self._add_folded(self._weight, grads, x, group.start)
         return found
@@ -250,7 +247,7 @@ class _InnerSums:
                 continue
             if self._folded is None:
                 self._folded = weight.new_empty((x.shape[-1], grad.shape[-1]))
-            _packed.add_weight_gradient(self._folded.zero_(), [grad], x[place : place + 1])
+            packed_weight.add_weight_gradient(self._folded.zero_(), [grad], x[place : place + 1])
             weight.addmm_(self._folded, self._kept.frozen[first + place].to(weight.dtype))
 
 
@@ -304,7 +301,7 @@ def _forward(
 ) -> Sequence[Tensor] | Tensor:
     packed = kept.packed(hidden, len(mix_weight), inner, inner_bias)
     if packed is not None:
-        return kept.through(_packed.project(hidden, mix_weight, mix_bias, *packed))
+        return kept.through(packed_weight.project(hidden, mix_weight, mix_bias, *packed))
     found: list[Tensor] = []
     for group in _groups(hidden, len(mix_weight)):
         part_bias = None if mix_bias is None else mix_bias[group]
@@ -341,7 +338,7 @@ class _Slots(torch.autograd.Function):
         mixed = _Mixed((mix_weight, mix_bias, *hidden), (need_mix, need_mix_bias, *needs_hidden), ctx.kept.impl)
         dtype = hidden[0].dtype
         sums = _InnerSums(ctx.kept, inner if need_inner else None, inner_bias if need_inner_bias else None, dtype)
-        with _checks.without_autocast(hidden[0]):
+        with checks.without_autocast(hidden[0]):
             for group in _groups(hidden, len(mix_weight)):
                 x = mixed.again(group)
                 parts = [None if grad is None else grad.to(dtype) for grad in ctx.kept.as_rows(grads[group])]

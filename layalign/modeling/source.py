@@ -14,8 +14,7 @@ from transformers import DynamicCache
 
 from layalign.nn.cross_attention import GatedCrossAttention, computes_the_reference
 from layalign.nn.inspection import has_hooks, is_exactly, is_repatched
-from layalign.ops import cached_launch as _repeated
-from layalign.ops import dispatch as _direct
+from layalign.ops import cached_launch, dispatch
 from layalign.ops.cached_launch import Ready, RepeatedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
@@ -133,7 +132,7 @@ class SourceStates:
         # What a hook or another class does to the gate is not known here.
         if not torch.compiler.is_compiling() and is_exactly(module, GatedCrossAttention):
             inputs = query, key, value, module.effective_gate(), base, mask
-            self._again[layer] = _repeated.after(tried, inputs, scale, module.impl)
+            self._again[layer] = cached_launch.after(tried, inputs, scale, module.impl)
         return found
 
 
@@ -159,7 +158,7 @@ class OnePass:
     def prepare(self) -> None:
         """Ask what the calls of all layers have in common, once."""
         source = self.source
-        if not (self._grad or source._again) or self.seen is not None or not _direct.undisturbed():
+        if not (self._grad or source._again) or self.seen is not None or not dispatch.undisturbed():
             return
         if is_repatched(GatedCrossAttention) or not computes_the_reference():
             return
@@ -170,7 +169,7 @@ class OnePass:
             if self._grad and getattr(gate, "grad_fn", None) is not None:
                 continue  # its graph belongs into the layer's call, which a checkpoint makes twice
             own = self._keys[slot], self._values[slot], gate, self._mask, module.impl
-            if (ready := _repeated.ready(source._again.get(layer), *own)) is not None:
+            if (ready := cached_launch.ready(source._again.get(layer), *own)) is not None:
                 self.ready[layer] = ready
 
     def attend(
@@ -247,8 +246,8 @@ def put_source(cache: Cache, source: SourceStates) -> Cache:
     """Let ``cache`` carry ``source``."""
     if torch.compiler.is_compiling() and not isinstance(cache, _SourceCacheMixin):
         torch._dynamo.graph_break(
-            msg="past_key_values: expected a cache from layalign.modeling.source.source_cache(cache) or one that carries a "
-            "source already; compiled code cannot change the class of another"
+            msg="past_key_values: expected a cache from layalign.modeling.source.source_cache(cache) or one that "
+            "carries a source already; compiled code cannot change the class of another"
         )
     source_cache(cache).source = source  # type: ignore[attr-defined]
     return cache

@@ -299,17 +299,30 @@ def _from_gguf(name: str) -> Any:
     """The tokenizer that a GGUF file has in it."""
     from transformers import PreTrainedTokenizerFast
 
-    from layalign.modeling import gguf as _gguf
+    from layalign.modeling import gguf_files
     from layalign.modeling.encoders import gguf_path
 
-    _gguf.require_package("llm tokenizer")
+    gguf_files.require_package("llm tokenizer")
     path = gguf_path(name)
-    _gguf.read_head(path)
+    gguf_files.read_head(path)
     # Not AutoTokenizer: that reads the file once more, for a class that makes no difference.
-    return _gguf.amend_tokenizer(PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name), path)
+    return gguf_files.amend_tokenizer(PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name), path)
 
 
 def first_token(tokenizer: Any) -> int | None:
     """The token with which a tokenizer begins every text; None where it adds none (Qwen, GPT-2)."""
     ids, bare = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
     return ids[0] if len(ids) > len(bare) and ids[0] == tokenizer.bos_token_id else None
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Token ids that end an answer: the tokenizer's, and those of the model's generation configuration."""
+    ids: list[int] = []
+    for value in (tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)):
+        ids += value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return list(dict.fromkeys(int(value) for value in ids))
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills padding: the tokenizer's pad, else its end, else 0."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from layalign.ops import dispatch as _direct
+from layalign.ops import dispatch as torch_dispatch
 from layalign.utils.errors import BackendError, refuse
 
 logger = logging.getLogger("layalign")
@@ -137,7 +137,7 @@ def choose(operation: str, device_type: str, *args: Any, **kwargs: Any) -> str:
     In ``torch.export`` plain torch: the program may be loaded on another device, or without this package. Under
     functional transforms too.
     """
-    if torch.compiler.is_exporting() or _direct.transforming():
+    if torch.compiler.is_exporting() or torch_dispatch.transforming():
         return "torch"
     for backend in BACKENDS:
         if backend in ("triton", "cuda") and device_type == "cpu":
@@ -173,7 +173,7 @@ def dispatch(operation: str, impl: str, device: torch.device, *args: Any, **kwar
         if not isinstance(impl, str) or impl not in BACKENDS:
             refuse("impl", f"'auto' or one of {', '.join(BACKENDS)}", impl)
         usable, reason = serves(operation, impl, device.type)
-        if impl != "torch" and _direct.transforming():
+        if impl != "torch" and torch_dispatch.transforming():
             usable, reason = False, "functional transforms (torch.func) go through plain torch"
         if usable:
             usable, reason = accepts(operation, impl, *args, **kwargs)

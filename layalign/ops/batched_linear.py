@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layalign.ops import dispatch as _direct
-from layalign.ops import extension
-from layalign.ops import packed_weight as _packed
+from layalign.ops import dispatch, extension, packed_weight
 
 
 def serves(*tensors: Tensor | None) -> bool:
     """Whether the kernel takes these tensors."""
-    if not _packed.available() or not _direct.plain(tensors):
+    if not packed_weight.available() or not dispatch.plain(tensors):
         return False
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
 

@@ -22,9 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign.ops import backends, extension
-from layalign.ops import checks as _checks
-from layalign.ops import dispatch as _direct
+from layalign.ops import backends, checks, dispatch, extension
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS, forward, gradients, keep
 
 MOST_KINDS = 256  # kept at a time
@@ -53,7 +51,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _held(key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> tuple[Any, ...]:
     """What is known of a layer's calls before its query comes."""
-    return (impl, _checks.autocast_dtype(key), *map(_kind, (key, value, gate, mask)))
+    return (impl, checks.autocast_dtype(key), *map(_kind, (key, value, gate, mask)))
 
 
 def _is_like_result(query: Tensor, base: Tensor) -> bool:
@@ -77,12 +75,7 @@ def _backend(inputs: Inputs, impl: str) -> str | None:
     plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
     if impl == "triton" and (backends.interpreting() or not _part(impl).can_repeat()):
         return None  # told here, not found out anew by every call
-    if (
-        impl not in _PARTS
-        or not plain
-        or query.numel() == 0
-        or _checks.autocast_dtype(query) not in (None, query.dtype)
-    ):
+    if impl not in _PARTS or not plain or query.numel() == 0 or checks.autocast_dtype(query) not in (None, query.dtype):
         return None
     if gate.numel() != 1 or any(each is not None and each.device != device for each in (key, value, gate, base, mask)):
         return None  # a gate that is sharded or offloaded is here only while its module runs
@@ -113,7 +106,7 @@ class RepeatedDecode:
         self._kept = key, value, mask
         self._types, self._layout = (type(key), type(value), type(mask)), _layout(key, value, mask)
         self._at_key, self._at_value, self._at_mask = map(_address, self._kept)  # bound in what follows
-        self._impl, self._scale, self._autocast = impl, scale, _checks.autocast_dtype(query)
+        self._impl, self._scale, self._autocast = impl, scale, checks.autocast_dtype(query)
         self._device = query.device.type
         self._like, self._like_gate = (_kind(query), _kind(base)), (gate.dtype, gate.device)
         self._in_place = backend == "cpp" and _is_like_result(query, base)
@@ -124,7 +117,7 @@ class RepeatedDecode:
     def after(inputs: Inputs, scale: float | None, impl: str) -> RepeatedDecode | None:
         """For the calls that follow one with these arguments; None where only full calls will do."""
         query = inputs[0]
-        if query.shape[2] > MAX_DECODE_ROWS or not _direct.unobserved(inputs):
+        if query.shape[2] > MAX_DECODE_ROWS or not dispatch.unobserved(inputs):
             return None
         backend = _backend(inputs, impl)
         found = None if backend is None else RepeatedDecode(inputs, scale, impl, backend)
@@ -147,7 +140,7 @@ class RepeatedDecode:
         # The same objects may hold other memory by now, laid out anew: offloading, `.data =`, `set_`, `swap_tensors`.
         if (type(key), type(value), type(mask)) != self._types or _layout(key, value, mask) != self._layout:
             return False
-        if type(gate) not in _direct.PLAIN or gate.is_neg() or gate.numel() != 1:
+        if type(gate) not in dispatch.PLAIN or gate.is_neg() or gate.numel() != 1:
             return False
         if (gate.dtype, gate.device) != self._like_gate:
             return False
@@ -218,7 +211,7 @@ class _Short(torch.autograd.Function):
     @staticmethod
     def serves(kernels: _Kernels, saved: Sequence[Tensor], grad: Tensor) -> bool:
         """Whether the backward may be short as the forward was: hooks on saved tensors may lay them out anew."""
-        if not _direct.quiet() or _kind(grad) != kernels.out or not _direct.whole((grad, *saved)):
+        if not dispatch.quiet() or _kind(grad) != kernels.out or not dispatch.whole((grad, *saved)):
             return False
         return all(_kind(tensor) == kind for tensor, kind in zip(saved, kernels.saved, strict=True))
 
@@ -238,7 +231,7 @@ class RepeatedTraining:
     def __call__(self, query: Tensor, base: Tensor, scale: float | None, overwrite: bool = False) -> Tensor | None:
         """(B, T, H, d), or None where no full call of this kind has been made, or none with gradients."""
         key, value, gate, mask = self._held
-        if type(query) is not Tensor or type(base) is not Tensor or not _direct.whole((query, *self._held, base)):
+        if type(query) is not Tensor or type(base) is not Tensor or not dispatch.whole((query, *self._held, base)):
             return None
         kind = scale, _kind(query), _kind(base), *_held(key, value, gate, mask, self._impl)
         if (kernels := _KERNELS.get(kind)) is None:
@@ -252,7 +245,7 @@ class RepeatedTraining:
     def after(inputs: Inputs, scale: float | None, impl: str) -> None:
         """Keep what the calls that follow one with these arguments need, where they need no full one."""
         query, key, value, gate, base, mask = inputs
-        if key.numel() == 0 or not _direct.unprofiled(inputs) or (backend := _backend(inputs, impl)) is None:
+        if key.numel() == 0 or not dispatch.unprofiled(inputs) or (backend := _backend(inputs, impl)) is None:
             return
         if any(torch.empty_like(tensor).stride(-1) != 1 for tensor in (query, key, value)):
             return  # rows that overlap: a gradient's layout would be another

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.ops import backends
-from layalign.ops import checks as _checks
-from layalign.ops import dispatch as _direct
+from layalign.ops import backends, checks, dispatch
 from layalign.utils.errors import ArgumentError, BackendError, shown
 
 MAX_HEAD_SIZE = 256
@@ -159,7 +157,7 @@ def gradients(
     if any(needs):
         query, key, value, gate, key_mask, lse = ctx.saved_tensors if saved is None else saved
         # With gradients of gradients wanted, the operation: it refuses the second derivative.
-        direct = _direct.unobserved((grad, query, key, value, gate, key_mask, lse))
+        direct = dispatch.unobserved((grad, query, key, value, gate, key_mask, lse))
         found = (_backward if direct else torch.ops.layalign.gated_cross_attention_backward)(
             grad, query, key, value, gate, key_mask, lse, ctx.scale, needs, ctx.backend
         )
@@ -205,16 +203,16 @@ def _fused(backend: str) -> backends.Implementation:
         key_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        dtype = _checks.compute_dtype(query)
+        dtype = checks.compute_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         inputs = query, key, value, gate, base, key_mask
-        if _direct.unobserved(inputs):
+        if dispatch.unobserved(inputs):
             few = query.shape[2] <= MAX_DECODE_ROWS
             launch = backends.launcher(backend, *(_DECODE_LAUNCHER if few else _LAUNCHER))
             found = launch(*inputs, scale)
             return found if few else found[0]  # type: ignore[no-any-return]
         training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        if training and _direct.unprofiled(inputs):
+        if training and dispatch.unprofiled(inputs):
             return _Eager.apply(*inputs, scale, backend)  # type: ignore[no-any-return]
         if (
             not training and query.shape[2] <= MAX_DECODE_ROWS
@@ -227,10 +225,10 @@ def _fused(backend: str) -> backends.Implementation:
 
 def _accepts(backend: str) -> backends.Accepts:
     def accepts(query: Tensor, *rest: Any, **options: Any) -> tuple[bool, str]:
-        dtype = _checks.compute_dtype(query)
+        dtype = checks.compute_dtype(query)
         # One by one: a max() over sizes that an exported graph leaves open would tie them to one another.
-        if any(size > _checks.MAX_SIZE for size in (*query.shape, rest[0].shape[2])):
-            return False, f"its kernels go up to sizes of {_checks.MAX_SIZE}"
+        if any(size > checks.MAX_SIZE for size in (*query.shape, rest[0].shape[2])):
+            return False, f"its kernels go up to sizes of {checks.MAX_SIZE}"
         if query.shape[-1] > MAX_HEAD_SIZE:
             return False, f"its kernels go up to head size {MAX_HEAD_SIZE}, this is {query.shape[-1]}"
         if backend != "triton":
@@ -303,32 +301,32 @@ def gated_cross_attention(
 def _check(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor | None, key_mask: Tensor | None
 ) -> None:
-    _checks.require_tensor("query", query, 4, "(B, H, T, d)")
-    _checks.require_tensor("key", key, 4, "(B, G, S, d)")
-    _checks.require_tensor("value", value, 4, "(B, G, S, d)")
+    checks.require_tensor("query", query, 4, "(B, H, T, d)")
+    checks.require_tensor("key", key, 4, "(B, G, S, d)")
+    checks.require_tensor("value", value, 4, "(B, G, S, d)")
     batch, heads, length, size = query.shape
     groups, source = key.shape[1], key.shape[2]
     if size == 0:
-        raise ArgumentError(f"query: expected a head size d of 1 and more, got {_checks.describe(query)}")
+        raise ArgumentError(f"query: expected a head size d of 1 and more, got {checks.describe(query)}")
     if groups == 0 or heads % groups:
         raise ArgumentError(f"key: expected a number of heads G that divides H = {heads}, got G = {groups}")
-    _checks.require_shape("key", key, (batch, groups, source, size), "(B, G, S, d)")
-    _checks.require_shape("value", value, (batch, groups, source, size), "(B, G, S, d)")
-    _checks.require_addressable("query, key", batch, heads, length, source + size)
-    _checks.require_same_device("key", key, "query", query)
-    _checks.require_same_device("value", value, "query", query)
-    if not _checks.is_floating(gate) or gate.numel() != 1:
-        raise ArgumentError(f"gate: expected a floating tensor with one number, got {_checks.describe(gate)}")
-    _checks.require_same_device("gate", gate, "query", query)
+    checks.require_shape("key", key, (batch, groups, source, size), "(B, G, S, d)")
+    checks.require_shape("value", value, (batch, groups, source, size), "(B, G, S, d)")
+    checks.require_addressable("query, key", batch, heads, length, source + size)
+    checks.require_same_device("key", key, "query", query)
+    checks.require_same_device("value", value, "query", query)
+    if not checks.is_floating(gate) or gate.numel() != 1:
+        raise ArgumentError(f"gate: expected a floating tensor with one number, got {checks.describe(gate)}")
+    checks.require_same_device("gate", gate, "query", query)
     if base is not None:
-        _checks.require_tensor("base", base, 4, "(B, T, H, d)")
-        _checks.require_shape("base", base, (batch, length, heads, size), "(B, T, H, d)")
-        _checks.require_same_device("base", base, "query", query)
+        checks.require_tensor("base", base, 4, "(B, T, H, d)")
+        checks.require_shape("base", base, (batch, length, heads, size), "(B, T, H, d)")
+        checks.require_same_device("base", base, "query", query)
     if key_mask is not None:
-        if not _checks.is_plain(key_mask) or key_mask.dtype != torch.bool:
-            raise ArgumentError(f"key_mask: expected a bool tensor (B, S), got {_checks.describe(key_mask)}")
-        _checks.require_shape("key_mask", key_mask, (batch, source), "(B, S)")
-        _checks.require_same_device("key_mask", key_mask, "query", query)
+        if not checks.is_plain(key_mask) or key_mask.dtype != torch.bool:
+            raise ArgumentError(f"key_mask: expected a bool tensor (B, S), got {checks.describe(key_mask)}")
+        checks.require_shape("key_mask", key_mask, (batch, source), "(B, S)")
+        checks.require_same_device("key_mask", key_mask, "query", query)
 
 
 def _check_scale(scale: float | None) -> None:

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.ops import backends
-from layalign.ops import checks as _checks
-from layalign.ops import dispatch as _direct
+from layalign.ops import backends, checks, dispatch
 from layalign.utils.errors import BackendError
 
 
 def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    hidden = _checks.autocast(hidden)
+    hidden = checks.autocast(hidden)
     dtype = hidden[0].dtype
     return reference.layer_mix(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -106,8 +104,8 @@ torch.library.register_autograd(_BACKWARD, _no_second_derivative)
 
 def _fused(backend: str) -> backends.Implementation:
     def run(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-        hidden = _checks.autocast(hidden)
-        if _direct.unobserved((*hidden, weight, bias)):
+        hidden = checks.autocast(hidden)
+        if dispatch.unobserved((*hidden, weight, bias)):
             return backends.launcher(backend, *_LAUNCHER)(hidden, weight, bias)  # type: ignore[no-any-return]
         return torch.ops.layalign.layer_mix(hidden, weight, bias, backend)  # type: ignore[no-any-return]
 
@@ -116,14 +114,14 @@ def _fused(backend: str) -> backends.Implementation:
 
 def _accepts(backend: str) -> backends.Accepts:
     def accepts(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[bool, str]:
-        return _checks.accepts_mix(backend, hidden, weight)
+        return checks.accepts_mix(backend, hidden, weight)
 
     return accepts
 
 
 backends.register("layer_mix", "torch", _torch)
 for _name in ("triton", "cuda", "cpp"):
-    _pays = _checks.cpp_mix_pays if _name == "cpp" else None
+    _pays = checks.cpp_mix_pays if _name == "cpp" else None
     backends.register("layer_mix", _name, _fused(_name), _accepts(_name), _pays)
 
 
@@ -146,6 +144,6 @@ def layer_mix(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None = No
 
     Source: LayAlign, layer-wise aligner: the weighted sum before the projection.
     """
-    hidden = _checks.check_hidden(hidden)
-    _checks.check_mix(hidden, weight, bias)
+    hidden = checks.check_hidden(hidden)
+    checks.check_mix(hidden, weight, bias)
     return backends.dispatch("layer_mix", impl, hidden[0].device, hidden, weight, bias)

@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.ops import backends, plans
-from layalign.ops import batched_linear as _slot_products
-from layalign.ops import checks as _checks
-from layalign.ops import dispatch as _direct
-from layalign.ops import packed_weight as _packed
+from layalign.ops import backends, batched_linear, checks, dispatch, packed_weight, plans
 from layalign.utils.errors import ArgumentError, BackendError
 
 
 def _torch(
     hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    hidden = _checks.autocast(hidden)
+    hidden = checks.autocast(hidden)
     dtype = hidden[0].dtype
     return reference.layer_projection(
         hidden,
@@ -67,9 +63,13 @@ def _run(
         return launch(hidden, mix_weight, mix_bias, weight, bias)  # type: ignore[no-any-return]
     dtype = hidden[0].dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if backend == "cpp" and _packed.serves(hidden, weight.shape[-2]) and _packed.pays(hidden, weight, len(mix_weight)):
+    if (
+        backend == "cpp"
+        and packed_weight.serves(hidden, weight.shape[-2])
+        and packed_weight.pays(hidden, weight, len(mix_weight))
+    ):
         y = hidden[0].new_empty((len(mix_weight), *hidden[0].shape[:2], weight.shape[-2]))
-        _packed.project(hidden, mix_weight, mix_bias, weight, bias, y.unbind(0))
+        packed_weight.project(hidden, mix_weight, mix_bias, weight, bias, y.unbind(0))
         return y
     x = backends.launcher(backend, "layer_mix", "layer_mix_forward")(hidden, mix_weight, mix_bias)
     return _project(x, weight, bias)
@@ -141,11 +141,11 @@ def _backward_op(
 
 def _mix_gradient(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
     """grad[j] @ weight[j], (2L, B, S, D_e), for one weight or one per slot."""
-    if backend == "cpp" and grad.numel() and _slot_products.serves(grad, weight):
+    if backend == "cpp" and grad.numel() and batched_linear.serves(grad, weight):
         shared = weight.dim() == 2
         grads, weights = ([grad], [weight]) if shared else (grad.unbind(0), weight.unbind(0))
         found = grad.new_empty((len(grads), grad[..., 0].numel() // len(grads), weight.shape[-1]))
-        return _slot_products.back_by_maps(grads, weights, found).view(*grad.shape[:-1], weight.shape[-1])
+        return batched_linear.back_by_maps(grads, weights, found).view(*grad.shape[:-1], weight.shape[-1])
     if weight.dim() == 2:
         return grad @ weight
     return torch.bmm(grad.flatten(1, 2), weight).view(*grad.shape[:-1], weight.shape[-1])
@@ -159,7 +159,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, backend: str) -> T
     pair = grad.flatten(1, 2), x.flatten(1, 2)
     if backend == "cpp" and weight.dim() == 2 and x.dtype == torch.float32:
         total = x.new_zeros((x.shape[-1], weight.shape[0]))
-        _packed.add_weight_gradient(total, pair[0].unbind(0), pair[1])
+        packed_weight.add_weight_gradient(total, pair[0].unbind(0), pair[1])
         return total.T.contiguous()
     if weight.dim() == 3:
         return torch.bmm(pair[0].mT, pair[1])
@@ -237,9 +237,9 @@ def _fused(backend: str) -> backends.Implementation:
     def run(
         hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        hidden = _checks.autocast(hidden)
+        hidden = checks.autocast(hidden)
         inputs = hidden, mix_weight, mix_bias, weight, bias
-        direct = _direct.unobserved((*hidden, *inputs[1:]))
+        direct = dispatch.unobserved((*hidden, *inputs[1:]))
         return (_run if direct else torch.ops.layalign.layer_projection)(*inputs, "auto", backend)  # type: ignore[no-any-return]
 
     return run
@@ -247,14 +247,14 @@ def _fused(backend: str) -> backends.Implementation:
 
 def _accepts(backend: str) -> backends.Accepts:
     def accepts(hidden: Sequence[Tensor], mix_weight: Tensor, *rest: Any) -> tuple[bool, str]:
-        return _checks.accepts_mix(backend, hidden, mix_weight)
+        return checks.accepts_mix(backend, hidden, mix_weight)
 
     return accepts
 
 
 backends.register("layer_projection", "torch", _torch)
 for _name in ("triton", "cuda", "cpp"):
-    _pays = _checks.cpp_mix_pays if _name == "cpp" else None
+    _pays = checks.cpp_mix_pays if _name == "cpp" else None
     backends.register("layer_projection", _name, _fused(_name), _accepts(_name), _pays)
 
 
@@ -285,8 +285,8 @@ def layer_projection(
 
     Source: LayAlign, layer-wise aligner; structure "Linear" of the published code.
     """
-    hidden = _checks.check_hidden(hidden)
-    _checks.check_mix(hidden, mix_weight, mix_bias, "mix_")
+    hidden = checks.check_hidden(hidden)
+    checks.check_mix(hidden, mix_weight, mix_bias, "mix_")
     _check_projection(hidden[0], mix_weight.shape[0], weight, bias)
     device = hidden[0].device
     return backends.dispatch("layer_projection", impl, device, hidden, mix_weight, mix_bias, weight, bias)
@@ -294,17 +294,17 @@ def layer_projection(
 
 def _check_projection(first: Tensor, slots: int, weight: Tensor, bias: Tensor | None) -> None:
     text = "(D_out, D_e) or (2L, D_out, D_e)"
-    if not _checks.is_floating(weight) or weight.dim() not in (2, 3):
-        raise ArgumentError(f"weight: expected a floating tensor {text}, got {_checks.describe(weight)}")
+    if not checks.is_floating(weight) or weight.dim() not in (2, 3):
+        raise ArgumentError(f"weight: expected a floating tensor {text}, got {checks.describe(weight)}")
     lead = () if weight.dim() == 2 else (slots,)
     outputs = weight.shape[-2]
-    _checks.require_shape("weight", weight, (*lead, outputs, first.shape[-1]), text)
-    _checks.require_same_device("weight", weight, "hidden[0]", first)
-    _checks.require_addressable("weight", slots, *first.shape[:2], outputs)
+    checks.require_shape("weight", weight, (*lead, outputs, first.shape[-1]), text)
+    checks.require_same_device("weight", weight, "hidden[0]", first)
+    checks.require_addressable("weight", slots, *first.shape[:2], outputs)
     if bias is None:
         return
-    if not _checks.is_floating(bias) or bias.dim() not in (1, 2):
+    if not checks.is_floating(bias) or bias.dim() not in (1, 2):
         expected = "a floating tensor (D_out,) or (2L, D_out)"
-        raise ArgumentError(f"bias: expected {expected}, got {_checks.describe(bias)}")
-    _checks.require_shape("bias", bias, (outputs,) if bias.dim() == 1 else (slots, outputs), "(D_out,) or (2L, D_out)")
-    _checks.require_same_device("bias", bias, "hidden[0]", first)
+        raise ArgumentError(f"bias: expected {expected}, got {checks.describe(bias)}")
+    checks.require_shape("bias", bias, (outputs,) if bias.dim() == 1 else (slots, outputs), "(D_out,) or (2L, D_out)")
+    checks.require_same_device("bias", bias, "hidden[0]", first)

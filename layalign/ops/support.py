@@ -14,8 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from layalign.ops import backends
-from layalign.ops import checks as _checks
+from layalign.ops import backends, checks
 from layalign.utils.pages import print_or_write, replaced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -70,7 +69,7 @@ def _row(operation: str, backend: str, device: str) -> Support:
         return _largest(lambda size: ask(torch.float16, **{name: size}))
 
     names = ("head size",) if operation == "gated_cross_attention" else ("layers", "slots")
-    with mock.patch.object(_checks, "is_sm_100", return_value=device.endswith("sm_100")):
+    with mock.patch.object(checks, "is_sm_100", return_value=device.endswith("sm_100")):
         dtypes = {str(dtype).removeprefix("torch."): ask(dtype) for dtype in DTYPES}
         limits = {name: limit(name) for name in names}
     return Support(operation, backend, device, dtypes, limits)

@@ -21,7 +21,7 @@ from layalign.modeling.finite import finite
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, Mapping
 from layalign.nn.aligner import WeightedLinearProjector
-from layalign.published.names import names as published
+from layalign.published import names as published
 from layalign.utils.errors import ArgumentError
 
 __all__ = ["EncoderAligner", "LayAlign", "LayAlignConfig", "Mapping", "WeightedLinearProjector"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layalign.modeling.model import LayAlignForCausalLM
-from layalign.published.names import names as published
+from layalign.published import names as published
 from layalign.utils.errors import CheckpointError
 from layalign.utils.lock import held
 

@@ -14,8 +14,7 @@ from layalign.modeling.fold import STEPS
 from layalign.modeling.identity import Identity, reason_against_watching, sample, unwritten
 from layalign.nn.inspection import is_altered, parts
 from layalign.nn.sharding import reason_whole_is_not_here
-from layalign.ops import checks as _checks
-from layalign.ops import dispatch as _direct
+from layalign.ops import checks, dispatch
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class KeptStates:
         if any(w.is_meta or reason_whole_is_not_here(w) is not None for w in weights):
             return None
         tensors = states + weights
-        if reason_against_watching(weights) is not None or not _direct.plain(tensors):
+        if reason_against_watching(weights) is not None or not dispatch.plain(tensors):
             return None
         values = tuple(sample(tensor).clone() for tensor in tensors)
         return KeptStates(key, value, states, Identity(tensors), values, STEPS[0], settings, _modes(query))
@@ -109,4 +108,4 @@ def _is_lora(linear: Any) -> bool:
 
 def _modes(query: Tensor) -> tuple[Any, ...]:
     """What keys and values depend on beside tensors and modules."""
-    return query.device, _checks.autocast_dtype(query), query.shape[0]
+    return query.device, checks.autocast_dtype(query), query.shape[0]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from layalign.modeling.attention_interface import PREFIX, head_size, key_value_maps
 from layalign.nn.aligner import STRUCTURES
 from layalign.nn.inspection import has_hooks, readable
-from layalign.published.names import swapped_modules as _swapped
+from layalign.published import swapped_modules
 from layalign.utils.errors import ArgumentError
 from layalign.utils.versions import CACHE_NAMES
 
@@ -72,7 +72,7 @@ def _patched(module: nn.Module) -> str | None:
 def reason_against_projector(projector: Any) -> str | None:
     """Why a projector's maps cannot take the place of its ``forward``."""
     problem = _parts(projector, {"fc1", "fc2", "fc3"}, set()) or _patched(projector)
-    problem = problem or _swapped.reason_against_maps(projector)
+    problem = problem or swapped_modules.reason_against_maps(projector)
     if problem is not None:
         return problem
     fc1, fc2, fc3 = projector.fc1, projector.fc2, getattr(projector, "fc3", None)
@@ -102,7 +102,7 @@ def reason_against_aligner(aligner: Any) -> str | None:
         aligner,
         aligner.projector,
         lambda hidden: torch.cat([torch.stack(list(pair)) for pair in aligner.forward(hidden)]),
-        lambda hidden: _swapped.slots(aligner.projector, hidden, "torch"),
+        lambda hidden: swapped_modules.slots(aligner.projector, hidden, "torch"),
     )
 
 
@@ -115,7 +115,7 @@ def reason_against_bare_projector(projector: Any) -> str | None:
         projector,
         projector,
         lambda hidden: projector.forward(torch.stack(hidden, dim=1)),
-        lambda hidden: _swapped.slots(projector, hidden, "torch").permute(1, 2, 0, 3),
+        lambda hidden: swapped_modules.slots(projector, hidden, "torch").permute(1, 2, 0, 3),
     )
 
 
@@ -157,7 +157,7 @@ def reason_against_attention(wrapper: Any) -> str | None:
     if problem is not None:
         return problem
     problem = _reason_against_masks(type(wrapper)) or _reason_against_interface(getattr(wrapper, child))
-    problem = problem or _swapped.reason_against_output(getattr(wrapper, child))
+    problem = problem or swapped_modules.reason_against_output(getattr(wrapper, child))
     return problem or _try_attention(wrapper, getattr(wrapper, child), gate)
 
 
@@ -249,7 +249,7 @@ def _try_attention(wrapper: Any, attention: Any, gate: Tensor) -> str | None:
     original = type(wrapper)
 
     def swapped() -> Tensor:
-        with swapped_in(wrapper, _swapped.SwappedAttention, attention_state(wrapper, child, "torch")):
+        with swapped_in(wrapper, swapped_modules.SwappedAttention, attention_state(wrapper, child, "torch")):
             return wrapper.forward(**arguments)[0]  # type: ignore[no-any-return]
 
     with _set(wrapper, "adapter_states", pair), _open(wrapper, gate):
@@ -257,11 +257,11 @@ def _try_attention(wrapper: Any, attention: Any, gate: Tensor) -> str | None:
         return _compare(lambda: original.forward(wrapper, **arguments)[0], swapped, like, bound)
 
 
-def attention_state(wrapper: Any, child: str, impl: str) -> _swapped.AttentionSwap:
+def attention_state(wrapper: Any, child: str, impl: str) -> swapped_modules.AttentionSwap:
     """The state of a wrapper that is to be swapped."""
     config = getattr(wrapper, child).config
     # A copy that shares everything but the attention's name: other modules use the same object.
-    return _swapped.AttentionSwap(impl, child, config, copy.copy(config))
+    return swapped_modules.AttentionSwap(impl, child, config, copy.copy(config))
 
 
 def put_in(module: Any, mixin: type, state: Any) -> None:
@@ -272,14 +272,14 @@ def put_in(module: Any, mixin: type, state: Any) -> None:
     """
     original: Any = type(module)
     try:
-        module.__class__ = _swapped.swapped_class(mixin, original)
+        module.__class__ = swapped_modules.swapped_class(mixin, original)
     except Exception as error:  # __init_subclass__, metaclasses, slots: whatever a stranger's class may raise
         raise ArgumentError(f"its class cannot be extended: {type(error).__name__}: {error}") from error
     for part in (original, type(getattr(state, "projector", None))):
         if issubclass(part, nn.Module):
             readable(part)  # the forward that it has now is what was compared
     module.__dict__["layalign_swap"] = state
-    if isinstance(state, _swapped.AttentionSwap):
+    if isinstance(state, swapped_modules.AttentionSwap):
         getattr(module, state.child).config = state.own
         state.follow()
 
@@ -290,7 +290,7 @@ def take_out(module: Any) -> None:
     Raises:
         ArgumentError: the module's class was changed once more since then.
     """
-    original = _swapped.original_class(type(module))
+    original = swapped_modules.original_class(type(module))
     if original is None:
         name = type(module).__name__
         raise ArgumentError(
@@ -298,7 +298,7 @@ def take_out(module: Any) -> None:
         )
     state = module.__dict__.pop("layalign_swap")
     module.__class__ = original
-    if isinstance(state, _swapped.AttentionSwap):
+    if isinstance(state, swapped_modules.AttentionSwap):
         attention: Any = getattr(module, state.child, None)
         if getattr(attention, "config", None) is state.own:  # not one put in since
             attention.config = state.config

@@ -5,8 +5,8 @@
     layalign.restore(model)               # the exact classes and config objects from before
 
 Nothing is imported from the user's code and nothing global is patched: single instances get a subclass of their own
-class (:mod:`layalign.published.swapped_modules`), after their ``forward`` was compared with the published formula on a small random
-input (:mod:`layalign.published.match`).
+class (:mod:`layalign.published.swapped_modules`), after their ``forward`` was compared with the published formula on a
+small random input (:mod:`layalign.published.match`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from layalign.modeling.fold import CHOICES
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector
 from layalign.ops import backends
-from layalign.published.names import match as _recognise
-from layalign.published.names import swapped_modules as _swapped
+from layalign.published import match, swapped_modules
 from layalign.utils.errors import ArgumentError, one_of, refuse
 
 logger = logging.getLogger("layalign")
@@ -90,8 +89,8 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
     Args:
         model: any tree of torch modules: a model, its wrapper (DDP, torch.compile, peft), or a single module.
         impl: backend of the operations, "auto" or a name from :data:`layalign.ops.backends.BACKENDS`.
-        fold: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.fold`); published-style modules
-            keep aligner and attention apart, so there is nothing to fold.
+        fold: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.fold`); published-style
+            modules keep aligner and attention apart, so there is nothing to fold.
 
     Returns:
         What was swapped and what was left, with the reasons. Calling again only changes ``impl`` and ``fold``.
@@ -131,9 +130,9 @@ def restore(model: nn.Module) -> SwapReport:
     report = SwapReport()
     failed: ArgumentError | None = None
     for name, module in list(model.named_modules()):
-        if isinstance(module, _swapped.Swapped):
+        if isinstance(module, swapped_modules.Swapped):
             try:
-                _recognise.take_out(module)
+                match.take_out(module)
             except ArgumentError as error:
                 failed = failed or error
                 continue
@@ -164,28 +163,28 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if id(module) in inside:
             continue
         yield name, module
-        whole = isinstance(module, LayAlignForCausalLM | EncoderAligner | _swapped.Swapped)
+        whole = isinstance(module, LayAlignForCausalLM | EncoderAligner | swapped_modules.Swapped)
         if whole:
             inside.update(id(part) for part in module.modules())
 
 
 def _swap(name: str, module: nn.Module, impl: str, fold: str, report: SwapReport) -> None:
     """Deal with one module."""
-    if isinstance(module, _swapped.Swapped):
+    if isinstance(module, swapped_modules.Swapped):
         module.layalign_swap.impl = impl
         report.swapped.append((name, f"already swapped (impl {impl!r})"))
     elif isinstance(module, LayAlignForCausalLM | EncoderAligner | WeightedLinearProjector | GatedCrossAttention):
         report.swapped.append((name, _set_own(module, impl, fold)))
-    elif _recognise.has_projector(module):
+    elif match.has_projector(module):
         text = "the encoder's layers are read in place, by layalign.ops.layer_projection"
-        _try(name, module, _recognise.reason_against_aligner, _swapped.SwappedAligner, impl, text, report)
-    elif _recognise.is_projector(module):
+        _try(name, module, match.reason_against_aligner, swapped_modules.SwappedAligner, impl, text, report)
+    elif match.is_projector(module):
         text = "layalign.ops.layer_projection; its result is a view"
-        _try(name, module, _recognise.reason_against_bare_projector, _swapped.SwappedProjector, impl, text, report)
-    elif _recognise.is_gated_attention(module):
+        _try(name, module, match.reason_against_bare_projector, swapped_modules.SwappedProjector, impl, text, report)
+    elif match.is_gated_attention(module):
         text = "the gated term is added inside the one attention; keys and values of the source are kept"
-        _try(name, module, _recognise.reason_against_attention, _swapped.SwappedAttention, impl, text, report)
-    elif _recognise.is_mapping(module):
+        _try(name, module, match.reason_against_attention, swapped_modules.SwappedAttention, impl, text, report)
+    elif match.is_mapping(module):
         report.left.append((name, "two plain linear maps, nothing to fuse"))
 
 
@@ -194,14 +193,14 @@ def _try(name: str, module: nn.Module, against: Any, mixin: type, impl: str, tex
     if reason is not None:
         report.left.append((name, reason))
         return
-    state: Any = _swapped.ProjectionSwap(impl, module._modules.get("projector"))
-    if mixin is _swapped.SwappedAttention:
-        child = str(_recognise.wrapped_attention(module))
-        state = _recognise.attention_state(module, child, impl)
-        if not _recognise.can_be_tried(getattr(module, child)):
+    state: Any = swapped_modules.ProjectionSwap(impl, module._modules.get("projector"))
+    if mixin is swapped_modules.SwappedAttention:
+        child = str(match.wrapped_attention(module))
+        state = match.attention_state(module, child, impl)
+        if not match.can_be_tried(getattr(module, child)):
             text += " (not tried on a small input: its weights are sharded or on the meta device)"
     try:
-        _recognise.put_in(module, mixin, state)
+        match.put_in(module, mixin, state)
     except ArgumentError as error:
         report.left.append((name, str(error)))
     else:

@@ -21,8 +21,7 @@ from layalign.modeling.attention_interface import PREFIX, head_size, key_value_m
 from layalign.modeling.fold import count_steps
 from layalign.modeling.slots import passable, through
 from layalign.nn.inspection import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
-from layalign.ops import cached_launch as _repeated
-from layalign.ops import dispatch as _direct
+from layalign.ops import cached_launch, dispatch
 from layalign.ops.cached_launch import Ready, RepeatedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 from layalign.published.kept import KeptStates
@@ -226,8 +225,8 @@ class AttentionSwap:
         scale = query.shape[-1] ** -0.5  # as published, whatever the LLM's own
         compiling = torch.compiler.is_compiling()
         ready: Ready | None = None
-        if not compiling and _direct.undisturbed():
-            ready = _repeated.ready(self.again, key, value, gate, None, self.impl)
+        if not compiling and dispatch.undisturbed():
+            ready = cached_launch.ready(self.again, key, value, gate, None, self.impl)
         if ready is not None and (found := ready(query, base, scale, overwrite)) is not None:
             return found
         if not compiling and query.shape[2] <= MAX_DECODE_ROWS and (kept := self.kept) is not None and kept.key is key:
@@ -235,7 +234,7 @@ class AttentionSwap:
             self.kept = replace(kept, key=key, value=value)
         found = ops.gated_cross_attention(query, key, value, gate, base, scale=scale, impl=self.impl)
         if not compiling:
-            self.again = _repeated.after(ready, (query, key, value, gate, base, None), scale, self.impl)
+            self.again = cached_launch.after(ready, (query, key, value, gate, base, None), scale, self.impl)
         return found
 
 
@@ -262,7 +261,7 @@ class _Term:
     def attend(
         self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
     ) -> Tensor:
-        """``base`` (B, T, H, d) plus the gated term, for :func:`layalign.modeling.attention_interface.register`'s functions."""
+        """``base`` (B, T, H, d) plus the gated term; see `layalign.modeling.attention_interface.register`."""
         self.attended = True
         swap = self.wrapper.layalign_swap
         key, value = swap.states(self.attention, self.wrapper.adapter_states, query)

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from layalign.modeling import checkpoint
 from layalign.modeling.attention_interface import key_value_modules
-from layalign.nn import sharding as _sharding
+from layalign.nn import sharding
 from layalign.utils.errors import ArgumentError, CheckpointError
 
 logger = logging.getLogger("layalign")
@@ -199,7 +199,7 @@ class DistributedTrainer(Trainer):
         found = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in names:
-                tensor = _sharding.whole(tensor)
+                tensor = sharding.whole(tensor)
                 found[name] = tensor.cpu() if self.args.should_save else tensor[:0]
         return found
 
@@ -268,7 +268,7 @@ class DistributedTrainer(Trainer):
         state = {}
         for number, parameter in enumerate(parameters):
             found = {key: functions.safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
-            shape = _sharding.full_shape(parameter)
+            shape = sharding.full_shape(parameter)
             whole = {key: value.detach().view(shape).cpu() for key, value in found.items()}
             state[number] = {"step": torch.as_tensor(float(steps[0])), **whole}
         first, *_ = inner.param_groups
@@ -338,7 +338,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state = optimizer.state_dict()
     whole = {  # new dicts: these are the optimizer's own
         number: {
-            key: value.full_tensor().cpu() if _sharding.is_dtensor(value) else value for key, value in entry.items()
+            key: value.full_tensor().cpu() if sharding.is_dtensor(value) else value for key, value in entry.items()
         }
         for number, entry in state["state"].items()
     }
@@ -355,5 +355,5 @@ def put_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any])
         entry = state["state"].get(number, {})
         for key, value in entry.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                entry[key] = _sharding.like(parameter, value)
+                entry[key] = sharding.like(parameter, value)
     optimizer.load_state_dict(state)

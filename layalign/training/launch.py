@@ -33,7 +33,7 @@ _FSDP2 = {
 
 def preset_file(kind: str, name: str) -> Path:
     """A configuration that ships with the package: kind "accelerate" or "deepspeed", name such as "zero3.json"."""
-    return Path(str(resources.files("layalign") / "presets" / kind / name))
+    return Path(str(resources.files("layalign.training") / "presets" / kind / name))
 
 
 def sharding_arguments(config: TrainConfig, world_size: int) -> dict[str, Any]:

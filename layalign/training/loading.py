@@ -80,7 +80,7 @@ def _stages(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def preset_names() -> list[str]:
     """The presets that ship with the package: the paper's three set-ups."""
-    folder = resources.files("layalign") / "presets"
+    folder = resources.files("layalign.training") / "presets"
     return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -111,7 +111,7 @@ def _is_file(path: Path) -> bool:
 def _preset_text(name: str) -> str:
     if name not in preset_names():
         raise ArgumentError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
-    return (resources.files("layalign") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    return (resources.files("layalign.training") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

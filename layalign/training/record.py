@@ -20,7 +20,6 @@ import torch
 import transformers
 from torch import nn
 
-from layalign.cli.environment import package_version
 from layalign.data import Example
 from layalign.modeling import fingerprint
 from layalign.modeling.checkpoint import CONFIG, WEIGHTS, digest, reading
@@ -30,10 +29,11 @@ from layalign.modeling.tokenization import tokenizers_hash
 from layalign.nn.sharding import reason_whole_is_not_here
 from layalign.training import precision
 from layalign.training.config import ALLOWED_CHANGES, TrainConfig
-from layalign.utils import reading as _reading
-from layalign.utils import yaml_files as _yaml
+from layalign.utils import yaml_files
 from layalign.utils.errors import ArgumentError, CheckpointError, shown
 from layalign.utils.files import write_whole
+from layalign.utils.reading import read_json
+from layalign.utils.versions import package_version
 
 logger = logging.getLogger("layalign.training")
 
@@ -210,13 +210,13 @@ def earlier(folder: Path, file: Path) -> Earlier:
         CheckpointError: the record cannot be read.
     """
     if os.path.lexists(folder / FILE):
-        record = _reading.read_json(folder / FILE)
+        record = read_json(folder / FILE)
         settings = record.get("settings") if isinstance(record, dict) else None
         if not isinstance(settings, dict):
             raise CheckpointError(f"{folder / FILE}: expected what layalign writes there, with the run's settings")
         return Earlier(folder, record, settings)
     if os.path.lexists(file):
-        values = _yaml.read_file(file, "output_dir")
+        values = yaml_files.read_file(file, "output_dir")
         if not isinstance(values, dict) or not values:
             raise ArgumentError(f"output_dir: {file}: expected the settings of the run, got {shown(values)}; {_ADVICE}")
         return Earlier(folder, {}, values)

@@ -44,7 +44,7 @@ class Processes:
 
     @contextmanager
     def all_held(self, folder: str | Path) -> Iterator[None]:
-        """The main process holds the folder within the block; where it cannot, all raise (`layalign.utils.lock.held`)."""
+        """The main process holds the folder in the block; where it cannot, all raise (`layalign.utils.lock.held`)."""
         with ExitStack() as stack:
             self.all_get(lambda: stack.enter_context(held(folder)))
             yield

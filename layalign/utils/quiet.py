@@ -38,3 +38,16 @@ def without_reports() -> Iterator[None]:
 
     with without("transformers.modeling_utils", is_report):
         yield
+
+
+def quiet_transformers() -> None:
+    """Leave out transformers' loading reports and bars; warnings of ours still show."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    ours = logging.getLogger("layalign")
+    if not ours.handlers:
+        ours.addHandler(RichHandler(console=Console(stderr=True), show_time=False, show_path=False))

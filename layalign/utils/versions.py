@@ -122,3 +122,15 @@ def require_no_unknown_cache(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if isinstance(value, Cache):
             raise ArgumentError(f"{name}: expected the cache as {' or '.join(CACHE_NAMES)}; {version_note()}")
+
+
+def package_version(name: str = "layalign") -> str | None:
+    """Version of an installed package; None when it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        if name != "layalign":
+            return None
+    import layalign
+
+    return getattr(layalign, "__version__", None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from layalign.utils import reading as _reading
+from layalign.utils import reading
 from layalign.utils.errors import ArgumentError
 from layalign.utils.limits import MAX_YAML_CHARACTERS, MAX_YAML_DEPTH, MAX_YAML_VALUES
 
@@ -15,7 +15,7 @@ from layalign.utils.limits import MAX_YAML_CHARACTERS, MAX_YAML_DEPTH, MAX_YAML_
 def read_file(path: Path, argument: str = "config") -> Any:
     """The value that a YAML file holds; see :func:`read_text`."""
     where = f"{argument}: {path}"
-    text = _reading.read_text(path, where=where, most=4 * MAX_YAML_CHARACTERS, error=ArgumentError)
+    text = reading.read_text(path, where=where, most=4 * MAX_YAML_CHARACTERS, error=ArgumentError)
     return read_text(text, where)
 
 

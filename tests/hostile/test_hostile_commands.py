@@ -14,7 +14,7 @@ from layalign.cli import main
 from layalign.data import Example
 from layalign.evaluation import evaluate
 
-PRESET = Path(__file__).resolve().parents[2] / "layalign" / "presets" / "math.yaml"
+PRESET = Path(__file__).resolve().parents[2] / "layalign" / "training" / "presets" / "math.yaml"
 # For each command the right way to call it up to what is missing here, so that one word can be made wrong.
 COMMANDS: dict[str, list[str]] = {
     "train": ["--config", "config.yaml", "--stage", "task", "--output", "out", "--set", "batch_size=4"],

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from layalign import ArgumentError, BackendError, ops, reference
-from layalign.ops import backends
-from layalign.ops import packed_weight as _packed
+from layalign.ops import backends, packed_weight
 
 SCALARS = [None, 0.3, -2.0, 0.0, 3, 1e-45, 1e30, -1e38, 1e39, float("nan"), float("inf"), "0.5", True, 10**400, 1j, [1]]
 IMPLS = ["auto", *(name for name in backends.BACKENDS if name != "triton")]
@@ -37,7 +36,7 @@ slow = settings(deadline=None, derandomize=True, database=None, suppress_health_
 def small_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The C++ layer projection takes whatever it can, not only what is worth its call."""
     for limit in ("MIN_WORK", "MIN_ROWS", "COLUMNS_PER_LAYER"):
-        monkeypatch.setattr(_packed, limit, 0)
+        monkeypatch.setattr(packed_weight, limit, 0)
 
 
 def served(impl: str) -> bool:

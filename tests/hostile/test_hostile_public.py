@@ -30,8 +30,8 @@ from layalign.training.baselines import baseline, with_baseline
 
 PACKAGES = (
     "layalign", "layalign.ops", "layalign.nn", "layalign.data", "layalign.evaluation", "layalign.training",
-    "layalign.experiments.controlled", "layalign.experiments.analysis", "layalign.experiments.made_up", "layalign.training.baselines", "layalign.published.classes",
-    "layalign.cli",
+    "layalign.experiments.controlled", "layalign.experiments.analysis", "layalign.experiments.made_up",
+    "layalign.training.baselines", "layalign.published.classes", "layalign.cli",
 )  # fmt: skip
 WRONG: dict[str, Any] = {
     "None": None, "true": True, "zero": 0, "minus": -1, "large": 2**40, "larger": 2**70, "a fraction": 0.5,
@@ -142,7 +142,9 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.evaluation.llm_alone": (llm_alone, dict(llm=LLM, tokenizer=TEXT, examples=EXAMPLES, max_new_tokens=3)),
     "layalign.experiments.analysis.centred_cosine": (centred_cosine, dict(first=states(3, 4), second=states(3, 4))),
     "layalign.experiments.analysis.linear_cka": (linear_cka, dict(first=states(3, 4), second=states(3, 4))),
-    "layalign.experiments.analysis.retrieval_accuracy": (retrieval_accuracy, dict(queries=states(3, 4), candidates=states(3, 4))),
+    "layalign.experiments.analysis.retrieval_accuracy": (
+        retrieval_accuracy, dict(queries=states(3, 4), candidates=states(3, 4))
+    ),
     "layalign.experiments.analysis.read_pairs": (read_pairs, dict(pairs="none.tsv", languages=["sw"], limit=3)),
     "layalign.training.baselines.baseline": (baseline, dict(name="layalign")),
     "layalign.training.baselines.with_baseline": (with_baseline, dict(values={"output_dir": "a/b"}, name="layalign",
@@ -156,14 +158,14 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }  # fmt: skip
 ELSEWHERE = {
     "layalign.ops": "test_hostile_operations.py",
-    "layalign.experiments.controlled": "test_hostile_settings.py: load_settings, and every key of ExperimentSettings and System",
+    "layalign.experiments.controlled": "test_hostile_settings.py: load_settings, every key of the settings",
     "layalign.data.load_examples": "test_hostile_data_files.py",
     "layalign.training.TrainConfig": "test_hostile_settings.py",
     "layalign.training.load_train_config": "test_hostile_settings.py",
     "layalign.evaluation.evaluate": "below, with its many arguments",
     "layalign.experiments.analysis.analyze": "below, with its many arguments",
     "layalign.cli.main": "test_hostile_commands.py",
-    "layalign.experiments.made_up.run_demo": "writes its own inputs; its folder, seed and a flag are those of the command",
+    "layalign.experiments.made_up.run_demo": "writes its own inputs; folder, seed and flag are those of the command",
     "layalign.training.is_main_process": "no argument",
     "layalign.data.languages": "no argument",
     "layalign.nn.Mapping": "another name of Adapter",

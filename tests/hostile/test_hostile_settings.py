@@ -25,8 +25,8 @@ from layalign.training.config import TrainConfig
 from layalign.training.loading import configured_stages, load_train_config
 
 PRESETS = Path(__file__).resolve().parents[2] / "layalign"
-TRAINING = (PRESETS / "presets" / "math.yaml").read_bytes()
-EXPERIMENT = (PRESETS / "experiment" / "presets" / "smoke.yaml").read_bytes()
+TRAINING = (PRESETS / "training" / "presets" / "math.yaml").read_bytes()
+EXPERIMENT = (PRESETS / "experiments" / "controlled" / "presets" / "smoke.yaml").read_bytes()
 VALUES: list[Any] = [
     None, "", "x", "\ud800", "a\x00b", b"x", True, 0, -1, 2**31, 2**64, 10**400, 1.5, -0.0, 1e308, float("nan"),
     float("inf"),

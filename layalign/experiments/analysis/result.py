@@ -22,7 +22,8 @@ class Similarity:
     Attributes:
         cosine: :func:`layalign.experiments.analysis.centred_cosine`.
         cka: :func:`layalign.experiments.analysis.linear_cka`.
-        to_english, from_english: :func:`layalign.experiments.analysis.retrieval_accuracy` in both directions; chance is 1 / N.
+        to_english, from_english: :func:`layalign.experiments.analysis.retrieval_accuracy` in both directions; chance is
+            1 / N.
         shuffled_cka: linear CKA when the sentences are paired at random, its value without any alignment.
     """
 

@@ -21,7 +21,7 @@ from layalign.experiments.analysis.reading import Reader
 from layalign.experiments.analysis.result import AnalysisResult
 from layalign.modeling.configuration import number_of_layers
 from layalign.training.gates import read_gates
-from layalign.utils import lock as _lock
+from layalign.utils import lock
 from layalign.utils.errors import ArgumentError, refuse, whole_number
 
 LIMIT = 200
@@ -85,7 +85,7 @@ def analyze(
     data = read_pairs(pairs, languages=languages, limit=limit)
     example = _example(data, sentence, sentence_language)
     other = before if before is not None and before != UNTRAINED else model
-    with nullcontext() if output_dir is None else _lock.held(output_dir):
+    with nullcontext() if output_dir is None else lock.held(output_dir):
         similarity, projections = {}, {}
         with evaluation_mode(model), evaluation_mode(other), _bar(progress, _amount(model, data, before)) as advance:
             reader = Reader(model, encoder_tokenizer, llm_tokenizer, batch_size, max_length, advance)

@@ -1,0 +1,1 @@
+"""Result files of the benchmarks: reading, comparing, plotting."""

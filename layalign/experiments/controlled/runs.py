@@ -20,12 +20,12 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from layalign import LayAlignForCausalLM
 from layalign.evaluation import evaluate
 from layalign.experiments.controlled.settings import ExperimentSettings, Steps, System
 from layalign.experiments.made_up.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
 from layalign.experiments.made_up.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
 from layalign.experiments.made_up.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
+from layalign.modeling.model import LayAlignForCausalLM
 from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.baselines import baseline
@@ -86,7 +86,7 @@ def log(folder: Path, event: str, **content: Any) -> None:
 
 def _commit() -> str | None:
     """The checkout's commit, with a + where its code was changed; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout

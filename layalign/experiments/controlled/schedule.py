@@ -53,7 +53,7 @@ def _start(threads: int) -> None:
     """A worker's beginning: as many threads as are its share."""
     import torch
 
-    from layalign.cli.common import quiet_transformers
+    from layalign.utils.quiet import quiet_transformers
 
     torch.set_num_threads(threads)
     quiet_transformers()

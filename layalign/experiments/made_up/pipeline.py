@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from layalign import LayAlignForCausalLM
 from layalign.evaluation import EvaluationResult, evaluate, llm_alone
 from layalign.experiments.made_up.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_data
 from layalign.experiments.made_up.pretraining import (
@@ -30,6 +29,7 @@ from layalign.experiments.made_up.problems import LANGUAGES, LOW_RESOURCE
 from layalign.experiments.made_up.progress import Phases, StepCallback
 from layalign.experiments.made_up.settings import DemoSettings
 from layalign.experiments.made_up.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
+from layalign.modeling.model import LayAlignForCausalLM
 from layalign.training import TrainConfig, train
 from layalign.utils.files import give_usual_modes, write_whole
 from layalign.utils.lock import held

@@ -21,8 +21,8 @@ def look_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
     """Look at a trained run with the first sentences of every test language, and at its encoder with all of them.
 
     Returns:
-        Under "analysis" what :meth:`layalign.experiments.analysis.AnalysisResult.to_dict` gives, without attention and settings.
-        Under "encoder retrieval" and "token likeness" what the two functions of that name give.
+        Under "analysis" what :meth:`layalign.experiments.analysis.AnalysisResult.to_dict` gives, without attention and
+        settings. Under "encoder retrieval" and "token likeness" what the two functions of that name give.
     """
 
     def looked(checkpoint: Path) -> dict[str, Any]:

