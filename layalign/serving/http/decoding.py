@@ -1,9 +1,9 @@
 """Continuous batching: sequences that are decoded together, and may join and leave between any two steps.
 
 The batch is padded on the left, as `layalign.modeling.packing` pads; positions count real tokens, and padding is
-masked, so a row's numbers do not depend on its neighbours (beyond the rounding of another matrix shape). A joining sequence is
-prefilled by itself and its cache put beside the others; a leaving one is cut out, and so is padding no row needs any
-more.
+masked, so a row's numbers do not depend on its neighbours (beyond the rounding of another matrix shape). A joining
+sequence is prefilled by itself and its cache put beside the others; a leaving one is cut out, and so is padding no row
+needs any more.
 """
 
 from __future__ import annotations
