@@ -21,9 +21,10 @@ MINORS = [  # without 5.4, see docs/versions.md
     "5.23.0", "5.24.0",
 ]  # fmt: skip
 ACROSS = ["5.0.0", "5.3.0", "5.5.4", "5.24.0"]  # lowest, around what 5.4 changed, newest
-CORE = [f"tests/test_{name}.py" for name in (
-    "compat", "architectures", "model", "generation", "checkpoint", "versions", "embedding_scale", "serving", "cli",
-)]  # fmt: skip
+CORE = [f"tests/{room}/test_{name}.py" for room, names in {
+    "modeling": ("architectures", "model", "generation", "checkpoint", "embedding_scale"),
+    "packaging": ("versions",), "published": ("compat",), "serving": ("serving",), "cli": ("cli",),
+}.items() for name in names]  # fmt: skip
 RESULTS = "benchmarks/results/watch"
 # What changes with the two packages under watch; everything else stays as in constraints.txt.
 FREE = {"torch", "triton", "transformers", "tokenizers", "huggingface_hub", "sympy"}

@@ -2,7 +2,7 @@
 
 ``python benchmarks/scale.py`` prints the tables; with pages, it rewrites what stands between ``<!-- scale: NAME -->``
 and ``<!-- end -->`` in them. ``docs/scale.md`` explains the formulas. The bytes are checked against what two processes
-really send, on a small model (``tests/test_distributed.py``); times are not measured.
+really send, on a small model (``tests/training/test_distributed.py``); times are not measured.
 """
 
 from __future__ import annotations

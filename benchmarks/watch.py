@@ -19,22 +19,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / room) for room in ("helpers", "published"))]
 
 NUMERICS = [
-    "tests/test_compat.py",  # the golden cases
-    "tests/test_architectures.py",
-    "tests/test_model.py",
-    "tests/test_generation.py",
-    "tests/test_padding.py",
-    "tests/test_slots.py",
-    "tests/test_fold.py",
-    "tests/test_checkpoint.py",
-    "tests/test_training.py::test_loss_falls_and_only_published_parts_change",
-    "tests/test_training.py::test_resumed_run_equals_uninterrupted_run",
-    "tests/test_training.py::test_lora_trains_reloads_and_resumes",
-    "tests/test_compiled_decoding.py::test_a_step_is_one_graph_with_the_eager_logits",
-    "tests/test_compiled_decoding.py::test_generate_with_a_compiled_forward",
+    "tests/published/test_compat.py",  # the golden cases
+    "tests/modeling/test_architectures.py",
+    "tests/modeling/test_model.py",
+    "tests/modeling/test_generation.py",
+    "tests/modeling/test_padding.py",
+    "tests/modeling/test_slots.py",
+    "tests/modeling/test_fold.py",
+    "tests/modeling/test_checkpoint.py",
+    "tests/training/test_training.py::test_loss_falls_and_only_published_parts_change",
+    "tests/training/test_training.py::test_resumed_run_equals_uninterrupted_run",
+    "tests/training/test_training.py::test_lora_trains_reloads_and_resumes",
+    "tests/modeling/test_compiled_decoding.py::test_a_step_is_one_graph_with_the_eager_logits",
+    "tests/modeling/test_compiled_decoding.py::test_generate_with_a_compiled_forward",
 ]
 CORE = 4  # so many of them make the short set: golden cases, architectures, model, generation
 PACKAGES = ("transformers", "torch", "triton", "tokenizers", "huggingface_hub", "accelerate", "peft")

@@ -1,0 +1,76 @@
+"""Inputs of the operations, the backends that serve them here, and the error budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from layalign.ops import backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def serving(*operations: str) -> list[str]:
+    """The backends that serve all of these operations here."""
+    return [name for name in backends.BACKENDS if all(backends.serves(o, name, DEVICE)[0] for o in operations)]
+
+
+def within_budget(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """No worse than twice plain torch in the same dtype, both against float64 (a few ulps when torch is exact)."""
+    floor = torch.finfo(dtype).eps * exact.abs().max()
+    budget = 2 * (plain.double() - exact).abs().max() + 2 * floor
+    assert found.dtype == dtype
+    assert (found.double() - exact).abs().max() <= budget
+
+
+def skip_unserved(impl: str, dtype: torch.dtype) -> None:
+    if (impl, dtype, DEVICE) == ("triton", torch.bfloat16, "cpu"):
+        pytest.skip("Triton's interpreter computes bfloat16 products wrongly")
+
+
+def mix_inputs(e=5, slots=6, b=2, s=7, d=11, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)  # noqa: E731
+    return [draw(b, s, d) for _ in range(e)], draw(slots, e), draw(slots), draw(13, d), draw(13)
+
+
+BACKENDS = [name for name in serving("gated_cross_attention") if name != "torch"]
+
+
+def inputs(b, h, g, t, s, d, dtype=torch.float32, gate=0.7, seed=0) -> list[Tensor]:
+    """query, key, value, gate, base; all but the gate with the strides that transformers hands over."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int, rows: int) -> Tensor:
+        states = torch.randn(b, rows, heads, d, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+        return states.transpose(1, 2)
+
+    gates = torch.tensor([gate], dtype=dtype, device=DEVICE)
+    return [draw(h, t), draw(g, s), draw(g, s), gates, draw(h, t).transpose(1, 2)]
+
+
+def make_mask(kind: str, b: int, s: int) -> Tensor | None:
+    """(B, S): "random", "left" or "right" padding, "row" (the first sequence all masked); None for "none"."""
+    if kind == "none":
+        return None
+    lengths = [max(1, s - 1 - (7 * i) % s) for i in range(b)]
+    mask = torch.zeros(b, s, dtype=torch.bool)
+    for i, length in enumerate(lengths):
+        if kind == "left":
+            mask[i, s - length :] = True
+        elif kind == "right":
+            mask[i, :length] = True
+        else:
+            mask[i] = torch.rand(s, generator=torch.Generator().manual_seed(i)) > 0.4
+    if kind == "row":
+        mask[0] = False
+    return mask.to(DEVICE)
+
+
+def poison(states: Tensor, mask: Tensor | None) -> Tensor:
+    """``states`` (B, G, S, d) with NaN where the source is masked, in the same strides."""
+    if mask is None:
+        return states
+    return states.transpose(1, 2).masked_fill(~mask[:, :, None, None], torch.nan).transpose(1, 2)

@@ -1,0 +1,87 @@
+"""Every kernel compiles for every chip: no spills, shared memory within its limit, matrix instructions for its dots.
+
+A sample of each kernel's configurations, because all of them take long: `make kernels-report`, or here
+LAYALIGN_ALL_KERNELS=1, compiles every one. In processes of their own, because kernels imported for the interpreter
+cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("layalign_kernels.common", reason="the kernels are not installed")
+
+ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "benchmarks" / "kernels_report.py"
+FILES = [path.stem for path in sorted((ROOT / "kernels").glob("*.py")) if "def ahead_of_time(" in path.read_text()]
+OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, str(REPORT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(OLD, reason="the configurations were chosen with the assembler that Triton 3.7 brings")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("file", FILES)
+def test_compiles_without_a_problem(file: str, target: str) -> None:
+    sample = [] if os.environ.get("LAYALIGN_ALL_KERNELS") else ["--sample", "5"]
+    done = run("--files", file, "--targets", target, *sample)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"| {target} |" in done.stdout
+
+
+def test_every_kernel_file_is_reported() -> None:
+    launch = re.compile(r"_kernel\[.+\]\(|\bLaunch\(\w+_kernel\b")
+    launchers = [path for path in (ROOT / "kernels").glob("*.py") if launch.search(path.read_text(encoding="utf-8"))]
+    source = REPORT.read_text(encoding="utf-8")
+    assert len(launchers) >= 6
+    for path in launchers:
+        assert path.stem in FILES, f"{path.name} launches kernels and does not say what it ships"
+        assert f'"{path.stem}"' in source
+
+
+def test_a_kernel_that_spills_is_reported(tmp_path: Path) -> None:
+    """The check itself: the same kernel with far too few threads for its tile."""
+    code = (
+        "from layalign_kernels.layer_mix import ahead_of_time\n"
+        "from layalign_kernels.ahead_of_time import inspect_entry\n"
+        "name, kernel, signature, constants, attrs, options = next(\n"
+        "    e for e in ahead_of_time('sm_90') if e[0] == 'layer_mix_forward 24x64 fp32')\n"
+        "bad = inspect_entry((name, kernel, signature, constants, attrs, {**options, 'num_warps': 1}), 'sm_90')\n"
+        "print(bad.problem)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.startswith("spills "), done.stdout
+
+
+@pytest.mark.parametrize("file", ["layer_mix", "layer_projection"])
+def test_the_relu_of_the_kernels_keeps_nan(file: str) -> None:
+    """A GPU's plain maximum turns NaN into zero; the interpreter has only numpy's, which does not."""
+    code = (
+        "import triton\n"
+        f"from layalign_kernels.{file} import ahead_of_time\n"
+        "from layalign_kernels.ahead_of_time import TARGETS\n"
+        "what = next(e for e in ahead_of_time('sm_80') if 'backward' not in e[0] and 'fp32' not in e[0])\n"
+        "source = triton.compiler.ASTSource(what[1], what[2], constexprs=what[3], attrs=what[4])\n"
+        "text = triton.compile(source, target=TARGETS['sm_80'], options=dict(what[5])).asm['ptx']\n"
+        "print(text.count('max.NaN.'), text.count('max.f32') + text.count('max.f16'))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    kept, dropped = map(int, done.stdout.split())
+    assert kept and not dropped

@@ -1,0 +1,125 @@
+"""What only the Triton kernels have: chosen splits, the experimental decode step, 64-bit offsets."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+
+import pytest
+import torch
+from op_cases import DEVICE, inputs, make_mask, poison, within_budget
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from layalign_kernels import attention_tiles, gated_cross_attention, gated_cross_attention_backward, gated_decode
+from layalign_kernels import decode_step as step
+from layalign_kernels.common import largest_offset, next_power_of_2, offset64
+from layalign_kernels.decode_step import decode_step
+from layalign_kernels.gated_cross_attention_backward import splits_over_rows
+from layalign_kernels.gated_decode import splits_over_source
+
+from layalign import reference
+
+# The interpreter computes bfloat16 products wrongly.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def test_backward_is_deterministic_and_independent_of_the_split() -> None:
+    query, key, value, gate, _ = inputs(2, 4, 2, 75, 21, 16)
+    mask = make_mask("random", 2, 21)
+    grad = torch.randn(2, 75, 4, 16, device=DEVICE)
+    _, lse = gated_cross_attention.gated_cross_attention_forward(query, key, value, gate, None, mask, None)
+    backward = gated_cross_attention_backward.gated_cross_attention_backward
+    runs = [backward(grad, query, key, value, gate, mask, lse, None, splits=splits) for splits in (1, 1, 3, 3)]
+    for first, second in ((0, 1), (2, 3)):
+        assert all(torch.equal(a, b) for a, b in zip(runs[first], runs[second], strict=True))
+    for whole, split in zip(runs[0], runs[2], strict=True):
+        torch.testing.assert_close(whole, split, atol=1e-5, rtol=1e-5)
+
+
+def test_number_of_splits() -> None:
+    assert splits_over_source(programs=32, source=4096, block=64, processors=132) == 9
+    assert splits_over_source(programs=1000, source=4096, block=64, processors=132) == 1
+    assert splits_over_source(programs=1, source=100, block=64, processors=132) == 1
+    assert splits_over_source(programs=8, source=0, block=64, processors=132) == 1
+    assert splits_over_rows(programs=1000, blocks=64, processors=132) == 1
+    assert splits_over_rows(programs=32, blocks=64, processors=132) == 8
+    assert splits_over_rows(programs=1, blocks=3, processors=132) == 1
+    for blocks in range(1, 70):  # no program without work
+        splits = splits_over_rows(programs=3, blocks=blocks, processors=20)
+        assert (splits - 1) * -(-blocks // splits) < blocks
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["none", "bool", "additive", "per head"])
+@pytest.mark.parametrize("shape", [(2, 6, 3, 70, 9, 40), (1, 20, 1, 33, 40, 16)])
+def test_decode_step_equals_both_attentions(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    b, h, g, cached, s, d = shape
+    query, key, value, gate, _ = inputs(b, h, g, 1, s, d, dtype=dtype)
+    _, cache_key, cache_value, *_ = inputs(b, h, g, 1, cached, d, dtype=dtype, seed=1)
+    mask, keep = make_mask("random", b, s), make_mask("left", b, cached)
+    cache_mask: Tensor | None = None
+    if kind == "bool":
+        cache_mask = keep
+    elif kind != "none":
+        heads = 1 if kind == "additive" else h
+        bias = torch.randn(b, heads, 1, cached, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+        cache_mask = bias.masked_fill(~keep[:, None, None], -torch.inf)
+
+    def both(kind_dtype: torch.dtype) -> Tensor:
+        q, k, v, ck, cv = (x.to(kind_dtype) for x in (query, key, value, cache_key, cache_value))
+        additive = cache_mask
+        if kind == "bool":
+            additive = torch.zeros(b, 1, 1, cached, device=DEVICE).masked_fill(~keep[:, None, None], -torch.inf)
+        scores = q @ ck.repeat_interleave(h // g, 1).transpose(2, 3) * d**-0.5
+        scores = scores if additive is None else scores + additive.to(kind_dtype)
+        self_out = (scores.softmax(-1) @ cv.repeat_interleave(h // g, 1)).transpose(1, 2)
+        return reference.gated_cross_attention(q, k, v, gate.to(kind_dtype), self_out, key_mask=mask)
+
+    hidden = cache_key if kind == "none" else poison(cache_key, keep)
+    if kind in ("additive", "per head"):
+        hidden = cache_key  # an additive mask does not say what may hold NaN
+    found = decode_step(
+        query, hidden, cache_value, poison(key, mask), poison(value, mask), gate, cache_mask=cache_mask, key_mask=mask
+    )
+    within_budget(found, both(dtype), both(torch.float64), dtype)
+
+
+@triton.jit
+def far_offset(p_out, index, stride, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    tl.store(p_out + o, offset64(index + o, stride))
+
+
+def test_offsets_past_32_bits() -> None:
+    long_cache = torch.empty((64, 32, 65536, 128), device="meta", dtype=torch.float16)
+    assert largest_offset(tuple(long_cache.shape), long_cache.stride()) == long_cache.numel() - 1 > 2**31
+    view = torch.empty((2, 4, 4096, 128), device="meta").as_strided((2, 4, 4096, 128), (2**33, 128, 2**20, 1))
+    assert largest_offset(tuple(view.shape), view.stride()) == 2**33 + 3 * 128 + 4095 * 2**20 + 127
+    assert largest_offset((0, 4), (4, 1)) == 3
+    out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    far_offset[(1,)](p_out=out, index=3, stride=2**30, BLOCK=4)
+    assert out.tolist() == [(3 + i) * 2**30 for i in range(4)]
+
+
+def test_every_stride_is_multiplied_in_64_bits() -> None:
+    modules = (attention_tiles, gated_cross_attention, gated_cross_attention_backward, gated_decode, step)
+    multiplied = 0
+    for module in modules:
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+                names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+                assert not any(name.startswith("stride_") for name in names), ast.unparse(node)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "offset64":
+                multiplied += 1
+    assert multiplied > 50
+
+
+def test_offsets_are_computed_in_64_bits() -> None:
+    huge = torch.empty((64, 16, 1024, 4096), device="meta")
+    assert largest_offset(tuple(huge.shape), huge.stride()) == huge.numel() - 1 > 2**31
+    assert largest_offset((3, 4), (0, 1)) == 3
+    assert [next_power_of_2(n) for n in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
