@@ -163,3 +163,10 @@ def test_presets_name_languages_that_exist() -> None:
         for stage in STAGES:
             for name in load_train_config(preset=preset, stage=stage).languages or []:
                 assert language_of(name).name == name
+
+
+def test_at_most_twelve_rooms_and_no_private_modules() -> None:
+    top = {path.stem for path in (ROOT / "layalign").iterdir() if path.suffix in ("", ".py") and path.stem[0] != "_"}
+    assert len(top) <= 12, sorted(top)
+    private = [path for path in (ROOT / "layalign").rglob("_*.py") if path.stem not in ("__init__", "__main__")]
+    assert not private  # every module may be imported from another room, as far as the floors allow
