@@ -10,7 +10,7 @@ passed is kept here, and what follows it hands over addresses alone:
 - :class:`RepeatedTraining`: a call with gradients, for one layer in one pass; every tensor is new in every step, and
   the kernels' calls are kept by the kinds of all of them, for all layers together.
 
-Of the backends, "cpp" and "triton" can be called so: ``_repeated_cpp.py`` and ``kernels/repeated.py``.
+Of the backends, "cpp" and "triton" can be called so: ``cached_launch_cpp.py`` and ``kernels/repeated.py``.
 """
 
 from __future__ import annotations

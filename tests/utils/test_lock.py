@@ -138,7 +138,7 @@ import os, sys, time
 from layalign.utils.lock import held
 from layalign.utils.errors import ArgumentError
 got, end = 0, time.monotonic() + 1.5
-while time.monotonic() < end:
+while not got or time.monotonic() < end:
     try:
         with held(sys.argv[1] + "/run"):
             os.mkdir(sys.argv[1] + "/alone")  # fails where somebody is there
@@ -183,7 +183,7 @@ def test_without_locks_signs_of_life_decide(
     monkeypatch.setattr("fcntl.flock", no_locks)
     monkeypatch.setattr(lock, "BEAT", 0.1)
     monkeypatch.setattr(lock, "SILENCE", 0.5)
-    program = HOLD.replace("with held", "import fcntl\nfrom layalign import _lock\n_lock.BEAT = 0.1\nwith held")
+    program = HOLD.replace("with held", "import fcntl\nfrom layalign.utils import lock\nlock.BEAT = 0.1\nwith held")
     program = program.replace("with held", "def no(*_): raise OSError(95, 'no')\nfcntl.flock = no\nwith held")
     with holder(tmp_path, program) as other:
         with pytest.raises(ArgumentError, match=f"is in use by process {other.pid}"):
