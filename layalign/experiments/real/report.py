@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -227,13 +228,10 @@ def curves(found: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def parts(found: dict[str, Any]) -> bytes | None:
-    """Gates, and what each LLM layer's gated term is worth; None where no run was looked at."""
+def parts(ablated: dict[str, dict[str, Any]]) -> bytes:
+    """Gates, and what each LLM layer's gated term is worth, of each system that was looked at."""
     from matplotlib.figure import Figure
 
-    ablated = {label: of for label, of in _ablated(found).items() if of.get("LLM layers")}
-    if not ablated:
-        return None
     figure = Figure(figsize=(9, 2.6 * len(ablated)))
     for row, (label, of) in zip(figure.subplots(len(ablated), 2, squeeze=False), ablated.items(), strict=True):
         layers = [int(layer) for layer in of["LLM layers"]]
@@ -277,22 +275,22 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def pictures(found: dict[str, Any]) -> dict[str, bytes]:
-    """By name; those that there is something to show of."""
-    made = {"curves": curves(found), "parts": parts(found)}
-    looked = [system for system in found["systems"].values() if "looks" in system]
-    if looked and looked[0]["looks"]["analysis"]["mix"] is not None:
+def pictures(found: dict[str, Any]) -> dict[str, Callable[[], bytes]]:
+    """By name what draws it; those that there is something to show of."""
+    made: dict[str, Callable[[], bytes]] = {"curves": lambda: curves(found)}
+    if ablated := {label: of for label, of in _ablated(found).items() if of.get("LLM layers")}:
+        made["parts"] = lambda: parts(ablated)
+    looked = next((system for system in found["systems"].values() if "looks" in system), None)
+    if looked is not None and looked["looks"]["analysis"]["mix"] is not None:
         from layalign.experiments.analysis import plots
 
-        result = _analysis(looked[0])
-        made |= {
-            "layers": layers(looked[0]) if "ablation" in looked[0] else None,
-            "mix": plots.mix_picture(result),
-            "gates": plots.gate_picture(result),
-            "similarity": plots.similarity_picture(result),
-            "tsne": plots.projection_picture(result, "tsne"),
-        }
-    return {name: picture for name, picture in made.items() if picture is not None}
+        if "ablation" in looked:
+            made["layers"] = lambda: layers(looked)
+        made["mix"] = lambda: plots.mix_picture(_analysis(looked))
+        made["gates"] = lambda: plots.gate_picture(_analysis(looked))
+        made["similarity"] = lambda: plots.similarity_picture(_analysis(looked))
+        made["tsne"] = lambda: plots.projection_picture(_analysis(looked), "tsne")
+    return made
 
 
 def written_into(page: str, found: dict[str, Any]) -> str:
@@ -312,13 +310,13 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
     """`report.md` and the pictures in the experiment's folder."""
     tables = [f"## {name}\n\n{markdown_table(rows(found))}" for name, rows in TABLES.items()]
     write_whole(folder / "report.md", "\n".join(["# Evidence\n", state(found), *tables]))
-    for name, picture in pictures(found).items():
-        write_whole(folder / f"{name}.png", picture)
+    for name, draw in pictures(found).items():
+        write_whole(folder / f"{name}.png", draw())
 
 
 if __name__ == "__main__":  # RESULTS PAGE: the tables of the documentation, and its picture
     result, page = Path(sys.argv[1]), Path(sys.argv[2])
     content = read_json(result)
     page.write_text(written_into(page.read_text(encoding="utf-8"), content), encoding="utf-8")
-    for name, picture in pictures(content).items():
-        write_whole(page.parent / "images" / f"evidence-{name}.png", picture)
+    for name, draw in pictures(content).items():
+        write_whole(page.parent / "images" / f"evidence-{name}.png", draw())
