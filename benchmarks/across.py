@@ -1,9 +1,9 @@
 """Checkpoints across versions of transformers: written in one, read in another, the same numbers in both.
 
-``python benchmarks/across.py write FOLDER`` makes a tiny model over each LLM of tests/helpers/scaling_llms.py, with its weights
-and logits; ``read FOLDER --results FILE`` in another environment loads them, compares and puts a row into the file.
-`nox -s across` does it for every pair of the lowest, 5.3, 5.5 and the newest version; ``page docs/versions.md --results
-FILE`` writes the rows into a page.
+``python benchmarks/across.py write FOLDER`` makes a tiny model over each LLM of tests/helpers/scaling_llms.py, with its
+weights and logits; ``read FOLDER --results FILE`` in another environment loads them, compares and puts a row into the
+file. `nox -s across` does it for every pair of the lowest, 5.3, 5.5 and the newest version; ``page docs/versions.md
+--results FILE`` writes the rows into a page.
 """
 
 from __future__ import annotations
