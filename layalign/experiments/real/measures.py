@@ -11,7 +11,8 @@ from layalign.evaluation.likelihood import LogProb, choice_log_probs, right_ones
 from layalign.evaluation.translation import translation_scores
 from layalign.experiments.real.settings import RealSettings
 
-BATCH, WRITTEN_BATCH = 16, 50  # sentences of much the same length: little is padded
+BATCH = 16  # of likelihoods: sentences of much the same length, so that little is padded
+WRITTEN_BATCH = 50
 
 
 def measure(

@@ -286,10 +286,11 @@ def pictures(found: dict[str, Any]) -> dict[str, Callable[[], bytes]]:
 
         if "ablation" in looked:
             made["layers"] = lambda: layers(looked)
-        made["mix"] = lambda: plots.mix_picture(_analysis(looked))
-        made["gates"] = lambda: plots.gate_picture(_analysis(looked))
-        made["similarity"] = lambda: plots.similarity_picture(_analysis(looked))
-        made["tsne"] = lambda: plots.projection_picture(_analysis(looked), "tsne")
+        result = _analysis(looked)
+        made["mix"] = lambda: plots.mix_picture(result)
+        made["gates"] = lambda: plots.gate_picture(result)
+        made["similarity"] = lambda: plots.similarity_picture(result)
+        made["tsne"] = lambda: plots.projection_picture(result, "tsne")
     return made
 
 

@@ -18,7 +18,7 @@ from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.likelihood import best_label, choice_log_probs
 from layalign.experiments.controlled.runs import log, read_done
 from layalign.experiments.real.data import RealData
-from layalign.experiments.real.measures import collators
+from layalign.experiments.real.measures import BATCH, collators
 from layalign.experiments.real.runs import (
     RESULT,
     Stage,
@@ -38,7 +38,6 @@ from layalign.utils.errors import ArgumentError
 from layalign.utils.lock import held
 
 SUFFIX = "-task"
-BATCH = 16
 
 
 @dataclass(frozen=True)
