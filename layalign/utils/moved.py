@@ -27,14 +27,22 @@ MOVED = {
 }
 
 
+def new_path(name: str) -> str | None:
+    """Where a module stands now, or one inside a package that has moved; None where neither has."""
+    package, _, rest = name.removeprefix("layalign.").partition(".")
+    new = MOVED.get(f"layalign.{package}")
+    return new and (f"{new}.{rest}" if rest else new)
+
+
 class _OldPaths(MetaPathFinder, Loader):
-    """Finds what no other finder has found: it is asked last."""
+    """Asked first: a package's own finder would load what is inside it once more, under the old name."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in MOVED else None
+        return ModuleSpec(fullname, self) if fullname.startswith("layalign.") and new_path(fullname) else None
 
     def exec_module(self, module: ModuleType) -> None:
-        new = MOVED[module.__name__]
+        new = new_path(module.__name__)
+        assert new is not None
         warnings.warn(f"{module.__name__} has moved, import {new}", FutureWarning, stacklevel=2)
         sys.modules[module.__name__] = importlib.import_module(new)
 
@@ -42,4 +50,4 @@ class _OldPaths(MetaPathFinder, Loader):
 def keep_old_paths() -> None:
     """Let the old paths be imported."""
     if not any(type(finder) is _OldPaths for finder in sys.meta_path):
-        sys.meta_path.append(_OldPaths())
+        sys.meta_path.insert(0, _OldPaths())

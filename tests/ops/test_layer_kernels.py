@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import DEVICE, mix_inputs, serving, skip_unserved, within_budget
+from op_cases import DEVICE, DTYPES, mix_inputs, serving, skip_unserved, within_budget
 
 from layalign import BackendError, ops, reference
 from layalign.ops import backends, plans
@@ -32,7 +32,6 @@ SHAPES = [
     (64, 6, 2, 9, 8),
     (3, 130, 1, 2, 40),
 ]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OUTPUTS = 13
 
 

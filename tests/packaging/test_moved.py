@@ -18,3 +18,11 @@ def test_an_old_path_gives_the_new_module_and_names_it(old: str, monkeypatch: py
     with pytest.warns(FutureWarning, match=f"{old} has moved, import {MOVED[old]}$"):
         module = importlib.import_module(old)
     assert module is importlib.import_module(MOVED[old])
+
+
+def test_a_module_inside_a_moved_package_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("layalign.analysis", "layalign.analysis.similarity"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.warns(FutureWarning, match="import layalign.experiments.analysis"):
+        module = importlib.import_module("layalign.analysis.similarity")
+    assert module is importlib.import_module("layalign.experiments.analysis.similarity")
