@@ -50,7 +50,7 @@ def ablate_run(settings: RealSettings, system: RealSystem, data: RealData, folde
     """
 
     def ablated(checkpoint: Path) -> dict[str, Any]:
-        model = load_run(settings, checkpoint)
+        model = load_run(checkpoint)
         collator, _ = collators(model, tokenizers_of(settings), "task" if system.reads_text else "translation")
         pairs = [pair for group in data.test.values() for pair in group[:PER_LANGUAGE]]
         return ablate(model, collator, read_by(system, pairs))

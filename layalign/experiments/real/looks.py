@@ -26,7 +26,7 @@ def look_run(settings: RealSettings, system: RealSystem, data: RealData, folder:
     """
 
     def looked(checkpoint: Path) -> dict[str, Any]:
-        model, tokenizers = load_run(settings, checkpoint), tokenizers_of(settings)
+        model, tokenizers = load_run(checkpoint), tokenizers_of(settings)
         every = {language_name(code): group for code, group in data.test.items()}
         with tempfile.TemporaryDirectory() as pairs:
             result = analyze(

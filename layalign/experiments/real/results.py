@@ -31,7 +31,7 @@ from layalign.utils.reading import read_json
 
 RESAMPLES, TAILS = 1000, (0.025, 0.975)
 DOMAINS = ("tatoeba", "ntrex")
-_OF_TRAINING = ("learning_rate", "losses", "dev_losses", "trained_parameters", "versions")
+_OF_TRAINING = ("dtype", "learning_rate", "losses", "dev_losses", "trained_parameters", "versions")
 
 
 def groups_of(settings: RealSettings, codes: Sequence[str]) -> dict[str, list[str]]:

@@ -27,6 +27,7 @@ from layalign.modeling.model import LayAlignForCausalLM
 from layalign.modeling.tokenization import encode_texts, load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.gates import FILE as GATES
+from layalign.training.record import FILE as RECORD
 from layalign.training.runs import RUN_FILE
 from layalign.utils.errors import ArgumentError
 from layalign.utils.files import write_whole
@@ -64,7 +65,8 @@ class Stage:
         seeds: of its runs.
         train, dev: the examples, as the system reads them.
         lengths: by which the batches are grouped, one per training example; the same for all systems.
-        config: the training configuration of a seed, a learning rate and a folder.
+        config: the training configuration of a seed, a learning rate, a folder and a dtype.
+        dtype: of a run that has not begun.
         start: with a seed, what ``train`` goes on with: a model and its tokenizers, or nothing.
         mark: the fingerprint.
     """
@@ -78,7 +80,8 @@ class Stage:
     train: Sequence[Example]
     dev: Sequence[Example]
     lengths: Sequence[int]
-    config: Callable[[int, float, Path], TrainConfig]
+    config: Callable[[int, float, Path, str], TrainConfig]
+    dtype: str
     start: Callable[[int], dict[str, Any]]
     mark: str
 
@@ -89,8 +92,8 @@ def translation(settings: RealSettings, system: RealSystem, data: RealData) -> S
     return Stage(
         "", system, steps, settings.choice_steps, system.learning_rates or settings.learning_rates, seeds,
         read_by(system, data.train), read_by(system, data.dev), token_counts(settings, data.train, settings.max_length),
-        lambda seed, rate, output: train_config(settings, system, seed, rate, output), lambda seed: {},
-        settings.fingerprint(system, data.mark),
+        lambda seed, rate, output, dtype: train_config(settings, system, seed, rate, output, dtype),
+        settings.dtype_of(system), lambda seed: {}, settings.fingerprint(system, data.mark),
     )  # fmt: skip
 
 
@@ -123,7 +126,9 @@ def steps_of(settings: RealSettings | TaskSettings, system: RealSystem) -> int:
     return max(1, round(settings.steps * system.steps_factor))
 
 
-def train_config(settings: RealSettings, system: RealSystem, seed: int, rate: float, output: Path) -> TrainConfig:
+def train_config(
+    settings: RealSettings, system: RealSystem, seed: int, rate: float, output: Path, dtype: str
+) -> TrainConfig:
     """The training configuration of a run; what is not named here is as published."""
     weights = Path(settings.weights)
     return TrainConfig(
@@ -133,23 +138,36 @@ def train_config(settings: RealSettings, system: RealSystem, seed: int, rate: fl
         max_source_length=settings.max_length, max_target_length=settings.max_length,
         max_prompt_length=settings.max_length + 8, group_by_length=True, eval_steps=settings.eval_steps,
         save_steps=SAVE_STEPS, save_total_limit=1, logging_steps=5, spike_factor=0.0, seed=seed,
-        frozen_dtype=settings.dtype, bf16=settings.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(),
-        progress=False, **system.model_settings,
+        progress=False, **in_dtype(dtype), **system.model_settings,
     )  # fmt: skip
 
 
-def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int) -> dict[str, Any]:
+def in_dtype(dtype: str) -> dict[str, Any]:
+    """Keys of ``TrainConfig``: frozen weights and arithmetic in a dtype."""
+    return {"frozen_dtype": dtype, "bf16": dtype == "bfloat16", "use_cpu": not torch.cuda.is_available()}
+
+
+def dtype_of(output: Path) -> str:
+    """What the run of a folder computes in."""
+    record = read_json(output / RECORD, error=ArgumentError)
+    return "bfloat16" if record["settings"]["bf16"] else "float32"
+
+
+def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int, dtype: str | None = None) -> dict[str, Any]:
     """Train up to a step of the schedule, from where the run's folder stands; what it did up to there.
+
+    A run that has not begun is in `dtype`, the stage's by default.
 
     Raises:
         ArgumentError: the folder is beyond that step, and its dev loss there is not known.
     """
     output = work_folder(folder, stage.system.name, seed, rate, stage.suffix)
     done = read_json(output / RUN_FILE, error=ArgumentError) if (output / RUN_FILE).is_file() else {}
+    dtype = dtype_of(output) if (output / RECORD).is_file() else dtype or stage.dtype
     if done.get("steps", 0) < until:
         watch = _Seconds()
         train(
-            stage.config(seed, rate, output),
+            stage.config(seed, rate, output, dtype),
             examples=stage.train,
             dev_examples=stage.dev,
             lengths=stage.lengths,
@@ -176,6 +194,7 @@ def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int) -> di
         raise ArgumentError(f"output: {output} is at step {done['steps']}, its dev loss at step {until} is not known")
     return {
         "learning_rate": rate,
+        "dtype": dtype,
         "steps": until,
         "dev_loss": losses["eval_loss"][-1][1],
         "losses": losses["loss"],
@@ -216,7 +235,7 @@ def choose_rate(stage: Stage, folder: Path) -> dict[str, Any]:
         for rate in stage.rates:
             log(folder, f"choice{stage.suffix}", system=stage.system.name, rate=rate)
             found = _train(stage, folder, stage.seeds[0], rate, stage.choice_steps)
-            tried[f"{rate:g}"] = {key: found[key] for key in ("dev_loss", "dev_losses", "losses")}
+            tried[f"{rate:g}"] = {key: found[key] for key in ("dtype", "dev_loss", "dev_losses", "losses")}
         chosen = min(stage.rates, key=lambda rate: tried[f"{rate:g}"]["dev_loss"])
         return write_done(path, stage.mark, {"system": stage.system.name, "chosen": chosen, "tried": tried})
 
@@ -239,17 +258,24 @@ def train_run(stage: Stage, folder: Path, seed: int) -> dict[str, Any]:
 
 def trained_folder(stage: Stage, folder: Path, seed: int) -> Path:
     """Where a run's trained weights are; trained again where its small files alone are there, as in a clone."""
-    rate = train_run(stage, folder, seed)["learning_rate"]
+    done = train_run(stage, folder, seed)
+    rate = done["learning_rate"]
     with held(run_folder(folder, stage.system.name, seed), "output"):
-        _train(stage, folder, seed, rate, stage.steps)  # nothing, where the weights are there
+        _train(stage, folder, seed, rate, stage.steps, done["dtype"])  # nothing, where the weights are there
     return work_folder(folder, stage.system.name, seed, rate, stage.suffix)
 
 
-def load_run(settings: RealSettings, checkpoint: Path, **config: Any) -> LayAlignForCausalLM:
-    """The model of a trained run, with fields of its configuration changed."""
-    kwargs = {"dtype": settings.dtype}
+def load_run(checkpoint: Path, dtype: str | None = None, **config: Any) -> LayAlignForCausalLM:
+    """The model of a trained run, by default in its own dtype, with fields of its configuration changed."""
+    kwargs = {"dtype": dtype or dtype_of(checkpoint)}
     model = LayAlignForCausalLM.from_pretrained(checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs, **config)
     return model.eval()
+
+
+def load_llm_alone(settings: RealSettings, system: RealSystem) -> Any:
+    """The LLM of a system that does not train."""
+    place = Path(settings.weights) / "llm"
+    return AutoModelForCausalLM.from_pretrained(place, dtype=settings.dtype_of(system)).eval()
 
 
 def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
@@ -295,13 +321,13 @@ def asked(
     """(what writes, the collator of likelihoods); the LLM alone where there is no checkpoint."""
     tokenizers = tokenizers_of(settings)
     if checkpoint is None:
-        llm = AutoModelForCausalLM.from_pretrained(Path(settings.weights) / "llm", dtype=settings.dtype).eval()
+        llm = load_llm_alone(settings, system)
         shots = [shot for group in data.shots.values() for shot in group[: system.shots]]
         alone = llm_alone(
             llm, tokenizers[1], examples=shots, max_new_tokens=settings.max_new_tokens, max_prompt_length=LONGEST_PROMPT
         )
         return alone, alone.collator
-    model = load_run(settings, checkpoint)
+    model = load_run(checkpoint)
     likely, writes = collators(model, tokenizers, "task" if system.reads_text else "translation")
     return ModelAnswers(model, writes, settings.max_new_tokens), likely
 

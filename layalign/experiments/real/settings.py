@@ -10,13 +10,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layalign.data.languages import find_language
 from layalign.training.baselines import baseline
+from layalign.training.precision import native_bf16
 from layalign.utils.errors import ArgumentError, finite_number, one_of, refuse, whole_number
 from layalign.utils.yaml_files import read_file, read_text
 
+DTYPES = ("auto", "float32", "bfloat16")
 # What training depends on beside its text; and the test, beside that.
-_OF_TRAINING = ("steps", "batch", "max_length", "eval_steps", "dtype", "learning_rates", "choice_steps")
+_OF_TRAINING = ("steps", "batch", "max_length", "eval_steps", "learning_rates", "choice_steps")
 _OF_THE_TEST = ("max_new_tokens", "right_one_of", "written_per_language")
 
 
@@ -34,6 +38,7 @@ class RealSystem:
         seeds: instead of the experiment's.
         steps_factor: times the steps of the stage.
         learning_rates: instead of the stage's.
+        dtype: instead of the experiment's.
         after: in the task stage, the system of the translation stage whose runs are gone on with; None begins anew.
     """
 
@@ -46,6 +51,7 @@ class RealSystem:
     seeds: list[int] | None = None
     steps_factor: float = 1.0
     learning_rates: list[float] | None = None
+    dtype: str | None = None
     after: str | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +64,8 @@ class RealSystem:
             refuse(f"systems.{self.name}.steps_factor", "a number above 0, up to 100", self.steps_factor)
         if self.learning_rates is not None:
             _rates(f"systems.{self.name}.learning_rates", self.learning_rates)
+        if self.dtype is not None:
+            one_of(f"systems.{self.name}.dtype", self.dtype, DTYPES)
         object.__setattr__(self, "label", self.label or baseline(self.baseline).label)
 
     @property
@@ -123,7 +131,8 @@ class RealSettings:
         steps, batch: of training.
         max_length: of source and target in tokens, in training.
         eval_steps: steps between two dev losses.
-        dtype: of all weights and of all arithmetic.
+        dtype: of frozen weights and of arithmetic; "auto" is bfloat16 where the processor computes in it. A run that
+            has begun goes on in its own, and its files say which.
         learning_rates: to choose from for each system, by dev loss after `choice_steps` with the first seed.
         written_per_language: test sentences of a language, from the first, that the model answers, for chrF, and
             tells from one another.
@@ -149,7 +158,7 @@ class RealSettings:
     batch: int = 8
     max_length: int = 48
     eval_steps: int = 100
-    dtype: str = "float32"
+    dtype: str = "auto"
     learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
     choice_steps: int = 100
     written_per_language: int = 50
@@ -166,7 +175,7 @@ class RealSettings:
             whole_number(name, getattr(self, name), least=1)
         whole_number("right_one_of", self.right_one_of, least=2)
         whole_number("other_domain_per_language", self.other_domain_per_language, least=0)
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("dtype", self.dtype, DTYPES)
         for name in ("english_words", "other_domain_words"):
             words = getattr(self, name)
             if not isinstance(words, list) or len(words) != 2 or not all(isinstance(n, int) for n in words):
@@ -189,6 +198,13 @@ class RealSettings:
         for system in self.task.systems if self.task is not None else ():
             if system.after is not None and system.after not in names:
                 refuse(f"task.systems.{system.name}.after", "one of the systems", system.after)
+
+    def dtype_of(self, system: RealSystem) -> str:
+        """Of a system's runs that begin here: "float32" or "bfloat16"."""
+        asked = system.dtype or self.dtype
+        if asked != "auto":
+            return asked
+        return "bfloat16" if native_bf16(use_cpu=not torch.cuda.is_available())[0] else "float32"
 
     def system(self, name: str) -> RealSystem:
         """The system of a name; raises ArgumentError where there is none."""
@@ -248,8 +264,9 @@ class RealSettings:
         values: dict[str, Any] = {key: getattr(self, key) for key in keys}
         of_system = {"stages": baseline(system.baseline).stages, **asdict(system), "all": system.model_settings}
         values["system"] = {key: value for key, value in of_system.items() if key not in ("label", "seeds", "after")}
-        if system.learning_rates is None:
-            del values["system"]["learning_rates"]  # what was made before a system could have its own stays valid
+        for key in ("learning_rates", "dtype"):
+            if values["system"][key] is None:
+                del values["system"][key]  # what was made before a system could have its own stays valid
         return hashlib.sha256(json.dumps([values, data], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -9,9 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from layalign.data import Example
 from layalign.data.readers import load_examples
 from layalign.evaluation.answering import llm_alone
@@ -22,6 +19,8 @@ from layalign.experiments.real.measures import BATCH, collators
 from layalign.experiments.real.runs import (
     RESULT,
     Stage,
+    in_dtype,
+    load_llm_alone,
     load_run,
     named,
     run_folder,
@@ -121,7 +120,7 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
             return {}
         tokenizers = dict(zip(("encoder_tokenizer", "llm_tokenizer"), tokenizers_of(settings), strict=True))
         checkpoint = trained_folder(before, folder, seed)
-        return {"model": load_run(settings, checkpoint, **_changes(system)), **tokenizers}
+        return {"model": load_run(checkpoint, settings.dtype_of(system), **_changes(system)), **tokenizers}
 
     values = {key: value for key, value in asdict(task).items() if key not in ("systems", "seeds")}
     own: dict[str, Any] = {
@@ -132,14 +131,13 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
     }
     if system.learning_rates is not None:
         own["learning_rates"] = system.learning_rates
-    mark = hashlib.sha256(json.dumps([values, own, settings.dtype, text.mark], sort_keys=True).encode()).hexdigest()[
-        :16
-    ]
+    mark = hashlib.sha256(json.dumps([values, own, text.mark], sort_keys=True).encode()).hexdigest()[:16]
     return Stage(
         SUFFIX, system, steps_of(task, system), task.choice_steps, system.learning_rates or task.learning_rates,
         system.seeds or task.seeds,
         _read_by(system, text.train), _read_by(system, text.dev), token_counts(settings, text.train, task.max_length),
-        lambda seed, rate, output: _config(settings, system, seed, rate, output), start, mark,
+        lambda seed, rate, output, dtype: _config(settings, system, seed, rate, output, dtype),
+        settings.dtype_of(system), start, mark,
     )  # fmt: skip
 
 
@@ -148,16 +146,16 @@ def _changes(system: RealSystem) -> dict[str, Any]:
     return {key: value for key, value in system.model_settings.items() if key == "prompt"}
 
 
-def _config(settings: RealSettings, system: RealSystem, seed: int, rate: float, output: Path) -> TrainConfig:
+def _config(
+    settings: RealSettings, system: RealSystem, seed: int, rate: float, output: Path, dtype: str
+) -> TrainConfig:
     task, weights = _task(settings), Path(settings.weights)
     return TrainConfig(
         encoder=str(weights / "encoder"), llm=str(weights / "llm"), output_dir=str(output), stage="task", task="xnli",
         max_steps=steps_of(task, system), learning_rate=rate, batch_size=task.batch, micro_batch_size=task.batch,
         eval_batch_size=task.batch, max_source_length=task.max_length, max_prompt_length=task.max_length,
         max_target_length=16, group_by_length=True, eval_steps=task.eval_steps, save_steps=50, save_total_limit=1,
-        logging_steps=5, spike_factor=0.0, seed=seed, frozen_dtype=settings.dtype,
-        bf16=settings.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), progress=False,
-        **system.model_settings,
+        logging_steps=5, spike_factor=0.0, seed=seed, progress=False, **in_dtype(dtype), **system.model_settings,
     )  # fmt: skip
 
 
@@ -178,10 +176,10 @@ def task_run(
     with held(place, "output"):
         log(folder, f"test{SUFFIX}", system=system.name, seed=seed)
         if checkpoint is None:
-            llm = AutoModelForCausalLM.from_pretrained(Path(settings.weights) / "llm", dtype=settings.dtype).eval()
-            model, collator = llm, llm_alone(llm, tokenizers_of(settings)[1]).collator
+            model = load_llm_alone(settings, system)
+            collator = llm_alone(model, tokenizers_of(settings)[1]).collator
         else:
-            model = load_run(settings, checkpoint)
+            model = load_run(checkpoint)
             collator = collators(model, tokenizers_of(settings), "task", 512)[0]
         found: dict[str, Any] = {}
         for language, examples in text.test.items():
