@@ -55,7 +55,7 @@ SMALL: dict[str, Any] = {
     "tested": ["deu", "swh"], "unseen": ["swh"], "test_per_language": 7, "dev_per_language": 3, "steps": 4, "batch": 4,
     "choice_steps": 2, "eval_steps": 2, "learning_rates": [1e-4, 1e-2], "right_one_of": 3, "written_per_language": 4,
     "max_new_tokens": 4, "seeds": [0, 1], "other_domain_per_language": 5, "other_domain_words": [3, 9],
-    "ablated": ["layalign-all"], "systems": SYSTEMS, "task": TASK,
+    "ablated": ["layalign-all"], "systems": SYSTEMS, "task": TASK, "dtype": "float32",
 }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_the_preset_is_whole() -> None:
         ({"unseen": ["fra"]}, "unseen: expected some of the tested languages"),
         ({"choice_steps": 9}, "choice_steps: expected at most the 4 steps"),
         ({"learning_rates": [2.0]}, "learning_rates: expected numbers above 0 and below 1"),
-        ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16"),
+        ({"dtype": "int8"}, "dtype: expected one of auto, float32, bfloat16"),
         ({"right_one_of": 1}, "right_one_of"),
         ({"seeds": [0, 0]}, "seeds: expected different whole numbers"),
         ({"systems": [{"name": "a/b", "baseline": "llm"}]}, "systems: expected names of letters"),
@@ -137,6 +137,7 @@ def test_the_preset_is_whole() -> None:
             {"systems": [{**SYSTEMS[0], "learning_rates": [2]}]},
             "systems.layalign-all.learning_rates: expected numbers above 0 and below 1",
         ),
+        ({"systems": [{**SYSTEMS[0], "dtype": "half"}]}, "systems.layalign-all.dtype: expected one of auto, float32"),
         ({"ablated": ["llm"]}, "ablated: expected systems that train"),
         ({"ablated": ["x"]}, "ablated: expected some of the systems"),
         ({"task": {**TASK, "steps": 1}}, "task.choice_steps: expected at most the 1 steps"),
@@ -298,6 +299,29 @@ def test_small_files_alone_are_gone_on_with(
     again, first = map(load_file, files)
     assert files[0].is_relative_to(tmp_path) and again.keys() == first.keys()
     assert all(torch.equal(tensor, first[name]) for name, tensor in again.items())
+
+
+def test_a_run_that_began_in_one_dtype_stays_in_it(
+    world: Path, done: tuple[RealSettings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_processor(has_bf16: bool, **changes: Any) -> runs.Stage:
+        monkeypatch.setattr("layalign.experiments.real.settings.native_bf16", lambda use_cpu: (has_bf16, "one"))
+        settings = settings_of(world, dtype="auto", **changes)
+        return runs.translation(settings, settings.system("layalign-all"), read_data(settings))
+
+    one_rate = {"learning_rates": [1e-4]}
+    runs._train(on_a_processor(True, **one_rate), tmp_path, 0, 1e-4, 2)
+    moved = on_a_processor(False, **one_rate)
+    assert [runs.train_run(moved, tmp_path, seed)["dtype"] for seed in (0, 1)] == ["bfloat16", "float32"]
+    tried = json.loads((tmp_path / "runs/layalign-all/choice.json").read_text())["tried"]
+    assert tried["0.0001"]["dtype"] == "bfloat16"
+    # Small files of a float32 run, on a processor with bf16: trained again in float32, loaded in float32.
+    shutil.copytree(done[1] / "runs/layalign-all", tmp_path / "small/runs/layalign-all")
+    again = runs.trained_folder(on_a_processor(True), tmp_path / "small", 0)
+    first = runs.trained_folder(on_a_processor(False), done[1], 0)
+    assert runs.dtype_of(again) == "float32" and runs.load_run(again).llm.dtype is torch.float32
+    weights = [load_file(folder / "model.safetensors") for folder in (again, first)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 def test_runs_of_other_settings_are_refused(world: Path, done: tuple[RealSettings, Path]) -> None:
