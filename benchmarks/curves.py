@@ -145,7 +145,7 @@ def budget(plain: list[list[float]], oracle: list[float]) -> list[float]:
 
 def usable(run: Run) -> str | None:
     """None, or why this machine cannot make the run."""
-    for operation in backends.OPERATIONS:
+    for operation in backends.operations():
         served, reason = backends.serves(operation, run.impl, "cpu")
         if not served:
             return reason

@@ -66,7 +66,7 @@ def attention(impl: str) -> None:
 
 def main() -> None:
     """Every backend but plain torch."""
-    usable = [name for name in backends.BACKENDS if name != "torch" and backends.capability(name, DEVICE)[0]]
+    usable = [name for name in backends.names() if name != "torch" and backends.capability(name, DEVICE)[0]]
     for impl in usable:
         torch.manual_seed(0)
         layers(impl)

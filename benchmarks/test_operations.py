@@ -18,7 +18,7 @@ from layalign.ops import backends
 pytestmark = pytest.mark.timeout(600)
 
 SHAPES = chosen()
-IMPLS = [name for name in backends.BACKENDS if name != "torch"]  # that one is the baseline reference.py
+IMPLS = [name for name in backends.names() if name != "torch"]  # that one is the baseline reference.py
 
 
 def serving(operation: str, impl: str, device: str) -> None:

@@ -15,7 +15,8 @@ from layalign_kernels.gated_cross_attention_backward import Memory, backward_lau
 from layalign_kernels.gated_decode import decode_launches
 from layalign_kernels.launching import Launch, Repeated, can_repeat
 
-__all__ = ["can_repeat", "repeated_attention", "repeated_decode"]
+IN_PLACE = False  # decoding writes its result to memory of its own
+__all__ = ["IN_PLACE", "can_repeat", "repeated_attention", "repeated_decode"]
 
 Tensors = Sequence["torch.Tensor | None"]  # query, key, value, gate, base, mask
 Needs = tuple[bool, bool, bool, bool]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from layalign.modeling.decoders import attention_modules, known_maps
 from layalign.modeling.source import OnePass, SourceStates
 from layalign.nn.inspection import parts
 from layalign.utils.errors import ArgumentError, refuse, whole_number
@@ -139,91 +140,12 @@ def _layer_index(module: nn.Module) -> int:
     return int(module.layer_idx)  # type: ignore[arg-type]
 
 
-def attention_modules(llm: nn.Module) -> dict[int, tuple[str, nn.Module]]:
-    """Layer index -> (name, module) of the decoder's self-attention modules: those with a layer index and k, v maps."""
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in llm.named_modules():
-        if isinstance(getattr(module, "layer_idx", None), int) and key_value_maps(module) is not None:
-            found.setdefault(_layer_index(module), (name, module))
-    return found
-
-
 def submodule(llm: nn.Module, name: str) -> Any:
     """The module ``name``, quicker than ``get_submodule``; None where a wrapper lies between."""
     found: Any = llm
     for part in name.split("."):
         found = None if found is None else found._modules.get(part)
     return found
-
-
-def key_value_maps(attention: nn.Module) -> str | None:
-    """How ``attention`` makes its keys and values: "separate", "fused", "interleaved", or None when it is unknown."""
-    if isinstance(getattr(attention, "k_proj", None), nn.Module) and hasattr(attention, "v_proj"):
-        return "separate"  # Llama, Mistral, Qwen, Gemma, OLMo, ...
-    if hasattr(attention, "qkv_proj") or hasattr(attention, "c_attn"):
-        return "fused"  # Phi-3: [q | k | v] in one matrix; GPT-2 likewise
-    if hasattr(attention, "query_key_value"):
-        return "interleaved"  # GPT-NeoX: q, k, v side by side per head
-    return None
-
-
-def key_value_modules(attention: Any) -> list[nn.Module]:
-    """The modules that :func:`key_value_states` calls."""
-    kind = key_value_maps(attention)
-    if kind == "separate":
-        return [attention.k_proj, attention.v_proj]
-    if kind == "fused":
-        return [attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.c_attn]
-    return [attention.query_key_value] if kind == "interleaved" else []
-
-
-def key_value_states(attention: Any, key_state: Tensor, value_state: Tensor) -> tuple[Tensor, Tensor]:
-    """k_i and v_i: the LLM's own projections of the aligner's states, no rotation, as heads.
-
-    Args:
-        attention: the LLM layer's self-attention module; its projections are called as modules, so LoRA, quantised and
-            sharded weights work.
-        key_state, value_state: (B, S, D_l).
-
-    Returns:
-        key, value: (B, G, S, d).
-    """
-    kind = key_value_maps(attention)
-    size = head_size(attention)
-    if kind == "separate":
-        key, value = attention.k_proj(key_state), attention.v_proj(value_state)
-    elif kind == "fused":
-        fused = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.c_attn
-        key_out, value_out = fused(key_state), fused(value_state)
-        width = (key_out.shape[-1] - _query_width(attention, size)) // 2
-        key, value = key_out[..., -2 * width : -width], value_out[..., -width:]
-    elif kind == "interleaved":
-        batch, length, _ = key_state.shape
-        key = attention.query_key_value(key_state).view(batch, length, -1, 3, size)[..., 1, :].flatten(2)
-        value = attention.query_key_value(value_state).view(batch, length, -1, 3, size)[..., 2, :].flatten(2)
-    else:
-        name = type(attention).__name__
-        raise ArgumentError(f"llm: {name} has no k_proj and v_proj, qkv_proj, c_attn or query_key_value to use")
-    return heads(key, size), heads(value, size)
-
-
-def heads(states: Tensor, size: int) -> Tensor:
-    """(..., S, G * d) -> (..., G, S, d), a view."""
-    return states.view(*states.shape[:-1], -1, size).transpose(-3, -2)
-
-
-def head_size(attention: nn.Module) -> int:
-    """d of a self-attention module."""
-    for name in ("head_dim", "head_size"):
-        if isinstance(getattr(attention, name, None), int):
-            return int(getattr(attention, name))
-    config: Any = attention.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _query_width(attention: nn.Module, size: int) -> int:
-    config: Any = attention.config
-    return int(config.num_attention_heads) * size
 
 
 def _swap_config(llm: PreTrainedModel, implementation: str) -> None:
@@ -298,6 +220,8 @@ def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = No
             f"llm: {type(llm).__name__} does not go through transformers' attention interface, so no layer can attend"
         )
     found = attention_modules(llm)
+    if not found:
+        raise ArgumentError(f"llm: no attention of {type(llm).__name__} has {known_maps()}; see register_decoder")
     if not isinstance(layers, list | tuple | range | None):
         refuse("layers", "a list of indices, or None", layers)
     wanted = sorted(found) if layers is None else [whole_number("layers", layer) for layer in layers]

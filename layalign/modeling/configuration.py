@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PretrainedConfig
 
 from layalign.modeling.claims import require_modest, without_kernels
-from layalign.modeling.embedding_scale import SCALED_IN_DECODER, scaled_as_text
+from layalign.modeling.decoders import SCALED_IN_DECODER
+from layalign.modeling.embedding_scale import scaled_as_text
 from layalign.modeling.fold import CHOICES
 from layalign.modeling.last_layer import CHOICES as LAST_LAYER_CHOICES
 from layalign.modeling.layers import named_layers
@@ -17,12 +18,11 @@ from layalign.modeling.names import PARTS
 from layalign.modeling.parts import matching_adapter_size
 from layalign.nn.adapter import FUSIONS
 from layalign.nn.aligner import MIXES, STRUCTURES
-from layalign.ops.backends import BACKENDS
+from layalign.ops import backends
 from layalign.utils.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
 from layalign.utils.versions import CACHE_NAMES
 
 CONFIG_FILE = "config.json"
-IMPLS = ("auto", *BACKENDS)
 
 # What programs ask of a causal LM's configuration (DeepSpeed's "auto" entries, servers, evaluators): the LLM's answers.
 _OF_LLM = (
@@ -161,10 +161,16 @@ class LayAlignConfig(PretrainedConfig):
         self.scaled_soft_tokens: Any = scaled_soft_tokens
         written_by = kwargs.get("transformers_version")
         super().__init__(**kwargs)
-        choices = {"structure": STRUCTURES, "mix": MIXES, "fold": CHOICES, "liger": LIGER_CHOICES, "impl": IMPLS}
-        choices["last_layer"] = LAST_LAYER_CHOICES
+        choices = {
+            "structure": STRUCTURES,
+            "mix": MIXES,
+            "fold": CHOICES,
+            "liger": LIGER_CHOICES,
+            "last_layer": LAST_LAYER_CHOICES,
+        }
         for name, allowed in choices.items():
             one_of(name, getattr(self, name), allowed)
+        backends.check_impl(impl)
         self._check_types()
         self._check_variant()
         if self.encoder_config is not None:

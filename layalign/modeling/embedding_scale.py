@@ -2,8 +2,9 @@
 
 The convention is one for every version of transformers: soft tokens and the boundary enter the first layer of a Gemma
 as the adapter made them; the LLM's sqrt(D_l) is for its text alone. Up to transformers 5.3 the decoders of
-:data:`SCALED_IN_DECODER` multiply whatever embeddings they are given, from 5.4 on their embedding module does it. Where
-a decoder multiplies in every version (Granite's ``embedding_multiplier``), it multiplies soft tokens too.
+:data:`~layalign.modeling.decoders.SCALED_IN_DECODER` multiply whatever embeddings they are given, from 5.4 on their
+embedding module does it. Where a decoder multiplies in every version (Granite's ``embedding_multiplier``), it does so
+with soft tokens too.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layalign.modeling.decoders import SCALED_IN_DECODER
 from layalign.utils.versions import minor_version
 
-# The model types whose factor moved, and the version that moved it.
-SCALED_IN_DECODER = ("gemma", "gemma2", "vaultgemma")
-MOVED = (5, 4)
+MOVED = (5, 4)  # the version that moved the factor
 IN_DECODER = minor_version(metadata.version("transformers")) < MOVED
 
 

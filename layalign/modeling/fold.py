@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from layalign import ops
 from layalign.modeling import slots
-from layalign.modeling.attention_interface import head_size, heads
+from layalign.modeling.decoders import KEY_VALUE_MAPS, head_size, heads, key_value_maps
 from layalign.modeling.identity import Identity, bits, reason_against_watching, sample, unwritten
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.nn.inspection import is_intercepted, reason_against_reading
@@ -32,7 +32,6 @@ from layalign.ops.packed_weight import PackedWeight
 logger = logging.getLogger("layalign")
 
 CHOICES = ("auto", "always", "never")
-MAPS = ("k_proj", "v_proj")
 MARGIN = 1.25  # times the break-even rows in training: the folded weights take memory, so they must earn it
 
 
@@ -62,7 +61,14 @@ def break_even_rows(encoder_size: int, llm_size: int, kv_size: int, training: bo
 
 def _maps(attentions: Sequence[Any]) -> list[Any]:
     """The key and the value map of each layer by turns; None where there is none by that name."""
-    return [attention._modules.get(name) for attention in attentions for name in MAPS]
+    names = _names(attentions)
+    return [attention._modules.get(name) for attention in attentions for name in names]
+
+
+def _names(attentions: Sequence[Any]) -> tuple[str, ...]:
+    """What the first layer's two maps are called; where one map makes both, the usual names, which it lacks."""
+    maps = key_value_maps(attentions[0]) if attentions else None
+    return KEY_VALUE_MAPS[0].names if maps is None or maps.split is not None else maps.names
 
 
 def _parameters(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -84,9 +90,9 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
         return f"fc2: {problem}"
     first: Any = None
     for place, linear in enumerate(_maps(attentions)):
-        name = MAPS[place % len(MAPS)]
+        name = _names(attentions)[place % 2]
         if linear is None:
-            return f"{type(attentions[place // len(MAPS)]).__name__} has no {name} of its own"
+            return f"{type(attentions[place // 2]).__name__} has no {name} of its own"
         problem = reason_against_reading(linear) or reason_against_watching(linear._parameters.values())
         if problem is not None:
             return f"{name}: {problem}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layalign.modeling.attention_interface import attention_modules
+from layalign.modeling.decoders import FEED_FORWARD_BLOCKS, OUTPUT_MAPS, QUERY_MAPS, attention_modules
 from layalign.nn.inspection import is_altered, is_watched
 from layalign.nn.rows import KEYWORD, Rows, only_rows, running
 from layalign.utils.versions import importing
@@ -27,9 +27,6 @@ with importing():
 CHOICES = ("auto", "whole")
 MOST = 0.75  # share of the positions above which copying them costs more than it saves
 
-_BLOCKS = ("mlp", "feed_forward", "ffn")
-_QUERIES = ("q_proj",)
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.Softplus, nn.Tanh, nn.Sigmoid,
     nn.Hardswish, nn.Hardsigmoid,
@@ -94,8 +91,8 @@ class LastLayer:
 
     def maps(self) -> list[nn.Module]:
         """The position-wise maps behind the layer's keys and values."""
-        found = [getattr(self._layer, name, None) for name in _BLOCKS]
-        found += [getattr(self._attention, name, None) for name in (*_QUERIES, *OUTPUTS)]
+        found = [getattr(self._layer, name, None) for name in FEED_FORWARD_BLOCKS]
+        found += [getattr(self._attention, name, None) for name in (*QUERY_MAPS, *OUTPUT_MAPS)]
         return [module for module in found if isinstance(module, nn.Module)]
 
     def reason_against(self, rows: Rows, options: dict[str, Any]) -> str | None:

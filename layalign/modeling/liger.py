@@ -20,24 +20,17 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from layalign.modeling.decoders import AFTER_THE_HEAD
 from layalign.modeling.loss import divided, label_loss, passing_on, with_loss
 from layalign.nn.inspection import reason_against_reading
 from layalign.nn.rows import KEYWORD, Rows, only_rows_leave
-from layalign.ops.backends import interpreting
+from layalign.ops.backends.triton import interpreting
 from layalign.utils.errors import ArgumentError, BackendError
 from layalign.utils.versions import CACHE_NAMES
 
 logger = logging.getLogger("layalign")
 
 CHOICES = ("auto", "always", "never")
-# What transformers' decoders do to their logits behind the head, and the value that means nothing.
-_BEHIND_THE_HEAD = {
-    "final_logit_softcapping": None,  # Gemma
-    "logits_soft_cap": None,  # RecurrentGemma
-    "logit_scale": 1,  # Cohere
-    "logits_scaling": 1,  # Granite
-    "lm_head_multiplier": 1,  # Falcon-H1
-}
 _CHANGES_ITS_LOGITS: WeakSet[nn.Module] = WeakSet()  # LLMs found out in their first call
 _LOGGED: set[str] = set()
 
@@ -64,7 +57,7 @@ def reason_against(llm: Any, keep: int | Tensor | None = None, device: str | Non
     if head.weight.dtype == torch.float64:
         return "it computes in fp32, the output head is float64"
     config = llm.config.get_text_config(decoder=True)
-    for name, nothing in _BEHIND_THE_HEAD.items():
+    for name, nothing in AFTER_THE_HEAD.items():
         value = getattr(config, name, None)
         if value is not None and value != nothing:
             return f"the LLM's {name} = {value} changes the logits behind the head"

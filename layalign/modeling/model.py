@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from layalign.modeling import attention_interface, checkpoint, encoders, loading, lora, names, slots
+from layalign.modeling import attention_interface, checkpoint, decoders, encoders, loading, lora, names, slots
 from layalign.modeling.configuration import LayAlignConfig, require_dropout
 from layalign.modeling.embedding_scale import in_slots
 from layalign.modeling.fold import Folding
@@ -89,7 +89,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         self.mapping, self.encoder_aligner, self.cross_attention = own_parts(config)
         # A tuple, so that the LLM's modules do not appear a second time among this module's children.
         self.attach_report = attention_interface.attach(self.llm, config.language_layers)
-        found = attention_interface.attention_modules(self.llm)
+        found = decoders.attention_modules(self.llm)
         self._attentions = tuple(found[layer][1] for layer in config.language_layers)
         self._source_reaches_layers = False
         self.folding, self.last_layer = Folding(config.fold), LastLayer(self.llm, config.last_layer)
@@ -391,7 +391,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if pairs is None:
             pairs = self.encoder_aligner(hidden)
         both = [
-            attention_interface.key_value_states(module, key.to(dtype), value.to(dtype))
+            decoders.key_value_states(module, key.to(dtype), value.to(dtype))
             for module, (key, value) in zip(self._attentions, pairs, strict=True)
         ]
         return [key for key, _ in both], [value for _, value in both]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layalign import ops
-from layalign.modeling.attention_interface import heads
+from layalign.modeling.decoders import heads
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.nn.inspection import is_intercepted, reason_against_reading
 from layalign.ops import batched_linear, checks, dispatch, packed_weight

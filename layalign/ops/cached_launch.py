@@ -10,12 +10,12 @@ passed is kept here, and what follows it hands over addresses alone:
 - :class:`RepeatedTraining`: a call with gradients, for one layer in one pass; every tensor is new in every step, and
   the kernels' calls are kept by the kinds of all of them, for all layers together.
 
-Of the backends, "cpp" and "triton" can be called so: ``cached_launch_cpp.py`` and ``kernels/repeated.py``.
+Of the backends, "cpp" and "triton" can be called so, by what their ``cached_launches`` returns:
+``cached_launch_cpp.py`` and ``kernels/repeated.py``.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +27,12 @@ from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS, forward, gradien
 
 MOST_KINDS = 256  # kept at a time
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, gate, base, mask
-_PARTS = {"cpp": "layalign.ops.cached_launch_cpp", "triton": "layalign_kernels.repeated"}
 
 
 def _part(backend: str) -> Any:
-    return importlib.import_module(_PARTS[backend])
+    """Where a backend's cached launches are, or None."""
+    has = backends.get(backend)
+    return has.cached_launches() if isinstance(has, backends.KernelBackend) else None
 
 
 def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
@@ -73,15 +74,13 @@ def _backend(inputs: Inputs, impl: str) -> str | None:
     if impl == "auto":
         impl = backends.choose("gated_cross_attention", device.type, query, key, value, gate, base)
     plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
-    if impl == "triton" and (backends.interpreting() or not _part(impl).can_repeat()):
-        return None  # told here, not found out anew by every call
-    if impl not in _PARTS or not plain or query.numel() == 0 or checks.autocast_dtype(query) not in (None, query.dtype):
+    if not plain or query.numel() == 0 or checks.autocast_dtype(query) not in (None, query.dtype):
         return None
     if gate.numel() != 1 or any(each is not None and each.device != device for each in (key, value, gate, base, mask)):
         return None  # a gate that is sharded or offloaded is here only while its module runs
     if gate.dim() > 1 or not {query.dtype, gate.dtype, base.dtype} <= extension.DTYPES.keys():
         return None  # a full call brings them to one number and to float32 first
-    return impl if query.stride(-1) == base.stride(-1) == 1 else None
+    return impl if query.stride(-1) == base.stride(-1) == 1 and _part(impl) is not None else None
 
 
 def side_by_side(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,8 +108,9 @@ class RepeatedDecode:
         self._impl, self._scale, self._autocast = impl, scale, checks.autocast_dtype(query)
         self._device = query.device.type
         self._like, self._like_gate = (_kind(query), _kind(base)), (gate.dtype, gate.device)
-        self._in_place = backend == "cpp" and _is_like_result(query, base)
-        self._decode = _part(backend).repeated_decode(inputs, scale, _result(query, base))
+        part = _part(backend)
+        self._in_place = part.IN_PLACE and _is_like_result(query, base)
+        self._decode = part.repeated_decode(inputs, scale, _result(query, base))
         self._gate: Tensor | None = None  # told by `prepare`
 
     @staticmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layalign.ops import extension
 
+IN_PLACE = True  # decoding may write its result over the base
 Inputs = Sequence[Tensor | None]  # query, key, value, gate, base, mask
 
 

@@ -14,7 +14,6 @@ from layalign.utils.errors import ArgumentError
 MAX_LAYERS, MAX_SLOTS = 64, 256  # of one call, for the fused kernels
 MAX_SIZE = 2**31 - 1  # of one dimension, for the fused kernels, which count tokens in 32 bits
 MAX_ELEMENTS = 2**60 - 1  # of a result: their 8 bytes each are counted in 64 bits
-MIN_TRAINED = 2**18
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -96,45 +95,14 @@ def is_sm_100(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 10
 
 
-def kernel_dtype(tensor: Tensor, wide_tiles: bool = False) -> tuple[bool, str]:
-    """Whether the fused kernels take a tensor's dtype: (ok, reason).
-
-    Args:
-        wide_tiles: the kernel has tiles of 64 rows and more, which Triton 3.7 turns into TF32 on sm_100.
-    """
-    if tensor.dtype == torch.float64:
-        return False, "the kernels compute in float32; float64 is left to impl='torch'"
-    exact = tensor.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    if exact and wide_tiles and is_sm_100(tensor.device):
-        return False, "on this chip Triton 3.7 would compute float32 products in TF32"
-    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
-        return False, "Triton's interpreter computes bfloat16 products wrongly"
-    return True, ""
-
-
-def accepts_mix(backend: str, hidden: Sequence[Tensor], weight: Tensor) -> tuple[bool, str]:
-    """Whether a backend's kernels take a layer mix: (ok, reason)."""
+def mix_limits(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> tuple[bool, str]:
+    """Whether kernels can count the sizes of a layer mix: (ok, reason)."""
     if len(hidden) > MAX_LAYERS or weight.shape[0] > MAX_SLOTS:
         limit = f"{MAX_LAYERS} layers into {MAX_SLOTS} slots"
         return False, f"it mixes at most {limit}, got {len(hidden)} and {weight.shape[0]}"
     if any(size > MAX_SIZE for size in hidden[0].shape):  # one by one: a graph would tie open sizes to one another
         return False, f"its kernels go up to sizes of {MAX_SIZE}, got {tuple(hidden[0].shape)}"
-    if backend == "triton":
-        return kernel_dtype(hidden[0], wide_tiles=True)
-    from layalign.ops import extension
-
-    return extension.accepts_dtype(hidden[0].dtype)
-
-
-def cpp_mix_pays(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> bool:
-    """Whether the C++ layer mix beats plain torch: always without gradients, from MIN_TRAINED numbers of x with them.
-
-    Measured on two cores (docs/backends.md): below that, two operations' overhead is more than the kernels save.
-    """
-    if torch.compiler.is_compiling():
-        return True  # whatever the size: asking for it would build one graph for each side of the threshold
-    trained = torch.is_grad_enabled() and (weight.requires_grad or any(layer.requires_grad for layer in hidden))
-    return not trained or hidden[0].numel() * weight.shape[0] >= MIN_TRAINED
+    return True, ""
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

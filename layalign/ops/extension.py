@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,6 @@ from torch import Tensor
 from layalign.utils.errors import BackendError
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
-MIN_CAPABILITY = (8, 0)
 Described = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -69,33 +68,6 @@ def module(emulated: bool = False) -> ModuleType:
     if found.version != __version__:
         raise BackendError(f"layalign._C belongs to version {found.version}, this is {__version__}: install again")
     return found
-
-
-def available(backend: str, device_type: str) -> tuple[bool, str]:
-    """(usable, reason) for "cpp" or "cuda" on a device type, whatever the operation."""
-    if backend == "cpp" and device_type != "cpu":
-        return False, f"the C++ kernels run on the CPU, the tensors are on {device_type}"
-    emulated = backend == "cuda" and device_type == "cpu" and emulating()
-    if backend == "cuda" and device_type != "cuda" and not emulated:
-        return False, f"cuda kernels need a GPU, the tensors are on {device_type}"
-    try:
-        found = module(emulated)
-    except BackendError as error:
-        return False, str(error)
-    if backend == "cpp":
-        return True, f"C++ kernels with {found.instruction_set()} instructions"
-    if not found.cuda:
-        return False, f"the CUDA kernels are not there: {build_notes().get('cuda', 'built without them')}"
-    if emulated:
-        return True, "CUDA kernels emulated on the CPU (LAYALIGN_EMULATE_CUDA), on request only"
-    if torch.version.hip is not None:
-        return False, "the CUDA kernels do not run on AMD's GPUs"
-    if not torch.cuda.is_available():
-        return False, "torch sees no GPU here"
-    capability = torch.cuda.get_device_capability()
-    if capability < MIN_CAPABILITY:
-        return False, f"the CUDA kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    return True, build_notes().get("cuda", "CUDA kernels found")
 
 
 def accepts_dtype(dtype: torch.dtype) -> tuple[bool, str]:
@@ -160,6 +132,20 @@ def _call(backend: str, device: torch.device, function: str, *arguments: Any) ->
         return getattr(extension, function)(*arguments)
     except extension.Error as error:
         raise BackendError(f"impl={backend!r}: {error}") from None
+
+
+LAUNCHERS = (
+    "layer_mix_forward",
+    "layer_mix_backward",
+    "gated_cross_attention_forward",
+    "gated_cross_attention_backward",
+    "gated_decode",
+)
+
+
+def launcher(backend: str, function: str) -> Callable[..., Any] | None:
+    """One of :data:`LAUNCHERS` below for "cpp" or "cuda", if there is one of that name."""
+    return functools.partial(globals()[function], backend) if function in LAUNCHERS else None
 
 
 def _scratch(elements: int, like: Tensor) -> Tensor | None:

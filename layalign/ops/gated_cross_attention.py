@@ -1,6 +1,6 @@
 """Cross-attention to the source, scaled by a learned gate and added to the self-attention's output.
 
-Backends "triton", "cuda" and "cpp" share three ``torch.library`` operations around their kernels:
+Backends that bring kernels share three ``torch.library`` operations around their kernels:
 
 - ``layalign::gated_cross_attention`` -> (out, log-sum-exp), differentiable once;
 - ``layalign::gated_cross_attention_backward``, its gradients;
@@ -29,8 +29,6 @@ MAX_SCALE = torch.finfo(torch.float32).max  # the kernels multiply in float32
 _FORWARD = "layalign::gated_cross_attention"
 _BACKWARD = "layalign::gated_cross_attention_backward"
 _DECODE = "layalign::gated_decode"
-_LAUNCHER = "gated_cross_attention", "gated_cross_attention_forward"  # file and function, see backends.launcher
-_DECODE_LAUNCHER = "gated_decode", "gated_decode"
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? base, Tensor? key_mask, float? scale, str backend"
 )
@@ -55,7 +53,7 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp) straight from a backend's kernels."""
-    return backends.launcher(backend, *_LAUNCHER)(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
+    return backends.launcher(backend, "gated_cross_attention_forward")(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
 
 
 torch.library.impl(_FORWARD, "default", forward)
@@ -79,7 +77,7 @@ def _decode(
     scale: float | None,
     backend: str,
 ) -> Tensor:
-    return backends.launcher(backend, *_DECODE_LAUNCHER)(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
+    return backends.launcher(backend, "gated_decode")(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake(_DECODE)
@@ -100,7 +98,7 @@ def _backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    launch = backends.launcher(backend, "gated_cross_attention_backward", "gated_cross_attention_backward")
+    launch = backends.launcher(backend, "gated_cross_attention_backward")
     wanted = (needs[0], needs[1], needs[2], needs[3])
     gradients = launch(grad, query, key, value, gate, key_mask, lse, scale, wanted)
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -208,7 +206,7 @@ def _fused(backend: str) -> backends.Implementation:
         inputs = query, key, value, gate, base, key_mask
         if dispatch.unobserved(inputs):
             few = query.shape[2] <= MAX_DECODE_ROWS
-            launch = backends.launcher(backend, *(_DECODE_LAUNCHER if few else _LAUNCHER))
+            launch = backends.launcher(backend, "gated_decode" if few else "gated_cross_attention_forward")
             found = launch(*inputs, scale)
             return found if few else found[0]  # type: ignore[no-any-return]
         training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
@@ -223,30 +221,19 @@ def _fused(backend: str) -> backends.Implementation:
     return run
 
 
-def _accepts(backend: str) -> backends.Accepts:
-    def accepts(query: Tensor, *rest: Any, **options: Any) -> tuple[bool, str]:
-        dtype = checks.compute_dtype(query)
-        # One by one: a max() over sizes that an exported graph leaves open would tie them to one another.
-        if any(size > checks.MAX_SIZE for size in (*query.shape, rest[0].shape[2])):
-            return False, f"its kernels go up to sizes of {checks.MAX_SIZE}"
-        if query.shape[-1] > MAX_HEAD_SIZE:
-            return False, f"its kernels go up to head size {MAX_HEAD_SIZE}, this is {query.shape[-1]}"
-        if backend != "triton":
-            from layalign.ops import extension
-
-            return extension.accepts_dtype(dtype)
-        if dtype == torch.float64:
-            return False, "float64 is served by plain torch only"
-        if dtype == torch.bfloat16 and query.device.type == "cpu":
-            return False, "Triton's interpreter computes bfloat16 products wrongly"
-        return True, ""
-
-    return accepts
+def _limits(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> tuple[bool, str]:
+    # One by one: a max() over sizes that an exported graph leaves open would tie them to one another.
+    if any(size > checks.MAX_SIZE for size in (*query.shape, key.shape[2])):
+        return False, f"its kernels go up to sizes of {checks.MAX_SIZE}"
+    if query.shape[-1] > MAX_HEAD_SIZE:
+        return False, f"its kernels go up to head size {MAX_HEAD_SIZE}, this is {query.shape[-1]}"
+    return True, ""
 
 
-backends.register("gated_cross_attention", "torch", reference.gated_cross_attention)
-for _name in ("triton", "cuda", "cpp"):
-    backends.register("gated_cross_attention", _name, _fused(_name), _accepts(_name))
+LAUNCHERS = "gated_cross_attention_forward", "gated_cross_attention_backward", "gated_decode"
+backends.define(
+    "gated_cross_attention", backends.Operation(reference.gated_cross_attention, _fused, LAUNCHERS, _limits)
+)
 
 
 def gated_cross_attention(

@@ -21,7 +21,6 @@ def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Ten
 
 _FORWARD = "layalign::layer_mix"
 _BACKWARD = "layalign::layer_mix_backward"
-_LAUNCHER = "layer_mix", "layer_mix_forward"  # file and function, see backends.launcher
 # Defined by hand: torch.library.custom_op's checks of every call cost as much as a small mix itself.
 torch.library.define(_FORWARD, "(Tensor[] hidden, Tensor weight, Tensor? bias, str backend) -> Tensor")
 torch.library.define(
@@ -33,7 +32,7 @@ torch.library.define(
 
 @torch.library.impl(_FORWARD, "default")
 def _forward_op(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return backends.launcher(backend, *_LAUNCHER)(hidden, weight, bias)  # type: ignore[no-any-return]
+    return backends.launcher(backend, "layer_mix_forward")(hidden, weight, bias)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake(_FORWARD)
@@ -52,7 +51,7 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dW, db, dh); an empty tensor stands for what is not needed."""
-    launch = backends.launcher(backend, "layer_mix", "layer_mix_backward")
+    launch = backends.launcher(backend, "layer_mix_backward")
     found = launch(grad, x, hidden, weight, need_weight, need_hidden)
     # The bias may have a wider dtype than the weight: its gradient stays in float32 until its own is known.
     dtypes = (weight.dtype, torch.float32, x.dtype)
@@ -106,23 +105,14 @@ def _fused(backend: str) -> backends.Implementation:
     def run(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
         hidden = checks.autocast(hidden)
         if dispatch.unobserved((*hidden, weight, bias)):
-            return backends.launcher(backend, *_LAUNCHER)(hidden, weight, bias)  # type: ignore[no-any-return]
+            return backends.launcher(backend, "layer_mix_forward")(hidden, weight, bias)  # type: ignore[no-any-return]
         return torch.ops.layalign.layer_mix(hidden, weight, bias, backend)  # type: ignore[no-any-return]
 
     return run
 
 
-def _accepts(backend: str) -> backends.Accepts:
-    def accepts(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[bool, str]:
-        return checks.accepts_mix(backend, hidden, weight)
-
-    return accepts
-
-
-backends.register("layer_mix", "torch", _torch)
-for _name in ("triton", "cuda", "cpp"):
-    _pays = checks.cpp_mix_pays if _name == "cpp" else None
-    backends.register("layer_mix", _name, _fused(_name), _accepts(_name), _pays)
+LAUNCHERS = "layer_mix_forward", "layer_mix_backward"
+backends.define("layer_mix", backends.Operation(_torch, _fused, LAUNCHERS, checks.mix_limits))
 
 
 def layer_mix(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layalign import reference
 from layalign.ops import backends, batched_linear, checks, dispatch, packed_weight, plans
+from layalign.ops.layer_mix import LAUNCHERS
 from layalign.utils.errors import ArgumentError, BackendError
 
 
@@ -50,17 +51,17 @@ def _run(
     plan: str,
     backend: str,
 ) -> Tensor:
-    if backend != "triton":
-        plan = "two_step"  # the extension leaves the product to torch
+    fused = backends.kernels(backend).launcher("layer_projection_forward")
+    if fused is None:
+        plan = "two_step"  # the product is left to torch
     if plan == "auto":
         rows, per_slot = hidden[0].shape[0] * hidden[0].shape[1], weight.dim() == 3
         shape = len(hidden), mix_weight.shape[0], hidden[0].shape[2], weight.shape[-2], rows, per_slot
         plan = plans.plan(*shape, device=hidden[0].device)
         if not per_slot and bias is not None and bias.dim() == 2:
             plan = "two_step"  # the fused kernel adds one bias for all slots, or one per slot with one weight per slot
-    if plan == "fused":
-        launch = backends.launcher(backend, "layer_projection", "layer_projection_forward")
-        return launch(hidden, mix_weight, mix_bias, weight, bias)  # type: ignore[no-any-return]
+    if plan == "fused" and fused is not None:
+        return fused(hidden, mix_weight, mix_bias, weight, bias)  # type: ignore[no-any-return]
     dtype = hidden[0].dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if (
@@ -71,7 +72,7 @@ def _run(
         y = hidden[0].new_empty((len(mix_weight), *hidden[0].shape[:2], weight.shape[-2]))
         packed_weight.project(hidden, mix_weight, mix_bias, weight, bias, y.unbind(0))
         return y
-    x = backends.launcher(backend, "layer_mix", "layer_mix_forward")(hidden, mix_weight, mix_bias)
+    x = backends.launcher(backend, "layer_mix_forward")(hidden, mix_weight, mix_bias)
     return _project(x, weight, bias)
 
 
@@ -120,7 +121,7 @@ def _backward_op(
     Those of the biases are float32: a bias may have a wider dtype than its weight.
     """
     # x again, instead of keeping it since the forward
-    x = backends.launcher(backend, "layer_mix", "layer_mix_forward")(hidden, mix_weight, mix_bias)
+    x = backends.launcher(backend, "layer_mix_forward")(hidden, mix_weight, mix_bias)
     grad = grad.to(x.dtype)
     empty = x.new_empty(0)
     found = [empty] * 5
@@ -130,7 +131,7 @@ def _backward_op(
         found[3] = grad.sum(dim=(0, 1, 2) if bias_dims == 1 else (1, 2), dtype=torch.float32)
     if need_mix or need_hidden:
         inner = _mix_gradient(grad, weight.to(x.dtype), backend)
-        launch = backends.launcher(backend, "layer_mix", "layer_mix_backward")
+        launch = backends.launcher(backend, "layer_mix_backward")
         parts = launch(inner, x, hidden, mix_weight, need_mix, need_hidden)
         if parts[0] is not None and parts[1] is not None:
             found[0], found[1] = parts[0].to(mix_weight.dtype), parts[1].float()
@@ -245,17 +246,7 @@ def _fused(backend: str) -> backends.Implementation:
     return run
 
 
-def _accepts(backend: str) -> backends.Accepts:
-    def accepts(hidden: Sequence[Tensor], mix_weight: Tensor, *rest: Any) -> tuple[bool, str]:
-        return checks.accepts_mix(backend, hidden, mix_weight)
-
-    return accepts
-
-
-backends.register("layer_projection", "torch", _torch)
-for _name in ("triton", "cuda", "cpp"):
-    _pays = checks.cpp_mix_pays if _name == "cpp" else None
-    backends.register("layer_projection", _name, _fused(_name), _accepts(_name), _pays)
+backends.define("layer_projection", backends.Operation(_torch, _fused, LAUNCHERS, checks.mix_limits))
 
 
 def layer_projection(

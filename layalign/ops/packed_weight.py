@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layalign.ops import extension
+from layalign.ops import backends, extension
 
 MIN_WORK = 2**21  # multiply-adds of one slot: below them the call costs more than it saves
 MIN_ROWS = 320  # of x for each weight that is packed for a single call
@@ -27,7 +27,7 @@ COLUMNS_PER_LAYER = 48  # columns of the result that pay for reading one layer's
 @functools.cache
 def available() -> bool:
     """Whether the kernels are there."""
-    return extension.available("cpp", "cpu")[0] and extension.module().instruction_set() in SETS
+    return backends.capability("cpp", "cpu")[0] and extension.module().instruction_set() in SETS
 
 
 def serves(hidden: Sequence[Tensor], columns: int, *others: Tensor | None) -> bool:

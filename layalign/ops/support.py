@@ -18,7 +18,7 @@ from layalign.ops import backends, checks
 from layalign.utils.pages import print_or_write, replaced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-DEVICES = {"triton": ("GPU", "GPU, sm_100"), "cuda": ("GPU", "GPU, sm_100"), "cpp": ("CPU",), "torch": ("CPU", "GPU")}
+DEVICES = {"cpu": ("CPU",), "cuda": ("GPU", "GPU, sm_100")}
 BEGIN, END = "<!-- written by `make docs` -->", "<!-- end -->"
 TRIED = 1024  # a size accepted up to here counts as without limit
 
@@ -81,11 +81,12 @@ def rows() -> list[Support]:
 
     found: list[Support] = []
     with FakeTensorMode():
-        for operation in backends.OPERATIONS:
-            for backend in backends.BACKENDS:
-                asked = [_row(operation, backend, device) for device in DEVICES[backend]]
-                same = [row for row in asked[1:] if row == replace(asked[0], device=row.device)]
-                found += [row for row in asked if row not in same or backend == "torch"]
+        for operation in backends.operations():
+            for backend in backends.OWN:
+                for device in backends.get(backend).devices:
+                    asked = [_row(operation, backend, name) for name in DEVICES[device]]
+                    same = [row for row in asked[1:] if row == replace(asked[0], device=row.device)]
+                    found += [row for row in asked if row not in same]
     return found
 
 

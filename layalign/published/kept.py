@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign.modeling.attention_interface import key_value_modules
+from layalign.modeling.decoders import key_value_modules
 from layalign.modeling.fold import STEPS
 from layalign.modeling.identity import Identity, reason_against_watching, sample, unwritten
 from layalign.nn.inspection import is_altered, parts

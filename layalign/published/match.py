@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign.modeling.attention_interface import PREFIX, head_size, key_value_maps
+from layalign.modeling.attention_interface import PREFIX
+from layalign.modeling.decoders import head_size, key_value_maps
 from layalign.nn.aligner import STRUCTURES
 from layalign.nn.inspection import has_hooks, readable
 from layalign.published import swapped_modules

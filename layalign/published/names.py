@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign.modeling import attention_interface
+from layalign.modeling import decoders
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.ops.checks import describe, is_floating
 from layalign.utils.errors import CheckpointError, first_line
@@ -23,7 +23,7 @@ def published_names(model: LayAlignForCausalLM) -> dict[str, str]:
     The published code wraps the attention of each language layer: its weights sit one level deeper (``.model.``), its
     gate (``adaption_gate``) beside them.
     """
-    found = attention_interface.attention_modules(model.llm)
+    found = decoders.attention_modules(model.llm)
     wrapped = [found[layer][0] for layer in model.config.language_layers]
     names = {}
     for name in model.state_dict():

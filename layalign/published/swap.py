@@ -25,7 +25,7 @@ from layalign.modeling.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector
 from layalign.ops import backends
 from layalign.published import match, swapped_modules
-from layalign.utils.errors import ArgumentError, one_of, refuse
+from layalign.utils.errors import ArgumentError, one_of
 
 logger = logging.getLogger("layalign")
 
@@ -88,7 +88,7 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
 
     Args:
         model: any tree of torch modules: a model, its wrapper (DDP, torch.compile, peft), or a single module.
-        impl: backend of the operations, "auto" or a name from :data:`layalign.ops.backends.BACKENDS`.
+        impl: backend of the operations, "auto" or a name from :func:`layalign.ops.backends.names`.
         fold: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.fold`); published-style
             modules keep aligner and attention apart, so there is nothing to fold.
 
@@ -101,8 +101,7 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
     Source: LayAlign's published code; :mod:`layalign.reference` has the mathematics.
     """
     _check(model)
-    if not isinstance(impl, str) or (impl != "auto" and impl not in backends.BACKENDS):
-        refuse("impl", f"'auto' or one of {', '.join(backends.BACKENDS)}", impl)
+    backends.check_impl(impl)
     one_of("fold", fold, CHOICES)
     report = SwapReport()
     for name, module in _candidates(model):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from layalign import ops
-from layalign.modeling import last_layer
-from layalign.modeling.attention_interface import PREFIX, head_size, key_value_modules, key_value_states, register
+from layalign.modeling.attention_interface import PREFIX, register
+from layalign.modeling.decoders import OUTPUT_MAPS, head_size, key_value_modules, key_value_states
 from layalign.modeling.fold import count_steps
 from layalign.modeling.slots import passable, through
 from layalign.nn.inspection import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
@@ -241,9 +241,9 @@ class AttentionSwap:
 def reason_against_output(attention: nn.Module) -> str | None:
     """Why projecting the sum of attention and gated term is not the published sum of two projections."""
     modules = attention._modules
-    linear = modules.get("o_proj") or next((modules[name] for name in last_layer.OUTPUTS if name in modules), None)
+    linear = next((modules[name] for name in OUTPUT_MAPS if name in modules), None)
     if linear is None:
-        return f"{type(attention).__name__} has no output projection by a known name ({', '.join(last_layer.OUTPUTS)})"
+        return f"{type(attention).__name__} has no output projection by a known name ({', '.join(OUTPUT_MAPS)})"
     for part in (linear,) if type(linear) is nn.Linear else parts(linear):
         if part._parameters.get("bias") is not None or part._buffers.get("bias") is not None:
             return "its output projection has a bias, which the published formula adds twice"

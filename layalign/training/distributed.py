@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 
 from layalign.modeling import checkpoint
-from layalign.modeling.attention_interface import key_value_modules
+from layalign.modeling.decoders import key_value_modules
 from layalign.nn import sharding
 from layalign.utils.errors import ArgumentError, CheckpointError
 

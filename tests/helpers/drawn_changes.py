@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from layalign import LayAlignForCausalLM
-from layalign.modeling import attention_interface, source
+from layalign.modeling import decoders, source
 from layalign.modeling.last_layer import LastLayer
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector, aligner, cross_attention
 from layalign.ops import cached_launch
@@ -107,7 +107,7 @@ def parts(model: Any, draw: random.Random) -> nn.Module:
         [module for module in model.modules() if hasattr(module, "adaption_gate")],
         [model.encoder_aligner, model.encoder_aligner.projector, model.encoder_aligner.projector.fc2],
         [model, *model.children()],
-        [module for module in model.modules() if attention_interface.key_value_maps(module) is not None],
+        [module for module in model.modules() if decoders.key_value_maps(module) is not None],
     ]
     return draw.choice([kind for kind in kinds if kind and kind[0] is not None][draw.randrange(len(kinds)) - 1])
 
@@ -449,7 +449,7 @@ def another_module(model: Any, draw: random.Random) -> None:
     """A copy in a module's place."""
     kinds = nn.Linear, EncoderAligner, WeightedLinearProjector, GatedCrossAttention
     chosen = [*maps(model), *(each for each in model.modules() if type(each) in kinds[1:])]
-    chosen += [each for each in model.modules() if attention_interface.key_value_maps(each) is not None]
+    chosen += [each for each in model.modules() if decoders.key_value_maps(each) is not None]
     parent, name, child = draw.choice(_parents(model, lambda each: any(each is one for one in chosen)))
     parent._modules[name] = copy.deepcopy(child)
 
@@ -509,7 +509,7 @@ def quantised(model: Any, draw: random.Random) -> None:
         return
     from optimum import quanto
 
-    chosen = draw.choice([each for each in model.llm.modules() if attention_interface.key_value_maps(each) is not None])
+    chosen = draw.choice([each for each in model.llm.modules() if decoders.key_value_maps(each) is not None])
     if all(type(each) is nn.Linear and not parametrize.is_parametrized(each) for each in chosen.children()):
         quanto.quantize(chosen, weights=quanto.qint8)
         quanto.freeze(chosen)
@@ -728,7 +728,7 @@ class Case:
             self._applied(change, model, seed)
         give(model, tensors(self.model))
         if isinstance(model, LayAlignForCausalLM):  # as if it were built of its parts now
-            found = attention_interface.attention_modules(model.llm)
+            found = decoders.attention_modules(model.llm)
             model._attentions = tuple(found[layer][1] for layer in model.config.language_layers)
             model.last_layer = LastLayer(model.llm, model.last_layer.choice)
         if self._bring is not None:

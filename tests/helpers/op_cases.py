@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def serving(*operations: str) -> list[str]:
     """The backends that serve all of these operations here."""
-    return [name for name in backends.BACKENDS if all(backends.serves(o, name, DEVICE)[0] for o in operations)]
+    return [name for name in backends.names() if all(backends.serves(o, name, DEVICE)[0] for o in operations)]
 
 
 def within_budget(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -34,6 +34,13 @@ def mix_inputs(e=5, slots=6, b=2, s=7, d=11, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)  # noqa: E731
     return [draw(b, s, d) for _ in range(e)], draw(slots, e), draw(slots), draw(13, d), draw(13)
+
+
+def attention_inputs(b=2, h=4, g=2, t=5, s=7, d=6, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)  # noqa: E731
+    gate = torch.tensor([0.7], dtype=dtype, device=DEVICE)
+    return draw(b, h, t, d), draw(b, g, s, d), draw(b, g, s, d), gate, draw(b, t, h, d)
 
 
 BACKENDS = [name for name in serving("gated_cross_attention") if name != "torch"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM
 from layalign.modeling import embedding_scale, liger
-from layalign.modeling.embedding_scale import SCALED_IN_DECODER
+from layalign.modeling.decoders import SCALED_IN_DECODER
 
 
 class Stop(Exception):

@@ -20,7 +20,8 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, attach, detach
-from layalign.modeling.attention_interface import attention_modules, carries_source
+from layalign.modeling.attention_interface import carries_source
+from layalign.modeling.decoders import attention_modules
 
 LORA = {"r": 2, "target_modules": ["q_proj"]}
 

@@ -224,20 +224,20 @@ def test_a_missing_or_outdated_extension_is_named(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(extension, "build_notes", lambda: {"cpp": "not built: no C++ compiler"})
         extension.module.cache_clear()
         try:
-            usable, reason = extension.available("cpp", "cpu")
+            usable, reason = backends.get("cpp").usable("cpu")
         finally:
             extension.module.cache_clear()
         assert not usable and re.match(message, reason)
     if not torch.cuda.is_available():
-        assert extension.available("cuda", "cuda")[1] != "CUDA kernels found"
-    assert extension.available("cpp", "cuda") == (False, "the C++ kernels run on the CPU, the tensors are on cuda")
+        assert backends.get("cuda").usable("cuda")[1] != "CUDA kernels found"
+    assert backends.get("cpp").usable("cuda") == (False, "the C++ kernels run on the CPU, the tensors are on cuda")
 
 
 def test_an_outdated_emulation_path_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LAYALIGN_EMULATE_CUDA", str(tmp_path / "nothing.so"))
     extension.module.cache_clear()
     try:
-        usable, reason = extension.available("cuda", "cpu")
+        usable, reason = backends.get("cuda").usable("cpu")
     finally:
         extension.module.cache_clear()
     assert not usable and "nothing.so" in reason

@@ -21,11 +21,6 @@ NAMES = ("query", "key", "value", "gate", "base")
 real_empty = torch.empty
 
 
-def launcher(impl: str, function: str):
-    """A backend's launcher, below the operation; a file of Triton kernels is called as what it launches."""
-    return backends.launcher(impl, function.removesuffix("_forward"), function)
-
-
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a launcher allocates is NaN until a kernel writes it."""
@@ -150,7 +145,7 @@ def test_without_base_and_with_a_gate_and_base_of_other_types(impl: str) -> None
     assert out.dtype == torch.float16 and leaf.grad.dtype == torch.float32 and leaf.grad.eq(1).all()
     within_budget(out.detach(), plain + base, exact + base.double(), torch.float16)
     for found in (
-        launcher(impl, "gated_cross_attention_forward")(query, key, value, gate, None, None, None)[0],
+        backends.launcher(impl, "gated_cross_attention_forward")(query, key, value, gate, None, None, None)[0],
         ops.gated_cross_attention(query[:, :, :5], key, value, gate, impl=impl),
     ):
         within_budget(found, plain[:, : found.shape[1]], exact[:, : found.shape[1]], torch.float16)
@@ -160,7 +155,7 @@ def test_without_base_and_with_a_gate_and_base_of_other_types(impl: str) -> None
 def test_log_sum_exp_is_base_2_and_says_when_nothing_is_attended(impl: str) -> None:
     query, key, value, gate, _ = inputs(2, 2, 1, 3, 20, 16)
     mask = make_mask("row", 2, 20)
-    _, lse = launcher(impl, "gated_cross_attention_forward")(query, key, value, gate, None, mask, 0.3)
+    _, lse = backends.launcher(impl, "gated_cross_attention_forward")(query, key, value, gate, None, mask, 0.3)
     scores = torch.einsum("bhtd,bsd->bhts", query.double(), key[:, 0].double()) * 0.3
     expected = scores.masked_fill(~mask[:, None, None], -torch.inf).logsumexp(-1) / torch.tensor(2.0).log().double()
     torch.testing.assert_close(lse.double(), expected, atol=1e-5, rtol=1e-5)
@@ -203,7 +198,7 @@ def test_views_of_any_strides(impl: str) -> None:
     check_gradients(summed, *[r[1:] for r in reversed(exact_and_plain(tensors, mask, torch.ones_like(grad)))],
                     tensors, torch.ones_like(grad), mask)  # fmt: skip
     turned = query.transpose(2, 3).contiguous().transpose(2, 3)
-    found = launcher(impl, "gated_decode")(turned, key, value, gate, base, mask, None)
+    found = backends.launcher(impl, "gated_decode")(turned, key, value, gate, base, mask, None)
     within_budget(found, plain[0], exact[0], torch.float32)
 
 
@@ -239,7 +234,7 @@ def test_decode_error_budget(
     impl: str, shape: tuple[int, ...], kind: str, splits: int | None, dtype: torch.dtype
 ) -> None:
     skip_unserved(impl, dtype)
-    decode = launcher(impl, "gated_decode")
+    decode = backends.launcher(impl, "gated_decode")
     low, mask = inputs(*shape, dtype=dtype), make_mask(kind, shape[0], shape[4])
     exact = reference.gated_cross_attention(*(x.double() for x in low), key_mask=mask)
     plain = reference.gated_cross_attention(*low, key_mask=mask)
@@ -261,7 +256,7 @@ def test_decode_packs_more_rows_than_one_tile(impl: str) -> None:
     low = inputs(1, 10, 1, 16, 20, 16)  # 160 rows of one key/value head
     exact = reference.gated_cross_attention(*(x.double() for x in low))
     within_budget(
-        launcher(impl, "gated_decode")(*low, None, None, splits=2),
+        backends.launcher(impl, "gated_decode")(*low, None, None, splits=2),
         reference.gated_cross_attention(*low),
         exact,
         torch.float32,
@@ -273,9 +268,9 @@ def test_decode_serves_few_rows_without_gradient(impl: str, monkeypatch: pytest.
     calls: list[str] = []
     original = backends.launcher
 
-    def recorded(backend: str, file: str, function: str):
+    def recorded(backend: str, function: str):
         calls.append(function)
-        return original(backend, file, function)
+        return original(backend, function)
 
     monkeypatch.setattr(backends, "launcher", recorded)
     for length, training, expected in (
@@ -305,7 +300,7 @@ def test_drawn_shapes(impl: str, b, g, rep, t, s, d, kind, scale, seed) -> None:
     found = run(impl, low, mask, grad, scale)
     within_budget(found[0], plain[0], exact[0], torch.float32)
     query, key, value, gate, base = low
-    decoded = launcher(impl, "gated_decode")(
+    decoded = backends.launcher(impl, "gated_decode")(
         query, poison(key, mask), poison(value, mask), gate, base, mask, scale, splits=1 + seed % 3
     )
     within_budget(decoded, plain[0], exact[0], torch.float32)

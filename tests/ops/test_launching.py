@@ -20,14 +20,15 @@ from tiny import batch, tiny_model
 from torch import Tensor, nn
 
 from layalign import ops
-from layalign.ops import backends, cached_launch
+from layalign.ops import cached_launch
+from layalign.ops.backends.triton import interpreting
 from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
 
 pytest.importorskip("triton")
 from emulated_triton import Emulated, Launched, emulated_triton
 
-interpreted = pytest.mark.skipif(not backends.interpreting(), reason="kernels are not interpreted here")
-compiled = pytest.mark.skipif(backends.interpreting(), reason="runs in a process of its own, the first test's")
+interpreted = pytest.mark.skipif(not interpreting(), reason="kernels are not interpreted here")
+compiled = pytest.mark.skipif(interpreting(), reason="runs in a process of its own, the first test's")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"

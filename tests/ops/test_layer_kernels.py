@@ -21,7 +21,7 @@ every_backend = pytest.mark.parametrize("impl", BACKENDS)
 
 def launchers(impl: str):
     """(forward, backward) of the layer mix, below the operation."""
-    return tuple(backends.launcher(impl, "layer_mix", f"layer_mix_{way}") for way in ("forward", "backward"))
+    return tuple(backends.launcher(impl, f"layer_mix_{way}") for way in ("forward", "backward"))
 
 
 SHAPES = [

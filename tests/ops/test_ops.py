@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from op_cases import DEVICE, DTYPES, mix_inputs, serving, skip_unserved, within_budget
+from op_cases import DEVICE, DTYPES, attention_inputs, mix_inputs, serving, skip_unserved, within_budget
 from torch import Tensor
 
 from layalign import ArgumentError, BackendError, ops, reference
@@ -14,13 +14,6 @@ from layalign.ops import backends
 
 MIX, ATTENTION = serving("layer_mix", "layer_projection"), serving("gated_cross_attention")
 BOTH = serving("layer_mix", "layer_projection", "gated_cross_attention")
-
-
-def attention_inputs(b=2, h=4, g=2, t=5, s=7, d=6, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)  # noqa: E731
-    gate = torch.tensor([0.7], dtype=dtype, device=DEVICE)
-    return draw(b, h, t, d), draw(b, g, s, d), draw(b, g, s, d), gate, draw(b, t, h, d)
 
 
 def naive_mix(hidden: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -188,7 +181,7 @@ def test_every_bad_argument_is_named() -> None:
 
 def test_backends_answer_for_themselves(caplog: pytest.LogCaptureFixture) -> None:
     report = {status.name: status for status in backends.report(DEVICE)}
-    assert list(report) == list(backends.BACKENDS)
+    assert list(report) == list(backends.names())
     assert report["torch"].available
     assert all(status.reason for status in report.values())
     hidden, weight, bias, *_ = mix_inputs()

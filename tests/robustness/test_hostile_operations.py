@@ -21,7 +21,7 @@ from layalign import ArgumentError, BackendError, ops, reference
 from layalign.ops import backends, packed_weight
 
 SCALARS = [None, 0.3, -2.0, 0.0, 3, 1e-45, 1e30, -1e38, 1e39, float("nan"), float("inf"), "0.5", True, 10**400, 1j, [1]]
-IMPLS = ["auto", *(name for name in backends.BACKENDS if name != "triton")]
+IMPLS = ["auto", *(name for name in backends.names() if name != "triton")]
 WRONG_IMPLS = ["", "Torch", "cpp ", None, 0, ["torch"], b"cpp", torch.ones(2)]
 NO_MEMORY = re.compile(r"allocate|memory|overflow|exceeds|too large|invalid size|storage", re.IGNORECASE)
 REFERENCES = {
@@ -286,7 +286,7 @@ def test_a_wrong_backend_is_named(operation: str) -> None:
         tried("calls of an operation")
 
 
-@pytest.mark.parametrize("impl", [name for name in backends.BACKENDS if name != "torch"])
+@pytest.mark.parametrize("impl", [name for name in backends.names() if name != "torch"])
 def test_a_lazily_negated_view_is_read_with_its_sign(impl: str) -> None:
     """Its memory holds the opposite: the kernels read memory."""
     if not served(impl):
@@ -301,7 +301,7 @@ def test_a_lazily_negated_view_is_read_with_its_sign(impl: str) -> None:
     tried("calls of an operation", 2)
 
 
-@pytest.mark.parametrize("impl", [name for name in backends.BACKENDS if name != "torch"])
+@pytest.mark.parametrize("impl", [name for name in backends.names() if name != "torch"])
 def test_rows_that_lie_beyond_32_bits(impl: str) -> None:
     """Offsets above 2^31 elements: four gigabytes of addresses, of which a few pages are touched."""
     if not served(impl):

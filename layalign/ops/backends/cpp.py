@@ -1,0 +1,54 @@
+"""Backend "cpp": the C++ kernels of the compiled extension, for the CPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layalign.ops import extension
+from layalign.ops.backends.base import KernelBackend
+from layalign.utils.errors import BackendError
+
+MIN_TRAINED = 2**18
+
+
+class Cpp(KernelBackend):
+    """See the module."""
+
+    devices = ("cpu",)
+
+    def usable(self, device_type: str) -> tuple[bool, str]:
+        if device_type != "cpu":
+            return False, f"the C++ kernels run on the CPU, the tensors are on {device_type}"
+        try:
+            return True, f"C++ kernels with {extension.module().instruction_set()} instructions"
+        except BackendError as error:
+            return False, str(error)
+
+    def launcher(self, function: str) -> Callable[..., Any] | None:
+        return extension.launcher(self.name, function)
+
+    def accepts_dtype(self, operation: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+        return extension.accepts_dtype(dtype)
+
+    def pays(self, operation: str, *args: Any, **kwargs: Any) -> bool:
+        return operation == "gated_cross_attention" or _mix_pays(*args)
+
+    def cached_launches(self) -> ModuleType | None:
+        return importlib.import_module("layalign.ops.cached_launch_cpp")
+
+
+def _mix_pays(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> bool:
+    """Always without gradients, from MIN_TRAINED numbers of x with them.
+
+    Measured on two cores (docs/backends.md): below that, two operations' overhead is more than the kernels save.
+    """
+    if torch.compiler.is_compiling():
+        return True  # whatever the size: asking for it would build one graph for each side of the threshold
+    trained = torch.is_grad_enabled() and (weight.requires_grad or any(layer.requires_grad for layer in hidden))
+    return not trained or hidden[0].numel() * weight.shape[0] >= MIN_TRAINED

@@ -1,0 +1,73 @@
+"""Backend "triton": GPU kernels in ``layalign_kernels``; on a CPU under ``TRITON_INTERPRET=1``, on request only."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from layalign.ops import checks
+from layalign.ops.backends.base import KernelBackend
+
+FILES = {
+    "layer_mix_forward": "layer_mix",
+    "layer_mix_backward": "layer_mix",
+    "layer_projection_forward": "layer_projection",
+    "gated_cross_attention_forward": "gated_cross_attention",
+    "gated_cross_attention_backward": "gated_cross_attention_backward",
+    "gated_decode": "gated_decode",
+}
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on CPU tensors, in Python (for debugging and tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+class Triton(KernelBackend):
+    """See the module."""
+
+    devices = ("cuda",)
+    on_request = ("cpu",)  # thousands of times slower than torch
+
+    def usable(self, device_type: str) -> tuple[bool, str]:
+        if importlib.util.find_spec("layalign_kernels") is None:
+            return False, "layalign_kernels is not part of this installation"
+        if importlib.util.find_spec("triton") is None:
+            return False, "the package triton is not installed"
+        if device_type == "cpu" and interpreting():
+            return True, "Triton's interpreter (TRITON_INTERPRET=1), on request only"
+        if device_type != "cuda":
+            return False, f"triton kernels need a GPU, the tensors are on {device_type}"
+        return True, "layalign_kernels found"
+
+    def launcher(self, function: str) -> Callable[..., Any] | None:
+        return _launcher(function)
+
+    def accepts_dtype(self, operation: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+        if dtype == torch.float64:
+            return False, "the kernels compute in float32; float64 is left to impl='torch'"
+        exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+        # The tiles of 64 rows and more, which Triton 3.7 turns into TF32 there, are those of the layers' kernels.
+        if exact and operation != "gated_cross_attention" and checks.is_sm_100(device):
+            return False, "on this chip Triton 3.7 would compute float32 products in TF32"
+        if dtype == torch.bfloat16 and device.type == "cpu":
+            return False, "Triton's interpreter computes bfloat16 products wrongly"
+        return True, ""
+
+    def cached_launches(self) -> ModuleType | None:
+        if interpreting():
+            return None
+        found = importlib.import_module("layalign_kernels.repeated")
+        return found if found.can_repeat() else None
+
+
+@functools.cache
+def _launcher(function: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"layalign_kernels.{FILES[function]}"), function)  # type: ignore[no-any-return]
