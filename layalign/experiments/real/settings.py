@@ -20,7 +20,7 @@ from layalign.utils.yaml_files import read_file, read_text
 
 DTYPES = ("auto", "float32", "bfloat16")
 # What training depends on beside its text; and the test, beside that.
-_OF_TRAINING = ("steps", "batch", "max_length", "eval_steps", "learning_rates", "choice_steps")
+_OF_TRAINING = ("steps", "batch", "max_length", "eval_steps", "llm_bos_token_id", "learning_rates", "choice_steps")
 _OF_THE_TEST = ("max_new_tokens", "right_one_of", "written_per_language")
 
 
@@ -131,6 +131,7 @@ class RealSettings:
         steps, batch: of training.
         max_length: of source and target in tokens, in training.
         eval_steps: steps between two dev losses.
+        llm_bos_token_id: what stands before the soft tokens; false is nothing, null what the LLM's tokenizer puts there.
         dtype: of frozen weights and of arithmetic; "auto" is bfloat16 where the processor computes in it. A run that
             has begun goes on in its own, and its files say which.
         learning_rates: to choose from for each system, by dev loss after `choice_steps` with the first seed.
@@ -158,6 +159,7 @@ class RealSettings:
     batch: int = 8
     max_length: int = 48
     eval_steps: int = 100
+    llm_bos_token_id: int | bool | None = None
     dtype: str = "auto"
     learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
     choice_steps: int = 100
@@ -176,6 +178,8 @@ class RealSettings:
         whole_number("right_one_of", self.right_one_of, least=2)
         whole_number("other_domain_per_language", self.other_domain_per_language, least=0)
         one_of("dtype", self.dtype, DTYPES)
+        if self.llm_bos_token_id is not None and self.llm_bos_token_id is not False:
+            whole_number("llm_bos_token_id", self.llm_bos_token_id, least=0)
         for name in ("english_words", "other_domain_words"):
             words = getattr(self, name)
             if not isinstance(words, list) or len(words) != 2 or not all(isinstance(n, int) for n in words):
