@@ -441,8 +441,11 @@ def _tell_first_token(config: TrainConfig, model: LayAlignForCausalLM, llm_token
     if config.llm_bos_token_id is not None or (has == adds and not (has is None and own is not None)):
         return
     if has is None:
-        logger.info(
-            "llm_bos_token_id: no first token, as the LLM's tokenizer adds none (its configuration has %s)", own
+        logger.warning(
+            "llm_bos_token_id: no first token, as the LLM's tokenizer adds none. All positions of many LLMs attend to the "
+            "first one, and training can break down where a soft token is that (docs/evidence.md): give a token's number, "
+            "the LLM's configuration has %s, or false",
+            own,
         )
     else:
         logger.warning(

@@ -107,7 +107,8 @@ def test_a_run_keeps_what_it_began_with_and_says_what_differs(
         build_model(training_config(parts, tmp_path / "other", llm_bos_token_id=False, **start))
     caplog.clear()
     train(training_config(parts, tmp_path / "fresh", **settings))
-    assert "no first token, as the LLM's tokenizer adds none (its configuration has 2)" in caplog.text
+    assert "no first token, as the LLM's tokenizer adds none." in caplog.text
+    assert "give a token's number, the LLM's configuration has 2, or false" in caplog.text
 
 
 def _settings_file(folder: Path) -> Path:

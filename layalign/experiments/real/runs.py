@@ -138,7 +138,7 @@ def train_config(
         max_source_length=settings.max_length, max_target_length=settings.max_length,
         max_prompt_length=settings.max_length + 8, group_by_length=True, eval_steps=settings.eval_steps,
         save_steps=SAVE_STEPS, save_total_limit=1, logging_steps=5, spike_factor=0.0, seed=seed,
-        llm_bos_token_id=settings.llm_bos_token_id, progress=False, **in_dtype(dtype), **system.model_settings,
+        progress=False, **in_dtype(dtype), **{"llm_bos_token_id": settings.llm_bos_token_id, **system.model_settings},
     )  # fmt: skip
 
 

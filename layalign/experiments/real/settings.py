@@ -131,7 +131,7 @@ class RealSettings:
         steps, batch: of training.
         max_length: of source and target in tokens, in training.
         eval_steps: steps between two dev losses.
-        llm_bos_token_id: what stands before the soft tokens; false is nothing, null what the LLM's tokenizer puts there.
+        llm_bos_token_id: stands before the soft tokens; false is nothing, null what the LLM's tokenizer puts there.
         dtype: of frozen weights and of arithmetic; "auto" is bfloat16 where the processor computes in it. A run that
             has begun goes on in its own, and its files say which.
         learning_rates: to choose from for each system, by dev loss after `choice_steps` with the first seed.

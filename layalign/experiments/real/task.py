@@ -155,8 +155,8 @@ def _config(
         max_steps=steps_of(task, system), learning_rate=rate, batch_size=task.batch, micro_batch_size=task.batch,
         eval_batch_size=task.batch, max_source_length=task.max_length, max_prompt_length=task.max_length,
         max_target_length=16, group_by_length=True, eval_steps=task.eval_steps, save_steps=50, save_total_limit=1,
-        logging_steps=5, spike_factor=0.0, seed=seed, progress=False, llm_bos_token_id=settings.llm_bos_token_id,
-        **in_dtype(dtype), **system.model_settings,
+        logging_steps=5, spike_factor=0.0, seed=seed, progress=False, **in_dtype(dtype),
+        **{"llm_bos_token_id": settings.llm_bos_token_id, **system.model_settings},
     )  # fmt: skip
 
 
