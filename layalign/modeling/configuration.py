@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from layalign.modeling.claims import require_modest, without_kernels
 from layalign.modeling.decoders import SCALED_IN_DECODER
 from layalign.modeling.embedding_scale import scaled_as_text
-from layalign.modeling.fold import CHOICES
+from layalign.modeling.key_values import CHOICES
 from layalign.modeling.last_layer import CHOICES as LAST_LAYER_CHOICES
 from layalign.modeling.layers import named_layers
 from layalign.modeling.liger import CHOICES as LIGER_CHOICES
@@ -82,7 +82,8 @@ class LayAlignConfig(PretrainedConfig):
             name. None: an old checkpoint, or names as they were typed.
         impl: backend of the operations, "auto" by default.
         fold: whether the aligner's projection is folded into the LLM's key and value maps
-            (:mod:`layalign.modeling.fold`): "auto" where it takes less work, "always" where it can be done, "never".
+            (:mod:`layalign.modeling.key_values`): "auto" where it takes less work, "always" where it can be done, or
+            "never".
         liger: whether Liger's fused linear cross-entropy computes the loss (:mod:`layalign.modeling.liger`): "auto" in
             training on a CUDA GPU where it is installed and applies, "always" with an error where it cannot be,
             "never".

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from layalign.ops.grouped_projection import heads
 from layalign.utils.errors import ArgumentError, refuse
 
 Split = Callable[[Any, Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -144,11 +145,6 @@ def key_value_states(attention: Any, key_state: Tensor, value_state: Tensor) -> 
     if maps.split is not None:
         key, value = maps.split(attention, key, value, size)
     return heads(key, size), heads(value, size)
-
-
-def heads(states: Tensor, size: int) -> Tensor:
-    """(..., S, G * d) -> (..., G, S, d), a view."""
-    return states.view(*states.shape[:-1], -1, size).transpose(-3, -2)
 
 
 def head_size(attention: nn.Module) -> int:

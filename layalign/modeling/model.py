@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from layalign.modeling import attention_interface, checkpoint, decoders, encoders, loading, lora, names, slots
+from layalign.modeling import attention_interface, checkpoint, decoders, encoders, loading, lora, names
 from layalign.modeling.configuration import LayAlignConfig, require_dropout
 from layalign.modeling.embedding_scale import in_slots
-from layalign.modeling.fold import Folding
 from layalign.modeling.generation import SourceGenerationMixin, cache_for_compiled
 from layalign.modeling.inputs import require_ids, require_labels, require_mask
+from layalign.modeling.key_values import KeyValueProjector
 from layalign.modeling.last_layer import LastLayer
 from layalign.modeling.llm_pass import LLMPartMixin, run_llm
 from layalign.modeling.packing import pack, real_positions
@@ -30,7 +30,6 @@ from layalign.modeling.pickling import leave_out_recorders, make_recordable
 from layalign.modeling.source import OnePass, SourceStates, bridge, get_source, put_source
 from layalign.nn import Adapter, GatedCrossAttention
 from layalign.nn.adapter import SoftmaxFusion, TokenSoftmaxFusion
-from layalign.nn.aligner import reason_against_passing
 from layalign.nn.inspection import device_of
 from layalign.nn.sharding import engine_of
 from layalign.utils.errors import ArgumentError, refuse, shown
@@ -92,7 +91,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         found = decoders.attention_modules(self.llm)
         self._attentions = tuple(found[layer][1] for layer in config.language_layers)
         self._source_reaches_layers = False
-        self.folding, self.last_layer = Folding(config.fold), LastLayer(self.llm, config.last_layer)
+        self.folding, self.last_layer = KeyValueProjector(config.fold), LastLayer(self.llm, config.last_layer)
         self._llm_cache_name = cache_name(self.llm.forward)
         self.generation_config = self.llm.generation_config
         self._can_compile_fullgraph = getattr(self.llm, "_can_compile_fullgraph", False)
@@ -369,32 +368,11 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             self._attentions, self._source_reaches_layers = found, False
 
     def _source_states(self, hidden: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values (B, G, S, d) of every language layer: folded, or by the LLM's own modules."""
+        """Keys and values (B, G, S, d) of every language layer."""
         if self.encoder_aligner is None:
             return [], []
-        pairs = None
-        if not torch.compiler.is_compiling():
-            engine = engine_of(self)
-            against = f"{engine} shards the model" if engine else reason_against_passing(self.encoder_aligner)
-            if against is None:
-                layers, projector = self.encoder_aligner.layers(hidden), self.encoder_aligner.projector
-                folded = self.folding.states(projector, self._attentions, layers)
-                if folded is not None:
-                    under = torch.is_autocast_enabled(folded[0].device.type)  # in its dtype, as the LLM's own modules
-                    found = list(folded) if under else [state.to(dtype) for state in folded]
-                    return found[0::2], found[1::2]
-                if slots.useful(projector, layers):
-                    states = list(slots.project(projector, layers)) * projector.times
-                    pairs = zip(states[0::2], states[1::2], strict=True)
-            else:
-                self.folding.say(against)
-        if pairs is None:
-            pairs = self.encoder_aligner(hidden)
-        both = [
-            decoders.key_value_states(module, key.to(dtype), value.to(dtype))
-            for module, (key, value) in zip(self._attentions, pairs, strict=True)
-        ]
-        return [key for key, _ in both], [value for _, value in both]
+        engine = None if torch.compiler.is_compiling() else engine_of(self)
+        return self.folding(self.encoder_aligner, self._attentions, hidden, dtype, engine)
 
     def _begin(
         self,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from layalign.modeling.decoders import key_value_modules
-from layalign.modeling.fold import STEPS
 from layalign.modeling.identity import Identity, reason_against_watching, sample, unwritten
+from layalign.modeling.key_values import STEPS
 from layalign.nn.inspection import is_altered, parts
 from layalign.nn.sharding import reason_whole_is_not_here
 from layalign.ops import checks, dispatch

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layalign.modeling.fold import CHOICES
+from layalign.modeling.key_values import CHOICES
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector
 from layalign.ops import backends
@@ -89,8 +89,8 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
     Args:
         model: any tree of torch modules: a model, its wrapper (DDP, torch.compile, peft), or a single module.
         impl: backend of the operations, "auto" or a name from :func:`layalign.ops.backends.names`.
-        fold: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.fold`); published-style
-            modules keep aligner and attention apart, so there is nothing to fold.
+        fold: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.key_values`);
+            published-style modules keep aligner and attention apart, so there is nothing to fold.
 
     Returns:
         What was swapped and what was left, with the reasons. Calling again only changes ``impl`` and ``fold``.

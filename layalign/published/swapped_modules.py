@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from layalign import ops
 from layalign.modeling.attention_interface import PREFIX, register
 from layalign.modeling.decoders import OUTPUT_MAPS, head_size, key_value_modules, key_value_states
-from layalign.modeling.fold import count_steps
-from layalign.modeling.slots import passable, through
+from layalign.modeling.key_values import can_pass, count_steps, through
 from layalign.nn.inspection import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
 from layalign.ops import cached_launch, dispatch
 from layalign.ops.cached_launch import Ready, RepeatedDecode, side_by_side
@@ -210,7 +209,7 @@ class AttentionSwap:
             self.kept = None
         states: list[Tensor] = [pair[0].to(query.device), pair[1].to(query.device)]
         maps: list[Any] = key_value_modules(attention)
-        if self.impl != "torch" and len(maps) == 2 and passable(states, maps):
+        if self.impl != "torch" and len(maps) == 2 and can_pass(states, maps):
             key, value = through(states, maps, head_size(attention))
         else:
             key, value = key_value_states(attention, *states)

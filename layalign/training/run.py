@@ -442,9 +442,9 @@ def _tell_first_token(config: TrainConfig, model: LayAlignForCausalLM, llm_token
         return
     if has is None:
         logger.warning(
-            "llm_bos_token_id: no first token, as the LLM's tokenizer adds none. All positions of many LLMs attend to the "
-            "first one, and training can break down where a soft token is that (docs/evidence.md): give a token's number, "
-            "the LLM's configuration has %s, or false",
+            "llm_bos_token_id: no first token, as the LLM's tokenizer adds none. All positions of many LLMs attend to "
+            "the first one, and training can break down where that is a soft token (docs/evidence.md): give a token's "
+            "number, the LLM's configuration has %s, or false",
             own,
         )
     else:

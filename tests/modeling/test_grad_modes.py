@@ -11,7 +11,7 @@ from tiny import batch, compiles, tiny_model
 from torch import Tensor, nn
 
 import layalign
-from layalign.modeling import slots
+from layalign.modeling import key_values
 
 MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": nullcontext}
 
@@ -53,7 +53,7 @@ FORMS = {
 @pytest.mark.parametrize("mode", MODES)
 def test_training_after_and_before_evaluation(mode: str, form: str, device: str, monkeypatch) -> None:
     if device == "as on a GPU":
-        monkeypatch.setattr(slots, "useful", lambda *_: False)
+        monkeypatch.setattr(key_values, "useful", lambda *_: False)
     model, fresh = tiny_model(**FORMS[form]), tiny_model(**FORMS[form])
     inputs = batch(model=model)
     expected = trained(fresh, inputs)
@@ -66,7 +66,7 @@ def test_training_after_and_before_evaluation(mode: str, form: str, device: str,
 
 @pytest.mark.parametrize("mode", MODES)
 def test_training_around_evaluation_with_steps_of_an_optimizer(mode: str, monkeypatch) -> None:
-    monkeypatch.setattr(slots, "useful", lambda *_: False)
+    monkeypatch.setattr(key_values, "useful", lambda *_: False)
     found = []
     for evaluated in (True, False):
         model = tiny_model(fold="always")

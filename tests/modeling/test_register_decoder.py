@@ -110,8 +110,6 @@ def test_the_same_numbers_by_the_same_short_ways(joined: bool) -> None:
 
 def test_unregistered_names_are_said() -> None:
     with pytest.raises(ArgumentError, match="llm: no attention of LlamaForCausalLM has k_proj and v_proj or"):
-        ArgumentError, match="llm: no attention of LlamaForCausalLM has k_proj and v_proj or .*register_decoder"
-    ):
         model_of(True)
     llm: Any = tiny_llm("llama_gqa_wide_heads")
     attention = OddAttention(llm.model.layers[0].self_attn, False)

@@ -78,7 +78,7 @@ def test_a_marked_weight_is_not_read_even_without_hooks(mark: str) -> None:
 
 
 def reason_of(model: Any) -> str | None:
-    from layalign.modeling.fold import reason_against
+    from layalign.modeling.key_values import reason_against
 
     return reason_against(model.encoder_aligner.projector, model._attentions)
 

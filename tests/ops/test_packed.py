@@ -12,7 +12,7 @@ from op_cases import mix_inputs, within_budget
 from tiny import batch, tiny_model
 
 from layalign import ops, reference
-from layalign.modeling import slots
+from layalign.modeling import key_values
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.ops import backends, extension, packed_weight
 from layalign.ops.packed_weight import PackedWeight
@@ -201,18 +201,18 @@ def test_traced_and_watched_calls_do_not_go_past_the_dispatcher(always: list[int
             return func(*args, **(kwargs or {}))
 
     module, hidden = projector(), [torch.randn(2, 5, 12) for _ in range(3)]
-    slots.project(module, hidden)
+    key_values.by_weights(module, hidden)
     assert len(always) == 1
     with torch.no_grad():
-        slots.project(module, hidden)
+        key_values.by_weights(module, hidden)
         assert len(always) == 2
         with Watching():
-            slots.project(module, hidden)
+            key_values.by_weights(module, hidden)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = slots.project(module, [mode.from_tensor(layer) for layer in hidden])
+        fake = key_values.by_weights(module, [mode.from_tensor(layer) for layer in hidden])
     assert fake[0].shape == (2, 5, 10) and len(always) == 2
     with torch.profiler.profile():
-        slots.project(module, hidden)
+        key_values.by_weights(module, hidden)
     assert len(always) == 3  # what is profiled is what runs
 
 

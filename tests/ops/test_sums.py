@@ -8,8 +8,9 @@ from op_cases import DEVICE, serving, skip_unserved
 from torch import Tensor, nn
 
 from layalign import ops, reference
-from layalign.modeling import fold, slots
+from layalign.modeling import key_values
 from layalign.nn.aligner import WeightedLinearProjector
+from layalign.ops import grouped_projection
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 B, S, D, E, J, N, M = 2, 6, 16, 3, 160, 24, 8
@@ -59,7 +60,7 @@ def test_layer_projection(impl: str, lead: tuple[int, ...], dtype: torch.dtype) 
 @pytest.mark.parametrize("way", ["one step", "two steps", "folded"])
 def test_the_models_way_on_a_cpu(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Group by group: 40 groups of four slots each."""
-    monkeypatch.setattr(slots, "GROUP_BYTES", 4 * B * S * D * 2)
+    monkeypatch.setattr(grouped_projection, "GROUP_BYTES", 4 * B * S * D * 2)
     mix_weight, mix_bias, weight, bias, *hidden = (tensor.cpu() for tensor in inputs(dtype))
     projector = WeightedLinearProjector.__new__(WeightedLinearProjector)
     nn.Module.__init__(projector)
@@ -76,7 +77,7 @@ def test_the_models_way_on_a_cpu(way: str, dtype: torch.dtype, monkeypatch: pyte
             torch.stack([each.weight @ weight for each in maps]),
             torch.stack([each.weight @ bias for each in maps]),
         )
-    found = torch.stack(list(slots.project(projector, hidden, *folded, outer=() if way == "one step" else maps)))
+    found = torch.stack(list(key_values.by_weights(projector, hidden, folded, outer=() if way == "one step" else maps)))
     leaves = [projector.fc1.weight, projector.fc1.bias, projector.fc2.weight, projector.fc2.bias, *hidden]
     back = grad.double()
     if way != "one step":
@@ -93,9 +94,9 @@ def test_folded_weights(dtype: torch.dtype) -> None:
     maps = [nn.Linear(N, M, bias=False).to(DEVICE, dtype).requires_grad_(False) for _ in range(J)]
     inner = nn.Linear(D, N).to(DEVICE, dtype)
     grad, grad_bias = draw(J, M, D, seed=1, dtype=dtype), draw(J, M, seed=2, dtype=dtype)
-    made = fold._fold(inner, maps, dtype, ())
+    made = key_values._fold(inner, maps, dtype, ())
     found = torch.autograd.grad(
-        fold._Fold.apply(inner.weight, inner.bias, made, maps), inner.parameters(), (grad, grad_bias)
+        key_values._Fold.apply(inner.weight, inner.bias, made, maps), inner.parameters(), (grad, grad_bias)
     )
     own = torch.stack([each.weight.double() for each in maps])
     exact = (own.mT @ grad.double()).sum(0), (own.mT @ grad_bias.double()[..., None]).sum(0)[:, 0]

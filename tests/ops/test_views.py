@@ -14,7 +14,7 @@ from op_cases import DEVICE, serving
 from torch import Tensor, nn
 
 from layalign import ops, reference
-from layalign.modeling import slots
+from layalign.modeling import key_values
 from layalign.modeling.source import SourceStates
 from layalign.nn import GatedCrossAttention
 from layalign.nn.aligner import WeightedLinearProjector
@@ -251,7 +251,7 @@ def test_products_of_the_slots() -> None:
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("rows", [S, 80], ids=["few rows", "many rows"])
 def test_the_models_way_on_a_cpu(folded: bool, rows: int) -> None:
-    """:mod:`layalign.modeling.slots`, with parameters that are views: tied to, or cut out of, something larger."""
+    """:mod:`layalign.ops.grouped_projection`, with parameters that are views: tied to, or cut out of, a larger one."""
 
     lead = (J,) if folded else ()
     inner = draw(N, D, seed=14), draw(N, seed=15)
@@ -265,7 +265,7 @@ def test_the_models_way_on_a_cpu(folded: bool, rows: int) -> None:
         for linear, own in ((projector.fc1, t[:2]), (projector.fc2, inner if folded else (weight, bias))):
             del linear.weight, linear.bias
             linear.weight, linear.bias = own
-        return torch.stack(list(slots.project(projector, hidden, *((weight, bias) if folded else ()))))
+        return torch.stack(list(key_values.by_weights(projector, hidden, (weight, bias) if folded else None)))
 
     def exact(*t: Tensor) -> Tensor:
         return reference.layer_projection(t[4:], *t[:4])

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import layalign
 from layalign import ArgumentError
-from layalign.modeling import fold
+from layalign.modeling import key_values
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -30,8 +30,8 @@ def fc2(model) -> nn.Linear:
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows whenever weights are folded."""
     counted: list[int] = []
-    original = fold._fold
-    monkeypatch.setattr(fold, "_fold", lambda *a: (counted.append(1), original(*a))[1])
+    original = key_values._fold
+    monkeypatch.setattr(key_values, "_fold", lambda *a: (counted.append(1), original(*a))[1])
     return counted
 
 
@@ -179,9 +179,9 @@ def test_swapped_tensors_are_noticed(folds: list[int]) -> None:
 def test_weights_that_change_before_the_backward(fold: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in torch: the backward goes by the weights of the forward, or fails where these are written."""
     if form == "together":
-        from layalign.modeling import slots
+        from layalign.modeling import key_values
 
-        monkeypatch.setattr(slots, "useful", lambda *_: False)
+        monkeypatch.setattr(key_values, "useful", lambda *_: False)
     found = []
     for change in (False, True):
         model = tiny_model(fold=fold)

@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import layalign
 from layalign import ArgumentError, ops
-from layalign.modeling.slots import through
+from layalign.modeling.key_values import through
 from layalign.ops import backends, cached_launch
 from layalign.published import swapped_modules
 

@@ -1,32 +1,34 @@
-"""Keys and values of all language layers straight from the layer mix, without the aligner's states in between.
+"""How the source's keys and values of all language layers are made: decided once a call, and done here.
 
-For the structure "Linear" nothing stands between the aligner's projection and the LLM's own key and value maps, so
+k_i is the LLM's key map of layer i on the aligner's key state y[2i], v_i its value map on y[2i + 1]. Calling aligner
+and maps as modules is always right; :class:`KeyValueProjector` knows four shorter ways and the reasons against them.
+For the structure "Linear" nothing stands between the aligner's projection and the LLM's maps, so
 
     k_i = k_proj_i(y[2i]) = x[2i] @ (Wk_i @ W2).T + (Wk_i @ b2 + bk_i)
 
 and likewise for v_i. Folding Wk_i @ W2 costs D_e * D_l * D_kv multiply-adds a slot whenever W2 changes, and saves
 D_e * D_l + D_l * D_kv - D_e * D_kv a row and slot from then on; :func:`break_even_rows` weighs the two. Folding reads
 weights instead of calling modules, so it is only for plain frozen ``nn.Linear`` maps: :func:`reason_against` says what
-is in the way (sharded, quantised or LoRA-wrapped maps, hooks, ...), and then the modules are called.
+is in the way (sharded, quantised or LoRA-wrapped maps, hooks, ...).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from layalign import ops
-from layalign.modeling import slots
-from layalign.modeling.decoders import KEY_VALUE_MAPS, head_size, heads, key_value_maps
+from layalign.modeling.decoders import KEY_VALUE_MAPS, head_size, key_value_maps, key_value_states
 from layalign.modeling.identity import Identity, bits, reason_against_watching, sample, unwritten
-from layalign.nn.aligner import WeightedLinearProjector
+from layalign.nn.aligner import EncoderAligner, WeightedLinearProjector, reason_against_passing
 from layalign.nn.inspection import is_intercepted, reason_against_reading
-from layalign.ops import checks, dispatch
+from layalign.ops import checks, dispatch, grouped_projection
+from layalign.ops.grouped_projection import heads
 from layalign.ops.packed_weight import PackedWeight
 
 logger = logging.getLogger("layalign")
@@ -236,20 +238,92 @@ def count_steps() -> None:
         register_optimizer_step_post_hook(count)
 
 
-class Folding:
-    """Decides for each call whether to fold, and keeps the folded weights while the aligner's do not change.
+def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
+    """Whether a projector is better passed by in groups of slots: on a CPU, where its weights may be read."""
+    if not grouped_projection.can_run(hidden, projector.impl):
+        return False
+    if projector.structure != "Linear" or is_intercepted(projector):
+        return False
+    return all(reason_against_reading(linear) is None for linear in (projector.fc1, projector.fc2))
 
-    A change is noticed by the parameters' identity, memory and version counters, by any torch optimizer's step, and by
-    comparing values, all of the aligner's and some of each of the LLM's maps: whoever writes single numbers of those
-    past autograd's counters (through ``.data``, numpy, shared memory) calls :meth:`forget`.
+
+def _differentiated(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
+    return grouped_projection.differentiated((*_parameters(projector.fc1), *_parameters(projector.fc2), *hidden))
+
+
+def by_weights(
+    projector: WeightedLinearProjector,
+    hidden: Sequence[Tensor],
+    folded: tuple[Tensor | PackedWeight, Tensor | None] | None = None,
+    outer: Sequence[nn.Linear] = (),
+    size: int | None = None,
+) -> Sequence[Tensor]:
+    """:func:`layalign.ops.grouped_projection.grouped_projection` of modules that :func:`useful` has passed."""
+    pairs = [_parameters(linear) for linear in outer]
+    mix, inner = _parameters(projector.fc1), _parameters(projector.fc2)
+    return grouped_projection.grouped_projection(hidden, mix, inner, folded, pairs, size=size, impl=projector.impl)
+
+
+def through(y: Tensor | Sequence[Tensor], outer: Sequence[nn.Linear], size: int) -> Sequence[Tensor]:
+    """:func:`layalign.ops.grouped_projection.through` of modules that :func:`can_pass` has passed."""
+    return grouped_projection.through(y, [_parameters(linear) for linear in outer], size)
+
+
+def can_pass(y: Sequence[Tensor], outer: Sequence[Any]) -> bool:
+    """Whether states that autograd follows may go :func:`through` maps, and that is the same as calling them."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(state.requires_grad for state in y):
+        return False
+    if dispatch.transforming() or torch.is_autocast_enabled(y[0].device.type):
+        return False
+    for state, linear in zip(y, outer, strict=True):
+        if reason_against_reading(linear) is not None or state.shape != y[0].shape or state.dim() != 3:
+            return False
+        if state.shape[-1] != linear.in_features or state.device != linear.weight.device:
+            return False  # the module says what is wrong
+        if any(p is not None and (p.requires_grad or p.dtype != state.dtype) for p in linear._parameters.values()):
+            return False
+    return True
+
+
+class Way(NamedTuple):
+    """How keys and values are made in a call.
+
+    Attributes:
+        name: one of :data:`WAYS`.
+        passed: what of the weights, where they may be read, was seen.
+    """
+
+    name: str
+    passed: _Passed | None = None
+
+
+# From the least that is called as a module to the most:
+FOLDED = "folded"  # x[j] @ (Wk @ W2).T
+GROUPED = "grouped"  # aligner and maps by their weights, a few slots at a time
+ONE_NODE = "one node"  # the aligner as a module, the maps by their weights
+MAPS_CALLED = "maps called"  # the aligner by its weights, the maps as modules
+CALLED = "called"
+WAYS = (FOLDED, GROUPED, ONE_NODE, MAPS_CALLED, CALLED)
+
+
+class KeyValueProjector:
+    """Makes the source's keys and values of all language layers; decides for each call how, by :meth:`way`.
+
+    The folded weights are kept while the aligner's do not change. A change is noticed by the parameters' identity,
+    memory and version counters, by any torch optimizer's step, and by comparing values, all of the aligner's and some
+    of each of the LLM's maps: whoever writes single numbers of those past autograd's counters (through ``.data``,
+    numpy, shared memory) calls :meth:`forget`.
 
     Args:
-        choice: "auto" (by :func:`break_even_rows`), "always" (wherever it can be done) or "never".
+        choice: whether to fold: "auto" (by :func:`break_even_rows`), "always" (wherever it can be done) or "never".
+
+    Attributes:
+        last: whether the last call folded, and why it did not.
     """
 
     def __init__(self, choice: str = "auto") -> None:
         self.choice = choice
-        self.last: str = "not asked yet"  # what was done for the last call, and why
+        self.last: str = "not asked yet"
         self._folded: Folded | None = None
         self._passed: _Passed | None = None
         self._version: tuple[int, int] | None = None
@@ -257,42 +331,106 @@ class Folding:
         count_steps()
 
     def forget(self) -> None:
-        """Fold anew in the next call."""
+        """Fold again in the next call."""
         self._folded = None
 
-    def __deepcopy__(self, memo: Any) -> Folding:
-        return Folding(self.choice)
+    def __deepcopy__(self, memo: Any) -> KeyValueProjector:
+        return KeyValueProjector(self.choice)
 
     def __getstate__(self) -> dict[str, Any]:  # pickled models do not carry what can be computed again
-        return Folding(self.choice).__dict__
+        return KeyValueProjector(self.choice).__dict__
 
-    def states(
+    def __call__(
         self,
-        projector: WeightedLinearProjector,
+        aligner: EncoderAligner,
         attentions: Sequence[nn.Module],
         hidden: Sequence[Tensor],
-    ) -> Sequence[Tensor] | None:
-        """2L tensors (B, G, S, d), a key and a value by turns; None where the modules are to be called."""
+        dtype: torch.dtype,
+        engine: str | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """L keys and L values, each (B, G, S, d) in ``dtype``, or in autocast's.
+
+        Args:
+            aligner: of the model.
+            attentions: the LLM's self-attention modules of the L language layers.
+            hidden: E tensors (B, S, D_e), the encoder's states.
+            dtype: the LLM's.
+            engine: what shards the model, if something does.
+        """
+        way = self.way(aligner, attentions, hidden, engine)
+        projector = aligner.projector
+        if way.name == CALLED:
+            return self._by_modules(attentions, aligner(hidden), dtype)
+        layers = aligner.layers(hidden)
+        if way.name == MAPS_CALLED:
+            states = list(by_weights(projector, layers)) * projector.times
+            return self._by_modules(attentions, zip(states[0::2], states[1::2], strict=True), dtype)
+        maps, size = _maps(attentions), head_size(attentions[0])
+        if way.name == FOLDED:
+            found = self._by_folding(projector, maps, layers, size, way.passed)
+        elif way.name == GROUPED:
+            found = by_weights(projector, layers, outer=maps, size=size)
+        else:
+            found = through(projector(layers), maps, size)
+        if not torch.is_autocast_enabled(found[0].device.type):  # under it in its dtype, as the LLM's own modules
+            found = [state.to(dtype) for state in found]
+        return list(found[0::2]), list(found[1::2])
+
+    def way(
+        self,
+        aligner: EncoderAligner,
+        attentions: Sequence[nn.Module],
+        hidden: Sequence[Tensor],
+        engine: str | None = None,
+    ) -> Way:
+        """How a call with these arguments is made; why it does not fold is noted in :attr:`last`."""
+        if torch.compiler.is_compiling():  # the weights' versions cannot be watched
+            return Way(CALLED)
+        against = f"{engine} shards the model" if engine else reason_against_passing(aligner)
+        if against is not None:
+            self.say(against)
+            return Way(CALLED)
+        projector = aligner.projector
+        by_groups = useful(projector, hidden)
+        otherwise = Way(MAPS_CALLED if by_groups else CALLED)
         reading, passed = self._against_reading(projector, attentions)
         against = reading if reading is not None else self._against(projector, attentions, hidden)
         self.say(against)
         if reading is not None:
-            return None
-        fc1, fc2, maps, size = projector.fc1, projector.fc2, _maps(attentions), head_size(attentions[0])
-        by_slots = slots.useful(projector, hidden)
-        if against is not None:  # in two steps, without the modules between them where that is the same
-            alike = maps[0].weight.dtype == hidden[0].dtype and not torch.is_autocast_enabled(hidden[0].device.type)
-            if alike and by_slots:
-                return slots.project(projector, hidden, outer=maps, size=size)
-            if alike and projector.impl != "torch" and slots.differentiated(projector, hidden):
-                return slots.through(projector(hidden), maps, size)
-            return None
-        packed = by_slots and slots.packable(projector, hidden, maps[0].out_features)
-        packed = packed and not slots.differentiated(projector, hidden)
+            return otherwise
+        if against is None:
+            return Way(FOLDED, passed)
+        alike = _maps(attentions)[0].weight.dtype == hidden[0].dtype
+        if not alike or torch.is_autocast_enabled(hidden[0].device.type):
+            return otherwise
+        if by_groups:
+            return Way(GROUPED)
+        return Way(ONE_NODE) if projector.impl != "torch" and _differentiated(projector, hidden) else otherwise
+
+    def _by_modules(
+        self, attentions: Sequence[nn.Module], pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        both = [
+            key_value_states(module, key.to(dtype), value.to(dtype))
+            for module, (key, value) in zip(attentions, pairs, strict=True)
+        ]
+        return [key for key, _ in both], [value for _, value in both]
+
+    def _by_folding(
+        self,
+        projector: WeightedLinearProjector,
+        maps: Sequence[nn.Linear],
+        hidden: Sequence[Tensor],
+        size: int,
+        passed: _Passed | None,
+    ) -> Sequence[Tensor]:
+        fc1, fc2, by_groups = projector.fc1, projector.fc2, useful(projector, hidden)
+        packed = by_groups and grouped_projection.packable(hidden, maps[0].out_features, projector.impl)
+        packed = packed and not _differentiated(projector, hidden)
         folded = self._current(fc2, maps, hidden[0], packed, passed)
         weight, bias = folded.weight, folded.bias
-        if by_slots:
-            return slots.project(projector, hidden, weight, bias, maps, size)
+        if by_groups:
+            return by_weights(projector, hidden, (weight, bias), maps, size)
         assert isinstance(weight, Tensor)
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (fc2.weight, fc2.bias)):
             weight, bias = _Fold.apply(fc2.weight, fc2.bias, folded, maps)
@@ -305,8 +443,6 @@ class Folding:
         """Why the modules must be called; or None, and what of the weights, which may be read, was seen."""
         if not attentions:
             return "no layer attends", None
-        if torch.compiler.is_compiling():
-            return "compiled: the weights' versions cannot be watched", None
         if dispatch.transforming():
             return "under functional transforms (torch.func) the modules are called", None
         seen, passed = _seen(projector, attentions), self._passed

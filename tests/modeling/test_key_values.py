@@ -11,8 +11,8 @@ import torch
 from tiny import batch, compiles, tiny_model
 
 from layalign import ArgumentError, LayAlignConfig
-from layalign.modeling import slots
-from layalign.modeling.fold import MARGIN, break_even_rows, reason_against
+from layalign.modeling import key_values
+from layalign.modeling.key_values import MARGIN, break_even_rows, reason_against
 
 
 def loss_and_gradients(model, inputs) -> dict[str, torch.Tensor]:
@@ -75,11 +75,10 @@ def test_a_training_run_with_accumulation_is_the_same() -> None:
 
 
 def test_the_weights_are_folded_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    from layalign.modeling import fold
 
     counted = []
-    original = fold._fold
-    monkeypatch.setattr(fold, "_fold", lambda *a: (counted.append(1), original(*a))[1])
+    original = key_values._fold
+    monkeypatch.setattr(key_values, "_fold", lambda *a: (counted.append(1), original(*a))[1])
     model = tiny_model(fold="always")
     inputs = batch(model=model)
     for _ in range(3):
@@ -264,7 +263,7 @@ def test_where_folding_does_not_pay_the_maps_are_one_node(llm: str, monkeypatch:
     together.folding.choice = "auto"
     for model in (modules, together):
         model.double()
-    monkeypatch.setattr(slots, "useful", lambda *_: False)
+    monkeypatch.setattr(key_values, "useful", lambda *_: False)
     for attention in modules._attentions:
         attention.k_proj.register_forward_hook(lambda *_: None)  # it wants to see the module called
     inputs, forward = batch(model=modules), torch.nn.Linear.forward

@@ -10,9 +10,10 @@ from tiny import batch, tiny_model
 from torch import Tensor, nn
 
 from layalign import reference
-from layalign.modeling import slots
-from layalign.modeling.fold import _fold
+from layalign.modeling import key_values
+from layalign.modeling.key_values import _fold
 from layalign.nn.aligner import WeightedLinearProjector
+from layalign.ops import grouped_projection
 
 E, L, D_E, D_L, D_KV = 3, 2, 12, 10, 6
 FORMS = ["shared", "folded", "in-two-steps"]
@@ -45,9 +46,9 @@ def found(
     projector: WeightedLinearProjector, hidden: list[Tensor], outer: list[nn.Linear] | None, fold: bool = True
 ) -> list[Tensor]:
     if outer is None or not fold:
-        return slots.project(projector, hidden, outer=outer or ())
+        return key_values.by_weights(projector, hidden, outer=outer or ())
     folded = _fold(projector.fc2, outer, hidden[0].dtype, ())
-    return slots.project(projector, hidden, folded.weight, folded.bias, outer)
+    return key_values.by_weights(projector, hidden, (folded.weight, folded.bias), outer)
 
 
 @pytest.mark.parametrize("group", [1, 3, 99], ids=lambda n: f"{n}-slots-a-group")
@@ -55,7 +56,7 @@ def found(
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("used", ["all", "some"])
 def test_numbers_and_gradients(used: str, bias: bool, form: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "GROUP_BYTES", group * 2 * 5 * D_E * 8)
+    monkeypatch.setattr(grouped_projection, "GROUP_BYTES", group * 2 * 5 * D_E * 8)
     projector, hidden, outer = parts(bias=bias)
     leaves = [*projector.parameters(), *hidden]
     right = expected(projector, hidden, None if form == "shared" else outer)
@@ -76,7 +77,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     projector, hidden, _ = parts(hidden_grad=False)
     projector.fc1.requires_grad_(False)
     projector.fc2.bias.requires_grad_(False)
-    sum(y.sum() for y in slots.project(projector, hidden)).backward()
+    sum(y.sum() for y in key_values.by_weights(projector, hidden)).backward()
     assert projector.fc2.weight.grad is not None
     assert projector.fc1.weight.grad is projector.fc1.bias.grad is projector.fc2.bias.grad is None
     assert all(layer.grad is None for layer in hidden)
@@ -122,7 +123,7 @@ def test_low_precision_keeps_to_the_error_of_plain_torch(dtype: torch.dtype, for
 @pytest.mark.parametrize("reason", ["hooks", "torch asked for", "MLP", "patched"])
 def test_where_modules_must_be_called_it_does_not_serve(reason: str) -> None:
     projector, hidden, _ = parts()
-    assert slots.useful(projector, hidden)
+    assert key_values.useful(projector, hidden)
     if reason == "hooks":
         projector.register_forward_hook(lambda *_: None)
     elif reason == "torch asked for":
@@ -131,7 +132,7 @@ def test_where_modules_must_be_called_it_does_not_serve(reason: str) -> None:
         projector.structure = "MLP"
     else:
         projector.fc2.forward = lambda x: x
-    assert not slots.useful(projector, hidden)
+    assert not key_values.useful(projector, hidden)
 
 
 def test_the_model_trains_by_slots_as_by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +141,7 @@ def test_the_model_trains_by_slots_as_by_modules(monkeypatch: pytest.MonkeyPatch
     results = []
     for allowed in (True, False):
         if not allowed:
-            monkeypatch.setattr(slots, "useful", lambda *_: False)
+            monkeypatch.setattr(key_values, "useful", lambda *_: False)
         model.zero_grad()
         loss = model(**inputs).loss
         loss.backward()
@@ -173,8 +174,8 @@ def test_two_states_pass_through_their_maps_at_once(bias: bool, dtype: torch.dty
     torch.manual_seed(0)
     maps = [nn.Linear(6, 8, bias=bias, dtype=dtype).requires_grad_(False) for _ in range(2)]
     y = [torch.randn(2, 5, 6, dtype=dtype, requires_grad=True) for _ in range(2)]
-    assert slots.passable(y, maps)
-    found = slots.through(y, maps, 4)
+    assert key_values.can_pass(y, maps)
+    found = key_values.through(y, maps, 4)
     plain = [linear(state).view(2, 5, 2, 4).transpose(1, 2) for linear, state in zip(maps, y, strict=True)]
     weights = [torch.randn_like(each) for each in plain]
     for used in ((0, 1), (1,)):
@@ -209,4 +210,4 @@ def test_states_pass_through_only_what_is_as_good_as_called(reason: str) -> None
     elif reason == "class":
         maps[1] = nn.Sequential(maps[1])
     with torch.set_grad_enabled(reason != "no gradients"), torch.autocast("cpu", enabled=reason == "autocast"):
-        assert not slots.passable(y, maps)
+        assert not key_values.can_pass(y, maps)

@@ -1,7 +1,7 @@
-"""Layer mix and projection a few slots at a time, each slot's result a tensor of its own: the model's way on a CPU.
+"""Layer mix and projections a few slots at a time, each slot's result a tensor of its own: the model's way on a CPU.
 
     y[j] = x[j] @ W[j].T + c[j],   W[j] = W2, c[j] = b2            (the aligner's projection)
-                                   W[j] = Wk @ W2, c[j] = Wk @ b2 + bk   (folded, :mod:`layalign.modeling.fold`)
+                                   W[j] = Wk @ W2, c[j] = Wk @ b2 + bk   (folded, :mod:`layalign.modeling.key_values`)
     k[j] = y[j] @ Wk.T + bk        (in two steps, where folding does not pay: Wk is the LLM's own and frozen)
 
 Neither x nor the gradients of x, W[j] and y are ever whole in memory: a group of slots is mixed, multiplied and
@@ -12,101 +12,87 @@ from the system in every step. On a GPU one launch for all slots is better: :fun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from layalign import ops
-from layalign.modeling.decoders import heads
-from layalign.nn.aligner import WeightedLinearProjector
-from layalign.nn.inspection import is_intercepted, reason_against_reading
 from layalign.ops import batched_linear, checks, dispatch, packed_weight
+from layalign.ops.layer_mix import layer_mix
 from layalign.ops.packed_weight import PackedWeight
+
+Map = tuple[Tensor, Tensor | None]  # weight (N, K) and bias (N,) of a linear map
 
 GROUP_BYTES = 2**24  # of x at once: stays in a third-level cache
 FEW_ROWS = 256  # below them, one slot's product does not fill the cores
 
 
-def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
-    """Whether the model should go by slots: on a CPU, where the projector's weights may be read."""
+def can_run(hidden: Sequence[Tensor], impl: str) -> bool:
+    """Whether a call is better made in groups: on a CPU, outside of compilation and functional transforms."""
     if torch.compiler.is_compiling() or dispatch.transforming():
         return False
-    if hidden[0].device.type != "cpu" or projector.impl == "torch":
-        return False
-    if projector.structure != "Linear" or is_intercepted(projector):
-        return False
-    return all(reason_against_reading(linear) is None for linear in (projector.fc1, projector.fc2))
+    return hidden[0].device.type == "cpu" and impl != "torch"
 
 
-def differentiated(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
-    """Whether autograd follows a call."""
-    fc1, fc2 = projector.fc1, projector.fc2
-    inputs = fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-
-
-def packable(projector: WeightedLinearProjector, hidden: Sequence[Tensor], columns: int) -> bool:
+def packable(hidden: Sequence[Tensor], columns: int, impl: str) -> bool:
     """Whether folded maps (2L, columns, D_e) are best kept packed for the C++ kernel, if no gradients are wanted."""
-    return projector.impl in ("auto", "cpp") and packed_weight.serves(hidden, columns) and dispatch.plain(hidden)
+    return impl in ("auto", "cpp") and packed_weight.serves(hidden, columns) and dispatch.plain(hidden)
 
 
-def project(
-    projector: WeightedLinearProjector,
+def differentiated(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd follows a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def grouped_projection(
     hidden: Sequence[Tensor],
-    weight: Tensor | PackedWeight | None = None,
-    bias: Tensor | None = None,
-    outer: Sequence[nn.Linear] = (),
+    mix: Map,
+    inner: Map,
+    folded: tuple[Tensor | PackedWeight, Tensor | None] | None = None,
+    outer: Sequence[Map] = (),
+    *,
     size: int | None = None,
+    impl: str = "auto",
 ) -> Sequence[Tensor]:
-    """2L tensors (B, S, D_out), differentiable in the projector's parameters and in ``hidden``.
+    """2L tensors (B, S, D_out), differentiable in ``hidden``, ``mix`` and ``inner``.
 
     Args:
         hidden: E tensors (B, S, D_e).
-        weight, bias: folded, (2L, D_out, D_e) and (2L, D_out) or None; by default the projector's own for every slot.
-            A packed weight is for calls that nobody differentiates.
-        outer: 2L frozen maps, plain ones whose weights may be read: those that were folded into ``weight``; without it
-            they are applied to y.
+        mix: fc1's weight (2L, E) and bias (2L,) or None.
+        inner: fc2's weight W2 (D_l, D_e) and bias b2 (D_l,) or None.
+        folded: weight (2L, D_out, D_e) and bias (2L, D_out) or None, in place of W2 and b2 for every slot. A packed
+            weight is for calls that nobody differentiates.
+        outer: 2L frozen maps (D_out, D_l): those that were folded; without ``folded`` they are applied to y.
         size: d, to get (B, D_out / d, S, d) at once: views that autograd would see one by one, each way.
+        impl: backend of the layer mix.
 
     Source: LayAlign, layer-wise aligner; gradients: dW2 = sum_j (dy[j].T @ x[j]), each led by Wk.T where folded.
     """
-    fc1, fc2 = projector.fc1, projector.fc2
     hidden = checks.autocast(hidden)
-    kept = _Kept(projector.impl, weight, bias, outer, size)
-    inputs = fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden
-    direct = dispatch.plain(inputs) and not differentiated(projector, hidden)
-    return kept.as_heads(_forward(kept, *inputs)) if direct else list(_Slots.apply(kept, *inputs))
+    weight, bias = (None, None) if folded is None else folded
+    call = _Call(impl, weight, bias, outer, size)
+    inputs = *mix, *inner, *hidden
+    direct = dispatch.plain(inputs) and not differentiated(inputs)
+    return call.as_heads(_forward(call, *inputs)) if direct else list(_Grouped.apply(call, *inputs))  # type: ignore[arg-type]
 
 
-def through(y: Tensor | Sequence[Tensor], outer: Sequence[nn.Linear], size: int) -> Sequence[Tensor]:
+def through(y: Tensor | Sequence[Tensor], outer: Sequence[Map], size: int) -> Sequence[Tensor]:
     """y, (2L, B, S, D_l) or so many (B, S, D_l), by frozen maps, as heads (B, D_out / d, S, d).
 
     One node for autograd instead of a linear map, a view and a transposition for each slot: the model's way on a GPU
     where it trains, and :func:`layalign.accelerate`'s, layer by layer.
     """
-    return list(_Outer.apply(_Kept("auto", None, None, outer, size), *((y,) if isinstance(y, Tensor) else y)))
+    return list(_Outer.apply(_Call("auto", None, None, outer, size), *((y,) if isinstance(y, Tensor) else y)))
 
 
-def passable(y: Sequence[Tensor], outer: Sequence[Any]) -> bool:
-    """Whether states that autograd follows may go :func:`through` maps, and that is the same as calling them."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(state.requires_grad for state in y):
-        return False
-    if dispatch.transforming() or torch.is_autocast_enabled(y[0].device.type):
-        return False
-    for state, linear in zip(y, outer, strict=True):
-        if reason_against_reading(linear) is not None or state.shape != y[0].shape or state.dim() != 3:
-            return False
-        if state.shape[-1] != linear.in_features or state.device != linear.weight.device:
-            return False  # the module says what is wrong
-        if any(p is not None and (p.requires_grad or p.dtype != state.dtype) for p in linear._parameters.values()):
-            return False
-    return True
+def heads(states: Tensor, size: int) -> Tensor:
+    """(..., S, G * d) -> (..., G, S, d), a view."""
+    return states.view(*states.shape[:-1], -1, size).transpose(-3, -2)
 
 
-class _Kept:
+class _Call:
     """What a call keeps beside its tensors with gradients."""
 
     def __init__(
@@ -114,11 +100,11 @@ class _Kept:
         impl: str,
         weight: Tensor | PackedWeight | None,
         bias: Tensor | None,
-        outer: Sequence[nn.Linear],
+        outer: Sequence[Map],
         size: int | None,
     ) -> None:
         self.impl, self.weight, self.bias, self.outer, self.size = impl, weight, bias, outer, size
-        self.frozen = tuple(linear.weight for linear in outer)  # for the backward, which reads them again
+        self.frozen = tuple(weight for weight, _ in outer)  # for the backward, which reads them again
         self.in_two_steps = weight is None and len(outer) > 0
         self.kernel = impl in ("auto", "cpp")
 
@@ -141,7 +127,7 @@ class _Kept:
         y = list(y)
         for group in _groups(y, len(y)):
             maps = self.outer[first + group.start : first + group.stop]
-            weights, biases = zip(*(_as(y[0].dtype, each.weight, each.bias) for each in maps), strict=True)
+            weights, biases = zip(*(_as(y[0].dtype, *each) for each in maps), strict=True)
             y[group] = batched_linear.by_maps(y[group], weights, biases, self.kernel)
         return y
 
@@ -197,8 +183,8 @@ def _groups(hidden: Sequence[Tensor], slots: int) -> Iterator[slice]:
 class _InnerSums:
     """dW2 and db2, group by group; summed in fp32 at least."""
 
-    def __init__(self, kept: _Kept, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self._kept = kept
+    def __init__(self, call: _Call, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self._call = call
         wide = torch.promote_types(dtype, torch.float32)
         self._weight = None if weight is None else weight.new_zeros((weight.shape[1], weight.shape[0]), dtype=wide)
         self._bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
@@ -219,21 +205,21 @@ class _InnerSums:
         Returns:
             The gradients of x.
         """
-        found, kept = torch.empty_like(x), self._kept
-        if kept.in_two_steps:
-            dy = kept.back(grads, group.start, x[0, ..., 0].numel())
-            batched_linear.back_by_maps([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), kept.kernel)
+        found, call = torch.empty_like(x), self._call
+        if call.in_two_steps:
+            dy = call.back(grads, group.start, x[0, ..., 0].numel())
+            batched_linear.back_by_maps([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), call.kernel)
             if self._bias is not None:
                 self._bias += dy.sum(dim=(0, 1), dtype=self._bias.dtype)
             if self._weight is not None:
                 packed_weight.add_weight_gradient(self._weight, dy.unbind(0), x)
             return found
-        folded = kept.weight is not None
-        batched_linear.back_by_maps(grads, kept.maps(group, inner, x.dtype), found.flatten(1, 2), kept.kernel)
+        folded = call.weight is not None
+        batched_linear.back_by_maps(grads, call.maps(group, inner, x.dtype), found.flatten(1, 2), call.kernel)
         for slot, grad in enumerate(grads, group.start):
             if self._bias is not None and grad is not None:
                 column = grad.sum(dim=(0, 1), dtype=self._bias.dtype)
-                self._bias += column @ kept.frozen[slot].to(column.dtype) if folded else column
+                self._bias += column @ call.frozen[slot].to(column.dtype) if folded else column
         if self._weight is not None and not folded:
             packed_weight.add_weight_gradient(self._weight, grads, x)
         elif self._weight is not None:
@@ -248,7 +234,7 @@ class _InnerSums:
             if self._folded is None:
                 self._folded = weight.new_empty((x.shape[-1], grad.shape[-1]))
             packed_weight.add_weight_gradient(self._folded.zero_(), [grad], x[place : place + 1])
-            weight.addmm_(self._folded, self._kept.frozen[first + place].to(weight.dtype))
+            weight.addmm_(self._folded, self._call.frozen[first + place].to(weight.dtype))
 
 
 class _Mixed:
@@ -277,7 +263,7 @@ class _Mixed:
             for part, need in zip(parts, self._needs, strict=True)
         ]
         with torch.enable_grad():
-            self._x = ops.layer_mix(self._leaves[2:], self._leaves[0], self._leaves[1], impl=self._impl)  # type: ignore[arg-type]
+            self._x = layer_mix(self._leaves[2:], self._leaves[0], self._leaves[1], impl=self._impl)  # type: ignore[arg-type]
         return self._x.detach()
 
     def backward(self, group: slice, grad: Tensor) -> None:
@@ -292,56 +278,56 @@ class _Mixed:
 
 
 def _forward(
-    kept: _Kept,
+    call: _Call,
     mix_weight: Tensor,
     mix_bias: Tensor | None,
     inner: Tensor,
     inner_bias: Tensor | None,
     *hidden: Tensor,
 ) -> Sequence[Tensor] | Tensor:
-    packed = kept.packed(hidden, len(mix_weight), inner, inner_bias)
+    packed = call.packed(hidden, len(mix_weight), inner, inner_bias)
     if packed is not None:
-        return kept.through(packed_weight.project(hidden, mix_weight, mix_bias, *packed))
+        return call.through(packed_weight.project(hidden, mix_weight, mix_bias, *packed))
     found: list[Tensor] = []
     for group in _groups(hidden, len(mix_weight)):
         part_bias = None if mix_bias is None else mix_bias[group]
-        x = ops.layer_mix(hidden, mix_weight[group], part_bias, impl=kept.impl)
-        if kept.weight is None:
-            found += kept.through(F.linear(x, *_as(x.dtype, inner, inner_bias)).unbind(0), group.start)
+        x = layer_mix(hidden, mix_weight[group], part_bias, impl=call.impl)
+        if call.weight is None:
+            found += call.through(F.linear(x, *_as(x.dtype, inner, inner_bias)).unbind(0), group.start)
         else:
-            found += kept.products(x, group)
+            found += call.products(x, group)
     return found
 
 
-class _Slots(torch.autograd.Function):
+class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kept: _Kept,
+        call: _Call,
         mix_weight: Tensor,
         mix_bias: Tensor | None,
         inner: Tensor,
         inner_bias: Tensor | None,
         *hidden: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.kept = kept
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mix_weight, mix_bias, inner, inner_bias, *hidden, *kept.frozen)
-        return tuple(kept.as_heads(_forward(kept, mix_weight, mix_bias, inner, inner_bias, *hidden)))
+        ctx.save_for_backward(mix_weight, mix_bias, inner, inner_bias, *hidden, *call.frozen)
+        return tuple(call.as_heads(_forward(call, mix_weight, mix_bias, inner, inner_bias, *hidden)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         mix_weight, mix_bias, inner, inner_bias, *others = ctx.saved_tensors
-        hidden, ctx.kept.frozen = others[: len(ctx.needs_input_grad) - 5], others[len(ctx.needs_input_grad) - 5 :]
+        hidden, ctx.call.frozen = others[: len(ctx.needs_input_grad) - 5], others[len(ctx.needs_input_grad) - 5 :]
         _, need_mix, need_mix_bias, need_inner, need_inner_bias, *needs_hidden = ctx.needs_input_grad
-        mixed = _Mixed((mix_weight, mix_bias, *hidden), (need_mix, need_mix_bias, *needs_hidden), ctx.kept.impl)
+        mixed = _Mixed((mix_weight, mix_bias, *hidden), (need_mix, need_mix_bias, *needs_hidden), ctx.call.impl)
         dtype = hidden[0].dtype
-        sums = _InnerSums(ctx.kept, inner if need_inner else None, inner_bias if need_inner_bias else None, dtype)
+        sums = _InnerSums(ctx.call, inner if need_inner else None, inner_bias if need_inner_bias else None, dtype)
         with checks.without_autocast(hidden[0]):
             for group in _groups(hidden, len(mix_weight)):
                 x = mixed.again(group)
-                parts = [None if grad is None else grad.to(dtype) for grad in ctx.kept.as_rows(grads[group])]
+                parts = [None if grad is None else grad.to(dtype) for grad in ctx.call.as_rows(grads[group])]
                 if any(grad is not None for grad in parts):
                     mixed.backward(group, sums.add(parts, x, group, inner))
         found = mixed.gradients
@@ -352,15 +338,15 @@ class _Slots(torch.autograd.Function):
 
 class _Outer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kept: _Kept, *y: Tensor) -> tuple[Tensor, ...]:
-        ctx.kept, ctx.shape = kept, y[0].shape
+    def forward(ctx: Any, call: _Call, *y: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.shape = call, y[0].shape
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept.frozen)
-        return tuple(kept.as_heads(kept.through(y[0].unbind(0) if y[0].dim() == 4 else y)))
+        ctx.save_for_backward(*call.frozen)
+        return tuple(call.as_heads(call.through(y[0].unbind(0) if y[0].dim() == 4 else y)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.kept.frozen, (batch, source, _) = ctx.saved_tensors, ctx.shape[-3:]
-        found = ctx.kept.back(ctx.kept.as_rows(grads), 0, batch * source).unflatten(1, (batch, source))
+        ctx.call.frozen, (batch, source, _) = ctx.saved_tensors, ctx.shape[-3:]
+        found = ctx.call.back(ctx.call.as_rows(grads), 0, batch * source).unflatten(1, (batch, source))
         return (None, found) if len(ctx.shape) == 4 else (None, *found.unbind(0))
