@@ -248,7 +248,8 @@ def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool
 
 
 def _differentiated(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
-    return grouped_projection.differentiated((*_parameters(projector.fc1), *_parameters(projector.fc2), *hidden))
+    fc1, fc2 = projector.fc1, projector.fc2
+    return grouped_projection.differentiated((fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden))
 
 
 def by_weights(
@@ -259,8 +260,8 @@ def by_weights(
     size: int | None = None,
 ) -> Sequence[Tensor]:
     """:func:`layalign.ops.grouped_projection.grouped_projection` of modules that :func:`useful` has passed."""
-    pairs = [_parameters(linear) for linear in outer]
-    mix, inner = _parameters(projector.fc1), _parameters(projector.fc2)
+    fc1, fc2, pairs = projector.fc1, projector.fc2, [_parameters(linear) for linear in outer]
+    mix, inner = (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)
     return grouped_projection.grouped_projection(hidden, mix, inner, folded, pairs, size=size, impl=projector.impl)
 
 

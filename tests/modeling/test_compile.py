@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 from layalign import LayAlignForCausalLM
 from layalign.modeling.source import SourceDynamicCache, get_source, source_cache
-from layalign.ops import checks
+from layalign.ops.backends import cpp
 
 DEPTH = {"m2m_100": "encoder_layers", "mt5": "num_layers", "xlm-roberta": "num_hidden_layers"}
 # The first two differ in every size, so that the second compilation knows what varies.
@@ -88,7 +88,7 @@ def test_the_training_forward_is_one_graph_for_all_shapes(encoder: str, llm: str
 
 def test_the_backward_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """These shapes lie on both sides of what chooses kernels in eager calls: the size of the mix, the text length."""
-    monkeypatch.setattr(checks, "MIN_TRAINED", 24 * 2 * 20)
+    monkeypatch.setattr(cpp, "MIN_TRAINED", 24 * 2 * 20)
     model = small()
     inputs = [batch(*shape, model=model) for shape in SHAPES]
     assert {len(i["encoder_input_ids"].flatten()) >= 20 for i in inputs} == {True, False}
