@@ -37,6 +37,7 @@ PACKAGES = [
     "layalign.modeling",
     "layalign.nn",
     "layalign.ops",
+    "layalign.ops.backends",
     "layalign.published",
     "layalign.serving",
     "layalign.serving.http",

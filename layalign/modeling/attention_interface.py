@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from layalign.modeling.cross_attention import OnePass
 from layalign.modeling.decoders import attention_modules, known_maps
-from layalign.modeling.source import OnePass, SourceStates
 from layalign.nn.inspection import parts
 from layalign.utils.errors import ArgumentError, refuse, whole_number
 from layalign.utils.versions import importing
@@ -85,7 +85,7 @@ def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         value: Tensor,
         attention_mask: Tensor | None,
         *,
-        layalign_source: OnePass | SourceStates | None = None,
+        layalign_source: OnePass | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         base = _base_function(base_name, module)

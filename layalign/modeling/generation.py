@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin
 
+from layalign.modeling.cache import SourceDynamicCache, SourceStates, get_source, put_source
 from layalign.modeling.decoding_modes import require_served
 from layalign.modeling.finite import finite
 from layalign.modeling.inputs import require_ids, require_mask
 from layalign.modeling.packing import PackedTokens
-from layalign.modeling.source import SourceDynamicCache, SourceStates, get_source, put_source
 from layalign.modeling.text_only import (
     GivenCriteria,
     GivenProcessors,

@@ -111,7 +111,7 @@ class LastLayer:
         if any(options.get(name) or getattr(config, name, False) for name in _COLLECTED):
             return "states of all positions are asked for"
         one = options.get(KEYWORD)
-        return self._reason_against_modules(() if one is None else one.source.attentions)
+        return self._reason_against_modules(() if one is None else one.gated)
 
     def _reason_against_modules(self, beside: Iterable[nn.Module]) -> str | None:
         if self._layer.training and getattr(self._layer, "gradient_checkpointing", False):

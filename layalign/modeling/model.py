@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,7 +15,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from layalign.modeling import attention_interface, checkpoint, decoders, encoders, loading, lora, names
+from layalign.modeling.cache import SourceStates, get_source, put_source
 from layalign.modeling.configuration import LayAlignConfig, require_dropout
+from layalign.modeling.cross_attention import OnePass, bridge, one_pass
 from layalign.modeling.embedding_scale import in_slots
 from layalign.modeling.generation import SourceGenerationMixin, cache_for_compiled
 from layalign.modeling.inputs import require_ids, require_labels, require_mask
@@ -27,7 +28,6 @@ from layalign.modeling.packing import pack, real_positions
 from layalign.modeling.padding import real_tokens
 from layalign.modeling.parts import own_parts
 from layalign.modeling.pickling import leave_out_recorders, make_recordable
-from layalign.modeling.source import OnePass, SourceStates, bridge, get_source, put_source
 from layalign.nn import Adapter, GatedCrossAttention
 from layalign.nn.adapter import SoftmaxFusion, TokenSoftmaxFusion
 from layalign.nn.inspection import device_of
@@ -325,7 +325,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             layers. Where padding is masked and there is enough of it, it is not computed: zeros stand there.
         """
         if self.mapping is None and self.encoder_aligner is None:
-            return None, SourceStates((), (), (), None, (), real=encoder_attention_mask)
+            return None, SourceStates((), (), (), None, real=encoder_attention_mask)
         if not torch.compiler.is_compiling():
             self._follow_attentions()
         aligned = self.config.encoder_layers if self.encoder_aligner is not None else []
@@ -347,11 +347,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if real is not None:
             soft = None if soft is None else real.unpack(soft)
             keys, values = ([real.unpack_heads(state) for state in states] for states in (keys, values))
-        gated = cast(tuple[GatedCrossAttention, ...], tuple(self.cross_attention))
         attended = encoder_attention_mask if mask is None else None
-        return soft, SourceStates(
-            tuple(self.config.language_layers), tuple(keys), tuple(values), mask, gated, real=attended
-        )
+        return soft, SourceStates(tuple(self.config.language_layers), tuple(keys), tuple(values), mask, real=attended)
 
     def _follow_attentions(self) -> None:
         """Take the attention modules that the LLM has now: somebody may have put other layers into it."""
@@ -409,13 +406,6 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         soft, boundary = (in_slots(r, config.get_text_config(), config.scaled_soft_tokens) for r in (soft, boundary))
         embeds = self._tokens(input_ids, attention_mask).embed(embeds, soft, boundary, encoder_attention_mask)
         return input_ids, attention_mask, embeds, source
-
-    def _with_gates(self, source: SourceStates | None) -> SourceStates | None:
-        """A cache's source with this model's gates: the cache may be a copy, or they were replaced since."""
-        if source is None or torch.compiler.is_compiling() or source.layers != tuple(self.config.language_layers or ()):
-            return source
-        gates = cast(tuple[GatedCrossAttention, ...], tuple(self.cross_attention or ()))
-        return source if source.attentions == gates else replace(source, attentions=gates)
 
     @staticmethod
     def _require_begun(cache: Any) -> None:
@@ -480,12 +470,15 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                 input_ids, attention_mask, encoder_input_ids, encoder_attention_mask
             )
         elif source is None:
-            source = self._with_gates(get_source(cache))
+            source = get_source(cache)
         if source is None:
             require_no_unknown_cache(kwargs)
             raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            source = source.for_gradients()
+        if not torch.compiler.is_compiling():
+            if source.layers != tuple(self.config.language_layers or ()):
+                asked = list(self.config.language_layers or ())
+                raise ArgumentError(f"source_states: expected a source of layers {asked}, got {list(source.layers)}")
+            source = source.for_gradients() if torch.is_grad_enabled() else source
         if inputs_embeds is None:
             if input_ids is None:
                 raise ArgumentError("input_ids: expected (B, T) token ids, got None")
@@ -506,7 +499,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes.
         compiling = torch.compiler.is_compiling()
         seen: set[int] | None = set() if compiling or not self._source_reaches_layers else None
-        with nullcontext(OnePass(source, seen)) if compiling else source.one_pass(seen) as one:
+        gated = cast(tuple[GatedCrossAttention, ...], tuple(self.cross_attention or ()))
+        with nullcontext(OnePass(source, gated, seen)) if compiling else one_pass(source, gated, seen) as one:
             inputs = dict(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,

@@ -12,7 +12,7 @@ import torch
 from tiny import batch, tiny_model
 from torch._dynamo.utils import counters
 
-from layalign.modeling.source import get_source
+from layalign.modeling.cache import get_source
 
 PAGE = (Path(__file__).parents[2] / "docs" / "precision.md").read_text(encoding="utf-8")
 

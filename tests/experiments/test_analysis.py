@@ -26,7 +26,7 @@ from layalign.experiments.analysis.reading import Reader, source_positions, untr
 from layalign.experiments.analysis.report import write_report
 from layalign.experiments.analysis.result import AnalysisResult, Projection, Similarity
 from layalign.experiments.analysis.tokens import CONTINUED, token_labels
-from layalign.modeling.source import OnePass
+from layalign.modeling.cross_attention import OnePass
 from layalign.modeling.tokenization import save_tokenizers
 from layalign.utils.errors import ArgumentError, DataError
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from layalign import LayAlignForCausalLM
-from layalign.modeling import decoders, source
+from layalign.modeling import cross_attention as passes
+from layalign.modeling import decoders
 from layalign.modeling.last_layer import LastLayer
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector, aligner, cross_attention
 from layalign.ops import cached_launch
@@ -652,7 +653,7 @@ def same_world_afterwards() -> Iterator[None]:
 
 
 _CACHED = [(module, "computes_the_reference") for module in (aligner, cross_attention)]
-_IMPORTED = [(source, "computes_the_reference")]
+_IMPORTED = [(passes, "computes_the_reference")]
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ class PublishedStyle:
         self.handles = []
         for slot, layer in enumerate(source.layers):
             attention = self.llm.model.layers[layer].self_attn
-            state = source.keys[slot], source.values[slot], source.attentions[slot].adaption_gate, source.mask
+            state = source.keys[slot], source.values[slot], model.cross_attention[slot].adaption_gate, source.mask
             hook = lambda module, args, kwargs, output, state=state: self.add(module, args, kwargs, output, *state)  # noqa: E731
             self.handles.append(attention.register_forward_hook(hook, with_kwargs=True))
 

@@ -32,7 +32,7 @@ from transformers import DynamicCache
 import layalign
 from layalign import ArgumentError, LayAlignForCausalLM
 from layalign.modeling import attention_interface
-from layalign.modeling.source import SourceStates, get_source, put_source
+from layalign.modeling.cache import SourceStates, get_source, put_source
 from layalign.nn.inspection import device_of
 from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
 from layalign.serving.http.decoding import Decoder, Inputs, State, kept, merged
@@ -308,8 +308,7 @@ def cache_for(model: Any, cache: Any) -> DynamicCache:
         found.update(each.keys.clone(), each.values.clone(), layer)
     assert own is not None
     copies = own.map(torch.clone)
-    gates = tuple(model.cross_attention)
-    return put_source(found, SourceStates(own.layers, copies.keys, copies.values, copies.mask, gates, real=copies.real))
+    return put_source(found, SourceStates(own.layers, copies.keys, copies.values, copies.mask, real=copies.real))
 
 
 class Going:

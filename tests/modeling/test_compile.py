@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
 from layalign import LayAlignForCausalLM
-from layalign.modeling.source import SourceDynamicCache, get_source, source_cache
+from layalign.modeling.cache import SourceDynamicCache, get_source, source_cache
 from layalign.ops.backends import cpp
 
 DEPTH = {"m2m_100": "encoder_layers", "mt5": "num_layers", "xlm-roberta": "num_hidden_layers"}

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
 from layalign import ArgumentError, LayAlignForCausalLM
-from layalign.modeling.source import get_source, put_source
+from layalign.modeling.cache import get_source, put_source
 
 pytestmark = compiles
 FULL = {"layer_types": ["full_attention"] * 3}  # transformers' sliding static cache counts its length in Python

@@ -18,7 +18,7 @@ from tiny import batch, row, tiny_llm, tiny_model
 from transformers import DynamicCache, GenerationMixin, StaticCache, cache_utils
 
 from layalign import ArgumentError
-from layalign.modeling.source import get_source, put_source
+from layalign.modeling.cache import get_source, put_source
 from layalign.utils.versions import cache_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text(encoding="utf-8")

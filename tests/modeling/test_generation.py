@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from layalign import ArgumentError
-from layalign.modeling.source import get_source
+from layalign.modeling.cache import get_source
 
 NEVER = 10_000  # beam search wants some end-of-sequence id; this one is outside the vocabulary
 

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layalign import BackendError, ops
-from layalign.modeling.source import OnePass, SourceStates
+from layalign.modeling.cache import SourceStates
+from layalign.modeling.cross_attention import OnePass, one_pass
 from layalign.nn import GatedCrossAttention
 from layalign.ops import backends, cached_launch, dispatch
 from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
@@ -233,9 +234,9 @@ def test_a_decoding_step_brings_the_tokens_of_a_head_together(
     module = GatedCrossAttention()
     torch.nn.init.constant_(module.adaption_gate, 0.5)
     other = torch.randn(2, 2, 5, 16)
-    source = SourceStates((1, 3), (other, key), (other, value), None, (module, module))
+    source = SourceStates((1, 3), (other, key), (other, value), None)
     query, base = torch.randn(2, 4, rows, 16), torch.randn(2, rows, 4, 16)
-    with torch.set_grad_enabled(grads), source.one_pass() as one:
+    with torch.set_grad_enabled(grads), one_pass(source, (module, module)) as one:
         found = one.attend(3, query, base, None)
     torch.testing.assert_close(
         found, full_call(query, key, value, module.adaption_gate, base, None, None), rtol=1e-5, atol=1e-5
@@ -384,15 +385,15 @@ def test_a_pass_follows_states_that_moved(when: str, move: str) -> None:
     module = GatedCrossAttention("cpp")
     torch.nn.init.constant_(module.adaption_gate, 0.5)
     other, more = key.clone(), value.clone()
-    source = SourceStates((1, 3), (other, key), (more, value), None, (module, module))
+    source = SourceStates((1, 3), (other, key), (more, value), None)
     with torch.no_grad():
         for _ in range(2):
-            with source.one_pass() as one:
+            with one_pass(source, (module, module)) as one:
                 one.attend(1, query, base, scale)
                 one.attend(3, query, base, scale)
         if when == "between passes":
             MOVES[move](key), MOVES[move](value)
-        with source.one_pass() as one:
+        with one_pass(source, (module, module)) as one:
             one.attend(1, query, base, scale)
             if when == "within a pass":
                 MOVES[move](key), MOVES[move](value)
@@ -408,12 +409,12 @@ def test_a_pass_follows_a_source_that_got_other_states_within_it(grad: bool, ker
     query, key, value, gate, base, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
     torch.nn.init.constant_(module.adaption_gate, 0.5)
-    source = SourceStates((3,), (key,), (value,), mask, (module,))
+    source = SourceStates((3,), (key,), (value,), mask)
     for _ in range(2):
-        with torch.set_grad_enabled(grad), source.one_pass() as one:
+        with torch.set_grad_enabled(grad), one_pass(source, (module,)) as one:
             one.attend(3, query, base, scale)
     for name, states in (("keys", (key + 1,)), ("values", (value + 1,)), ("mask", mask.flip(0))):
-        with torch.set_grad_enabled(grad), source.one_pass() as one:
+        with torch.set_grad_enabled(grad), one_pass(source, (module,)) as one:
             setattr(source, name, states)
             found = one.attend(3, query, base, scale)
         wanted = full_call(query, source.keys[0], source.values[0], gate, base, source.mask, scale)
@@ -424,22 +425,22 @@ def test_a_pass_follows_a_source_that_got_other_states_within_it(grad: bool, ker
 def test_gradients_switched_on_within_a_pass_are_recorded(kernels: Any) -> None:
     query, key, value, _, base, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
-    source = SourceStates((3,), (key,), (value,), mask, (module,))
+    source = SourceStates((3,), (key,), (value,), mask)
     for grad in (False, False, True):
-        with torch.no_grad(), source.one_pass() as one, torch.set_grad_enabled(grad):
+        with torch.no_grad(), one_pass(source, (module,)) as one, torch.set_grad_enabled(grad):
             found = one.attend(3, query, base, scale)
     assert found.requires_grad
 
 
 def test_a_source_that_decoded_in_inference_mode_trains_afterwards() -> None:
     key, value = (torch.randn(2, 5, 2, 16).transpose(1, 2) for _ in range(2))
-    source = SourceStates((3,), (key,), (value,), None, (GatedCrossAttention(),))
+    source, module = SourceStates((3,), (key,), (value,), None), GatedCrossAttention()
     query, base = torch.randn(2, 4, 1, 16), torch.randn(2, 1, 4, 16)
     with torch.inference_mode():
-        source.attend(3, query, base, None)
+        OnePass(source, (module,)).attend(3, query, base, None)
     assert source.keys[0].is_contiguous()
-    source.attend(3, query, base, None).sum().backward()
-    assert source.attentions[0].adaption_gate.grad.abs() > 0
+    OnePass(source, (module,)).attend(3, query, base, None).sum().backward()
+    assert module.adaption_gate.grad.abs() > 0
 
 
 @contextmanager
@@ -461,14 +462,14 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
     query, key, value, gate, base, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
     torch.nn.init.constant_(module.adaption_gate, 0.5)
-    source = SourceStates((3,), (key,), (value,), mask, (module,))
+    source = SourceStates((3,), (key,), (value,), mask)
     short: list[bool] = []
     call = RepeatedDecode.__call__
     monkeypatch.setattr(RepeatedDecode, "__call__", lambda *given: short.append(True) or call(*given))
 
     def ran_short(within: Any, grad: bool = False) -> bool:
         short.clear()
-        with torch.set_grad_enabled(grad), within, source.one_pass() as one:
+        with torch.set_grad_enabled(grad), within, one_pass(source, (module,)) as one:
             found = one.attend(3, query, base, scale)
             assert one.attend(2, query, base, scale) is base  # no language layer
         torch.testing.assert_close(found, full_call(query, key, value, gate, base, mask, scale), rtol=1e-5, atol=1e-5)
@@ -481,9 +482,9 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
     assert not ran_short(nullcontext())
     assert ran_short(nullcontext())
     with torch.no_grad():
-        source.attend(3, query, base, scale)  # outside a pass nothing was asked
+        OnePass(source, (module,)).attend(3, query, base, scale)  # outside a pass nothing was asked
         assert len(short) == 1
-        with source.one_pass(seen=set()) as one:
+        with one_pass(source, (module,), seen=set()) as one:
             one.attend(3, query, base, scale)
         assert one.seen == {3} and len(short) == 1
 

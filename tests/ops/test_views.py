@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from layalign import ops, reference
 from layalign.modeling import key_values
-from layalign.modeling.source import SourceStates
+from layalign.modeling.cache import SourceStates
+from layalign.modeling.cross_attention import one_pass
 from layalign.nn import GatedCrossAttention
 from layalign.nn.aligner import WeightedLinearProjector
 from layalign.ops import batched_linear, extension, packed_weight
@@ -192,10 +193,10 @@ def test_a_layers_repeated_calls() -> None:
             mask = draw(B, S, seed=6) > -1
             key, value, mask = as_views((key, value, mask), kinds)
             module = GatedCrossAttention(gate=0.75)
-            states = SourceStates((0,), (key.requires_grad_(grad),), (value.requires_grad_(grad),), mask, (module,))
+            states = SourceStates((0,), (key.requires_grad_(grad),), (value.requires_grad_(grad),), mask)
             for step in range(3):
                 views = as_views((query + step, base + step), kinds)
-                with torch.set_grad_enabled(grad), states.one_pass() as one:
+                with torch.set_grad_enabled(grad), one_pass(states, (module,)) as one:
                     found = one.attend(0, *views, None)
                 wide = [t.detach().resolve_neg().double() for t in (views[0], key, value, views[1])]
                 gate = torch.tensor(0.75, dtype=torch.float64)

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 
 import layalign
 from layalign import ops
-from layalign.modeling import source
+from layalign.modeling import cross_attention as passes
+from layalign.modeling.cache import SourceStates
 from layalign.nn import (
     EncoderAligner,
     GatedCrossAttention,
@@ -92,8 +93,8 @@ def in_the_file(patch: pytest.MonkeyPatch, cls: type, module: Any, **changes: An
     patch.setitem(inspection._FORWARDS, cls, cls.forward)  # type: ignore[attr-defined]
     tried = functools.cache(module.computes_the_reference.__wrapped__)
     patch.setattr(module, "computes_the_reference", tried)
-    if hasattr(source, "computes_the_reference"):
-        patch.setattr(source, "computes_the_reference", tried)
+    if hasattr(passes, "computes_the_reference"):
+        patch.setattr(passes, "computes_the_reference", tried)
 
 
 EDITS: dict[str, Edit] = {
@@ -181,11 +182,11 @@ def test_a_gate_that_is_edited_between_two_calls_is_seen(
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, rows, 16) for rows in (1, 9, 9))
     base, module = torch.zeros(1, 1, 4, 16), GatedCrossAttention(gate=2.0)
-    states, found = source.SourceStates((0,), (key,), (value,), None, (module,)), []
+    states, found = SourceStates((0,), (key,), (value,), None), []
     for call in range(4):
         if call == 2:
             monkeypatch.setattr(GatedCrossAttention, name, tanh_forward if name == "forward" else tanh_gate)
-        with torch.set_grad_enabled(grad), states.one_pass() as one:
+        with torch.set_grad_enabled(grad), passes.one_pass(states, (module,)) as one:
             found.append(one.attend(0, query.clone().requires_grad_(grad), base.clone(), None).detach())
     torch.testing.assert_close(found[1], found[0])
     for each in found[2:]:
@@ -198,10 +199,11 @@ def test_an_edited_gate_is_seen_in_compiled_calls(edit: str, monkeypatch: pytest
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, rows, 16) for rows in (5, 9, 9))
     base, module = torch.zeros(1, 5, 4, 16), GatedCrossAttention(gate=2.0)
-    states = source.SourceStates((0,), (key,), (value,), None, (module,))
-    plain = states.attend(0, query, base, None)
+    states = SourceStates((0,), (key,), (value,), None)
+    one = passes.OnePass(states, (module,))
+    plain = one.attend(0, query, base, None)
     EDITS[edit](SimpleNamespace(cross_attention=[module]), monkeypatch)
-    attend = torch.compile(lambda query, base: states.attend(0, query, base, None), backend="eager")
+    attend = torch.compile(lambda query, base: one.attend(0, query, base, None), backend="eager")
     torch.testing.assert_close(attend(query, base), plain * torch.tensor(2.0).tanh() / 2)
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from layalign.modeling.cache import SourceStates, get_source, put_source
 from layalign.modeling.packing import real_positions
-from layalign.modeling.source import SourceStates, get_source, put_source
 from layalign.nn.inspection import device_of
 from layalign.utils.versions import cache_of
 
@@ -192,5 +192,4 @@ def _beside(
         tuple(map(joined, first.keys, second.keys)),
         tuple(map(joined, first.values, second.values)),
         mask,
-        first.attentions,
     )

@@ -1,0 +1,150 @@
+"""What the LLM attends to: the keys and values of one batch of sources, and the cache that carries them. Data only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+
+@dataclass
+class SourceStates:
+    """Per language layer the source's keys and values, ready for gated cross-attention.
+
+    Attributes:
+        layers: indices of the LLM layers that attend, ascending or not; the other tuples follow this order.
+        keys, values: L tensors (B, G, S, d) each; heads and head size may differ between layers.
+        mask: (B, S) bool, true where a source token is real; None when padding is attended to, as published.
+        real: (B, S), 1 where a source token is real, when ``mask`` is None; None when nobody knows.
+        launches: by LLM layer, what its last call left for the next: :mod:`layalign.modeling.cross_attention`'s.
+    """
+
+    layers: tuple[int, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    mask: Tensor | None
+    real: Tensor | None = None
+    launches: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:  # launches kept for the next call hold addresses of this one's tensors
+        return {**self.__dict__, "launches": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SourceStates:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SourceStates:
+        """The same states with ``function`` applied to every tensor (all have the batch first)."""
+        return replace(
+            self,
+            keys=tuple(function(key) for key in self.keys),
+            values=tuple(function(value) for value in self.values),
+            mask=None if self.mask is None else function(self.mask),
+            real=None if self.real is None else function(self.real),
+        )
+
+    def for_gradients(self) -> SourceStates:
+        """The same states, copied where they were made in inference mode: a backward could not save them."""
+        tensors = *self.keys, *self.values, self.mask
+        if not any(tensor is not None and tensor.is_inference() for tensor in tensors):
+            return self
+        return self.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B, 1), the numbers of real source tokens; None when nobody knows."""
+        real = self.real if self.mask is None else self.mask
+        return None if real is None else real.sum(dim=1, keepdim=True)
+
+    @property
+    def rows(self) -> int | None:
+        """B, or None without any tensor."""
+        return next((len(t) for t in (*self.keys[:1], self.mask, self.real) if t is not None), None)
+
+    def select(self, rows: Tensor) -> SourceStates:
+        """The states of the batch rows ``rows`` (int64 indices), in that order."""
+        return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    def repeat(self, times: int) -> SourceStates:
+        """Every row ``times`` times, the copies side by side, as ``generate`` expands its batch."""
+        return self if times == 1 else self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def to(self, device: torch.device | str) -> SourceStates:
+        """The states on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+
+class _SourceCacheMixin:
+    """A key/value cache that also holds the source states and treats their batch dimension like its own."""
+
+    source: SourceStates
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(max(protocol, 2))  # one form of it: the same for all protocols
+        return (_empty_cache, type(self).__bases__[1:], *reduced[2:])  # type: ignore[index]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.source = self.source.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.source = self.source.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.source = self.source.select(indices)
+
+
+class SourceDynamicCache(_SourceCacheMixin, DynamicCache):
+    """transformers' default cache with a source. A class of its own: compiled code cannot change an object's class."""
+
+
+_CACHE_CLASSES: dict[type, type] = {DynamicCache: SourceDynamicCache}
+
+
+def _source_cache_class(cache_class: type) -> type:
+    if cache_class not in _CACHE_CLASSES:
+        bases = (_SourceCacheMixin, cache_class)
+        _CACHE_CLASSES[cache_class] = type(f"Source{cache_class.__name__}", bases, {})
+    return _CACHE_CLASSES[cache_class]
+
+
+def _empty_cache(cache_class: type) -> Any:
+    cls: Any = _source_cache_class(cache_class)  # which cannot be found by name
+    return cls.__new__(cls)
+
+
+def source_cache(cache: Cache) -> Cache:
+    """Make ``cache`` one that can carry a source: the object stays the same, and an instance of its old class.
+
+    The model does this by itself, except in a compiled call: do it before you compile a first pass over a cache.
+    """
+    if not isinstance(cache, _SourceCacheMixin):
+        cache.__class__ = _source_cache_class(type(cache))  # any cache will do, static and quantised ones too
+    return cache
+
+
+def put_source(cache: Cache, source: SourceStates) -> Cache:
+    """Let ``cache`` carry ``source``."""
+    if torch.compiler.is_compiling() and not isinstance(cache, _SourceCacheMixin):
+        torch._dynamo.graph_break(
+            msg="past_key_values: expected a cache from layalign.modeling.source.source_cache(cache) or one that "
+            "carries a source already; compiled code cannot change the class of another"
+        )
+    source_cache(cache).source = source  # type: ignore[attr-defined]
+    return cache
+
+
+def get_source(cache: Any) -> SourceStates | None:
+    """The source states that ``cache`` carries, or None."""
+    return getattr(cache, "source", None)
