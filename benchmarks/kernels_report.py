@@ -26,7 +26,6 @@ FILES = (
     "gated_cross_attention",
     "gated_cross_attention_backward",
     "gated_decode",
-    "decode_step",
 )
 
 

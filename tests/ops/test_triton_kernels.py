@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: chosen splits, the experimental decode step, 64-bit offsets."""
+"""What only the Triton kernels have: chosen splits, 64-bit offsets."""
 
 from __future__ import annotations
 
@@ -7,24 +7,16 @@ import inspect
 
 import pytest
 import torch
-from op_cases import DEVICE, inputs, make_mask, poison, within_budget
-from torch import Tensor
+from op_cases import DEVICE, inputs, make_mask
 
 pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
 from layalign_kernels import attention_tiles, gated_cross_attention, gated_cross_attention_backward, gated_decode
-from layalign_kernels import decode_step as step
 from layalign_kernels.common import largest_offset, next_power_of_2, offset64
-from layalign_kernels.decode_step import decode_step
 from layalign_kernels.gated_cross_attention_backward import splits_over_rows
 from layalign_kernels.gated_decode import splits_over_source
-
-from layalign import reference
-
-# The interpreter computes bfloat16 products wrongly.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
 def test_backward_is_deterministic_and_independent_of_the_split() -> None:
@@ -53,41 +45,6 @@ def test_number_of_splits() -> None:
         assert (splits - 1) * -(-blocks // splits) < blocks
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["none", "bool", "additive", "per head"])
-@pytest.mark.parametrize("shape", [(2, 6, 3, 70, 9, 40), (1, 20, 1, 33, 40, 16)])
-def test_decode_step_equals_both_attentions(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
-    b, h, g, cached, s, d = shape
-    query, key, value, gate, _ = inputs(b, h, g, 1, s, d, dtype=dtype)
-    _, cache_key, cache_value, *_ = inputs(b, h, g, 1, cached, d, dtype=dtype, seed=1)
-    mask, keep = make_mask("random", b, s), make_mask("left", b, cached)
-    cache_mask: Tensor | None = None
-    if kind == "bool":
-        cache_mask = keep
-    elif kind != "none":
-        heads = 1 if kind == "additive" else h
-        bias = torch.randn(b, heads, 1, cached, generator=torch.Generator().manual_seed(5)).to(DEVICE)
-        cache_mask = bias.masked_fill(~keep[:, None, None], -torch.inf)
-
-    def both(kind_dtype: torch.dtype) -> Tensor:
-        q, k, v, ck, cv = (x.to(kind_dtype) for x in (query, key, value, cache_key, cache_value))
-        additive = cache_mask
-        if kind == "bool":
-            additive = torch.zeros(b, 1, 1, cached, device=DEVICE).masked_fill(~keep[:, None, None], -torch.inf)
-        scores = q @ ck.repeat_interleave(h // g, 1).transpose(2, 3) * d**-0.5
-        scores = scores if additive is None else scores + additive.to(kind_dtype)
-        self_out = (scores.softmax(-1) @ cv.repeat_interleave(h // g, 1)).transpose(1, 2)
-        return reference.gated_cross_attention(q, k, v, gate.to(kind_dtype), self_out, key_mask=mask)
-
-    hidden = cache_key if kind == "none" else poison(cache_key, keep)
-    if kind in ("additive", "per head"):
-        hidden = cache_key  # an additive mask does not say what may hold NaN
-    found = decode_step(
-        query, hidden, cache_value, poison(key, mask), poison(value, mask), gate, cache_mask=cache_mask, key_mask=mask
-    )
-    within_budget(found, both(dtype), both(torch.float64), dtype)
-
-
 @triton.jit
 def far_offset(p_out, index, stride, BLOCK: tl.constexpr):
     o = tl.arange(0, BLOCK)
@@ -106,7 +63,7 @@ def test_offsets_past_32_bits() -> None:
 
 
 def test_every_stride_is_multiplied_in_64_bits() -> None:
-    modules = (attention_tiles, gated_cross_attention, gated_cross_attention_backward, gated_decode, step)
+    modules = (attention_tiles, gated_cross_attention, gated_cross_attention_backward, gated_decode)
     multiplied = 0
     for module in modules:
         for node in ast.walk(ast.parse(inspect.getsource(module))):

@@ -204,28 +204,6 @@ def test_a_layers_repeated_calls() -> None:
                 assert_like(found, wanted, torch.float32, f"{kinds}, call {step}, gradients {grad}")
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton has neither a GPU nor its interpreter here")
-def test_decode_step() -> None:
-    from layalign_kernels.decode_step import decode_step
-
-    cached = 5
-    for index, kinds in enumerate(FEWER):
-        additive = index % 2 == 0
-        tensors = (
-            draw(B, H, 1, D, seed=1), draw(B, G, cached, D, seed=2), draw(B, G, cached, D, seed=3),
-            draw(B, G, S, D, seed=4), draw(B, G, S, D, seed=5), draw(1, seed=6) + 1, draw(B, S, seed=7) > -1,
-            draw(B, H, 1, cached, seed=8) if additive else draw(B, cached, seed=8) > -1,
-        )  # fmt: skip
-        *views, key_mask, mask = (view.detach() for view in as_views(tensors, kinds))
-        found = decode_step(*(view.resolve_neg() for view in views), cache_mask=mask.resolve_neg(), key_mask=key_mask)
-        query, own_key, own_value, key, value, gate = (view.resolve_neg().double() for view in views)
-        given = mask.resolve_neg().double() if additive else mask[:, None, None]
-        own = nn.functional.scaled_dot_product_attention(query, own_key, own_value, given, enable_gqa=True)
-        own = own.nan_to_num(0.0).transpose(1, 2)  # nothing to attend to contributes zero
-        wanted = reference.gated_cross_attention(query, key, value, gate, own, key_mask=key_mask)
-        assert_like(found, wanted, torch.float32, f"{kinds}")
-
-
 @pytest.mark.skipif(not packed_weight.available(), reason="the C++ kernels are not there")
 def test_products_of_the_slots() -> None:
     rows = 6
