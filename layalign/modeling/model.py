@@ -25,7 +25,7 @@ from layalign.modeling.key_values import KeyValueProjector
 from layalign.modeling.last_layer import LastLayer
 from layalign.modeling.llm_pass import LLMPartMixin, run_llm
 from layalign.modeling.packing import pack, real_positions
-from layalign.modeling.padding import real_tokens
+from layalign.modeling.padding import real_tokens, spread_heads
 from layalign.modeling.parts import own_parts
 from layalign.modeling.pickling import leave_out_recorders, make_recordable
 from layalign.nn import Adapter, GatedCrossAttention
@@ -336,7 +336,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         mask = encoder_attention_mask.bool() if self.config.mask_encoder_padding else None
         real = None if mask is None else real_tokens(mask)
         if real is not None:
-            hidden, last = [real.pack(layer) for layer in hidden], real.pack(last)
+            hidden, last = [real.select(layer) for layer in hidden], real.select(last)
         by_layer = dict(zip(layers, hidden, strict=True))
         soft = None
         if self.mapping is not None:
@@ -345,8 +345,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             soft = self.mapping(read).to(dtype)
         keys, values = self._source_states([by_layer[layer] for layer in aligned], dtype)
         if real is not None:
-            soft = None if soft is None else real.unpack(soft)
-            keys, values = ([real.unpack_heads(state) for state in states] for states in (keys, values))
+            soft = None if soft is None else real.spread(soft)
+            keys, values = ([spread_heads(real, state) for state in states] for states in (keys, values))
         attended = encoder_attention_mask if mask is None else None
         return soft, SourceStates(tuple(self.config.language_layers), tuple(keys), tuple(values), mask, real=attended)
 

@@ -9,7 +9,7 @@ import torch
 from tiny import batch, tiny_model
 
 from layalign.modeling import model as model_module
-from layalign.modeling.padding import real_tokens
+from layalign.modeling.padding import real_tokens, spread_heads
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
 
@@ -25,20 +25,20 @@ def results(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-def test_packing_takes_real_tokens_and_puts_them_back() -> None:
+def test_real_tokens_are_taken_and_put_back() -> None:
     real = real_tokens(MASK)
     assert real is not None
     states = torch.randn(3, 6, 4)
-    packed = real.pack(states)
+    packed = real.select(states)
     assert torch.equal(packed[0], states[MASK.bool()])
-    assert torch.equal(real.unpack(packed), states * MASK[..., None])
+    assert torch.equal(real.spread(packed), states * MASK[..., None])
     heads = states.unflatten(2, (2, 2)).transpose(1, 2)
-    found = real.unpack_heads(packed.unflatten(2, (2, 2)).transpose(1, 2))
+    found = spread_heads(real, packed.unflatten(2, (2, 2)).transpose(1, 2))
     assert torch.equal(found, heads * MASK[:, None, :, None]) and found.stride(-1) == 1
 
 
 @pytest.mark.parametrize("mask", [torch.ones(3, 6), torch.zeros(3, 6)], ids=["nothing padded", "nothing real"])
-def test_where_it_does_not_pay_nothing_is_packed(mask: torch.Tensor) -> None:
+def test_where_it_does_not_pay_nothing_is_left_out(mask: torch.Tensor) -> None:
     assert real_tokens(mask) is None
 
 
