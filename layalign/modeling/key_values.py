@@ -223,21 +223,6 @@ def _added(total: Tensor | None, part: Tensor) -> Tensor:
     return total.add_(part)
 
 
-STEPS = [0]  # optimizer steps in this process, once somebody counts them
-
-
-def count_steps() -> None:
-    """Some engines write trained weights past autograd's version counter, but all of them step an optimizer."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    def count(*_: Any) -> None:
-        STEPS[0] += 1
-
-    if STEPS[0] == 0:
-        STEPS[0] = 1
-        register_optimizer_step_post_hook(count)
-
-
 def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
     """Whether a projector is better passed by in groups of slots: on a CPU, where its weights may be read."""
     if not grouped_projection.can_run(hidden, projector.impl):
@@ -311,9 +296,9 @@ class KeyValueProjector:
     """Makes the source's keys and values of all language layers; decides for each call how, by :meth:`way`.
 
     The folded weights are kept while the aligner's do not change. A change is noticed by the parameters' identity,
-    memory and version counters, by any torch optimizer's step, and by comparing values, all of the aligner's and some
-    of each of the LLM's maps: whoever writes single numbers of those past autograd's counters (through ``.data``,
-    numpy, shared memory) calls :meth:`forget`.
+    memory and version counters, and by comparing values, all of the aligner's and some of each of the LLM's maps:
+    whoever writes single numbers of those past autograd's counters (through ``.data``, numpy, shared memory) calls
+    :meth:`forget`.
 
     Args:
         choice: whether to fold: "auto" (by :func:`break_even_rows`), "always" (wherever it can be done) or "never".
@@ -327,9 +312,8 @@ class KeyValueProjector:
         self.last: str = "not asked yet"
         self._folded: Folded | None = None
         self._passed: _Passed | None = None
-        self._version: tuple[int, int] | None = None
+        self._version: int | None = None
         self._calls, self._calls_before = 0, 1  # of training, with the current weights and with those before
-        count_steps()
 
     def forget(self) -> None:
         """Fold again in the next call."""
@@ -463,7 +447,7 @@ class KeyValueProjector:
         if self.choice == "always":
             return None
         fc2, linear = projector.fc2, _maps(attentions)[0]
-        version = fc2.weight._version, STEPS[0]
+        version = fc2.weight._version
         if version != self._version:
             self._version, self._calls, self._calls_before = version, 0, max(self._calls, 1)
         training = torch.is_grad_enabled() and fc2.weight.requires_grad
@@ -481,7 +465,7 @@ class KeyValueProjector:
     ) -> Folded:
         dtype = checks.compute_dtype(like)
         packed = packed and dtype == torch.float32
-        key = dtype, packed, STEPS[0], passed
+        key = dtype, packed, passed
         folded = self._folded
         if folded is None or folded.key != key or not unwritten(folded.values, _values(fc2, maps)):
             self._folded = folded = None  # the old one's memory first

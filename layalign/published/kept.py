@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from layalign.modeling.decoders import key_value_modules
 from layalign.modeling.identity import Identity, reason_against_watching, sample, unwritten
-from layalign.modeling.key_values import STEPS
 from layalign.nn.inspection import is_altered, parts
 from layalign.nn.sharding import reason_whole_is_not_here
 from layalign.ops import checks, dispatch
@@ -29,7 +28,6 @@ class KeptStates:
     states: tuple[Tensor, ...]
     tensors: Identity  # the states, then the weights
     values: tuple[Tensor, ...]
-    steps: int  # of optimizers, some of which write past autograd's counters
     settings: tuple[Any, ...]
     modes: tuple[Any, ...]
 
@@ -48,7 +46,7 @@ class KeptStates:
         if reason_against_watching(weights) is not None or not dispatch.plain(tensors):
             return None
         values = tuple(sample(tensor).clone() for tensor in tensors)
-        return KeptStates(key, value, states, Identity(tensors), values, STEPS[0], settings, _modes(query))
+        return KeptStates(key, value, states, Identity(tensors), values, settings, _modes(query))
 
     def hold(self, attention: nn.Module, states: tuple[Tensor, ...], query: Tensor) -> bool:
         """Whether they are still what would be computed now."""
@@ -60,7 +58,7 @@ class KeptStates:
         if torch.compiler.is_compiling():  # contents are not seen here: whoever changes them sets the states anew
             return _same(self.states, states) and not torch.is_grad_enabled()
         tensors = states + made_with[0]
-        if self.steps != STEPS[0] or not self.tensors.of(tensors):
+        if not self.tensors.of(tensors):
             return False
         if query.shape[2] > 1 and not unwritten(self.values, map(sample, tensors)):
             return False  # not asked in every step of a generation

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from layalign import ops
 from layalign.modeling.attention_interface import PREFIX, register
 from layalign.modeling.decoders import OUTPUT_MAPS, head_size, key_value_modules, key_value_states
-from layalign.modeling.key_values import can_pass, count_steps, through
+from layalign.modeling.key_values import can_pass, through
 from layalign.nn.inspection import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
 from layalign.ops import cached_launch, dispatch
 from layalign.ops.cached_launch import Ready, RepeatedDecode, side_by_side
@@ -177,7 +177,6 @@ class AttentionSwap:
     again: RepeatedDecode | None = None
 
     def __post_init__(self) -> None:
-        count_steps()
         register(self.config._attn_implementation or "sdpa")
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles do not carry what can be computed again
