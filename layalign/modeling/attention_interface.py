@@ -220,7 +220,7 @@ def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = No
             f"llm: {type(llm).__name__} does not go through transformers' attention interface, so no layer can attend"
         )
     found = attention_modules(llm)
-    if not found:
+    if not found and layers:  # without layers the adapter can do without
         raise ArgumentError(f"llm: no attention of {type(llm).__name__} has {known_maps()}; see register_decoder")
     if not isinstance(layers, list | tuple | range | None):
         refuse("layers", "a list of indices, or None", layers)
