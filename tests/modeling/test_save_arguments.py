@@ -162,7 +162,7 @@ def test_every_argument_of_transformers_is_known(model: LayAlignForCausalLM, tmp
         ({"nonsense": 1}, "nonsense: from_pretrained has no such argument"),
         ({"config": {}}, "config: expected a LayAlignConfig"),
         ({"llm": 5}, "llm: expected a transformers model, got 5"),
-        ({"impl": "magic"}, "impl: expected one of"),
+        ({"impl": "magic"}, "impl: expected 'auto' or one of"),
     ],
 )
 @pytest.mark.parametrize("save_frozen", [False, True])

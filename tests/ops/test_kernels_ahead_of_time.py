@@ -46,7 +46,7 @@ def test_every_kernel_file_is_reported() -> None:
     launch = re.compile(r"_kernel\[.+\]\(|\bLaunch\(\w+_kernel\b")
     launchers = [path for path in (ROOT / "kernels").glob("*.py") if launch.search(path.read_text(encoding="utf-8"))]
     source = REPORT.read_text(encoding="utf-8")
-    assert len(launchers) >= 6
+    assert len(launchers) >= 5
     for path in launchers:
         assert path.stem in FILES, f"{path.name} launches kernels and does not say what it ships"
         assert f'"{path.stem}"' in source

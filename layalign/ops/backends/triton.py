@@ -52,7 +52,7 @@ class Triton(KernelBackend):
 
     def accepts_dtype(self, operation: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         if dtype == torch.float64:
-            return False, "the kernels compute in float32; float64 is left to impl='torch'"
+            return False, "float64 is left to impl='torch', its kernels compute in float32"
         exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
         # The tiles of 64 rows and more, which Triton 3.7 turns into TF32 there, are those of the layers' kernels.
         if exact and operation != "gated_cross_attention" and checks.is_sm_100(device):
