@@ -91,8 +91,9 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
     if problem is not None:
         return f"fc2: {problem}"
     first: Any = None
+    names = _names(attentions)
     for place, linear in enumerate(_maps(attentions)):
-        name = _names(attentions)[place % 2]
+        name = names[place % 2]
         if linear is None:
             return f"{type(attentions[place // 2]).__name__} has no {name} of its own"
         problem = reason_against_reading(linear) or reason_against_watching(linear._parameters.values())
@@ -376,16 +377,16 @@ class KeyValueProjector:
             self.say(against)
             return Way(CALLED)
         projector = aligner.projector
-        by_groups = useful(projector, hidden)
-        otherwise = Way(MAPS_CALLED if by_groups else CALLED)
         reading, passed = self._against_reading(projector, attentions)
         against = reading if reading is not None else self._against(projector, attentions, hidden)
         self.say(against)
-        if reading is not None:
-            return otherwise
         if against is None:
             return Way(FOLDED, passed)
-        alike = _maps(attentions)[0].weight.dtype == hidden[0].dtype
+        by_groups = useful(projector, hidden)
+        otherwise = Way(MAPS_CALLED if by_groups else CALLED)
+        if reading is not None:
+            return otherwise
+        alike = _maps(attentions[:1])[0].weight.dtype == hidden[0].dtype
         if not alike or torch.is_autocast_enabled(hidden[0].device.type):
             return otherwise
         if by_groups:

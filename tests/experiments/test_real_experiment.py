@@ -56,6 +56,7 @@ SMALL: dict[str, Any] = {
     "choice_steps": 2, "eval_steps": 2, "learning_rates": [1e-4, 1e-2], "right_one_of": 3, "written_per_language": 4,
     "max_new_tokens": 4, "seeds": [0, 1], "other_domain_per_language": 5, "other_domain_words": [3, 9],
     "ablated": ["layalign-all"], "systems": SYSTEMS, "task": TASK, "dtype": "float32",
+    "llm_bos_token_id": 2,
 }  # fmt: skip
 
 
@@ -299,6 +300,17 @@ def test_small_files_alone_are_gone_on_with(
     again, first = map(load_file, files)
     assert files[0].is_relative_to(tmp_path) and again.keys() == first.keys()
     assert all(torch.equal(tensor, first[name]) for name, tensor in again.items())
+
+
+@pytest.mark.parametrize("own, first", [({}, 2), ({"llm_bos_token_id": False}, None)])
+def test_a_system_has_the_first_token_of_the_settings_or_its_own(
+    world: Path, tmp_path: Path, own: dict[str, Any], first: int | None
+) -> None:
+    settings = settings_of(world, systems=[{**SYSTEMS[0], "settings": own}], task=None)
+    stage = runs.translation(settings, settings.systems[0], read_data(settings))
+    runs._train(stage, tmp_path, 0, 1e-4, 2)
+    checkpoint = runs.work_folder(tmp_path, "layalign-all", 0, 1e-4)
+    assert runs.load_run(checkpoint).config.llm_bos_token_id == first
 
 
 def test_a_run_that_began_in_one_dtype_stays_in_it(
