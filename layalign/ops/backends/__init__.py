@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +87,9 @@ def register_backend(backend: Backend, before: str = "torch") -> None:
         refuse("backend", f"functions for some of {', '.join(_OPERATIONS)}", strange[0])
     if before not in _BACKENDS:
         refuse("before", f"one of {', '.join(_BACKENDS)}", before)
-    order = list(_BACKENDS)
-    order.insert(order.index(before), name)
-    _BACKENDS[name] = backend
-    _put_in_order(order)
+    order = list(_BACKENDS.items())
+    order.insert(list(_BACKENDS).index(before), (name, backend))
+    _settle(dict(order))
 
 
 def unregister_backend(name: str) -> None:
@@ -101,32 +100,28 @@ def unregister_backend(name: str) -> None:
     """
     if name not in _BACKENDS or name in OWN:
         refuse("name", "that of a backend of register_backend", name)
-    _put_in_order([each for each in _BACKENDS if each != name])
+    _settle({each: backend for each, backend in _BACKENDS.items() if each != name})
 
 
 def define(operation: str, definition: Operation) -> None:
     """Add an operation; its file does it."""
     _OPERATIONS[operation] = definition
-    _settle()
+    _settle(_BACKENDS)
 
 
-def _put_in_order(names: Sequence[str]) -> None:
-    kept = {name: _BACKENDS[name] for name in names}
-    _BACKENDS.clear()
-    _BACKENDS.update(kept)
-    _settle()
-
-
-def _settle() -> None:
-    _capability.cache_clear()
-    _IMPLEMENTATIONS.clear()
+def _settle(registered: dict[str, Backend]) -> None:
+    """Make these the backends; calls in other threads see the tables of before or those of after."""
+    global _BACKENDS, _IMPLEMENTATIONS
+    found: dict[tuple[str, str], Implementation] = {}
     for operation, definition in _OPERATIONS.items():
-        for name, backend in _BACKENDS.items():
+        for name, backend in registered.items():
             if isinstance(backend, KernelBackend):
                 if _has_kernels(backend, definition):
-                    _IMPLEMENTATIONS[operation, name] = definition.by_kernels(name)
+                    found[operation, name] = definition.by_kernels(name)
             elif (function := definition.plain if name == "torch" else backend.functions.get(operation)) is not None:
-                _IMPLEMENTATIONS[operation, name] = function
+                found[operation, name] = function
+    _BACKENDS, _IMPLEMENTATIONS = registered, found
+    _capability.cache_clear()
 
 
 def _has_kernels(backend: KernelBackend, definition: Operation) -> bool:
