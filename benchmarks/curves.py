@@ -54,7 +54,7 @@ ORACLE = Run("float64", dtype=torch.float64)
 PLAIN = [Run("torch" if order == 0 else f"torch, order {order}", order=order) for order in range(ORDERS)]
 OURS = [
     Run("cpp", impl="cpp"),
-    Run("cpp, folded", impl="cpp", fold="always"),
+    Run("cpp, folded", impl="cpp", fold_projections="always"),
     Run("cuda, emulated", impl="cuda", environment="LAYALIGN_EMULATE_CUDA"),
     Run("triton, interpreted", impl="triton", environment="TRITON_INTERPRET"),
 ]
@@ -87,7 +87,8 @@ def model(run: Run) -> LayAlignForCausalLM:
             norm = _Normed(32, eps=module.variance_epsilon)
             norm.weight = module.weight
             llm.set_submodule(name, norm)
-    built = LayAlignForCausalLM.from_encoder_and_llm(encoder.eval(), llm, impl=run.impl, fold=run.fold, liger="never")
+    options = dict(impl=run.impl, fold_projections=run.fold, fused_loss="never")
+    built = LayAlignForCausalLM.from_encoder_and_llm(encoder.eval(), llm, **options)
     return built.to(run.dtype).train()
 
 

@@ -143,13 +143,13 @@ class Models:
         model = self.ours
         assert model.encoder_aligner is not None
         places = [model.encoder_aligner.projector, *model.cross_attention]
-        before = [place.impl for place in places], model.folding.choice, model.last_layer.choice
+        before = [place.impl for place in places], model.key_values.choice, model.last_layer.choice
         for place in places:
             place.impl = "torch"
-        model.folding.choice, model.last_layer.choice = "never", "whole"
+        model.key_values.choice, model.last_layer.choice = "never", "never"
         try:
             yield
         finally:
             for place, impl in zip(places, before[0], strict=True):
                 place.impl = impl
-            model.folding.choice, model.last_layer.choice = before[1:]
+            model.key_values.choice, model.last_layer.choice = before[1:]

@@ -169,7 +169,7 @@ def test_source_states(models: Models, right: None, work: Work, rows: Any, bench
     states, weights = n * size.encoder_layers * size.encoder_width, slots * size.encoder_width * out
     moved = models.bare.dtype.itemsize * (states + weights + n * slots * out)
     target = SOURCE_TARGETS.get(size.name)
-    labels = {**labels_of(models, work), "form": models.ours.folding.last}
+    labels = {**labels_of(models, work), "form": models.ours.key_values.last}
     labels["zeros of the relu"] = round(workloads.zeros(models, work), 3)  # kernels may leave their arithmetic out
     about = {"moved": moved, "flop": flop, "target": target, "seconds": shapes.patience / 3}
     rows.time("aligner to keys and values", name_of(models, work), calls, labels, **about)
@@ -205,7 +205,7 @@ def test_training_memory(models: Models, right: None, work: Work, rows: Any, sha
     calls[OURS]()  # folding goes by the calls between the last two optimizer steps: not by those of earlier tests
     for name, call in calls.items():
         if name in names:
-            forget = {OURS: models.ours.folding.forget, PUBLISHED: models.published.forget}.get(name)
+            forget = {OURS: models.ours.key_values.forget, PUBLISHED: models.published.forget}.get(name)
             warm = name not in (OURS, PUBLISHED)  # their optimizers' state comes with a first step
             peaks[name] = measure.peak_memory(call, shapes.device, forget, warm)
     for kind, floor in (("whole", 0), ("extra", peaks[FEW_LOGITS])):

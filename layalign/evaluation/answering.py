@@ -397,12 +397,12 @@ def settings_fingerprint(model: Any) -> str:
         "language_layers",
         "structure",
         "mix",
-        "prompt",
+        "use_prompt",
         "mask_encoder_padding",
         "llm_bos_token_id",
     )
     config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
-    values = {key: getattr(config, key, None) for key in keys}
+    values = {key.removeprefix("use_"): getattr(config, key, None) for key in keys}  # the name of "prompt" in old files
     if generation is not None:
         values.update(generation.to_diff_dict())
         values.pop("transformers_version", None)

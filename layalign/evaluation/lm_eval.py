@@ -265,7 +265,7 @@ class LayAlignLM(TemplateLM):
     @property
     def _reads_context(self) -> bool:
         # A model may have been made without a prompt beside the encoder's tokens.
-        return self.stage == "task" and getattr(self.model.config, "prompt", True)
+        return self.stage == "task" and getattr(self.model.config, "use_prompt", True)
 
     def _sources(self, requests: Sequence[Any]) -> list[list[int]]:
         """The encoder's token ids for each request."""
@@ -314,7 +314,7 @@ class LayAlignLM(TemplateLM):
     def _room(self, source: list[int]) -> int:
         """How many tokens the LLM can read behind a source."""
         config = self.model.config
-        slots = len(source) + 1 if getattr(config, "adapter", True) else 0
+        slots = len(source) + 1 if getattr(config, "use_adapter", True) else 0
         return self.max_length - (config.llm_bos_token_id is not None) - slots
 
     def _cut(self, tokens: list[int], room: int, needed: int) -> list[int]:

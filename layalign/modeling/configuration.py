@@ -11,15 +11,14 @@ from layalign.modeling.claims import require_modest, without_kernels
 from layalign.modeling.decoders import SCALED_IN_DECODER
 from layalign.modeling.embedding_scale import scaled_as_text
 from layalign.modeling.key_values import CHOICES
-from layalign.modeling.last_layer import CHOICES as LAST_LAYER_CHOICES
 from layalign.modeling.layers import named_layers
-from layalign.modeling.liger import CHOICES as LIGER_CHOICES
 from layalign.modeling.names import PARTS
 from layalign.modeling.parts import matching_adapter_size
 from layalign.nn.adapter import FUSIONS
 from layalign.nn.aligner import MIXES, STRUCTURES
 from layalign.ops import backends
 from layalign.utils.errors import ArgumentError, finite_number, first_line, one_of, refuse, shown, whole_number
+from layalign.utils.moved import RENAMED, new_value, warn_of_setting, with_new_names
 from layalign.utils.versions import CACHE_NAMES
 
 CONFIG_FILE = "config.json"
@@ -56,15 +55,15 @@ class LayAlignConfig(PretrainedConfig):
         structure: "Linear" or "MLP", the projection behind the layer mix.
         mix: "layer-wise", every LLM layer's keys and values mix the encoder's layers in their own way; or "shared", one
             mix for the keys and one for the values of all LLM layers.
-        adapter: whether the encoder's last states stand before the text as soft tokens, with the boundary behind them.
+        use_adapter: whether the encoder's last states stand before the text as soft tokens, followed by the boundary.
         adapter_size: width between the adapter's two linear maps. None: twice the encoder's, as published. "match": as
             many trained parameters as LayAlign has (:func:`layalign.modeling.parts.matching_adapter_size`); the
             attribute is that number then.
         adapter_fusion: which of the encoder's states the adapter reads. None: the last ones, as published. "softmax":
             all but the embeddings, in a sum with one learned weight a layer; "token-softmax": with weights of its own
             for each token (:mod:`layalign.nn.adapter`). What the aligner reads is not touched.
-        prompt: whether the LLM gets the task's prompt beside the encoder's tokens. False: these stand in its place.
-        gate: None, gates are learned and start at zero; a number fixes all of them there.
+        use_prompt: whether the LLM gets the task's prompt beside the encoder's tokens. False: these stand in its place.
+        fixed_gate: None, gates are learned and start at zero; a number fixes all of them there.
         mask_encoder_padding: hide encoder padding from the cross-attention and number LLM positions without padding, so
             that a sample does not depend on its batch neighbours. False reproduces the published numbers.
         llm_bos_token_id: first token of the LLM's input. "own": that of the LLM's configuration, if it has one.
@@ -81,14 +80,15 @@ class LayAlignConfig(PretrainedConfig):
         frozen_folders: by part, the way from the checkpoint's folder to the part's folder. A part without one has a hub
             name. None: an old checkpoint, or names as they were typed.
         impl: backend of the operations, "auto" by default.
-        fold: whether the aligner's projection is folded into the LLM's key and value maps
+        fold_projections: whether the aligner's projection is folded into the LLM's key and value maps
             (:mod:`layalign.modeling.key_values`): "auto" where it takes less work, "always" where it can be done, or
             "never".
-        liger: whether Liger's fused linear cross-entropy computes the loss (:mod:`layalign.modeling.liger`): "auto" in
-            training on a CUDA GPU where it is installed and applies, "always" with an error where it cannot be,
+        fused_loss: whether Liger's fused linear cross-entropy is the loss (:mod:`layalign.modeling.liger`): "auto"
+            in training on a CUDA GPU where it is installed and applies, "always" with an error where it cannot be, or
             "never".
-        last_layer: "auto" computes the LLM's last layer only where its logits are wanted
-            (:mod:`layalign.modeling.last_layer`), "whole" at all positions.
+        prune_last_layer: whether the LLM's last layer is computed only where its logits are wanted
+            (:mod:`layalign.modeling.last_layer`): "auto" where it can be, "always" with an error where it cannot be, or
+            "never".
         scaled_soft_tokens: whether soft tokens are multiplied as a Gemma's text is
             (:mod:`layalign.modeling.embedding_scale`). None: no; yes in a checkpoint without this field that was
             written under transformers below 5.4.
@@ -110,11 +110,11 @@ class LayAlignConfig(PretrainedConfig):
         language_layers: list[int] | None = None,
         structure: str = "Linear",
         mix: str = "layer-wise",
-        adapter: bool = True,
+        use_adapter: bool = True,
         adapter_size: int | str | None = None,
         adapter_fusion: str | None = None,
-        prompt: bool = True,
-        gate: float | None = None,
+        use_prompt: bool = True,
+        fixed_gate: float | None = None,
         mask_encoder_padding: bool = True,
         llm_bos_token_id: int | str | bool | None = "own",
         source_token_id: int | None = None,
@@ -125,9 +125,9 @@ class LayAlignConfig(PretrainedConfig):
         frozen_fingerprints: dict[str, dict[str, str]] | None = None,
         frozen_folders: dict[str, str] | None = None,
         impl: str = "auto",
-        fold: str = "auto",
-        liger: str = "auto",
-        last_layer: str = "auto",
+        fold_projections: str = "auto",
+        fused_loss: str = "auto",
+        prune_last_layer: str = "auto",
         scaled_soft_tokens: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -141,11 +141,11 @@ class LayAlignConfig(PretrainedConfig):
         self.language_layers = None if language_layers is None else _layers("language_layers", language_layers)
         self.structure = structure
         self.mix = mix
-        self.adapter = adapter
+        self.use_adapter = use_adapter
         self.adapter_size: Any = adapter_size
         self.adapter_fusion = adapter_fusion
-        self.prompt = prompt
-        self.gate = gate
+        self.use_prompt = use_prompt
+        self.fixed_gate = fixed_gate
         self.mask_encoder_padding = bool(mask_encoder_padding)
         self.llm_bos_token_id: Any = llm_bos_token_id
         self.source_token_id = source_token_id
@@ -156,18 +156,16 @@ class LayAlignConfig(PretrainedConfig):
         self.frozen_fingerprints = frozen_fingerprints
         self.frozen_folders = frozen_folders
         self.impl = impl
-        self.fold = fold
-        self.liger = liger
-        self.last_layer = last_layer
+        self.fold_projections = fold_projections
+        self.fused_loss = fused_loss
+        self.prune_last_layer = prune_last_layer
         self.scaled_soft_tokens: Any = scaled_soft_tokens
         written_by = kwargs.get("transformers_version")
         super().__init__(**kwargs)
         choices = {
             "structure": STRUCTURES,
             "mix": MIXES,
-            "fold": CHOICES,
-            "liger": LIGER_CHOICES,
-            "last_layer": LAST_LAYER_CHOICES,
+            **dict.fromkeys(("fold_projections", "fused_loss", "prune_last_layer"), CHOICES),
         }
         for name, allowed in choices.items():
             one_of(name, getattr(self, name), allowed)
@@ -186,10 +184,17 @@ class LayAlignConfig(PretrainedConfig):
         """As transformers', for what a checkpoint says: it names no code, and no numbers that nobody can build."""
         if isinstance(config_dict, dict):
             require_modest("", config_dict)
-            config_dict = without_kernels(f"{CONFIG_FILE}: ", config_dict)
+            config_dict = with_new_names(without_kernels(f"{CONFIG_FILE}: ", config_dict))
         return super().from_dict(config_dict, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in RENAMED:
+            name, value = warn_of_setting(name), new_value(name, value)
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
+        if name in RENAMED:
+            return getattr(self, warn_of_setting(name))
         # Not stored: what belongs to the LLM is written to config.json once, with the LLM's configuration.
         llm = self.__dict__.get("llm_config") if name in _OF_LLM else None
         if llm is None or not hasattr(text := llm.get_text_config(decoder=True), name):
@@ -232,22 +237,22 @@ class LayAlignConfig(PretrainedConfig):
         return (PARTS if saved else ()) if isinstance(saved, bool) else tuple(saved)
 
     def _check_variant(self) -> None:
-        for name in ("adapter", "prompt"):
+        for name in ("use_adapter", "use_prompt"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "true or false", getattr(self, name))
-        if not self.adapter and not self.prompt:
-            raise ArgumentError("prompt: expected true for a model without an adapter, whose LLM would read nothing")
-        size, gate = self.adapter_size, self.gate
+        if not self.use_adapter and not self.use_prompt:
+            raise ArgumentError("use_prompt: expected true without an adapter, as the LLM would read nothing")
+        size, gate = self.adapter_size, self.fixed_gate
         if not (size is None or (isinstance(size, str) and size == "match")) and (
             isinstance(size, bool) or not isinstance(size, int) or size < 1
         ):
             refuse("adapter_size", "a positive integer, 'match' or None", size)
         if self.adapter_fusion is not None:
             one_of("adapter_fusion", self.adapter_fusion, FUSIONS)
-            if not self.adapter:
+            if not self.use_adapter:
                 raise ArgumentError("adapter_fusion: expected None for a model without an adapter")
         if gate is not None:
-            finite_number("gate", gate, "a finite number or None")
+            finite_number("fixed_gate", gate, "a finite number or None")
         require_dropout(self.encoder_dropout)
 
     @property

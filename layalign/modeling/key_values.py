@@ -444,7 +444,7 @@ class KeyValueProjector:
     ) -> str | None:
         """Why folding is not wanted where the weights may be read."""
         if self.choice == "never":
-            return "fold='never'"
+            return "fold_projections='never'"
         if self.choice == "always":
             return None
         fc2, linear = projector.fc2, _maps(attentions)[0]

@@ -19,12 +19,12 @@ from torch import nn
 from layalign.modeling.decoders import FEED_FORWARD_BLOCKS, OUTPUT_MAPS, QUERY_MAPS, attention_modules
 from layalign.nn.inspection import is_altered, is_watched
 from layalign.nn.rows import KEYWORD, Rows, only_rows, running
+from layalign.utils.errors import ArgumentError
 from layalign.utils.versions import importing
 
 with importing():
     from transformers.pytorch_utils import Conv1D
 
-CHOICES = ("auto", "whole")
 MOST = 0.75  # share of the positions above which copying them costs more than it saves
 
 _ACTIVATIONS = (
@@ -70,7 +70,7 @@ class LastLayer:
 
     Args:
         llm: a causal LM.
-        choice: "auto", or "whole" to compute all positions always.
+        choice: "auto", "always" or "never", see :class:`layalign.LayAlignConfig`.
     """
 
     def __init__(self, llm: nn.Module, choice: str = "auto") -> None:
@@ -101,9 +101,9 @@ class LastLayer:
         Args:
             options: the keyword arguments of the LLM's call.
         """
-        if self.choice == "whole":
-            return "last_layer='whole'"
-        if len(rows) > MOST * rows.shape.numel():
+        if self.choice == "never":
+            return "prune_last_layer='never'"
+        if self.choice == "auto" and len(rows) > MOST * rows.shape.numel():
             return "nearly all positions are wanted"
         if not self._path or getattr(self._path[-1], self._container)[-1] is not self._layer:
             return "the LLM has no list of layers that ends with its last attention"
@@ -140,12 +140,17 @@ class LastLayer:
         """Within the block, the last layer of the pass with ``options`` is computed for ``rows`` alone.
 
         Where nothing speaks against it. Other passes within this one, and parts called by themselves, are whole.
+
+        Raises:
+            ArgumentError: "always", and something speaks against it.
         """
         if rows is None or torch.compiler.is_compiling():
             yield
             return
         against = self.reason_against(rows, options)
         self.last = f"whole: {against}" if against else f"{len(rows)} of {rows.shape.numel()} positions"
+        if against and self.choice == "always":
+            raise ArgumentError(f"prune_last_layer: expected 'auto' or 'never' for this call, got 'always': {against}")
         if against:
             yield
             return

@@ -30,7 +30,6 @@ from layalign.utils.versions import CACHE_NAMES
 
 logger = logging.getLogger("layalign")
 
-CHOICES = ("auto", "always", "never")
 _CHANGES_ITS_LOGITS: WeakSet[nn.Module] = WeakSet()  # LLMs found out in their first call
 _LOGGED: set[str] = set()
 
@@ -80,7 +79,7 @@ def chosen(choice: str, llm: Any, keep: int | Tensor | None = None, device: str 
         return False
     against = reason_against(llm, keep, device)
     if against is not None and choice == "always":
-        raise ArgumentError(f"liger: expected 'auto' or 'never' for this call, got 'always': {against}")
+        raise ArgumentError(f"fused_loss: expected 'auto' or 'never' for this call, got 'always': {against}")
     return against is None
 
 
@@ -126,7 +125,7 @@ def _once() -> Callable[[Tensor], None]:
     def hook(grad: Tensor) -> None:
         calls.append(1)
         if len(calls) > 1:
-            raise BackendError("liger: its loss can go backward once; set liger='never' to retain the graph")
+            raise BackendError("liger: its loss can go backward once; set fused_loss='never' to retain the graph")
 
     return hook
 
@@ -168,7 +167,7 @@ def labelled_output(
         logger.info("layalign: %s changes its logits behind its head; no Liger", type(llm).__name__)
         _CHANGES_ITS_LOGITS.add(llm)
         if any(inputs.get(name) is not None for name in CACHE_NAMES):  # a second pass would fill it twice
-            raise ArgumentError(f"liger: expected 'never' for {type(llm).__name__}, which changes its logits")
+            raise ArgumentError(f"fused_loss: expected 'never' for {type(llm).__name__}, which changes its logits")
         chosen(choice, llm)  # "always" is told so
     with only_rows_leave(bodies, rows, inputs[KEYWORD]) as left:
         output = llm(**inputs, return_dict=True)
@@ -179,4 +178,4 @@ def labelled_output(
 def _say(choice: str) -> None:
     if choice not in _LOGGED:
         _LOGGED.add(choice)
-        logger.info("layalign: loss by Liger's fused linear cross-entropy (liger=%r)", choice)
+        logger.info("layalign: loss by Liger's fused linear cross-entropy (fused_loss=%r)", choice)

@@ -47,12 +47,12 @@ def run_llm(
     if keep is None and not torch.compiler.is_compiling():
         rows = Rows(targets != IGNORE_INDEX)
         if skip is None:
-            skip = model.training or torch.is_grad_enabled() or model.config.liger == "always"
+            skip = model.training or torch.is_grad_enabled() or model.config.fused_loss == "always"
         if skip:
             with model.last_layer.only(rows, inputs):
                 bodies = model.last_layer.bodies
-                return liger.labelled_output(model.llm, inputs, targets, rows, divisor, model.config.liger, bodies)
-    if model.config.liger == "always":
+                return liger.labelled_output(model.llm, inputs, targets, rows, divisor, model.config.fused_loss, bodies)
+    if model.config.fused_loss == "always":
         # Raises: there are logits to return, or the call is compiled.
         liger.chosen("always", model.llm, keep if rows is None else 0)
     output = model.llm(**inputs, logits_to_keep=keep or 0, return_dict=True)

@@ -34,6 +34,7 @@ from layalign.modeling.parts import own_parts
 from layalign.nn.inspection import device_of
 from layalign.ops.checks import FLOAT_DTYPES
 from layalign.utils.errors import ArgumentError, CheckpointError, one_of, refuse, shown
+from layalign.utils.moved import RENAMED, with_new_names
 from layalign.utils.quiet import quiet_transformers
 from layalign.utils.reading import read_json
 
@@ -123,8 +124,8 @@ def _config(place: str, hub: dict[str, Any], arguments: dict[str, Any]) -> LayAl
     given = arguments.pop("config", None)
     if given is not None and not isinstance(given, LayAlignConfig):
         refuse("config", "a LayAlignConfig", given)
-    known = set(inspect.signature(LayAlignConfig.__init__).parameters) - {"self", "kwargs"}
-    fields = {key: arguments.pop(key) for key in known if key in arguments}
+    known = {*inspect.signature(LayAlignConfig.__init__).parameters, *RENAMED} - {"self", "kwargs"}
+    fields = with_new_names({key: arguments.pop(key) for key in known if key in arguments})
     if given is not None and not fields:
         return copy.deepcopy(given)
     with reading(place, "no readable LayAlign checkpoint"):
@@ -136,7 +137,7 @@ def _config(place: str, hub: dict[str, Any], arguments: dict[str, Any]) -> LayAl
         config = LayAlignConfig.from_dict(found)
         if config.encoder_config is None or config.llm_config is None:
             raise CheckpointError("expected encoder_config and llm_config")
-    return LayAlignConfig.from_dict({**found, **fields}) if fields else config
+    return LayAlignConfig.from_dict({**with_new_names(found, warn=False), **fields}) if fields else config
 
 
 def _for_parts(arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -91,7 +91,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         found = decoders.attention_modules(self.llm)
         self._attentions = tuple(found[layer][1] for layer in config.language_layers)
         self._source_reaches_layers = False
-        self.folding, self.last_layer = KeyValueProjector(config.fold), LastLayer(self.llm, config.last_layer)
+        self.key_values = KeyValueProjector(config.fold_projections)
+        self.last_layer = LastLayer(self.llm, config.prune_last_layer)
         self._llm_cache_name = cache_name(self.llm.forward)
         self.generation_config = self.llm.generation_config
         self._can_compile_fullgraph = getattr(self.llm, "_can_compile_fullgraph", False)
@@ -308,7 +309,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             targets,
             bos_token_id=self.config.llm_bos_token_id,
             source_token_id=self.config.source_token_id,
-            slots=self.config.adapter,
+            slots=self.config.use_adapter,
             device=encoder_attention_mask.device,
         )
 
@@ -369,7 +370,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if self.encoder_aligner is None:
             return [], []
         engine = None if torch.compiler.is_compiling() else engine_of(self)
-        return self.folding(self.encoder_aligner, self._attentions, hidden, dtype, engine)
+        return self.key_values(self.encoder_aligner, self._attentions, hidden, dtype, engine)
 
     def _begin(
         self,
@@ -450,8 +451,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             num_items_in_batch: divisor of the loss instead of the number of labels (gradient accumulation).
             skip_logits: with ``labels`` and without ``logits_to_keep``, whether logits are computed only where a label
                 stands, and are not returned. None: in training mode, wherever gradients are recorded, and with
-                ``liger="always"``; else, in eval mode without gradients, all are returned, as ``compute_metrics`` of
-                transformers' Trainer needs them.
+                ``fused_loss="always"``; else, in eval mode without gradients, all are returned, as ``compute_metrics``
+                of transformers' Trainer needs them.
             **kwargs: passed to the LLM.
 
         Returns:

@@ -19,13 +19,13 @@ def own_parts(config: LayAlignConfig) -> tuple[Adapter | None, EncoderAligner | 
     """Adapter, aligner and gates of a configuration, fresh; None for those that it does without."""
     aligner = config.aligner()
     adapter = None
-    if config.adapter:
+    if config.use_adapter:
         adapter = Adapter(
             aligner.encoder_hidden_dim, aligner.language_hidden_dim, config.adapter_size, config.adapter_fusion,
             len(config.fused_layers) or None,
         )  # fmt: skip
     layers = config.language_layers or ()
-    gates = nn.ModuleList(GatedCrossAttention(config.impl, config.gate) for _ in layers)
+    gates = nn.ModuleList(GatedCrossAttention(config.impl, config.fixed_gate) for _ in layers)
     return adapter, EncoderAligner(aligner, impl=config.impl) if layers else None, gates
 
 
@@ -51,11 +51,11 @@ def matching_adapter_size(config: LayAlignConfig) -> int:
     """
     if config.encoder_config is None or config.llm_config is None:
         raise ArgumentError("config: expected encoder_config and llm_config")
-    if not config.adapter or config.language_layers:
+    if not config.use_adapter or config.language_layers:
         raise ArgumentError("adapter_size: 'match' is for an adapter alone, without language layers")
     full, narrow = copy(config), copy(config)
     full.language_layers = list(range(config.get_text_config().num_hidden_layers))
-    full.adapter_size, full.adapter_fusion, full.gate = None, None, None
+    full.adapter_size, full.adapter_fusion, full.fixed_gate = None, None, None
     narrow.adapter_size = 1
     sizes = config.aligner()
     step = sizes.encoder_hidden_dim + sizes.language_hidden_dim + 1

@@ -96,7 +96,7 @@ def convert_to_published(model_dir: str | Path, output_file: str | Path) -> Conv
     config = model.config
     own = config.lora is not None or config.mix != "layer-wise"
     own = own or config.adapter_size is not None or config.adapter_fusion is not None
-    if own or not config.language_layers or not config.adapter:
+    if own or not config.language_layers or not config.use_adapter:
         raise CheckpointError(
             f"{model_dir}: the published format has an adapter of one size over the encoder's last states, a "
             "layer-wise aligner, no LoRA"

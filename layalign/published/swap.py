@@ -209,7 +209,7 @@ def _try(name: str, module: nn.Module, against: Any, mixin: type, impl: str, tex
 def _settings_of(module: nn.Module) -> Any:
     """What :func:`_set_own` writes to for ``module``, which is layalign's own; None where there is nothing."""
     if isinstance(module, LayAlignForCausalLM):
-        return module.folding
+        return module.key_values
     return module if isinstance(module, WeightedLinearProjector | GatedCrossAttention) else None
 
 

@@ -45,18 +45,18 @@ _FUSED = "Puranegedara et al. (2025); theirs has one linear map behind the sum, 
 _METHODS = (
     Baseline(
         "llm", "LLM alone", "The frozen LLM reads the prompt as text. Nothing trains.", "every paper named here",
-        {"adapter": False, "language_layers": []}, (),
+        {"use_adapter": False, "language_layers": []}, (),
     ),
     Baseline(
         "lora", "LoRA on the LLM", "The LLM reads the prompt as text; LoRA on its attention maps trains on the task.",
-        "LoRA (Hu et al., 2022)", {"adapter": False, "language_layers": [], "lora": _LORA}, ("task",),
+        "LoRA (Hu et al., 2022)", {"use_adapter": False, "language_layers": [], "lora": _LORA}, ("task",),
     ),
     Baseline(
         "langbridge", "LangBridge-style",
         "The adapter's soft tokens, from the encoder's last layer, stand in place of the prompt; trained in both "
         "stages, as LayAlign's authors trained it for their comparison. LangBridge itself has one linear map, English "
         "task data only and no translation stage.",
-        "LangBridge (Yoon et al., 2024); LayAlign, section 4.1", {"language_layers": [], "prompt": False},
+        "LangBridge (Yoon et al., 2024); LayAlign, section 4.1", {"language_layers": [], "use_prompt": False},
     ),
     Baseline(
         "mindmerger-soft", "MindMerger-Soft",
@@ -100,7 +100,7 @@ _METHODS = (
 _ABLATIONS = (
     Baseline(
         "no-adapter", "no adapter", "Aligner and gates only: no soft tokens.", f"{_LAYALIGN}, table 4",
-        {"adapter": False},
+        {"use_adapter": False},
     ),
     Baseline(
         "shared-mix", "one shared mix", "One mix for the keys and one for the values of all LLM layers.",
@@ -108,7 +108,7 @@ _ABLATIONS = (
     ),
     Baseline(
         "no-prompt", "no prompt", "The encoder's soft tokens stand in place of the prompt.", f"{_LAYALIGN}, table 4",
-        {"prompt": False},
+        {"use_prompt": False},
     ),
     Baseline(
         "last-layer", "last encoder layer only", "Aligner over the encoder's last layer.", f"{_LAYALIGN}, tables 7, 11",
@@ -132,7 +132,7 @@ _ABLATIONS = (
     ),
     Baseline(
         "fixed-gate", "gates fixed at 1", "The attended term is added as it is; no gate is learned.",
-        f"{_LAYALIGN}, section 4.3: without gates its training loss did not fall", {"gate": 1.0},
+        f"{_LAYALIGN}, section 4.3: without gates its training loss did not fall", {"fixed_gate": 1.0},
     ),
     Baseline(
         "mlp", "MLP aligner", "A relu and a second linear map behind the aligner's projection.",

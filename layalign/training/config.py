@@ -66,12 +66,12 @@ _NUMBERS = {
     "adam_epsilon": 0.0,
     "max_grad_norm": 0.0,
     "spike_factor": 0.0,
-    "gate": float("-inf"),
+    "fixed_gate": float("-inf"),
 }
 _FLAGS = (
     "mask_encoder_padding",
-    "adapter",
-    "prompt",
+    "use_adapter",
+    "use_prompt",
     "skip_bad",
     "gradient_checkpointing",
     "group_by_length",
@@ -85,7 +85,7 @@ _LISTS = {"encoder_layers": int, "language_layers": int, "languages": str, "repo
 # which some would have been trained on.
 ALLOWED_CHANGES = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "baseline", "batch_size", "bf16", "data", "dev_overlap",
-    "encoder_dropout", "frozen_dtype", "gate", "gradient_checkpointing", "group_by_length", "init_checkpoint",
+    "encoder_dropout", "fixed_gate", "frozen_dtype", "gradient_checkpointing", "group_by_length", "init_checkpoint",
     "languages", "learning_rate", "limit",
     "lr_scheduler", "max_grad_norm", "max_prompt_length", "max_source_length", "max_target_length", "micro_batch_size",
     "seed", "skip_bad", "tokenizers", "warmup_ratio", "weight_decay",
@@ -112,11 +112,11 @@ class TrainConfig:
     language_layers: list[int] | None = None
     structure: str = "Linear"
     mix: str = "layer-wise"
-    adapter: bool = True
+    use_adapter: bool = True
     adapter_size: int | str | None = None  # "match": as many trained parameters as LayAlign, without its aligner
     adapter_fusion: str | None = None
-    prompt: bool = True
-    gate: float | None = None
+    use_prompt: bool = True
+    fixed_gate: float | None = None
     mask_encoder_padding: bool = True
     # None: as the LLM's tokenizer begins its texts; false: no first token; a number: that one.
     llm_bos_token_id: int | bool | None = None

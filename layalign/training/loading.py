@@ -12,6 +12,7 @@ from typing import Any
 from layalign.training.baselines import baseline, with_baseline
 from layalign.training.config import STAGES, TEXTS, TrainConfig
 from layalign.utils.errors import ArgumentError, refuse, shown
+from layalign.utils.moved import RENAMED, warn_of_setting, with_new_names
 from layalign.utils.yaml_files import read_file, read_text
 
 
@@ -40,7 +41,7 @@ def load_train_config(
     of_stage = stages.get(chosen) or {}
     if not isinstance(of_stage, Mapping):
         raise ArgumentError(f"stages.{chosen}: expected a mapping, got {shown(of_stage)}")
-    values = {**values, **of_stage, "stage": chosen}
+    values = {**values, **with_new_names(of_stage), "stage": chosen}
     if named is not None:
         values = with_baseline(values, named, chosen, own_folders=preset is not None)
     for item in overrides:
@@ -90,7 +91,7 @@ def _source_values(source: str | Path | Mapping[str, Any] | None, preset: str | 
     if preset is not None:
         return _mapping(read_text(_preset_text(preset), f"config: preset {preset}"), f"preset {preset}")
     if isinstance(source, Mapping):
-        return dict(source)
+        return with_new_names(source)
     if source is not None:
         if not isinstance(source, str | Path):
             refuse("config", "a YAML file or a mapping", source)
@@ -119,7 +120,7 @@ def _mapping(values: Any, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ArgumentError(f"config: {where}: expected a mapping of keys to values, got {type(values).__name__}")
-    return values
+    return with_new_names(values)
 
 
 def _apply_override(values: dict[str, Any], item: str) -> None:
@@ -130,6 +131,7 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
     key = key.strip()
     if not equals or not key.isprintable() or not key:
         refuse("set", "key=value", item)
+    key = warn_of_setting(key) if key in RENAMED else key
     if key in TEXTS or (key in ("data", "dev_data") and not text.lstrip().startswith(("{", "["))):
         value = None if text in ("null", "~", "") else text  # a folder may be called 2024 or true
     else:

@@ -32,6 +32,7 @@ from layalign.training.config import ALLOWED_CHANGES, TrainConfig
 from layalign.utils import yaml_files
 from layalign.utils.errors import ArgumentError, CheckpointError, shown
 from layalign.utils.files import write_whole
+from layalign.utils.moved import with_new_names
 from layalign.utils.reading import read_json
 from layalign.utils.versions import package_version
 
@@ -54,8 +55,8 @@ _BEFORE_THE_KEY = {
 }  # fmt: skip
 # What decides what a model computes, beside its weights.
 _OF_THE_MODEL = (
-    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "adapter_fusion", "prompt",
-    "mask_encoder_padding",
+    "encoder_layers", "language_layers", "structure", "mix", "use_adapter", "adapter_size", "adapter_fusion",
+    "use_prompt", "mask_encoder_padding",
 )  # fmt: skip
 
 
@@ -214,12 +215,12 @@ def earlier(folder: Path, file: Path) -> Earlier:
         settings = record.get("settings") if isinstance(record, dict) else None
         if not isinstance(settings, dict):
             raise CheckpointError(f"{folder / FILE}: expected what layalign writes there, with the run's settings")
-        return Earlier(folder, record, settings)
+        return Earlier(folder, record, with_new_names(settings, warn=False))
     if os.path.lexists(file):
         values = yaml_files.read_file(file, "output_dir")
         if not isinstance(values, dict) or not values:
             raise ArgumentError(f"output_dir: {file}: expected the settings of the run, got {shown(values)}; {_ADVICE}")
-        return Earlier(folder, {}, values)
+        return Earlier(folder, {}, with_new_names(values, warn=False))
     if file.parent == folder:
         raise ArgumentError(
             f"output_dir: {folder} holds a model, and neither {FILE} nor {SETTINGS} says of which run; {_ADVICE}"

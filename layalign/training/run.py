@@ -58,8 +58,8 @@ logger = logging.getLogger("layalign.training")
 MEASURED = 200
 # What a checkpoint brings along: the model's shape.
 _SHAPE = (
-    "encoder_layers", "language_layers", "structure", "mix", "adapter", "adapter_size", "adapter_fusion", "prompt",
-    "gate",
+    "encoder_layers", "language_layers", "structure", "mix", "use_adapter", "adapter_size", "adapter_fusion",
+    "use_prompt", "fixed_gate",
 )  # fmt: skip
 
 
@@ -394,7 +394,7 @@ def _first_token(config: TrainConfig) -> int | str | bool:
     except CheckpointError:  # the tokenizers may come from elsewhere
         return "own"
     if found is None:  # without the source's slots, something has to stand before the first label
-        return False if config.adapter else "own"
+        return False if config.use_adapter else "own"
     return found
 
 

@@ -1,14 +1,17 @@
-"""Modules that have moved: the old import path gives what the new one has, and a warning names that."""
+"""Old names: of modules that have moved, and of settings. They still work, and a warning gives the new name."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import warnings
+from collections.abc import Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from layalign.utils.errors import ArgumentError
 
 MOVED = {
     "layalign.analysis": "layalign.experiments.analysis",
@@ -24,6 +27,14 @@ MOVED = {
     "layalign.packing": "layalign.modeling.packing",
     "layalign.swap": "layalign.published.swap",
     "layalign.tokenization": "layalign.modeling.tokenization",
+}
+RENAMED = {  # keys of a LayAlignConfig, and of a TrainConfig
+    "adapter": "use_adapter",
+    "fold": "fold_projections",
+    "gate": "fixed_gate",
+    "last_layer": "prune_last_layer",
+    "liger": "fused_loss",
+    "prompt": "use_prompt",
 }
 
 
@@ -51,3 +62,38 @@ def keep_old_paths() -> None:
     """Let the old paths be imported."""
     if not any(type(finder) is _OldPaths for finder in sys.meta_path):
         sys.meta_path.insert(0, _OldPaths())
+
+
+def new_value(old: str, value: Any) -> Any:
+    """What a setting's value is called under its new name."""
+    return "never" if old == "last_layer" and value == "whole" else value
+
+
+def warn_of_setting(old: str) -> str:
+    """The new name of a setting; warns of the old one."""
+    warnings.warn(f"{old}: the setting is now called {RENAMED[old]}", FutureWarning, stacklevel=3)
+    return RENAMED[old]
+
+
+def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under their first names, for hashes: those of earlier results stay valid."""
+    first = {new: old for old, new in RENAMED.items()}
+    return {first.get(key, key): value for key, value in values.items()}
+
+
+def with_new_names(values: Mapping[Any, Any], warn: bool = True) -> dict[Any, Any]:
+    """Settings that were written under old names, under the new ones.
+
+    Raises:
+        ArgumentError: a setting is there under both of its names.
+    """
+    for old in RENAMED.keys() & values.keys():
+        if RENAMED[old] in values:
+            raise ArgumentError(f"{old}: expected {RENAMED[old]} alone, which is its new name; got both")
+    found = {}
+    for key, value in values.items():
+        if key in RENAMED:
+            value = new_value(key, value)
+            key = warn_of_setting(key) if warn else RENAMED[key]
+        found[key] = value
+    return found

@@ -185,10 +185,10 @@ def test_the_translation_stage_gives_the_llm_no_context(model: LayAlignForCausal
 
 
 def test_models_without_adapter_or_prompt() -> None:
-    model = tiny(prompt=False)
+    model = tiny(use_prompt=False)
     (found, _), = adapter(model).loglikelihood(requests(("moja", " one")), True)  # fmt: skip
     assert found == pytest.approx(plain_score(model, "moja", [], ids(" one"))[0], abs=1e-5)
-    model = tiny(adapter=False)
+    model = tiny(use_adapter=False)
     source, target = torch.tensor([ENCODER("moja")["input_ids"]]), ids(" one")
     row = torch.tensor([[model.config.llm_bos_token_id, *ids("moja"), *target]])
     with torch.no_grad():

@@ -71,7 +71,7 @@ def test_targets_and_choices_are_what_the_logits_say(llm: str, stage: str) -> No
         np.testing.assert_allclose([[v for v, _ in row] for row in rows], [[v for v, _ in r] for r in table], atol=2e-4)
 
 
-@pytest.mark.parametrize("config", [{"structure": "Linear"}, {"adapter": False}, {"prompt": False}])
+@pytest.mark.parametrize("config", [{"structure": "Linear"}, {"use_adapter": False}, {"use_prompt": False}])
 def test_other_shapes_of_the_model(config: dict[str, Any]) -> None:
     model = joined(**config)
     collate = collator(model, "task")

@@ -201,7 +201,7 @@ def recorded(model: LayAlignForCausalLM, inputs: dict[str, Any], monkeypatch: py
 VARIANTS = [
     {},
     {"llm": "llama_gqa_wide_heads", "language_layers": [2, 0], "encoder_layers": [3, 0, 4]},
-    {"structure": "MLP", "fold": "never"},
+    {"structure": "MLP", "fold_projections": "never"},
     {"llm": "gemma2"},  # scales its scores in its own way
     {"mask_encoder_padding": False},
 ]
@@ -433,7 +433,7 @@ def test_the_same_seed_gives_the_same_numbers_and_the_mean_is_over_positions(par
 
 
 @pytest.mark.parametrize(
-    "changes", [{"language_layers": []}, {"adapter": False}, {"mix": "shared", "gate": 1.0}], ids=str
+    "changes", [{"language_layers": []}, {"use_adapter": False}, {"mix": "shared", "fixed_gate": 1.0}], ids=str
 )
 def test_models_without_some_part(changes: dict[str, Any], parts: TinyParts, folder: Path, tmp_path: Path) -> None:
     model = LayAlignForCausalLM.from_encoder_and_llm(parts.encoder, parts.llm, **changes).eval()

@@ -70,7 +70,7 @@ class Watch(TrainerCallback):
         self.mode.__exit__(None, None, None)
         self.steps.append(dict(self.mode.counts))
         self.kinds = dict(Counter("ZeRO-3" if hasattr(p, "ds_id") else type(p).__name__ for p in model.parameters()))
-        self.folding = model.folding.last
+        self.folding = model.key_values.last
 
 
 class InOneProcess(TrainerCallback):

@@ -475,8 +475,8 @@ def other_attention(model: Any, draw: random.Random) -> None:
 @_into(STRUCTURE)
 def settings(model: Any, draw: random.Random) -> None:
     if isinstance(model, LayAlignForCausalLM):
-        model.folding.choice = draw.choice(["auto", "always", "never"])
-        model.last_layer.choice = draw.choice(["auto", "whole"])
+        model.key_values.choice = draw.choice(["auto", "always", "never"])
+        model.last_layer.choice = draw.choice(["auto", "never"])
         model.config.mask_encoder_padding = draw.random() < 0.7
     for module in model.modules():
         if hasattr(module, "impl"):

@@ -267,7 +267,7 @@ LLMS = ["llama", "llama", "llama_gqa_wide_heads", "qwen2", "phi3"]
 @functools.cache
 def template(llm: str, shape: tuple[str, str], fold: str, encoder: str, impl: str) -> LayAlignForCausalLM:
     layers = [0, 2] if encoder == "bert" else None
-    model = tiny_model(encoder, llm, structure=shape[0], mix=shape[1], fold=fold, language_layers=layers)
+    model = tiny_model(encoder, llm, structure=shape[0], mix=shape[1], fold_projections=fold, language_layers=layers)
     model.encoder_aligner.projector.impl = impl
     return model
 
@@ -281,7 +281,7 @@ MODELS = st.builds(
     st.just(built),
     llm=st.sampled_from(LLMS),
     shape=st.sampled_from([("Linear", "layer-wise")] * 4 + [("MLP", "layer-wise"), ("Linear", "shared")]),
-    fold=st.sampled_from(["auto", "always", "always", "never"]),
+    fold_projections=st.sampled_from(["auto", "always", "always", "never"]),
     encoder=st.sampled_from(["mt5", "bert"]),
     impl=st.sampled_from(["auto", "auto", "torch"]),  # torch: folded weights as they are, as on a GPU
 )
@@ -405,7 +405,7 @@ def is_refused_by_torch(model: Any, found: Answer | Exception) -> bool:
 def compared(case: Case, name: str, which: int, modes: Modes) -> None:
     simply = functools.partial(SIMPLY.get(name, ASKED[name]), which=which)
     asked(case, functools.partial(ASKED[name], which=which), modes, simply)
-    TAKEN[case.model.folding.last.partition(":")[0]] += 1
+    TAKEN[case.model.key_values.last.partition(":")[0]] += 1
     TAKEN["last layer in part"] += "positions" in case.model.last_layer.last
 
 
@@ -654,7 +654,7 @@ IN_PLACE = [
 @given(st.lists(st.tuples(st.sampled_from(sorted(IN_PLACE)), SEEDS), min_size=2, max_size=2))
 def a_compiled_model(steps: list[Any]) -> None:
     torch._dynamo.reset()
-    arguments = dict(llm="llama", shape=("Linear", "layer-wise"), fold="always", encoder="mt5", impl="auto")
+    arguments = dict(llm="llama", shape=("Linear", "layer-wise"), fold_projections="always", encoder="mt5", impl="auto")
     case = Case(functools.partial(built, **arguments))
     compiled = torch.compile(case.model, backend="eager")
     for name, number in [("back_to_float", 0), *steps]:

@@ -242,7 +242,7 @@ def begun(model: Any, inputs: dict[str, torch.Tensor], **settings: Any) -> tuple
 
 @pytest.mark.parametrize("adapter", [True, False])
 def test_a_batch_goes_on_with_its_cache(adapter: bool) -> None:
-    model = tiny_model(adapter=adapter, prompt=True)
+    model = tiny_model(use_adapter=adapter, use_prompt=True)
     inputs = batch(model=model, prompts=(2, 4, 1), targets=None)
     first, cache = begun(model, inputs)
     more = torch.cat([first, torch.tensor([[5, 9], [7, 7], [8, 4]])], dim=1)

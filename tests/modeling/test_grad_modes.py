@@ -41,8 +41,8 @@ def evaluate(model, inputs: dict[str, Tensor]) -> None:
 
 
 FORMS = {
-    "folded": dict(fold="always"),
-    "in two steps": dict(fold="never"),
+    "folded": dict(fold_projections="always"),
+    "in two steps": dict(fold_projections="never"),
     "MLP": dict(structure="MLP"),
     "shared": dict(mix="shared"),
 }
@@ -61,7 +61,7 @@ def test_training_after_and_before_evaluation(mode: str, form: str, device: str,
         with MODES[mode]():
             evaluate(model, inputs)
         assert_same(trained(model, inputs), expected)
-    assert (model.folding.last == "folded") == (form == "folded")
+    assert (model.key_values.last == "folded") == (form == "folded")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -69,7 +69,7 @@ def test_training_around_evaluation_with_steps_of_an_optimizer(mode: str, monkey
     monkeypatch.setattr(key_values, "useful", lambda *_: False)
     found = []
     for evaluated in (True, False):
-        model = tiny_model(fold="always")
+        model = tiny_model(fold_projections="always")
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         inputs = batch(model=model)
         for _ in range(3):
@@ -136,7 +136,7 @@ def test_a_cache_is_gone_on_with_where_gradients_are_recorded(mode: str) -> None
 
 @compiles
 def test_compiled_training_after_evaluation() -> None:
-    model, fresh = tiny_model(), tiny_model(fold="never")
+    model, fresh = tiny_model(), tiny_model(fold_projections="never")
     ids = torch.randint(4, 60, (2, 7))
 
     def states(call) -> Tensor:

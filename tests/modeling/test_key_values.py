@@ -25,7 +25,8 @@ def loss_and_gradients(model, inputs) -> dict[str, torch.Tensor]:
 
 def both(llm: str = "llama", **options):
     """The same model twice, called through modules and folded."""
-    return tiny_model(llm=llm, fold="never", **options), tiny_model(llm=llm, fold="always", **options)
+    never, always = (tiny_model(llm=llm, fold_projections=choice, **options) for choice in ("never", "always"))
+    return never, always
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], bound: float = 1e-5) -> None:
@@ -49,8 +50,8 @@ def test_folded_and_called_give_the_same_loss_and_gradients(llm: str) -> None:
         model.float()
     first, second = (model(**inputs).loss for model in (modules, folded))
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
-    assert modules.folding.last == "not folded: fold='never'"
-    assert folded.folding.last == "folded"
+    assert modules.key_values.last == "not folded: fold_projections='never'"
+    assert folded.key_values.last == "folded"
     inputs = batch(model=modules, targets=None)
     new = [m.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0) for m in (modules, folded)]
     assert torch.equal(*new)
@@ -79,7 +80,7 @@ def test_the_weights_are_folded_once_per_change(monkeypatch: pytest.MonkeyPatch)
     counted = []
     original = key_values._fold
     monkeypatch.setattr(key_values, "_fold", lambda *a: (counted.append(1), original(*a))[1])
-    model = tiny_model(fold="always")
+    model = tiny_model(fold_projections="always")
     inputs = batch(model=model)
     for _ in range(3):
         model(**inputs).loss.backward()
@@ -97,7 +98,7 @@ def test_the_weights_are_folded_once_per_change(monkeypatch: pytest.MonkeyPatch)
     model._attentions[0].k_proj.weight.data[1, 5] += 5.0  # of the LLM's maps a few numbers are compared
     model(**inputs)
     assert len(counted) == 4
-    model.folding.forget()
+    model.key_values.forget()
     model(**inputs)
     assert len(counted) == 5
 
@@ -153,17 +154,18 @@ def reasons():
 def test_weights_that_must_not_be_read_are_not(change, reason: str, folded_before: bool) -> None:
     if change.__name__ == "lora":
         pytest.importorskip("peft")
-    model = tiny_model(fold="always")
+    model = tiny_model(fold_projections="always")
     if folded_before:
         model(**batch(model=model))
-        assert model.folding.last == "folded"
+        assert model.key_values.last == "folded"
     change(model)
     assert reason_against(model.encoder_aligner.projector, model._attentions).startswith(reason)
     if change.__name__ == "reshaped":  # no call of the module works either
-        assert model.folding._against_reading(model.encoder_aligner.projector, model._attentions)[0].startswith(reason)
+        against, _ = model.key_values._against_reading(model.encoder_aligner.projector, model._attentions)
+        assert against.startswith(reason)
     elif change.__name__ != "patched":  # that one changes the width
         model(**batch(model=model))
-        assert model.folding.last.startswith(f"not folded: {reason}")
+        assert model.key_values.last.startswith(f"not folded: {reason}")
 
 
 @pytest.mark.parametrize(
@@ -175,20 +177,20 @@ def test_weights_that_must_not_be_read_are_not(change, reason: str, folded_befor
     ],
 )
 def test_models_that_cannot_be_folded_say_so(options: dict, reason: str) -> None:
-    model = tiny_model(fold="always", **options)
+    model = tiny_model(fold_projections="always", **options)
     model(**batch(model=model))
-    assert model.folding.last == f"not folded: {reason}"
+    assert model.key_values.last == f"not folded: {reason}"
 
 
 @pytest.mark.parametrize("fold", ["auto", "always"])
 def test_a_model_made_in_inference_mode_is_not_folded(fold: str) -> None:
-    expected = tiny_model(fold="never")
+    expected = tiny_model(fold_projections="never")
     inputs = batch(model=expected)
     with torch.inference_mode():
-        model = tiny_model(fold=fold)
+        model = tiny_model(fold_projections=fold)
         for _ in range(2):
             torch.testing.assert_close(model(**inputs).loss, expected(**inputs).loss)
-    assert model.folding.last == "not folded: fc2: made in inference mode, it has no versions"
+    assert model.key_values.last == "not folded: fc2: made in inference mode, it has no versions"
 
 
 def test_break_even() -> None:
@@ -206,12 +208,12 @@ def test_auto_folds_at_inference_and_by_the_rule_in_training() -> None:
     few, many = batch(model=model, sources=(6, 3, 5)), batch(model=model, sources=(20, 20, 20))
     assert 14 < needed < 60
     model(**few)  # 14 real tokens; padding does not count
-    assert model.folding.last == f"not folded: 14 rows a call, folding pays from {needed:.0f}"
+    assert model.key_values.last == f"not folded: 14 rows a call, folding pays from {needed:.0f}"
     model(**many)
-    assert model.folding.last == "folded"
+    assert model.key_values.last == "folded"
     with torch.no_grad():
         model(**few)
-    assert model.folding.last == "folded"
+    assert model.key_values.last == "folded"
 
 
 def test_other_dtypes_and_autocast() -> None:
@@ -225,18 +227,18 @@ def test_other_dtypes_and_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         first, second = (model(**inputs).loss for model in (modules, folded))
     torch.testing.assert_close(first, second, rtol=2e-2, atol=2e-2)
-    assert folded.folding._folded.weight.dtype == torch.bfloat16
+    assert folded.key_values._folded.weight.dtype == torch.bfloat16
 
 
 def test_copies_and_pickles_do_not_carry_the_folded_weights() -> None:
-    model = tiny_model(fold="always")
+    model = tiny_model(fold_projections="always")
     inputs = batch(model=model, targets=None)
     with torch.no_grad():
         expected = model(**inputs).logits
         twin = copy.deepcopy(model)
-        assert twin.folding._folded is None and twin.folding.choice == "always"
+        assert twin.key_values._folded is None and twin.key_values.choice == "always"
         assert torch.equal(twin(**inputs).logits, expected)
-    assert pickle.loads(pickle.dumps(model.folding))._folded is None
+    assert pickle.loads(pickle.dumps(model.key_values))._folded is None
 
 
 @compiles
@@ -252,15 +254,15 @@ def test_compiled_it_calls_the_modules() -> None:
 
 
 def test_a_bad_choice_is_named() -> None:
-    with pytest.raises(ArgumentError, match="^fold: expected one of auto, always, never, got 'maybe'"):
-        LayAlignConfig(fold="maybe")
+    with pytest.raises(ArgumentError, match="^fold_projections: expected one of auto, always, never, got 'maybe'"):
+        LayAlignConfig(fold_projections="maybe")
 
 
 @pytest.mark.parametrize("llm", ["llama", "llama_gqa_wide_heads", "qwen2"])
 def test_where_folding_does_not_pay_the_maps_are_one_node(llm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where the projector is one launch for all slots: the LLM's modules are not called for them."""
     modules, together = both(llm)
-    together.folding.choice = "auto"
+    together.key_values.choice = "auto"
     for model in (modules, together):
         model.double()
     monkeypatch.setattr(key_values, "useful", lambda *_: False)
@@ -278,5 +280,5 @@ def test_where_folding_does_not_pay_the_maps_are_one_node(llm: str, monkeypatch:
     first, layers = loss_and_gradients(modules, inputs), len(modules._attentions)
     assert len(called) == 2 * layers  # for the LLM's own keys and for the source's
     second = loss_and_gradients(together, inputs)
-    assert len(called) == 3 * layers and "folding pays from" in together.folding.last
+    assert len(called) == 3 * layers and "folding pays from" in together.key_values.last
     assert_same(first, second, bound=1e-6)

@@ -19,8 +19,8 @@ from layalign.nn.rows import Rows, only_rows
 
 def both(llm: str = "llama", **options) -> tuple[LayAlignForCausalLM, LayAlignForCausalLM]:
     """The same model twice, its last layer computed where it is read and whole."""
-    return tiny_model(llm=llm, fold="never", **options), tiny_model(
-        llm=llm, fold="never", last_layer="whole", **options
+    return tiny_model(llm=llm, fold_projections="never", **options), tiny_model(
+        llm=llm, fold_projections="never", prune_last_layer="never", **options
     )
 
 
@@ -65,7 +65,7 @@ def test_every_decoder_gives_the_same_loss_gradients_and_answers(llm: str) -> No
     labels = int((inputs["labels"] != -100).sum())
     assert seen == [labels] and some.last_layer.last == f"{labels} of {inputs['labels'].numel()} positions"
     assert_same(found, loss_and_gradients(whole, inputs), 1e-9 if wide else 1e-5)
-    assert whole.last_layer.last == "whole: last_layer='whole'"
+    assert whole.last_layer.last == "whole: prune_last_layer='never'"
     inputs = batch(model=some, targets=None)
     with positions(some) as seen:
         first = some.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -198,7 +198,7 @@ def test_it_is_whole_where_somebody_would_notice(name: str) -> None:
     assert model.last_layer.last.startswith(f"whole: {reason}")
     output.loss.backward()
     if arguments:
-        expected = tiny_model(last_layer="whole", language_layers=[0, 1])(**batch(model=model), **arguments)
+        expected = tiny_model(prune_last_layer="never", language_layers=[0, 1])(**batch(model=model), **arguments)
         for one, other in zip(output.hidden_states, expected.hidden_states, strict=True):
             torch.testing.assert_close(one, other)
 
@@ -227,8 +227,20 @@ def test_a_compiled_llm_is_left_alone() -> None:
 def test_nearly_all_positions() -> None:
     model = tiny_model()
     inputs = batch(sources=(1,), prompts=(0,), targets=(12,), model=model)
-    model(**inputs)
+    wanted = model(**inputs).loss
     assert model.last_layer.last == "whole: nearly all positions are wanted"
+    model.last_layer.choice = "always"
+    torch.testing.assert_close(model(**inputs).loss, wanted)
+    assert model.last_layer.last == "12 of 15 positions"
+
+
+def test_always_says_what_is_in_the_way() -> None:
+    model = tiny_model(prune_last_layer="always")
+    inputs = batch(model=model)
+    model(**inputs).loss.backward()
+    assert " of " in model.last_layer.last
+    with pytest.raises(ArgumentError, match="prune_last_layer: expected 'auto' or 'never' .*states of all positions"):
+        model(**inputs, output_hidden_states=True)
 
 
 def test_an_llm_whose_layers_are_not_a_list() -> None:
@@ -288,7 +300,7 @@ def test_what_counts_as_position_wise() -> None:
 
 
 def test_the_setting_is_checked_and_saved(tmp_path) -> None:
-    with pytest.raises(ArgumentError, match="last_layer: expected"):
-        LayAlignConfig(last_layer="never")
-    tiny_model(last_layer="whole").save_pretrained(tmp_path, save_frozen=True)
-    assert LayAlignForCausalLM.from_pretrained(tmp_path).last_layer.choice == "whole"
+    with pytest.raises(ArgumentError, match="prune_last_layer: expected"):
+        LayAlignConfig(prune_last_layer="whole")
+    tiny_model(prune_last_layer="never").save_pretrained(tmp_path, save_frozen=True)
+    assert LayAlignForCausalLM.from_pretrained(tmp_path).last_layer.choice == "never"

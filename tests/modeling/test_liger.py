@@ -70,7 +70,7 @@ def test_same_loss_and_same_gradients_as_without(llm: str, divisor: object, call
         with_bias(model)
     expected, wanted = gradients(model, num_items_in_batch=divisor)
     assert not calls
-    model.config.liger = "always"
+    model.config.fused_loss = "always"
     found, grads = gradients(model, num_items_in_batch=divisor)
     assert calls == [(8, 32)]  # 3 + 1 + 4 labels, hidden states instead of logits
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -83,14 +83,14 @@ def test_a_head_that_trains_gets_its_gradient(calls: list) -> None:
     model = tiny_model()
     model.llm.lm_head.requires_grad_(True)
     _, wanted = gradients(model)
-    model.config.liger = "always"
+    model.config.fused_loss = "always"
     _, grads = gradients(model)
     assert calls
     torch.testing.assert_close(grads["llm.lm_head.weight"], wanted["llm.lm_head.weight"], rtol=1e-6, atol=1e-6)
 
 
 def test_no_label_at_all_gives_zero_loss(calls: list) -> None:
-    model = tiny_model(liger="always")
+    model = tiny_model(fused_loss="always")
     inputs = batch(model=model)
     output = model(**dict(inputs, labels=torch.full_like(inputs["labels"], -100)))
     output.loss.backward()
@@ -100,7 +100,7 @@ def test_no_label_at_all_gives_zero_loss(calls: list) -> None:
 def test_the_head_is_as_before_after_success_and_after_an_exception(
     calls: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(liger="always")
+    model = tiny_model(fused_loss="always")
     head, inputs = model.llm.lm_head, batch(model=model)
     logits = model(**inputs | {"labels": None}).logits
     attributes = dict(head.__dict__)
@@ -205,7 +205,7 @@ def test_what_is_in_the_way_is_named(case: str, calls: list, monkeypatch: pytest
     reason, settings, change = REFUSALS[case]
     llm = tiny_llm(**settings)
     change(llm)
-    with pytest.raises(ArgumentError, match=f"liger: expected 'auto' or 'never' .*{reason}"):
+    with pytest.raises(ArgumentError, match=f"fused_loss: expected 'auto' or 'never' .*{reason}"):
         liger.chosen("always", llm)
     monkeypatch.delenv("TRITON_INTERPRET")
     assert reason in (liger.reason_against(llm, device="cuda") or "")
@@ -221,7 +221,7 @@ def test_a_scale_of_one_is_not_in_the_way(calls: list) -> None:
 def test_always_says_when_logits_are_asked_for_or_the_device_or_the_package_is_missing(
     calls: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(liger="always")
+    model = tiny_model(fused_loss="always")
     inputs = batch(model=model)
     with pytest.raises(ArgumentError, match="logits_to_keep asks for logits"):
         model(**inputs, logits_to_keep=0)
@@ -250,7 +250,7 @@ def test_a_compiled_call_takes_the_plain_loss_and_always_says_so(calls: list) ->
         torch._dynamo.reset()
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
         torch.testing.assert_close(found, model(**inputs).loss)
-        model.config.liger = "always"
+        model.config.fused_loss = "always"
         with pytest.raises(ArgumentError, match="the call is compiled"):
             torch.compile(model, backend="aot_eager")(**inputs)
         assert not calls
@@ -260,11 +260,11 @@ def test_a_compiled_call_takes_the_plain_loss_and_always_says_so(calls: list) ->
 
 def test_a_second_backward_is_refused(calls: list) -> None:
     model = tiny_model()
-    model.config.liger = "always"
+    model.config.fused_loss = "always"
     loss = model(**batch(model=model)).loss
     assert calls
     loss.backward(retain_graph=True)
-    with pytest.raises(BackendError, match="once; set liger='never'"):
+    with pytest.raises(BackendError, match="once; set fused_loss='never'"):
         loss.backward()
 
 
@@ -294,27 +294,27 @@ def test_an_llm_that_changes_its_logits_unannounced_is_noticed(calls: list, monk
         assert all(torch.equal(grads[name], wanted[name]) for name in wanted)
     assert not calls
     assert liger.reason_against(model.llm, device="cuda") == "Scaled changes the logits behind its head"
-    other = LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), scaled(tiny_llm()), liger="always")
+    other = LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), scaled(tiny_llm()), fused_loss="always")
     for _ in range(2):
         with pytest.raises(ArgumentError, match="changes the logits behind its head"):
             gradients(other)
 
 
 def test_a_cache_is_not_filled_twice(calls: list) -> None:
-    model = LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), scaled(tiny_llm()), liger="always")
-    with pytest.raises(ArgumentError, match="liger: expected 'never' for Scaled"):
+    model = LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), scaled(tiny_llm()), fused_loss="always")
+    with pytest.raises(ArgumentError, match="fused_loss: expected 'never' for Scaled"):
         model(**batch(model=model), past_key_values=DynamicCache(config=model.llm.config), use_cache=True)
 
 
 def test_the_configuration_keeps_the_choice_and_old_ones_load(tmp_path: Path) -> None:
-    model = tiny_model(liger="never")
+    model = tiny_model(fused_loss="never")
     model.save_pretrained(tmp_path, save_frozen=True)
-    assert LayAlignForCausalLM.from_pretrained(tmp_path).config.liger == "never"
+    assert LayAlignForCausalLM.from_pretrained(tmp_path).config.fused_loss == "never"
     old = copy.deepcopy(model.config).to_dict()
-    del old["liger"]
-    assert LayAlignConfig.from_dict(old).liger == "auto"
-    with pytest.raises(ArgumentError, match="liger: expected one of"):
-        LayAlignConfig(liger="sometimes")
+    del old["fused_loss"]
+    assert LayAlignConfig.from_dict(old).fused_loss == "auto"
+    with pytest.raises(ArgumentError, match="fused_loss: expected one of"):
+        LayAlignConfig(fused_loss="sometimes")
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -338,7 +338,7 @@ for llm in ("llama", "qwen2"):
     results = []
     for choice in ("never", "always"):
         for head in (False, True):
-            model.config.liger = choice
+            model.config.fused_loss = choice
             model.zero_grad()
             model.llm.lm_head.requires_grad_(head)
             loss = model(**batch(model=model), num_items_in_batch=5).loss

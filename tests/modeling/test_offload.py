@@ -36,14 +36,18 @@ def _assert_alike(model: LayAlignForCausalLM, expected: tuple[torch.Tensor, ...]
 @pytest.mark.parametrize("part", ["llm", "encoder", "whole"])
 @pytest.mark.parametrize(
     "settings",
-    [{"fold": "always"}, {"llm": "gpt2", "encoder": "bert", "structure": "MLP"}, {"llm": "phi3", "mix": "shared"}],
+    [
+        {"fold_projections": "always"},
+        {"llm": "gpt2", "encoder": "bert", "structure": "MLP"},
+        {"llm": "phi3", "mix": "shared"},
+    ],
     ids=["folded before", "other maps", "shared mix"],
 )
 def test_a_part_on_the_cpu_or_the_disk(part: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(**settings)
     expected = _found(model)
     offloaded = model if part == "whole" else getattr(model, part)
-    if settings.get("fold"):
+    if settings.get("fold_projections"):
         cpu_offload(offloaded, execution_device=CPU)
     else:
         disk_offload(offloaded, tmp_path, execution_device=CPU)

@@ -47,7 +47,7 @@ def test_where_it_does_not_pay_nothing_is_left_out(mask: torch.Tensor) -> None:
 def test_loss_and_gradients_are_those_of_the_padded_batch(
     side: str, fold: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(fold=fold).double()
+    model = tiny_model(fold_projections=fold).double()
     inputs = padded(model)
     if side == "left":
         for name in ("encoder_input_ids", "encoder_attention_mask"):
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(
 
 
 def test_the_aligner_sees_real_tokens_only() -> None:
-    model, seen = tiny_model(fold="never"), []
+    model, seen = tiny_model(fold_projections="never"), []
     assert model.encoder_aligner is not None
     model.encoder_aligner.projector.register_forward_hook(lambda module, args, output: seen.append(output.shape[1:3]))
     model.mapping.register_forward_hook(lambda module, args, output: seen.append(output.shape[:2]))

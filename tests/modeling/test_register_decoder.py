@@ -104,8 +104,8 @@ def test_the_same_numbers_by_the_same_short_ways(joined: bool) -> None:
         assert len(model.last_layer.maps()) == 3
     for one, other in zip(*done, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
-    assert usual.folding.last == "folded"
-    assert odd.folding.last == ("not folded: OddAttention has no k_proj of its own" if joined else "folded")
+    assert usual.key_values.last == "folded"
+    assert odd.key_values.last == ("not folded: OddAttention has no k_proj of its own" if joined else "folded")
 
 
 def test_unregistered_names_are_said() -> None:

@@ -181,10 +181,10 @@ def test_what_loading_honours(save_frozen: bool, model: LayAlignForCausalLM, tmp
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(tmp_path / "out" / "inside", save_frozen=save_frozen)
     again, info = LayAlignForCausalLM.from_pretrained(
-        tmp_path / "out", subfolder="inside", fold="never", last_layer="whole", output_loading_info=True,
-        device_map={"": "cpu"}, use_safetensors=True, attn_implementation="eager",
+        tmp_path / "out", subfolder="inside", fold_projections="never", prune_last_layer="never",
+        output_loading_info=True, device_map={"": "cpu"}, use_safetensors=True, attn_implementation="eager",
     )  # fmt: skip
-    assert (again.config.fold, again.config.last_layer) == ("never", "whole")
+    assert (again.config.fold_projections, again.config.prune_last_layer) == ("never", "never")
     assert again.generation_config.max_new_tokens == 7 and not any(info.values())
     assert again.llm.config._attn_implementation == "layalign_eager"
     torch.testing.assert_close(logits(again)[:, -1], logits(model)[:, -1])

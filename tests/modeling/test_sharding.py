@@ -53,7 +53,7 @@ def partition(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
 @pytest.mark.parametrize("structure", ["Linear", "MLP"])
 @pytest.mark.parametrize("mix", ["layer-wise", "shared"])
 def test_partitioned_weights_are_only_used_inside_their_modules(structure: str, mix: str) -> None:
-    model = tiny_model(fold="always", structure=structure, mix=mix)
+    model = tiny_model(fold_projections="always", structure=structure, mix=mix)
     open_gates(model)
     inputs = batch(model=model)
     with torch.no_grad():
@@ -62,19 +62,19 @@ def test_partitioned_weights_are_only_used_inside_their_modules(structure: str, 
         partition(model, keep=("mapping.end_boundary",))
         assert model.encoder_aligner.projector.fc2.weight.numel() == 0
         found = model(**inputs).loss
-    assert model.folding.last == "not folded: ZeRO-3 shards the model"
+    assert model.key_values.last == "not folded: ZeRO-3 shards the model"
     torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "_is_flat_param"])
 def test_a_marked_weight_is_not_read_even_without_hooks(mark: str) -> None:
-    model = tiny_model(fold="always")
+    model = tiny_model(fold_projections="always")
     setattr(model._attentions[1].v_proj.weight, mark, 3)
     assert "v_proj" in str(reason_of(model)) and reason_of(model) is not None
     inputs = batch(model=model)
     with torch.no_grad():
         model(**inputs)
-    assert model.folding.last.startswith("not folded: v_proj: its weight is")
+    assert model.key_values.last.startswith("not folded: v_proj: its weight is")
 
 
 def reason_of(model: Any) -> str | None:
@@ -98,7 +98,7 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("name", ["fc1", "fc2"])
 def test_the_aligner_calls_maps_that_must_not_be_read(name: str) -> None:
-    model = tiny_model(fold="never")
+    model = tiny_model(fold_projections="never")
     open_gates(model)
     inputs, projector = batch(model=model), model.encoder_aligner.projector
     wanted = model(**inputs).loss
@@ -124,13 +124,13 @@ def alone(tmp_path: Path) -> Iterator[None]:
 def test_fsdp2_weights_look_plain_while_a_module_runs_and_are_left_alone(alone: None, tmp_path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    model = tiny_model(fold="always")
+    model = tiny_model(fold_projections="always")
     open_gates(model)
     model.save_pretrained(tmp_path / "saved")
     inputs = batch(model=model)
     with torch.no_grad():
         wanted = model(**inputs).loss
-    assert model.folding.last == "folded"
+    assert model.key_values.last == "folded"
     gate = model.cross_attention[0].adaption_gate
     before = gate.detach().clone()
     fully_shard(model)
@@ -142,7 +142,7 @@ def test_fsdp2_weights_look_plain_while_a_module_runs_and_are_left_alone(alone: 
     with torch.no_grad():
         found = model(**inputs).loss
     assert seen == [nn.Parameter]  # what makes asking the parameters not enough
-    assert model.folding.last == "not folded: FSDP2 shards the model"
+    assert model.key_values.last == "not folded: FSDP2 shards the model"
     torch.testing.assert_close(found, wanted)
     model.reshard()
     # Reading and writing whole.

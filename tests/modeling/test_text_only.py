@@ -88,7 +88,7 @@ def test_a_processor_sees_the_text_alone(name: str, filler: str) -> None:
 @pytest.mark.parametrize("kind", ["no adapter", "no bos", "padding attended to"])
 def test_other_layouts(kind: str, settings: dict[str, Any]) -> None:
     changes: dict[str, Any] = {
-        "no adapter": dict(adapter=False, prompt=True),
+        "no adapter": dict(use_adapter=False, use_prompt=True),
         "no bos": {},
         "padding attended to": dict(mask_encoder_padding=False),
     }[kind]

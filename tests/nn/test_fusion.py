@@ -247,7 +247,7 @@ def test_wrong_settings_and_inputs() -> None:
     with pytest.raises(ArgumentError, match="adapter_fusion: expected one of softmax, token-softmax, got 'mean'"):
         TrainConfig(adapter_fusion="mean")
     with pytest.raises(ArgumentError, match="adapter_fusion: expected None for a model without an adapter"):
-        LayAlignConfig(**parts, adapter_fusion="softmax", adapter=False)
+        LayAlignConfig(**parts, adapter_fusion="softmax", use_adapter=False)
     with pytest.raises(ArgumentError, match=r"layers: expected 1\.\.2\.14748e\+09, got None"):
         Adapter(6, 3, fusion="softmax")
     with pytest.raises(ArgumentError, match="layers: expected None for an adapter without fusion, got 3"):
@@ -311,7 +311,7 @@ def test_when_nothing_matches() -> None:
     with pytest.raises(ArgumentError, match="adapter_size: 'match' is for an adapter alone"):
         LayAlignConfig(**parts)
     with pytest.raises(ArgumentError, match="adapter_size: 'match' is for an adapter alone"):
-        LayAlignConfig(**parts, language_layers=[], adapter=False)
+        LayAlignConfig(**parts, language_layers=[], use_adapter=False)
     with pytest.raises(ArgumentError, match=r"adapter_size: the fusion alone has \d+ parameters more than LayAlign"):
         LayAlignConfig(**parts, language_layers=[], adapter_fusion="token-softmax")
     with pytest.raises(ArgumentError, match="adapter_size: expected a positive integer, 'match' or None, got 'wide'"):

@@ -103,7 +103,7 @@ def test_functional_gradients_go_through_plain_torch(name: str) -> None:
 @pytest.mark.parametrize("fold", ["always", "never"])
 def test_functional_gradients_of_a_model(fold: str) -> None:
     model = tiny_model()
-    model.folding.choice = fold
+    model.key_values.choice = fold
     inputs = batch(model=model)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     found = torch.func.grad(lambda ps: torch.func.functional_call(model, ps, (), inputs).loss)(trained)

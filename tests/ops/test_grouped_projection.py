@@ -136,7 +136,7 @@ def test_where_modules_must_be_called_it_does_not_serve(reason: str) -> None:
 
 
 def test_the_model_trains_by_slots_as_by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(fold="never").double()
+    model = tiny_model(fold_projections="never").double()
     inputs = batch(model=model)
     results = []
     for allowed in (True, False):
@@ -152,7 +152,7 @@ def test_the_model_trains_by_slots_as_by_modules(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("llm", ["llama", "gemma2", "qwen2"])
 def test_without_folding_the_maps_are_called_only_where_somebody_looks(llm: str) -> None:
-    model = tiny_model(llm=llm, fold="never")
+    model = tiny_model(llm=llm, fold_projections="never")
     inputs = batch(model=model)
     called: list[str] = []
     linear = model.source_attentions[1].k_proj

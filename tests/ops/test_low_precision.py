@@ -51,7 +51,7 @@ def exact(model: LayAlignForCausalLM, inputs: dict[str, Tensor]) -> dict[str, Te
     twin.encoder_aligner.projector.impl = "torch"
     for module in twin.cross_attention:
         module.impl = "torch"
-    twin.folding.choice = "never"
+    twin.key_values.choice = "never"
     return results(twin, inputs)
 
 
@@ -61,7 +61,7 @@ def plain(model: LayAlignForCausalLM) -> LayAlignForCausalLM:
     twin.encoder_aligner.projector.impl = "torch"
     for module in twin.cross_attention:
         module.impl = "torch"
-    twin.folding.choice = "never"
+    twin.key_values.choice = "never"
     return twin
 
 
@@ -77,7 +77,7 @@ def within_budget(found: dict[str, Tensor], torchs: dict[str, Tensor], wanted: d
 @pytest.mark.parametrize("fold", ["never", "always"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_training_step_under_autocast(dtype: torch.dtype, fold: str, structure: str) -> None:
-    model = tiny_model(fold=fold, structure=structure)
+    model = tiny_model(fold_projections=fold, structure=structure)
     inputs = batch(model=model)
     wanted = exact(model, inputs)
     with torch.autocast("cpu", dtype):
@@ -116,18 +116,18 @@ def test_generation_under_autocast(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_folding_rounds_once_under_autocast(impl: str) -> None:
     """Folded weights and the gradient through them are made in fp32, however the block casts products."""
-    model = tiny_model(fold="always", impl=impl)
+    model = tiny_model(fold_projections="always", impl=impl)
     inputs = batch(model=model)
     model(**inputs)
-    whole = model.folding._folded.weight
+    whole = model.key_values._folded.weight
     with torch.autocast("cpu", BF16):
         loss = model(**inputs).loss
-    assert torch.equal(model.folding._folded.weight, whole.to(BF16))
+    assert torch.equal(model.key_values._folded.weight, whole.to(BF16))
     parameters = list(own(model).values())
     outside = torch.autograd.grad(loss, parameters, retain_graph=True)
     with torch.autocast("cpu", BF16):
         inside = torch.autograd.grad(loss, parameters)
-    assert model.folding.last == "folded"
+    assert model.key_values.last == "folded"
     torch.testing.assert_close(inside, outside, rtol=1e-5, atol=1e-6)
 
 
@@ -191,7 +191,9 @@ MIXED = [(BF16, BF16, F32), (F16, F16, F32), (F16, BF16, F32), (F32, BF16, F32),
 PURE = [(BF16, BF16, BF16), (F16, F16, F16), (F16, BF16, BF16)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"structure": "MLP"}, {"fold": "always"}, {"mix": "shared"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"structure": "MLP"}, {"fold_projections": "always"}, {"mix": "shared"}], ids=str
+)
 @pytest.mark.parametrize("dtypes", MIXED + PURE, ids=str)
 def test_mixed_parts(dtypes: tuple[torch.dtype, ...], changes: dict[str, Any]) -> None:
     """(encoder, LLM, own parts): gradients in the own parts' dtype, numbers within the budget of the coarsest."""
@@ -365,13 +367,13 @@ KINDS = {"bitsandbytes-4": 0.02, "bitsandbytes-8": 0.05, "quanto-8": 0.01}
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_llm(kind: str, parts, tmp_path: Path) -> None:
     options = configurations(kind)
-    model = LayAlignForCausalLM.from_encoder_and_llm(*parts, llm_kwargs=options, fold="always")
+    model = LayAlignForCausalLM.from_encoder_and_llm(*parts, llm_kwargs=options, fold_projections="always")
     open_gates(model)
     model.eval()
     assert is_quantised(model.llm) and not is_quantised(model.encoder)
     inputs = batch(model=model)
     found = results(model, inputs)
-    assert model.folding.last.startswith("not folded: k_proj: ") and "not a plain Linear" in model.folding.last
+    assert model.key_values.last.startswith("not folded: k_proj: ") and "not a plain Linear" in model.key_values.last
     twin = LayAlignForCausalLM.from_encoder_and_llm(parts[0], dequantised(model.llm, parts[1]))
     for name, parameter in own(twin).items():
         parameter.data.copy_(own(model)[name])
@@ -404,12 +406,12 @@ def test_quantos_own_call(weights: str, parts) -> None:
     llm = AutoModelForCausalLM.from_pretrained(parts[1])
     quanto.quantize(llm, weights=getattr(quanto, weights))
     quanto.freeze(llm)
-    model = LayAlignForCausalLM.from_encoder_and_llm(parts[0], llm, fold="always")
+    model = LayAlignForCausalLM.from_encoder_and_llm(parts[0], llm, fold_projections="always")
     open_gates(model)
     assert is_quantised(model.llm)
     inputs = batch(model=model.eval())
     found = results(model, inputs)
-    assert "QLinear is not a plain Linear" in model.folding.last
+    assert "QLinear is not a plain Linear" in model.key_values.last
     twin = LayAlignForCausalLM.from_encoder_and_llm(parts[0], dequantised(llm, parts[1]))
     twin.load_state_dict(own(model), strict=False)
     for name, tensor in results(twin.eval(), inputs).items():

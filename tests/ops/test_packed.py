@@ -218,18 +218,18 @@ def test_traced_and_watched_calls_do_not_go_past_the_dispatcher(always: list[int
 
 @pytest.mark.parametrize("impl", ["auto", "cpp", "torch"])
 def test_a_model_folds_for_the_kernel_in_inference_alone(impl: str, always: list[int]) -> None:
-    models = [tiny_model(llm="qwen2", fold=fold, impl=impl) for fold in ("always", "never")]  # has biases
+    models = [tiny_model(llm="qwen2", fold_projections=fold, impl=impl) for fold in ("always", "never")]  # has biases
     inputs = batch(model=models[0])
     with torch.no_grad():
         first, second = (model(**inputs).loss for model in models)
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
     taken = impl != "torch"
-    assert isinstance(models[0].folding._folded.weight, PackedWeight) == taken and bool(always) == taken
+    assert isinstance(models[0].key_values._folded.weight, PackedWeight) == taken and bool(always) == taken
     grads = []
     for model in models:
         model(**inputs).loss.backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert isinstance(models[0].folding._folded.weight, torch.Tensor)
+    assert isinstance(models[0].key_values._folded.weight, torch.Tensor)
     for one, other in zip(*grads, strict=True):
         assert (one - other).abs().max() <= 1e-4 * other.abs().max().clamp(min=1e-3)
     with torch.no_grad():

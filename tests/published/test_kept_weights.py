@@ -38,7 +38,7 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_other_memory_at_the_same_address_is_noticed(folds: list[int]) -> None:
     """As `.bfloat16().float()` finds it at times: the same Parameter, address and version. One number of a map differs,
     which is not among those that are compared."""
-    model = tiny_model(fold="always")
+    model = tiny_model(fold_projections="always")
     weight = model._attentions[0].k_proj.weight
     memory = weight.detach().clone().numpy()
     weight.data = torch.from_numpy(memory)
@@ -53,7 +53,7 @@ def test_other_memory_at_the_same_address_is_noticed(folds: list[int]) -> None:
 
 
 def test_another_parameter_with_the_number_of_one_that_is_gone_is_noticed(folds: list[int]) -> None:
-    model = tiny_model(fold="always")
+    model = tiny_model(fold_projections="always")
     own = model._attentions[0].k_proj._parameters
     memory = own["weight"].detach().clone().numpy()
     own["weight"] = nn.Parameter(torch.from_numpy(memory), requires_grad=False)
@@ -124,36 +124,36 @@ WRITES = [in_place, one_number, by_numpy, allocated_again, frozen_maps, one_head
 
 @pytest.mark.parametrize("write", WRITES)
 def test_writes_past_the_counters_are_noticed(write: Callable[[nn.Module], None], folds: list[int]) -> None:
-    model = tiny_model(llm="qwen2", fold="always")  # whose maps have biases
+    model = tiny_model(llm="qwen2", fold_projections="always")  # whose maps have biases
     before, count = logits(model), len(folds)
     assert torch.equal(logits(model), before) and len(folds) == count == 1
     write(model)
     found = logits(model)
-    assert len(folds) == 2 and model.folding.last == "folded"
-    model.folding.forget()
+    assert len(folds) == 2 and model.key_values.last == "folded"
+    model.key_values.forget()
     assert torch.equal(logits(model), found) and not torch.equal(found, before)
 
 
 def test_lora_on_and_off_leaves_no_old_weights() -> None:
     peft = pytest.importorskip("peft")
-    model = tiny_model(fold="always")
+    model = tiny_model(fold_projections="always")
     before = logits(model)
     config = peft.LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
     tuned = peft.get_peft_model(model.llm, config)
     model.eval()
     adapted = logits(model)
-    assert "not a plain Linear" in model.folding.last and model.folding._folded is None
+    assert "not a plain Linear" in model.key_values.last and model.key_values._folded is None
     tuned.merge_adapter()
     torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
     tuned.unmerge_adapter()
     tuned.merge_and_unload()
     torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
-    assert model.folding.last == "folded" and (adapted - before).abs().max() > 1e-2
+    assert model.key_values.last == "folded" and (adapted - before).abs().max() > 1e-2
 
 
 def test_the_memory_of_weights_that_are_gone_is_free() -> None:
     """Offloading gives the weights other memory: the old one is not kept for a comparison."""
-    model, swapped = tiny_model(fold="always"), published_model()
+    model, swapped = tiny_model(fold_projections="always"), published_model()
     layalign.accelerate(swapped)
     logits(model)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_the_memory_of_weights_that_are_gone_is_free() -> None:
 
 
 def test_swapped_tensors_are_noticed(folds: list[int]) -> None:
-    model = tiny_model(fold="always")
+    model = tiny_model(fold_projections="always")
     before = logits(model)
     weight = fc2(model).weight
     torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 1.5))  # refused where a weak reference is kept
@@ -184,7 +184,7 @@ def test_weights_that_change_before_the_backward(fold: str, form: str, monkeypat
         monkeypatch.setattr(key_values, "useful", lambda *_: False)
     found = []
     for change in (False, True):
-        model = tiny_model(fold=fold)
+        model = tiny_model(fold_projections=fold)
         loss = model(**batch(model=model)).loss
         if change:
             for attention in model._attentions:
@@ -234,7 +234,7 @@ def test_kept_keys_and_values_follow_their_weights_and_states(change: Callable[[
 @pytest.mark.parametrize("fold", ["always", "never"])
 @pytest.mark.parametrize("place", ["layer", "attention"])
 def test_other_layers_in_the_llm_make_the_keys_and_values(place: str, fold: str) -> None:
-    model, fresh = tiny_model(fold=fold), tiny_model(fold=fold)
+    model, fresh = tiny_model(fold_projections=fold), tiny_model(fold_projections=fold)
     before, layers = logits(model), model.llm.model.layers
     new = copy.deepcopy(layers[1] if place == "layer" else layers[1].self_attn)
     with torch.no_grad():

@@ -407,17 +407,17 @@ def test_a_bare_projector_keeps_its_format_and_hooks(structure: str, calls) -> N
 
 
 def test_our_own_model_gets_settings_and_has_them_back(calls) -> None:
-    model = tiny_model(fold="never")
+    model = tiny_model(fold_projections="never")
     inputs = batch(model=model)
     with torch.no_grad():
         expected = model(**inputs).loss
     report = layalign.accelerate(nn.ModuleList([model]), impl="torch", fold="always")
     assert report.swapped == [("0", "already layalign's: now impl 'torch', fold 'always'")] and not report.left
-    assert model.encoder_aligner.projector.impl == "torch" and model.folding.choice == "always"
+    assert model.encoder_aligner.projector.impl == "torch" and model.key_values.choice == "always"
     assert all(module.impl == "torch" for module in model.cross_attention)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).loss, expected)
-    assert model.folding.last == "folded"
+    assert model.key_values.last == "folded"
     layalign.accelerate(model)
     layalign.restore(model)
-    assert model.folding.choice == "never" and model.cross_attention[0].impl == "auto"
+    assert model.key_values.choice == "never" and model.cross_attention[0].impl == "auto"

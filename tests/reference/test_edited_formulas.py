@@ -169,7 +169,7 @@ def assert_obeyed(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_gate_is_seen_in_every_call(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, model = expected(fold="always"), tiny_model(fold="always")
+    wanted, model = expected(fold_projections="always"), tiny_model(fold_projections="always")
     EDITS[edit](model, monkeypatch)
     assert_obeyed(results(model), wanted)
 
@@ -245,7 +245,7 @@ ALIGNER_EDITS: dict[str, Edit] = {
 @pytest.mark.parametrize("fold", ["always", "never"])
 @pytest.mark.parametrize("edit", ALIGNER_EDITS)
 def test_an_edited_aligner_is_seen(edit: str, fold: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, model = tiny_model(fold=fold), tiny_model(fold=fold)
+    wanted, model = tiny_model(fold_projections=fold), tiny_model(fold_projections=fold)
     with torch.no_grad():
         for parameter in wanted.encoder_aligner.projector.fc2.parameters():
             parameter.mul_(2)

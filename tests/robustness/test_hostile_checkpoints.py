@@ -195,7 +195,7 @@ def test_mutated_configurations(work: Path) -> None:
         {"adapter_size": 10**9}, {"adapter_size": -1}, {"encoder_layers": [10**30]}, {"encoder_layers": 5},
         {"encoder_layers": [0.5]},
         {"language_layers": [0, 0]}, {"language_layers": {}}, {"structure": ["Linear"]}, {"impl": "evil"},
-        {"gate": 10**400},
+        {"fixed_gate": 10**400},
         {"gate": "1"}, {"source_token_id": 1.5}, {"llm_bos_token_id": 10**6}, {"llm_bos_token_id": "1"}, {"lora": [1]},
         {"lora": {"r": -1, "target_modules": "all-linear"}}, {"lora": {"nothing": 1}}, {"frozen_saved": "yes"},
         {"encoder_name_or_path": 5}, {"encoder_name_or_path": None}, {"encoder_name_or_path": "../../nothing"},

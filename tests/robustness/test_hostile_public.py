@@ -85,9 +85,9 @@ ALIGNER = dict(
 CONFIG = dict(
     encoder_config=ENCODER.config, llm_config=LLM.config, encoder_name_or_path="a", llm_name_or_path="b",
     encoder_layers=[0],
-    language_layers=[1], structure="MLP", mix="shared", adapter=True, adapter_size=3, prompt=True, gate=0.5,
-    adapter_fusion="softmax", llm_bos_token_id=1,
-    source_token_id=0, lora=None, frozen_saved=False, part_dtypes=None, impl="auto", fold="auto", liger="auto",
+    language_layers=[1], structure="MLP", mix="shared", use_adapter=True, adapter_size=3, use_prompt=True,
+    fixed_gate=0.5, adapter_fusion="softmax", llm_bos_token_id=1, source_token_id=0, lora=None, frozen_saved=False,
+    part_dtypes=None, impl="auto", fold_projections="auto", fused_loss="auto",
 )  # fmt: skip
 LAYERS = [states(2, 3, 4)] * 2
 
@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.LayAlignForCausalLM.from_pretrained": (
         lambda folder: layalign.LayAlignForCausalLM.from_pretrained(folder), dict(folder="no/such/folder/at/all"),
     ),
-    "layalign.accelerate": (layalign.accelerate, dict(model=tiny_model(seed=5), impl="auto", fold="auto")),
+    "layalign.accelerate": (layalign.accelerate, dict(model=tiny_model(seed=5), impl="auto", fold_projections="auto")),
     "layalign.restore": (layalign.restore, dict(model=nn.Linear(1, 1))),
     "layalign.attach": (lambda **k: layalign.detach(k["llm"]) if layalign.attach(**k) else 0, dict(llm=tiny_llm(),
     layers=[0])),

@@ -145,7 +145,7 @@ def test_a_fixed_gate_stays(tmp_path: Path) -> None:
     encoder, llm = tiny_encoder(), tiny_llm()
     for part, folder in ((encoder, "encoder"), (llm, "llm")):
         part.save_pretrained(tmp_path / folder)
-    model = LayAlignForCausalLM.from_encoder_and_llm(str(tmp_path / "encoder"), str(tmp_path / "llm"), gate=0.25)
+    model = LayAlignForCausalLM.from_encoder_and_llm(str(tmp_path / "encoder"), str(tmp_path / "llm"), fixed_gate=0.25)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(**batch(model=model)).loss.backward()
     optimizer.step()
@@ -213,8 +213,8 @@ def test_both_stages_from_a_configuration(name: str, tmp_path: Path) -> None:
         assert Path(config.output_dir) == tmp_path / "out" / stage
         before = config.output_dir
     model = LayAlignForCausalLM.from_pretrained(before)
-    assert (model.mapping is None, model.config.prompt, model.config.mix, model.config.gate) == (
-        not config.adapter, config.prompt, config.mix, config.gate,
+    assert (model.mapping is None, model.config.use_prompt, model.config.mix, model.config.fixed_gate) == (
+        not config.use_adapter, config.use_prompt, config.mix, config.fixed_gate,
     )  # fmt: skip
     assert configured_stages(None, overrides=[]) == ["translation"]
 
@@ -313,8 +313,8 @@ def test_wrong_settings(field: str, value: Any, text: str) -> None:
 
 
 def test_a_model_must_read_something() -> None:
-    with pytest.raises(ArgumentError, match="prompt: expected true for a model without an adapter"):
-        LayAlignConfig(adapter=False, prompt=False)
+    with pytest.raises(ArgumentError, match="use_prompt: expected true without an adapter"):
+        LayAlignConfig(use_adapter=False, use_prompt=False)
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -323,7 +323,8 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     model = LayAlignForCausalLM.from_encoder_and_llm(str(tmp_path / "encoder"), str(tmp_path / "llm"))
     model.save_pretrained(tmp_path / "start")
     start = {"init_checkpoint": str(tmp_path / "start"), "stage": "task"}
-    for change, text in (({"mix": "shared"}, "mix"), ({"gate": 1.0}, "gate"), ({"encoder_layers": "last"}, "layers")):
+    changes = {"mix": {"mix": "shared"}, "fixed_gate": {"fixed_gate": 1.0}, "layers": {"encoder_layers": "last"}}
+    for text, change in changes.items():
         with pytest.raises(ArgumentError, match=text):
             build_model(load_train_config(start | change))
     build_model(load_train_config(start | {"encoder_layers": [0, 1, 2, 3]}))
@@ -351,7 +352,7 @@ def test_compiled_forward_is_one_graph(name: str) -> None:
 def test_nothing_to_train_is_said(tmp_path: Path) -> None:
     parts = save_parts(tmp_path / "parts")
     config = load_train_config(
-        {"encoder": parts.encoder, "llm": parts.llm, "data": parts.data, "adapter": False, "language_layers": [],
+        {"encoder": parts.encoder, "llm": parts.llm, "data": parts.data, "use_adapter": False, "language_layers": [],
          "output_dir": str(tmp_path / "out"), "dev_size": 2, "use_cpu": True}
     )  # fmt: skip
     with pytest.raises(ArgumentError, match="model: expected an adapter, language layers or LoRA to train"):

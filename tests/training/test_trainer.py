@@ -34,7 +34,7 @@ class Renamed(LayAlignForCausalLM):
 def like_the_bare_llm(cls: type = LayAlignForCausalLM) -> LayAlignForCausalLM:
     """Zero gates and no soft tokens: the source adds nothing."""
     torch.manual_seed(2)
-    return cls.from_encoder_and_llm(tiny_encoder(dropout_rate=0.0), tiny_llm(), adapter=False)
+    return cls.from_encoder_and_llm(tiny_encoder(dropout_rate=0.0), tiny_llm(), use_adapter=False)
 
 
 class Collator:

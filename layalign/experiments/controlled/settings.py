@@ -15,6 +15,7 @@ from layalign.experiments.made_up.pretraining import Budget
 from layalign.experiments.made_up.problems import ALL_LANGUAGES
 from layalign.training.baselines import baseline
 from layalign.utils.errors import ArgumentError, refuse, shown
+from layalign.utils.moved import with_old_names
 from layalign.utils.yaml_files import read_file, read_text
 
 LEVELS = ("high", "medium", "low")
@@ -165,7 +166,7 @@ class ExperimentSettings:
         else:
             # A label is for tables; what the baseline's name means is part of the run.
             chosen = baseline(system.baseline)
-            of_system = {"settings": dict(chosen.settings), "stages": chosen.stages, **asdict(system)}
+            of_system = {"settings": with_old_names(chosen.settings), "stages": chosen.stages, **asdict(system)}
             values["system"] = {key: value for key, value in of_system.items() if key != "label"}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

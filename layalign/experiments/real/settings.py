@@ -16,6 +16,7 @@ from layalign.data.languages import find_language
 from layalign.training.baselines import baseline
 from layalign.training.precision import native_bf16
 from layalign.utils.errors import ArgumentError, finite_number, one_of, refuse, whole_number
+from layalign.utils.moved import with_old_names
 from layalign.utils.yaml_files import read_file, read_text
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -266,7 +267,8 @@ class RealSettings:
 
     def _mark(self, keys: Sequence[str], system: RealSystem, data: str) -> str:
         values: dict[str, Any] = {key: getattr(self, key) for key in keys}
-        of_system = {"stages": baseline(system.baseline).stages, **asdict(system), "all": system.model_settings}
+        of_system = {"stages": baseline(system.baseline).stages, **asdict(system)}
+        of_system["all"] = with_old_names(system.model_settings)
         values["system"] = {key: value for key, value in of_system.items() if key not in ("label", "seeds", "after")}
         for key in ("learning_rates", "dtype"):
             if values["system"][key] is None:

@@ -143,7 +143,7 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
 
 def _changes(system: RealSystem) -> dict[str, Any]:
     """What a system makes otherwise than the checkpoint that it goes on with: whether the LLM gets the prompt."""
-    return {key: value for key, value in system.model_settings.items() if key == "prompt"}
+    return {key: value for key, value in system.model_settings.items() if key == "use_prompt"}
 
 
 def _config(
