@@ -117,7 +117,7 @@ def train(run: Run, steps: int = STEPS, seconds: float | None = None) -> list[fl
     losses: list[float] = []
     begin = time.perf_counter()
     for ids, mask, targets in batches(run.order):
-        packed = built.pack(mask, targets=targets)
+        packed = built.build_inputs(mask, targets=targets)
         loss = built(**packed, encoder_input_ids=ids, encoder_attention_mask=mask).loss
         losses.append(loss.item())
         if len(losses) == steps or (seconds is not None and time.perf_counter() - begin > seconds):

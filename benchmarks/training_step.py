@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from layalign import LayAlignForCausalLM
 from layalign.data import Example, LayAlignCollator
-from layalign.modeling.packing import IGNORE_INDEX
+from layalign.modeling.llm_inputs import IGNORE_INDEX
 from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import build_model, load_train_config
 

@@ -11,8 +11,8 @@ from shapes import Work
 from torch import Tensor
 
 from layalign import reference
+from layalign.modeling.llm_inputs import IGNORE_INDEX
 from layalign.modeling.loss import label_loss
-from layalign.modeling.packing import IGNORE_INDEX
 from layalign.nn.rows import Rows, only_rows
 
 Call = Callable[[], Any]
@@ -37,7 +37,7 @@ class Data:
         if work.padded:
             lengths = torch.linspace(work.source / 4, work.source, work.batch).long().to(models.device)
             self.mask = (torch.arange(work.source, device=models.device) < lengths[:, None]).long()
-        self.packed = models.ours.pack(self.mask, targets=self.target.tolist() if labels else None)
+        self.packed = models.ours.build_inputs(self.mask, targets=self.target.tolist() if labels else None)
         tokens = self.packed["input_ids"]
         self.attention = self.packed["attention_mask"]
         with torch.no_grad():

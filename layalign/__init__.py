@@ -15,8 +15,8 @@ from layalign.utils.versions import importing
 if TYPE_CHECKING:
     from layalign.modeling.attention_interface import attach, detach
     from layalign.modeling.configuration import LayAlignConfig
+    from layalign.modeling.llm_inputs import build_inputs
     from layalign.modeling.model import LayAlignForCausalLM
-    from layalign.modeling.packing import pack
     from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
     from layalign.published.swap import accelerate, restore
 
@@ -33,7 +33,7 @@ _LAZY = {
     "accelerate": "layalign.published.swap",
     "attach": "layalign.modeling.attention_interface",
     "detach": "layalign.modeling.attention_interface",
-    "pack": "layalign.modeling.packing",
+    "build_inputs": "layalign.modeling.llm_inputs",
     "restore": "layalign.published.swap",
 }
 
@@ -51,8 +51,8 @@ __all__ = [
     "__version__",
     "accelerate",
     "attach",
+    "build_inputs",
     "detach",
-    "pack",
     "restore",
 ]
 

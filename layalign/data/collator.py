@@ -14,7 +14,7 @@ import torch
 from layalign.data.examples import Example
 from layalign.data.languages import tokenizer_source_language
 from layalign.data.lengths import known_limit, positions
-from layalign.modeling.packing import pack
+from layalign.modeling.llm_inputs import build_inputs
 from layalign.modeling.tokenization import encode_texts
 from layalign.utils.errors import ArgumentError, one_of, refuse, whole_number
 
@@ -169,7 +169,7 @@ class LayAlignCollator:
         if self.with_targets:
             ids = self._llm_ids([example.target for example in examples], self.max_target_length - 1, "target", cut)
             targets = [[*row, self.llm_tokenizer.eos_token_id] for row in ids]
-        packed = pack(
+        packed = build_inputs(
             [len(row) for row in sources],
             prompts,
             targets,

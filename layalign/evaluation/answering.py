@@ -21,7 +21,7 @@ from layalign.data.readers import by_language
 from layalign.evaluation.shared_start import read_start
 from layalign.modeling.finite import generate_finite
 from layalign.modeling.generation import SourceGenerationMixin
-from layalign.modeling.packing import IGNORE_INDEX, real_positions
+from layalign.modeling.llm_inputs import IGNORE_INDEX, real_positions
 from layalign.modeling.tokenization import encode_texts, eos_ids, pad_id
 from layalign.utils.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
 from layalign.utils.versions import generation_cache_name

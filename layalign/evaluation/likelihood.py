@@ -23,7 +23,7 @@ from layalign.data.examples import Example
 from layalign.evaluation.answering import device_of, evaluation_mode
 from layalign.evaluation.measures import NATS, OTHER, group_size
 from layalign.evaluation.shared_start import read_start
-from layalign.modeling.packing import IGNORE_INDEX, real_positions
+from layalign.modeling.llm_inputs import IGNORE_INDEX, real_positions
 from layalign.utils.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
 from layalign.utils.versions import cache_name, cache_of
 

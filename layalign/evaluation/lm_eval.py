@@ -346,7 +346,7 @@ class LayAlignLM(TemplateLM):
         pad, sources = self.collator.encoder_tokenizer.pad_token_id, [torch.tensor(row.source) for row in rows]
         ids = pad_sequence(sources, batch_first=True, padding_value=0 if pad is None else pad)
         mask = pad_sequence([torch.ones_like(source) for source in sources], batch_first=True)
-        packed = self.model.pack(mask, [row.tokens for row in rows])
+        packed = self.model.build_inputs(mask, [row.tokens for row in rows])
         batch = {**packed, "encoder_input_ids": ids, "encoder_attention_mask": mask}
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer
 
-from layalign.modeling.packing import real_positions
+from layalign.modeling.llm_inputs import real_positions
 from layalign.utils.versions import cache_of
 
 

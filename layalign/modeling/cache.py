@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SourceStates:
+class SourceKeyValues:
     """Per language layer the source's keys and values, ready for gated cross-attention.
 
     Attributes:
@@ -37,12 +37,12 @@ class SourceStates:
     def __getstate__(self) -> dict[str, Any]:  # launches kept for the next call hold addresses of this one's tensors
         return {**self.__dict__, "launches": {}}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SourceStates:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SourceKeyValues:
         copied = object.__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> SourceStates:
+    def map(self, function: Callable[[Tensor], Tensor]) -> SourceKeyValues:
         """The same states with ``function`` applied to every tensor (all have the batch first)."""
         return replace(
             self,
@@ -52,7 +52,7 @@ class SourceStates:
             real=None if self.real is None else function(self.real),
         )
 
-    def for_gradients(self) -> SourceStates:
+    def for_gradients(self) -> SourceKeyValues:
         """The same states, copied where they were made in inference mode: a backward could not save them."""
         tensors = *self.keys, *self.values, self.mask
         if not any(tensor is not None and tensor.is_inference() for tensor in tensors):
@@ -70,15 +70,15 @@ class SourceStates:
         """B, or None without any tensor."""
         return next((len(t) for t in (*self.keys[:1], self.mask, self.real) if t is not None), None)
 
-    def select(self, rows: Tensor) -> SourceStates:
+    def select(self, rows: Tensor) -> SourceKeyValues:
         """The states of the batch rows ``rows`` (int64 indices), in that order."""
         return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
-    def repeat(self, times: int) -> SourceStates:
+    def repeat(self, times: int) -> SourceKeyValues:
         """Every row ``times`` times, the copies side by side, as ``generate`` expands its batch."""
         return self if times == 1 else self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
-    def to(self, device: torch.device | str) -> SourceStates:
+    def to(self, device: torch.device | str) -> SourceKeyValues:
         """The states on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
@@ -86,7 +86,7 @@ class SourceStates:
 class _SourceCacheMixin:
     """A key/value cache that also holds the source states and treats their batch dimension like its own."""
 
-    source: SourceStates
+    source: SourceKeyValues
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(protocol, 2))  # one form of it: the same for all protocols
@@ -134,7 +134,7 @@ def source_cache(cache: Cache) -> Cache:
     return cache
 
 
-def put_source(cache: Cache, source: SourceStates) -> Cache:
+def set_source(cache: Cache, source: SourceKeyValues) -> Cache:
     """Let ``cache`` carry ``source``."""
     if torch.compiler.is_compiling() and not isinstance(cache, _SourceCacheMixin):
         torch._dynamo.graph_break(
@@ -145,6 +145,6 @@ def put_source(cache: Cache, source: SourceStates) -> Cache:
     return cache
 
 
-def get_source(cache: Any) -> SourceStates | None:
+def get_source(cache: Any) -> SourceKeyValues | None:
     """The source states that ``cache`` carries, or None."""
     return getattr(cache, "source", None)

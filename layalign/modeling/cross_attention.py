@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layalign.modeling.cache import SourceStates
+from layalign.modeling.cache import SourceKeyValues
 from layalign.nn.cross_attention import GatedCrossAttention, computes_the_reference
 from layalign.nn.inspection import has_hooks, is_exactly, is_repatched
 from layalign.ops import cached_launch, dispatch
@@ -33,7 +33,7 @@ class OnePass:
     """
 
     def __init__(
-        self, source: SourceStates, gated: Sequence[GatedCrossAttention], seen: set[int] | None = None
+        self, source: SourceKeyValues, gated: Sequence[GatedCrossAttention], seen: set[int] | None = None
     ) -> None:
         self.source, self.gated, self.seen = source, tuple(gated), seen
         self.ready: dict[int, Ready] = {}
@@ -102,7 +102,7 @@ class OnePass:
 
 @contextmanager
 def one_pass(
-    source: SourceStates, gated: Sequence[GatedCrossAttention], seen: set[int] | None = None
+    source: SourceKeyValues, gated: Sequence[GatedCrossAttention], seen: set[int] | None = None
 ) -> Iterator[OnePass]:
     """Around one pass of the LLM, whose layers are given what this yields; arguments as there."""
     one = OnePass(source, gated, seen)
@@ -113,7 +113,7 @@ def one_pass(
         one.ready.clear()  # a checkpoint that runs a layer again in the backward asks anew
 
 
-class _Bridge(torch.autograd.Function):
+class _ReentrantCheckpointBridge(torch.autograd.Function):
     """Carry gradients of the source states around re-entrant checkpoints.
 
     A re-entrant checkpoint sees only positional tensors; the source states travel by keyword. Its backward would walk
@@ -133,10 +133,10 @@ class _Bridge(torch.autograd.Function):
         return None, grad, *(leaf.grad for leaf in ctx.leaves)
 
 
-def bridge(inputs_embeds: Tensor, source: SourceStates) -> tuple[Tensor, SourceStates]:
+def bridge(inputs_embeds: Tensor, source: SourceKeyValues) -> tuple[Tensor, SourceKeyValues]:
     """(inputs_embeds, source) whose gradients survive re-entrant gradient checkpointing."""
     states = (*source.keys, *source.values)
     leaves = [state.detach().requires_grad_(state.requires_grad) for state in states]
-    embeds = _Bridge.apply(leaves, inputs_embeds, *states)
+    embeds = _ReentrantCheckpointBridge.apply(leaves, inputs_embeds, *states)
     half = len(source.keys)
     return embeds, replace(source, keys=tuple(leaves[:half]), values=tuple(leaves[half:]))

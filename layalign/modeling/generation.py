@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin
 
-from layalign.modeling.cache import SourceDynamicCache, SourceStates, get_source, put_source
+from layalign.modeling.cache import SourceDynamicCache, SourceKeyValues, get_source, set_source
 from layalign.modeling.decoding_modes import require_served
 from layalign.modeling.finite import finite
-from layalign.modeling.inputs import require_ids, require_mask
-from layalign.modeling.packing import PackedTokens
+from layalign.modeling.llm_inputs import LLMInputs
 from layalign.modeling.text_only import (
     GivenCriteria,
     GivenProcessors,
@@ -24,6 +23,7 @@ from layalign.modeling.text_only import (
     text_processors,
     with_text,
 )
+from layalign.modeling.validation import require_ids, require_mask
 from layalign.utils.errors import ArgumentError, refuse
 from layalign.utils.versions import cache_name, generation_cache_name, take_cache
 
@@ -60,8 +60,8 @@ class SourceGenerationMixin(GenerationMixin):
         the positions of ``input_ids``.
 
         Args:
-            inputs, input_ids, attention_mask: (B, T) int64, packed (:meth:`pack`); left out, the LLM starts right after
-                the source.
+            inputs, input_ids, attention_mask: (B, T) int64, of :meth:`build_inputs`. Without them the LLM starts right
+                after the source.
             encoder_input_ids, encoder_attention_mask: (B, S) int64; may be left out when ``past_key_values``
                 (``cache``) carries the source.
             **kwargs: as transformers' ``generate``: max_new_tokens, num_beams, do_sample, streamer, ...
@@ -109,7 +109,7 @@ class SourceGenerationMixin(GenerationMixin):
         return super().generate(None, **given, **kwargs)
 
     def _go_on(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, source: SourceStates, past: int, settings: Any
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, source: SourceKeyValues, past: int, settings: Any
     ) -> tuple[dict[str, Any], Text]:
         """Arguments for a sequence whose first ``past`` tokens are in a cache, checked, and its text."""
         require_ids("input_ids", input_ids, self.get_input_embeddings())
@@ -134,9 +134,9 @@ class SourceGenerationMixin(GenerationMixin):
             tokens.check(lengths, tokens.slots(lengths)[1])
         return dict(input_ids=input_ids, attention_mask=attention_mask), Text(tokens, lengths)
 
-    def _tokens(self, input_ids: Tensor, attention_mask: Tensor) -> PackedTokens:
+    def _tokens(self, input_ids: Tensor, attention_mask: Tensor) -> LLMInputs:
         config = self.config
-        return PackedTokens(input_ids, attention_mask, config.llm_bos_token_id is not None, config.source_token_id)
+        return LLMInputs(input_ids, attention_mask, config.llm_bos_token_id is not None, config.source_token_id)
 
     def _get_logits_processor(
         self,
@@ -175,7 +175,7 @@ class SourceGenerationMixin(GenerationMixin):
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
-        source_states: SourceStates | None = None,
+        source_states: SourceKeyValues | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The LLM's own preparation (its masks follow its attention function); the cache brings the source."""
@@ -195,7 +195,7 @@ class SourceGenerationMixin(GenerationMixin):
             name = generation_cache_name()
             if model_kwargs.get(name) is None:  # older transformers leave it to the model
                 model_kwargs[name] = DynamicCache(config=self.config.get_text_config(decoder=True))
-            put_source(model_kwargs[name], source)
+            set_source(model_kwargs[name], source)
         return result
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layalign.modeling import liger, vocabulary
+from layalign.modeling.llm_inputs import IGNORE_INDEX
 from layalign.modeling.loss import label_loss, with_loss
-from layalign.modeling.packing import IGNORE_INDEX
 from layalign.nn.rows import Rows
 from layalign.utils.errors import ArgumentError, first_line, refuse
 

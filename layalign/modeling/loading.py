@@ -30,7 +30,7 @@ from layalign.modeling.claims import require_files
 from layalign.modeling.configuration import LayAlignConfig, hidden_size, number_of_layers
 from layalign.modeling.lora import adapter_names, base_name, inject_lora
 from layalign.modeling.names import PARTS
-from layalign.modeling.parts import own_parts
+from layalign.modeling.parts import build_trainable_modules
 from layalign.nn.inspection import device_of
 from layalign.ops.checks import FLOAT_DTYPES
 from layalign.utils.errors import ArgumentError, CheckpointError, one_of, refuse, shown
@@ -245,7 +245,7 @@ def _put_generation_config(model: Any, place: str, hub: dict[str, Any]) -> None:
 def _check_own(config: LayAlignConfig, weights: dict[str, Tensor], place: str) -> None:
     """The stored weights against the sizes in the configuration, without memory for either."""
     with reading(place, CONFIG), torch.device("meta"):
-        parts = zip(("mapping", "encoder_aligner", "cross_attention"), own_parts(config), strict=True)
+        parts = zip(("mapping", "encoder_aligner", "cross_attention"), build_trainable_modules(config), strict=True)
         own = {f"{part}.{name}": p for part, module in parts if module for name, p in module.named_parameters()}
     missing = sorted(set(own) - set(weights))
     foreign = sorted(name for name in weights if name.startswith(OWN_PARTS) and name not in own)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layalign.modeling.packing import IGNORE_INDEX
+from layalign.modeling.llm_inputs import IGNORE_INDEX
 from layalign.nn.rows import put_around
 
 

@@ -15,24 +15,25 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from layalign.modeling import attention_interface, checkpoint, decoders, encoders, loading, lora, names
-from layalign.modeling.cache import SourceStates, get_source, put_source
+from layalign.modeling.cache import SourceKeyValues, get_source, set_source
 from layalign.modeling.configuration import LayAlignConfig, require_dropout
 from layalign.modeling.cross_attention import OnePass, bridge, one_pass
 from layalign.modeling.embedding_scale import in_slots
 from layalign.modeling.generation import SourceGenerationMixin, cache_for_compiled
-from layalign.modeling.inputs import require_ids, require_labels, require_mask
 from layalign.modeling.key_values import KeyValueProjector
 from layalign.modeling.last_layer import LastLayer
+from layalign.modeling.llm_inputs import build_inputs, real_positions
 from layalign.modeling.llm_pass import LLMPartMixin, run_llm
-from layalign.modeling.packing import pack, real_positions
 from layalign.modeling.padding import real_tokens, spread_heads
-from layalign.modeling.parts import own_parts
+from layalign.modeling.parts import build_trainable_modules
 from layalign.modeling.pickling import leave_out_recorders, make_recordable
+from layalign.modeling.validation import require_ids, require_labels, require_mask
 from layalign.nn import Adapter, GatedCrossAttention
 from layalign.nn.adapter import SoftmaxFusion, TokenSoftmaxFusion
 from layalign.nn.inspection import device_of
 from layalign.nn.sharding import engine_of
 from layalign.utils.errors import ArgumentError, refuse, shown
+from layalign.utils.moved import old_name
 from layalign.utils.versions import CACHE_NAMES, cache_name, cache_of, one_cache, require_no_unknown_cache
 
 logger = logging.getLogger("layalign")
@@ -85,7 +86,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             self.add_lora(config.lora)
 
         assert config.encoder_layers is not None and config.language_layers is not None
-        self.mapping, self.encoder_aligner, self.cross_attention = own_parts(config)
+        self.mapping, self.encoder_aligner, self.cross_attention = build_trainable_modules(config)
         # A tuple, so that the LLM's modules do not appear a second time among this module's children.
         self.attach_report = attention_interface.attach(self.llm, config.language_layers)
         found = decoders.attention_modules(self.llm)
@@ -274,13 +275,17 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         """Names of the weights that :meth:`save_pretrained` writes."""
         return checkpoint.saved_names(self)
 
-    def unwrap(self) -> PreTrainedModel:
+    def unload(self) -> PreTrainedModel:
         """Give the LLM back as it was before: detached, its parameters trainable where they were."""
         attention_interface.detach(self.llm)
         for name, parameter in self.named_parameters():
             if name.replace(".base_layer.", ".") in self._trainable_before:  # LoRA puts a level in between
                 parameter.requires_grad_(True)
         return self.llm
+
+    pack = old_name("pack", "build_inputs")
+    unwrap = old_name("unwrap", "unload")
+    folding = old_name("folding", "key_values")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -296,14 +301,17 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
 
     # The input
 
-    def pack(
+    def build_inputs(
         self,
         encoder_attention_mask: Tensor,
         prompts: Sequence[Sequence[int]] | None = None,
         targets: Sequence[Sequence[int]] | None = None,
     ) -> dict[str, Tensor]:
-        """The LLM's input for a batch of sources: see :func:`layalign.modeling.packing.pack`; on the mask's device."""
-        return pack(
+        """The LLM's input for a batch of sources, on the mask's device.
+
+        Args and returns: see :func:`layalign.modeling.llm_inputs.build_inputs`.
+        """
+        return build_inputs(
             encoder_attention_mask.sum(dim=1).tolist(),
             prompts,
             targets,
@@ -315,7 +323,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
 
     def encode_source(
         self, encoder_input_ids: Tensor, encoder_attention_mask: Tensor
-    ) -> tuple[Tensor | None, SourceStates]:
+    ) -> tuple[Tensor | None, SourceKeyValues]:
         """Everything the LLM needs to know of the source, computed once per sequence.
 
         Args:
@@ -326,7 +334,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             layers. Where padding is masked and there is enough of it, it is not computed: zeros stand there.
         """
         if self.mapping is None and self.encoder_aligner is None:
-            return None, SourceStates((), (), (), None, real=encoder_attention_mask)
+            return None, SourceKeyValues((), (), (), None, real=encoder_attention_mask)
         if not torch.compiler.is_compiling():
             self._follow_attentions()
         aligned = self.config.encoder_layers if self.encoder_aligner is not None else []
@@ -349,7 +357,9 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             soft = None if soft is None else real.spread(soft)
             keys, values = ([spread_heads(real, state) for state in states] for states in (keys, values))
         attended = encoder_attention_mask if mask is None else None
-        return soft, SourceStates(tuple(self.config.language_layers), tuple(keys), tuple(values), mask, real=attended)
+        return soft, SourceKeyValues(
+            tuple(self.config.language_layers), tuple(keys), tuple(values), mask, real=attended
+        )
 
     def _follow_attentions(self) -> None:
         """Take the attention modules that the LLM has now: somebody may have put other layers into it."""
@@ -378,7 +388,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         attention_mask: Tensor | None,
         encoder_input_ids: Tensor,
         encoder_attention_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, SourceStates]:
+    ) -> tuple[Tensor, Tensor, Tensor, SourceKeyValues]:
         """(input_ids, attention_mask, inputs_embeds, source) of a new sequence; packs when there are no input ids."""
         require_ids("encoder_input_ids", encoder_input_ids, self.encoder.get_input_embeddings())
         if encoder_attention_mask is None:
@@ -388,7 +398,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             found = f"{tuple(encoder_input_ids.shape)} and {tuple(encoder_attention_mask.shape)}"
             raise ArgumentError(f"encoder_input_ids, encoder_attention_mask: expected one shape (B, S), got {found}")
         if input_ids is None:
-            packed = self.pack(encoder_attention_mask)
+            packed = self.build_inputs(encoder_attention_mask)
             input_ids, attention_mask = packed["input_ids"], packed["attention_mask"]
         require_ids("input_ids", input_ids, self.get_input_embeddings())
         if attention_mask is None:
@@ -430,7 +440,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
-        source_states: SourceStates | None = None,
+        source_states: SourceKeyValues | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -441,7 +451,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         """One pass of the LLM.
 
         Args:
-            input_ids, attention_mask: (B, T) int64, packed (:meth:`pack`); left out, no text follows the source.
+            input_ids, attention_mask: (B, T) int64, of :meth:`build_inputs`. Without them no text follows the source.
             encoder_input_ids, encoder_attention_mask: (B, S) int64. Needed once per sequence; afterwards
                 ``past_key_values`` carries the source.
             labels: (B, T) int64, -100 where nothing is predicted.
@@ -494,7 +504,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if cache is None:
             cache = cache_for_compiled(self.llm, use_cache)
         if cache is not None:
-            put_source(cache, source)
+            set_source(cache, source)
         if attention_interface.is_reentrant(self.llm) and torch.is_grad_enabled():
             inputs_embeds, source = bridge(inputs_embeds, source)
         # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes.
@@ -516,7 +526,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             attention_interface.require_attended(self.llm, one)
             self._source_reaches_layers = True
         if (filled := cache_of(output)) is not None:
-            put_source(filled, source)
+            set_source(filled, source)
         return output
 
 

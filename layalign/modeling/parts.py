@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from layalign.modeling.configuration import LayAlignConfig
 
 
-def own_parts(config: LayAlignConfig) -> tuple[Adapter | None, EncoderAligner | None, nn.ModuleList]:
+def build_trainable_modules(config: LayAlignConfig) -> tuple[Adapter | None, EncoderAligner | None, nn.ModuleList]:
     """Adapter, aligner and gates of a configuration, fresh; None for those that it does without."""
     aligner = config.aligner()
     adapter = None
@@ -32,7 +32,7 @@ def own_parts(config: LayAlignConfig) -> tuple[Adapter | None, EncoderAligner | 
 def trained_parameters(config: LayAlignConfig) -> int:
     """How many numbers train in adapter, aligner and gates."""
     with torch.device("meta"):
-        parts = own_parts(config)
+        parts = build_trainable_modules(config)
     return sum(p.numel() for part in parts if part is not None for p in part.parameters() if p.requires_grad)
 
 

@@ -20,7 +20,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers import PrefixConstrainedLogitsProcessor as PrefixConstrained
 from transformers.generation import logits_process, stopping_criteria
 
-from layalign.modeling.packing import PackedTokens
+from layalign.modeling.llm_inputs import LLMInputs
 from layalign.utils.errors import ArgumentError
 
 # transformers' own that look at the scores, at the width of input_ids (which max_length counts) or at the newest token.
@@ -67,7 +67,7 @@ class Text:
         lengths: (B, 1), the numbers of real source tokens; None where there are no slots in these ids.
     """
 
-    def __init__(self, tokens: PackedTokens, lengths: Tensor | None) -> None:
+    def __init__(self, tokens: LLMInputs, lengths: Tensor | None) -> None:
         self.tokens, self.lengths = tokens, lengths
         self.input_ids = tokens.input_ids
 

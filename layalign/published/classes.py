@@ -154,7 +154,7 @@ class LayAlign(nn.Module):
         """
         targets = None if labels is None else _real("mask_label", labels, mask_label)
         prompts = None if input_ids_prompt is None else _real("mask_prompt", input_ids_prompt, mask_prompt)
-        packed = self.model.pack(attention_mask_mt, prompts, targets)
+        packed = self.model.build_inputs(attention_mask_mt, prompts, targets)
         if labels is not None:
             return self.model(**packed, encoder_input_ids=input_ids_mt, encoder_attention_mask=attention_mask_mt).loss
         _, mask, embeds, source = self.model._begin(

@@ -24,7 +24,7 @@ MOVED = {
     "layalign.errors": "layalign.utils.errors",
     "layalign.harness": "layalign.evaluation.lm_eval",
     "layalign.model": "layalign.modeling.model",
-    "layalign.packing": "layalign.modeling.packing",
+    "layalign.packing": "layalign.modeling.llm_inputs",
     "layalign.swap": "layalign.published.swap",
     "layalign.tokenization": "layalign.modeling.tokenization",
 }
@@ -62,6 +62,16 @@ def keep_old_paths() -> None:
     """Let the old paths be imported."""
     if not any(type(finder) is _OldPaths for finder in sys.meta_path):
         sys.meta_path.insert(0, _OldPaths())
+
+
+def old_name(old: str, new: str) -> Any:
+    """The method or attribute ``new`` under its old name; each use warns."""
+
+    def get(self: Any) -> Any:
+        warnings.warn(f"{old}: it is now called {new}", FutureWarning, stacklevel=2)
+        return getattr(self, new)
+
+    return property(get, doc=f"The old name of ``{new}``.")
 
 
 def new_value(old: str, value: Any) -> Any:

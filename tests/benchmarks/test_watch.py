@@ -42,7 +42,7 @@ def test_the_oracle_is_float64_and_learns(plain: tuple[list[float], list[float]]
     model = curves.model(curves.ORACLE)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     ids, mask, targets = next(curves.batches(0))
-    packed = model.pack(mask, targets=targets)
+    packed = model.build_inputs(mask, targets=targets)
     assert model(**packed, encoder_input_ids=ids, encoder_attention_mask=mask).loss.dtype == torch.float64
 
 

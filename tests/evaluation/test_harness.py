@@ -161,7 +161,7 @@ def test_closed_gates_leave_the_llm_with_soft_tokens() -> None:
         embed = llm.get_input_embeddings()
         bos, text = embed(torch.tensor([[model.config.llm_bos_token_id]])), embed(torch.tensor([ids("jua") + target]))
         embeds = torch.cat([bos, soft, model.mapping.get_embed().expand(1, 1, -1), text], dim=1)
-        scores = model.unwrap()(inputs_embeds=embeds).logits[0, -len(target) - 1 : -1].log_softmax(-1)
+        scores = model.unload()(inputs_embeds=embeds).logits[0, -len(target) - 1 : -1].log_softmax(-1)
     assert found == pytest.approx(sum(float(scores[i, token]) for i, token in enumerate(target)), abs=1e-4)
 
 

@@ -227,7 +227,7 @@ def test_what_is_cut_is_said(caplog: pytest.LogCaptureFixture) -> None:
         assert target_log_probs(model, collate, EXAMPLES[:1])[0][1] == 3
         found = choice_log_probs(model, collator(model, max_target_length=3), EXAMPLES[:1], [["one"]])
         assert found[0][0] == (pytest.approx(target_log_probs(model, collate, EXAMPLES[:1])[0][0], abs=2e-4), 3)
-        alone = llm_alone(model.unwrap(), TEXT, max_prompt_length=4)
+        alone = llm_alone(model.unload(), TEXT, max_prompt_length=4)
         target_log_probs(alone.llm, alone.collator, EXAMPLES * 2, batch_size=1)
     assert caplog.messages == [
         "1 target(s) of a batch cut to max_target_length; said only once",

@@ -424,7 +424,7 @@ def test_the_same_seed_gives_the_same_numbers_and_the_mean_is_over_positions(par
     (example, *_), tokenizer = read_pairs(str(folder))["German"], byte_tokenizer(add_eos=True)
     targets = [tokenizer(example.target)["input_ids"]]
     ids = torch.tensor([tokenizer(example.source)["input_ids"]])
-    packed = model.pack(torch.ones_like(ids), None, targets)
+    packed = model.build_inputs(torch.ones_like(ids), None, targets)
     packed.pop("labels")
     norms = contribution_norms(model, {**packed, "encoder_input_ids": ids})
     reader = Reader(model, *tokenizers())

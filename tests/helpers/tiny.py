@@ -145,7 +145,7 @@ def batch(
     encoder_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * length + [0] * (width - length) for length in sources])
     assert model is not None
-    packed = model.pack(mask, texts, labels)
+    packed = model.build_inputs(mask, texts, labels)
     return dict(packed, encoder_input_ids=encoder_ids, encoder_attention_mask=mask)
 
 

@@ -9,7 +9,7 @@ import torch
 from tiny import ENCODERS, LLMS, batch, row, tiny_encoder, tiny_llm, tiny_model
 
 from layalign import ArgumentError, LayAlignConfig, LayAlignForCausalLM, reference
-from layalign.modeling.packing import real_positions
+from layalign.modeling.llm_inputs import real_positions
 
 ROTARY = [name for name in LLMS if name not in ("phi3", "gpt2", "gpt_neox")]
 BOTH = [
@@ -63,7 +63,7 @@ def test_equals_published_style_hooks(name: str, attention: str) -> None:
     with torch.no_grad():
         ours = model(**inputs).logits
         _, mask, embeds, source = model._begin(**inputs)
-        model.unwrap()
+        model.unload()
         with PublishedStyle(model, source):
             theirs = model.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=real_positions(mask)).logits
         bare = model.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=real_positions(mask)).logits
@@ -81,7 +81,7 @@ def test_zero_gates_leave_the_llm_unchanged(name: str) -> None:
     with torch.no_grad():
         ours = model(**inputs).logits
         _, mask, embeds, _ = model._begin(**inputs)
-        llm = model.unwrap()
+        llm = model.unload()
         bare = llm(inputs_embeds=embeds, attention_mask=mask, position_ids=real_positions(mask)).logits
     torch.testing.assert_close(ours[mask.bool()], bare[mask.bool()], rtol=1e-6, atol=1e-6)
 

@@ -32,7 +32,7 @@ from transformers import DynamicCache
 import layalign
 from layalign import ArgumentError, LayAlignForCausalLM
 from layalign.modeling import attention_interface
-from layalign.modeling.cache import SourceStates, get_source, put_source
+from layalign.modeling.cache import SourceKeyValues, get_source, set_source
 from layalign.nn.inspection import device_of
 from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
 from layalign.serving.http.decoding import Decoder, Inputs, State, kept, merged
@@ -308,7 +308,7 @@ def cache_for(model: Any, cache: Any) -> DynamicCache:
         found.update(each.keys.clone(), each.values.clone(), layer)
     assert own is not None
     copies = own.map(torch.clone)
-    return put_source(found, SourceStates(own.layers, copies.keys, copies.values, copies.mask, real=copies.real))
+    return set_source(found, SourceKeyValues(own.layers, copies.keys, copies.values, copies.mask, real=copies.real))
 
 
 class Going:
@@ -320,7 +320,7 @@ class Going:
         with under(modes):
             self.cache = cache_of(model(**given, past_key_values=DynamicCache(), use_cache=True))
         self.mask, own = given["attention_mask"], get_source(self.cache)
-        put_source(self.cache, own.map(MEMORY.take))
+        set_source(self.cache, own.map(MEMORY.take))
 
     def copy_for(self, model: Any) -> Going:
         """The same for another model, in memory of its own, with nothing kept from calls."""
@@ -373,7 +373,7 @@ def source_changed(going: Going, which: int) -> None:
                 tensor.data = new
             del new
     if how == "clone":
-        put_source(going.cache, own.map(torch.clone))
+        set_source(going.cache, own.map(torch.clone))
 
 
 def asked(
@@ -705,7 +705,7 @@ def test_a_model_whose_llm_was_taken_away_says_so_after_calls_too() -> None:
     model = tiny_model()
     given = inputs(model, 0)
     expected = model(**given).loss
-    llm = model.unwrap()
+    llm = model.unload()
     for call in (lambda: model(**given), lambda: model.generate(**{k: v for k, v in given.items() if k != "labels"})):
         with pytest.raises(ArgumentError, match=r"did not hand the source to its layers \[0, 1, 2\]"):
             call()

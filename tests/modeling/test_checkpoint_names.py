@@ -155,7 +155,7 @@ def test_a_name_of_an_old_checkpoint_may_be_one_of_the_hub(
     path.write_text(json.dumps({**config, "llm_name_or_path": "someone/llm"}))
     named: list[str] = []
     monkeypatch.setattr(
-        "layalign.modeling.encoders.load_llm", lambda name, **kwargs: named.append(name) or again.unwrap()
+        "layalign.modeling.encoders.load_llm", lambda name, **kwargs: named.append(name) or again.unload()
     )
     LayAlignForCausalLM.from_pretrained("out")
     assert named == ["someone/llm"]

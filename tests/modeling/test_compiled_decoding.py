@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
 from layalign import ArgumentError, LayAlignForCausalLM
-from layalign.modeling.cache import get_source, put_source
+from layalign.modeling.cache import get_source, set_source
 
 pytestmark = compiles
 FULL = {"layer_types": ["full_attention"] * 3}  # transformers' sliding static cache counts its length in Python
@@ -164,7 +164,7 @@ def sourced_cache(model: LayAlignForCausalLM, inputs: dict[str, torch.Tensor]) -
     cache = StaticCache(config=model.llm.config, max_cache_len=40)
     cache.early_initialization(3, 4, 8, torch.float32, torch.device("cpu"))
     source = model.encode_source(inputs["encoder_input_ids"], inputs["encoder_attention_mask"])[1]
-    put_source(cache, source)
+    set_source(cache, source)
     return cache
 
 

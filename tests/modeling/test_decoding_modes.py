@@ -18,7 +18,7 @@ from tiny import batch, row, tiny_llm, tiny_model
 from transformers import DynamicCache, GenerationMixin, StaticCache, cache_utils
 
 from layalign import ArgumentError
-from layalign.modeling.cache import get_source, put_source
+from layalign.modeling.cache import get_source, set_source
 from layalign.utils.versions import cache_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text(encoding="utf-8")
@@ -274,7 +274,7 @@ def test_a_cache_of_another_batch_or_source_is_refused() -> None:
         model.generate(**inputs, past_key_values=(1,), **GREEDY)
     with pytest.raises(ArgumentError, match="input_ids: expected token ids"):
         model.generate(past_key_values=cache, **GREEDY)
-    empty = put_source(DynamicCache(), get_source(cache))
+    empty = set_source(DynamicCache(), get_source(cache))
     with pytest.raises(ArgumentError, match=r"encoder_input_ids: expected \(B, S\) token ids where a sequence begins"):
         model.generate(input_ids=inputs["input_ids"], past_key_values=empty, **GREEDY)
 
@@ -290,4 +290,4 @@ def test_ids_alone_do_not_begin_a_sequence() -> None:
     inputs = batch(model=model, targets=None)
     _, source = model.encode_source(inputs["encoder_input_ids"], inputs["encoder_attention_mask"])
     with pytest.raises(ArgumentError, match="the slots of input_ids hold no soft tokens"):
-        model(input_ids=inputs["input_ids"], past_key_values=put_source(DynamicCache(), source))
+        model(input_ids=inputs["input_ids"], past_key_values=set_source(DynamicCache(), source))

@@ -36,7 +36,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
 def test_what_is_given_is_what_stands_first_and_is_stored(given: Any, first: int | None, tmp_path: Path) -> None:
     model = tiny_model(llm="qwen2", llm_bos_token_id=given)
     source = {"encoder_input_ids": torch.tensor([[5, 6, 7]])}
-    packed = model.pack(torch.ones(1, 3), [[9]])["input_ids"][0].tolist()
+    packed = model.build_inputs(torch.ones(1, 3), [[9]])["input_ids"][0].tolist()
     assert packed == ([] if first is None else [first]) + [0] * 4 + [9]
     model.save_pretrained(tmp_path, save_frozen=True)
     stored = json.loads((tmp_path / "config.json").read_text())["llm_bos_token_id"]

@@ -130,7 +130,7 @@ def test_no_prompt_needs_no_input_ids() -> None:
     model = tiny_model()
     inputs = batch(model=model, prompts=(0, 0, 0), targets=None)
     source = {name: inputs[name] for name in ("encoder_input_ids", "encoder_attention_mask")}
-    packed = model.pack(source["encoder_attention_mask"])
+    packed = model.build_inputs(source["encoder_attention_mask"])
     assert torch.equal(packed["input_ids"], inputs["input_ids"])
     found = model.generate(**source, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(found, model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0))

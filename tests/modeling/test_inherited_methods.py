@@ -105,7 +105,7 @@ def test_resizing_the_vocabulary_changes_all_of_it(llm: str, tied: bool, argumen
     for name, tensor in model.state_dict().items():
         rows = min(len(tensor), len(before[name]))
         assert torch.equal(tensor[:rows], before[name][:rows]) and tensor.shape[1:] == before[name].shape[1:]
-    row = {"encoder_input_ids": torch.tensor([[5, 6]]), **model.pack(torch.ones(1, 2), None, [[size - 1, 2]])}
+    row = {"encoder_input_ids": torch.tensor([[5, 6]]), **model.build_inputs(torch.ones(1, 2), None, [[size - 1, 2]])}
     model.train()(**row).loss.backward()
     assert not any(p.requires_grad for p in model.llm.parameters())
     model.eval().generate(encoder_input_ids=row["encoder_input_ids"], max_new_tokens=2, do_sample=False)
@@ -114,14 +114,14 @@ def test_resizing_the_vocabulary_changes_all_of_it(llm: str, tied: bool, argumen
     model.resize_token_embeddings(VOCABULARY)
     if size > VOCABULARY:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model.unwrap().config.get_text_config().vocab_size == VOCABULARY
+    assert model.unload().config.get_text_config().vocab_size == VOCABULARY
     assert all(parameter.requires_grad for parameter in part.parameters())
 
 
 def test_resizing_the_llm_itself_is_noticed() -> None:
     model = tiny_model()
     model.llm.resize_token_embeddings(72)
-    row = {"encoder_input_ids": torch.tensor([[5, 6]]), **model.pack(torch.ones(1, 2), None, [[71, 2]])}
+    row = {"encoder_input_ids": torch.tensor([[5, 6]]), **model.build_inputs(torch.ones(1, 2), None, [[71, 2]])}
     assert model(**row).loss.isfinite()
 
 
@@ -205,7 +205,7 @@ def test_another_attention_function_keeps_the_source(change: Callable[[Any], Any
     torch.testing.assert_close(_logits(copy.deepcopy(model)), expected)
     model.set_attn_implementation("sdpa")
     assert torch.equal(_logits(model), expected)
-    assert model.unwrap().config._attn_implementation in ("sdpa", "eager")
+    assert model.unload().config._attn_implementation in ("sdpa", "eager")
 
 
 def test_an_attached_llm_alone_keeps_its_source_too() -> None:

@@ -9,9 +9,9 @@ import torch
 from tiny import batch, row, tiny_encoder, tiny_llm, tiny_model
 from transformers import AutoModelForCausalLM
 
-from layalign import ArgumentError, LayAlignForCausalLM, attach, detach, pack
+from layalign import ArgumentError, LayAlignForCausalLM, attach, build_inputs, detach
 from layalign.modeling.attention_interface import is_attached
-from layalign.modeling.packing import real_positions
+from layalign.modeling.llm_inputs import real_positions
 
 
 def test_attach_acts_on_one_instance_and_detach_leaves_nothing_behind() -> None:
@@ -42,7 +42,7 @@ def test_wrapping_keeps_keys_and_unwrapping_gives_the_same_llm_back() -> None:
     assert list(llm.state_dict()) == keys
     assert torch.equal(llm(ids).logits, before)  # attached, without a source: the bare LLM
     assert not any(parameter.requires_grad for parameter in llm.parameters())
-    assert model.unwrap() is llm and not is_attached(llm)
+    assert model.unload() is llm and not is_attached(llm)
     assert all(parameter.requires_grad for parameter in llm.parameters())
     assert torch.equal(llm(ids).logits, before)
     LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), llm)  # and it can be wrapped again
@@ -143,7 +143,7 @@ def test_an_empty_source_contributes_nothing() -> None:
     with torch.no_grad():
         logits = model(**inputs).logits
         _, mask, embeds, _ = model._begin(**inputs)
-        bare = model.unwrap()(inputs_embeds=embeds, attention_mask=mask, position_ids=real_positions(mask)).logits
+        bare = model.unload()(inputs_embeds=embeds, attention_mask=mask, position_ids=real_positions(mask)).logits
     assert torch.isfinite(logits[mask.bool()]).all()
     real = mask[1].bool()
     torch.testing.assert_close(logits[1, real], bare[1, real], rtol=1e-5, atol=1e-5)
@@ -180,7 +180,7 @@ def test_llm_without_bos() -> None:
 
 
 def test_pack() -> None:
-    packed = pack([2, 1], [[7], [8, 9]], [[5, 3], [3]], bos_token_id=1, source_token_id=0)
+    packed = build_inputs([2, 1], [[7], [8, 9]], [[5, 3], [3]], bos_token_id=1, source_token_id=0)
     assert packed["input_ids"].tolist() == [[1, 0, 0, 0, 7, 5, 3], [0, 1, 0, 0, 8, 9, 3]]
     assert packed["attention_mask"].tolist() == [[1] * 7, [0] + [1] * 6]
     assert packed["labels"].tolist() == [[-100] * 5 + [5, 3], [-100] * 6 + [3]]
@@ -191,7 +191,7 @@ def test_pack() -> None:
         (([-1],), "source_lengths: expected numbers >= 0"),
     ):
         with pytest.raises(ArgumentError, match=message):
-            pack(*arguments, bos_token_id=1, source_token_id=0)
+            build_inputs(*arguments, bos_token_id=1, source_token_id=0)
 
 
 def test_wrong_parts_are_named() -> None:

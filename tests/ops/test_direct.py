@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layalign import BackendError, ops
-from layalign.modeling.cache import SourceStates
+from layalign.modeling.cache import SourceKeyValues
 from layalign.modeling.cross_attention import OnePass, one_pass
 from layalign.nn import GatedCrossAttention
 from layalign.ops import backends, cached_launch, dispatch
@@ -185,7 +185,7 @@ def full_call(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Ten
 
 
 def repeated(again: RepeatedDecode, arguments: Sequence[Any]) -> Tensor | None:
-    """As SourceStates calls it: prepared, then called."""
+    """As SourceKeyValues calls it: prepared, then called."""
     query, key, value, gate, base, mask, scale, impl = arguments
     return again(query, base, scale) if again.prepare(key, value, gate, mask, impl) else None
 
@@ -234,7 +234,7 @@ def test_a_decoding_step_brings_the_tokens_of_a_head_together(
     module = GatedCrossAttention()
     torch.nn.init.constant_(module.adaption_gate, 0.5)
     other = torch.randn(2, 2, 5, 16)
-    source = SourceStates((1, 3), (other, key), (other, value), None)
+    source = SourceKeyValues((1, 3), (other, key), (other, value), None)
     query, base = torch.randn(2, 4, rows, 16), torch.randn(2, rows, 4, 16)
     with torch.set_grad_enabled(grads), one_pass(source, (module, module)) as one:
         found = one.attend(3, query, base, None)
@@ -385,7 +385,7 @@ def test_a_pass_follows_states_that_moved(when: str, move: str) -> None:
     module = GatedCrossAttention("cpp")
     torch.nn.init.constant_(module.adaption_gate, 0.5)
     other, more = key.clone(), value.clone()
-    source = SourceStates((1, 3), (other, key), (more, value), None)
+    source = SourceKeyValues((1, 3), (other, key), (more, value), None)
     with torch.no_grad():
         for _ in range(2):
             with one_pass(source, (module, module)) as one:
@@ -409,7 +409,7 @@ def test_a_pass_follows_a_source_that_got_other_states_within_it(grad: bool, ker
     query, key, value, gate, base, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
     torch.nn.init.constant_(module.adaption_gate, 0.5)
-    source = SourceStates((3,), (key,), (value,), mask)
+    source = SourceKeyValues((3,), (key,), (value,), mask)
     for _ in range(2):
         with torch.set_grad_enabled(grad), one_pass(source, (module,)) as one:
             one.attend(3, query, base, scale)
@@ -425,7 +425,7 @@ def test_a_pass_follows_a_source_that_got_other_states_within_it(grad: bool, ker
 def test_gradients_switched_on_within_a_pass_are_recorded(kernels: Any) -> None:
     query, key, value, _, base, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
-    source = SourceStates((3,), (key,), (value,), mask)
+    source = SourceKeyValues((3,), (key,), (value,), mask)
     for grad in (False, False, True):
         with torch.no_grad(), one_pass(source, (module,)) as one, torch.set_grad_enabled(grad):
             found = one.attend(3, query, base, scale)
@@ -434,7 +434,7 @@ def test_gradients_switched_on_within_a_pass_are_recorded(kernels: Any) -> None:
 
 def test_a_source_that_decoded_in_inference_mode_trains_afterwards() -> None:
     key, value = (torch.randn(2, 5, 2, 16).transpose(1, 2) for _ in range(2))
-    source, module = SourceStates((3,), (key,), (value,), None), GatedCrossAttention()
+    source, module = SourceKeyValues((3,), (key,), (value,), None), GatedCrossAttention()
     query, base = torch.randn(2, 4, 1, 16), torch.randn(2, 1, 4, 16)
     with torch.inference_mode():
         OnePass(source, (module,)).attend(3, query, base, None)
@@ -462,7 +462,7 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
     query, key, value, gate, base, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
     torch.nn.init.constant_(module.adaption_gate, 0.5)
-    source = SourceStates((3,), (key,), (value,), mask)
+    source = SourceKeyValues((3,), (key,), (value,), mask)
     short: list[bool] = []
     call = RepeatedDecode.__call__
     monkeypatch.setattr(RepeatedDecode, "__call__", lambda *given: short.append(True) or call(*given))
@@ -524,7 +524,7 @@ def training_arguments(change: dict[str, Any], seed: int = 0) -> list[Any]:
 
 
 def trained(arguments: list[Any]) -> Tensor | None:
-    """As SourceStates calls it."""
+    """As SourceKeyValues calls it."""
     query, key, value, gate, base, mask, scale, impl = arguments
     return RepeatedTraining(key, value, gate, mask, impl)(query, base, scale)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from layalign import ops, reference
 from layalign.modeling import key_values
-from layalign.modeling.cache import SourceStates
+from layalign.modeling.cache import SourceKeyValues
 from layalign.modeling.cross_attention import one_pass
 from layalign.nn import GatedCrossAttention
 from layalign.nn.aligner import WeightedLinearProjector
@@ -184,7 +184,7 @@ def test_gated_cross_attention(impl: str, source: int) -> None:
 
 
 def test_a_layers_repeated_calls() -> None:
-    """The calls that :class:`SourceStates` makes past the operation, in decoding and in training."""
+    """The calls that :class:`SourceKeyValues` makes past the operation, in decoding and in training."""
     for kinds in ROUNDS:
         for grad in (False, True):
             query, key, value, base = (
@@ -193,7 +193,7 @@ def test_a_layers_repeated_calls() -> None:
             mask = draw(B, S, seed=6) > -1
             key, value, mask = as_views((key, value, mask), kinds)
             module = GatedCrossAttention(gate=0.75)
-            states = SourceStates((0,), (key.requires_grad_(grad),), (value.requires_grad_(grad),), mask)
+            states = SourceKeyValues((0,), (key.requires_grad_(grad),), (value.requires_grad_(grad),), mask)
             for step in range(3):
                 views = as_views((query + step, base + step), kinds)
                 with torch.set_grad_enabled(grad), one_pass(states, (module,)) as one:

@@ -70,6 +70,13 @@ def test_a_checkpoint_with_old_settings_loads(tmp_path: Path) -> None:
         LayAlignForCausalLM.from_pretrained(tmp_path)
 
 
+def test_old_names_of_a_model() -> None:
+    model = tiny_model()
+    for old, new in (("pack", "build_inputs"), ("unwrap", "unload"), ("folding", "key_values")):
+        with pytest.warns(FutureWarning, match=f"^{old}: it is now called {new}$"):
+            assert getattr(model, old) == getattr(model, new)
+
+
 def test_old_keys_of_a_training_configuration(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("{adapter: true, gate: 0.5, stages: {task: {prompt: false}}}")
     with pytest.warns(FutureWarning, match="gate: the setting is now called fixed_gate"):

@@ -58,7 +58,7 @@ def test_plain_torch_is_enough_for_the_modules_and_operations() -> None:
         "import sys; sys.modules['transformers'] = sys.modules['triton'] = None\n"
         "import torch, layalign, layalign.reference\n"
         "from types import SimpleNamespace as Settings\n"
-        "from layalign import EncoderAligner, GatedCrossAttention, Adapter, pack\n"
+        "from layalign import EncoderAligner, GatedCrossAttention, Adapter, build_inputs\n"
         "config = Settings(encoder_hidden_dim=4, language_hidden_dim=6, num_encoder_layers=3, num_language_layers=2,\n"
         "                  structure='MLP')\n"
         "print(EncoderAligner(config)([torch.ones(1, 5, 4)] * 3)[1][0].shape)\n"

@@ -53,7 +53,7 @@ def test_an_llm_gets_the_cache_under_the_name_that_it_takes(name: str) -> None:
     model = tiny_model()
     inputs, more = batch(model=model, targets=None), one_more(model)
     expected = model(**more, cache=filled(model)).logits
-    weights, llm, calls = model.state_dict(), model.unwrap(), []
+    weights, llm, calls = model.state_dict(), model.unload(), []
     taken, original = versions.cache_name(llm.forward), llm.forward
 
     def old(self, inputs_embeds=None, past_key_values=None, **kwargs):

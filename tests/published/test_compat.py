@@ -150,7 +150,7 @@ def test_convert_there_and_back(case: str, tmp_path: Path) -> None:
     prompts = None
     if "prompt_ids" in data:
         prompts = [ids[mask.bool()].tolist() for ids, mask in zip(data["prompt_ids"], data["prompt_mask"], strict=True)]
-    packed = model.pack(data["attention_mask"], prompts, rows)
+    packed = model.build_inputs(data["attention_mask"], prompts, rows)
     with torch.no_grad():
         loss = model(**packed, encoder_input_ids=data["input_ids"], encoder_attention_mask=data["attention_mask"]).loss
     assert abs(loss.item() - data["loss"].item()) <= 1e-5 * data["loss"].item()

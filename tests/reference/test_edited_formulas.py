@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import layalign
 from layalign import ops
 from layalign.modeling import cross_attention as passes
-from layalign.modeling.cache import SourceStates
+from layalign.modeling.cache import SourceKeyValues
 from layalign.nn import (
     EncoderAligner,
     GatedCrossAttention,
@@ -137,7 +137,7 @@ def results(model: Any, call: Any = None) -> dict[str, Tensor]:
             found[f"decode {step}"] = output.logits
         server = Decoder(model, 0)
         state, found["served"] = server.prefill(
-            [Inputs([5, 6, 7], model.pack(torch.ones(1, 3))["input_ids"][0].tolist())]
+            [Inputs([5, 6, 7], model.build_inputs(torch.ones(1, 3))["input_ids"][0].tolist())]
         )
         for step in range(3):
             found[f"served {step}"] = server.step(state, [7])
@@ -182,7 +182,7 @@ def test_a_gate_that_is_edited_between_two_calls_is_seen(
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, rows, 16) for rows in (1, 9, 9))
     base, module = torch.zeros(1, 1, 4, 16), GatedCrossAttention(gate=2.0)
-    states, found = SourceStates((0,), (key,), (value,), None), []
+    states, found = SourceKeyValues((0,), (key,), (value,), None), []
     for call in range(4):
         if call == 2:
             monkeypatch.setattr(GatedCrossAttention, name, tanh_forward if name == "forward" else tanh_gate)
@@ -199,7 +199,7 @@ def test_an_edited_gate_is_seen_in_compiled_calls(edit: str, monkeypatch: pytest
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, rows, 16) for rows in (5, 9, 9))
     base, module = torch.zeros(1, 5, 4, 16), GatedCrossAttention(gate=2.0)
-    states = SourceStates((0,), (key,), (value,), None)
+    states = SourceKeyValues((0,), (key,), (value,), None)
     one = passes.OnePass(states, (module,))
     plain = one.attend(0, query, base, None)
     EDITS[edit](SimpleNamespace(cross_attention=[module]), monkeypatch)

@@ -121,8 +121,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.attach": (lambda **k: layalign.detach(k["llm"]) if layalign.attach(**k) else 0, dict(llm=tiny_llm(),
     layers=[0])),
     "layalign.detach": (layalign.detach, dict(llm=tiny_llm())),
-    "layalign.pack": (
-        layalign.pack,
+    "layalign.build_inputs": (
+        layalign.build_inputs,
         dict(source_lengths=[1, 2], prompts=[[1], [2, 3]], targets=[[1], [2]], bos_token_id=1, source_token_id=0,
         slots=True, device="cpu"),
     ),

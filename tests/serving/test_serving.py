@@ -73,7 +73,7 @@ def test_rows_join_and_leave_between_steps(llm: str, masked: bool) -> None:
 
     def inputs(source: int, prompt: int) -> Inputs:
         ids = [torch.randint(4, 64, (count,), generator=draw).tolist() for count in (source, prompt)]
-        packed = model.pack(torch.ones(1, source), [ids[1]])["input_ids"][0].tolist()
+        packed = model.build_inputs(torch.ones(1, source), [ids[1]])["input_ids"][0].tolist()
         return Inputs(tuple(ids[0]), tuple(packed))
 
     rows = [inputs(*sizes) for sizes in ((9, 3), (2, 0), (5, 11), (1, 1))]

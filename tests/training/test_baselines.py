@@ -42,7 +42,7 @@ def test_the_llm_alone_is_the_bare_llm_and_runs_no_encoder() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.encoder.register_forward_hook(lambda *_: pytest.fail("the encoder was run"))
     inputs = batch(prompts=(2, 4, 3), model=model)
-    bare = model.unwrap()
+    bare = model.unload()
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     expected = bare(**{k: v for k, v in text_only(inputs).items() if k != "labels"}, position_ids=positions).logits
     model = LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), bare, **BASELINES["llm"].settings)
@@ -66,7 +66,7 @@ def test_without_adapter_and_first_token_there_must_be_a_prompt() -> None:
     model = built("no-adapter", llm_bos_token_id=None)
     model.config.llm_bos_token_id = None
     with pytest.raises(ArgumentError, match="prompts: expected text"):
-        model.pack(torch.ones(2, 3, dtype=torch.long))
+        model.build_inputs(torch.ones(2, 3, dtype=torch.long))
 
 
 def test_mindmerger_is_layalign_with_closed_gates() -> None:

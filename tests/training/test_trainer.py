@@ -48,7 +48,7 @@ class Collator:
         mask = torch.tensor([[1] * len(row["source"]) + [0] * (width - len(row["source"])) for row in rows])
         ids = torch.tensor([row["source"] + [0] * (width - len(row["source"])) for row in rows])
         targets = [row["target"] for row in rows] if self.labels else None
-        packed = (self.model or SHARED).pack(mask, [row["prompt"] for row in rows], targets)
+        packed = (self.model or SHARED).build_inputs(mask, [row["prompt"] for row in rows], targets)
         return packed if self.model is None else {**packed, "encoder_input_ids": ids, "encoder_attention_mask": mask}
 
 

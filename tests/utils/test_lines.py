@@ -27,7 +27,7 @@ assert not loaded(), loaded()
 model = layalign.LayAlignForCausalLM.from_encoder_and_llm(encoder, llm)
 import torch
 source = dict(encoder_input_ids=torch.tensor([[5, 6, 7]]))
-model(**source, **model.pack(torch.ones(1, 3), None, [[5]])).loss.backward()
+model(**source, **model.build_inputs(torch.ones(1, 3), None, [[5]])).loss.backward()
 model.generate(**source, max_new_tokens=2, do_sample=False)
 assert not loaded(), loaded()  # from here on transformers' Trainer loads what it likes
 from layalign.training import train, load_train_config

@@ -17,7 +17,7 @@ from layalign.experiments.analysis.reading import Reader, untrained
 from layalign.experiments.analysis.result import AttentionMap, Projection, Similarity
 from layalign.experiments.analysis.similarity import centred_cosine, linear_cka, retrieval_accuracy
 from layalign.experiments.analysis.tokens import token_labels
-from layalign.modeling.packing import IGNORE_INDEX
+from layalign.modeling.llm_inputs import IGNORE_INDEX
 
 LLM_ALONE, UNTRAINED, BEFORE, AFTER = "LLM alone", "untrained", "before", "LayAlign"
 ENGLISH = "English"

@@ -84,7 +84,7 @@ def train_live(
                 _hold_out(models, collate, held_out, step, curves)
     finally:
         for model in models.values():
-            model.unwrap()
+            model.unload()
     return curves
 
 

@@ -153,7 +153,7 @@ def _train(joined: models.Joined, options: DemoOptions, phases: Phases) -> dict[
     pairs = [pair for rows in sentences("train").values() for pair in rows]
     asked = [example for name, rows in sentences("test").items() if name in sentences("train") for example in rows]
     held_out = random.Random(options.seed).sample(asked, _HELD_OUT)
-    parts = joined.model.encoder, joined.model.unwrap()
+    parts = joined.model.encoder, joined.model.unload()
     every = max(1, options.steps // 4)
     with phases.phase(f"train from nothing: {options.steps} steps of {options.batch_size} pairs, two systems") as bar:
 

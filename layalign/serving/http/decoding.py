@@ -1,6 +1,6 @@
 """Continuous batching: sequences that are decoded together, and may join and leave between any two steps.
 
-The batch is padded on the left, as `layalign.modeling.packing` pads; positions count real tokens, and padding is
+The batch is padded on the left, as `layalign.modeling.llm_inputs` pads; positions count real tokens, and padding is
 masked, so a row's numbers do not depend on its neighbours (beyond the rounding of another matrix shape). A joining
 sequence is prefilled by itself and its cache put beside the others; a leaving one is cut out, and so is padding no row
 needs any more.
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from layalign.modeling.cache import SourceStates, get_source, put_source
-from layalign.modeling.packing import real_positions
+from layalign.modeling.cache import SourceKeyValues, get_source, set_source
+from layalign.modeling.llm_inputs import real_positions
 from layalign.nn.inspection import device_of
 from layalign.utils.versions import cache_of
 
@@ -163,11 +163,11 @@ def _layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _cache(layers: Sequence[Any], source: SourceStates) -> Any:
+def _cache(layers: Sequence[Any], source: SourceKeyValues) -> Any:
     cache = DynamicCache()
     for index, (keys, values) in enumerate(layers):
         cache.update(keys, values, index)
-    return put_source(cache, source)
+    return set_source(cache, source)
 
 
 def _to_width(tensor: Tensor, width: int) -> Tensor:
@@ -175,8 +175,8 @@ def _to_width(tensor: Tensor, width: int) -> Tensor:
 
 
 def _beside(
-    first: SourceStates | None, second: SourceStates | None, sizes: Sequence[int], others: Sequence[int]
-) -> SourceStates:
+    first: SourceKeyValues | None, second: SourceKeyValues | None, sizes: Sequence[int], others: Sequence[int]
+) -> SourceKeyValues:
     assert first is not None and second is not None
     size = max(*sizes, *others)
 
@@ -187,7 +187,7 @@ def _beside(
     if first.keys:  # also where padding was attended to: these rows had none, and now get some
         device = first.keys[0].device
         mask = torch.arange(size, device=device) < torch.tensor([*sizes, *others], device=device)[:, None]
-    return SourceStates(
+    return SourceKeyValues(
         first.layers,
         tuple(map(joined, first.keys, second.keys)),
         tuple(map(joined, first.values, second.values)),

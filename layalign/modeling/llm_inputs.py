@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 MAX_LENGTH = 2**24  # of a source, in tokens: more would take all memory before any model is asked
 
 
-def pack(
+def build_inputs(
     source_lengths: Sequence[int],
     prompts: Sequence[Sequence[int]] | None = None,
     targets: Sequence[Sequence[int]] | None = None,
@@ -130,8 +130,8 @@ def real_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PackedTokens:
-    """The LLM's input as :func:`pack` lays it out.
+class LLMInputs:
+    """The LLM's input as :func:`build_inputs` lays it out.
 
     Attributes:
         input_ids, attention_mask: (B, T) int64.
@@ -199,6 +199,6 @@ class PackedTokens:
         whole = is_slot.sum(dim=1, keepdim=True) == lengths + 1
         if not bool(good.all() & whole.all()):
             raise ArgumentError(
-                "input_ids: expected [bos][one slot per encoder token][boundary slot][text] as model.pack lays it out; "
-                "the slots do not match encoder_attention_mask"
+                "input_ids: expected [bos][one slot per encoder token][boundary slot][text] as model.build_inputs lays "
+                "it out; the slots do not match encoder_attention_mask"
             )

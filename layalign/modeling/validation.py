@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layalign.modeling.packing import IGNORE_INDEX, MAX_LENGTH
+from layalign.modeling.llm_inputs import IGNORE_INDEX, MAX_LENGTH
 from layalign.ops.checks import describe, is_plain
 from layalign.utils.errors import ArgumentError
 
