@@ -124,7 +124,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     beside: Annotated[
         str, typer.Option(help="Systems whose dev losses are told too, with commas.")
-    ] = "last-layer-long",
+    ] = "",
     folder: Annotated[Path, typer.Option(help="Gets the checkpoint.")] = SHIPPED,
 ) -> None:
     """Write the checkpoint that ships with the package."""
