@@ -1,4 +1,4 @@
-"""Links from the README and from page to page lead to files and headings that are there, and the index has every page."""
+"""Links from the README and between pages lead to files and headings that exist, and the index has every page."""
 
 from __future__ import annotations
 
