@@ -1,4 +1,4 @@
-"""The README's Python examples run as printed, with tiny models standing in for the named ones."""
+"""The README's Python examples and the guide's first run as printed, with tiny models for the named ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from published_tiny import data as published_data
 from published_tiny import published_model
 from tiny import tiny_encoder, tiny_llm
 
-README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+BLOCKS = [*blocks("README.md"), blocks("docs/guide.md")[0]]
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
