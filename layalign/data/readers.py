@@ -15,14 +15,13 @@ from __future__ import annotations
 import gc
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from layalign.data import records
 from layalign.data.examples import BadRecord, Collected, Example, ReadReport
 from layalign.data.files import (
     COMPRESSED,
@@ -42,72 +41,12 @@ from layalign.data.files import (
     unquoted,
 )
 from layalign.data.languages import Language, find_language, language_of
-from layalign.data.records import PROMPTS, Record
+from layalign.data.records import FORMATS, PROMPTS, Record
 from layalign.utils.errors import ArgumentError, BackendError, DataError, refuse, whole_number
 
 DATASETS = "datasets:"
 MAX_DEPTH = 8  # of lists in lists
 Spec = str | Path | Mapping[str, Any] | Sequence["str | Path | Mapping[str, Any]"]
-
-
-@dataclass(frozen=True)
-class Format:
-    """How one format is read.
-
-    Attributes:
-        parse: makes an Example from a Record.
-        train, test: glob patterns, below the given folder, of the training and of the test files; the first that
-            matches anything is taken.
-        columns: the columns of its TSV and CSV files.
-        plain: its TSV files are anybody's, and may have fields in quotes; those of published data have none.
-        grouped: order the examples by language, as the published reader does.
-    """
-
-    parse: Callable[[Record], Example]
-    train: tuple[str, ...]
-    test: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    plain: bool = False
-    grouped: bool = False
-
-
-FORMATS: dict[str, Format] = {
-    "bilingual_pairs": Format(records.parse_pair, ()),
-    "pairs": Format(
-        records.parse_pair, ("*.tsv", "*.jsonl", "*.csv", "*.parquet", "*.ndjson"),
-        columns=("source", "target"), plain=True,
-    ),
-    "tsv": Format(records.parse_free, ("*.tsv", "*.csv"), columns=("source", "target"), plain=True),
-    "jsonl": Format(records.parse_free, ("*.jsonl", "*.ndjson", "*.parquet")),
-    "math": Format(
-        records.parse_math,
-        ("*.jsonl", "metamath*.json", "math*.json", "query_translation/metamath_615k.json"),
-        grouped=True,
-    ),
-    "mgsm": Format(
-        records.parse_numeric, ("mgsm_*.tsv", "mgsm/mgsm_*.tsv", "evaluation/mgsm/mgsm_*.tsv"),
-        columns=("question", "answer"),
-    ),
-    "msvamp": Format(
-        records.parse_numeric, ("test_*.json*", "msvamp/test_*.json*", "evaluation/msvamp/test_*.json*")
-    ),
-    "xnli": Format(
-        records.parse_xnli,
-        ("*.tsv", "dev/*.tsv", "xnli_dev.json", "query_translation/xnli_dev.json", "*.jsonl"),
-        ("*.tsv", "test/*.tsv", "test.json", "xnli/test.json", "evaluation/xnli/test.json", "*.jsonl"),
-        columns=("premise", "hypothesis", "label"),
-    ),
-    "x-csqa": Format(
-        records.parse_x_csqa,
-        ("train_*.jsonl", "x-csqa/train_*.jsonl", "query_translation/x-csqa/train_*.jsonl"),
-        ("*/dev.jsonl", "x-csqa/*/dev.jsonl", "evaluation/x-csqa/*/dev.jsonl", "dev_*.jsonl", "dev.jsonl"),
-    ),
-    "xcopa": Format(
-        records.parse_xcopa,
-        ("val.*.jsonl", "*/val.*.jsonl"),
-        ("test.*.jsonl", "*/test.*.jsonl", "val.*.jsonl", "*/val.*.jsonl"),
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -379,8 +318,6 @@ _TARGETS = (
     "reference",
 )  # fmt: skip
 _OTHERS = ("id", "idx", "language", "lang", "prompt")
-# Formats whose records are a source and a target, by whatever name.
-_TWO_SIDED = (records.parse_pair, records.parse_free, records.parse_math, records.parse_numeric)
 
 
 def _rows(
@@ -464,7 +401,7 @@ def _header(fields: list[str], language: str | None, request: _Request) -> tuple
     given = [unquoted(field.strip()) for field in fields]
     plain = [re.sub(r"[\s-]+", "_", field.strip().casefold()) for field in given]
     roles: list[str | None] = [None] * len(given)
-    if form.parse in _TWO_SIDED:
+    if form.two_sided:
         roles = ["source" if name in _SOURCES else "target" if name in _TARGETS else None for name in plain]
         spoken = [found.name if (found := find_language(field)) else None for field in given]
         if (
@@ -478,7 +415,7 @@ def _header(fields: list[str], language: str | None, request: _Request) -> tuple
         field if field in mapped else role or (name if name in (*_OTHERS, *form.columns) else field)
         for field, role, name in zip(given, roles, plain, strict=True)
     )
-    two_sided = form.parse not in _TWO_SIDED or {"source", "target"} <= set(roles)
+    two_sided = not form.two_sided or {"source", "target"} <= set(roles)
     recognised = (mapped and mapped <= set(given)) or (all(known) and two_sided and len(set(names)) == len(names))
     return names if recognised or request.header else None
 
