@@ -116,10 +116,13 @@ class Record:
         return text
 
     def prompt_for(self, source: str, default: str) -> str:
-        """The prompt around a source text: one of `PROMPTS`, or a template with "{source}"."""
-        if "{source}" in self.prompt:
-            return Prompt.fill(self.prompt, source)
-        return PROMPTS[self.prompt or default](source)
+        """The prompt around a source text."""
+        return fill_prompt(self.prompt or default, source)
+
+
+def fill_prompt(prompt: str, source: str) -> str:
+    """The prompt around a source text: `prompt` is one of `PROMPTS`, or a template with "{source}"."""
+    return Prompt.fill(prompt, source) if "{source}" in prompt else PROMPTS[prompt](source)
 
 
 def _require_valid(name: str, text: str) -> None:
