@@ -89,7 +89,7 @@ def evaluate(
     from layalign.evaluation.tasks import find_task
     from layalign.utils.processes import Processes, join, leave
 
-    name, _ = find_task(task)  # a wrong one is told before a model is loaded
+    name, _ = find_task(task)  # a wrong one is refused before the model is loaded
     console = Console()
     from layalign.modeling.loading import load_model
 

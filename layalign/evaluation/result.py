@@ -100,9 +100,9 @@ class EvaluationResult:
         }
 
     def to_tsv(self) -> str:
-        """One line per language behind a header line, the average of all, and those by level ("Average joshi high").
+        """A header line, a line per language, the average, and averages by level ("Average joshi high").
 
-        For translation such lines for each measure, which has a column of its own.
+        For translation there are such lines for each measure, named in a second column.
         """
         if self.measures:
             lines = ["language\tmeasure\tvalue\tlow\thigh\tcount"]

@@ -31,7 +31,7 @@ from layalign.evaluation.config import EvalConfig
 from layalign.evaluation.likelihood import LABELS, Likelihoods
 from layalign.evaluation.measures import check_measures, require_groups
 from layalign.evaluation.result import EvaluationResult
-from layalign.evaluation.scoring import LIKELIHOODS, Translated, score, score_translations, scorer_name, sentences_of
+from layalign.evaluation.scoring import LIKELIHOODS, Translated, score, score_translations, scoring_of, sentences_of
 from layalign.evaluation.store import OutputStore
 from layalign.evaluation.tasks import Task, find_task, read_examples
 from layalign.evaluation.translation import METRICS, metric_of
@@ -121,7 +121,7 @@ def evaluate(
             else:
                 judge = functools.partial(score, name, kind, config.label_match, store, language, group, outputs)
                 result.scores[language], result.outcomes[language] = processes.all_get(judge)
-        result.scoring = {"scorer": scorer_name(kind.scorer), "label_match": config.label_match}
+        result.scoring = scoring_of(kind, config.label_match)
         if translations:
             result.scoring = {"scorer": "translation", **next(iter(translations.values())).signatures}
             result.measures = {measure: sentences_of(translations, measure).scores(name) for measure in measures}

@@ -133,6 +133,11 @@ def _number(text: str, signed: bool, language: str | None) -> float | None:
     return None if found is None else float(found)
 
 
+def scoring_of(task: Task, label_match: str) -> dict[str, str]:
+    """What tells one way of judging from others, for `scores.json`."""
+    return {"scorer": scorer_name(task.scorer), "label_match": label_match}
+
+
 def score(
     name: str,
     task: Task,
@@ -166,6 +171,7 @@ def score(
             entry["cut"] = kinds
         predictions.append(entry)
     _write_predictions(store, language, predictions)
+    store.scored(language, scoring_of(task, label_match))
     if ties:
         logger.warning(
             "%s: %d of %d questions have two best labels; none is their answer", language, ties, len(examples)
