@@ -87,8 +87,8 @@ def load_examples(
         spec: what to read; see the head of this module. Keys of a mapping win over the arguments here.
         format: one of `FORMATS`.
         languages: names or codes of the languages to keep; files are read in this order. None keeps all that there are.
-        language: language of everything that is read, when neither the records nor the file names tell. Other than
-            everywhere else, a name that is in no table is taken as it is.
+        language: language of everything that is read, when neither the records nor the file names tell. Unlike
+            elsewhere, a name that is in no table is taken as it is.
         limit: most examples per language and spec (published: `train_num`).
         skip_bad: leave malformed lines out and list them in the report, where otherwise the first one raises.
         seed: shuffle everything; the same permutation as the published `random.seed(seed); random.shuffle(...)`.
@@ -141,7 +141,7 @@ def load_examples(
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No garbage collection while a million small objects without cycles are made: it would double the time."""
+    """Without garbage collection: with it, making a million small objects takes twice as long."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -200,7 +200,7 @@ def _checked(spec: Mapping[str, Any], defaults: _Request) -> _Request:
 
 
 def _check_types(request: _Request) -> None:
-    """What a YAML file or a caller may have got wrong."""
+    """Raise ArgumentError for an option of the wrong type."""
     for name in ("format", "split", "prompt", "language", "subset"):
         value = getattr(request, name)
         if not isinstance(value, str) and not (value is None and name in ("language", "subset")):
@@ -271,7 +271,7 @@ def _files(request: _Request) -> list[tuple[Path, str | None]]:
     wanted = request.languages
     if wanted is None or len(named) == 1:
         return named
-    # A file whose name tells no language may hold any; the records tell.
+    # A file whose name has no language may hold any; its records name theirs.
     kept = [pair for pair in named if pair[1] is None or pair[1] in wanted or request.language is not None]
     return sorted(kept, key=lambda pair: wanted.index(pair[1]) if pair[1] in wanted else -1)
 

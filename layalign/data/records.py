@@ -36,9 +36,9 @@ class Record:
         values: the record.
         columns: our field name -> the record's key ("translation.sw" for a nested one).
         language: English name when it is known from outside (argument or file name).
-        prompt: which of `PROMPTS`, or which template with "{source}", a task without a prompt of its own gets; "" for
-            the task's default.
-        id: the record's id when it has none of its own.
+        prompt: the prompt of a format that has no fixed one: one of `PROMPTS`, or a template with "{source}"; "" is the
+            format's default.
+        id: used where the record has none.
     """
 
     __slots__ = ("columns", "id", "language", "prompt", "values")
@@ -166,7 +166,7 @@ def parse_numeric(record: Record) -> Example:
 
 
 def parse_free(record: Record) -> Example:
-    """Any task: source (query), target (response), and a prompt, which without one of its own is the source."""
+    """Any task: source (query), target (response), and a prompt; without one the source is the prompt."""
     source = record.text("source", "query", "question")
     target = record.text("target", "response", "answer")
     own = record.find("prompt")
