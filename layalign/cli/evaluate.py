@@ -10,7 +10,15 @@ import typer
 from layalign.cli.common import Device, Dtype, listed
 
 Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Folder or hub name of a trained model.")]
-Task = Annotated[str, typer.Option("--task", "-t", help="mgsm, msvamp, xnli, x-csqa, xcopa, translation, ...")]
+Task = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        "-t",
+        help="mgsm, msvamp, xnli, x-csqa, xcopa, translation, ..., or a Python file (FILE.py) that registers a task of "
+        "your own. That file is run, with all your rights: read it first.",
+    ),
+]
 Data = Annotated[str, typer.Option("--data", "-d", help="Test files: a folder, a file, or FORMAT:PATH.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for predictions and scores.")]
 Languages = Annotated[
@@ -77,13 +85,11 @@ def evaluate(
     """
     from rich.console import Console
 
-    from layalign.evaluation import TASKS
     from layalign.evaluation import evaluate as run
-    from layalign.utils.errors import ArgumentError
+    from layalign.evaluation.tasks import find_task
     from layalign.utils.processes import Processes, join, leave
 
-    if task not in TASKS:
-        raise ArgumentError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    name, _ = find_task(task)  # a wrong one is refused before the model is loaded
     console = Console()
     from layalign.modeling.loading import load_model
 
@@ -92,7 +98,7 @@ def evaluate(
         model,
         encoder_tokenizer,
         llm_tokenizer,
-        task,
+        name,
         data,
         output,
         languages=listed(languages),

@@ -43,7 +43,7 @@ class LayAlignCollator:
         prompt: False for a model whose LLM reads the encoder's tokens in place of the prompt, in the task stage too.
         encoder_positions: most tokens that the encoder can read; None is no limit.
         llm_positions: most tokens that the LLM was made for; None is no limit.
-        llm_positions_end: the LLM cannot read more than these at all (a table of positions), so that more are refused.
+        llm_positions_end: whether that is a hard limit (a table of positions), so that more tokens are refused.
 
     Attributes:
         max_source_length: the limit for sources that holds.
@@ -212,7 +212,7 @@ class LayAlignCollator:
     def lengths(self, examples: Sequence[Example]) -> list[int]:
         """How many tokens the LLM reads of each example, first token and boundary not counted; for batches of a length.
 
-        What is cut counts as cut, and is not told.
+        A text that is cut counts as cut; nothing is logged.
         """
         found = []
         for start in range(0, len(examples), 1024):  # as many as fit well into the tokenizers' threads
@@ -278,7 +278,7 @@ class LayAlignCollator:
         self._counts += torch.tensor([len(cut), *(found[kind] for kind in _COUNTED[1:])])
 
     def _tell(self, cut: list[list[str]]) -> None:
-        """Say of each kind of text the first time that it was cut."""
+        """Log the first cut of each kind of text."""
         found = Counter(kind for kinds in cut for kind in kinds)
         limits = {
             "source": f"cut to {self.max_source_length} tokens ({self._source_limit})",

@@ -83,12 +83,12 @@ class ReadReport:
 
 
 class BadRecord(DataError):
-    """A line or record that cannot be used; where it stands is added by whoever reads the file."""
+    """A line or record that cannot be used; the reader of the file adds the path and the line."""
 
 
 @dataclass
 class Collected:
-    """Collects the examples that are wanted and sees to malformed lines.
+    """Collects the examples that are wanted, and raises or lists malformed lines.
 
     Args:
         wanted: English names of the languages to keep, in order; None keeps all.

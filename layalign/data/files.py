@@ -47,7 +47,7 @@ _DECODER = json.JSONDecoder(parse_constant=_no_number)
 
 
 def _what(error: ValueError | RecursionError) -> str:
-    """Why a text is no JSON. Besides bad syntax: NaN, a number of more digits than Python reads, deep nesting."""
+    """Why a text is no JSON: bad syntax, NaN, more digits than Python reads, or deep nesting."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     return "nested too deep" if isinstance(error, RecursionError) else str(error).split(" for ")[0].split(";")[0]
@@ -85,7 +85,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, bytes without the line end) of a file; a byte-order mark at its start is left out.
 
-    Of a line of more than `MAX_LINE_BYTES` so many that :func:`decode` refuses it.
+    A line of more than `MAX_LINE_BYTES` is cut, but stays long enough for :func:`decode` to refuse it.
 
     Raises:
         DataError: the lines end in a carriage return alone.
@@ -108,7 +108,7 @@ def _skip_line(file: IO[bytes]) -> None:
 
 
 def decode(raw: bytes) -> str:
-    """A line as text; bytes that are not UTF-8, null, and more of them than a line has raise BadRecord."""
+    """A line as text; bytes that are not UTF-8, a null byte and too many bytes raise BadRecord."""
     if len(raw) > MAX_LINE_BYTES:
         raise BadRecord(f"a line of more than {MAX_LINE_BYTES} bytes, expected one record")
     if 0 in raw:
@@ -139,7 +139,7 @@ def unquoted(field: str, always: bool = True) -> str:
     """The text of a field of TSV that a CSV writer has put into quotes; any other field as it is.
 
     Such a field starts and ends with a quote, and the quotes in it are doubled. Text may look like that too ("Yes"
-    between quotes): without `always` only a field counts that has doubled quotes in it, which a writer quotes for them.
+    between quotes). So without `always` a field counts only if it has doubled quotes in it.
     """
     if len(field) < 2 or field[0] != '"' or field[-1] != '"':
         return field
@@ -150,7 +150,7 @@ def unquoted(field: str, always: bool = True) -> str:
 
 
 def all_quoted(path: Path) -> bool:
-    """Whether every field of every line of a TSV file stands in quotes: then they are a writer's, and no text."""
+    """Whether every field of every line of a TSV file stands in quotes: then a writer put them there."""
     return all(_ALL_QUOTED.fullmatch(raw) for _, raw in raw_lines(path))
 
 
@@ -178,7 +178,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str] | BadRecord]]:
     """(number of its first line, fields or what is wrong) of each record of a CSV file.
 
     Raises:
-        DataError: a quoted field does not end; nothing says then where the next record starts.
+        DataError: a quoted field does not end, so that it is unknown where the next record starts.
     """
 
     def lines() -> Iterator[str]:
@@ -227,7 +227,7 @@ def parallel_lines(first: Path, second: Path) -> Iterator[tuple[int, bytes, byte
     """(line number, line, line) of two files that belong together line by line.
 
     Raises:
-        DataError: one file is longer; nothing says then which lines belong together.
+        DataError: one file is longer, so that it is unknown which lines belong together.
     """
     for number, (one, other) in enumerate(zip_longest(raw_lines(first), raw_lines(second)), 1):
         if one is None or other is None:
@@ -256,7 +256,7 @@ class JsonRecords:
     """The records of a JSON file: those of its array, or of the array under "data" of its object.
 
     Raises:
-        DataError: the file is not UTF-8, not JSON, has no such array, or more behind it.
+        DataError: the file is not UTF-8, not JSON, has no such array, or more after it.
     """
 
     def __init__(self, path: Path) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-_NO_LIMIT = 1 << 30  # tokenizers that know no limit say a number far above this
+_NO_LIMIT = 1 << 30  # tokenizers without a limit give a number far above this
 
 
 def known_limit(tokenizer: Any) -> int | None:
-    """The most tokens that a tokenizer says its model takes; None where it says nothing."""
+    """The most tokens that a model takes, by its tokenizer; None where the tokenizer has no limit."""
     limit = getattr(tokenizer, "model_max_length", None)
     return int(limit) if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT else None
 
@@ -18,7 +18,7 @@ def known_limit(tokenizer: Any) -> int | None:
 def table_of_positions(part: Any) -> int | None:
     """Tokens that the learned tables of absolute positions in a module suffice for; None without any.
 
-    RoBERTa's kind counts from behind the padding's id, BART's from an offset behind which the table is longer.
+    RoBERTa counts positions from the padding's id + 1, BART from an offset; rows before that are not counted.
     """
     found = []
     for name, module in part.named_modules() if isinstance(part, nn.Module) else ():

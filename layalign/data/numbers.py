@@ -36,7 +36,7 @@ def _pattern(spaces: str) -> re.Pattern[str]:
     token = rf"\d+(?:[{''.join(_KINDS)}]\d+|[{spaces}]\d{{3}}(?!\d))*"
     return re.compile(
         rf"""
-        (?P<sign>(?<![\w)\].])[{_MINUS}]\\?[$€£¥₹₽฿₩]?)?      # no subtraction: not behind a digit, letter or bracket
+        (?P<sign>(?<![\w)\].])[{_MINUS}]\\?[$€£¥₹₽฿₩]?)?      # no subtraction: not after a digit, letter or bracket
         (?:
           (?:(?<![\d/⁄])(?P<whole>\d+)[ {_NARROW}])?(?<![\d/⁄])(?P<over>\d+)[/⁄](?P<under>\d+)(?![/⁄]?\d)
         | (?:(?P<token>{token})|(?<![\w.)])[.](?P<places>\d+))
@@ -62,7 +62,7 @@ class Convention:
     """How a language writes numbers.
 
     Args:
-        language: name or code; None where it is not known: then everything that can be meant one way only is read.
+        language: name or code; None where it is not known: then only what has one possible meaning is read.
     """
 
     def __init__(self, language: str | None = None) -> None:
@@ -127,7 +127,7 @@ def find_number(text: str, language: str | None = None) -> Decimal | None:
     text = _plain(text)
     convention = Convention(language)
     for part in (_boxed(text), text):
-        # What stands in brackets behind a number, in words, is a remark: "5 (step 2)".
+        # Words in brackets after a number are a remark: "5 (step 2)".
         part = re.sub(r"(?<=\d)\s\((?=[^()]*[^\W\d_])[^()]*\)", "", part)
         numbers = list(convention.pattern.finditer(part))
         if numbers:

@@ -30,7 +30,7 @@ def translation_prompt(sentence: str, source_language: str, target_language: str
 def few_shot_prompt(
     examples: Sequence[tuple[str, str]], sentence: str, source_language: str, target_language: str = "English"
 ) -> str:
-    """Prompt for translation by an LLM that no prompt was trained into: some translations, then the sentence; ours.
+    """Prompt for translation by an LLM that was trained on no prompt: some translations, then the sentence. Ours.
 
     Args:
         examples: pairs of a sentence and its translation.

@@ -15,14 +15,13 @@ from __future__ import annotations
 import gc
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from layalign.data import records
 from layalign.data.examples import BadRecord, Collected, Example, ReadReport
 from layalign.data.files import (
     COMPRESSED,
@@ -42,72 +41,12 @@ from layalign.data.files import (
     unquoted,
 )
 from layalign.data.languages import Language, find_language, language_of
-from layalign.data.records import PROMPTS, Record
+from layalign.data.records import FORMATS, PROMPTS, Record
 from layalign.utils.errors import ArgumentError, BackendError, DataError, refuse, whole_number
 
 DATASETS = "datasets:"
 MAX_DEPTH = 8  # of lists in lists
 Spec = str | Path | Mapping[str, Any] | Sequence["str | Path | Mapping[str, Any]"]
-
-
-@dataclass(frozen=True)
-class Format:
-    """How one format is read.
-
-    Attributes:
-        parse: makes an Example from a Record.
-        train, test: glob patterns, below the given folder, of the training and of the test files; the first that
-            matches anything is taken.
-        columns: the columns of its TSV and CSV files.
-        plain: its TSV files are anybody's, and may have fields in quotes; those of published data have none.
-        grouped: order the examples by language, as the published reader does.
-    """
-
-    parse: Callable[[Record], Example]
-    train: tuple[str, ...]
-    test: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    plain: bool = False
-    grouped: bool = False
-
-
-FORMATS: dict[str, Format] = {
-    "bilingual_pairs": Format(records.parse_pair, ()),
-    "pairs": Format(
-        records.parse_pair, ("*.tsv", "*.jsonl", "*.csv", "*.parquet", "*.ndjson"),
-        columns=("source", "target"), plain=True,
-    ),
-    "tsv": Format(records.parse_free, ("*.tsv", "*.csv"), columns=("source", "target"), plain=True),
-    "jsonl": Format(records.parse_free, ("*.jsonl", "*.ndjson", "*.parquet")),
-    "math": Format(
-        records.parse_math,
-        ("*.jsonl", "metamath*.json", "math*.json", "query_translation/metamath_615k.json"),
-        grouped=True,
-    ),
-    "mgsm": Format(
-        records.parse_numeric, ("mgsm_*.tsv", "mgsm/mgsm_*.tsv", "evaluation/mgsm/mgsm_*.tsv"),
-        columns=("question", "answer"),
-    ),
-    "msvamp": Format(
-        records.parse_numeric, ("test_*.json*", "msvamp/test_*.json*", "evaluation/msvamp/test_*.json*")
-    ),
-    "xnli": Format(
-        records.parse_xnli,
-        ("*.tsv", "dev/*.tsv", "xnli_dev.json", "query_translation/xnli_dev.json", "*.jsonl"),
-        ("*.tsv", "test/*.tsv", "test.json", "xnli/test.json", "evaluation/xnli/test.json", "*.jsonl"),
-        columns=("premise", "hypothesis", "label"),
-    ),
-    "x-csqa": Format(
-        records.parse_x_csqa,
-        ("train_*.jsonl", "x-csqa/train_*.jsonl", "query_translation/x-csqa/train_*.jsonl"),
-        ("*/dev.jsonl", "x-csqa/*/dev.jsonl", "evaluation/x-csqa/*/dev.jsonl", "dev_*.jsonl", "dev.jsonl"),
-    ),
-    "xcopa": Format(
-        records.parse_xcopa,
-        ("val.*.jsonl", "*/val.*.jsonl"),
-        ("test.*.jsonl", "*/test.*.jsonl", "val.*.jsonl", "*/val.*.jsonl"),
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,8 +87,8 @@ def load_examples(
         spec: what to read; see the head of this module. Keys of a mapping win over the arguments here.
         format: one of `FORMATS`.
         languages: names or codes of the languages to keep; files are read in this order. None keeps all that there are.
-        language: language of everything that is read, when neither the records nor the file names tell. Other than
-            everywhere else, a name that is in no table is taken as it is.
+        language: language of everything that is read, when neither the records nor the file names tell. Unlike
+            elsewhere, a name that is in no table is taken as it is.
         limit: most examples per language and spec (published: `train_num`).
         skip_bad: leave malformed lines out and list them in the report, where otherwise the first one raises.
         seed: shuffle everything; the same permutation as the published `random.seed(seed); random.shuffle(...)`.
@@ -202,7 +141,7 @@ def load_examples(
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No garbage collection while a million small objects without cycles are made: it would double the time."""
+    """Without garbage collection: with it, making a million small objects takes twice as long."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -261,7 +200,7 @@ def _checked(spec: Mapping[str, Any], defaults: _Request) -> _Request:
 
 
 def _check_types(request: _Request) -> None:
-    """What a YAML file or a caller may have got wrong."""
+    """Raise ArgumentError for an option of the wrong type."""
     for name in ("format", "split", "prompt", "language", "subset"):
         value = getattr(request, name)
         if not isinstance(value, str) and not (value is None and name in ("language", "subset")):
@@ -332,7 +271,7 @@ def _files(request: _Request) -> list[tuple[Path, str | None]]:
     wanted = request.languages
     if wanted is None or len(named) == 1:
         return named
-    # A file whose name tells no language may hold any; the records tell.
+    # A file whose name has no language may hold any; its records name theirs.
     kept = [pair for pair in named if pair[1] is None or pair[1] in wanted or request.language is not None]
     return sorted(kept, key=lambda pair: wanted.index(pair[1]) if pair[1] in wanted else -1)
 
@@ -379,8 +318,6 @@ _TARGETS = (
     "reference",
 )  # fmt: skip
 _OTHERS = ("id", "idx", "language", "lang", "prompt")
-# Formats whose records are a source and a target, by whatever name.
-_TWO_SIDED = (records.parse_pair, records.parse_free, records.parse_math, records.parse_numeric)
 
 
 def _rows(
@@ -464,7 +401,7 @@ def _header(fields: list[str], language: str | None, request: _Request) -> tuple
     given = [unquoted(field.strip()) for field in fields]
     plain = [re.sub(r"[\s-]+", "_", field.strip().casefold()) for field in given]
     roles: list[str | None] = [None] * len(given)
-    if form.parse in _TWO_SIDED:
+    if form.two_sided:
         roles = ["source" if name in _SOURCES else "target" if name in _TARGETS else None for name in plain]
         spoken = [found.name if (found := find_language(field)) else None for field in given]
         if (
@@ -478,7 +415,7 @@ def _header(fields: list[str], language: str | None, request: _Request) -> tuple
         field if field in mapped else role or (name if name in (*_OTHERS, *form.columns) else field)
         for field, role, name in zip(given, roles, plain, strict=True)
     )
-    two_sided = form.parse not in _TWO_SIDED or {"source", "target"} <= set(roles)
+    two_sided = not form.two_sided or {"source", "target"} <= set(roles)
     recognised = (mapped and mapped <= set(given)) or (all(known) and two_sided and len(set(names)) == len(names))
     return names if recognised or request.header else None
 

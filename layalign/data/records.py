@@ -1,12 +1,13 @@
-"""One record (a JSON object, a row of a table, a line of TSV) of each task, made into an `Example`.
+"""The formats: the files of each, and how one record (a JSON object, a row of a table) becomes an `Example`.
 
-Every function takes a `Record` and raises `BadRecord`, with what was found and what was expected, for a malformed one.
+Every parse function takes a `Record`. A malformed one raises `BadRecord`: what was found, what was expected.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -35,9 +36,9 @@ class Record:
         values: the record.
         columns: our field name -> the record's key ("translation.sw" for a nested one).
         language: English name when it is known from outside (argument or file name).
-        prompt: which of `PROMPTS`, or which template with "{source}", a task without a prompt of its own gets; "" for
-            the task's default.
-        id: the record's id when it has none of its own.
+        prompt: the prompt of a format that has no fixed one: one of `PROMPTS`, or a template with "{source}"; "" is the
+            format's default.
+        id: used where the record has none.
     """
 
     __slots__ = ("columns", "id", "language", "prompt", "values")
@@ -115,10 +116,13 @@ class Record:
         return text
 
     def prompt_for(self, source: str, default: str) -> str:
-        """The prompt around a source text: one of `PROMPTS`, or a template with "{source}"."""
-        if "{source}" in self.prompt:
-            return Prompt.fill(self.prompt, source)
-        return PROMPTS[self.prompt or default](source)
+        """The prompt around a source text."""
+        return fill_prompt(self.prompt or default, source)
+
+
+def fill_prompt(prompt: str, source: str) -> str:
+    """The prompt around a source text: `prompt` is one of `PROMPTS`, or a template with "{source}"."""
+    return Prompt.fill(prompt, source) if "{source}" in prompt else PROMPTS[prompt](source)
 
 
 def _require_valid(name: str, text: str) -> None:
@@ -162,7 +166,7 @@ def parse_numeric(record: Record) -> Example:
 
 
 def parse_free(record: Record) -> Example:
-    """Any task: source (query), target (response), and a prompt, which without one of its own is the source."""
+    """Any task: source (query), target (response), and a prompt; without one the source is the prompt."""
     source = record.text("source", "query", "question")
     target = record.text("target", "response", "answer")
     own = record.find("prompt")
@@ -209,3 +213,68 @@ def parse_xcopa(record: Record) -> Example:
     letters = choice_letters(2)
     prompt = xcopa_prompt(record.text("premise"), question, [record.text("choice1"), record.text("choice2")])
     return Example(prompt, letters[int(label)], record.name_of_language(), prompt, record.own_id(), letters)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format is read.
+
+    Attributes:
+        parse: makes an Example from a Record.
+        train, test: glob patterns, below the given folder, of the training and of the test files; the first that
+            matches anything is taken.
+        columns: the columns of its TSV and CSV files.
+        plain: its TSV files are anybody's, and may have fields in quotes; those of published data have none.
+        grouped: order the examples by language, as the published reader does.
+    """
+
+    parse: Callable[[Record], Example]
+    train: tuple[str, ...]
+    test: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    plain: bool = False
+    grouped: bool = False
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether its records are a source and a target, by whatever name; these take any prompt."""
+        return self.parse in (parse_pair, parse_free, parse_math, parse_numeric)
+
+
+FORMATS: dict[str, Format] = {
+    "bilingual_pairs": Format(parse_pair, ()),
+    "pairs": Format(
+        parse_pair, ("*.tsv", "*.jsonl", "*.csv", "*.parquet", "*.ndjson"),
+        columns=("source", "target"), plain=True,
+    ),
+    "tsv": Format(parse_free, ("*.tsv", "*.csv"), columns=("source", "target"), plain=True),
+    "jsonl": Format(parse_free, ("*.jsonl", "*.ndjson", "*.parquet")),
+    "math": Format(
+        parse_math,
+        ("*.jsonl", "metamath*.json", "math*.json", "query_translation/metamath_615k.json"),
+        grouped=True,
+    ),
+    "mgsm": Format(
+        parse_numeric, ("mgsm_*.tsv", "mgsm/mgsm_*.tsv", "evaluation/mgsm/mgsm_*.tsv"),
+        columns=("question", "answer"),
+    ),
+    "msvamp": Format(
+        parse_numeric, ("test_*.json*", "msvamp/test_*.json*", "evaluation/msvamp/test_*.json*")
+    ),
+    "xnli": Format(
+        parse_xnli,
+        ("*.tsv", "dev/*.tsv", "xnli_dev.json", "query_translation/xnli_dev.json", "*.jsonl"),
+        ("*.tsv", "test/*.tsv", "test.json", "xnli/test.json", "evaluation/xnli/test.json", "*.jsonl"),
+        columns=("premise", "hypothesis", "label"),
+    ),
+    "x-csqa": Format(
+        parse_x_csqa,
+        ("train_*.jsonl", "x-csqa/train_*.jsonl", "query_translation/x-csqa/train_*.jsonl"),
+        ("*/dev.jsonl", "x-csqa/*/dev.jsonl", "evaluation/x-csqa/*/dev.jsonl", "dev_*.jsonl", "dev.jsonl"),
+    ),
+    "xcopa": Format(
+        parse_xcopa,
+        ("val.*.jsonl", "*/val.*.jsonl"),
+        ("test.*.jsonl", "*/test.*.jsonl", "val.*.jsonl", "*/val.*.jsonl"),
+    ),
+}  # fmt: skip

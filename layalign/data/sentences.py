@@ -1,4 +1,4 @@
-"""Which examples say the same in English, and a dev split of which no sentence is left in the training text."""
+"""Which examples are the same sentence in English, and a dev split that shares none with the training text."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def sentence_key(text: str) -> str:
 def english_keys(examples: Sequence[Example], *, translation: bool, same_files: bool = True) -> list[str]:
     """A key for each example; examples with the same one are the same sentence or question, in whichever language.
 
-    A translation pair goes by its target, which is English. So does a question whose answer is written out in English.
-    An answer that several questions of one language share ("7", "positive") names no question, nor does a choice:
-    these go by their id, which the languages of X-CSQA and of files that are parallel by line have in common, or, with
-    examples of different files or without an id, by their source.
+    The key of a translation pair is its target, which is English; so is that of a question whose answer is written out
+    in English. An answer that several questions of one language share ("7", "positive") tells no question from another,
+    nor does a choice. Their key is the id, which the languages of X-CSQA and of files parallel by line have in common;
+    in different files, or without an id, it is the source.
 
     Args:
         examples: of one stage.

@@ -68,11 +68,11 @@ class PromptCollator:
     Args:
         tokenizer: the LLM's, which adds its own special tokens, save one at the end.
         max_prompt_length: longer prompts lose their start (the end asks for the answer).
-        shots: by language, translations that stand before each question of this language, which is then asked as
-            `layalign.data.prompts.few_shot_prompt` does. Without any, an example is asked by its prompt, else by its
-            source.
+        shots: by language, the translations that stand before each of its questions, as
+            `layalign.data.prompts.few_shot_prompt` writes them. Without any, the LLM gets the example's prompt, or its
+            source where it has none.
         llm_positions: most tokens that the LLM was made for; None is no limit.
-        llm_positions_end: the LLM cannot read more than these at all.
+        llm_positions_end: whether that is a hard limit (a table of positions).
 
     Attributes:
         last_cut: of each example of the last call ("prompt",) where its prompt was cut, else ().
@@ -212,7 +212,7 @@ class LlmAnswers:
         return [answer.text for answer in answers]
 
     def _shares(self) -> bool:
-        """Whether the examples before all questions are read once: for the plain greedy search with a growing cache."""
+        """Whether the examples before the questions are read once: with greedy search and a cache that grows."""
         settings = getattr(self.llm, "generation_config", None)
         if settings is None or self.options or not self.collator.shots:
             return False
@@ -229,21 +229,21 @@ def llm_alone(
     max_prompt_length: int = 512,
     **generation: Any,
 ) -> LlmAnswers:
-    """The baseline without an encoder: something to give to `evaluate` that asks the LLM with the prompt as text.
+    """The baseline without an encoder, for `evaluate`: the LLM alone, which gets the prompt as text.
 
     Args:
         llm: a causal language model of transformers.
         tokenizer: its tokenizer, which adds its own special tokens, save one at the end.
-        examples: translations into English, some for every language that is asked. All those of a question's language
-            stand before it (few-shot, `layalign.data.prompts.few_shot_prompt`), the question's own prompt is not used,
-            and an answer ends at its first line break.
+        examples: translations into English, some for every language of the questions. Those of a question's language
+            stand before it (few-shot, `layalign.data.prompts.few_shot_prompt`), in place of the question's own prompt.
+            An answer then ends at its first line break.
         max_new_tokens: longest answer.
         max_prompt_length: longer prompts lose their start (the end asks for the answer).
         **generation: further arguments of `generate`; without any, greedy search.
 
     Returns:
-        A callable from examples to answers, None where the LLM's logits were not finite. Without `examples` a question
-        without a prompt is asked by its source. Its attributes `llm` and `collator` are what
+        A callable from examples to answers, None where the LLM's logits were not finite. Without `examples`, the LLM
+        gets a question's source where it has no prompt. The attributes `llm` and `collator` are what
         `layalign.evaluation.likelihood` takes.
 
     Raises:
@@ -264,7 +264,7 @@ def llm_alone(
 
 
 class StopStrings(StoppingCriteria):
-    """Stops each row once a stop string is in what it wrote; the input is not looked at.
+    """Stops each row once a stop string is in its output; the input does not count.
 
     Args:
         tokenizer: of the LLM.
@@ -316,7 +316,7 @@ def _generate(
 ) -> list[_Answer]:
     """Answers to a batch, their text None where logits were not finite.
 
-    `limit` is the LLM's positions and whether it has no more (`layalign.data.lengths`).
+    `limit` is the LLM's positions, and whether that is a hard limit (`layalign.data.lengths`).
     """
     lengths, (most, end_of_table) = batch["attention_mask"].sum(dim=1).tolist(), limit
     if most is not None and end_of_table:
@@ -331,7 +331,7 @@ def _generate(
     asked = arguments.get("eos_token_id")
     stops = {*ends, *(asked if isinstance(asked, list | tuple) else [asked])}
     generate = model.generate
-    if hasattr(model, "generation_config") and not isinstance(model, SourceGenerationMixin):  # ours looks by itself
+    if hasattr(model, "generation_config") and not isinstance(model, SourceGenerationMixin):  # ours checks itself
         generate = functools.partial(generate_finite, generate, model.generation_config)
     failed: tuple[int, ...] = ()
     try:
@@ -346,7 +346,7 @@ def _generate(
         if number in failed:
             answers.append(_Answer(None, True, True))
             continue
-        # Behind the first end there is only padding, and the padding may be an ordinary token.
+        # After the first end there is only padding, which may be an ordinary token.
         end = next((i for i, token in enumerate(row) if token in ends), len(row))
         text = tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ended = len(row) < max_new_tokens or not stops.isdisjoint(row)

@@ -1,8 +1,8 @@
 """Is one run better than another? Both answered the same questions, so the answers are compared in pairs.
 
 Per language: McNemar's exact test on the questions that only one run got right, and the difference of the accuracies
-with its paired bootstrap interval. Over several languages the questions are the same again, translated: a pooled
-McNemar test, for which every answer stands alone, is then too sure; an exact test over the questions stands beside it.
+with its paired bootstrap interval. Several languages have the same questions, translated. A pooled McNemar test takes
+every answer as independent, so its p is too small there; an exact test over the questions stands beside it.
 
 Translations are compared by each measure that both runs have: a paired bootstrap over sentences, which draws the same
 ones for both.
@@ -261,6 +261,8 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *, seed: int = 0) -> Comp
     for name in both:
         if a.languages[name] != b.languages[name]:
             raise ArgumentError(f"run_b: expected the {name} questions of run_a, got other ones")
+        if (ways := (a.scored.get(name), b.scored.get(name)))[0] != ways[1] and None not in ways:
+            raise ArgumentError(f"run_b: expected {name} answers scored as those of run_a, got {ways[0]} and {ways[1]}")
     task = str(a.settings.get("task"))
     levels = {grouping: by_level(both, task, grouping) for grouping in GROUPINGS}
     keys = [key for key in {**a.settings, **b.settings} if a.settings.get(key) != b.settings.get(key)]
@@ -387,6 +389,7 @@ class _Run:
         ):
             raise DataError(f"{folder / SETTINGS}:1: not the settings of an evaluation")
         self.settings, self.languages = whole["settings"], whole["languages"]
+        self.scored = whole["scoring"] if isinstance(whole.get("scoring"), dict) else {}
         scores = folder / "scores.json"
         found = _read(scores) if scores.is_file() else {}
         found = found if isinstance(found, dict) else {}

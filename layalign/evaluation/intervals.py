@@ -78,8 +78,8 @@ def macro_interval(
         resamples, confidence: how many, and how wide.
 
     Returns:
-        The interval. Where every question has the same outcome (all answers right, none different), resampling knows
-        nothing of chance; there it is Wilson's, over the questions, and for no difference Wilson's on either side.
+        The interval. Where every question has the same outcome (all answers right, none different), resampling gives no
+        width. There the interval is Wilson's, over the questions; for no difference, Wilson's on either side.
 
     Raises:
         ArgumentError: there is no outcome, or parallel rows differ in length.

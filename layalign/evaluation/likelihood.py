@@ -1,4 +1,4 @@
-"""Log-probabilities of given texts, in nats: of the target, and of several choices behind one context.
+"""Log-probabilities of given texts, in nats: of the target, and of several choices after one context.
 
 Nothing is generated. A target's log-probability is the sum over its tokens, its end included, as in training. Models
 and collators come in two kinds: a `LayAlignForCausalLM` with a `LayAlignCollator`, and an LLM alone with a
@@ -80,7 +80,7 @@ def _targets(model: Any, collator: Any, examples: Sequence[Example]) -> list[Log
 def choice_log_probs(
     model: Any, collator: Any, examples: Sequence[Example], choices: Sequence[Sequence[str]], batch_size: int = 16
 ) -> list[list[LogProb]]:
-    """Log-probability of several texts behind each example's context; the example's own target is not looked at.
+    """Log-probability of several texts after each example's context; the example's own target is not used.
 
     Source and prompt are read once per example: its choices go on with copies of the cache.
 
@@ -114,8 +114,8 @@ def _after_contexts(
 ) -> Iterator[tuple[int, int, LogProb]]:
     """(number of the example, number of its choice, log-probability) for token ids that follow each context.
 
-    One pass for the contexts, then one for each number of a choice: as many in every process, however few examples one
-    has, for the weights may be spread over all of them. The shortest choices go together, so that little is padded.
+    One pass for the contexts, then one for each number of a choice. Every process makes as many passes, however few
+    examples it has: the weights may be sharded over all of them. The shortest choices go together, to pad little.
     """
     contexts = _call(model, collator.contexts(examples))
     before = contexts["attention_mask"]
@@ -207,7 +207,7 @@ class Likelihoods:
 
 
 def _values(function: Any, *arguments: Any) -> Any:
-    """What the function returns, or would have returned with values that are not finite."""
+    """What the function returns, with the values that are not finite among them."""
     try:
         return function(*arguments)
     except NonFiniteError as error:
@@ -228,7 +228,7 @@ def right_ones(scores: Sequence[Sequence[float]], targets: Sequence[str]) -> lis
     """For each of N sources, whether its own target is the one of N that gains most by it.
 
     What target j gains by source i is log p(j | i) minus the log-sum-exp over all N sources i' of log p(j | i'): the
-    pointwise mutual information of the two, but for a constant. So a target that is likely anyway is not preferred.
+    pointwise mutual information of the two, up to a constant. So a target that is likely anyway has no advantage.
 
     Args:
         scores: N rows (sources) of N log-probabilities (targets), in nats.

@@ -1,7 +1,7 @@
 """A LayAlign model in EleutherAI's lm-evaluation-harness, under the name "layalign".
 
 Importing this module makes the name known to `lm_eval`. The harness has no entry points for models of other packages,
-so its own command does not find the name: `layalign lm-eval` is that command behind this import, with the same
+so its own command does not find the name: `layalign lm-eval` is that command after this import, with the same
 arguments. Needs `pip install 'layalign[lm-eval]'`.
 
 Source: the rules of the harness's `HFLM` for splitting tokens, cutting on the left and stop strings.
@@ -63,8 +63,8 @@ class _Row:
 class LayAlignLM(TemplateLM):
     """A LayAlign model that answers the harness's requests.
 
-    The LLM gets [bos] [encoder tokens] [boundary] and the request's context; it scores or writes what follows. Nothing
-    stands for an empty context: the boundary is what the first token follows, so no prefix token is needed.
+    The LLM gets [bos] [encoder tokens] [boundary] and the request's context; it scores or writes what follows. An empty
+    context needs no prefix token: the first token follows the boundary.
 
     Args:
         checkpoint: folder or hub name of a trained model.
@@ -77,10 +77,10 @@ class LayAlignLM(TemplateLM):
         language: of the sources, for encoders of the M2M100 and NLLB families: a name or code, or "task", the language
             code at the end of the task's name (xnli_sw).
         batch_size: requests per forward pass, or rows generated together.
-        max_batch_size: taken from the harness and not used, for there is no automatic batch size.
+        max_batch_size: the harness passes it; not used, for there is no automatic batch size.
         max_length: longest input of the LLM, encoder tokens included; None is the model's own.
         max_source_length: longest encoder input. A longer context loses its start, a longer question its end.
-        max_gen_toks: longest answer where the task says nothing.
+        max_gen_toks: longest answer where the task has no limit of its own.
         device, dtype: as for `layalign evaluate`.
 
     Raises:
@@ -312,7 +312,7 @@ class LayAlignLM(TemplateLM):
         return [known[text] for text in texts]
 
     def _room(self, source: list[int]) -> int:
-        """How many tokens the LLM can read behind a source."""
+        """How many tokens the LLM can read after a source."""
         config = self.model.config
         slots = len(source) + 1 if getattr(config, "use_adapter", True) else 0
         return self.max_length - (config.llm_bos_token_id is not None) - slots
@@ -393,7 +393,7 @@ class LayAlignLM(TemplateLM):
 
 @contextmanager
 def _naming(requests: Sequence[Any]) -> Iterator[None]:
-    """Logits that are not finite, told with the document to which they belong."""
+    """Add the document to an error about logits that are not finite."""
     try:
         yield
     except NonFiniteError as error:
@@ -408,7 +408,7 @@ def _not_finite(request: Any) -> NonFiniteError:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The harness's own command, which now knows this model.
+    """The harness's own command, with this model in its registry.
 
     Args:
         arguments: as for `lm_eval`.

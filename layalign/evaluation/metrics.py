@@ -42,9 +42,9 @@ def parse_label(text: str, labels: Sequence[str], match: str = "exact") -> str |
         text: the answer.
         labels: the labels to choose from; may be empty with "exact".
         match: "exact" is the published way: the whole answer without outer white space, whatever it says. "start" takes
-            the label that the answer starts with, in any case and behind an opening bracket or quotation mark, when no
-            letter or digit follows ("B. The river", "(b)", "Entailment because"); None when there is none. A label of
-            one letter must stand alone or before a mark ("A river" is no A).
+            the label that the answer starts with, in any case, after an opening bracket or quotation mark, and before
+            no letter or digit ("B. The river", "(b)", "Entailment because"); None when there is none. After a label of
+            one letter there is no space either ("A river" is no A).
     """
     text = text.strip()
     if match == "exact":

@@ -18,21 +18,21 @@ from layalign.utils.versions import cache_of
 def read_start(llm: Any, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
     """Read the tokens that all rows begin with, once, and lay the batch out as [start] [padding] [rest].
 
-    The start ends before the last token of the shortest row: what follows a row is told by a token of its own.
+    The start ends before the last token of the shortest row, so that a token is left of every row.
 
     Args:
         llm: a causal language model of transformers.
         batch: `input_ids` and `attention_mask` (B, T) int64, padded on the left.
 
     Returns:
-        The batch, now (B, T') and with `position_ids`; and the cache of its first columns, as many as it is long. The
-        batch as it was and None where there is no start, and for an LLM that cannot have padding inside.
+        The batch, now (B, T') and with `position_ids`; and the cache of its first columns. Where there is no start, or
+        the LLM cannot have padding inside, the batch as it was and None.
     """
     rows = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     shortest = min(map(len, rows)) - 1
     same = torch.stack([row[:shortest] for row in rows])
     start = int((same == same[0]).all(0).long().cumprod(0).sum())
-    # Without one a token is read for nothing: every process makes as many passes, for the weights may be spread.
+    # Without a start this reads a token for nothing: sharded weights need as many passes in every process.
     cache = cache_of(llm(input_ids=rows[0][None, : max(start, 1)], use_cache=True, logits_to_keep=1))
     layers = getattr(cache, "layers", ())
     movable = layers and all(type(layer) is DynamicLayer for layer in layers)  # no window, no running state

@@ -1,4 +1,4 @@
-"""Where an evaluation keeps its outputs while it runs, so that a rerun goes on where the last one stopped."""
+"""The outputs of an evaluation on the disk, from which a rerun goes on where the last one stopped."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ class OutputStore:
                     self.path_of(language, suffix).unlink(missing_ok=True)
             old = {}
         self._check(old.get("settings", settings), settings)
-        self._settings = {"settings": dict(settings), "languages": dict(old.get("languages", {}))}
+        self._settings: dict[str, dict[str, Any]] = {"settings": dict(settings)}
+        for key in ("languages", "scoring"):
+            self._settings[key] = dict(there) if isinstance(there := old.get(key), dict) else {}
         self._save()
 
     def _read_settings(self) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class OutputStore:
             elif old.get(key) != new.get(key):
                 raise ArgumentError(
                     f"output_dir: {self.folder} holds outputs made with {key} {_short(old.get(key))}, not "
-                    f"{_short(new.get(key))}; expected another folder, or resume=False to start anew"
+                    f"{_short(new.get(key))}; expected another folder, or resume=False to start again"
                 )
 
     def path_of(self, language: str, suffix: str) -> Path:
@@ -128,7 +130,7 @@ class OutputStore:
         if language in known and known[language] != mark:
             raise ArgumentError(
                 f"output_dir: {self.folder} holds outputs for other {language} examples than these {len(examples)}; "
-                "expected another folder, or resume=False to start anew"
+                "expected another folder, or resume=False to start again"
             )
         path = self.path_of(language, ".jsonl")
         if language not in known:
@@ -137,6 +139,12 @@ class OutputStore:
             self._save()
         self.cut[language], self.values[language] = {}, {}
         return self._read(path, len(examples), language) if path.exists() else {}
+
+    def scored(self, language: str, scoring: Mapping[str, str]) -> None:
+        """Keep how the predictions of a language were judged: a rerun may judge some languages otherwise."""
+        if self._settings["scoring"].get(language) != scoring:
+            self._settings["scoring"][language] = dict(scoring)
+            self._save()
 
     def count_cut(self) -> dict[str, int]:
         """How many examples had each of their texts cut."""
@@ -176,10 +184,10 @@ class OutputStore:
         return outputs
 
     def append(self, language: str, outputs: Mapping[int, str | None], cut: Mapping[int, Sequence[str]]) -> None:
-        """Add a batch of outputs with what was cut of each, and see to it that they are on the disk.
+        """Add a batch of outputs, with what was cut of each; on return they are on the disk.
 
         Raises:
-            OutputError: they cannot be written; a rerun goes on behind those that were.
+            OutputError: they cannot be written; a rerun goes on after those that were.
         """
         found = {i: list(kinds) for i, kinds in cut.items() if kinds}
         self.cut[language].update(found)
@@ -196,7 +204,7 @@ class OutputStore:
     def _write(self, language: str, entries: Sequence[Mapping[str, Any]]) -> None:
         lines = [json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries]
         path = self.path_of(language, ".jsonl")
-        kept = "the answers written before are kept, and a rerun goes on behind them"
+        kept = "the answers written before are kept, and a rerun goes on after them"
         with writing(f"output_dir: {path}", kept), path.open("ab") as file:
             file.write("".join(lines).encode("utf-8"))
             file.flush()

@@ -362,4 +362,4 @@ def test_the_real_model(tmp_path):
 def test_every_task_reads_its_own_format():
     from layalign.data import FORMATS
 
-    assert {kind.format for kind in TASKS.values()} <= set(FORMATS)
+    assert {task.reader for task in TASKS.values()} <= set(FORMATS)

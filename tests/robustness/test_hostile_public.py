@@ -20,7 +20,16 @@ from torch import nn
 import layalign
 from layalign import LayAlignError
 from layalign.data import Example, LayAlignCollator, by_language, language_of, tokenizer_source_language
-from layalign.evaluation import compare_runs, evaluate, llm_alone, resource_level
+from layalign.evaluation import (
+    EvalConfig,
+    Task,
+    compare_runs,
+    evaluate,
+    llm_alone,
+    register_task,
+    resource_level,
+    unregister_task,
+)
 from layalign.experiments.analysis import analyze, centred_cosine, linear_cka, read_pairs, retrieval_accuracy
 from layalign.nn import WeightedLinearProjector
 from layalign.published.classes import LayAlign
@@ -49,6 +58,12 @@ WRONG: dict[str, Any] = {
     "NaN tensor": torch.full((2, 3), float("nan")), "module": nn.Linear(2, 2), "empty module": nn.Module(),
     "namespace": SimpleNamespace(),
 }  # fmt: skip
+
+
+def registered(name: Any, task: Any) -> None:
+    """Registers a task and removes it."""
+    register_task(name, task)
+    unregister_task(name)
 
 
 def aligner_config(**changes: Any) -> SimpleNamespace:
@@ -138,6 +153,16 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.data.language_of": (language_of, dict(text="sw")),
     "layalign.data.tokenizer_source_language": (tokenizer_source_language, dict(tokenizer=TEXT, language="sw")),
     "layalign.evaluation.resource_level": (resource_level, dict(language="sw", grouping="paper")),
+    "layalign.evaluation.register_task": (registered, dict(name="own", task=Task("tsv", "text", 3))),
+    "layalign.evaluation.unregister_task": (unregister_task, dict(name="own")),
+    "layalign.evaluation.Task": (
+        Task, dict(reader="tsv", scorer="text", max_new_tokens=3, stage="task", prompt="source")
+    ),
+    "layalign.evaluation.EvalConfig": (
+        EvalConfig, dict(languages=["sw"], batch_size=2, max_new_tokens=3, limit=5, skip_bad=False, resume=False,
+        scorer="number", label_match="exact", measures=None, stage="task", max_source_length=5, max_prompt_length=5,
+        generation={}, model_name="x", non_finite="stop", progress=False),
+    ),
     "layalign.evaluation.compare_runs": (compare_runs, dict(run_a="none", run_b="none", seed=0)),
     "layalign.evaluation.llm_alone": (llm_alone, dict(llm=LLM, tokenizer=TEXT, examples=EXAMPLES, max_new_tokens=3)),
     "layalign.experiments.analysis.centred_cosine": (centred_cosine, dict(first=states(3, 4), second=states(3, 4))),

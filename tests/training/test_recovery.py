@@ -439,7 +439,7 @@ def test_no_room_for_an_evaluation(parts: TinyParts, tmp_path: Path) -> None:
     answers = next((tmp_path / "whole" / "predictions").glob("*.jsonl"))
     room = answers.stat().st_size * 2 // 3  # for settings.json and a part of the answers
     assert room > (tmp_path / "whole" / "settings.json").stat().st_size
-    expected = r"^output_dir: .*jsonl: cannot be written: .*a rerun goes on behind them"
+    expected = r"^output_dir: .*jsonl: cannot be written: .*a rerun goes on after them"
     with limits_restored():
         largest_file_below(room)
         with pytest.raises(OutputError, match=expected):
