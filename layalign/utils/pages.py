@@ -1,4 +1,4 @@
-"""Tables that the code writes into the documentation, between two marks."""
+"""Tables that the code writes into documentation pages, between two marks."""
 
 from __future__ import annotations
 
