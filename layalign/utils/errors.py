@@ -87,7 +87,8 @@ def whole_number(name: str, value: Any, least: float = -inf, most: float = 2**63
     except (TypeError, ValueError, RuntimeError):
         number = None
     if number is None or not least <= number <= most:
-        refuse(name, f"a whole number from {least:g} up" if most >= 2**63 - 1 else f"{least:g}..{most:g}", value)
+        lower = "" if least == -inf else f" from {least} up"
+        refuse(name, f"a whole number{lower}" if most >= 2**63 - 1 else f"{least}..{most}", value)
     return number
 
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
-from layalign.utils.errors import LayAlignError, OutputError
+from layalign.utils.errors import LayAlignError, OutputError, first_line
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def writing(what: str, left: str = "") -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise OutputError(f"{what}: cannot be written: {reason}{left and '; '}{left}") from error
 
 
