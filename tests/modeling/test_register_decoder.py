@@ -113,7 +113,7 @@ def test_unregistered_names_are_said() -> None:
         model_of(True)
     llm: Any = tiny_llm("llama_gqa_wide_heads")
     attention = OddAttention(llm.model.layers[0].self_attn, False)
-    with pytest.raises(ArgumentError, match="OddAttention has not k_proj and v_proj or qkv_proj or .*register_decoder"):
+    with pytest.raises(ArgumentError, match="OddAttention has no k_proj and v_proj or qkv_proj or .*register_decoder"):
         decoders.key_value_states(attention, torch.zeros(1, 2, 32), torch.zeros(1, 2, 32))
 
 
