@@ -100,7 +100,7 @@ def test_the_same_numbers_by_the_same_short_ways(joined: bool) -> None:
         with torch.no_grad():
             model(**inputs)
         done.append((loss.detach(), *trained, answer))
-        assert model.last_layer.last.endswith(" positions") and not model.last_layer.last.startswith("whole")
+        assert model.last_layer.last.endswith(" positions") and not model.last_layer.last.startswith("in full")
         assert len(model.last_layer.maps()) == 3
     for one, other in zip(*done, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
