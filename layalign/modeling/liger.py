@@ -97,7 +97,7 @@ def fused_label_loss(rows: Tensor, head: nn.Linear, targets: Tensor, divisor: Te
     """:func:`layalign.modeling.loss.label_loss` of ``head(rows)``, without the logits.
 
     Args:
-        rows: (N, D) hidden states where a label stands, in the head's dtype or under autocast.
+        rows: (N, D) hidden states of the positions that have a label, in the head's dtype or under autocast.
         head: a plain output head (V, D), with or without bias; frozen, it gets no gradient.
         targets: (N,) int64, all of them labels.
         divisor: of the summed loss; None for N.

@@ -1,4 +1,4 @@
-"""The language-modelling loss, with logits only where a label stands."""
+"""The language-modelling loss, with logits only at positions that have a label."""
 
 from __future__ import annotations
 

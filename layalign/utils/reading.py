@@ -114,7 +114,7 @@ class Cursor:
         return struct.unpack(f"<{form}", self.bytes(struct.calcsize(f"<{form}")))[0]
 
     def text(self, length: str) -> str:
-        """The next UTF-8 text; before it stands its length, a number of type ``length``."""
+        """The next UTF-8 text, after its length, a number of type ``length``."""
         try:
             return self.bytes(self.take(length)).decode()
         except UnicodeDecodeError:
