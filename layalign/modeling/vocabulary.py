@@ -24,7 +24,8 @@ def resize(model: LayAlignForCausalLM, size: int | None, multiple: int | None, m
     _require_resizable(llm)
     wanted = before.num_embeddings if size is None else whole_number("new_num_tokens", size, 1, MAX_SIZE)
     if multiple is not None:
-        wanted = -(-wanted // whole_number("pad_to_multiple_of", multiple, 1, MAX_SIZE)) * multiple
+        multiple = whole_number("pad_to_multiple_of", multiple, 1, MAX_SIZE)
+        wanted = -(-wanted // multiple) * multiple
     for name in ("llm_bos_token_id", "source_token_id"):
         token = getattr(model.config, name)
         if token is not None and token >= wanted:
