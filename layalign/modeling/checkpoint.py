@@ -215,11 +215,11 @@ def _check_writable(model: Any, parts: Sequence[str]) -> None:
 
 def _names_to_write(model: Any, parts: Iterable[str]) -> dict[str, str]:
     """Name in the model -> name in the checkpoint, of all weights that are written."""
-    found = {name: name for name in trained_names(model) | {f"llm.{name}" for name in adapter_names(model.llm)}}
+    written = {name: name for name in trained_names(model) | {f"llm.{name}" for name in adapter_names(model.llm)}}
     for part in parts:
         for name, (first, *_), _ in fingerprint.frozen_tensors(getattr(model, part), every=True):
-            found[f"{part}.{name}"] = f"{part}.{first}"
-    return found
+            written[f"{part}.{name}"] = f"{part}.{first}"
+    return written
 
 
 def prepare(model: Any) -> None:

@@ -230,6 +230,9 @@ def encode(
 
     Returns:
         E hidden states (B, S, D_e) and the last hidden state (B, S, D_e).
+
+    Raises:
+        ArgumentError: the encoder has no such layer, or returns no hidden states.
     """
     extra = {"use_cache": False} if "use_cache" in inspect.signature(encoder.forward).parameters else {}
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains(encoder)):

@@ -420,8 +420,8 @@ class KeyValueProjector:
         assert isinstance(weight, Tensor)
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (fc2.weight, fc2.bias)):
             weight, bias = _Fold.apply(fc2.weight, fc2.bias, folded, maps)
-        states = ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl)
-        return heads(states, size).unbind(0)
+        both = ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl)
+        return heads(both, size).unbind(0)
 
     def _against_reading(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module]

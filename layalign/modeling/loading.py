@@ -274,9 +274,9 @@ def _require_sound(where: str, tensor: Tensor) -> None:
 def _check_part(part: str, wanted: Any, found: Any, place: str) -> None:
     """A frozen part must have the sizes that the trained weights were made for."""
     for what, size in (("hidden size", hidden_size), ("number of layers", number_of_layers)):
-        one, two = (size(config.get_text_config() if part == "llm" else config) for config in (wanted, found))
-        if one != two:
-            raise CheckpointError(f"{place}: {CONFIG}: {part}_config: {what} {one}, but the {part} has {two}")
+        sizes = [size(config.get_text_config() if part == "llm" else config) for config in (wanted, found)]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(f"{place}: {CONFIG}: {part}_config: {what} {sizes[0]}, but the {part} has {sizes[1]}")
 
 
 def _check_content(
