@@ -53,7 +53,7 @@ class SourceKeyValues:
         )
 
     def for_gradients(self) -> SourceKeyValues:
-        """The same values. Tensors made in inference mode are copied, because autograd cannot save them."""
+        """The same keys and values. Those made in inference mode are copied, because autograd cannot save them."""
         tensors = *self.keys, *self.values, self.mask
         if not any(tensor is not None and tensor.is_inference() for tensor in tensors):
             return self

@@ -23,8 +23,8 @@ from layalign.utils.versions import CACHE_NAMES
 
 CONFIG_FILE = "config.json"
 
-# Fields of a causal LM's configuration that programs read (DeepSpeed's "auto" entries, servers, evaluators). They are
-# answered with the LLM's.
+# Fields of a causal LM's configuration that programs read (DeepSpeed's "auto" entries, servers, evaluators). Their
+# values are the LLM's.
 _OF_LLM = (
     "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "sliding_window", "layer_types", "rope_parameters", "use_cache",

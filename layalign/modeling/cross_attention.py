@@ -109,7 +109,7 @@ class OnePass:
 def one_pass(
     source: SourceKeyValues, gated: Sequence[GatedCrossAttention], seen: set[int] | None = None
 ) -> Iterator[OnePass]:
-    """Within the block runs one pass of the LLM, whose layers get the yielded object; arguments as there."""
+    """For a block that runs one pass of the LLM: yields the object that its layers get. Arguments as there."""
     one = OnePass(source, gated, seen)
     one.prepare()
     try:

@@ -107,7 +107,7 @@ def gguf_path(name: str, **hub: Any) -> Path:
 
 
 def _loaded(part: str, auto: Any, name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Load a model, of which all used weights must come from its files.
+    """Load a model. Every weight of the part that is used must come from its files.
 
     transformers logs a page about missing and unexpected weights. Here a weight that is missing in the used part is an
     error, because a frozen part with random weights is useless. Other modules (a head, a pooler, the decoder of an

@@ -11,8 +11,8 @@ def named_layers(name: str | None, count: int) -> list[int]:
     """Indices into the encoder's hidden states.
 
     Args:
-        name: None: all but the last, as published; a third is a third of these. "all": the last too. "last": the last
-            alone.
+        name: None: all but the last, as published. "first-third", "middle-third", "last-third": a third of these.
+            "all": the last too. "last": the last alone.
         count: number of hidden states, the embedding output included.
 
     Raises:

@@ -34,8 +34,8 @@ def run_llm(
         inputs: the LLM's keyword arguments.
         labels: (B, T) int64, -100 where nothing is predicted, or None.
         keep: transformers' ``logits_to_keep``. None: ``skip`` decides.
-        skip: with labels, whether logits are computed only where a label is, and not returned. None: in training mode,
-            where gradients are recorded, and with ``fused_loss="always"``.
+        skip: with labels, whether logits are computed only where a label is, and not returned. None: yes in training
+            mode, where gradients are recorded, and with ``fused_loss="always"``.
         divisor: of the summed loss; None for the number of labels.
     """
     shape, device = inputs["inputs_embeds"].shape[:2], inputs["inputs_embeds"].device

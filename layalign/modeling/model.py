@@ -459,15 +459,14 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             encoder_input_ids, encoder_attention_mask: (B, S) int64. Needed once per sequence; afterwards
                 ``past_key_values`` carries the source.
             labels: (B, T) int64, -100 where nothing is predicted.
-            past_key_values, cache: a transformers cache, under either name: transformers 5.24 has changed it to the
-                second.
+            past_key_values, cache: a transformers cache, under either name (``cache`` since transformers 5.24).
             inputs_embeds, source_states: (B, T, D_l) and the source, if they are computed already (by ``generate``).
             logits_to_keep: as in transformers; 0 keeps all.
             num_items_in_batch: divisor of the loss instead of the number of labels (gradient accumulation).
             skip_logits: with ``labels`` and without ``logits_to_keep``, whether logits are computed only where a label
-                is, and are not returned. None: in training mode, wherever gradients are recorded, and with
-                ``fused_loss="always"``. In eval mode without gradients all logits are returned, as ``compute_metrics``
-                of transformers' Trainer needs them.
+                is, and are not returned. None: yes in training mode, wherever gradients are recorded, and with
+                ``fused_loss="always"``; otherwise all logits are returned, as ``compute_metrics`` of transformers'
+                Trainer needs them.
             **kwargs: passed to the LLM.
 
         Returns:
