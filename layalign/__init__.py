@@ -1,6 +1,6 @@
 """LayAlign: a frozen multilingual encoder and a frozen LLM, joined by an adapter and a layer-wise aligner.
 
-Importing this package needs plain torch; transformers is loaded with the first name that wants it.
+Importing this package is cheap: torch and transformers are loaded by the first name that needs them.
 """
 
 from __future__ import annotations

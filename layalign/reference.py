@@ -3,9 +3,9 @@
 This file is the oracle of the tests and the baseline of the benchmarks. It favours reading over speed and imports
 nothing else of the library. Source: Ruan et al., "LayAlign", Findings of NAACL 2025.
 
-Shapes: B batch, S source tokens, T language-model tokens, E encoder layers, L language layers (2L slots: a key slot and
-a value slot each), D_e and D_l the hidden sizes of encoder and language model, H query heads, G key/value heads,
-d the head size.
+Shapes: B batch, S source tokens, T language-model tokens, E encoder layers, L language layers (2L mixes: one for the
+keys and one for the values of each layer), D_e and D_l the hidden sizes of encoder and language model, H query heads,
+G key/value heads, d the head size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def layer_mix(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None = No
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y[j] = x[j] @ weight.T + bias, with one weight for all slots or one per slot.
+    """y[j] = x[j] @ weight.T + bias, with one weight for all mixes or one per mix.
 
     Args:
         x: (2L, B, S, D_e).
@@ -104,8 +104,10 @@ def token_logits(
     norm2: tuple[Tensor, Tensor],
     out: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """For each token a transformer layer (residual, then norm) over the sequence [cls, hidden[0] + layer_embedding[0],
-    ...]: a linear map of what it gives at cls. The maps and norms are pairs of weight and bias.
+    """Logits over the encoder's layers for each token.
+
+    A transformer layer (residual, then norm) reads the sequence [cls, hidden[0] + layer_embedding[0], ...] of a token.
+    A linear map of its output at cls gives the logits. The maps and norms are pairs of weight and bias.
 
     Source: Puranegedara et al. (2025), "Transformer Softmax".
 
@@ -122,8 +124,8 @@ def token_logits(
         (B, S, E).
     """
     size = (len(cls),)
-    states = torch.stack(list(hidden), dim=2) + layer_embedding
-    sequence = torch.cat([cls.expand(*states.shape[:2], 1, -1), states], dim=2)
+    layers = torch.stack(list(hidden), dim=2) + layer_embedding
+    sequence = torch.cat([cls.expand(*layers.shape[:2], 1, -1), layers], dim=2)
     attention = (torch.einsum("bsnd,d->bsn", sequence, query) * len(cls) ** -0.5).softmax(dim=-1)
     attended = torch.einsum("bsn,bsnd->bsd", attention, sequence)
     x = functional.layer_norm(cls + functional.linear(attended, *attend), size, *norm1)
@@ -143,7 +145,7 @@ def gated_cross_attention(
 ) -> Tensor:
     """base + gate * softmax(query @ key.T * scale + mask) @ value.
 
-    Each key/value head serves H / G neighbouring query heads. A row whose source is all masked contributes zero.
+    Each key/value head serves H / G neighbouring query heads. A row whose source is fully masked contributes zero.
 
     Args:
         query: (B, H, T, d), as self-attention uses it (after RoPE and any q-norm).
@@ -159,21 +161,21 @@ def gated_cross_attention(
     batch, heads, length, size = query.shape
     groups = key.shape[1]
     scale = size**-0.5 if scale is None else scale
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32  # softmax in fp32, whatever comes in
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32  # softmax in fp32 at least
 
     q = query.reshape(batch, groups, heads // groups, length, size)
     scores = torch.einsum("bgrtd,bgsd->bgrts", q, key.to(query.dtype)).to(accumulate) * scale
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, None, :], -torch.inf)
-        # A fully masked row would be 0/0; any finite score will do, its probabilities are zeroed below.
+        # A fully masked row would be 0/0. Any finite score will do: its probabilities are zeroed below.
         empty = ~key_mask.any(dim=-1)[:, None, None, None, None]
         scores = scores.masked_fill(empty, 0.0)
     probabilities = scores.softmax(dim=-1)
     if key_mask is not None:
         probabilities = probabilities.masked_fill(empty, 0.0)
-        # 0 * NaN is NaN: what lies in the padding must not matter.
+        # 0 * NaN is NaN: values in the padding must not matter.
         value = value.masked_fill(~key_mask[:, None, :, None], 0.0)
     attended = torch.einsum("bgrts,bgsd->btgrd", probabilities.to(query.dtype), value.to(query.dtype))
-    # A gate of any shape is one number; a base of a wider type does not widen the result.
+    # The gate is one number, whatever its shape. A wider base does not widen the result.
     out = gate.to(query.dtype).reshape(()) * attended.reshape(batch, length, heads, size)
     return out if base is None else (base + out).to(query.dtype)

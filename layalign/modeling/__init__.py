@@ -1,1 +1,1 @@
-"""The whole model: frozen encoder and LLM, adapter, aligner, gates; configuration, inputs, source, checkpoints."""
+"""The model around a frozen encoder and a frozen LLM: configuration, inputs, source, generation, checkpoints."""

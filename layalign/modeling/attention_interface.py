@@ -1,9 +1,9 @@
 """The gated term inside any Hugging Face decoder, through transformers' attention interface.
 
 For every base attention function ("sdpa", "eager", ...) a variant "layalign_<base>" is registered. It runs the base
-function and adds the gated cross-attention of the layer before the one output projection. The query it gets is the one
-self-attention uses, so no code here knows an architecture. The source states arrive as the keyword ``layalign_source``
-of the LLM's ``forward``; nothing is stored on the LLM but the name of its attention function.
+function and adds the layer's gated cross-attention before the output projection. The query it gets is the one that
+self-attention uses, so no code here knows an architecture. The source arrives as the keyword ``layalign_source`` of the
+LLM's ``forward``; it is not stored on the LLM.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _View:
 
 
 def _as_seen_by(base_name: str, module: nn.Module) -> Any:
-    """The module for a base function: the flash ones look up their kernel by the config's attention name."""
+    """The module as a base function expects it: the flash ones look up their kernel by the config's attention name."""
     if "flash" not in base_name:
         return module
     return _View(module, "config", _View(module.config, "_attn_implementation", base_name))
@@ -93,7 +93,7 @@ def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             base = _in_float32
         out, weights = base(_as_seen_by(base_name, module), query, key, value, attention_mask, **kwargs)
         if layalign_source is not None:
-            new = base in (sdpa_attention_forward, _in_float32)  # its result is nobody else's
+            new = base in (sdpa_attention_forward, _in_float32)  # its result has no other holder
             out = layalign_source.attend(_layer_index(module), query, out, kwargs.get("scaling"), overwrite=new)
         return out, weights
 
@@ -101,7 +101,7 @@ def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 def _slow_in_bf16(query: Tensor) -> bool:
-    """Training on a CPU: torch's attention with its backward takes 2 to 4 times as long in bf16 as in float32."""
+    """Whether attention trains in bf16 on a CPU: torch's takes 2 to 4 times as long there as in float32."""
     return query.dtype is torch.bfloat16 and query.device.type == "cpu" and query.requires_grad
 
 
@@ -121,13 +121,13 @@ def register(base_name: str) -> str:
     name = PREFIX + base_name
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, _variant(base_name))
-        if base_name in ALL_MASK_ATTENTION_FUNCTIONS:  # else transformers would hand over no mask at all
+        if base_name in ALL_MASK_ATTENTION_FUNCTIONS:  # else transformers would pass no mask
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base_name])
     return name
 
 
 class _Registration:
-    """In an attached LLM: its pickles register the attention function where they are read, in whatever process."""
+    """Part of an attached LLM: a process that unpickles the LLM registers the attention function too."""
 
     def __init__(self, base_name: str) -> None:
         self.base_name, self.name = base_name, register(base_name)
@@ -141,7 +141,7 @@ def _layer_index(module: nn.Module) -> int:
 
 
 def submodule(llm: nn.Module, name: str) -> Any:
-    """The module ``name``, quicker than ``get_submodule``; None where a wrapper lies between."""
+    """The module ``name``, faster than ``get_submodule``; None if a wrapper is in between."""
     found: Any = llm
     for part in name.split("."):
         found = None if found is None else found._modules.get(part)
@@ -169,12 +169,12 @@ def own_configs(llm: nn.Module) -> list[Any]:
 
 
 def carries_source(attention: Any) -> bool:
-    """Whether an attached LLM's attention module still has the function that takes the source."""
+    """Whether an attached LLM's attention module still uses the function that takes the source."""
     return str(attention.config._attn_implementation_internal).startswith(PREFIX)
 
 
 def follow(llm: nn.Module) -> None:
-    """Attach again by the attention function that an attached LLM has been given since: its setter knows no source."""
+    """Attach again after an attached LLM has been given another attention function: its setter ignores the source."""
     for module in llm.modules():
         if "_layalign_config" in module.__dict__ and not carries_source(module):
             config: Any = module.config
@@ -190,7 +190,7 @@ def _set_attn_implementation(llm: Any, *args: Any, **kwargs: Any) -> None:
 
 def _base(implementation: str | None, config: Any) -> str:
     """The attention function that the gated term is added to."""
-    # torch's leaves out the softcapping of Gemma 2, and earlier versions of transformers take it by default.
+    # sdpa has no softcapping, which Gemma 2 needs; earlier versions of transformers use sdpa by default.
     capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
     return "eager" if capped and implementation in (None, "sdpa") else implementation or "sdpa"
 
@@ -201,11 +201,14 @@ def is_attached(llm: nn.Module) -> bool:
 
 
 def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = None) -> AttachReport:
-    """Let ``llm`` take the gated term: this instance only, no parameter added, state-dict keys unchanged.
+    """Let ``llm`` add the gated term. Only this instance changes; its parameters and state-dict keys do not.
 
     Args:
         llm: any decoder that goes through transformers' attention interface.
         layers: the LLM layers that will attend; None for all.
+
+    Returns:
+        Which attention modules take part, and why the others do not.
 
     Raises:
         ArgumentError: the architecture does not go through the interface, or a layer has no attention to attach to.
@@ -219,19 +222,19 @@ def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = No
         raise ArgumentError(
             f"llm: {type(llm).__name__} does not go through transformers' attention interface, so no layer can attend"
         )
-    found = attention_modules(llm)
-    if not found and layers:  # without layers the adapter can do without
+    attentions = attention_modules(llm)
+    if not attentions and layers:  # an adapter alone needs no attention modules
         raise ArgumentError(f"llm: no attention of {type(llm).__name__} has {known_maps()}; see register_decoder")
     if not isinstance(layers, list | tuple | range | None):
         refuse("layers", "a list of indices, or None", layers)
-    wanted = sorted(found) if layers is None else [whole_number("layers", layer) for layer in layers]
-    missing = [layer for layer in wanted if layer not in found]
+    wanted = sorted(attentions) if layers is None else [whole_number("layers", layer) for layer in layers]
+    missing = [layer for layer in wanted if layer not in attentions]
     if missing:
-        raise ArgumentError(f"language_layers: expected layers among {sorted(found)}, got {missing}")
+        raise ArgumentError(f"language_layers: expected layers among {sorted(attentions)}, got {missing}")
     base = _base(llm.config._attn_implementation, llm.config)
     registration = _Registration(base)
     report = AttachReport(implementation=registration.name)
-    for layer, (name, _) in sorted(found.items()):
+    for layer, (name, _) in sorted(attentions.items()):
         if layer in wanted:
             report.attached.append((layer, name))
         else:
@@ -244,6 +247,9 @@ def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = No
 
 def detach(llm: PreTrainedModel) -> AttachReport:
     """Undo :func:`attach`: every module gets its own config object back.
+
+    Returns:
+        The attention function that the LLM uses again.
 
     Raises:
         ArgumentError: the LLM is not attached.
@@ -275,7 +281,7 @@ def is_reentrant(llm: nn.Module) -> bool:
 
 
 def require_attended(llm: nn.Module, one: OnePass) -> None:
-    """Fail when an LLM silently dropped the source: its layers do not pass keywords on to the attention function."""
+    """Raise if an LLM silently dropped the source: its layers do not pass keywords on to the attention function."""
     missing = [layer for layer in one.source.layers if layer not in (one.seen or ())]
     if missing:
         raise ArgumentError(

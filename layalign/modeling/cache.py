@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class SourceKeyValues:
-    """Per language layer the source's keys and values, ready for gated cross-attention.
+    """The source's keys and values for each language layer, ready for gated cross-attention.
 
     Attributes:
         layers: indices of the LLM layers that attend, ascending or not; the other tuples follow this order.
         keys, values: L tensors (B, G, S, d) each; heads and head size may differ between layers.
         mask: (B, S) bool, true where a source token is real; None when padding is attended to, as published.
-        real: (B, S), 1 where a source token is real, when ``mask`` is None; None when nobody knows.
-        launches: by LLM layer, what its last call left for the next: :mod:`layalign.modeling.cross_attention`'s.
+        real: (B, S), 1 where a source token is real, if ``mask`` is None; None if it is unknown.
+        launches: by LLM layer, what its last call left for the next one (:mod:`layalign.modeling.cross_attention`).
     """
 
     layers: tuple[int, ...]
@@ -34,7 +34,7 @@ class SourceKeyValues:
     real: Tensor | None = None
     launches: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __getstate__(self) -> dict[str, Any]:  # launches kept for the next call hold addresses of this one's tensors
+    def __getstate__(self) -> dict[str, Any]:  # launches hold addresses of this object's tensors
         return {**self.__dict__, "launches": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SourceKeyValues:
@@ -43,7 +43,7 @@ class SourceKeyValues:
         return copied
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SourceKeyValues:
-        """The same states with ``function`` applied to every tensor (all have the batch first)."""
+        """A copy with ``function`` applied to every tensor; the batch is the first dimension of all of them."""
         return replace(
             self,
             keys=tuple(function(key) for key in self.keys),
@@ -53,7 +53,7 @@ class SourceKeyValues:
         )
 
     def for_gradients(self) -> SourceKeyValues:
-        """The same states, copied where they were made in inference mode: a backward could not save them."""
+        """The same keys and values. Those made in inference mode are copied, because autograd cannot save them."""
         tensors = *self.keys, *self.values, self.mask
         if not any(tensor is not None and tensor.is_inference() for tensor in tensors):
             return self
@@ -61,7 +61,7 @@ class SourceKeyValues:
 
     @property
     def lengths(self) -> Tensor | None:
-        """(B, 1), the numbers of real source tokens; None when nobody knows."""
+        """(B, 1), the numbers of real source tokens; None if they are unknown."""
         real = self.real if self.mask is None else self.mask
         return None if real is None else real.sum(dim=1, keepdim=True)
 
@@ -71,7 +71,7 @@ class SourceKeyValues:
         return next((len(t) for t in (*self.keys[:1], self.mask, self.real) if t is not None), None)
 
     def select(self, rows: Tensor) -> SourceKeyValues:
-        """The states of the batch rows ``rows`` (int64 indices), in that order."""
+        """The batch rows ``rows`` (int64 indices), in that order."""
         return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     def repeat(self, times: int) -> SourceKeyValues:
@@ -79,17 +79,17 @@ class SourceKeyValues:
         return self if times == 1 else self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     def to(self, device: torch.device | str) -> SourceKeyValues:
-        """The states on another device."""
+        """A copy on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
 
 class _SourceCacheMixin:
-    """A key/value cache that also holds the source states and treats their batch dimension like its own."""
+    """A key/value cache that also holds a source and treats the source's batch dimension like its own."""
 
     source: SourceKeyValues
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(max(protocol, 2))  # one form of it: the same for all protocols
+        reduced = super().__reduce_ex__(max(protocol, 2))  # one form for all protocols
         return (_empty_cache, type(self).__bases__[1:], *reduced[2:])  # type: ignore[index]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -106,7 +106,7 @@ class _SourceCacheMixin:
 
 
 class SourceDynamicCache(_SourceCacheMixin, DynamicCache):
-    """transformers' default cache with a source. A class of its own: compiled code cannot change an object's class."""
+    """transformers' default cache with a source. It is a named class: compiled code cannot change an object's class."""
 
 
 _CACHE_CLASSES: dict[type, type] = {DynamicCache: SourceDynamicCache}
@@ -120,25 +120,25 @@ def _source_cache_class(cache_class: type) -> type:
 
 
 def _empty_cache(cache_class: type) -> Any:
-    cls: Any = _source_cache_class(cache_class)  # which cannot be found by name
+    cls: Any = _source_cache_class(cache_class)  # pickle cannot find it by name
     return cls.__new__(cls)
 
 
 def source_cache(cache: Cache) -> Cache:
-    """Make ``cache`` one that can carry a source: the object stays the same, and an instance of its old class.
+    """Let ``cache`` carry a source. It stays the same object and an instance of its old class.
 
     The model does this by itself, except in a compiled call: do it before you compile a first pass over a cache.
     """
     if not isinstance(cache, _SourceCacheMixin):
-        cache.__class__ = _source_cache_class(type(cache))  # any cache will do, static and quantised ones too
+        cache.__class__ = _source_cache_class(type(cache))  # works for any cache, static and quantised ones too
     return cache
 
 
 def set_source(cache: Cache, source: SourceKeyValues) -> Cache:
-    """Let ``cache`` carry ``source``."""
+    """Put ``source`` into ``cache``."""
     if torch.compiler.is_compiling() and not isinstance(cache, _SourceCacheMixin):
         torch._dynamo.graph_break(
-            msg="past_key_values: expected a cache from layalign.modeling.source.source_cache(cache) or one that "
+            msg="past_key_values: expected a cache from layalign.modeling.cache.source_cache(cache) or one that "
             "carries a source already; compiled code cannot change the class of another"
         )
     source_cache(cache).source = source  # type: ignore[attr-defined]
@@ -146,5 +146,5 @@ def set_source(cache: Cache, source: SourceKeyValues) -> Cache:
 
 
 def get_source(cache: Any) -> SourceKeyValues | None:
-    """The source states that ``cache`` carries, or None."""
+    """The source that ``cache`` carries, or None."""
     return getattr(cache, "source", None)

@@ -1,4 +1,4 @@
-"""Saving: the trained weights, names and fingerprints of the frozen parts, and the parts that no name gives back."""
+"""Saving: the trained weights, names and fingerprints of the frozen parts, and parts that no name can load again."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ logger = logging.getLogger("layalign")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIGEST = "sha256"  # in the metadata of the weights
 OWN_PARTS = ("mapping.", "encoder_aligner.", "cross_attention.")
-# transformers' arguments that ask for nothing when they have this value; any other value is refused.
+# transformers' arguments that have no effect with this value; any other value is refused.
 _NEUTRAL = {
     "safe_serialization": True, "save_peft_format": True, "save_original_format": True, "distributed_checkpoint": False,
     "save_function": torch.save,
 }  # fmt: skip
 _OF_PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision")
-_verdicts: dict[Any, tuple[str | None, str | None]] = {}  # of comparisons with files, as long as neither changes
+_verdicts: dict[Any, tuple[str | None, str | None]] = {}  # results of comparing parts with files
 _said: set[str] = set()
 
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of adapter, aligner and gates. Asking a whole model would make bitsandbytes repack its 4-bit LLM."""
-    found: dict[str, Tensor] = {}
+    """The state of adapter, aligner and gates. The state of all parts would make bitsandbytes repack a 4-bit LLM."""
+    state: dict[str, Tensor] = {}
     for name, part in model.named_children():
         if f"{name}." in OWN_PARTS:
-            found.update(part.state_dict(prefix=f"{name}."))
-    return found
+            state.update(part.state_dict(prefix=f"{name}."))
+    return state
 
 
 def trained_names(model: nn.Module) -> set[str]:
@@ -64,7 +64,7 @@ def trained_names(model: nn.Module) -> set[str]:
 
 
 def weights_name(variant: str | None) -> str:
-    """The file of the weights; transformers' name for a variant of them."""
+    """The name of the weights' file, also of a variant, as in transformers."""
     if variant is None:
         return WEIGHTS
     if not isinstance(variant, str) or not re.fullmatch(r"\w[\w-]*", variant):
@@ -76,10 +76,11 @@ def weights_name(variant: str | None) -> str:
 
 
 def look(model: Any) -> dict[str, Found]:
-    """Both frozen parts as they stand in memory, compared with what their names give where that is on this machine.
+    """Both frozen parts as they are in memory, compared with what their names give, if that is on this machine.
 
-    Nothing is kept of what is in memory: weights may change without a trace (``.data``). A comparison with files is
-    kept as long as the files and the fingerprints are the same. A sharded part gives what was found before it was.
+    Fingerprints are computed in every call: weights may change without a trace (``.data``). A comparison with files is
+    reused while the files and the fingerprints are the same. For a sharded part, the result is that from before
+    sharding.
     """
     found = {}
     for part in PARTS:
@@ -94,7 +95,7 @@ def look(model: Any) -> dict[str, Found]:
 
 
 def _compared(name: str | None, part: str, module: Any, found: Found) -> Found:
-    """``found`` with how it differs from what the part's name gives; the hub is not asked."""
+    """``found``, and how the part differs from what its name gives; the hub is not asked."""
     if not name:
         return found
     files = fingerprint.weight_files(name)
@@ -120,25 +121,25 @@ def _compared(name: str | None, part: str, module: Any, found: Found) -> Found:
 
 
 def _against_files(part: str, module: Any, folder: Path, files: list[Path]) -> tuple[str | None, str | None]:
-    """(how a part differs from what a folder gives, why nobody can tell)."""
+    """(how a part differs from what a folder gives, why this is unknown)."""
     try:
         problems, unfound = fingerprint.differences_from_files(module, files)
         wanted = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if wanted.model_type == module.config.model_type:
             problems = fingerprint.settings_that_differ(wanted, module.config) + problems
-        if unfound and not problems:  # what loading changes more than names of, transformers' own loading shows
+        if unfound and not problems:  # loading may convert weights, not only rename them: load again and compare
             load = encoders.load_encoder if part == "encoder" else encoders.load_llm
             again = load(str(folder), dtype=module.dtype, local_files_only=True)
             here = fingerprint.examine(module).entries
             entries = {name: here[name] for name in unfound}
             problems = fingerprint.differences(entries, encoders.encoder_part(again), same_version=True)
-    except Exception as error:  # a damaged file, code that would have to run, a release that reads it no more
+    except Exception as error:  # a damaged file, a model that needs its own code, a release that cannot read it
         return None, f"its files cannot be read: {first_line(error)}"
     return (fingerprint.summary(problems), None) if problems else (None, None)
 
 
 def _against_gguf(llm: Any, file: Path) -> tuple[str | None, str | None]:
-    """As :func:`_against_files`, with what a GGUF file gives when it is loaded."""
+    """As :func:`_against_files`, for a GGUF file, which is loaded again."""
     try:
         again = encoders.load_llm(str(file), dtype=llm.dtype)
         problems = fingerprint.settings_that_differ(again.config, llm.config)
@@ -149,11 +150,15 @@ def _against_gguf(llm: Any, file: Path) -> tuple[str | None, str | None]:
 
 
 def _parts_to_write(model: Any, found: Mapping[str, Found], save_frozen: bool, changed_frozen: str) -> list[str]:
-    """The frozen parts that go into the checkpoint, each with a line that says why; or an error for a changed one."""
+    """The frozen parts that are written into the checkpoint; logs why.
+
+    Raises:
+        CheckpointError: ``changed_frozen`` is "refuse", and a part is not what its name gives.
+    """
     config: LayAlignConfig = model.config
     unnamed = [part for part in PARTS if not getattr(config, f"{part}_name_or_path")]
     if unnamed and not save_frozen:
-        logger.warning("saving the frozen parts too: the %s has no name to load it from again", " and ".join(unnamed))
+        logger.warning("saving the %s too: there is no name to load from again", " and ".join(unnamed))
     parts = []
     for part in PARTS:
         name, differs = getattr(config, f"{part}_name_or_path"), found[part].differs
@@ -171,14 +176,18 @@ def _parts_to_write(model: Any, found: Mapping[str, Found], save_frozen: bool, c
         elif unknown is not None and (said := f"{part} {name} {unknown}") not in _said:
             _said.add(said)
             logger.warning(
-                "the %s is saved by its name, %s, and nobody can tell whether all of it is what that gives: %s; "
+                "the %s is saved by its name, %s, and it cannot be checked that all of it is what that name gives: %s; "
                 "loading compares what could be read", part, name, unknown,
             )  # fmt: skip
     return parts
 
 
 def _check_writable(model: Any, parts: Sequence[str]) -> None:
-    """What is written of a part must be what its class and configuration can hold: else it would not load."""
+    """Check that what is written of a part fits its class and configuration: otherwise it would not load.
+
+    Raises:
+        CheckpointError: it does not, or the part is quantised.
+    """
     quantised = [part for part in parts if is_quantised(getattr(model, part))]
     if quantised:
         raise CheckpointError(
@@ -206,15 +215,15 @@ def _check_writable(model: Any, parts: Sequence[str]) -> None:
 
 def _names_to_write(model: Any, parts: Iterable[str]) -> dict[str, str]:
     """Name in the model -> name in the checkpoint, of all weights that are written."""
-    found = {name: name for name in trained_names(model) | {f"llm.{name}" for name in adapter_names(model.llm)}}
+    written = {name: name for name in trained_names(model) | {f"llm.{name}" for name in adapter_names(model.llm)}}
     for part in parts:
         for name, (first, *_), _ in fingerprint.frozen_tensors(getattr(model, part), every=True):
-            found[f"{part}.{name}"] = f"{part}.{first}"
-    return found
+            written[f"{part}.{name}"] = f"{part}.{first}"
+    return written
 
 
 def prepare(model: Any) -> None:
-    """Look at the frozen parts while they are whole, for a model that is going to be sharded."""
+    """Examine the frozen parts of a model that is about to be sharded, while their weights can be read."""
     parts = _parts_to_write(model, look(model), False, "write")
     _check_writable(model, parts)
     model.config.lora = recorded_lora(model.encoder, model.llm)
@@ -228,17 +237,17 @@ def saved_names(model: Any) -> set[str]:
 
 
 def _dtypes(model: nn.Module) -> dict[str, str]:
-    """The dtype of each part, and of every weight that has another than its part (T5 keeps some of its in fp32)."""
-    found: dict[str, str] = {}
+    """The dtype of each part, and of every weight whose dtype is not its part's (T5 keeps some weights in fp32)."""
+    dtypes: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         dtype = str(parameter.dtype).removeprefix("torch.")
-        if found.setdefault(part_of(name), dtype) != dtype:
-            found[base_name(name)] = dtype
-    return found
+        if dtypes.setdefault(part_of(name), dtype) != dtype:
+            dtypes[base_name(name)] = dtype
+    return dtypes
 
 
 def part_of(name: str) -> str:
-    """ "own", "encoder" or "llm"."""
+    """The part that a weight belongs to: "own", "encoder" or "llm"."""
     return "own" if name.startswith(OWN_PARTS) else name.split(".")[0]
 
 
@@ -258,7 +267,7 @@ def save(
     settings, pushing = _understood(arguments, directory)
     if not settings["is_main_process"]:
         return
-    if pushing:  # first, as transformers: what cannot be pushed is known before anything is written
+    if pushing:  # first, as in transformers: nothing is written if it cannot be pushed
         pushing["repo_id"] = _make_repository(pushing)
     folder, config = Path(names.absolute(str(directory))), model.config
     found = look(model)
@@ -281,7 +290,7 @@ def save(
 
 
 def _understood(arguments: dict[str, Any], directory: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what applies to the files, what applies to pushing them) of transformers' arguments; others are refused."""
+    """(settings of the files, settings of pushing them) from transformers' arguments; other arguments raise."""
     rest = dict(arguments)
     settings = {
         "is_main_process": bool(rest.pop("is_main_process", True)),
@@ -306,12 +315,12 @@ def _understood(arguments: dict[str, Any], directory: Any) -> tuple[dict[str, An
         if key not in _NEUTRAL:
             raise ArgumentError(f"{key}: save_pretrained has no such argument")
         if value is not None and value != _NEUTRAL[key]:
-            refuse(key, f"{_NEUTRAL[key]!r}, for weights are always written whole as safetensors", value)
+            refuse(key, f"{_NEUTRAL[key]!r}, as weights are always written in full and as safetensors", value)
     return settings, {"repo_id": Path(directory).name, **pushing} if push else {}
 
 
 def _make_repository(pushing: dict[str, Any]) -> str:
-    """The full name of the repository; it is made if it is not there."""
+    """The full name of the repository, which is created if needed."""
     from huggingface_hub import HfApi
 
     private = pushing.pop("private", None)
@@ -326,33 +335,33 @@ def _weights(model: Any, wanted: Mapping[str, str], state_dict: Mapping[str, Ten
     missing = sorted(set(wanted) - set(state))
     if missing:
         raise CheckpointError(f"state_dict: expected every weight that is written, {missing[0]} is missing")
-    found = {}
+    weights = {}
     for name, written in wanted.items():
         tensor = state[name]
         if tensor.device.type == "meta":
-            whole = fingerprint.readable(model, name, tensor)
-            if not isinstance(whole, Tensor):
-                raise CheckpointError(f"{name}: cannot be saved: {whole}")
-            tensor = whole
-        found[written] = tensor.detach().contiguous()
-    return found
+            offloaded = fingerprint.readable(model, name, tensor)
+            if not isinstance(offloaded, Tensor):
+                raise CheckpointError(f"{name}: cannot be saved: {offloaded}")
+            tensor = offloaded
+        weights[written] = tensor.detach().contiguous()
+    return weights
 
 
 def _write_config(model: Any, folder: Path, found: Mapping[str, Found]) -> None:
-    """The configuration as it is now, with what loading compares and where it looks."""
+    """Write the current configuration, with the fingerprints and folders that loading uses."""
     config = model.config
     written = copy.deepcopy(config)
     written.encoder_config, written.llm_config = copy.deepcopy(model.encoder.config), copy.deepcopy(model.llm.config)
     written.architectures = [type(model).__name__.removeprefix("FSDP")]
     written.frozen_fingerprints = {part: found[part].entries for part in PARTS}
-    ways = {part: names.beside(names.settle(model, part) or "", folder) for part in PARTS}
-    written.frozen_folders = {part: way for part, way in ways.items() if way is not None}
+    paths = {part: names.relative_path(names.settle(model, part) or "", folder) for part in PARTS}
+    written.frozen_folders = {part: path for part, path in paths.items() if path is not None}
     with written_aside(folder) as aside:
         written.save_pretrained(aside)
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor], variant: str | None, max_shard_size: int | str) -> None:
-    """One file, or several with an index; each has its name when it is whole, and the modes that any file gets."""
+    """Write one file, or several and an index. Each gets its name once it is complete, and the usual permissions."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     name = weights_name(variant)
@@ -382,18 +391,18 @@ def _write_weights(folder: Path, weights: dict[str, Tensor], variant: str | None
 
 def digest(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the tensors, in hexadecimal."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 # Reading files
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; those that `save` wrote are compared with their SHA-256.
+    """The tensors of a safetensors file. Those that `save` wrote are compared with their SHA-256.
 
     Raises:
         CheckpointError: the file cannot be read, or its content is not what was written.
@@ -415,7 +424,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
 
 @contextmanager
 def reading(name_or_path: str, what: str) -> Iterator[None]:
-    """What goes wrong with a checkpoint's files, whoever notices it and however, as an error that names them."""
+    """Within the block, any error about a checkpoint's files becomes a CheckpointError that names the checkpoint."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, BackendError):

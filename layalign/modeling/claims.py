@@ -1,4 +1,4 @@
-"""What a checkpoint's files claim, looked at before anything is built or read for it, and before any code is found."""
+"""Checks of what a checkpoint's files claim, before anything is built or read for it, and before code is fetched."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from layalign.utils.reading import require_regular
 
 logger = logging.getLogger("layalign")
 
-# How often configurations have something built. The first that fits counts.
+# Fields with the number of things to build, and its limit. The first pattern that matches counts.
 _COUNTS = (
     (re.compile(r"n_layers?|num_layers|(\w+_)?layers|num_(\w+_)?(layers|blocks|stages)"), MAX_LAYERS),
     (re.compile(r"(n|num)_(\w+_)?(experts|heads|groups|codebooks|buckets)|(\w+_)?num_buckets"), MAX_PARTS),
     (re.compile(r"num_labels"), MAX_LABELS),
     (re.compile(r"n_positions|n_ctx|(\w+_)?max_(\w+_)?positions?(_embeddings)?|(\w+_)?max_distance"), MAX_POSITIONS),
 )
-# What transformers computes attention with by itself; every other name may be fetched as code.
+# Attention functions of transformers itself. Any other name may be fetched as code.
 _ATTENTION = ("eager", "sdpa", "flex_attention")
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _TOKENIZER = re.compile(r"(tokenizer|vocab)\.json|merges\.txt|vocab\.txt|.*\.(model|spm|bpe)")
 
 
 def require_modest(name: str, values: Any) -> None:
-    """A configuration's numbers of things are such that they can be built.
+    """Check that a configuration's numbers of layers, heads and other things to build are not too large.
 
     Args:
-        name: where ``values`` stand in the configuration; empty for all of it.
+        name: where ``values`` are in the configuration; empty for all of it.
+        values: the configuration, or a part of it.
 
     Raises:
         ArgumentError: one is too large; the text begins with its place.
@@ -58,11 +59,11 @@ def require_modest(name: str, values: Any) -> None:
 
 
 def without_kernels(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration read from a checkpoint, without the ways to compute attention that are not transformers' own.
+    """A configuration from a checkpoint, without attention functions that are not transformers' own.
 
-    Where the package `kernels` is installed, transformers would fetch and run what such a name stands for.
+    If the package `kernels` is installed, transformers would fetch and run the code that such a name stands for.
     """
-    found: dict[str, Any] = {}
+    safe: dict[str, Any] = {}
     for key, value in values.items():
         if _is_kernel(key, value):
             logger.warning(
@@ -70,8 +71,8 @@ def without_kernels(name: str, values: dict[str, Any]) -> dict[str, Any]:
                 name, key, shown(value),
             )  # fmt: skip
             continue
-        found[key] = without_kernels(f"{name}{key}.", value) if isinstance(value, dict) else value
-    return found
+        safe[key] = without_kernels(f"{name}{key}.", value) if isinstance(value, dict) else value
+    return safe
 
 
 def names_kernels(values: Mapping[str, Any]) -> bool:
@@ -85,7 +86,7 @@ def _is_kernel(key: str, value: Any) -> bool:
 
 
 def _entries(name: str, values: Any) -> Iterator[tuple[str, str, Any]]:
-    """(where it stands, key, value) of all mappings in each other."""
+    """(path, key, value) of all entries of nested mappings."""
     rest = [(name, values)]
     while rest:
         where, mapping = rest.pop()
@@ -96,9 +97,9 @@ def _entries(name: str, values: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def require_files(folder: Path) -> None:
-    """The files of a folder that a model or tokenizer is loaded from are files, and their heads of a possible size.
+    """Check that the files from which a model or tokenizer is loaded are regular files of a possible size.
 
-    A folder that is not there, or cannot be looked into, is left to whoever loads from it.
+    A folder that does not exist or cannot be listed is not checked: loading from it raises the error.
 
     Raises:
         CheckpointError: one is a pipe or a device, or too large; the text names it.
@@ -127,7 +128,11 @@ def require_files(folder: Path) -> None:
 
 
 def require_header(path: Path | str) -> None:
-    """The names in front of a safetensors file are not of an impossible length; whether it is one shows later."""
+    """Check the length of a safetensors file's header. Whether the file is valid shows when it is loaded.
+
+    Raises:
+        CheckpointError: the header is too long.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(8)

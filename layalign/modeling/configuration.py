@@ -1,4 +1,4 @@
-"""Configuration of a LayAlign model: the names and sizes of the frozen parts, and which layers meet."""
+"""Configuration of a LayAlign model: the names and sizes of the frozen parts, and which layers are connected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from layalign.utils.versions import CACHE_NAMES
 
 CONFIG_FILE = "config.json"
 
-# What programs ask of a causal LM's configuration (DeepSpeed's "auto" entries, servers, evaluators): the LLM's answers.
+# Fields of a causal LM's configuration that programs read (DeepSpeed's "auto" entries, servers, evaluators). Their
+# values are the LLM's.
 _OF_LLM = (
     "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "sliding_window", "layer_types", "rope_parameters", "use_cache",
@@ -40,7 +41,7 @@ def _as_config(name: str, value: dict[str, Any] | PretrainedConfig | None) -> Pr
     try:
         return AutoConfig.for_model(**value)
     except Exception as error:  # what the configurations' own checks raise
-        raise ArgumentError(f"{name}: no configuration of a model: {first_line(error)}") from error
+        raise ArgumentError(f"{name}: expected a model's configuration: {first_line(error)}") from error
 
 
 class LayAlignConfig(PretrainedConfig):
@@ -52,49 +53,49 @@ class LayAlignConfig(PretrainedConfig):
         encoder_layers: E indices into the encoder's ``hidden_states`` (0 is the embedding output). None: all but the
             last, as published (0..23 of mT5-xl's 25). Or a name of :data:`layalign.modeling.layers.LAYER_NAMES`.
         language_layers: L indices of LLM layers that attend. None: all. []: neither aligner nor gates (adapter alone).
-        structure: "Linear" or "MLP", the projection behind the layer mix.
-        mix: "layer-wise", every LLM layer's keys and values mix the encoder's layers in their own way; or "shared", one
-            mix for the keys and one for the values of all LLM layers.
-        use_adapter: whether the encoder's last states stand before the text as soft tokens, followed by the boundary.
-        adapter_size: width between the adapter's two linear maps. None: twice the encoder's, as published. "match": as
-            many trained parameters as LayAlign has (:func:`layalign.modeling.parts.matching_adapter_size`); the
-            attribute is that number then.
-        adapter_fusion: which of the encoder's states the adapter reads. None: the last ones, as published. "softmax":
-            all but the embeddings, in a sum with one learned weight a layer; "token-softmax": with weights of its own
-            for each token (:mod:`layalign.nn.adapter`). What the aligner reads is not touched.
-        use_prompt: whether the LLM gets the task's prompt beside the encoder's tokens. False: these stand in its place.
-        fixed_gate: None, gates are learned and start at zero; a number fixes all of them there.
+        structure: "Linear" or "MLP", the projection after the layer mix.
+        mix: "layer-wise": the keys and the values of every LLM layer have their own mix of the encoder's layers.
+            "shared": one mix for the keys and one for the values of all LLM layers.
+        use_adapter: whether soft tokens made from the encoder's hidden states come before the text, followed by the
+            boundary token.
+        adapter_size: width between the adapter's two linear maps. None: 2 D_e, as published. "match": the width with
+            which an adapter alone has as many trained parameters as LayAlign
+            (:func:`layalign.modeling.parts.matching_adapter_size`); the attribute becomes that number.
+        adapter_fusion: which of the encoder's hidden states the adapter reads. None: the last ones, as published.
+            "softmax": those of all layers but the embeddings, summed with one learned weight per layer.
+            "token-softmax": the same with separate weights for each token (:mod:`layalign.nn.adapter`). The aligner
+            reads ``encoder_layers`` in any case.
+        use_prompt: whether the LLM gets the task's prompt in addition to the encoder's tokens. False: these replace it.
+        fixed_gate: None: gates are learned and start at zero. A number: all gates are fixed at it.
         mask_encoder_padding: hide encoder padding from the cross-attention and number LLM positions without padding, so
             that a sample does not depend on its batch neighbours. False reproduces the published numbers.
         llm_bos_token_id: first token of the LLM's input. "own": that of the LLM's configuration, if it has one.
-            None or False: none in any case, for LLMs whose tokenizers add none (Qwen); the attribute is None then.
+            None or False: no first token, for LLMs whose tokenizers add none (Qwen); the attribute becomes None.
         source_token_id: id that fills the slots of the soft tokens in ``input_ids``. None: the LLM's pad, else eos, id.
-        encoder_dropout: dropout of the frozen encoder in training mode. True, as published: as the encoder's own
-            configuration says. False: none, the encoder stays in eval mode. A number above 0 and below 1: that rate in
-            place of all of the encoder's own.
+        encoder_dropout: dropout of the frozen encoder in training mode. True: the rates of the encoder's own
+            configuration, as published. False: none, the encoder stays in eval mode. A number above 0 and below 1: this
+            rate in place of all of the encoder's own.
         lora: settings of a peft ``LoraConfig`` put on the LLM, or None.
         frozen_saved, part_dtypes: whether the checkpoint holds the frozen parts too (or which of them), and each part's
             dtype in it.
         frozen_fingerprints: by part and weight, what the frozen parts held when the checkpoint was saved
             (:mod:`layalign.modeling.fingerprint`). None: an old checkpoint.
-        frozen_folders: by part, the way from the checkpoint's folder to the part's folder. A part without one has a hub
-            name. None: an old checkpoint, or names as they were typed.
+        frozen_folders: by part, the relative path from the checkpoint's folder to the part's folder. A part without one
+            has a hub name. None: an old checkpoint, or names as they were typed.
         impl: backend of the operations, "auto" by default.
         fold_projections: whether the aligner's projection is folded into the LLM's key and value maps
             (:mod:`layalign.modeling.key_values`): "auto" where it takes less work, "always" where it can be done, or
             "never".
-        fused_loss: whether Liger's fused linear cross-entropy is the loss (:mod:`layalign.modeling.liger`): "auto"
-            in training on a CUDA GPU where it is installed and applies, "always" with an error where it cannot be, or
-            "never".
-        prune_last_layer: whether the LLM's last layer is computed only where its logits are wanted
-            (:mod:`layalign.modeling.last_layer`): "auto" where it can be, "always" with an error where it cannot be, or
-            "never".
-        scaled_soft_tokens: whether soft tokens are multiplied as a Gemma's text is
-            (:mod:`layalign.modeling.embedding_scale`). None: no; yes in a checkpoint without this field that was
-            written under transformers below 5.4.
+        fused_loss: whether Liger's fused linear cross-entropy is the loss (:mod:`layalign.modeling.liger`): "auto" in
+            training on a CUDA GPU if it is installed and applicable, "always" (an error if it is not), or "never".
+        prune_last_layer: whether the LLM's last layer is computed only where its logits are needed
+            (:mod:`layalign.modeling.last_layer`): "auto" if possible, "always" (an error if not possible), or "never".
+        scaled_soft_tokens: whether soft tokens are multiplied like a Gemma's text
+            (:mod:`layalign.modeling.embedding_scale`). None: no, except for a checkpoint that lacks this field and was
+            written with transformers before 5.4.
 
     Raises:
-        ArgumentError: a value is out of range; the message names it.
+        ArgumentError: a value is out of range; the text names it.
     """
 
     model_type = "layalign"
@@ -181,7 +182,11 @@ class LayAlignConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', for what a checkpoint says: it names no code, and no numbers that nobody can build."""
+        """As transformers', for the untrusted configuration of a checkpoint: attention functions to fetch are removed.
+
+        Raises:
+            ArgumentError: a number of layers, heads, ... is too large, or a value is out of range.
+        """
         if isinstance(config_dict, dict):
             require_modest("", config_dict)
             config_dict = with_new_names(without_kernels(f"{CONFIG_FILE}: ", config_dict))
@@ -195,7 +200,7 @@ class LayAlignConfig(PretrainedConfig):
     def __getattr__(self, name: str) -> Any:
         if name in RENAMED:
             return getattr(self, warn_of_setting(name))
-        # Not stored: what belongs to the LLM is written to config.json once, with the LLM's configuration.
+        # Not stored: the LLM's fields are written to config.json once, with the LLM's configuration.
         llm = self.__dict__.get("llm_config") if name in _OF_LLM else None
         if llm is None or not hasattr(text := llm.get_text_config(decoder=True), name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -232,7 +237,7 @@ class LayAlignConfig(PretrainedConfig):
 
     @property
     def saved_parts(self) -> tuple[str, ...]:
-        """The frozen parts that the checkpoint holds itself."""
+        """The frozen parts whose weights the checkpoint holds."""
         saved = self.frozen_saved
         return (PARTS if saved else ()) if isinstance(saved, bool) else tuple(saved)
 
@@ -263,7 +268,7 @@ class LayAlignConfig(PretrainedConfig):
         return list(range(1, number_of_layers(self.encoder_config) + 1))
 
     def aligner(self) -> SimpleNamespace:
-        """The published configuration of the aligner that follows from this one."""
+        """The aligner's configuration in its published form."""
         assert self.encoder_config is not None
         return SimpleNamespace(
             encoder_hidden_dim=hidden_size(self.encoder_config),
@@ -311,11 +316,11 @@ class LayAlignConfig(PretrainedConfig):
             raise ArgumentError(f"source_token_id: expected 0..{config.vocab_size - 1}, got {self.source_token_id}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers'; no first token is false, for earlier versions of this library read null as "own"."""
-        found = super().to_dict()
+        """As transformers'. No first token is written as false: earlier versions of this library read null as "own"."""
+        values = super().to_dict()
         if self.llm_bos_token_id is None and self.llm_config is not None:
-            found["llm_bos_token_id"] = False
-        return found
+            values["llm_bos_token_id"] = False
+        return values
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The LLM's text configuration: generation, caches and masks follow the LLM."""
@@ -343,7 +348,11 @@ def hidden_size(config: PretrainedConfig) -> int:
 
 
 def require_dropout(value: Any) -> None:
-    """Raises ArgumentError for what `encoder_dropout` cannot be."""
+    """Check a value of ``encoder_dropout``.
+
+    Raises:
+        ArgumentError: it is neither true nor false nor a rate.
+    """
     expected = "true, false or a rate above 0 and below 1"
     if not isinstance(value, bool):
         finite_number("encoder_dropout", value, expected)
@@ -363,12 +372,12 @@ def _check_texts(name: str, values: Any) -> None:
 
 def _layers(name: str, layers: Any) -> list[int]:
     try:
-        found = None if isinstance(layers, str | bytes | dict) else list(layers)
+        listed = None if isinstance(layers, str | bytes | dict) else list(layers)
     except TypeError:
-        found = None
-    if found is None:
+        listed = None
+    if listed is None:
         refuse(name, "a list of indices", layers)
-    return [whole_number(name, layer) for layer in found]
+    return [whole_number(name, layer) for layer in listed]
 
 
 def _check_layers(name: str, layers: list[int], count: int, allow_empty: bool) -> None:

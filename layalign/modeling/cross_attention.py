@@ -1,4 +1,4 @@
-"""One layer's attention to the source, in a pass of the LLM; and what its last call left to make the next one short."""
+"""One layer's attention to the source, in a pass of the LLM. What a call leaves makes the layer's next call cheaper."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
 
 class OnePass:
-    """A source in one pass of the LLM, with what belongs to this pass alone.
+    """One pass of the LLM: the source that its layers attend to, and state that belongs to this pass alone.
 
     Passes over one source may be nested, or run in several threads.
 
     Args:
         source: what the layers attend to.
         gated: L modules in the order of ``source.layers``, which hold the gates.
-        seen: collects the LLM layers that attended, so that a dropped source can be noticed; None where nobody asks.
+        seen: collects the LLM layers that attended, so that a dropped source is noticed. None: nothing is collected.
 
     Attributes:
-        ready: by LLM layer, what may answer its call.
+        ready: by LLM layer, the cached launch that may answer its call.
     """
 
     def __init__(
@@ -41,33 +41,38 @@ class OnePass:
         self._grad = torch.is_grad_enabled()
 
     def prepare(self) -> None:
-        """Ask what the calls of all layers have in common, once."""
+        """Find the cached launches of this pass. What all layers have in common is checked once, here."""
         source = self.source
         if not (self._grad or source.launches) or self.seen is not None or not dispatch.undisturbed():
             return
         if is_repatched(GatedCrossAttention) or not computes_the_reference():
             return
-        for slot, (layer, module) in enumerate(zip(source.layers, self.gated, strict=True)):
+        for index, (layer, module) in enumerate(zip(source.layers, self.gated, strict=True)):
             if type(module) is not GatedCrossAttention or has_hooks(module) or "forward" in module.__dict__:
                 continue
             gate = module.effective_gate()
             if self._grad and getattr(gate, "grad_fn", None) is not None:
-                continue  # its graph belongs into the layer's call, which a checkpoint makes twice
-            own = self._keys[slot], self._values[slot], gate, self._mask, module.impl
+                continue  # its graph belongs into the layer's call, which a checkpoint repeats
+            own = self._keys[index], self._values[index], gate, self._mask, module.impl
             if (ready := cached_launch.ready(source.launches.get(layer), *own)) is not None:
                 self.ready[layer] = ready
 
     def attend(
         self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
     ) -> Tensor:
-        """``base`` (B, T, H, d) plus the gated attention of LLM layer ``layer``; other layers return ``base``.
+        """``base`` plus the gated attention of an LLM layer to the source.
 
-        ``overwrite``: nobody else holds ``base``; the result may be written there.
+        Args:
+            layer: index of the LLM layer. For one that is not a language layer, ``base`` is returned.
+            query: (B, H, T, d), as self-attention uses it.
+            base: (B, T, H, d), the self-attention's output before its output projection.
+            scale: factor on the scores; None is 1 / sqrt(d).
+            overwrite: whether the result may be written into ``base``, because nobody else holds it.
         """
-        # First, and little of it: between the LLM's products all Python comes slowly. Graphs must not guard it.
+        # First, and short: Python is slow between the LLM's products. Compiled graphs must not guard on the launches.
         ready = None if torch.compiler.is_compiling() else self.ready.get(layer)
-        if ready is not None and self._holds() and (found := ready(query, base, scale, overwrite)) is not None:
-            return found
+        if ready is not None and self._holds() and (result := ready(query, base, scale, overwrite)) is not None:
+            return result
         if layer not in self.source.layers:
             return base
         if self.seen is not None:
@@ -75,51 +80,51 @@ class OnePass:
         return self._in_full(layer, query, base, scale, ready)
 
     def _holds(self) -> bool:
-        """Whether the source is what it was when the pass began, and gradients are wanted as then."""
+        """Whether the source and the gradient mode are still those with which the pass began."""
         now = self.source
         same = now.keys is self._keys and now.values is self._values and now.mask is self._mask
         return same and torch.is_grad_enabled() == self._grad
 
     def _in_full(self, layer: int, query: Tensor, base: Tensor, scale: float | None, tried: Ready | None) -> Tensor:
-        """By the layer's module; ``tried`` did not answer this call."""
+        """Call the layer's module; ``tried`` is the cached launch that did not answer this call, if there was one."""
         source, compiling = self.source, torch.compiler.is_compiling()
-        slot = source.layers.index(layer)
-        module = self.gated[slot]
+        index = source.layers.index(layer)
+        module = self.gated[index]
         if not compiling and query.shape[2] <= MAX_DECODE_ROWS:
-            key, value = side_by_side(source.keys[slot], source.values[slot])
-            if key is not source.keys[slot] or value is not source.values[slot]:
-                source.keys = (*source.keys[:slot], key, *source.keys[slot + 1 :])
-                source.values = (*source.values[:slot], value, *source.values[slot + 1 :])
-        key, value = source.keys[slot].to(query.device), source.values[slot].to(query.device)
+            key, value = side_by_side(source.keys[index], source.values[index])
+            if key is not source.keys[index] or value is not source.values[index]:
+                source.keys = (*source.keys[:index], key, *source.keys[index + 1 :])
+                source.values = (*source.values[:index], value, *source.values[index + 1 :])
+        key, value = source.keys[index].to(query.device), source.values[index].to(query.device)
         mask = None if source.mask is None else source.mask.to(query.device)
-        found = module(query, key, value, base=base, key_mask=mask, scale=scale)
-        # What a hook or another class does to the gate is not known here.
+        result = module(query, key, value, base=base, key_mask=mask, scale=scale)
+        # What a hook or another class does cannot be cached.
         if not compiling and is_exactly(module, GatedCrossAttention):
             inputs = query, key, value, module.effective_gate(), base, mask
             source.launches[layer] = cached_launch.after(tried, inputs, scale, module.impl)
-        return found
+        return result
 
 
 @contextmanager
 def one_pass(
     source: SourceKeyValues, gated: Sequence[GatedCrossAttention], seen: set[int] | None = None
 ) -> Iterator[OnePass]:
-    """Around one pass of the LLM, whose layers are given what this yields; arguments as there."""
+    """For a block that runs one pass of the LLM: yields the object that its layers get. Arguments as there."""
     one = OnePass(source, gated, seen)
     one.prepare()
     try:
         yield one
     finally:
-        one.ready.clear()  # a checkpoint that runs a layer again in the backward asks anew
+        one.ready.clear()  # a checkpoint that repeats a layer in the backward calls the module
 
 
 class _ReentrantCheckpointBridge(torch.autograd.Function):
-    """Carry gradients of the source states around re-entrant checkpoints.
+    """Carry gradients of the source's keys and values around re-entrant checkpoints.
 
-    A re-entrant checkpoint sees only positional tensors; the source states travel by keyword. Its backward would walk
-    into their shared graph once per layer and fail the second time. So the layers get detached leaves, whose ``.grad``
-    collects every layer's share, and this node, which sits on the LLM's input and therefore runs after all layers,
-    hands the sums on.
+    A re-entrant checkpoint handles positional tensors only, and the source travels by keyword. Its backward would walk
+    into the graph that all layers share once per layer, and fail the second time. So the layers get detached leaves,
+    whose ``.grad`` sums up the layers' shares. This node is on the LLM's input, so its backward runs after those of all
+    layers, and hands the sums on.
     """
 
     @staticmethod

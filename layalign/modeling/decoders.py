@@ -1,6 +1,6 @@
-"""All that is known of decoder architectures: where their maps are, by name, and what they do to embeddings and logits.
+"""All that the library knows of decoder architectures: the names of their maps, how they scale embeddings and logits.
 
-Everything else finds its way by these tables. :func:`register_decoder` adds to them.
+Everything else uses these tables. :func:`register_decoder` adds to them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ Split = Callable[[Any, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class KeyValueMaps:
-    """The modules by which a self-attention makes its keys and values.
+    """The modules with which a self-attention computes its keys and values.
 
     Attributes:
-        names: of two modules, the key's and the value's map; or of one that makes both, and perhaps the queries.
-        split: for one module: (attention, its output for the key state, that for the value state, d) -> key, value
-            (B, S, G * d).
+        names: names of two modules, the key map and the value map; or of one that computes both, and perhaps the
+            queries.
+        split: for one module: (attention, its output for the key state, its output for the value state, d) -> key,
+            value (B, S, G * d).
     """
 
     names: tuple[str, ...]
@@ -35,28 +36,28 @@ class KeyValueMaps:
             refuse("key_value", "names of two modules, or of one with a split", self.names)
 
 
-def _behind_the_queries(attention: Any, key_out: Tensor, value_out: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _after_the_queries(attention: Any, key_out: Tensor, value_out: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """[q | k | v] side by side in one matrix."""
     width = (key_out.shape[-1] - int(attention.config.num_attention_heads) * size) // 2
     return key_out[..., -2 * width : -width], value_out[..., -width:]
 
 
 def _head_by_head(attention: Any, key_out: Tensor, value_out: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """q, k and v of a head side by side, then those of the next."""
+    """q, k and v of one head side by side, then those of the next head."""
     key, value = (out.unflatten(-1, (-1, 3, size)) for out in (key_out, value_out))
     return key[..., 1, :].flatten(-2), value[..., 2, :].flatten(-2)
 
 
 KEY_VALUE_MAPS = [
     KeyValueMaps(("k_proj", "v_proj")),  # Llama, Mistral, Qwen, Gemma, OLMo, ...
-    KeyValueMaps(("qkv_proj",), _behind_the_queries),  # Phi-3
-    KeyValueMaps(("c_attn",), _behind_the_queries),  # GPT-2
+    KeyValueMaps(("qkv_proj",), _after_the_queries),  # Phi-3
+    KeyValueMaps(("c_attn",), _after_the_queries),  # GPT-2
     KeyValueMaps(("query_key_value",), _head_by_head),  # GPT-NeoX
 ]
-QUERY_MAPS = ["q_proj"]  # of a self-attention; without one the queries are made for all positions
+QUERY_MAPS = ["q_proj"]  # of a self-attention; if none is found, queries are computed for all positions
 OUTPUT_MAPS = ["o_proj", "out_proj", "dense", "c_proj", "wo"]  # of a self-attention
 FEED_FORWARD_BLOCKS = ["mlp", "feed_forward", "ffn"]  # of a layer
-# What decoders do to their logits after the head, and the value that means nothing.
+# Settings by which decoders change their logits after the head, and the value that has no effect.
 AFTER_THE_HEAD = {
     "final_logit_softcapping": None,  # Gemma
     "logits_soft_cap": None,  # RecurrentGemma
@@ -64,8 +65,8 @@ AFTER_THE_HEAD = {
     "logits_scaling": 1,  # Granite
     "lm_head_multiplier": 1,  # Falcon-H1
 }
-# Model types that multiply their text's embeddings, in the decoder or in the embedding module by version of
-# transformers: see layalign.modeling.embedding_scale.
+# Model types that multiply their text's embeddings, in the decoder or in the embedding module depending on the version
+# of transformers: see layalign.modeling.embedding_scale.
 SCALED_IN_DECODER = ("gemma", "gemma2", "vaultgemma")
 
 
@@ -76,18 +77,18 @@ def register_decoder(
     output: str | None = None,
     feed_forward: str | None = None,
 ) -> None:
-    """Make names of a decoder's modules known, beside those that are.
+    """Register the names of a decoder's modules, in addition to the known ones.
 
     A decoder needs ``key_value`` to be used at all. The others save the last layer's positions that nobody reads, and
     :func:`layalign.accelerate` needs ``output``.
 
     Args:
-        key_value: how its self-attention makes keys and values.
+        key_value: how its self-attention computes keys and values.
         query, output: names of its self-attention's query and output map.
         feed_forward: name of a layer's feed-forward block.
 
     Raises:
-        ArgumentError: one is of another type.
+        ArgumentError: an argument is of another type.
     """
     if key_value is not None and not isinstance(key_value, KeyValueMaps):
         refuse("key_value", "KeyValueMaps or None", key_value)
@@ -105,7 +106,7 @@ def register_decoder(
 
 
 def key_value_maps(attention: nn.Module) -> KeyValueMaps | None:
-    """How ``attention`` makes its keys and values; None when it is unknown."""
+    """How ``attention`` computes its keys and values; None if it is unknown."""
     for maps in KEY_VALUE_MAPS:
         if all(isinstance(getattr(attention, name, None), nn.Module) for name in maps.names):
             return maps
@@ -113,7 +114,7 @@ def key_value_maps(attention: nn.Module) -> KeyValueMaps | None:
 
 
 def known_maps() -> str:
-    """Names of all maps that make keys and values, for a message."""
+    """Names of all known key and value maps, for an error's text."""
     return " or ".join(" and ".join(maps.names) for maps in KEY_VALUE_MAPS)
 
 
@@ -124,7 +125,7 @@ def key_value_modules(attention: Any) -> list[nn.Module]:
 
 
 def key_value_states(attention: Any, key_state: Tensor, value_state: Tensor) -> tuple[Tensor, Tensor]:
-    """k_i and v_i: the LLM's own projections of the aligner's states, no rotation, as heads.
+    """k_i and v_i: the LLM's own projections of the aligner's states, split into heads, without rotary embedding.
 
     Args:
         attention: the LLM layer's self-attention module; its projections are called as modules, so LoRA, quantised and
@@ -139,7 +140,7 @@ def key_value_states(attention: Any, key_state: Tensor, value_state: Tensor) -> 
     """
     maps, size = key_value_maps(attention), head_size(attention)
     if maps is None:
-        raise ArgumentError(f"llm: {type(attention).__name__} has not {known_maps()}; see register_decoder")
+        raise ArgumentError(f"llm: {type(attention).__name__} has no {known_maps()}; see register_decoder")
     modules = [getattr(attention, name) for name in maps.names]
     key, value = modules[0](key_state), modules[-1](value_state)
     if maps.split is not None:
@@ -148,7 +149,7 @@ def key_value_states(attention: Any, key_state: Tensor, value_state: Tensor) -> 
 
 
 def head_size(attention: nn.Module) -> int:
-    """d of a self-attention module."""
+    """The head size d of a self-attention module."""
     for name in ("head_dim", "head_size"):
         if isinstance(getattr(attention, name, None), int):
             return int(getattr(attention, name))

@@ -1,4 +1,4 @@
-"""Which ways of decoding feed embeddings and a source as greedy search does; every other one is refused by name."""
+"""The ways of decoding that feed embeddings and a source as greedy search does. Every other one is refused by name."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ _REASONS = {
     "negative_prompt_ids": "it is for guidance_scale, which is not served",
     "negative_prompt_attention_mask": "it is for guidance_scale, which is not served",
     "inputs_embeds": "the model makes the embeddings of input_ids and source; call model.llm.generate without a source",
-    "position_ids": "they follow from attention_mask, and not every transformers counts on from given ones",
+    "position_ids": "they follow from attention_mask, and not every transformers continues from given ones",
     "source_states": "the source is given as encoder_input_ids, or in past_key_values",
 }
 _SETTING_REASONS = {
     "guidance_scale": "the pass without the prompt would have neither soft tokens nor a source",
     "prefill_chunk_size": "transformers cuts input_ids into chunks, but not their embeddings",
-    "token_healing": "it writes the prompt anew from input_ids, without the source's slots",
+    "token_healing": "it rewrites the prompt from input_ids, without the source's slots",
 }
 
 
 def require_served(
     default: GenerationConfig, generation_config: GenerationConfig | None, past: int, given: dict[str, Any]
 ) -> Any:
-    """The settings of a call of ``generate``, if its way of decoding is one that is right with a source.
+    """The settings of a call of ``generate``, if its way of decoding works with a source.
 
     Args:
         default: the model's own generation configuration.
         generation_config: of this call, or None.
-        past: number of tokens in the cache that was given.
+        past: number of tokens in the cache of this call.
         given: the other arguments, by name.
 
     Raises:
-        ArgumentError: it is not; the text names the argument and says why.
+        ArgumentError: it does not; the text names the argument and says why.
     """
     for name, reason in _REASONS.items():
         if given.get(name) is not None:
@@ -86,20 +86,20 @@ def require_served(
 
 
 def _settings(default: GenerationConfig, generation_config: GenerationConfig | None, given: dict[str, Any]) -> Any:
-    """What transformers will make of them: arguments before the configuration before the model's own."""
-    found = copy.copy(default if generation_config is None else generation_config)
+    """The settings as transformers resolves them: arguments, then the call's configuration, then the model's own."""
+    settings = copy.copy(default if generation_config is None else generation_config)
     for name, value in vars(default).items():
-        if getattr(found, name, None) is None:
-            setattr(found, name, value)
+        if getattr(settings, name, None) is None:
+            setattr(settings, name, value)
     for name, value in given.items():
-        if hasattr(found, name):
-            setattr(found, name, value)
-    return found
+        if hasattr(settings, name):
+            setattr(settings, name, value)
+    return settings
 
 
 def _require_lookup(settings: Any, past: int, given: dict[str, Any]) -> None:
-    """Several tokens are taken at once: what has to look at each of them, or goes on with a cache, does not fit."""
-    last = "several tokens are taken at once, and transformers looks at the last of them alone"
+    """Refuse what does not work with prompt lookup: stopping rules that must see each token, and a filled cache."""
+    last = "several tokens are accepted at once, and transformers checks the last of them alone"
     for name, there, reason in (
         ("stop_strings", settings.stop_strings is not None, last),
         ("stopping_criteria", given.get("stopping_criteria"), last),

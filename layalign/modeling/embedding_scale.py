@@ -1,10 +1,10 @@
-"""Soft tokens beside the text of an LLM that multiplies its embeddings by a number.
+"""Soft tokens for an LLM that multiplies the embeddings of its text by a constant.
 
-The convention is one for every version of transformers: soft tokens and the boundary enter the first layer of a Gemma
-as the adapter made them; the LLM's sqrt(D_l) is for its text alone. Up to transformers 5.3 the decoders of
-:data:`~layalign.modeling.decoders.SCALED_IN_DECODER` multiply whatever embeddings they are given, from 5.4 on their
-embedding module does it. Where a decoder multiplies in every version (Granite's ``embedding_multiplier``), it does so
-with soft tokens too.
+The convention is the same for every version of transformers: soft tokens and the boundary enter the first layer of a
+Gemma as the adapter made them. The LLM's factor sqrt(D_l) is for its text alone. Up to transformers 5.3 the decoders of
+:data:`~layalign.modeling.decoders.SCALED_IN_DECODER` multiply all embeddings that they get. From 5.4 on their embedding
+module multiplies instead. A decoder that multiplies in every version (Granite's ``embedding_multiplier``) multiplies
+soft tokens too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IN_DECODER = minor_version(metadata.version("transformers")) < MOVED
 
 
 def scaled_as_text(text_config: Any, version: str | None) -> bool:
-    """Whether a checkpoint that does not say so was made with soft tokens scaled like text.
+    """Whether a checkpoint that does not record it was trained with soft tokens scaled like text.
 
     Args:
         text_config: configuration of the LLM's decoder.
@@ -35,7 +35,7 @@ def scaled_as_text(text_config: Any, version: str | None) -> bool:
 
 
 def in_slots(rows: Tensor, text_config: Any, scaled: bool) -> Tensor:
-    """Soft tokens (..., D_l) as the installed transformers' decoder is to be given them.
+    """Soft tokens (..., D_l) in the form that the decoder of the installed transformers needs.
 
     Args:
         text_config: configuration of the LLM's decoder.

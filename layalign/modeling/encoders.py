@@ -35,15 +35,15 @@ logger = logging.getLogger("layalign")
 def encoder_part(model: PreTrainedModel) -> PreTrainedModel:
     """The encoder stack of an encoder-decoder, any other model as it is.
 
-    T5/mT5/UMT5 and M2M100/NLLB keep a stack that is a model of its own; XLM-R, BERT, ModernBERT and decoder-only models
-    are encoders themselves (what ``get_encoder`` finds there, if anything, lacks the embeddings).
+    In T5/mT5/UMT5 and M2M100/NLLB the stack is a model of its own. XLM-R, BERT, ModernBERT and decoder-only models are
+    encoders themselves (what ``get_encoder`` returns for them, if anything, lacks the embeddings).
     """
     found = model.get_encoder()
     return found if isinstance(found, PreTrainedModel) else model
 
 
 def load_encoder(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """The encoder of a checkpoint; of a T5-like one only the encoder's weights are read.
+    """The encoder of a checkpoint. Of a T5-like one only the encoder's weights are read.
 
     Raises:
         CheckpointError: the name can only be a path, and there is no such folder (`layalign.modeling.names.given`); or
@@ -83,10 +83,10 @@ def load_llm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def _load_gguf(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A GGUF file's model with plain weights, under the file's name."""
+    """A GGUF file's model with dequantised weights; its name is that of the file."""
     gguf_files.require_package("llm")
     path = gguf_path(name, **_of_hub(kwargs))
-    gguf_files.read_head(path)  # a damaged one has an error of its own, before transformers reads it
+    gguf_files.read_head(path)  # raises for a damaged file, before transformers reads it
     kwargs = {**gguf_files.arguments(path.name), **kwargs}
     with gguf_files.without_kernels():
         model = _loaded("llm", AutoModelForCausalLM, str(path.parent), kwargs)
@@ -95,7 +95,7 @@ def _load_gguf(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
 
 
 def gguf_path(name: str, **hub: Any) -> Path:
-    """The GGUF file of a settled name (:mod:`layalign.modeling.names`); one of the hub is fetched if it is not here."""
+    """The GGUF file of a settled name (:mod:`layalign.modeling.names`), fetched from the hub if it is not cached."""
     if is_path(name):
         return Path(name)
     from huggingface_hub import hf_hub_download
@@ -107,11 +107,14 @@ def gguf_path(name: str, **hub: Any) -> Path:
 
 
 def _loaded(part: str, auto: Any, name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A model whose weights all come from its files.
+    """Load a model. Every weight of the part that is used must come from its files.
 
-    transformers prints a page for every weight that the files have too many or too few. What is missing in the part
-    that is used is an error here, for a frozen part's random weights are good for nothing. What other modules have
-    (a head, a pooler, the decoder of an encoder) is not worth a word.
+    transformers logs a page about missing and unexpected weights. Here a weight that is missing in the used part is an
+    error, because a frozen part with random weights is useless. Other modules (a head, a pooler, the decoder of an
+    encoder-decoder) are ignored.
+
+    Raises:
+        CheckpointError: a weight of the used part is missing.
     """
     kwargs.pop("output_loading_info", None)
     with without_reports():
@@ -147,7 +150,9 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _look_at(name_or_path: str, kwargs: dict[str, Any]) -> None:
-    """Look at a part's configuration before its weights; ``kwargs`` get it where the folder's own would run code.
+    """Check a part's files and configuration before its weights are loaded.
+
+    ``kwargs`` get a configuration if the folder's own would run code.
 
     Raises:
         CheckpointError, ArgumentError: the folder's files, or the numbers in the configuration, are impossible.
@@ -165,7 +170,7 @@ def _look_at(name_or_path: str, kwargs: dict[str, Any]) -> None:
         written = {}
     require_modest("", written)
     if names_kernels(written) and kwargs.get("config") is None:
-        without_kernels(f"{name_or_path}: {CONFIG_FILE}: ", written)  # says what is left out
+        without_kernels(f"{name_or_path}: {CONFIG_FILE}: ", written)  # logs what is left out
         config = AutoConfig.from_pretrained(name_or_path, **hub)
         config._attn_implementation = kwargs.pop("attn_implementation", None)
         kwargs["config"] = config
@@ -181,19 +186,19 @@ def encoder_from_config(config: Any) -> PreTrainedModel:
     return encoder_part(AutoModel.from_config(config, trust_remote_code=False))
 
 
-# What encoders of transformers call a rate of dropout that they apply by themselves, beside `nn.Dropout`.
+# Attributes with the rates of dropout that transformers' encoders apply without `nn.Dropout`.
 _RATES = ("dropout", "attention_dropout", "activation_dropout", "dropout_prob", "dropout_rate")
 
 
 def dropout_rates(encoder: nn.Module) -> dict[tuple[str, str], float]:
     """Every rate of dropout in an encoder, by (module, attribute)."""
-    found: dict[tuple[str, str], float] = {}
+    rates: dict[tuple[str, str], float] = {}
     for name, module in encoder.named_modules():
         for attribute in ("p",) if isinstance(module, nn.Dropout) else _RATES:
             value = getattr(module, attribute, None)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                found[name, attribute] = value
-    return found
+                rates[name, attribute] = value
+    return rates
 
 
 def set_dropout_rates(encoder: nn.Module, rates: Mapping[tuple[str, str], float]) -> None:
@@ -203,7 +208,7 @@ def set_dropout_rates(encoder: nn.Module, rates: Mapping[tuple[str, str], float]
 
 
 def record_layers(encoder: PreTrainedModel) -> None:
-    """Let transformers put its recorders of hidden states in place now: in a first call that is compiled it cannot."""
+    """Let transformers install its recorders of hidden states now: it cannot in a first call that is compiled."""
     try:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:  # other releases record in another way, or need no recorders
@@ -225,6 +230,9 @@ def encode(
 
     Returns:
         E hidden states (B, S, D_e) and the last hidden state (B, S, D_e).
+
+    Raises:
+        ArgumentError: the encoder has no such layer, or returns no hidden states.
     """
     extra = {"use_cache": False} if "use_cache" in inspect.signature(encoder.forward).parameters else {}
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains(encoder)):

@@ -1,8 +1,8 @@
-"""What a frozen part holds, in a line per weight, and whether it is what its name gives.
+"""Fingerprints of a frozen part's weights, a line for each, and whether the part is what its name gives.
 
-A weight's fingerprint is a hash of its bits, and of its bits after rounding to each half precision: a part that is
-loaded in another dtype is compared after the rounding that this dtype means, exactly. Only bfloat16 against float16,
-where neither holds the other's numbers, is compared by a sum, within the rounding error.
+A weight's fingerprint is a hash of its bits, and of its bits after rounding to each half precision. So a part that is
+loaded in another dtype is compared exactly, after rounding to that dtype. Only bfloat16 and float16, neither of which
+holds the other's numbers, are compared by a sum, within the rounding error.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from layalign.utils.reading import confined, read_json
 
 QUANTISERS = ("bitsandbytes", "optimum", "torchao", "hqq")  # packages whose modules hold packed weights
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-# Settings that change no number which LayAlign computes with a part.
+# Settings that change no number that LayAlign computes with a part.
 _HARMLESS = {
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "quantization_config", "use_cache",
     "return_dict", "id2label", "label2id", "problem_type", "num_labels", "is_decoder", "is_encoder_decoder",
     "tie_encoder_decoder", "tie_word_embeddings", "name_or_path", "task_specific_params", "tokenizer_class",
 }  # fmt: skip
 _HARMLESS_WORDS = ("token_id", "token_index", "output_")
-_WORDS, _ROW = 1 << 15, 1 << 14  # in a row of the hash and of the sum
-_STEP = {"cpu": 1 << 18, "cuda": 1 << 26}  # numbers taken at once: what stays in a cache, what keeps a GPU busy
+_WORDS, _ROW = 1 << 15, 1 << 14  # length of a row of the hash, and of a row of the sum
+_STEP = {"cpu": 1 << 18, "cuda": 1 << 26}  # numbers read at once: they fit a CPU's cache, or keep a GPU busy
 
 
 # One weight
@@ -59,7 +59,7 @@ def difference(entry: str, tensor: Tensor) -> str | None:
         return f"shape {_shape(tensor)} instead of {shape}"
     stored = {**dict(zip(HALVES, halves, strict=True)), kind: own}
     here = _kind(tensor)
-    # In a precision that holds the numbers of one of the two, rounding the other to it is all that may have happened.
+    # One of the two is exact in this precision: the other may differ from it by rounding to it, and in no other way.
     for dtype in dict.fromkeys((here, kind)):
         if (dtype != "float32" or here == kind) and stored[dtype] == _bits(tensor, getattr(torch, dtype)):
             return None
@@ -93,36 +93,36 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _bits(tensor: Tensor, dtype: torch.dtype) -> str:
-    """A 64-bit hash of a tensor's numbers in ``dtype``: its bits, eight bytes at a time, by random odd factors."""
-    found = row = 0
+    """A 64-bit hash of a tensor's numbers in ``dtype``: its bits, eight bytes at a time, times random odd factors."""
+    total = row = 0
     for piece in _pieces(tensor):
         raw = _filled(piece.to(dtype).contiguous().view(torch.uint8), 8 * _WORDS).view(torch.int64).view(-1, _WORDS)
         mixed = (raw >> 31).bitwise_xor_(raw)  # else two flips of the highest bit would cancel
         sums = mixed.mul_(_words(_WORDS, 1, raw.device)).sum(dim=1)
-        found += int((sums * _words(row + len(sums), 2, raw.device)[row:]).sum())
+        total += int((sums * _words(row + len(sums), 2, raw.device)[row:]).sum())
         row += len(sums)
-    return f"{found % 2**64:016x}"
+    return f"{total % 2**64:016x}"
 
 
 def _sum(tensor: Tensor) -> float:
-    """The sum of a tensor's numbers by random factors, each the product of two of size 1 to 2."""
-    found, row = 0.0, 0
+    """The sum of a tensor's numbers times random factors, each the product of two of magnitude 1 to 2."""
+    total, row = 0.0, 0
     for piece in _pieces(tensor):
         numbers = _filled(piece.float(), _ROW).view(-1, _ROW)
         sums = (numbers @ _numbers(_ROW, 3, numbers.device)).double()
-        found += float((sums * _numbers(row + len(sums), 4, numbers.device)[row:]).sum())
+        total += float((sums * _numbers(row + len(sums), 4, numbers.device)[row:]).sum())
         row += len(sums)
-    return found
+    return total
 
 
 def _filled(flat: Tensor, row: int) -> Tensor:
-    """With zeros up to whole rows."""
+    """``flat``, padded with zeros to full rows."""
     missing = -len(flat) % row
     return nn.functional.pad(flat, (0, missing)) if missing else flat
 
 
 def _rounding_of_sum(tensor: Tensor) -> float:
-    """How far the roundings of bfloat16 and float16 bring two sums apart: six standard deviations."""
+    """How far rounding to bfloat16 and to float16 may bring two sums apart: six standard deviations."""
     relative = float(tensor.float().norm()) * sum(torch.finfo(dtype).eps for dtype in HALVES.values())
     half = torch.finfo(torch.float16)
     return 6 * 7 / 3 * (relative + tensor.numel() ** 0.5 * half.smallest_normal * half.eps) / 12**0.5
@@ -151,12 +151,12 @@ def _drawn(kind: str, count: int, seed: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Found:
-    """A frozen part as it stands in memory.
+    """A frozen part as it is in memory.
 
     Attributes:
         entries: name of each weight that could be read -> its fingerprint.
-        unread: why the others, or all, could not be read; None if nothing stood against it.
-        differs: how it differs from what its name gives; None if it does not, or if nobody can tell.
+        unread: why some or all weights could not be read; None if all could.
+        differs: how it differs from what its name gives; None if it does not, or if this is unknown.
         unchecked: why it could not be compared with what its name gives.
     """
 
@@ -167,7 +167,7 @@ class Found:
 
 
 def is_quantised(part: nn.Module) -> bool:
-    """Whether a frozen part holds packed weights, by transformers or by a quantiser's own modules."""
+    """Whether a frozen part is quantised, by transformers or by a quantiser's own modules."""
     if getattr(part, "is_quantized", False) or getattr(part, "hf_quantizer", None) is not None:
         return True
     return any(type(module).__module__.split(".")[0] in QUANTISERS for module in part.modules())
@@ -178,24 +178,24 @@ def frozen_tensors(part: nn.Module, every: bool = False) -> Iterator[tuple[str, 
 
     Args:
         part: with or without adapters, whose weights are left out.
-        every: also weights that train, those of a pooler (nothing reads it, and a file may leave it random) and the
-            buffers of a quantised part (its quantiser's scales, which no file has).
+        every: also weights that train, those of a pooler (nothing reads it, and a file may lack it) and the buffers of
+            a quantised part (its quantiser's scales, which no file has).
     """
     foreign = adapter_names(part)
-    found: dict[int, tuple[str, list[str], Tensor]] = {}
+    by_id: dict[int, tuple[str, list[str], Tensor]] = {}
     for name, tensor in part.named_parameters(remove_duplicate=False):
         if name not in foreign and (every or not (tensor.requires_grad or "pooler" in name.split("."))):
-            found.setdefault(id(tensor), (name, [], tensor))[1].append(base_name(name))
+            by_id.setdefault(id(tensor), (name, [], tensor))[1].append(base_name(name))
     for path, module in part.named_modules() if every or not is_quantised(part) else ():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf not in module._non_persistent_buffers_set:
                 name = f"{path}.{leaf}" if path else leaf
-                found.setdefault(id(buffer), (name, [], buffer))[1].append(base_name(name))
-    yield from found.values()
+                by_id.setdefault(id(buffer), (name, [], buffer))[1].append(base_name(name))
+    yield from by_id.values()
 
 
 def readable(part: nn.Module, name: str, tensor: Tensor) -> Tensor | str:
-    """The whole tensor as plain numbers, or why it cannot be read here."""
+    """The full tensor as an ordinary one, or why it cannot be read here."""
     if (reason := reason_whole_is_not_here(tensor)) is not None:
         return reason
     if tensor.device.type == "meta":
@@ -215,11 +215,11 @@ def examine(part: nn.Module) -> Found:
     entries, reasons, count = {}, [], 0
     for name, (first, *_), tensor in frozen_tensors(part):
         count += 1
-        found = readable(part, name, tensor)
-        if isinstance(found, Tensor):
-            entries[first] = fingerprint(found)
+        weight = readable(part, name, tensor)
+        if isinstance(weight, Tensor):
+            entries[first] = fingerprint(weight)
         elif tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
-            reasons.append(f"{first}: {found}")
+            reasons.append(f"{first}: {weight}")
     unread = f"{len(reasons)} of {count} weights cannot be read ({reasons[0]})" if reasons else None
     return Found(entries, unread)
 
@@ -234,8 +234,8 @@ def differences(stored: Mapping[str, str], part: nn.Module, same_version: bool) 
     problems = []
     for name, entry in stored.items():
         if name in here:
-            found = tensors[id(here[name][1])]
-            if isinstance(found, Tensor) and (problem := difference(entry, found)) is not None:
+            weight = tensors[id(here[name][1])]
+            if isinstance(weight, Tensor) and (problem := difference(entry, weight)) is not None:
                 problems.append(f"{name}: {problem}")
         elif same_version and not any(
             difference(entry, tensor) is None for tensor in tensors.values() if isinstance(tensor, Tensor)
@@ -245,29 +245,29 @@ def differences(stored: Mapping[str, str], part: nn.Module, same_version: bool) 
 
 
 def settings_that_differ(wanted: Any, found: Any) -> list[str]:
-    """How one configuration of a part computes other numbers than another: one text per setting."""
-    one, two = _settings(wanted.to_dict()), _settings(found.to_dict())
+    """Settings with which configuration ``found`` gives other numbers than ``wanted``: one text per setting."""
+    expected, here = _settings(wanted.to_dict()), _settings(found.to_dict())
     return [
-        f"configuration: {key} {shown(two[key])} instead of {shown(one[key])}"
-        for key in one
-        if key in two and one[key] != two[key]
+        f"configuration: {key} {shown(here[key])} instead of {shown(expected[key])}"
+        for key in expected
+        if key in here and expected[key] != here[key]
     ]
 
 
 def _settings(values: Mapping[str, Any], start: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if key in _HARMLESS or str(key).startswith("_") or any(word in str(key) for word in _HARMLESS_WORDS):
             continue
         if isinstance(value, Mapping):
-            found.update(_settings(value, f"{start}{key}."))
+            flat.update(_settings(value, f"{start}{key}."))
         else:
-            found[f"{start}{key}"] = json.loads(json.dumps(value, default=str))
-    return found
+            flat[f"{start}{key}"] = json.loads(json.dumps(value, default=str))
+    return flat
 
 
 def summary(problems: list[str]) -> str:
-    """The first differences in words."""
+    """The first three differences, and the number of the others."""
     more = len(problems) - 3
     return "; ".join(problems[:3]) + (f"; and {more} more" if more > 0 else "")
 
@@ -276,7 +276,7 @@ def summary(problems: list[str]) -> str:
 
 
 def weight_files(name: str) -> list[Path]:
-    """The files with the weights of a folder, a GGUF file or a hub name in the cache; none where they are not there."""
+    """The weight files of a folder, a GGUF file's name or a hub name in the cache; empty if one is missing."""
     place, file = gguf_parts(name)
     if file is not None:
         only = Path(name) if Path(name).is_absolute() else cached_file(place, file)
@@ -299,26 +299,26 @@ def weight_files(name: str) -> list[Path]:
 
 def _contents(files: Iterable[Path]) -> dict[str, tuple[str, Callable[[], Tensor]]]:
     """Name -> (shape, function that reads the tensor) of weight files; nothing is read yet."""
-    found: dict[str, tuple[str, Callable[[], Tensor]]] = {}
+    contents: dict[str, tuple[str, Callable[[], Tensor]]] = {}
     for file in files:
         if file.suffix == ".safetensors":
             opened = safe_open(file, framework="pt")
-            for name in opened.keys():  # noqa: SIM118  # it is no mapping
+            for name in opened.keys():  # noqa: SIM118  # it is not a mapping
                 shape = "x".join(map(str, opened.get_slice(name).get_shape())) or "scalar"
-                found[name] = shape, functools.partial(opened.get_tensor, name)
+                contents[name] = shape, functools.partial(opened.get_tensor, name)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             for name, tensor in state.items():
                 if isinstance(tensor, Tensor):
-                    found[name] = _shape(tensor), functools.partial(lambda each: each, tensor)
-    return found
+                    contents[name] = _shape(tensor), functools.partial(lambda each: each, tensor)
+    return contents
 
 
 def differences_from_files(part: nn.Module, files: Iterable[Path]) -> tuple[list[str], list[str]]:
     """(how a part differs from weight files, names of its weights that no file seems to have).
 
-    Files hold a whole model where the part may be its encoder, and older names: a weight is looked for by the end of
-    its name, and then by its content.
+    Files may hold a model of which the part is only the encoder, and may have older names. So a weight is searched by
+    the end of its name, and then by its content.
     """
     contents = _contents(files)
     by_end: dict[str, list[str]] = {}
@@ -334,7 +334,7 @@ def differences_from_files(part: nn.Module, files: Iterable[Path]) -> tuple[list
         called = [name for each in names for name in by_end.get(each, ())]
         called += [end for each in names for end in _ends(each) if end in contents]
         alike = [name for name in contents if contents[name][0] == shape]
-        # By content only where no name is like it: two layers that changed places are a difference.
+        # By content only if no name matches: two layers that changed places are a difference.
         if any(_same(contents[name][1](), here) for name in alike if not called or name in called):
             continue
         if not called:
@@ -352,7 +352,7 @@ def _ends(name: str) -> list[str]:
 
 
 def _same(file: Tensor, here: Tensor) -> bool:
-    """Whether a tensor is what a file's becomes when it is loaded in some dtype, and perhaps widened afterwards."""
+    """Whether ``here`` is the file's tensor, loaded in some dtype and perhaps widened afterwards."""
     routes = [None, *(half for half in HALVES.values() if here.dtype in (torch.float32, torch.float64))]
     if file.dtype in HALVES.values() or not file.is_floating_point():
         routes = [None]

@@ -1,4 +1,4 @@
-"""Logits that are not finite, noticed in generation: a search makes an answer of them that looks like any other."""
+"""Notices NaN and infinite logits in generation, where an answer made of them would look like any other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INPUTS = ("encoder_input_ids", "input_ids", "inputs", "inputs_embeds")
 
 
 class _Largest(LogitsProcessor):
-    """Keeps the largest score of every row and step, on their device: nothing waits for it before the end."""
+    """Keeps the largest score of every row and step on its device, so that nothing waits for it before the end."""
 
     packed_ids = True  # all rows of a step at once: see `layalign.modeling.text_only`
 
@@ -28,14 +28,14 @@ class _Largest(LogitsProcessor):
         self.steps.append(scores.amax(-1))  # a NaN anywhere in a row is its largest score
         if not self.sampling:
             return scores
-        # Drawing from a NaN ends a GPU's process; the row is lost, whatever is drawn.
+        # Sampling from a NaN ends a GPU's process. The row is lost, whatever is sampled.
         return scores.masked_fill(~self.steps[-1].isfinite()[:, None], 0.0)
 
     def rows(self, tokens: Tensor, ends: Any, single: bool) -> Tensor:
-        """Which rows were not finite at a step before their end.
+        """Which rows of the steps were not finite before their end, bool.
 
         Args:
-            tokens: (R, T) what ``generate`` returns.
+            tokens: (R, T), what ``generate`` returns.
             ends: ids that end a row.
             single: whether row r of the steps is row r of ``tokens``, as without beams.
         """
@@ -48,7 +48,7 @@ class _Largest(LogitsProcessor):
 
 
 def generate_finite(generate: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call ``generate`` of a transformers model, and look at the end whether the logits were finite.
+    """Call ``generate`` of a transformers model, and check at the end whether the logits were finite.
 
     Args:
         generate: called with the other arguments and one more logits processor.
@@ -56,13 +56,13 @@ def generate_finite(generate: Callable[..., Any], config: Any, *args: Any, **kwa
 
     Raises:
         NonFiniteError: the largest logit of a row was NaN or infinite, before the row ended. Its ``rows`` are the
-            samples' numbers, its ``output`` is what was generated, good for the other samples.
+            indices of the samples, its ``output`` is what was generated, valid for the other samples.
     """
     given = args[1] if len(args) > 1 else kwargs.get("generation_config")
 
     def setting(name: str) -> Any:
-        found = (kwargs.get(name), getattr(given, name, None), getattr(config, name, None))
-        return next((value for value in found if value is not None), None)
+        values = (kwargs.get(name), getattr(given, name, None), getattr(config, name, None))
+        return next((value for value in values if value is not None), None)
 
     largest = _Largest(bool(setting("do_sample")))
     before = args[2] if len(args) > 2 else kwargs.pop("logits_processor", None)
@@ -90,7 +90,7 @@ def generate_finite(generate: Callable[..., Any], config: Any, *args: Any, **kwa
 
 
 def finite(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's ``generate`` as :func:`generate_finite` calls it."""
+    """Decorator for a model's ``generate``: :func:`generate_finite` calls it."""
 
     @functools.wraps(method)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from layalign.modeling.text_only import (
     Text,
     TextCriteria,
     TextOnlyStreamer,
-    takes_whole,
+    takes_all_ids,
     text_processors,
     with_text,
 )
@@ -29,7 +29,7 @@ from layalign.utils.versions import cache_name, generation_cache_name, take_cach
 
 
 def cache_for_compiled(llm: Any, use_cache: bool | None) -> DynamicCache | None:
-    """The cache that ``llm`` would make by itself in this call, but one for a source; None outside compiled code."""
+    """In compiled code the cache that ``llm`` would make in this call, able to carry a source; else None."""
     if not torch.compiler.is_compiling():
         return None
     config = llm.config.get_text_config(decoder=True)
@@ -55,9 +55,9 @@ class SourceGenerationMixin(GenerationMixin):
         """transformers' ``generate`` with a source.
 
         Logits processors, stopping criteria and streamers see the text alone, ``[bos] [prompt] [new tokens]``: no
-        slots, no boundary, no padding. Rows whose text differs in length are handed over apart; one of yours that has
-        an attribute ``packed_ids = True`` gets the whole packed batch instead. ``max_length`` and ``min_length`` count
-        the positions of ``input_ids``.
+        slots, no boundary, no padding. Rows whose texts differ in length are passed in separate groups. A processor or
+        criterion with an attribute ``packed_ids = True`` gets all of ``input_ids`` instead. ``max_length`` and
+        ``min_length`` count the positions of ``input_ids``.
 
         Args:
             inputs, input_ids, attention_mask: (B, T) int64, of :meth:`build_inputs`. Without them the LLM starts right
@@ -67,17 +67,18 @@ class SourceGenerationMixin(GenerationMixin):
             **kwargs: as transformers' ``generate``: max_new_tokens, num_beams, do_sample, streamer, ...
 
         Returns:
-            (B * num_return_sequences, T + new) int64: the packed input and the new tokens, or transformers' output
+            (B * num_return_sequences, T + new) int64: the LLM's input ids and the new tokens, or transformers' output
             object. ``[:, T:]`` are the new tokens.
 
         Raises:
-            ArgumentError: the input is not packed, there is no source, or the way of decoding is not served.
-            NonFiniteError: a row's logits were NaN or infinite (the largest one, before the row ended). It is raised
-                when all rows have ended; ``rows`` and ``output`` of the error say which, and what the others wrote.
+            ArgumentError: the input is not laid out as :meth:`build_inputs` does, there is no source, or the decoding
+                mode does not work with a source.
+            NonFiniteError: the largest logit of a row was NaN or infinite before the row ended. It is raised after all
+                rows have ended: the error's ``rows`` are the rows affected, its ``output`` is valid for the others.
                 ``remove_invalid_values=True`` replaces such logits instead, as in transformers.
         """
         if args:
-            names = list(inspect.signature(GenerationMixin.generate).parameters)[2:]  # behind self and inputs
+            names = list(inspect.signature(GenerationMixin.generate).parameters)[2:]  # after self and inputs
             kwargs.update(zip(names, args, strict=False))
         input_ids = inputs if input_ids is None else input_ids
         cache, past = take_cache(kwargs), 0
@@ -111,7 +112,7 @@ class SourceGenerationMixin(GenerationMixin):
     def _go_on(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, source: SourceKeyValues, past: int, settings: Any
     ) -> tuple[dict[str, Any], Text]:
-        """Arguments for a sequence whose first ``past`` tokens are in a cache, checked, and its text."""
+        """(checked arguments, text) of a sequence whose first ``past`` tokens are in a cache."""
         require_ids("input_ids", input_ids, self.get_input_embeddings())
         assert input_ids is not None
         if attention_mask is None:
@@ -126,7 +127,7 @@ class SourceGenerationMixin(GenerationMixin):
         if source.rows not in (None, len(input_ids) * times):
             raise ArgumentError(
                 f"past_key_values: expected a cache of {len(input_ids) * times} rows, got {source.rows}; its "
-                "batch_repeat_interleave and batch_select_indices make the rows of another batch of it"
+                "batch_repeat_interleave and batch_select_indices change its rows"
             )
         tokens, lengths = self._tokens(input_ids, attention_mask), None
         if self.mapping is not None and source.lengths is not None:
@@ -153,13 +154,13 @@ class SourceGenerationMixin(GenerationMixin):
         return text_processors(logits_processor, build, generation_config, prefix_allowed_tokens_fn, kwargs)
 
     def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
-        found = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
-        if not isinstance(stopping_criteria, GivenCriteria) or all(map(takes_whole, found)):
-            return found
-        return TextCriteria(stopping_criteria.text, list(found))
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
+        if not isinstance(stopping_criteria, GivenCriteria) or all(map(takes_all_ids, criteria)):
+            return criteria
+        return TextCriteria(stopping_criteria.text, list(criteria))
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching has no place for a source; ``layalign serve`` does it.
+        """Refused: transformers' continuous batching has no place for a source; ``layalign serve`` has its own.
 
         Raises:
             ArgumentError: always.
@@ -178,7 +179,7 @@ class SourceGenerationMixin(GenerationMixin):
         source_states: SourceKeyValues | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The LLM's own preparation (its masks follow its attention function); the cache brings the source."""
+        """The LLM's own method, because masks depend on the LLM's attention function. The cache carries the source."""
         if inputs_embeds is not None and kwargs.get("is_first_iteration"):
             more = input_ids[:, inputs_embeds.shape[1] :]  # candidates that prompt lookup tries in the first pass
             if more.shape[1]:

@@ -1,4 +1,4 @@
-"""GGUF files: their head, read with bounds; loading one with transformers as a plain model; its tokenizer, amended.
+"""GGUF files: reading their header within bounds, loading one with transformers, correcting its tokenizer.
 
 The format is that of ggml's docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -25,11 +25,11 @@ logger = logging.getLogger("layalign")
 
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _MOST_DIMENSIONS, _MOST_KEYS = 8, 9, 4, 2**16
-# What llama.cpp calls a way to split text -> the regular expression of single digits, where transformers, which
-# splits as GPT-2 does for all names that it does not know, has none.
+# llama.cpp's names of ways to split text. For a name that it does not know, transformers splits as GPT-2 does.
+# Those that differ from GPT-2 by splitting every digit, and those that are GPT-2's:
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _AS_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "phi-2", "gigachat", "default")
-# How a configuration calls the counts that `require_modest` bounds.
+# Keys of counts -> their names in a configuration, by which `require_modest` bounds them.
 _COUNTS = {
     "block_count": "num_layers", "context_length": "max_position_embeddings", "expert_count": "num_experts",
     "attention.head_count": "num_heads", "attention.head_count_kv": "num_groups",
@@ -41,9 +41,9 @@ class TensorPlace:
     """Where a tensor is in a GGUF file.
 
     Attributes:
-        shape: as torch has it: the last dimension is the one that lies together.
-        kind: ggml's number of the way its numbers are packed.
-        start: of its bytes, from the start of the file.
+        shape: in torch's order: the last dimension is contiguous.
+        kind: ggml's number of its data type.
+        start: offset of its bytes from the start of the file.
     """
 
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class Head:
-    """What a GGUF file says before its weights."""
+    """The header of a GGUF file: all that comes before its weights."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, TensorPlace] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def read_head(path: str | Path) -> Head:
     """The metadata and the table of tensors of a GGUF file. No length in it is trusted.
 
     Raises:
-        CheckpointError: it is no GGUF file, it is damaged or cut off, or it claims what no model has.
+        CheckpointError: the file is not a GGUF file, is damaged or cut off, or claims more than any model has.
     """
     path = Path(path)
     try:
@@ -84,7 +84,7 @@ def read_head(path: str | Path) -> Head:
 
 
 class _Reader(Cursor):
-    """Reads what stands before the weights of a GGUF file."""
+    """Reads the header of a GGUF file."""
 
     def head(self) -> Head:
         magic, version, tensors, keys = self.bytes(4), self.take("I"), self.take("Q"), self.take("Q")
@@ -96,27 +96,27 @@ class _Reader(Cursor):
         for _ in range(keys):
             key = self.text("Q")
             if key in head.metadata:
-                raise self.error(f"{shown(key)} stands in it twice")
+                raise self.error(f"{shown(key)} is in it twice")
             head.metadata[key] = self.value(self.take("I"))
         self.check_counts(head)
-        found = [(self.text("Q"), self.shape(), self.take("I"), self.take("Q")) for _ in range(tensors)]
+        listed = [(self.text("Q"), self.shape(), self.take("I"), self.take("Q")) for _ in range(tensors)]
         alignment = head.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
             raise self.error(f"general.alignment: expected a size in bytes, got {shown(alignment)}")
         data = -(-self.at // alignment) * alignment
-        for name, shape, kind, offset in found:
+        for name, shape, kind, offset in listed:
             if name in head.tensors:
-                raise self.error(f"{shown(name)} stands in it twice")
-            # Every packing has more than one bit a number.
+                raise self.error(f"{shown(name)} is in it twice")
+            # Every data type takes more than one bit a number.
             if data + offset + prod(shape) // 8 > self.size:
-                raise self.error(f"{shown(name)}: reaches behind the end of the file: it is damaged or cut off")
+                raise self.error(f"{shown(name)}: reaches beyond the end of the file: it is damaged or cut off")
             head.tensors[name] = TensorPlace(shape, kind, data + offset)
         return head
 
     def check_counts(self, head: Head) -> None:
         of = head.architecture
         counts = {own: head.metadata.get(f"{of}.{key}") for key, own in _COUNTS.items()}
-        # A number of heads for each layer may stand there.
+        # A list has the number of heads of each layer.
         largest = {
             own: max([v for v in value if isinstance(v, int)], default=0) if isinstance(value, list) else value
             for own, value in counts.items()
@@ -153,10 +153,10 @@ class _Reader(Cursor):
 
 
 def require_package(what: str) -> None:
-    """The package that reads GGUF files is installed.
+    """Check that the package that reads GGUF files is installed.
 
     Raises:
-        ArgumentError: it is not; the text says what installs it.
+        ArgumentError: it is not; the text says how to install it.
     """
     if find_spec("gguf") is None:
         raise ArgumentError(
@@ -165,16 +165,16 @@ def require_package(what: str) -> None:
 
 
 def arguments(file: str) -> dict[str, Any]:
-    """What transformers' ``from_pretrained`` needs to read a GGUF file as plain weights, which can be saved again.
+    """Arguments with which transformers' ``from_pretrained`` reads a GGUF file as floating weights, to be saved again.
 
-    Without this, new releases keep the weights packed where they find a kernel for that on the hub, which is code.
+    Without them, new releases keep the weights quantised if they find a kernel on the hub, which is code.
     """
-    found: dict[str, Any] = {"gguf_file": file}
+    options: dict[str, Any] = {"gguf_file": file}
     try:
         from transformers import GgufConfig
-    except ImportError:  # older releases always unpack
-        return found
-    return {**found, "quantization_config": GgufConfig(dequantize=True)}
+    except ImportError:  # older releases always dequantise
+        return options
+    return {**options, "quantization_config": GgufConfig(dequantize=True)}
 
 
 @contextmanager
@@ -194,21 +194,21 @@ def without_kernels() -> Iterator[None]:
 
 
 def amend_tokenizer(tokenizer: Any, file: str | Path) -> Any:
-    """A tokenizer that transformers made from a GGUF file, with the file's special tokens and splitting of text.
+    """Give a tokenizer that transformers made from a GGUF file the file's special tokens and splitting of text.
 
-    transformers splits the text as GPT-2 did where it does not know the name: then 2019 may become one token where the
-    LLM has only seen single digits. The rules of SmolLM2 and its like are put in, and a warning tells of others.
+    transformers splits text as GPT-2 does if it does not know the file's way. Then 2019 may become one token, while the
+    LLM has only seen single digits. The way of SmolLM2 and similar models is set here; for others a warning is logged.
     """
     metadata = read_head(file).metadata
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         number = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        # Old releases take the first token of a text for its last.
+        # Old releases confuse the first token of a text with its last.
         if isinstance(number, int) and 0 <= number < len(tokenizer):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     kind = metadata.get("tokenizer.ggml.pre", "default")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     splits_as_gpt2 = type(getattr(backend, "pre_tokenizer", None)).__name__ == "ByteLevel"
-    if metadata.get("tokenizer.ggml.model") != "gpt2" or not splits_as_gpt2:  # of another kind, or split as it should
+    if metadata.get("tokenizer.ggml.model") != "gpt2" or not splits_as_gpt2:  # another kind, or a known way
         return tokenizer
     if kind in _SINGLE_DIGITS:
         split_digits(tokenizer)
@@ -222,7 +222,7 @@ def amend_tokenizer(tokenizer: Any, file: str | Path) -> Any:
 
 
 def split_digits(tokenizer: Any) -> None:
-    """Every digit is a token of its own, as in SmolLM2's tokenizer."""
+    """Make every digit a token of its own, as in SmolLM2's tokenizer."""
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,6 +1,6 @@
 """Whether tensors are still those that something was made from, without keeping their memory.
 
-Writes past autograd's counters (through ``.data``, numpy, shared memory) leave no trace but the values.
+Writes that autograd's version counters miss (``.data``, numpy, shared memory) show in the values only.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from layalign.ops.dispatch import PLAIN
 
 
 def reason_against_watching(tensors: Iterable[Tensor | None]) -> str | None:
-    """Why a change of tensors would go unnoticed."""
+    """Why a change of tensors would go unnoticed; None if it would be noticed."""
     for tensor in tensors:
         if tensor is not None and type(tensor) not in PLAIN:
             return f"{type(tensor).__name__} may have no memory of its own"
         if tensor is not None and tensor.is_inference():
-            return "made in inference mode, it has no versions"
+            return "it was made in inference mode and has no version counter"
     return None
 
 
-SAMPLE = 64  # about so many numbers of a tensor: more of them, far apart in memory, would cost time
-# Integers of the same size as an element: a NaN is equal to itself, and no type is without a comparison.
+SAMPLE = 64  # about this many numbers of a tensor are compared: they are far apart in memory, so more would be slow
+# Integers of the size of an element: as integers a NaN equals itself, and every dtype can be compared.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,12 +36,12 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def sample(tensor: Tensor) -> Tensor:
-    """Some of :func:`bits`, from all over the tensor: a write of all of it, or of a whole head, is found in them."""
+    """A sample of :func:`bits` from all over the tensor: a write of all of it, or of one head, changes the sample."""
     return bits(tensor)[:: max(1, tensor.numel() // SAMPLE) | 1]  # odd: not always the same column
 
 
 def unwritten(before: Iterable[Tensor], now: Iterable[Tensor]) -> bool:
-    """Whether numbers are still what they were; on a GPU it is waited for, and taken for granted in a captured call."""
+    """Whether numbers are unchanged. A GPU is waited for; while it captures a CUDA graph, the answer is yes."""
     for one, two in zip(before, now, strict=True):
         if not (one.is_cuda and torch.cuda.is_current_stream_capturing()) and not torch.equal(one, two):
             return False
@@ -49,10 +49,11 @@ def unwritten(before: Iterable[Tensor], now: Iterable[Tensor]) -> bool:
 
 
 class Identity:
-    """Which tensors, in which memory, in which layout, and after how many writes by autograd's counters.
+    """Identifies tensors by object, storage, layout, dtype and version counter.
 
-    Storages are referred to weakly: their data are freed, and their addresses are not given out again. A tensor's own
-    number may be (``torch.utils.swap_tensors`` refuses tensors with weak references), but not with the same storage.
+    Weak references to the storages let their data be freed, and keep their addresses from being used again. Tensors get
+    no weak references, because ``torch.utils.swap_tensors`` refuses those that have some. A tensor's ``id`` may be used
+    again, but not with the same storage.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -60,7 +61,7 @@ class Identity:
         self._seen = [_seen(tensor) for tensor in tensors]
 
     def of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors, unchanged."""
+        """Whether these are the same tensors, unchanged."""
         return len(tensors) == len(self._seen) and all(map(_is_seen, tensors, self._seen))
 
 
@@ -71,5 +72,5 @@ def _seen(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _is_seen(tensor: Tensor, seen: tuple[Any, ...]) -> bool:
-    # First what every tensor has: one of another type may have no address.
+    # Type first: a tensor of another type may have no address.
     return id(tensor) == seen[0] and type(tensor) is seen[1] and _seen(tensor) == seen

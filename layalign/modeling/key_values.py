@@ -1,15 +1,15 @@
-"""How the source's keys and values of all language layers are made: decided once a call, and done here.
+"""How the source's keys and values of all language layers are computed: decided once a call, and done here.
 
 k_i is the LLM's key map of layer i on the aligner's key state y[2i], v_i its value map on y[2i + 1]. Calling aligner
-and maps as modules is always right; :class:`KeyValueProjector` knows four shorter ways and the reasons against them.
-For the structure "Linear" nothing stands between the aligner's projection and the LLM's maps, so
+and maps as modules is always correct. :class:`KeyValueProjector` knows four cheaper ways, and when they cannot be used.
+With the structure "Linear", the LLM's maps follow the aligner's projection directly, so
 
     k_i = k_proj_i(y[2i]) = x[2i] @ (Wk_i @ W2).T + (Wk_i @ b2 + bk_i)
 
-and likewise for v_i. Folding Wk_i @ W2 costs D_e * D_l * D_kv multiply-adds a slot whenever W2 changes, and saves
-D_e * D_l + D_l * D_kv - D_e * D_kv a row and slot from then on; :func:`break_even_rows` weighs the two. Folding reads
-weights instead of calling modules, so it is only for plain frozen ``nn.Linear`` maps: :func:`reason_against` says what
-is in the way (sharded, quantised or LoRA-wrapped maps, hooks, ...).
+and likewise for v_i. Folding Wk_i @ W2 costs D_e * D_l * D_kv multiply-adds per map whenever W2 changes, and saves
+D_e * D_l + D_l * D_kv - D_e * D_kv per row and map from then on; :func:`break_even_rows` compares the two. Folding
+reads weights instead of calling modules, so the maps must be frozen ``nn.Linear`` modules: :func:`reason_against` says
+why they cannot be folded (sharded, quantised or LoRA-wrapped maps, hooks, ...).
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from layalign.ops.packed_weight import PackedWeight
 logger = logging.getLogger("layalign")
 
 CHOICES = ("auto", "always", "never")
-MARGIN = 1.25  # times the break-even rows in training: the folded weights take memory, so they must earn it
+MARGIN = 1.25  # factor on the break-even rows in training: the folded weights take memory, so they must pay clearly
 
 
 def break_even_rows(encoder_size: int, llm_size: int, kv_size: int, training: bool = False, reused: int = 1) -> float:
-    """Rows (B * S) of a call from which folding takes fewer multiply-adds; infinite where it never does.
+    """The number of rows (B * S) in a call from which folding takes fewer multiply-adds; infinite if it never does.
 
     Args:
         encoder_size, llm_size, kv_size: D_e, D_l, D_kv.
-        training: with the gradients, whose fold (dW2) is paid in every backward.
-        reused: calls for which one folded weight serves, before W2 changes.
+        training: whether gradients are computed. Their share of the fold (dW2) is paid in every backward.
+        reused: number of calls that one folded weight serves before W2 changes.
 
-    Source: the counts in this module's docstring. For training, forward and backward: 3 D_e D_l + 2 D_l D_kv a row
+    Source: the counts in this module's docstring. For training, forward and backward: 3 D_e D_l + 2 D_l D_kv per row
     unfolded, 3 D_e D_kv folded.
     """
     fold = encoder_size * llm_size * kv_size
@@ -58,23 +58,23 @@ def break_even_rows(encoder_size: int, llm_size: int, kv_size: int, training: bo
     return cost / saved if saved > 0 else float("inf")
 
 
-# Through the modules' own tables: their attributes cost a microsecond each, and a call asks a hundred of them.
+# The following read the modules' own tables: an attribute costs a microsecond, and a call reads a hundred of them.
 
 
 def _maps(attentions: Sequence[Any]) -> list[Any]:
-    """The key and the value map of each layer by turns; None where there is none by that name."""
+    """The key map and the value map of each layer in turn; None where a layer has none of that name."""
     names = _names(attentions)
     return [attention._modules.get(name) for attention in attentions for name in names]
 
 
 def _names(attentions: Sequence[Any]) -> tuple[str, ...]:
-    """What the first layer's two maps are called; where one map makes both, the usual names, which it lacks."""
+    """The names of the first layer's two maps; if one map computes both, the usual names, which the layer lacks."""
     maps = key_value_maps(attentions[0]) if attentions else None
     return KEY_VALUE_MAPS[0].names if maps is None or maps.split is not None else maps.names
 
 
 def _parameters(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """(weight, bias) of a linear map that :func:`reason_against_reading` has passed."""
+    """(weight, bias) of a linear map that :func:`reason_against_reading` has accepted."""
     own: Any = linear._parameters
     return own["weight"], own.get("bias")
 
@@ -86,7 +86,7 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
     if projector.times > 1:
         return 'with mix "shared" one product serves all layers'
     if is_intercepted(projector):
-        return "the aligner's projector has hooks or a patched forward, which reading its weights would pass by"
+        return "the aligner's projector has hooks or a patched forward, which reading its weights would bypass"
     problem = reason_against_reading(projector.fc2) or reason_against_watching(projector.fc2._parameters.values())
     if problem is not None:
         return f"fc2: {problem}"
@@ -112,7 +112,7 @@ def reason_against(projector: WeightedLinearProjector, attentions: Sequence[nn.M
 
 
 class _Passed:
-    """A projector and attention modules that :func:`reason_against` has passed: all that its answer depends on."""
+    """All that the answer of :func:`reason_against` depends on, for a projector and attentions that it has accepted."""
 
     def __init__(self, settings: tuple[Any, ...], parameters: Sequence[Tensor]) -> None:
         self.settings, self.parameters = settings, Identity(parameters)
@@ -132,7 +132,7 @@ def _seen(
         settings += type(linear), linear is not None and is_intercepted(linear)
         for name, p in () if linear is None else linear._parameters.items():
             if p is not None:
-                settings += name, p.requires_grad, len(p.__dict__)  # where ZeRO-3 and FSDP1 mark theirs
+                settings += name, p.requires_grad, len(p.__dict__)  # in __dict__ ZeRO-3 and FSDP1 mark theirs
                 parameters.append(p)
     return tuple(settings), parameters
 
@@ -140,18 +140,18 @@ def _seen(
 @torch.inference_mode(False)
 @torch.no_grad()
 def _values(fc2: nn.Linear, maps: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """What is compared of weights that nobody seems to have written.
+    """The numbers that are compared where no version counter shows a write.
 
-    All of fc2, which trains, and the biases; of the LLM's frozen maps, which are too large to read, a sample.
+    All of fc2, which trains, and the biases. Of the LLM's frozen maps, which are too large to read, a sample.
     """
     biases = [bits(linear.bias) for linear in maps if linear.bias is not None]
-    some = torch.cat([*(sample(linear.weight) for linear in maps), *biases])
-    return *(bits(p) for p in _parameters(fc2) if p is not None), some
+    frozen = torch.cat([*(sample(linear.weight) for linear in maps), *biases])
+    return *(bits(p) for p in _parameters(fc2) if p is not None), frozen
 
 
 @dataclass(frozen=True)
 class Folded:
-    """The folded weight (2L, D_kv, D_e), as it is or packed, the bias (2L, D_kv), and what they were made from."""
+    """The folded weight (2L, D_kv, D_e), packed or not, the bias (2L, D_kv), and what they were made from."""
 
     weight: Tensor | PackedWeight
     bias: Tensor | None
@@ -159,7 +159,7 @@ class Folded:
     values: tuple[Tensor, ...]
 
 
-@torch.inference_mode(False)  # what is made in it cannot be saved for a backward
+@torch.inference_mode(False)  # tensors made in inference mode cannot be saved for a backward
 @torch.no_grad()
 def _fold(
     fc2: nn.Linear, maps: Sequence[nn.Linear], dtype: torch.dtype, key: tuple[Any, ...], packed: bool = False
@@ -177,15 +177,15 @@ def _fold(
         weight = torch.empty((*shape, fc2.in_features), dtype=dtype, device=inner.device)
     has_bias = fc2.bias is not None or maps[0].bias is not None
     bias = torch.zeros(shape, dtype=dtype, device=inner.device) if has_bias else None
-    for slot, linear in enumerate(maps):
+    for index, linear in enumerate(maps):
         product = linear.weight.to(wide) @ inner
         if isinstance(weight, PackedWeight):
-            weight.put(slice(slot, slot + 1), product[None, :, : fc2.in_features])
+            weight.put(slice(index, index + 1), product[None, :, : fc2.in_features])
         else:
-            weight[slot] = product[:, : fc2.in_features]
+            weight[index] = product[:, : fc2.in_features]
         if bias is not None:
             offset = product[:, fc2.in_features :].sum(dim=1)  # one column, or none
-            bias[slot] = offset if linear.bias is None else offset + linear.bias.to(wide)
+            bias[index] = offset if linear.bias is None else offset + linear.bias.to(wide)
     return Folded(weight, bias, key, values)
 
 
@@ -208,24 +208,24 @@ class _Fold(torch.autograd.Function):
         need_weight, need_bias, *_ = ctx.needs_input_grad
         total: Tensor | None = None
         total_bias: Tensor | None = None
-        for slot, own in enumerate(ctx.saved_tensors):
+        for index, own in enumerate(ctx.saved_tensors):
             if need_weight and grad is not None:
-                total = _added(total, own.T.to(grad.dtype) @ grad[slot])
+                total = _added(total, own.T.to(grad.dtype) @ grad[index])
             if need_bias and grad_bias is not None:
-                total_bias = _added(total_bias, grad_bias[slot] @ own.to(grad_bias.dtype))
-        found = zip((total, total_bias), ctx.dtypes, strict=True)
-        return (*(None if sums is None else sums.to(dtype) for sums, dtype in found), None, None)
+                total_bias = _added(total_bias, grad_bias[index] @ own.to(grad_bias.dtype))
+        totals = zip((total, total_bias), ctx.dtypes, strict=True)
+        return (*(None if sums is None else sums.to(dtype) for sums, dtype in totals), None, None)
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    """total + part, in fp32 at least: half precision would round after every slot."""
+    """total + part, in fp32 at least: half precision would round after every addition."""
     if total is None:
         return part.to(torch.promote_types(part.dtype, torch.float32))
     return total.add_(part)
 
 
 def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
-    """Whether a projector is better passed by in groups of slots: on a CPU, where its weights may be read."""
+    """Whether to compute by a projector's weights, a few mixes at a time: on a CPU, if its weights may be read."""
     if not grouped_projection.can_run(hidden, projector.impl):
         return False
     if projector.structure != "Linear" or is_intercepted(projector):
@@ -245,19 +245,19 @@ def by_weights(
     outer: Sequence[nn.Linear] = (),
     size: int | None = None,
 ) -> Sequence[Tensor]:
-    """:func:`layalign.ops.grouped_projection.grouped_projection` of modules that :func:`useful` has passed."""
+    """:func:`layalign.ops.grouped_projection.grouped_projection` of modules that :func:`useful` has accepted."""
     fc1, fc2, pairs = projector.fc1, projector.fc2, [_parameters(linear) for linear in outer]
     mix, inner = (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)
     return grouped_projection.grouped_projection(hidden, mix, inner, folded, pairs, size=size, impl=projector.impl)
 
 
 def through(y: Tensor | Sequence[Tensor], outer: Sequence[nn.Linear], size: int) -> Sequence[Tensor]:
-    """:func:`layalign.ops.grouped_projection.through` of modules that :func:`can_pass` has passed."""
+    """:func:`layalign.ops.grouped_projection.through` of modules that :func:`can_pass` has accepted."""
     return grouped_projection.through(y, [_parameters(linear) for linear in outer], size)
 
 
 def can_pass(y: Sequence[Tensor], outer: Sequence[Any]) -> bool:
-    """Whether states that autograd follows may go :func:`through` maps, and that is the same as calling them."""
+    """Whether :func:`through` may stand in for calls of the maps, with states that require gradients."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(state.requires_grad for state in y):
         return False
     if dispatch.transforming() or torch.is_autocast_enabled(y[0].device.type):
@@ -266,27 +266,27 @@ def can_pass(y: Sequence[Tensor], outer: Sequence[Any]) -> bool:
         if reason_against_reading(linear) is not None or state.shape != y[0].shape or state.dim() != 3:
             return False
         if state.shape[-1] != linear.in_features or state.device != linear.weight.device:
-            return False  # the module says what is wrong
+            return False  # calling the module raises the error
         if any(p is not None and (p.requires_grad or p.dtype != state.dtype) for p in linear._parameters.values()):
             return False
     return True
 
 
 class Way(NamedTuple):
-    """How keys and values are made in a call.
+    """How keys and values are computed in a call.
 
     Attributes:
         name: one of :data:`WAYS`.
-        passed: what of the weights, where they may be read, was seen.
+        passed: for :data:`FOLDED`, what was accepted of the weights.
     """
 
     name: str
     passed: _Passed | None = None
 
 
-# From the least that is called as a module to the most:
+# From the fewest calls of modules to the most:
 FOLDED = "folded"  # x[j] @ (Wk @ W2).T
-GROUPED = "grouped"  # aligner and maps by their weights, a few slots at a time
+GROUPED = "grouped"  # aligner and maps by their weights, a few mixes at a time
 ONE_NODE = "one node"  # the aligner as a module, the maps by their weights
 MAPS_CALLED = "maps called"  # the aligner by its weights, the maps as modules
 CALLED = "called"
@@ -294,18 +294,18 @@ WAYS = (FOLDED, GROUPED, ONE_NODE, MAPS_CALLED, CALLED)
 
 
 class KeyValueProjector:
-    """Makes the source's keys and values of all language layers; decides for each call how, by :meth:`way`.
+    """Computes the source's keys and values of all language layers. :meth:`way` decides how, for each call.
 
-    The folded weights are kept while the aligner's do not change. A change is noticed by the parameters' identity,
-    memory and version counters, and by comparing values, all of the aligner's and some of each of the LLM's maps:
-    whoever writes single numbers of those past autograd's counters (through ``.data``, numpy, shared memory) calls
-    :meth:`forget`.
+    The folded weights are kept until the weights that they were made from change. A change is noticed by the
+    parameters' identity, memory and version counters, and by comparing values: all of the aligner's, and a sample of
+    each of the LLM's maps. After writing single numbers of the LLM's maps in a way that version counters miss
+    (``.data``, numpy, shared memory), call :meth:`forget`.
 
     Args:
         choice: whether to fold: "auto" (by :func:`break_even_rows`), "always" (wherever it can be done) or "never".
 
     Attributes:
-        last: whether the last call folded, and why it did not.
+        last: whether the last call folded, and if not, why.
     """
 
     def __init__(self, choice: str = "auto") -> None:
@@ -314,7 +314,7 @@ class KeyValueProjector:
         self._folded: Folded | None = None
         self._passed: _Passed | None = None
         self._version: int | None = None
-        self._calls, self._calls_before = 0, 1  # of training, with the current weights and with those before
+        self._calls, self._calls_before = 0, 1  # calls in training with the current weights, and with those before
 
     def forget(self) -> None:
         """Fold again in the next call."""
@@ -337,11 +337,11 @@ class KeyValueProjector:
         """L keys and L values, each (B, G, S, d) in ``dtype``, or in autocast's.
 
         Args:
-            aligner: of the model.
+            aligner: the model's aligner.
             attentions: the LLM's self-attention modules of the L language layers.
-            hidden: E tensors (B, S, D_e), the encoder's states.
-            dtype: the LLM's.
-            engine: what shards the model, if something does.
+            hidden: E tensors (B, S, D_e), the encoder's hidden states.
+            dtype: the LLM's dtype.
+            engine: the engine that shards the model, or None.
         """
         way = self.way(aligner, attentions, hidden, engine)
         projector = aligner.projector
@@ -353,14 +353,14 @@ class KeyValueProjector:
             return self._by_modules(attentions, zip(states[0::2], states[1::2], strict=True), dtype)
         maps, size = _maps(attentions), head_size(attentions[0])
         if way.name == FOLDED:
-            found = self._by_folding(projector, maps, layers, size, way.passed)
+            both = self._by_folding(projector, maps, layers, size, way.passed)
         elif way.name == GROUPED:
-            found = by_weights(projector, layers, outer=maps, size=size)
+            both = by_weights(projector, layers, outer=maps, size=size)
         else:
-            found = through(projector(layers), maps, size)
-        if not torch.is_autocast_enabled(found[0].device.type):  # under it in its dtype, as the LLM's own modules
-            found = [state.to(dtype) for state in found]
-        return list(found[0::2]), list(found[1::2])
+            both = through(projector(layers), maps, size)
+        if not torch.is_autocast_enabled(both[0].device.type):  # autocast keeps its own dtype, as in the LLM's modules
+            both = [each.to(dtype) for each in both]
+        return list(both[0::2]), list(both[1::2])
 
     def way(
         self,
@@ -369,7 +369,7 @@ class KeyValueProjector:
         hidden: Sequence[Tensor],
         engine: str | None = None,
     ) -> Way:
-        """How a call with these arguments is made; why it does not fold is noted in :attr:`last`."""
+        """How a call with these arguments is computed. Why it does not fold is noted in :attr:`last`."""
         if torch.compiler.is_compiling():  # the weights' versions cannot be watched
             return Way(CALLED)
         against = f"{engine} shards the model" if engine else reason_against_passing(aligner)
@@ -420,13 +420,13 @@ class KeyValueProjector:
         assert isinstance(weight, Tensor)
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (fc2.weight, fc2.bias)):
             weight, bias = _Fold.apply(fc2.weight, fc2.bias, folded, maps)
-        states = ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl)
-        return heads(states, size).unbind(0)
+        both = ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl)
+        return heads(both, size).unbind(0)
 
     def _against_reading(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module]
     ) -> tuple[str | None, _Passed | None]:
-        """Why the modules must be called; or None, and what of the weights, which may be read, was seen."""
+        """(why the modules must be called, None), or (None, what was accepted of the weights to read)."""
         if not attentions:
             return "no layer attends", None
         if dispatch.transforming():
@@ -436,13 +436,13 @@ class KeyValueProjector:
             return None, passed
         against = reason_against(projector, attentions)
         passed = None if against is not None else _Passed(*seen)
-        self._passed, self._folded = passed, None  # who is called as a module now may come back with other weights
+        self._passed, self._folded = passed, None  # the weights may change while the modules are called
         return against, passed
 
     def _against(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module], hidden: Sequence[Tensor]
     ) -> str | None:
-        """Why folding is not wanted where the weights may be read."""
+        """Why not to fold, if the weights may be read; None to fold."""
         if self.choice == "never":
             return "fold_projections='never'"
         if self.choice == "always":
@@ -469,14 +469,14 @@ class KeyValueProjector:
         key = dtype, packed, passed
         folded = self._folded
         if folded is None or folded.key != key or not unwritten(folded.values, _values(fc2, maps)):
-            self._folded = folded = None  # the old one's memory first
+            self._folded = folded = None  # free the old weights first
             with checks.without_autocast(like):
                 self._folded = folded = _fold(fc2, maps, dtype, key, packed)
         return folded
 
     def say(self, against: str | None) -> None:
-        """Note, and log when it changes, what was done for a call: folded, or not for the reason ``against``."""
-        if torch.compiler.is_compiling():  # a log line would break the graph, reading `last` would guard it
+        """Note in :attr:`last` that a call folds, or the reason ``against``; log it if it has changed."""
+        if torch.compiler.is_compiling():  # a log line would break the graph, reading `last` would add a guard
             return
         now = "folded" if against is None else f"not folded: {against}"
         if now != self.last:

@@ -1,10 +1,10 @@
 """The LLM's last layer, computed only where its result is read.
 
-Behind the last layer's keys and values a position matters only if its logits are wanted: those in front of a label in
-training, the last one in a generation's first pass. The layer's query map, output map and feed-forward block are called
-for these positions alone, which are the same numbers for less work: of the LLM's 1 / L, what the other positions' share
-of it is. Nothing is known of an architecture but where its layers and maps lie; :meth:`LastLayer.reason_against` says
-what is in the way.
+After the last layer's keys and values, a position matters only if its logits are read: in training the positions before
+a label, in the first pass of a generation the last one. The layer's query map, output map and feed-forward block run
+for these positions alone. The results are the same. What is saved is the other positions' share of one layer. All that
+is known of an architecture is where its layers and maps are. :meth:`LastLayer.reason_against` says why all positions
+must be computed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _ACTIVATIONS = (
     nn.Hardswish, nn.Hardsigmoid,
 )  # fmt: skip
 _POSITION_WISE = (nn.Linear, Conv1D, nn.Identity, nn.Dropout, nn.ModuleDict, nn.ModuleList, nn.ParameterDict)
-# What a call may ask for: transformers' own hooks collect it.
+# Outputs that a call may ask for, which transformers' own hooks collect.
 _COLLECTED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def position_wise(module: nn.Module) -> bool:
-    """Whether ``module`` is made of linear maps and activations as their classes are, and draws no random numbers now.
+    """Whether ``module`` is made of unmodified linear maps and activations, and draws no random numbers now.
 
-    A linear map of another type may look at all positions at once, as int8 products do for outliers.
+    A linear map of another type may read all positions at once, as int8 products do for outliers.
     """
     for part in module.modules():
         if next(part.children(), None) is not None:
@@ -53,7 +53,7 @@ def position_wise(module: nn.Module) -> bool:
 
 
 def _bodies(llm: nn.Module) -> list[nn.Module]:
-    """What lies between ``llm`` and the module that holds its layers, from the outside; empty if nothing is found."""
+    """The modules between ``llm`` and its list of layers, outermost first; empty if there is no such list."""
     path: list[nn.Module] = []
     module = llm
     for name, _ in list(attention_modules(llm).values())[:1]:
@@ -66,7 +66,7 @@ def _bodies(llm: nn.Module) -> list[nn.Module]:
 
 
 class LastLayer:
-    """Finds the last decoder layer of an LLM, once; its maps are looked at in every call.
+    """The last decoder layer of an LLM. It is found once; its maps are checked in every call.
 
     Args:
         llm: a causal LM.
@@ -76,29 +76,30 @@ class LastLayer:
     def __init__(self, llm: nn.Module, choice: str = "auto") -> None:
         self.choice = choice
         self.last: str = "not asked yet"  # what was done for the last call, and why
-        self._path: list[nn.Module] = []  # the LLM, and what lies between it and the list of layers; empty if none is
+        self._path: list[nn.Module] = []  # the LLM and the modules down to its list of layers; empty without a list
         self.bodies = _bodies(llm)
-        found = attention_modules(llm)
-        if not found:
+        attentions = attention_modules(llm)
+        if not attentions:
             return
-        name, self._attention = found[max(found)]
+        name, self._attention = attentions[max(attentions)]
         *path, container, _, _ = ["", *name.split(".")] if name.count(".") >= 2 else ["", "", "", ""]
         layers = llm.get_submodule(".".join([*path[1:], container]))
-        beside = [layer for layer in layers.children() if any(part is self._attention for part in layer.modules())]
-        if isinstance(layers, nn.ModuleList) and len(beside) == 1 and beside[0] is layers[-1]:
+        holders = [layer for layer in layers.children() if any(part is self._attention for part in layer.modules())]
+        if isinstance(layers, nn.ModuleList) and len(holders) == 1 and holders[0] is layers[-1]:
             self._container, self._layer = container, layers[-1]
             self._path = [llm.get_submodule(".".join(path[1 : i + 1])) for i in range(len(path))]
 
     def maps(self) -> list[nn.Module]:
-        """The position-wise maps behind the layer's keys and values."""
-        found = [getattr(self._layer, name, None) for name in FEED_FORWARD_BLOCKS]
-        found += [getattr(self._attention, name, None) for name in (*QUERY_MAPS, *OUTPUT_MAPS)]
-        return [module for module in found if isinstance(module, nn.Module)]
+        """The layer's position-wise maps, other than those of its keys and values."""
+        maps = [getattr(self._layer, name, None) for name in FEED_FORWARD_BLOCKS]
+        maps += [getattr(self._attention, name, None) for name in (*QUERY_MAPS, *OUTPUT_MAPS)]
+        return [module for module in maps if isinstance(module, nn.Module)]
 
     def reason_against(self, rows: Rows, options: dict[str, Any]) -> str | None:
-        """Why all positions are to be computed; None if only ``rows``.
+        """Why all positions must be computed; None if ``rows`` suffice.
 
         Args:
+            rows: the positions whose logits are read.
             options: the keyword arguments of the LLM's call.
         """
         if self.choice == "never":
@@ -109,17 +110,17 @@ class LastLayer:
             return "the LLM has no list of layers that ends with its last attention"
         config = self._path[0].config
         if any(options.get(name) or getattr(config, name, False) for name in _COLLECTED):
-            return "states of all positions are asked for"
-        one = options.get(KEYWORD)
-        return self._reason_against_modules(() if one is None else one.gated)
+            return "outputs of all positions are asked for"
+        source_pass = options.get(KEYWORD)
+        return self._reason_against_modules(() if source_pass is None else source_pass.gated)
 
-    def _reason_against_modules(self, beside: Iterable[nn.Module]) -> str | None:
+    def _reason_against_modules(self, gated: Iterable[nn.Module]) -> str | None:
         if self._layer.training and getattr(self._layer, "gradient_checkpointing", False):
             return "the layer's activations are checkpointed: it runs again in the backward"
         if any(getattr(part, "_compiled_call_impl", None) is not None for part in (*self._path, self._layer)):
             return "a part of the LLM is compiled"
-        if any(is_watched(module) for module in (*self._observers(), *beside)):
-            return "hooks want to see the last layer"
+        if any(is_watched(module) for module in (*self._observers(), *gated)):
+            return "hooks observe the last layer"
         maps = self.maps()
         if not maps:
             return f"{type(self._layer).__name__} has no map of a known name"
@@ -137,18 +138,18 @@ class LastLayer:
 
     @contextmanager
     def only(self, rows: Rows | None, options: dict[str, Any]) -> Iterator[None]:
-        """Within the block, the last layer of the pass with ``options`` is computed for ``rows`` alone.
+        """Within the block, the last layer of the pass with ``options`` is computed for ``rows`` alone, if it can be.
 
-        Where nothing speaks against it. Other passes within this one, and parts called by themselves, are whole.
+        Passes nested in this one, and modules that are called by themselves, compute all positions.
 
         Raises:
-            ArgumentError: "always", and something speaks against it.
+            ArgumentError: the choice is "always", and it cannot be.
         """
         if rows is None or torch.compiler.is_compiling():
             yield
             return
         against = self.reason_against(rows, options)
-        self.last = f"whole: {against}" if against else f"{len(rows)} of {rows.shape.numel()} positions"
+        self.last = f"in full: {against}" if against else f"{len(rows)} of {rows.shape.numel()} positions"
         if against and self.choice == "always":
             raise ArgumentError(f"prune_last_layer: expected 'auto' or 'never' for this call, got 'always': {against}")
         if against:

@@ -1,4 +1,4 @@
-"""Names for sets of the encoder's layers, where their number is not known yet."""
+"""Names for sets of the encoder's layers, for configurations written before the number of layers is known."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def named_layers(name: str | None, count: int) -> list[int]:
     """Indices into the encoder's hidden states.
 
     Args:
-        name: None is all but the last, as published, and a third is one of these; "all" has the last as well, "last"
-            has nothing else.
-        count: of hidden states, the embedding output included.
+        name: None: all but the last, as published. "first-third", "middle-third", "last-third": a third of these.
+            "all": the last too. "last": the last alone.
+        count: number of hidden states, the embedding output included.
 
     Raises:
         ArgumentError: the name is none of :data:`LAYER_NAMES`, or there are too few layers for a third.

@@ -1,9 +1,9 @@
 """The loss by Liger's fused linear cross-entropy, which never holds the logits of all labels at once.
 
-Liger-Kernel (the extra ``liger``) takes hidden states and the output head's weight and computes the logits piece by
-piece, the gradient in the same pass. So the head must not run: :func:`layalign.modeling.loss.passing_on` lets it return
-the hidden states it is given. That is right only where the LLM's logits are its head's output and nothing more;
-:func:`reason_against` says what is in the way. The package is imported by the first call that could use it.
+Liger-Kernel (the extra ``liger``) takes hidden states and the output head's weight. It computes the logits in chunks,
+and the gradient in the same pass. So the head must not run: :func:`layalign.modeling.loss.passing_on` makes it return
+the hidden states that it gets. This is correct only if the LLM returns the head's output unchanged as its logits.
+:func:`reason_against` says why Liger cannot be used. The package is imported by the first call that could use it.
 
 Source: Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024.
 """
@@ -30,7 +30,7 @@ from layalign.utils.versions import CACHE_NAMES
 
 logger = logging.getLogger("layalign")
 
-_CHANGES_ITS_LOGITS: WeakSet[nn.Module] = WeakSet()  # LLMs found out in their first call
+_CHANGES_ITS_LOGITS: WeakSet[nn.Module] = WeakSet()  # LLMs that their first call has shown to do so
 _LOGGED: set[str] = set()
 
 
@@ -40,10 +40,10 @@ def reason_against(llm: Any, keep: int | Tensor | None = None, device: str | Non
     Args:
         llm: the causal LM.
         keep: the call's ``logits_to_keep``.
-        device: type of the device to ask for, by default the one that holds the output head.
+        device: type of the device to check, by default the one that holds the output head.
     """
     if keep is not None:
-        return "logits_to_keep asks for logits, which it does not make"
+        return "logits_to_keep asks for logits, which it does not return"
     if torch.compiler.is_compiling():
         return "the call is compiled, and it reads the number of labels back"
     head = llm.get_output_embeddings()
@@ -59,9 +59,9 @@ def reason_against(llm: Any, keep: int | Tensor | None = None, device: str | Non
     for name, nothing in AFTER_THE_HEAD.items():
         value = getattr(config, name, None)
         if value is not None and value != nothing:
-            return f"the LLM's {name} = {value} changes the logits behind the head"
+            return f"the LLM's {name} = {value} changes the logits after the head"
     if llm in _CHANGES_ITS_LOGITS:
-        return f"{type(llm).__name__} changes the logits behind its head"
+        return f"{type(llm).__name__} changes the logits after its head"
     return _load()[1]
 
 
@@ -69,11 +69,11 @@ def chosen(choice: str, llm: Any, keep: int | Tensor | None = None, device: str 
     """Whether a call's loss is computed by Liger.
 
     Args:
-        choice: "always", "never", or "auto": with gradients, on a GPU, where nothing is in the way.
+        choice: "always", "never", or "auto": with gradients, on a GPU, if there is no reason against it.
         llm, keep, device: see :func:`reason_against`.
 
     Raises:
-        ArgumentError: "always", and something is in the way.
+        ArgumentError: the choice is "always", and there is a reason against it.
     """
     if choice == "never" or (choice == "auto" and (interpreting() or not torch.is_grad_enabled())):
         return False
@@ -85,7 +85,7 @@ def chosen(choice: str, llm: Any, keep: int | Tensor | None = None, device: str 
 
 @functools.cache
 def _load() -> tuple[Callable[..., Tensor] | None, str | None]:
-    """(Liger's function, None) or (None, why it is not there)."""
+    """(Liger's function, None) or (None, why it is not available)."""
     try:
         module = importlib.import_module("liger_kernel.transformers.functional")
         return module.liger_fused_linear_cross_entropy, None
@@ -97,7 +97,7 @@ def fused_label_loss(rows: Tensor, head: nn.Linear, targets: Tensor, divisor: Te
     """:func:`layalign.modeling.loss.label_loss` of ``head(rows)``, without the logits.
 
     Args:
-        rows: (N, D) hidden states where a label stands, in the head's dtype or under autocast.
+        rows: (N, D) hidden states of the positions that have a label, in the head's dtype or under autocast.
         head: a plain output head (V, D), with or without bias; frozen, it gets no gradient.
         targets: (N,) int64, all of them labels.
         divisor: of the summed loss; None for N.
@@ -139,11 +139,13 @@ def labelled_output(
     choice: str,
     bodies: Sequence[nn.Module],
 ) -> Any:
-    """One pass of ``llm`` with the loss and without logits, through Liger where ``choice`` takes it.
+    """One pass of ``llm`` that returns the loss and no logits, by Liger if it is :func:`chosen`.
 
     Args:
-        llm: the causal LM; ``inputs`` are its arguments.
-        targets: (B, T) int64, position t's label; rows: where there is one.
+        llm: the causal LM.
+        inputs: its keyword arguments.
+        targets: (B, T) int64, the label of each position, -100 where there is none.
+        rows: the positions that have a label.
         divisor: of the summed loss; None for the number of labels.
         choice: see :func:`chosen`.
         bodies: see :func:`layalign.nn.rows.only_rows_leave`.
@@ -152,26 +154,26 @@ def labelled_output(
         The LLM's output object.
 
     Raises:
-        ArgumentError: "always", and something is in the way.
+        ArgumentError: the choice is "always", and there is a reason against it.
     """
     head, labels = llm.get_output_embeddings(), targets.flatten().index_select(0, rows.index)
     if chosen(choice, llm):
         _say(choice)
-        with only_rows_leave(bodies, rows, inputs[KEYWORD]) as left, passing_on(head, left) as states:
+        with only_rows_leave(bodies, rows, inputs[KEYWORD]) as selected, passing_on(head, selected) as passed_on:
             output = llm(**inputs, return_dict=True)
-            made = bool(left) and not states  # the head ran, for the labelled rows: nothing is lost
-        if states and output.logits is states[-1]:
-            return with_loss(output, fused_label_loss(states[-1].flatten(0, -2), head, labels, divisor), None)
-        if made:
+            head_ran = bool(selected) and not passed_on  # for the labelled rows alone
+        if passed_on and output.logits is passed_on[-1]:
+            return with_loss(output, fused_label_loss(passed_on[-1].flatten(0, -2), head, labels, divisor), None)
+        if head_ran:
             return with_loss(output, label_loss(output.logits, labels, divisor), None)
-        logger.info("layalign: %s changes its logits behind its head; no Liger", type(llm).__name__)
+        logger.info("layalign: %s changes the logits after its head; Liger is not used", type(llm).__name__)
         _CHANGES_ITS_LOGITS.add(llm)
         if any(inputs.get(name) is not None for name in CACHE_NAMES):  # a second pass would fill it twice
             raise ArgumentError(f"fused_loss: expected 'never' for {type(llm).__name__}, which changes its logits")
-        chosen(choice, llm)  # "always" is told so
-    with only_rows_leave(bodies, rows, inputs[KEYWORD]) as left:
+        chosen(choice, llm)  # raises for "always"
+    with only_rows_leave(bodies, rows, inputs[KEYWORD]) as selected:
         output = llm(**inputs, return_dict=True)
-    logits = output.logits if left else rows.select(output.logits)
+    logits = output.logits if selected else rows.select(output.logits)
     return with_loss(output, label_loss(logits, labels, divisor), None)
 
 

@@ -1,7 +1,7 @@
 """The LLM's input layout: ``[bos] [source slots] [boundary slot] [prompt] [labels]``, padded once, on the left.
 
 Source: LayAlign, translation and task stage. The published code builds the same layout by concatenating padded
-blocks and squeezing the padding out afterwards.
+blocks and removing the padding afterwards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from layalign.utils.errors import ArgumentError, refuse, whole_number
 
 IGNORE_INDEX = -100
-MAX_LENGTH = 2**24  # of a source, in tokens: more would take all memory before any model is asked
+MAX_LENGTH = 2**24  # of a source, in tokens: a longer one would take all memory before any model runs
 
 
 def build_inputs(
@@ -37,7 +37,7 @@ def build_inputs(
         targets: B lists of LLM token ids to predict (end-of-sequence included by the caller), or None.
         bos_token_id: first token of every row; None for LLMs that have none.
         source_token_id: id that fills slots and padding; the model replaces the slots' embeddings, so any id does.
-        slots: False for a model without an adapter, whose input has neither source slots nor boundary.
+        slots: False for a model without an adapter, whose input has neither source slots nor boundary slot.
 
     Returns:
         ``input_ids`` and ``attention_mask``, both (B, T) int64, left-padded; with targets also ``labels`` (B, T), -100
@@ -81,17 +81,17 @@ def build_inputs(
         input_ids.append([source_token_id] * padding + head + tail)
         attention_mask.append([0] * padding + [1] * (len(head) + len(tail)))
         labels.append([IGNORE_INDEX] * (padding + len(head)) + tail)
-    packed = {
+    inputs = {
         "input_ids": torch.tensor(input_ids, dtype=torch.long, device=device),
         "attention_mask": torch.tensor(attention_mask, dtype=torch.long, device=device),
     }
     if targets is not None:
-        packed["labels"] = torch.tensor(labels, dtype=torch.long, device=device)
-    return packed
+        inputs["labels"] = torch.tensor(labels, dtype=torch.long, device=device)
+    return inputs
 
 
 def _ids(name: str, row: Any, expected: str) -> list[int]:
-    """A row of whole numbers, which may come from numpy or torch; those that the collator makes pass at once."""
+    """A row of whole numbers, which may come from numpy or torch; lists of ints, as from the collator, pass quickly."""
     try:
         listed = None if isinstance(row, str | bytes | Mapping) else list(row)
     except TypeError:
@@ -125,7 +125,7 @@ def _check_place(slots: Any, device: Any) -> None:
 
 
 def real_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position ids that count real tokens only: (B, T) 0/1 -> (B, T)."""
+    """Position ids that count real tokens only: (B, T) of zeros and ones -> (B, T) int64."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
@@ -135,7 +135,7 @@ class LLMInputs:
 
     Attributes:
         input_ids, attention_mask: (B, T) int64.
-        has_bos: whether a first token stands before the source slots.
+        has_bos: whether a first token comes before the source slots.
         source_token_id: what fills the slots.
     """
 
@@ -167,7 +167,7 @@ class LLMInputs:
         if not torch.compiler.is_compiling():
             self.check(lengths, is_slot)
 
-        # Real tokens first, in order, wherever the encoder's padding is; the boundary, ranked last, behind them all.
+        # Real tokens first, in order, wherever the encoder's padding is. The boundary is ranked last.
         rank = F.pad(source_mask.bool().logical_not().to(torch.uint8), (0, 1), value=2)
         order = rank.argsort(dim=1, stable=True).to(device)
         index = torch.where(slot == lengths, soft.shape[1], slot.clamp(0, max(soft.shape[1] - 1, 0)))
@@ -177,7 +177,7 @@ class LLMInputs:
         return torch.where(is_slot[..., None], rows, embeds)
 
     def slots(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the source stands.
+        """Where the source's slots are.
 
         Args:
             lengths: (B, 1), the numbers of real source tokens.
@@ -196,8 +196,8 @@ class LLMInputs:
             ArgumentError: they do not match.
         """
         good = (self.input_ids == self.source_token_id) & self.attention_mask.bool() | ~is_slot
-        whole = is_slot.sum(dim=1, keepdim=True) == lengths + 1
-        if not bool(good.all() & whole.all()):
+        complete = is_slot.sum(dim=1, keepdim=True) == lengths + 1
+        if not bool(good.all() & complete.all()):
             raise ArgumentError(
                 "input_ids: expected [bos][one slot per encoder token][boundary slot][text] as model.build_inputs lays "
                 "it out; the slots do not match encoder_attention_mask"

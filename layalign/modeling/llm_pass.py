@@ -1,4 +1,4 @@
-"""The LLM inside the model: one pass of it, and what the model hands on to it."""
+"""The LLM inside the model: one pass of it, and the methods that the model delegates to it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def run_llm(
     skip: bool | None,
     divisor: Tensor | int | None,
 ) -> CausalLMOutputWithPast:
-    """One pass of the model's LLM: logits, and the last layer, only where they are wanted.
+    """One pass of the model's LLM. Logits, and the last layer, are computed only where they are needed.
 
     Args:
         inputs: the LLM's keyword arguments.
         labels: (B, T) int64, -100 where nothing is predicted, or None.
-        keep: transformers' ``logits_to_keep``; None for ``skip`` to decide.
-        skip: with labels, whether the loss is computed without logits; None for where gradients are.
+        keep: transformers' ``logits_to_keep``. None: ``skip`` decides.
+        skip: with labels, whether logits are computed only where a label is, and not returned. None: yes in training
+            mode, where gradients are recorded, and with ``fused_loss="always"``.
         divisor: of the summed loss; None for the number of labels.
     """
     shape, device = inputs["inputs_embeds"].shape[:2], inputs["inputs_embeds"].device
@@ -95,14 +96,14 @@ class LLMPartMixin:
     encoder: Any
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """Checkpoint the LLM's layers (the frozen encoder keeps no activations)."""
-        new = getattr(self.llm, "activation_checkpointing_enable", None)  # its name in later transformers
-        (new or self.llm.gradient_checkpointing_enable)(gradient_checkpointing_kwargs, **kwargs)
+        """Checkpoint the activations of the LLM's layers (the frozen encoder keeps none)."""
+        later = getattr(self.llm, "activation_checkpointing_enable", None)  # its name in later transformers
+        (later or self.llm.gradient_checkpointing_enable)(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the LLM's activations again."""
-        new = getattr(self.llm, "activation_checkpointing_disable", None)
-        (new or self.llm.gradient_checkpointing_disable)()
+        later = getattr(self.llm, "activation_checkpointing_disable", None)
+        (later or self.llm.gradient_checkpointing_disable)()
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """The later name of :meth:`gradient_checkpointing_enable`."""
@@ -111,25 +112,33 @@ class LLMPartMixin:
     activation_checkpointing_disable = gradient_checkpointing_disable
 
     def get_input_embeddings(self) -> nn.Module:
-        """The LLM's."""
+        """The LLM's input embeddings."""
         return self.llm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Others for the LLM, which train only if its own did."""
+        """Replace the LLM's input embeddings. The new ones train only if the old ones did.
+
+        Raises:
+            ArgumentError: the module has no weight (V, D_l).
+        """
         _put_embeddings(self.llm.get_input_embeddings(), value, self.llm.set_input_embeddings)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The LLM's."""
+        """The LLM's output head."""
         return self.llm.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Others for the LLM, which train only if its own did."""
+        """Replace the LLM's output head. The new one trains only if the old one did.
+
+        Raises:
+            ArgumentError: the module has no weight (V, D_l).
+        """
         _put_embeddings(self.llm.get_output_embeddings(), new_embeddings, self.llm.set_output_embeddings)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """The LLM's vocabulary; what was frozen stays so. Arguments as in transformers.
+        """Resize the LLM's vocabulary. Frozen embeddings stay frozen. Arguments as in transformers.
 
         Raises:
             ArgumentError: the model would lose a token that it needs, or the embeddings are not plain ones (quantised,
@@ -138,7 +147,7 @@ class LLMPartMixin:
         return vocabulary.resize(cast("LayAlignForCausalLM", self), new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """The attention function of both parts, or by part: {"llm_config": "eager"}. The source's stays beside it.
+        """Set the attention function of both parts, or by part: {"llm_config": "eager"}. The gated term stays.
 
         Raises:
             ArgumentError: a part has no such function. Nothing is changed then.
@@ -162,17 +171,17 @@ class LLMPartMixin:
             raise ArgumentError(f"attn_implementation: {first_line(error)}") from error
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
-        """As ``add_lora``: the LLM's LoRA, and the model's own parts train on.
+        """As ``add_lora``: LoRA is put on the LLM, and the model's own parts keep training.
 
         Raises:
-            ArgumentError: it has another name than "default", or there is one already.
+            ArgumentError: the name is not "default", or the LLM has an adapter already.
         """
         if adapter_name not in (None, "default"):
             refuse("adapter_name", "'default', for a checkpoint keeps one adapter", adapter_name)
         cast("LayAlignForCausalLM", self).add_lora(adapter_config)
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
-        """Take an adapter out of the LLM; with the last one its modules are what they were."""
+        """Remove an adapter from the LLM. Without adapters, its modules are again what they were."""
         self.llm.delete_adapter(adapter_names)
         if self.llm._hf_peft_config_loaded:
             return
@@ -180,7 +189,7 @@ class LLMPartMixin:
 
         for module in list(self.llm.modules()):
             for name, child in module.named_children():
-                if isinstance(child, BaseTunerLayer):  # left by peft, and a checkpoint would have its names
+                if isinstance(child, BaseTunerLayer):  # peft leaves it, and its names would get into checkpoints
                     setattr(module, name, child.get_base_layer())
         cast("LayAlignForCausalLM", self).config.lora = None
 
@@ -192,7 +201,7 @@ class LLMPartMixin:
     get_adapter_state_dict = _of_llm("get_adapter_state_dict")
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
-        """Both parts', where they are quantised.
+        """Dequantise encoder and LLM, whichever is quantised.
 
         Raises:
             ArgumentError: neither is.
@@ -206,11 +215,11 @@ class LLMPartMixin:
 
     def set_encoder(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the trained parts belong to this encoder."""
-        raise ArgumentError("encoder: expected to stay; join another one by from_encoder_and_llm")
+        raise ArgumentError("encoder: expected to stay; use from_encoder_and_llm for another encoder")
 
     def set_decoder(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the trained parts belong to this LLM."""
-        raise ArgumentError("decoder: expected to stay; join another LLM by from_encoder_and_llm")
+        raise ArgumentError("decoder: expected to stay; use from_encoder_and_llm for another LLM")
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The frozen multilingual encoder."""

@@ -1,4 +1,4 @@
-"""Loading what `layalign.modeling.checkpoint` wrote: all files and frozen parts are compared with what was saved."""
+"""Loading what `layalign.modeling.checkpoint` wrote. All files and frozen parts are compared with what was saved."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from layalign.utils.reading import read_json
 logger = logging.getLogger("layalign")
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
-# Also for the frozen parts.
+# Arguments that the frozen parts get too.
 _OF_PARTS = (
     "dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "local_files_only", "token", "cache_dir",
     "proxies", "trust_remote_code",
 )  # fmt: skip
-_OF_FILES = (*HUB_ARGUMENTS, "dtype", "trust_remote_code")  # not of a part whose weights are here already
-# transformers' arguments that ask for nothing when they have one of these values; any other value is refused.
+_OF_FILES = (*HUB_ARGUMENTS, "dtype", "trust_remote_code")  # not for a part whose weights are in memory
+# transformers' arguments that have no effect with one of these values; any other value is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True), "weights_only": (None, True), "ignore_mismatched_sizes": (None, False),
     "low_cpu_mem_usage": (None, True, False), "code_revision": (None,), "state_dict": (None,), "key_mapping": (None,),
@@ -72,20 +72,20 @@ def load(cls: Any, name_or_path: str, positional: tuple[Any, ...], arguments: di
     variant, wants_info = arguments.pop("variant", None), arguments.pop("output_loading_info", False)
     common, attention = _for_parts(arguments, hub)
 
-    # What does not fit is found before the frozen parts are loaded, and before memory is taken for its sizes.
+    # Before the frozen parts are loaded, and before memory of these sizes is allocated.
     weights = read_all(place, hub, variant)
     _check_own(config, weights, place)
     wanted = _dtype(common["dtype"])
     stored, config.frozen_fingerprints = config.frozen_fingerprints or {}, None
-    found: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
     for part in PARTS:
-        own, asked = parts[part], parts[f"{part}_kwargs"] or {}
+        module, asked = parts[part], parts[f"{part}_kwargs"] or {}
         of_llm = attention if part == "llm" else {}
-        if own is None and part in config.saved_parts:
-            found[part] = _held_part(part, config, weights, place, {**common, **of_llm}, asked)
-            common = _with_memory_left(common, found[part])
+        if module is None and part in config.saved_parts:
+            frozen[part] = _held_part(part, config, weights, place, {**common, **of_llm}, asked)
+            common = _with_memory_left(common, frozen[part])
             continue
-        if own is None:
+        if module is None:
             what = f"the {part if part == 'encoder' else 'LLM'} {getattr(config, f'{part}_name_or_path')!r}"
             with reading(place, f"{what} cannot be loaded"):
                 folder = Path(place) / (hub.get("subfolder") or "") if Path(place).is_absolute() else None
@@ -94,17 +94,17 @@ def load(cls: Any, name_or_path: str, positional: tuple[Any, ...], arguments: di
                 if Path(name).is_absolute() and (config.frozen_folders is None or names.is_path(typed)):
                     setattr(config, f"{part}_name_or_path", name)
                 load_part = encoders.load_encoder if part == "encoder" else encoders.load_llm
-                own = load_part(name, **{**_of_part(part, common), **of_llm, **asked})
-        if not isinstance(own, PreTrainedModel):
-            refuse(part, "a transformers model", own)
-        found[part] = encoders.encoder_part(own) if part == "encoder" else own
-        common = _with_memory_left(common, found[part])
-        _check_part(part, getattr(config, f"{part}_config"), found[part].config, place)
+                module = load_part(name, **{**_of_part(part, common), **of_llm, **asked})
+        if not isinstance(module, PreTrainedModel):
+            refuse(part, "a transformers model", module)
+        frozen[part] = encoders.encoder_part(module) if part == "encoder" else module
+        common = _with_memory_left(common, frozen[part])
+        _check_part(part, getattr(config, f"{part}_config"), frozen[part].config, place)
         if part in stored:
-            _check_content(part, config, stored[part], found[part], place, changed_frozen)
+            _check_content(part, config, stored[part], frozen[part], place, changed_frozen)
     lora, config.lora = config.lora, None
     with reading(place, CONFIG):
-        model = cls(config, **found)
+        model = cls(config, **frozen)
         if lora is not None:
             inject_lora(model.llm, lora, drawn=False)
             config.lora = lora
@@ -120,7 +120,7 @@ def load(cls: Any, name_or_path: str, positional: tuple[Any, ...], arguments: di
 
 
 def _config(place: str, hub: dict[str, Any], arguments: dict[str, Any]) -> LayAlignConfig:
-    """The checkpoint's configuration, with those of its fields that the arguments give, as in transformers."""
+    """The checkpoint's configuration. As in transformers, arguments replace its fields."""
     given = arguments.pop("config", None)
     if given is not None and not isinstance(given, LayAlignConfig):
         refuse("config", "a LayAlignConfig", given)
@@ -129,19 +129,19 @@ def _config(place: str, hub: dict[str, Any], arguments: dict[str, Any]) -> LayAl
     if given is not None and not fields:
         return copy.deepcopy(given)
     with reading(place, "no readable LayAlign checkpoint"):
-        found = given.to_dict() if given is not None else LayAlignConfig.get_config_dict(place, **hub)[0]
-        kind = found.get("model_type")
+        values = given.to_dict() if given is not None else LayAlignConfig.get_config_dict(place, **hub)[0]
+        kind = values.get("model_type")
     if kind != LayAlignConfig.model_type:
         raise CheckpointError(f"{place}: expected a layalign checkpoint, got {shown(kind)}")
     with reading(place, CONFIG):
-        config = LayAlignConfig.from_dict(found)
+        config = LayAlignConfig.from_dict(values)
         if config.encoder_config is None or config.llm_config is None:
             raise CheckpointError("expected encoder_config and llm_config")
-    return LayAlignConfig.from_dict({**with_new_names(found, warn=False), **fields}) if fields else config
+    return LayAlignConfig.from_dict({**with_new_names(values, warn=False), **fields}) if fields else config
 
 
 def _for_parts(arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arguments for both frozen parts, for the LLM alone); what is not known or not possible is refused."""
+    """(arguments for both frozen parts, arguments for the LLM alone); unknown and unsupported ones raise."""
     if "quantization_config" in arguments:
         raise ArgumentError("quantization_config: expected it in llm_kwargs or encoder_kwargs, as it is for one part")
     rest = {key: value for key, value in arguments.items() if key in _OF_PARTS or key not in (*hub, *_FROM_AUTO)}
@@ -162,7 +162,7 @@ def _for_parts(arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[dict[str
 
 
 def _of_part(part: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one part; a device map that names modules of the whole model is divided."""
+    """The arguments of one part. A device map for both parts is split."""
     places = arguments.get("device_map")
     if not isinstance(places, dict) or not any(str(key).split(".")[0] in PARTS for key in places):
         return arguments
@@ -171,7 +171,7 @@ def _of_part(part: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_memory_left(arguments: dict[str, Any], part: nn.Module) -> dict[str, Any]:
-    """The arguments of the next part: ``max_memory`` is for the whole model."""
+    """The arguments of the next part, with what ``part`` leaves of ``max_memory``, which is for both parts."""
     memory, places = arguments.get("max_memory"), getattr(part, "hf_device_map", None) or {}
     if not isinstance(memory, dict):
         return arguments
@@ -232,7 +232,7 @@ def _is_name(file: Any) -> bool:
 
 
 def _put_generation_config(model: Any, place: str, hub: dict[str, Any]) -> None:
-    """How the model generates was saved with it; without the file it generates as the LLM."""
+    """Load the saved generation configuration; without the file the LLM's own stays."""
     with reading(place, "generation_config.json"):
         file = cached_file(place, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub)
         if file is not None:
@@ -243,7 +243,11 @@ def _put_generation_config(model: Any, place: str, hub: dict[str, Any]) -> None:
 
 
 def _check_own(config: LayAlignConfig, weights: dict[str, Tensor], place: str) -> None:
-    """The stored weights against the sizes in the configuration, without memory for either."""
+    """Compare the stored weights with the sizes in the configuration, without allocating memory.
+
+    Raises:
+        CheckpointError: a weight is missing, unknown, of another shape, or not finite.
+    """
     with reading(place, CONFIG), torch.device("meta"):
         parts = zip(("mapping", "encoder_aligner", "cross_attention"), build_trainable_modules(config), strict=True)
         own = {f"{part}.{name}": p for part, module in parts if module for name, p in module.named_parameters()}
@@ -270,9 +274,9 @@ def _require_sound(where: str, tensor: Tensor) -> None:
 def _check_part(part: str, wanted: Any, found: Any, place: str) -> None:
     """A frozen part must have the sizes that the trained weights were made for."""
     for what, size in (("hidden size", hidden_size), ("number of layers", number_of_layers)):
-        one, two = (size(config.get_text_config() if part == "llm" else config) for config in (wanted, found))
-        if one != two:
-            raise CheckpointError(f"{place}: {CONFIG}: {part}_config: {what} {one}, but the {part} has {two}")
+        sizes = [size(config.get_text_config() if part == "llm" else config) for config in (wanted, found)]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(f"{place}: {CONFIG}: {part}_config: {what} {sizes[0]}, but the {part} has {sizes[1]}")
 
 
 def _check_content(
@@ -287,14 +291,15 @@ def _check_content(
         problems = settings + problems
     elif settings:
         logger.warning(
-            "%s: another transformers wrote it, and reads the %s otherwise: %s", place, part,
+            "%s: it was written with another transformers, which reads the %s differently: %s", place, part,
             fingerprint.summary(settings),
         )  # fmt: skip
     if not problems:
         return
     name = getattr(config, f"{part}_name_or_path")
     text = (
-        f"{place}: the {part} ({name}) is not the one that was there when it was saved: {fingerprint.summary(problems)}"
+        f"{place}: the {part} ({name}) is not the one that the checkpoint was saved with: "
+        f"{fingerprint.summary(problems)}"
     )
     if changed_frozen == "refuse":
         raise CheckpointError(f"{text}; give the right one as {part}=, or changed_frozen='warn' to take this one")
@@ -312,7 +317,7 @@ def _held_part(
     arguments: dict[str, Any],
     asked: dict[str, Any],
 ) -> PreTrainedModel:
-    """A frozen part that the checkpoint holds itself, in the dtypes that it was saved in; taken out of ``weights``."""
+    """A frozen part that the checkpoint holds, in its saved dtypes. Its tensors are removed from ``weights``."""
     others = sorted(set(asked) - {"dtype"})
     if others:
         raise ArgumentError(
@@ -339,7 +344,7 @@ def _held_part(
         module, info = type(empty).from_pretrained(
             None, config=settings, state_dict=state, dtype=wide, output_loading_info=True, **of_part
         )
-    # transformers only warns, and draws what is missing at random.
+    # transformers only warns, and initialises missing weights at random.
     for problem, keys in (("is missing", info["missing_keys"]), ("is foreign", info["unexpected_keys"])):
         if keys:
             raise CheckpointError(f"{place}: {WEIGHTS}: does not fit the model: {part}.{min(keys)} {problem}")
@@ -351,7 +356,7 @@ def _held_part(
 
 
 def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> None:
-    """Put the stored weights in, in their stored dtype unless one is asked for; each must fit, none may be missing."""
+    """Load the stored weights, in their stored dtype unless another is given. Each must fit, none may be missing."""
     places = dict(model.named_parameters())
     expected = set(own_state(model)) | {f"llm.{name}" for name in adapter_names(model.get_submodule("llm"))}
     missing, foreign = sorted(expected - set(weights)), sorted(set(weights) - set(places))
@@ -364,17 +369,27 @@ def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> No
             shapes = f"expected {tuple(place.shape)}, got {tuple(tensor.shape)}"
             raise CheckpointError(f"{WEIGHTS}: {name}: {shapes}")
         device = _home(model, name, place)
-        # A copy: the tensor is a view of the mapped file, and saving to the same folder would pull it from under us.
+        # A copy: the tensor is a view of the mapped file, which saving to the same folder would replace.
         place.data = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
 
 
 def _home(model: Any, name: str, place: Tensor) -> torch.device:
-    """Own parts live with the LLM's embeddings, everything else stays where it is."""
+    """The device of a weight: own parts go to that of the LLM's embeddings, everything else stays where it is."""
     return device_of(model.get_input_embeddings()) if name.startswith(OWN_PARTS) else place.device
 
 
 def load_model(checkpoint: str, device: str | None, dtype: str) -> tuple[Any, Any, Any]:
-    """(model, encoder tokenizer, LLM tokenizer) of a checkpoint, ready to generate."""
+    """(model, encoder tokenizer, LLM tokenizer) of a checkpoint, ready to generate.
+
+    Args:
+        checkpoint: folder or hub name.
+        device: None is a GPU if there is one, else the CPU.
+        dtype: of the frozen parts: "auto" (as stored), "float32", "bfloat16" or "float16".
+
+    Raises:
+        ArgumentError: there is no such folder, or device or dtype cannot be used.
+        CheckpointError: the checkpoint cannot be loaded.
+    """
     from layalign.modeling.model import LayAlignForCausalLM
     from layalign.modeling.tokenization import load_tokenizers
 

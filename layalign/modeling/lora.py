@@ -42,7 +42,7 @@ def base_name(name: str) -> str:
 
 
 def announce(part: str, model: nn.Module) -> str | None:
-    """What to say of a part that comes with adapters and is frozen with them; None if it has none."""
+    """The warning about a part that comes with adapters, which are frozen with it; None if it has none."""
     if not adapter_names(model):
         return None
     what = f"the {part} comes with an adapter ({', '.join(getattr(model, 'peft_config', {})) or 'peft'}): it is frozen"
@@ -58,6 +58,10 @@ def inject_lora(llm: PreTrainedModel, settings: Any, drawn: bool = True) -> dict
         llm: changed in place.
         settings: a peft ``LoraConfig`` or its fields.
         drawn: False for an adapter whose weights are loaded afterwards: some initialisations change the LLM.
+
+    Raises:
+        ArgumentError: the settings are not those of a LoraConfig, or the LLM has an adapter already.
+        CheckpointError: peft is not installed.
     """
     try:
         with importing_peft():
@@ -71,7 +75,7 @@ def inject_lora(llm: PreTrainedModel, settings: Any, drawn: bool = True) -> dict
         initial = lora.init_lora_weights
         if not drawn:
             lora.init_lora_weights = True
-        # As llm.add_adapter, which in transformers 5.24 asks for a peft that its index does not have.
+        # Like llm.add_adapter, which in transformers 5.24 needs a peft that the package index does not have.
         inject_adapter_in_model(lora, llm)
         llm._hf_peft_config_loaded = True
         lora.init_lora_weights = initial
@@ -107,11 +111,11 @@ def recorded_lora(encoder: nn.Module, llm: Any) -> dict[str, Any] | None:
         merged, disabled = getattr(module, "merged", False), getattr(module, "disable_adapters", False)
         if merged or disabled or "default" not in getattr(module, "active_adapters", ["default"]):
             state = "is merged into the weights (unmerge_adapter)" if merged else "is switched off (enable_adapters)"
-            raise CheckpointError(f"{expected} and at work, but in {name} it {state}: loading would switch it on")
+            raise CheckpointError(f"{expected} and active, but in {name} it {state}: loading would switch it on")
     settings = _plain({**known["default"].to_dict(), "inference_mode": False})
     places = dict(llm.named_parameters())
     if not any(places[name].requires_grad for name in names):
-        settings["inference_mode"] = True  # frozen, and so it comes back
+        settings["inference_mode"] = True  # it is frozen, and loading freezes it again
     again = twin(llm)
     inject_lora(again, settings, drawn=False)
     made = {name: parameter.shape for name, parameter in again.named_parameters() if name in adapter_names(again)}
@@ -129,9 +133,9 @@ def recorded_lora(encoder: nn.Module, llm: Any) -> dict[str, Any] | None:
 
 
 def twin(part: PreTrainedModel) -> Any:
-    """A part of the same class and configuration that takes no memory."""
+    """A part of the same class and configuration on the meta device, which takes no memory."""
     config = copy.deepcopy(part.config)
-    config._attn_implementation = "eager"  # this library's own name is known while it is attached only
+    config._attn_implementation = "eager"  # this library's own function may not be registered
     with torch.device("meta"):
         found = type(part)(config)
     found.tie_weights()  # transformers 5.0 ties nothing on this device
@@ -139,8 +143,8 @@ def twin(part: PreTrainedModel) -> Any:
 
 
 def _modest(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that make an adapter and nothing else; a checkpoint may have brought them."""
-    for name in ("megatron_config", "megatron_core", "layer_replication"):  # a module to import; any number of layers
+    """Check that settings, which may come from a checkpoint, make an adapter and do nothing else."""
+    for name in ("megatron_config", "megatron_core", "layer_replication"):  # import a module; add any number of layers
         if name in settings and not (name == "megatron_core" and settings[name] == "megatron.core"):
             raise ValueError(f"{name} is not supported, got {shown(settings[name])}")
     patterns = settings.get("rank_pattern")
@@ -150,7 +154,7 @@ def _modest(settings: dict[str, Any]) -> dict[str, Any]:
         *(patterns or ()),
         *(settings.get("alpha_pattern") or ()),
     ]
-    for name in names:  # a pattern may take longer than anybody waits: repetitions within repetitions
+    for name in names:  # matching a pattern with nested repetitions may never end
         if isinstance(name, str) and re.search(r"[*+}]\)+[*+{]", name):
             raise ValueError(f"expected a pattern that ends in finite time, got {shown(name)}")
     for rank in (settings.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())):

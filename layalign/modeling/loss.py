@@ -1,4 +1,4 @@
-"""The language-modelling loss, with logits only where a label stands."""
+"""The language-modelling loss, with logits only at positions that have a label."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from layalign.nn.rows import put_around
 
 @contextmanager
 def passing_on(head: nn.Module, states: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Within the block, ``head`` does not run for states of the shape of ``states[0]``: it returns its input.
+    """Within the block, ``head`` returns its input, without running, if this has the shape of ``states[0]``.
 
     Args:
-        states: filled by then with what leaves the LLM's body for one call, in this thread; emptied with the block.
+        states: a list that by then holds the hidden states that leave the LLM's body in this call and thread. It is
+            emptied at the end of the block.
 
     Yields:
-        The tensors that ``head`` has returned so far.
+        The tensors that ``head`` has passed on so far.
     """
     thread = threading.get_ident()
     returned: list[Tensor] = []
@@ -51,10 +52,10 @@ def label_loss(logits: Tensor, targets: Tensor, divisor: Tensor | int | None) ->
 
 
 def divided(total: Tensor, targets: Tensor, divisor: Tensor | int | None) -> Tensor:
-    """A summed loss by the number of labels among ``targets``, or by ``divisor``."""
+    """A summed loss divided by the number of labels among ``targets``, or by ``divisor``."""
     if divisor is None:
         divisor = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    elif isinstance(divisor, Tensor):  # Trainer counts where its batches are, the LLM may end on another device
+    elif isinstance(divisor, Tensor):  # Trainer counts on its batch's device, the LLM may end on another
         divisor = divisor.to(total.device)
     return total / divisor
 

@@ -1,4 +1,4 @@
-"""The whole model: frozen encoder, frozen LLM, and between them adapter, aligner and gates."""
+"""The model: a frozen encoder, a frozen LLM, and between them adapter, aligner and gates."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = logging.getLogger("layalign")
 
 
 class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
-    """LayAlign over any transformers encoder and decoder.
+    """LayAlign with any encoder and decoder of transformers.
 
     Build it with :meth:`from_encoder_and_llm` or :meth:`from_pretrained`. Encoder and LLM are frozen; ``mapping``
     (the adapter), ``encoder_aligner`` and the gates in ``cross_attention`` train.
@@ -66,14 +66,14 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         super().__init__(config)
         if config.encoder_config is None or config.llm_config is None:
             raise ArgumentError("config: expected encoder_config and llm_config; see LayAlignConfig")
-        # A configuration may name code to run (auto_map): not here.
+        # A configuration may name code to run (auto_map). No code is run from here.
         self.llm = AutoModelForCausalLM.from_config(config.llm_config, trust_remote_code=False) if llm is None else llm
         self.encoder = encoders.encoder_from_config(config.encoder_config) if encoder is None else encoder
         for part in (self.llm, self.encoder):
             if llm is not None or encoder is not None:
                 for module in part.modules():
                     module._is_hf_initialized = True  # type: ignore[assignment]  # post_init must not touch their weights
-        # By name, for another vocabulary brings other parameters.
+        # By name, because resizing the vocabulary replaces parameters.
         self._trainable_before = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         for name in ("encoder", "llm"):
             if (said := lora.announce(name, getattr(self, name))) is not None:
@@ -89,19 +89,19 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         self.mapping, self.encoder_aligner, self.cross_attention = build_trainable_modules(config)
         # A tuple, so that the LLM's modules do not appear a second time among this module's children.
         self.attach_report = attention_interface.attach(self.llm, config.language_layers)
-        found = decoders.attention_modules(self.llm)
-        self._attentions = tuple(found[layer][1] for layer in config.language_layers)
+        attentions = decoders.attention_modules(self.llm)
+        self._attentions = tuple(attentions[layer][1] for layer in config.language_layers)
         self._source_reaches_layers = False
         self.key_values = KeyValueProjector(config.fold_projections)
         self.last_layer = LastLayer(self.llm, config.prune_last_layer)
         self._llm_cache_name = cache_name(self.llm.forward)
         self.generation_config = self.llm.generation_config
         self._can_compile_fullgraph = getattr(self.llm, "_can_compile_fullgraph", False)
-        self.loss_type = "ForCausalLM"  # in subclasses of other names too: Trainer counts the labels by it
+        self.loss_type = "ForCausalLM"  # Trainer counts the labels by it; set for subclasses of other names too
         self.post_init()
 
     def _get_name(self) -> str:
-        """The name of a causal LM: transformers' Trainer shifts the labels that it smooths for the names it knows."""
+        """The name of a known causal LM: transformers' Trainer, when it smooths labels, shifts them for these only."""
         return "LlamaForCausalLM"
 
     def __repr__(self) -> str:
@@ -125,6 +125,9 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             encoder_kwargs, llm_kwargs: for ``from_pretrained`` of a part given by name (dtype, device_map, ...).
             **config: fields of :class:`LayAlignConfig`: encoder_layers, language_layers, structure, ...
 
+        Returns:
+            The model, with the trainable parts on the device of the LLM's input embeddings.
+
         Raises:
             ArgumentError: a layer does not exist, or the LLM does not go through the attention interface.
         """
@@ -145,7 +148,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         encoder = encoders.encoder_part(encoder)
         for key, part in (("encoder_name_or_path", encoder), ("llm_name_or_path", llm)):
             name = part.config.name_or_path
-            if key not in config:  # a folder here, as for transformers
+            if key not in config:  # a local folder comes first, as in transformers
                 config[key] = names.of_part(name)
             elif isinstance(config[key], str):
                 config[key] = names.settled(config[key])
@@ -161,16 +164,17 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load what :meth:`save_pretrained` wrote; frozen parts that were left out come from their own names.
+        """Load a checkpoint that :meth:`save_pretrained` wrote. Frozen parts that it does not hold are loaded by name.
 
         Args:
             pretrained_model_name_or_path: folder or hub name.
-            encoder, llm: frozen parts already in memory, instead of loading them by name.
+            encoder, llm: frozen parts already in memory, used instead of loading them by name.
             encoder_kwargs, llm_kwargs: further arguments for loading a frozen part by name.
             **kwargs: as transformers' ``from_pretrained`` (dtype, device_map, attn_implementation, revision, ...).
                 ``trust_remote_code`` is for the frozen parts; without it no code from a checkpoint runs. Fields of
                 :class:`LayAlignConfig` replace those of the checkpoint.
-            changed_frozen: a frozen part that is not what it was when the checkpoint was saved: "refuse" or "warn".
+            changed_frozen: what to do if a frozen part is not the one that the checkpoint was saved with: "refuse" or
+                "warn".
 
         Raises:
             ArgumentError: an argument is not known, or cannot be honoured.
@@ -195,9 +199,9 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         Args:
             save_directory: folder, made if needed.
             save_frozen: also write encoder and LLM. By default only trained weights are written, with names and
-                fingerprints of the frozen parts; a part that has no name is written all the same, with a warning.
-            changed_frozen: a frozen part that is not what its name gives: "write" it with the checkpoint, with a line
-                that says so, or "refuse".
+                fingerprints of the frozen parts. A part that has no name is written in any case, with a warning.
+            changed_frozen: what to do if a frozen part is not what its name gives: "write" it with the checkpoint and
+                warn, or "refuse".
             state_dict: weights to write instead of the model's own (distributed engines gather them).
             **kw: as transformers' ``save_pretrained``: is_main_process, max_shard_size, variant, push_to_hub, repo_id,
                 commit_message, commit_description, private, token, create_pr, revision.
@@ -210,7 +214,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         checkpoint.save(self, save_directory, save_frozen, state_dict, changed_frozen, kw)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        leave_out_recorders(self)  # the LLM has some once its hidden states were asked for
+        leave_out_recorders(self)  # the LLM has some since a call that asked for its hidden states
         return super().__reduce_ex__(protocol)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -219,7 +223,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         encoders.record_layers(self.encoder)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; with ``strict=False`` frozen weights are not missing where a state has none but trained ones."""
+        """As torch's. With ``strict=False``, frozen weights are not missing from a state of trained ones alone."""
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         trained = checkpoint.trained_names(self)
         if set(state_dict) <= trained:
@@ -243,7 +247,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
 
     @property
     def source_attentions(self) -> tuple[nn.Module, ...]:
-        """The self-attention modules of the language layers: their key and value maps make the source's states."""
+        """The self-attention modules of the language layers, whose key and value maps the source goes through."""
         return self._attentions
 
     def set_encoder_dropout(self, value: bool | float) -> None:
@@ -265,7 +269,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             self.encoder.train(self.training)
 
     def train(self, mode: bool = True) -> LayAlignForCausalLM:
-        """As torch's; without ``encoder_dropout`` the encoder stays in eval mode."""
+        """As torch's. With ``encoder_dropout=False`` the encoder stays in eval mode."""
         super().train(mode)
         if self.config.encoder_dropout is False:
             self.encoder.eval()
@@ -276,10 +280,10 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         return checkpoint.saved_names(self)
 
     def unload(self) -> PreTrainedModel:
-        """Give the LLM back as it was before: detached, its parameters trainable where they were."""
+        """Return the LLM as it was before: detached, with the same parameters trainable."""
         attention_interface.detach(self.llm)
         for name, parameter in self.named_parameters():
-            if name.replace(".base_layer.", ".") in self._trainable_before:  # LoRA puts a level in between
+            if name.replace(".base_layer.", ".") in self._trainable_before:  # LoRA adds a level to the names
                 parameter.requires_grad_(True)
         return self.llm
 
@@ -324,14 +328,14 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
     def encode_source(
         self, encoder_input_ids: Tensor, encoder_attention_mask: Tensor
     ) -> tuple[Tensor | None, SourceKeyValues]:
-        """Everything the LLM needs to know of the source, computed once per sequence.
+        """Everything the LLM needs of the source, computed once per sequence.
 
         Args:
             encoder_input_ids, encoder_attention_mask: (B, S) int64.
 
         Returns:
-            The adapter's soft tokens (B, S, D_l) or None without an adapter, and the source states of all language
-            layers. Where padding is masked and there is enough of it, it is not computed: zeros stand there.
+            The adapter's soft tokens (B, S, D_l), or None without an adapter; and the source's keys and values for all
+            language layers. If padding is masked and there is enough of it, it is not computed, and holds zeros.
         """
         if self.mapping is None and self.encoder_aligner is None:
             return None, SourceKeyValues((), (), (), None, real=encoder_attention_mask)
@@ -349,31 +353,31 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         by_layer = dict(zip(layers, hidden, strict=True))
         soft = None
         if self.mapping is not None:
-            own = self.mapping.mlp.linear1.weight.dtype
-            read = [by_layer[layer].to(own) for layer in fused] if fused else last.to(own)
-            soft = self.mapping(read).to(dtype)
+            own_dtype = self.mapping.mlp.linear1.weight.dtype
+            inputs = [by_layer[layer].to(own_dtype) for layer in fused] if fused else last.to(own_dtype)
+            soft = self.mapping(inputs).to(dtype)
         keys, values = self._source_states([by_layer[layer] for layer in aligned], dtype)
         if real is not None:
             soft = None if soft is None else real.spread(soft)
-            keys, values = ([spread_heads(real, state) for state in states] for states in (keys, values))
-        attended = encoder_attention_mask if mask is None else None
+            keys, values = ([spread_heads(real, each) for each in tensors] for tensors in (keys, values))
+        unmasked = encoder_attention_mask if mask is None else None
         return soft, SourceKeyValues(
-            tuple(self.config.language_layers), tuple(keys), tuple(values), mask, real=attended
+            tuple(self.config.language_layers), tuple(keys), tuple(values), mask, real=unmasked
         )
 
     def _follow_attentions(self) -> None:
-        """Take the attention modules that the LLM has now: somebody may have put other layers into it."""
+        """Use the attention modules that the LLM has now: its layers may have been replaced."""
         names = dict(self.attach_report.attached)
         now = [attention_interface.submodule(self.llm, names[layer]) for layer in self.config.language_layers or ()]
-        found = tuple(old if new is None else new for new, old in zip(now, self._attentions, strict=True))
-        if found != self._attentions:
-            for layer, module in zip(self.config.language_layers or (), found, strict=True):
+        attentions = tuple(old if new is None else new for new, old in zip(now, self._attentions, strict=True))
+        if attentions != self._attentions:
+            for layer, module in zip(self.config.language_layers or (), attentions, strict=True):
                 if not attention_interface.carries_source(module):
                     raise ArgumentError(
                         f"llm: expected the attention of layer {layer} to take the source; it was replaced by one of "
-                        "another model: put layers in before LayAlign is built, or copies of the LLM's own"
+                        "another model: replace layers before LayAlign is built, or by copies of the LLM's own"
                     )
-            self._attentions, self._source_reaches_layers = found, False
+            self._attentions, self._source_reaches_layers = attentions, False
 
     def _source_states(self, hidden: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values (B, G, S, d) of every language layer."""
@@ -389,25 +393,25 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         encoder_input_ids: Tensor,
         encoder_attention_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, SourceKeyValues]:
-        """(input_ids, attention_mask, inputs_embeds, source) of a new sequence; packs when there are no input ids."""
+        """(input_ids, attention_mask, inputs_embeds, source) of a new sequence; without input ids they are built."""
         require_ids("encoder_input_ids", encoder_input_ids, self.encoder.get_input_embeddings())
         if encoder_attention_mask is None:
             encoder_attention_mask = torch.ones_like(encoder_input_ids)
         require_mask("encoder_attention_mask", encoder_attention_mask)
         if encoder_input_ids.dim() != 2 or encoder_attention_mask.shape != encoder_input_ids.shape:
-            found = f"{tuple(encoder_input_ids.shape)} and {tuple(encoder_attention_mask.shape)}"
-            raise ArgumentError(f"encoder_input_ids, encoder_attention_mask: expected one shape (B, S), got {found}")
+            shapes = f"{tuple(encoder_input_ids.shape)} and {tuple(encoder_attention_mask.shape)}"
+            raise ArgumentError(f"encoder_input_ids, encoder_attention_mask: expected one shape (B, S), got {shapes}")
         if input_ids is None:
-            packed = self.build_inputs(encoder_attention_mask)
-            input_ids, attention_mask = packed["input_ids"], packed["attention_mask"]
+            inputs = self.build_inputs(encoder_attention_mask)
+            input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
         require_ids("input_ids", input_ids, self.get_input_embeddings())
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         require_mask("attention_mask", attention_mask)
         if input_ids.dim() != 2 or len(input_ids) != len(encoder_input_ids) or attention_mask.shape != input_ids.shape:
-            found = f"{tuple(input_ids.shape)}, {tuple(attention_mask.shape)}, {tuple(encoder_input_ids.shape)}"
+            shapes = f"{tuple(input_ids.shape)}, {tuple(attention_mask.shape)}, {tuple(encoder_input_ids.shape)}"
             raise ArgumentError(
-                f"input_ids, attention_mask: expected (B, T) with the B of encoder_input_ids (B, S), got {found}"
+                f"input_ids, attention_mask: expected (B, T) with the B of encoder_input_ids (B, S), got {shapes}"
             )
         soft, source = self.encode_source(encoder_input_ids, encoder_attention_mask)
         embeds = self.get_input_embeddings()(input_ids)
@@ -420,7 +424,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
 
     @staticmethod
     def _require_begun(cache: Any) -> None:
-        """Whoever feeds ids alone goes on with a sequence: at its beginning they stand for soft tokens."""
+        """Check that a cache holds the beginning of the sequence: there, ids alone lack the soft tokens."""
         if cache is None or not cache.get_seq_length():
             raise ArgumentError(
                 "encoder_input_ids: expected (B, S) token ids where a sequence begins, or inputs_embeds: the slots of "
@@ -455,25 +459,26 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             encoder_input_ids, encoder_attention_mask: (B, S) int64. Needed once per sequence; afterwards
                 ``past_key_values`` carries the source.
             labels: (B, T) int64, -100 where nothing is predicted.
-            past_key_values, cache: a transformers cache; both names, of which transformers 5.24 has the second.
-            inputs_embeds, source_states: (B, T, D_l) and the source, instead of computing them (``generate`` does).
+            past_key_values, cache: a transformers cache, under either name (``cache`` since transformers 5.24).
+            inputs_embeds, source_states: (B, T, D_l) and the source, if they are computed already (by ``generate``).
             logits_to_keep: as in transformers; 0 keeps all.
             num_items_in_batch: divisor of the loss instead of the number of labels (gradient accumulation).
             skip_logits: with ``labels`` and without ``logits_to_keep``, whether logits are computed only where a label
-                stands, and are not returned. None: in training mode, wherever gradients are recorded, and with
-                ``fused_loss="always"``; else, in eval mode without gradients, all are returned, as ``compute_metrics``
-                of transformers' Trainer needs them.
+                is, and are not returned. None: yes in training mode, wherever gradients are recorded, and with
+                ``fused_loss="always"``; otherwise all logits are returned, as ``compute_metrics`` of transformers'
+                Trainer needs them.
             **kwargs: passed to the LLM.
 
         Returns:
             loss, logits (B, T, vocabulary), past_key_values (cache), hidden_states, attentions.
 
         Raises:
-            ArgumentError: shapes do not fit, the input is not packed, or there is no source.
+            ArgumentError: shapes do not fit, the input is not laid out as :meth:`build_inputs` does, or there is no
+                source.
         """
         if self._attentions and not attention_interface.carries_source(self._attentions[0]):
             attention_interface.follow(self.llm)
-            self._source_reaches_layers = False  # a detached LLM takes none
+            self._source_reaches_layers = False  # a detached LLM does not take the source
         source = source_states
         cache = one_cache(past_key_values, cache)
         if encoder_input_ids is not None:
@@ -487,8 +492,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             raise ArgumentError("encoder_input_ids: expected (B, S) token ids, or a cache that carries a source")
         if not torch.compiler.is_compiling():
             if source.layers != tuple(self.config.language_layers or ()):
-                asked = list(self.config.language_layers or ())
-                raise ArgumentError(f"source_states: expected a source of layers {asked}, got {list(source.layers)}")
+                layers = list(self.config.language_layers or ())
+                raise ArgumentError(f"source_states: expected a source of layers {layers}, got {list(source.layers)}")
             source = source.for_gradients() if torch.is_grad_enabled() else source
         if inputs_embeds is None:
             if input_ids is None:
@@ -507,23 +512,23 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             set_source(cache, source)
         if attention_interface.is_reentrant(self.llm) and torch.is_grad_enabled():
             inputs_embeds, source = bridge(inputs_embeds, source)
-        # Compiled, the check costs nothing at run time; reading the flag would compile once more when it changes.
+        # In compiled code the check costs nothing at run time; a guard on the flag would compile again when it changes.
         compiling = torch.compiler.is_compiling()
         seen: set[int] | None = set() if compiling or not self._source_reaches_layers else None
         gated = cast(tuple[GatedCrossAttention, ...], tuple(self.cross_attention or ()))
-        with nullcontext(OnePass(source, gated, seen)) if compiling else one_pass(source, gated, seen) as one:
+        with nullcontext(OnePass(source, gated, seen)) if compiling else one_pass(source, gated, seen) as this_pass:
             inputs = dict(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=use_cache,
-                layalign_source=one,
+                layalign_source=this_pass,
                 **{self._llm_cache_name: cache},
                 **kwargs,
             )
             output = run_llm(self, inputs, labels, logits_to_keep, skip_logits, num_items_in_batch)
         if seen is not None:
-            attention_interface.require_attended(self.llm, one)
+            attention_interface.require_attended(self.llm, this_pass)
             self._source_reaches_layers = True
         if (filled := cache_of(output)) is not None:
             set_source(filled, source)

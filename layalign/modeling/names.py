@@ -1,7 +1,7 @@
 """Where a frozen part is: a folder of this machine, or a name on the hub. Never both, and never by chance.
 
-A name that a user types is a folder where one stands there, seen from the working directory, as in transformers. What a
-checkpoint stores is settled: the absolute path of a folder, or the name of a hub repository.
+A name that a user types is a folder if the working directory has one of this name, as in transformers. A checkpoint
+stores settled names: the absolute path of a folder, or the name of a hub repository.
 
 An LLM may also be a GGUF file: the path of one, `FOLDER/FILE.gguf`, or one of a hub repository, `OWNER/NAME:FILE.gguf`.
 """
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 PARTS = ("encoder", "llm")  # the frozen ones
 GGUF = ".gguf"  # ends the names of such files
-UNFINISHED = ".unfinished"  # a training checkpoint is written in here, and moved up when it is whole
-# What another framework or tool reads.
+UNFINISHED = ".unfinished"  # a training checkpoint is written in this folder, and moved up once it is complete
+# Files for other frameworks and tools.
 _FOREIGN = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "onnx/*", "openvino/*", "original/*"]
 
 
 def gguf_parts(name: str) -> tuple[str, str | None]:
-    """(folder or hub name, GGUF file in it); the file is None where the name is not one of a GGUF file."""
+    """(folder or hub name, GGUF file in it); the file is None if the name is not that of a GGUF file."""
     if not name.endswith(GGUF) or os.path.isdir(name):
         return name, None
     place, colon, file = name.partition(":")
@@ -35,10 +35,10 @@ def gguf_parts(name: str) -> tuple[str, str | None]:
 
 
 def with_gguf(name: str, file: str) -> str:
-    """The name of a GGUF file that is given beside the folder or hub name that it is in.
+    """The name of a GGUF file, from the folder or hub name that it is in and its name there.
 
     Raises:
-        ArgumentError: the name has a file already, or the file is none of the folder.
+        ArgumentError: ``name`` already names a file, or ``file`` is not a GGUF file inside the folder.
     """
     path = PureWindowsPath(file)
     if not file.endswith(GGUF) or path.is_absolute() or path.drive or ".." in path.parts or file.startswith("/"):
@@ -51,7 +51,7 @@ def with_gguf(name: str, file: str) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be a path: no repository of the hub is called so, and no file of one."""
+    """Whether a name can only be a path: no hub repository, and no file of one, can have it."""
     place, file = gguf_parts(name)
     if file is not None:
         return name != f"{place}:{file}"
@@ -60,27 +60,31 @@ def is_path(name: str) -> bool:
 
 
 def absolute(name: str) -> str:
-    """A path without `~` and without the working directory."""
+    """The absolute path, with `~` expanded."""
     return os.path.abspath(os.path.expanduser(name))
 
 
 def given(what: str, name: str | Path) -> str:
-    """A name as a user typed it: the absolute path of the folder that stands there, else the hub name as it is.
+    """Resolve a name that a user typed: the absolute path if there is such a folder or GGUF file, else the hub name.
+
+    Args:
+        what: begins the error's text.
+        name: the name as it was typed.
 
     Raises:
-        CheckpointError: it is a path, and there is no such folder. The hub is not asked.
+        CheckpointError: it can only be a path, and nothing is there. The hub is not asked.
     """
     name = str(name)
     if not name.strip():
         raise CheckpointError(f"{what}: expected a folder or hub name, got {shown(name)}")
-    if _stands(absolute(name)):
+    if _exists(absolute(name)):
         return absolute(name)
     if is_path(name):
         raise CheckpointError(f"{what}: no such {_kind(name)}: {_shown(absolute(name))}")
     return name
 
 
-def _stands(path: str) -> bool:
+def _exists(path: str) -> bool:
     return os.path.isdir(path) or (path.endswith(GGUF) and os.path.isfile(path))
 
 
@@ -89,8 +93,8 @@ def _kind(name: str) -> str:
 
 
 def of_part(name: str) -> str | None:
-    """The settled name of what transformers has loaded by a name: a folder or file here, as for transformers."""
-    return absolute(name) if name and _stands(name) else name or None
+    """The settled name of a part that transformers loaded by ``name``: a local folder or file comes first, as there."""
+    return absolute(name) if name and _exists(name) else name or None
 
 
 def settled(name: str) -> str:
@@ -104,12 +108,12 @@ def settled(name: str) -> str:
 
 
 def keep(model: Any) -> None:
-    """The names in a model's configuration are settled, and stay so until somebody gives others."""
+    """Record that the names in a model's configuration are settled; they stay so until they are changed."""
     model.__dict__["_settled_names"] = {part: getattr(model.config, f"{part}_name_or_path") for part in PARTS}
 
 
 def settle(model: Any, part: str) -> str | None:
-    """The settled name of a model's part, in its configuration too."""
+    """The settled name of a model's part; its configuration gets it too."""
     name: str | None = getattr(model.config, f"{part}_name_or_path")
     known = model.__dict__.setdefault("_settled_names", {})
     if name and known.get(part) != name:
@@ -118,8 +122,8 @@ def settle(model: Any, part: str) -> str | None:
     return name
 
 
-def beside(name: str, folder: Path) -> str | None:
-    """The way from a checkpoint's folder to a part's folder; None for a hub name, or for another drive."""
+def relative_path(name: str, folder: Path) -> str | None:
+    """The relative path from a checkpoint's folder to a part's folder; None for a hub name, or on another drive."""
     home = Path(absolute(str(folder)))
     if home.parent.name == UNFINISHED:
         home = home.parent.parent / home.name
@@ -133,12 +137,12 @@ def located(config: LayAlignConfig, part: str, checkpoint: str | Path | None = N
     """Where the named part of a configuration is now, for ``from_pretrained``.
 
     Args:
-        config: of a model, or as it stands in a checkpoint.
+        config: of a model, or as a checkpoint stores it.
         part: "encoder" or "llm".
         checkpoint: the checkpoint's folder, for parts that were moved together with it.
 
     Raises:
-        CheckpointError: no name is known, or its folder does not exist any more. The hub is not asked for a folder.
+        CheckpointError: no name is known, or its folder no longer exists. The hub is not asked for a folder.
     """
     name = getattr(config, f"{part}_name_or_path")
     if not isinstance(name, str) or not name:
@@ -147,17 +151,17 @@ def located(config: LayAlignConfig, part: str, checkpoint: str | Path | None = N
         return given(f"{part}_name_or_path", name)
     if not is_path(name):
         return _from_hub(name) if os.path.isdir(gguf_parts(name)[0]) else name
-    way = config.frozen_folders.get(part)
-    moved = absolute(str(Path(checkpoint) / way)) if checkpoint is not None and way else name
+    relative = config.frozen_folders.get(part)
+    moved = absolute(str(Path(checkpoint) / relative)) if checkpoint is not None and relative else name
     for folder in (name, moved):
-        if _stands(folder):
+        if _exists(folder):
             return folder
     tried = _shown(name) + ("" if moved == name else f", nor {_shown(moved)}")
     raise CheckpointError(f"{part}_name_or_path: no such {_kind(name)}: {tried}")
 
 
 def _from_hub(name: str) -> str:
-    """The repository's files in the hub's cache: transformers would read the folder of this name that stands here."""
+    """The repository's files in the hub's cache: by name, transformers would read the local folder of this name."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     place, file = gguf_parts(name)
@@ -171,7 +175,7 @@ def _shown(path: str) -> str:
 
 
 def cached_file(name: str, file: str) -> Path | None:
-    """A file of a hub repository, where the cache has it; the hub is not asked."""
+    """A file of a hub repository, if the cache has it; the hub is not asked."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -1,4 +1,4 @@
-"""Adapter and aligner see real source tokens only: padding is left out before them and comes back, as zeros, after."""
+"""Adapter and aligner compute real source tokens only: padding is removed before them, and restored as zeros after."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WORTHWHILE = 0.95  # share of real tokens up to which the copies cost less than 
 
 
 def real_tokens(mask: Tensor) -> Rows | None:
-    """The real tokens of a (B, S) mask; None where it pays to compute them all. Waits for the device once."""
+    """The real tokens of a (B, S) mask; None if it is cheaper to compute all. Waits for the device once."""
     if torch.compiler.is_compiling():
         return None
     rows = Rows(mask.bool())
@@ -19,5 +19,5 @@ def real_tokens(mask: Tensor) -> Rows | None:
 
 
 def spread_heads(rows: Rows, states: Tensor) -> Tensor:
-    """(1, G, N, d) -> (B, G, S, d), in the memory order of (B, S, G, d) as before; zeros where no token is."""
+    """(1, G, N, d) -> (B, G, S, d), in the memory order of (B, S, G, d) as before; zeros in the padding."""
     return rows.spread(states.transpose(1, 2)).transpose(1, 2)

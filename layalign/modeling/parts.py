@@ -1,4 +1,4 @@
-"""The parts of a model that train, as its configuration gives their sizes."""
+"""The trainable parts of a model, in the sizes that its configuration gives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def build_trainable_modules(config: LayAlignConfig) -> tuple[Adapter | None, EncoderAligner | None, nn.ModuleList]:
-    """Adapter, aligner and gates of a configuration, fresh; None for those that it does without."""
+    """New adapter, aligner and gates for a configuration; None for an adapter or aligner that it does not have."""
     aligner = config.aligner()
     adapter = None
     if config.use_adapter:
@@ -37,17 +37,17 @@ def trained_parameters(config: LayAlignConfig) -> int:
 
 
 def matching_adapter_size(config: LayAlignConfig) -> int:
-    """The adapter's width with which an adapter alone has as many trained parameters as LayAlign.
+    """The width with which an adapter alone has as many trained parameters as LayAlign.
 
-    LayAlign is here the model of these settings with learned gates in all LLM layers, and with the published adapter.
-    An adapter of width w has w (D_e + D_l + 1) parameters beside those that do not depend on it, so that the two
-    numbers differ by (D_e + D_l + 1) / 2 at most.
+    LayAlign means here a model of these settings with learned gates in all LLM layers and the published adapter. An
+    adapter of width w has w (D_e + D_l + 1) parameters, and others that do not depend on w. So the two numbers differ
+    by at most (D_e + D_l + 1) / 2.
 
     Args:
         config: with the configurations of both parts, an adapter, and no language layers.
 
     Raises:
-        ArgumentError: there is no such adapter; or its fusion alone has more parameters.
+        ArgumentError: the configuration is not one of an adapter alone, or the fusion alone has more parameters.
     """
     if config.encoder_config is None or config.llm_config is None:
         raise ArgumentError("config: expected encoder_config and llm_config")

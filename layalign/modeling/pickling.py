@@ -1,7 +1,7 @@
-"""Models can be pickled: ``torch.save``, processes that are started, not forked.
+"""Pickling of models, for ``torch.save`` and for processes that are spawned.
 
-transformers' recorders of hidden states are local functions, which no pickle can hold. They hold nothing themselves:
-pickles leave them out, and they are installed anew where they are wanted. Copies keep them.
+transformers' recorders of hidden states are local functions, which cannot be pickled. They have no state, so pickles
+leave them out, and they are installed again where they are needed. Copies keep them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def _is_recorder(hook: Any) -> bool:
 
 
 class _Hooks(OrderedDict):
-    """A module's forward hooks, of which a pickle holds those that are no recorders."""
+    """A module's forward hooks. A pickle leaves out the recorders."""
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return OrderedDict(self)  # as copies of functions: the functions
+        return OrderedDict(self)  # copies share functions
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return OrderedDict, ([(number, hook) for number, hook in self.items() if not _is_recorder(hook)],)
@@ -56,9 +56,9 @@ def _reduce(module: nn.Module) -> Any:
 
 
 def leave_out_recorders(model: nn.Module) -> None:
-    """From now on pickles go without the recorders in ``model``.
+    """From now on, pickles leave out the recorders in ``model``.
 
-    By the classes of its modules: ``pickle`` asks nothing else of a module inside another one.
+    It is registered for the classes of its modules: for a module inside another one, ``pickle`` consults nothing else.
     """
     for module in parts(model):
         recorded = module.__dict__.get(_FLAG) or any(map(_is_recorder, module._forward_hooks.values()))
@@ -67,7 +67,7 @@ def leave_out_recorders(model: nn.Module) -> None:
 
 
 def make_recordable(model: nn.Module) -> None:
-    """Tell transformers what it can record in ``model``: it learns that in constructors, which no pickle calls."""
+    """Tell transformers what it can record in ``model``: constructors do that, and unpickling does not call them."""
     registry: Any = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
     for module in parts(model) if registry is not None else ():
         if isinstance(module, PreTrainedModel):

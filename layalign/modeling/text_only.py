@@ -1,8 +1,8 @@
 """Logits processors and stopping criteria see text only: no source slots, no boundary, no padding.
 
 In ``input_ids`` these positions hold a filler (pad, EOS, ...), which a repetition penalty or a stop text would take for
-words. Rows of a batch have different numbers of them, and no id is neutral for every processor; so rows whose text is
-equally long are handed over together, and each such group has its own processors.
+words. Rows of a batch have different numbers of them, and no id is neutral for every processor. So rows whose texts are
+equally long form a group, and each group has its own processors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from transformers.generation import logits_process, stopping_criteria
 from layalign.modeling.llm_inputs import LLMInputs
 from layalign.utils.errors import ArgumentError
 
-# transformers' own that look at the scores, at the width of input_ids (which max_length counts) or at the newest token.
-_WHOLE = {
+# transformers' own that read the scores, the width of input_ids (which max_length counts) or the newest token only.
+_TAKE_ALL_IDS = {
     getattr(module, name)
     for module, names in (
         (logits_process, ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper",
@@ -37,34 +37,34 @@ _WHOLE = {
 }  # fmt: skip
 
 
-def takes_whole(called: Any) -> bool:
-    """Whether a processor or criterion gets the packed batch as it is."""
-    return type(called) in _WHOLE or getattr(called, "packed_ids", False) is True
+def takes_all_ids(called: Any) -> bool:
+    """Whether a processor or criterion gets the LLM's input ids as they are."""
+    return type(called) in _TAKE_ALL_IDS or getattr(called, "packed_ids", False) is True
 
 
 @dataclass(frozen=True)
 class Group:
-    """Samples of a batch whose text is equally long.
+    """Samples of a batch whose texts are equally long.
 
     Attributes:
         samples: n row numbers of the unexpanded batch.
-        places: (n, V) int64, where each sample's text stands in its packed ids.
+        places: (n, V) int64, the positions of each sample's text in its input ids.
     """
 
     samples: list[int]
     places: Tensor
 
     def rows(self, times: int) -> list[int]:
-        """The group's rows in a batch where every sample has ``times`` rows side by side."""
+        """The group's rows in a batch where every sample has ``times`` consecutive rows."""
         return [sample * times + copy for sample in self.samples for copy in range(times)]
 
 
 class Text:
-    """Which of a batch's ids are text. Worked out only when a processor, criterion or streamer asks.
+    """Which of a batch's ids are text. Computed only when a processor, criterion or streamer asks.
 
     Args:
-        tokens: the packed ids and their mask, (B, T) each.
-        lengths: (B, 1), the numbers of real source tokens; None where there are no slots in these ids.
+        tokens: the LLM's input ids and their mask, (B, T) each.
+        lengths: (B, 1), the numbers of real source tokens; None if there are no slots in these ids.
     """
 
     def __init__(self, tokens: LLMInputs, lengths: Tensor | None) -> None:
@@ -74,14 +74,14 @@ class Text:
     @cached_property
     def groups(self) -> list[Group]:
         """The samples, by the length of their text."""
-        shown = self.tokens.attention_mask.bool()
+        is_text = self.tokens.attention_mask.bool()
         if self.lengths is not None:
-            shown = shown & ~self.tokens.slots(self.lengths)[1]
+            is_text = is_text & ~self.tokens.slots(self.lengths)[1]
         by_length: dict[int, list[int]] = {}
-        for sample, length in enumerate(shown.sum(1).tolist()):
+        for sample, length in enumerate(is_text.sum(1).tolist()):
             by_length.setdefault(length, []).append(sample)
         return [
-            Group(samples, shown[samples].nonzero()[:, 1].view(len(samples), length))
+            Group(samples, is_text[samples].nonzero()[:, 1].view(len(samples), length))
             for length, samples in by_length.items()
         ]
 
@@ -92,42 +92,42 @@ class Text:
             input_ids: (B * n, T + new), as ``generate`` has expanded and continued them.
         """
         times, width = len(input_ids) // len(self.input_ids), self.input_ids.shape[1]
-        found = []
+        views = []
         for group in self.groups:
             rows = group.rows(times)
             own = input_ids[rows]
             places = group.places.repeat_interleave(times, 0).to(own.device)
-            found.append((rows, torch.cat([own.gather(1, places), own[:, width:]], dim=1)))
-        return found
+            views.append((rows, torch.cat([own.gather(1, places), own[:, width:]], dim=1)))
+        return views
 
 
 class _Given(list[Any]):
-    """What ``generate`` was given, with the batch's text: so it reaches the hook that builds the whole list."""
+    """A list that ``generate`` was given. It brings the batch's text to the hook that adds transformers' own items."""
 
     text: Text
 
 
 class GivenProcessors(_Given, LogitsProcessorList):
-    """Processors of the caller's."""
+    """The caller's logits processors."""
 
 
 class GivenCriteria(_Given, StoppingCriteriaList):
-    """Stopping criteria of the caller's."""
+    """The caller's stopping criteria."""
 
 
 def with_text(kind: type[_Given], text: Text, items: Sequence[Any] | None) -> Any:
-    """The caller's ``items``, and the text that they are to see."""
-    found = kind(items or ())
-    found.text = text
-    return found
+    """The caller's ``items``, with the text that they will see."""
+    given = kind(items or ())
+    given.text = text
+    return given
 
 
 class TextProcessors(LogitsProcessorList):
     """Applies every processor to the text of each group.
 
     Args:
-        text: of the batch.
-        lists: per group its processors, the same kinds in the same order.
+        text: the batch's text.
+        lists: for each group its processors, the same kinds in the same order.
     """
 
     def __init__(self, text: Text, lists: Sequence[Sequence[Any]]) -> None:
@@ -138,15 +138,15 @@ class TextProcessors(LogitsProcessorList):
         """(B * n, T + new) ids and (B * n, vocabulary) scores -> new scores."""
         views = self.text.views(input_ids)
         for own in zip(*self.lists, strict=True):
-            if takes_whole(own[0]):
+            if takes_all_ids(own[0]):
                 scores = own[0](input_ids, scores, **kwargs)
                 continue
-            found = torch.empty_like(scores)
+            processed = torch.empty_like(scores)
             for processor, (rows, ids) in zip(own, views, strict=True):
                 part = processor(ids, scores[rows], **kwargs)
-                _check("logits_processor", processor, part, found[rows].shape)
-                found[rows] = part.to(found.dtype)
-            scores = found
+                _check("logits_processor", processor, part, processed[rows].shape)
+                processed[rows] = part.to(processed.dtype)
+            scores = processed
         return scores
 
 
@@ -154,8 +154,8 @@ class TextCriteria(StoppingCriteriaList):
     """Asks every criterion about the text of each group.
 
     Args:
-        text: of the batch.
-        criteria: all of them.
+        text: the batch's text.
+        criteria: the caller's and transformers'.
     """
 
     def __init__(self, text: Text, criteria: Sequence[Any]) -> None:
@@ -168,7 +168,7 @@ class TextCriteria(StoppingCriteriaList):
         views, size = self.text.views(input_ids), len(self.text.input_ids)
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for own in zip(*self.lists, strict=True):
-            if takes_whole(own[0]):
+            if takes_all_ids(own[0]):
                 done = done | own[0](input_ids, scores, **kwargs)
                 continue
             for group, criterion, (rows, ids) in zip(self.text.groups, own, views, strict=True):
@@ -181,16 +181,16 @@ class TextCriteria(StoppingCriteriaList):
 
 
 def copies(items: Sequence[Any]) -> list[Any]:
-    """One of each for another group: what it assigns to itself between two steps belongs to that group's rows."""
+    """Copies for another group: what an item assigns to itself between two steps belongs to one group's rows."""
     return [copy.copy(item) for item in items]
 
 
-def _check(name: str, called: Any, found: Any, shape: torch.Size) -> None:
-    if not isinstance(found, Tensor) or found.shape != shape:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+def _check(name: str, called: Any, result: Any, shape: torch.Size) -> None:
+    if not isinstance(result, Tensor) or result.shape != shape:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ArgumentError(
             f"{name}: expected {tuple(shape)} from {type(called).__name__}, got {got}; it is called with the rows "
-            "whose text is equally long, or with the packed batch if it has packed_ids = True"
+            "whose texts are equally long, or with all of input_ids if it has packed_ids = True"
         )
 
 
@@ -200,20 +200,20 @@ def text_processors(
     """transformers' processors and the caller's, built for each group as for a batch of its text alone.
 
     Args:
-        given: the caller's.
+        given: the caller's processors.
         build: transformers' ``_get_logits_processor``.
-        generation_config: of this call; its lengths count packed positions.
+        generation_config: of this call; its lengths count positions of ``input_ids``.
         allowed: the caller's ``prefix_allowed_tokens_fn``, which gets row numbers of the whole batch.
         others: further arguments of ``build``.
     """
     own, text = LogitsProcessorList(given), given.text
     others = {**others, "encoder_input_ids": text.input_ids}
-    whole = build(generation_config, logits_processor=own, prefix_allowed_tokens_fn=allowed, **others)
-    if all(map(takes_whole, whole)):
-        return LogitsProcessorList(whole)
+    for_batch = build(generation_config, logits_processor=own, prefix_allowed_tokens_fn=allowed, **others)
+    if all(map(takes_all_ids, for_batch)):
+        return LogitsProcessorList(for_batch)
     times = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    # How many rows have one number for the caller's function differs between versions of transformers.
-    same = next((getattr(each, "_num_beams", 1) for each in whole if isinstance(each, PrefixConstrained)), 1)
+    # How many rows share one number for the caller's function differs between versions of transformers.
+    same = next((getattr(each, "_num_beams", 1) for each in for_batch if isinstance(each, PrefixConstrained)), 1)
     lists = []
     for number, group in enumerate(text.groups):
         length, numbers = group.places.shape[1], [row // same for row in group.rows(times)[::same]]
@@ -225,7 +225,7 @@ def text_processors(
             encoder_input_ids=text.input_ids[group.samples].gather(1, group.places),
             prefix_allowed_tokens_fn=None if allowed is None else _renumbered(allowed, numbers),
             logits_processor=LogitsProcessorList(copies(own) if number else own),
-            model_kwargs={},  # its mask would be for padding, and there is none
+            model_kwargs={},  # no mask: a group's text has no padding
         )
         lists.append(build(config, **{**others, **changes}))
     return TextProcessors(text, lists)
@@ -236,12 +236,12 @@ def _renumbered(allowed: Callable[[int, Tensor], list[int]], numbers: Sequence[i
 
 
 class TextOnlyStreamer:
-    """Hands a prompt's text to a streamer, and then every new token.
+    """Passes the prompts' text to a streamer, and then every new token.
 
     Args:
         streamer: one of transformers'.
-        text: of the batch.
-        filler: id that pads texts of different length on the left.
+        text: the batch's text.
+        filler: id that pads texts of different lengths on the left.
     """
 
     def __init__(self, streamer: Any, text: Text, filler: int) -> None:
@@ -249,16 +249,16 @@ class TextOnlyStreamer:
         self._prompt = True
 
     def put(self, value: Tensor) -> None:
-        """First the packed prompts (B * n, T), then new tokens."""
+        """First the LLM's input ids (B * n, T), then new tokens."""
         if self._prompt:
-            self._prompt, packed = False, value
-            views = self.text.views(packed)
+            self._prompt, input_ids = False, value
+            views = self.text.views(input_ids)
             width = max(ids.shape[1] for _, ids in views)
-            value = packed.new_empty(len(packed), width)
+            value = input_ids.new_empty(len(input_ids), width)
             for rows, ids in views:
                 value[rows] = F.pad(ids, (width - ids.shape[1], 0), value=self.filler)
         self.streamer.put(value)
 
     def end(self) -> None:
-        """No token follows."""
+        """Called after the last token."""
         self.streamer.end()

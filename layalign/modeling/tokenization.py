@@ -1,7 +1,6 @@
-"""The two tokenizers of a model: saved beside its weights, found again when it is loaded; and texts as token ids.
+"""The two tokenizers of a model: saving them with its weights, loading them again, and encoding texts.
 
-Every text goes to a tokenizer through `encode_texts`: what stands in a text is text, also where it looks like a special
-token.
+Every text is encoded by `encode_texts`: all of it is text, even where it looks like a special token.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ FOLDERS = {"encoder": "encoder_tokenizer", "llm": "llm_tokenizer"}
 
 
 class Prompt(str):
-    """A prompt made from a template: a special token of the template is one, in the text put into it it is text.
+    """A prompt made from a template. Special tokens in the template are special; in the text put into it they are text.
 
-    A plain `str` is all text.
+    In any other `str` they are text.
 
     Attributes:
         template: the template.
-        source: what stands for each "{source}" in it.
+        source: the text in place of each "{source}" in it.
     """
 
     template: str
@@ -54,7 +53,7 @@ class Prompt(str):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one text, and whether some of it had to be cut off."""
+    """Token ids of one text, and whether some of it was cut off."""
 
     ids: list[int]
     cut: bool
@@ -65,14 +64,14 @@ def encode_texts(
 ) -> list[Encoded]:
     """Token ids of texts, in which nothing is a special token: "</s>" in a text is four characters.
 
-    Tokens that were added to the vocabulary and are not special (words of a domain) stay tokens. `Prompt` marks special
-    tokens that are meant.
+    Tokens that were added to the vocabulary and are not special (words of a domain) stay tokens. A `Prompt` may have
+    special tokens.
 
     Args:
         tokenizer: one of transformers.
         texts: the texts.
         special: add the special tokens that the tokenizer puts around a text.
-        longest: most ids of a text, those around it included; None is no limit.
+        longest: largest number of ids of a text, those around it included; None is no limit.
         side: where a text that is too long is cut, "right" or "left"; the tokens around it stay.
 
     Raises:
@@ -80,24 +79,24 @@ def encode_texts(
     """
     if not texts:
         return []
-    found = []
+    encoded = []
     for before, ids, after in _framed(tokenizer, list(texts), special):
         room = len(ids) if longest is None else max(longest - len(before) - len(after), 0)
         cut = len(ids) > room
         if cut:
             ids = ids[:room] if side == "right" else ids[len(ids) - room :]
-        found.append(Encoded([*before, *ids, *after][:longest], cut))
-    return found
+        encoded.append(Encoded([*before, *ids, *after][:longest], cut))
+    return encoded
 
 
 def tokenizers_hash(*tokenizers: Any) -> str:
     """A hash of the vocabularies of tokenizers, and of the ids that they give a text in many scripts."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for tokenizer in tokenizers:
         words = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-        found.update("\n".join(f"{index} {word}" for word, index in sorted(words.items())).encode(errors="replace"))
-        found.update(f"{encode_texts(tokenizer, [_PROBE], special=True)[0].ids}".encode())
-    return found.hexdigest()
+        sha.update("\n".join(f"{index} {word}" for word, index in sorted(words.items())).encode(errors="replace"))
+        sha.update(f"{encode_texts(tokenizer, [_PROBE], special=True)[0].ids}".encode())
+    return sha.hexdigest()
 
 
 def _framed(tokenizer: Any, texts: list[str], special: bool) -> Iterator[tuple[list[int], list[int], list[int]]]:
@@ -127,18 +126,18 @@ def _framed(tokenizer: Any, texts: list[str], special: bool) -> Iterator[tuple[l
             yield _around(tokenizer.build_inputs_with_special_tokens(ids), ids) if special else ([], ids, [])
 
 
-def _around(whole: list[int], ids: list[int]) -> tuple[list[int], list[int], list[int]]:
-    for start in range(len(whole) - len(ids) + 1):
-        if whole[start : start + len(ids)] == ids:
-            return whole[:start], ids, whole[start + len(ids) :]
-    return [], whole, []
+def _around(framed: list[int], ids: list[int]) -> tuple[list[int], list[int], list[int]]:
+    for start in range(len(framed) - len(ids) + 1):
+        if framed[start : start + len(ids)] == ids:
+            return framed[:start], ids, framed[start + len(ids) :]
+    return [], framed, []
 
 
 @dataclass
 class _Special:
-    """What is special for a tokenizer."""
+    """The special and the added tokens of a tokenizer."""
 
-    state: tuple[Any, ...]  # as long as it is this, the rest holds
+    state: tuple[Any, ...]  # the tokenizer's, while the rest is valid
     tokens: dict[str, int]
     added: dict[str, int]  # to the vocabulary, and not special
     plain: Any = None  # a copy of a fast tokenizer's backend whose special tokens have other names
@@ -154,7 +153,7 @@ def _special(tokenizer: Any) -> _Special:
     if known is None or known.state != state:
         tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         tokens.update({str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special})
-        # A single character that was made special can be written in no other way.
+        # A single character that was made special cannot be encoded in any other way.
         tokens = {text: i for text, i in tokens.items() if i is not None and len(text) > 1}
         added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if str(token) not in tokens}
         known = _KNOWN[tokenizer] = _Special(state, tokens, added)
@@ -166,7 +165,7 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 class _Cleaner:
-    """Gives the ids of texts without any special token but those that a `Prompt`'s template has."""
+    """Gives the ids of texts without special tokens, except those in the template of a `Prompt`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.known, self.unknown = tokenizer, _special(tokenizer), tokenizer.unk_token
@@ -188,11 +187,11 @@ class _Cleaner:
             ]
         if self.known.plain is None:
             self.known.plain, self.known.names = _renamed(self.tokenizer.backend_tokenizer, self.known.tokens)
-        whole = "".join(
+        renamed = "".join(
             self.known.names[part] if place % 2 else part.replace("{source}", source)
             for place, part in enumerate(parts)
         )
-        return list(self.known.plain.encode(whole, add_special_tokens=False).ids)
+        return list(self.known.plain.encode(renamed, add_special_tokens=False).ids)
 
     def _slow(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -215,7 +214,7 @@ def _renamed(backend: Any, tokens: dict[str, int]) -> tuple[Any, dict[str, str]]
     """(A copy of a `tokenizers.Tokenizer` whose special tokens have names that no text has, these names).
 
     The tokenizer's own `encode_special_tokens` does not suffice: the models of T5, XLM-R and others have special tokens
-    among their pieces and find them in a text by themselves.
+    among their pieces, and find them in a text.
     """
     from tokenizers import Tokenizer
 
@@ -263,7 +262,7 @@ def load_tokenizers(
         config: of the loaded model, for the names that are not given.
 
     Raises:
-        CheckpointError: neither is there; the text names what was looked for.
+        CheckpointError: a tokenizer is not found or cannot be loaded; the text names what was looked for.
     """
     return load_tokenizer("encoder", encoder, checkpoint, config), load_tokenizer("llm", llm, checkpoint, config)
 
@@ -291,7 +290,7 @@ def load_tokenizer(
             return _from_gguf(source)
         require_files(Path(source))
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the libraries of the tokenizers raise what they like for a damaged file
+    except Exception as error:  # tokenizers' libraries raise anything for a damaged file
         raise CheckpointError(f"{part} tokenizer: cannot be loaded from {source}: {first_line(error)}") from error
 
 
@@ -305,7 +304,7 @@ def _from_gguf(name: str) -> Any:
     gguf_files.require_package("llm tokenizer")
     path = gguf_path(name)
     gguf_files.read_head(path)
-    # Not AutoTokenizer: that reads the file once more, for a class that makes no difference.
+    # Not AutoTokenizer, which reads the file once more to choose a class, and the class makes no difference.
     return gguf_files.amend_tokenizer(PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name), path)
 
 

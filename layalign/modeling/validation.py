@@ -1,4 +1,4 @@
-"""What a model is called with, checked before an embedding or a mask makes of it what it likes."""
+"""Checks of the ids, masks and labels that a model is called with, before wrong ones give wrong results silently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layalign.modeling.llm_inputs import IGNORE_INDEX, MAX_LENGTH
 from layalign.ops.checks import describe, is_plain
 from layalign.utils.errors import ArgumentError
 
-_WHOLE = (torch.int64, torch.int32)
+_INTEGERS = (torch.int64, torch.int32)
 _MASKS = (
     torch.bool,
     torch.int64,
@@ -32,19 +32,19 @@ def _require(name: str, value: Any, dtypes: tuple[torch.dtype, ...], what: str) 
 
 
 def _values_at_hand(value: Tensor) -> bool:
-    """Whether looking at the numbers costs no wait for a device, and there are some."""
+    """Whether the numbers can be read without waiting for a device, and there are any."""
     return type(value) is Tensor and value.device.type == "cpu" and value.numel() > 0
 
 
 def require_ids(name: str, ids: Any, embeddings: nn.Module | None) -> None:
-    """Token ids (B, S) of the vocabulary; nothing is checked in compiled code, the vocabulary on the CPU alone.
+    """Check token ids (B, S). Compiled code checks nothing; only on the CPU they are checked against the vocabulary.
 
     Raises:
-        ArgumentError: they are none.
+        ArgumentError: they are not token ids.
     """
     if torch.compiler.is_compiling():
         return
-    _require(name, ids, _WHOLE, "token ids, two-dimensional int64")
+    _require(name, ids, _INTEGERS, "token ids, two-dimensional int64")
     size = getattr(embeddings, "num_embeddings", None)
     if isinstance(size, int) and _values_at_hand(ids):
         low, high = int(ids.min()), int(ids.max())
@@ -53,7 +53,11 @@ def require_ids(name: str, ids: Any, embeddings: nn.Module | None) -> None:
 
 
 def require_mask(name: str, mask: Any) -> None:
-    """A mask (B, S) of zeros and ones; nothing is checked in compiled code, the numbers on the CPU alone."""
+    """Check a mask (B, S). Compiled code checks nothing; only on the CPU its numbers must be zeros and ones.
+
+    Raises:
+        ArgumentError: it is not a mask.
+    """
     if torch.compiler.is_compiling():
         return
     _require(name, mask, _MASKS, "zeros and ones, two-dimensional")
@@ -62,7 +66,11 @@ def require_mask(name: str, mask: Any) -> None:
 
 
 def require_labels(labels: Any, shape: torch.Size, size: int | None) -> None:
-    """Labels of ``shape`` (B, T), ids of the vocabulary or -100; where and when checked as for ids."""
+    """Check labels of ``shape`` (B, T), token ids or -100, as :func:`require_ids` does.
+
+    Raises:
+        ArgumentError: they are not labels of this shape.
+    """
     if torch.compiler.is_compiling():
         return
     _require("labels", labels, (torch.int64,), "token ids or -100, two-dimensional int64")

@@ -1,4 +1,4 @@
-"""Another vocabulary for the LLM in a model: both embeddings, the configurations, and nothing of it half."""
+"""Resizing the vocabulary of a model's LLM: both embeddings and the configurations, or on an error none of them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ if TYPE_CHECKING:
 
 
 def resize(model: LayAlignForCausalLM, size: int | None, multiple: int | None, mean_resizing: bool) -> nn.Embedding:
-    """transformers' ``resize_token_embeddings`` of the model's LLM, with what the model keeps of its vocabulary."""
+    """transformers' ``resize_token_embeddings`` for the model's LLM, and for the copies of its vocabulary size."""
     llm, before = model.llm, model.llm.get_input_embeddings()
     if size is None and multiple is None:
         return before
     _require_resizable(llm)
     wanted = before.num_embeddings if size is None else whole_number("new_num_tokens", size, 1, MAX_SIZE)
     if multiple is not None:
-        wanted = -(-wanted // whole_number("pad_to_multiple_of", multiple, 1, MAX_SIZE)) * multiple
+        multiple = whole_number("pad_to_multiple_of", multiple, 1, MAX_SIZE)
+        wanted = -(-wanted // multiple) * multiple
     for name in ("llm_bos_token_id", "source_token_id"):
         token = getattr(model.config, name)
         if token is not None and token >= wanted:
             raise ArgumentError(f"new_num_tokens: expected more than {name} {token} of the configuration, got {wanted}")
     with _all_or_nothing(llm):
-        found = llm.resize_token_embeddings(wanted, mean_resizing=mean_resizing)
+        resized = llm.resize_token_embeddings(wanted, mean_resizing=mean_resizing)
     assert model.config.llm_config is not None
     for config in (model.config.llm_config, *own_configs(llm)):
         config.get_text_config(decoder=True).vocab_size = wanted
-    return found
+    return resized
 
 
 def _require_resizable(llm: Any) -> None:
@@ -58,14 +59,14 @@ def _require_resizable(llm: Any) -> None:
 def _all_or_nothing(llm: Any) -> Iterator[None]:
     """An error within the block leaves the LLM's embeddings as they were."""
     old = llm.get_input_embeddings(), llm.get_output_embeddings()
-    states = [(module, dict(module.__dict__), dict(module._parameters)) for module in old]
-    parameters = [each for _, _, own in states for each in own.values() if each is not None]
+    saved = [(module, dict(module.__dict__), dict(module._parameters)) for module in old]
+    parameters = [each for _, _, own in saved for each in own.values() if each is not None]
     data = [(parameter, parameter.data) for parameter in parameters]
     size = llm.config.get_text_config(decoder=True).vocab_size
     try:
         yield
     except BaseException:
-        for module, attributes, own in states:
+        for module, attributes, own in saved:
             module.__dict__.update(attributes, _parameters=own)
         for parameter, values in data:
             parameter.data = values

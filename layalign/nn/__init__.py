@@ -1,4 +1,4 @@
-"""Drop-in modules: the published classes' parameters and outputs over layalign's operations."""
+"""Drop-in modules with the parameters and outputs of the published classes, computed by layalign's operations."""
 
 from layalign.nn.adapter import Adapter, Mapping
 from layalign.nn.aligner import EncoderAligner, WeightedLinearProjector

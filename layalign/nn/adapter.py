@@ -1,4 +1,4 @@
-"""The adapter: the encoder's states, the last or all layers fused, become soft prompt tokens of the LLM."""
+"""The adapter: maps the encoder's hidden states, of the last or of all layers fused, to soft tokens of the LLM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layalign.nn.inspection import brought, require_input
 from layalign.utils.errors import MAX_SIZE, ArgumentError, one_of, refuse, whole_number
 
 FUSIONS = ("softmax", "token-softmax")
-FEED_FORWARD = 2048  # torch's default, with which it was published
+FEED_FORWARD = 2048  # torch's default, as published
 
 
 class MLP(nn.Module):
@@ -31,16 +31,16 @@ class MLP(nn.Module):
 
 
 class SoftmaxFusion(nn.Module):
-    """One weight a layer for all tokens: sum_e softmax(SCALE * logits)[e] * hidden[e].
+    """One weight per layer, the same for all tokens: sum_e softmax(SCALE * logits)[e] * hidden[e].
 
     Args:
         layers: E.
 
-    Source: Puranegedara et al. (2025), "Global Softmax"; their code has a learned factor on the logits, about 100 at
-    the start. Ours: a fixed factor, and logits that start at zero.
+    Source: Puranegedara et al. (2025), "Global Softmax". Their code multiplies the logits by a learned factor that
+    starts at about 100. Here the factor is fixed and the logits start at zero.
     """
 
-    SCALE = 10.0  # Adam moves a logit by a learning rate a step: without a factor, weights would stay near equal
+    SCALE = 10.0  # Adam moves a logit by about the learning rate a step: unscaled, the weights would stay nearly equal
 
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -48,11 +48,11 @@ class SoftmaxFusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Equal weights."""
+        """Give every layer the same weight."""
         nn.init.zeros_(self.logits)
 
     def weights(self, hidden_states: Sequence[Tensor]) -> Tensor:
-        """E tensors (B, S, D_e) -> (E,), fp32 or float64, of sum 1."""
+        """E tensors (B, S, D_e) -> (E,), fp32 or float64; their sum is 1."""
         return _softmax(self.logits * self.SCALE)
 
     def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
@@ -62,19 +62,19 @@ class SoftmaxFusion(nn.Module):
 
 
 class TokenSoftmaxFusion(nn.Module):
-    """Weights of its own for each token: a small transformer layer reads the token's E states and gives E logits.
+    """Separate layer weights for each token: a small transformer layer maps the token's E hidden states to E logits.
 
-    A learned vector ``cls`` attends, with one head, to itself and to the token's states plus a learned embedding of
-    each layer; a feed-forward network follows, both with residual and LayerNorm behind; a linear map of the result
-    gives the logits of a softmax over the layers.
+    A learned vector ``cls`` attends, with one head, to itself and to the token's hidden states plus a learned embedding
+    of each layer. A feed-forward block follows. Attention and block each add their input and apply a LayerNorm. A
+    linear map of the result gives the logits of a softmax over the layers.
 
     Args:
         hidden_size: D_e.
         layers: E.
 
-    Source: Puranegedara et al. (2025), "Transformer Softmax": this function is theirs, and how it starts. Ours: what
-    attends is the same for all tokens, so their query and key maps are one vector (``query``), their value and output
-    maps one map (``attend``), and nothing but the row of ``cls`` is computed; no dropout.
+    Source: Puranegedara et al. (2025), "Transformer Softmax", with their initialisation. ``cls`` is the same for all
+    tokens, so their query and key maps reduce to one vector (``query``), and their value and output maps to one map
+    (``attend``). Only the row of ``cls`` is computed. There is no dropout.
     """
 
     def __init__(self, hidden_size: int, layers: int) -> None:
@@ -93,13 +93,13 @@ class TokenSoftmaxFusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The vectors as published; the maps inside are modules of their own."""
+        """Initialise the vectors as published. The linear maps initialise themselves."""
         nn.init.normal_(self.layer_embedding)
         nn.init.zeros_(self.cls)
         nn.init.zeros_(self.query)
 
     def weights(self, hidden_states: Sequence[Tensor]) -> Tensor:
-        """E tensors (B, S, D_e) -> (B, S, E), fp32 or float64, of sum 1 for each token."""
+        """E tensors (B, S, D_e) -> (B, S, E), fp32 or float64; their sum is 1 for each token."""
         return self._weights(torch.stack(tuple(hidden_states), dim=-2))
 
     def _weights(self, stacked: Tensor) -> Tensor:
@@ -124,15 +124,15 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 class Adapter(nn.Module):
-    """Published name ``Mapping``: an MLP over the encoder's states, and the learned boundary token behind them.
+    """An MLP over the encoder's hidden states, and a learned boundary token after them. Published as ``Mapping``.
 
     Args:
         mt_dim: encoder hidden size D_e.
         llm_dim: LLM hidden size D_l.
-        width: of the MLP; None is 2 D_e, as published.
-        fusion: None, the last states are read, as published; "softmax" or "token-softmax", those of several layers
-            (:class:`SoftmaxFusion`, :class:`TokenSoftmaxFusion`).
-        layers: E, how many layers are fused.
+        width: hidden size of the MLP. None: 2 D_e, as published.
+        fusion: None: the adapter reads the last hidden states, as published. "softmax" or "token-softmax": it reads
+            those of several layers (:class:`SoftmaxFusion`, :class:`TokenSoftmaxFusion`).
+        layers: E, the number of layers to fuse. None without fusion.
 
     Source: LayAlign, adapter; MindMerger's mapping layer.
     """
@@ -156,7 +156,8 @@ class Adapter(nn.Module):
         """(B, S, D_e), or with fusion E of these -> (B, S, D_l).
 
         Raises:
-            ArgumentError: not a floating tensor of D_e, or another dtype than the weights'; not E of one shape.
+            ArgumentError: the input is not floating, its last dimension is not D_e, or its dtype is not that of the
+                weights; with fusion also if it is not E tensors of one shape.
         """
         if self.fusion is None:
             require_input("hidden_states", hidden_states, self.mlp.linear1)

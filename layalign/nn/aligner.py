@@ -21,7 +21,7 @@ MIXES = ("layer-wise", "shared")
 
 @readable
 class WeightedLinearProjector(nn.Module):
-    """fc1 mixes the encoder layers into 2L slots (relu), fc2 (and, for "MLP", relu and fc3) maps to the LLM's width.
+    """fc1 makes 2L mixes of the encoder layers (relu follows), fc2 maps each to the LLM's width; "MLP": relu, then fc3.
 
     Args:
         config: see :class:`EncoderAligner`.
@@ -34,7 +34,7 @@ class WeightedLinearProjector(nn.Module):
         _check(config)
         self.structure = config.structure
         self.impl = impl
-        # How often each slot serves: the slots of a shared mix serve every language layer.
+        # How many language layers each mix serves.
         self.times = config.num_language_layers if getattr(config, "mix", MIXES[0]) == "shared" else 1
         self.fc1 = nn.Linear(config.num_encoder_layers, 2 * config.num_language_layers // self.times, bias=bias)
         self.fc2 = nn.Linear(config.encoder_hidden_dim, config.language_hidden_dim, bias=bias)
@@ -47,12 +47,12 @@ class WeightedLinearProjector(nn.Module):
             y = ops.layer_projection(
                 hidden_states, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, impl=self.impl
             )
-        else:  # as published: weights that are sharded, quantised or wrapped are only right inside their modules
+        else:  # as published: sharded, quantised or wrapped weights are correct only inside their modules
             mixed = torch.relu(self.fc1(torch.stack(tuple(hidden_states), dim=-1)))
             y = self.fc2(mixed.movedim(-1, 0).contiguous())
         if self.structure != "MLP":
             return y
-        return self.fc3(torch.relu(y).to(self.fc3.weight.dtype)).to(y.dtype)  # hidden states and masters may differ
+        return self.fc3(torch.relu(y).to(self.fc3.weight.dtype)).to(y.dtype)  # fc3 may be fp32 under bf16 input
 
     def _may_be_read(self) -> bool:
         if torch.compiler.is_compiling():
@@ -78,7 +78,7 @@ class EncoderAligner(nn.Module):
             ``num_language_layers`` (L) and ``structure`` ("Linear" or "MLP"). The other published fields
             (``num_attention_heads``, ``encoder_layers``, ``language_layers``, ``projector_type``, ``batch``) are not
             needed here; ``num_transformer_submodules``, where present, must be 1. ``mix``, where present, is
-            "layer-wise" (published) or "shared": one slot for the keys and one for the values of all language layers.
+            "layer-wise" (published) or "shared": one mix for the keys and one for the values of all language layers.
         impl: backend of the operations, "auto" by default.
 
     Raises:
@@ -97,7 +97,7 @@ class EncoderAligner(nn.Module):
         self.projector = WeightedLinearProjector(config, impl=impl)
 
     def layers(self, hidden_states: Sequence[Tensor] | Tensor) -> list[Tensor]:
-        """The E tensors (B, S, D_e), checked; one tensor (B, E, S, D_e) is the published alternative."""
+        """The E tensors (B, S, D_e), checked. The published code also takes one tensor (B, E, S, D_e)."""
         if isinstance(hidden_states, Tensor):
             if hidden_states.dim() != 4:
                 shape = tuple(hidden_states.shape)
@@ -111,20 +111,20 @@ class EncoderAligner(nn.Module):
         return list(hidden_states)
 
     def states(self, hidden_states: Sequence[Tensor] | Tensor) -> Tensor:
-        """All slots in one tensor, (2L, B, S, D_l): slot 2i is the key state of language layer i, 2i + 1 its value.
+        """All states in one tensor, (2L, B, S, D_l): entry 2i is language layer i's key state, 2i + 1 its value state.
 
-        With a shared mix (2, B, S, D_l), the key state and the value state of every language layer.
+        With a shared mix (2, B, S, D_l): the key state and the value state of every language layer.
         """
         return self.projector(self.layers(hidden_states))
 
     def forward(self, hidden_states: Sequence[Tensor] | Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """E tensors (B, S, D_e), or one (B, E, S, D_e) -> L pairs (key state, value state), each (B, S, D_l)."""
-        slots = self.projector(self.layers(hidden_states)).unbind(0) * self.projector.times
-        return tuple(zip(slots[0::2], slots[1::2], strict=True))
+        states = self.projector(self.layers(hidden_states)).unbind(0) * self.projector.times
+        return tuple(zip(states[0::2], states[1::2], strict=True))
 
 
 def reason_against_passing(aligner: nn.Module) -> str | None:
-    """Why an aligner must be called as a module; None where its weights may be read, as far as it decides that."""
+    """Why an aligner must be called as a module; None if it may be bypassed. Its linear maps are checked elsewhere."""
     if not is_exactly(aligner, EncoderAligner) or type(aligner.projector) is not WeightedLinearProjector:
         return "the aligner or its projector is of another class, has hooks or an edited forward"
     if not computes_the_reference():
@@ -136,7 +136,7 @@ def reason_against_passing(aligner: nn.Module) -> str | None:
 def computes_the_reference() -> bool:
     """Whether the modules above compute the documented formula, tried once on small numbers.
 
-    The fast paths compute that formula. Where a ``forward`` has been edited, they leave the modules to be called.
+    The fast paths compute that formula. If a ``forward`` has been edited, the modules are called instead.
     """
     sizes = dict(encoder_hidden_dim=2, language_hidden_dim=3, num_encoder_layers=2, num_language_layers=2)
 

@@ -14,13 +14,13 @@ from layalign.utils.errors import finite_number
 
 @readable
 class GatedCrossAttention(nn.Module):
-    """base + gate * attention(query, key, value), the gate starting at zero so that the LLM starts unchanged.
+    """base + gate * attention(query, key, value). The gate starts at zero, so the LLM starts unchanged.
 
     To try another formula for the gate, change :meth:`effective_gate`; to try another term, change ``forward``.
 
     Args:
         impl: backend of the operation, "auto" by default.
-        gate: None, it is learned; a number fixes it there.
+        gate: None: it is learned and starts at zero. A number: it is fixed at that value.
 
     Source: LayAlign, adaptive fusion-enhanced attention; the zero-initialised gate is LLaMA-Adapter's.
     """
@@ -32,7 +32,7 @@ class GatedCrossAttention(nn.Module):
         self.adaption_gate = nn.Parameter(torch.full((1,), self.start), requires_grad=gate is None)
 
     def effective_gate(self) -> Tensor:
-        """What the attention is multiplied by, one number: the parameter itself. Every path asks here."""
+        """The factor on the attention, (1,): the parameter itself. Every path reads the gate here."""
         return self.adaption_gate
 
     def forward(
@@ -54,7 +54,7 @@ class GatedCrossAttention(nn.Module):
 def computes_the_reference() -> bool:
     """Whether ``forward`` above computes the documented formula, tried once on small numbers.
 
-    The fast paths compute that formula. Where ``forward`` has been edited, they leave the modules to be called.
+    The fast paths compute that formula. If ``forward`` has been edited, the modules are called instead.
     """
 
     def inputs() -> tuple[GatedCrossAttention, Tensor, Tensor, Tensor, Tensor]:

@@ -16,17 +16,17 @@ from layalign.utils.errors import ArgumentError
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Their hooks look at parameters, move them or sum over processes; transformers' collect what a call asks for.
-# Ours belong to single passes, and leave others alone.
+# Hooks from these modules only read parameters, move them or sum over processes; transformers' collect the outputs that
+# a call asks for. Our own act within one pass of the LLM.
 ENGINES = ("torch.distributed", "deepspeed", "accelerate", "transformers.utils", "layalign.nn.rows")
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
-    """``module`` and all modules in it, quicker than its ``modules()``, which builds a name for each."""
+    """``module`` and all modules in it; faster than ``modules()``, which builds a name for each."""
     if torch.compiler.is_compiling():
         return list(module.modules())
     found, seen = [module], {module}
-    for each in found:  # which grows
+    for each in found:  # it grows meanwhile
         for part in each._modules.values():
             if part is not None and part not in seen:
                 seen.add(part)
@@ -35,38 +35,38 @@ def parts(module: nn.Module) -> list[nn.Module]:
 
 
 def trains(module: nn.Module) -> bool:
-    """Whether any parameter of ``module`` asks for a gradient."""
+    """Whether any parameter of ``module`` requires a gradient."""
     return any(p is not None and p.requires_grad for each in parts(module) for p in each._parameters.values())
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something wants to see ``module`` called."""
-    own = module.__dict__  # quicker than attributes: decoding asks every layer
+    """Whether ``module`` has forward or backward hooks."""
+    own = module.__dict__  # faster than attributes: a decode step asks every layer
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks)
 
 
-# Classes whose forward may be passed by -> the forward that was there when that was decided.
+# Classes whose forward may be bypassed -> their forward when they were decorated.
 _FORWARDS: dict[type, Any] = {}
 
 
 def readable(cls: type[Module]) -> type[Module]:
-    """Class decorator: parameters of :func:`is_exactly` this class may be read instead of calling it.
+    """Class decorator: the parameters of a module of :func:`is_exactly` this class may be read instead of calling it.
 
-    A forward that is put into the class later is noticed.
+    A forward that is assigned to the class later is noticed.
     """
     _FORWARDS[cls] = cls.forward
     return cls
 
 
 def is_repatched(cls: type[nn.Module]) -> bool:
-    """Whether somebody has put another forward into a class that may be passed by."""
+    """Whether another forward has been assigned to a :func:`readable` class."""
     known = _FORWARDS.get(cls)
     return known is not None and cls.forward is not known
 
 
 def is_intercepted(module: nn.Module) -> bool:
-    """Whether a call of ``module`` does other things than its class was written to do: hooks, or a patched forward."""
+    """Whether a call of ``module`` does more or else than its class was written to do: hooks, or a patched forward."""
     return has_hooks(module) or patched_forward(module) is not None or is_repatched(type(module))
 
 
@@ -76,7 +76,7 @@ def is_exactly(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether something but an engine wants to see ``module`` called."""
+    """Whether ``module`` has hooks that are not an engine's."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
         for hook in hooks.values():
             function = getattr(hook, "func", hook)
@@ -86,9 +86,10 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def computes(expected: Callable[[], Iterable[Tensor]], found: Callable[[], Iterable[Tensor]]) -> bool:
-    """Whether two ways of computing float64 tensors agree, tried outside all modes of the caller's.
+    """Whether two computations of float64 tensors agree, outside all modes of the caller.
 
-    In a thread of its own: fake tensors, transforms and autocast belong to a thread. Random numbers stay as they are.
+    They run in a separate thread, because fake tensors, transforms and autocast belong to a thread. The random state
+    stays unchanged.
     """
 
     def agree() -> bool:
@@ -104,7 +105,7 @@ def computes(expected: Callable[[], Iterable[Tensor]], found: Callable[[], Itera
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether a call may give something else than the module's class says."""
+    """Whether a call may return something else than the forward of the module's class."""
     if (patched := patched_forward(module)) is not None:
         function = getattr(patched, "func", None)
         return not str(getattr(function, "__module__", "")).startswith(ENGINES)
@@ -112,7 +113,11 @@ def is_altered(module: nn.Module) -> bool:
 
 
 def require_input(name: str, value: Any, linear: Any) -> None:
-    """``value`` is what a linear map reads; of one that is wrapped, quantised or sharded only the size is known."""
+    """Check the input of a linear map; for one that is wrapped, quantised or sharded, its size only.
+
+    Raises:
+        ArgumentError: ``value`` is not a floating tensor of the right size, or its dtype is not that of the weight.
+    """
     from layalign.ops.checks import describe, is_floating
 
     size = getattr(linear, "in_features", None)
@@ -126,7 +131,7 @@ def require_input(name: str, value: Any, linear: Any) -> None:
 
 
 def device_of(module: Any) -> torch.device:
-    """Where a call of ``module`` takes its input: accelerate keeps the weights of an offloaded one elsewhere."""
+    """The device on which ``module`` takes its input: accelerate keeps the weights of an offloaded one elsewhere."""
     device = module.weight.device
     if (
         device.type == "meta"
@@ -137,7 +142,7 @@ def device_of(module: Any) -> torch.device:
 
 
 def brought(module: nn.Module) -> AbstractContextManager[None]:
-    """Within the block, the parameters of ``module`` itself are there, also where accelerate offloads them."""
+    """Within the block, the parameters of ``module`` itself are in memory, also where accelerate offloads them."""
     if torch.compiler.is_compiling() or not any(p is not None and p.is_meta for p in module._parameters.values()):
         return nullcontext()
     from accelerate.utils import align_module_device
@@ -150,11 +155,11 @@ def reason_against_reading(linear: Any) -> str | None:
     if type(linear) is not nn.Linear:
         return f"{type(linear).__name__} is not a plain Linear (quantised, LoRA-wrapped, or fused with others)"
     if is_intercepted(linear):  # parametrizations change the class
-        return "Linear has hooks, a patched forward or parametrizations, which reading its weight would pass by"
-    for parameter in linear._parameters.values():  # as attributes, ZeRO-3 would gather them
+        return "Linear has hooks, a patched forward or parametrizations, which reading its weight would bypass"
+    for parameter in linear._parameters.values():  # attribute access would make ZeRO-3 gather them
         if parameter is not None and (against := reason_whole_is_not_here(parameter)) is not None:
             return against
     weight = linear._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.is_meta or weight.shape != (linear.out_features, linear.in_features):
-        return "its weight is sharded or of a tensor type of its own"
+        return "its weight is sharded or of a tensor subclass"
     return None

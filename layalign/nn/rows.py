@@ -1,4 +1,4 @@
-"""Some positions of a batch, and modules that are called for them alone."""
+"""Selected positions of a batch, and modules that run for these positions alone."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KEYWORD = "layalign_source"  # by which a pass of the LLM hands what is its own to every layer
+KEYWORD = "layalign_source"  # the argument by which a pass of the LLM hands its source to every layer
 Around = Callable[..., Any]  # (forward, *args, **kwargs) -> the result
 
 
 class Rows:
-    """Positions of a batch (B, T).
+    """Selected positions of a batch (B, T).
 
     Args:
-        wanted: (B, T) bool. On a GPU the host waits here, once, for their number.
+        wanted: (B, T) bool. On a GPU the host waits once for their number.
 
     Attributes:
         shape: (B, T).
@@ -48,19 +48,19 @@ class Rows:
 
     def spread(self, states: Tensor) -> Tensor:
         """(1, N, ...) -> (B, T, ...), zeros elsewhere."""
-        whole = states.new_zeros((self.shape.numel(), *states.shape[2:]))
-        return whole.index_copy(0, self.index.to(states.device), states[0]).unflatten(0, self.shape)
+        batch = states.new_zeros((self.shape.numel(), *states.shape[2:]))
+        return batch.index_copy(0, self.index.to(states.device), states[0]).unflatten(0, self.shape)
 
     def of(self, value: Any) -> bool:
-        """Whether ``value`` has states of the whole batch."""
+        """Whether ``value`` is a tensor (B, T, D, ...) over all positions of the batch."""
         return isinstance(value, Tensor) and value.dim() >= 3 and value.shape[:2] == self.shape
 
 
 class Front:
-    """A module's forward with what one call in progress has put around it; several of them stand one behind another.
+    """Stands for a module's forward while one call is in progress, and wraps it. Several fronts form a chain.
 
-    No lock: one that an interrupt leaves taken would stop everybody. Two threads that begin at once may lose one of
-    their fronts, which only costs what it would have saved.
+    There is no lock: an interrupt could leave it taken and stop every thread. Two threads that begin at the same moment
+    may lose one of their fronts, which costs no more than the work it would have saved.
     """
 
     def __init__(self, module: nn.Module, function: Around) -> None:
@@ -76,22 +76,23 @@ class Front:
         return {**self.__dict__, "function": None}
 
 
-def _behind(found: Any, skips: Callable[[Front], bool]) -> Any:
-    while type(found) is Front and skips(found):
-        found = found.before
-    return found
+def _past(forward: Any, skips: Callable[[Front], bool]) -> Any:
+    while type(forward) is Front and skips(forward):
+        forward = forward.before
+    return forward
 
 
 def patched_forward(module: nn.Module) -> Any:
-    """What was put in place of ``module``'s forward on this instance, calls in progress apart; None if nothing."""
-    return _behind(module.__dict__.get("forward"), lambda front: True)
+    """The forward that was set on this instance of ``module``, not counting calls in progress; None if none was."""
+    return _past(module.__dict__.get("forward"), lambda front: True)
 
 
 @contextmanager
 def put_around(module: nn.Module, function: Around) -> Iterator[None]:
-    """Within the block, ``function(forward, *args, **kwargs)`` runs for ``module``'s forward, whoever calls it.
+    """Within the block, ``function(forward, *args, **kwargs)`` runs in place of ``module``'s forward.
 
-    Blocks may begin and end in any order, in any thread: each takes out its own. Inside the hooks of ``module``.
+    It applies to all threads, inside the hooks of ``module``. Blocks may begin and end in any order, in any thread:
+    each removes its own front.
     """
     front = Front(module, function)
     try:
@@ -100,9 +101,9 @@ def put_around(module: nn.Module, function: Around) -> Iterator[None]:
     finally:
         front.function = None
         top = module.__dict__.get("forward")
-        first = each = _behind(top, _is_over)
+        first = each = _past(top, _is_over)
         while type(each) is Front:
-            each.before = each = _behind(each.before, _is_over)
+            each.before = each = _past(each.before, _is_over)
         if first is None:
             module.__dict__.pop("forward", None)
         elif first is not top:
@@ -115,9 +116,9 @@ def _is_over(front: Front) -> bool:
 
 @contextmanager
 def running(module: nn.Module, call: Any) -> Iterator[Callable[[], bool]]:
-    """Within the block, a function that tells whether ``module`` runs for the pass that hands ``call`` to its layers.
+    """Within the block, a function that tells whether ``module`` is running for the pass whose layers get ``call``.
 
-    False in other threads, and while ``module`` runs for another pass inside that one.
+    It is false in other threads, and while ``module`` runs for another pass nested in that one.
     """
     thread, inside = threading.get_ident(), []
 
@@ -141,9 +142,9 @@ def only_rows(
     """Within the block, ``modules`` compute only the positions of ``rows``.
 
     Args:
-        modules: position-wise maps: each position's result depends on nothing but this position.
+        modules: position-wise maps: each position's result depends on this position alone.
         spread: whether the results are put back to (B, T, ...), zeros elsewhere; otherwise they stay (1, N, ...).
-        active: asked in every call; by default all calls from this thread.
+        active: asked in every call whether it counts. By default all calls from this thread count.
     """
     thread = threading.get_ident()
     asked = active or (lambda: threading.get_ident() == thread)
@@ -164,34 +165,34 @@ def only_rows(
 def only_rows_leave(bodies: Iterable[nn.Module], rows: Rows, call: Any) -> Iterator[list[Tensor]]:
     """Within the block, the outermost of ``bodies`` returns only the positions of ``rows`` as its last hidden state.
 
-    In the pass that hands ``call`` to its layers, and behind all hooks of the module: they see the whole.
+    This applies to the pass whose layers get ``call``. Other hooks of the module run first and see all positions.
 
     Args:
-        bodies: what lies between an LLM and its list of layers, from the outside.
+        bodies: the modules between an LLM and its list of layers, outermost first.
 
     Yields:
-        What was returned, (1, N, D); empty until then, and where no body returned states of the whole batch.
+        A list that receives the result, (1, N, D). It stays empty if no body returns hidden states of the whole batch.
     """
     entered: list[nn.Module] = []
-    found: list[Tensor] = []
+    selected: list[Tensor] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get(KEYWORD) is call:
             entered.append(module)
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if kwargs.get(KEYWORD) is not call or entered[:1] != [module] or found:
+        if kwargs.get(KEYWORD) is not call or entered[:1] != [module] or selected:
             return None
         states: Any = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
         if not rows.of(states):
             return None
-        found.append(rows.select(states))
+        selected.append(rows.select(states))
         if isinstance(output, tuple):
-            return (found[0], *output[1:])
-        return type(output)(**{**output, "last_hidden_state": found[0]})
+            return (selected[0], *output[1:])
+        return type(output)(**{**output, "last_hidden_state": selected[0]})
 
     with ExitStack() as handles:
         for module in bodies:
             handles.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             handles.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
-        yield found
+        yield selected

@@ -1,4 +1,4 @@
-"""Weights that one process does not hold whole: FSDP2, FSDP1 and ZeRO-3. No engine is imported that is not in use."""
+"""Weights that are sharded over processes by FSDP2, FSDP1 or ZeRO-3. An engine is imported only if it is in use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_partitioned(parameter: Any) -> bool:
 
 
 def reason_whole_is_not_here(parameter: Any) -> str | None:
-    """Why the data of ``parameter`` must not be read as they are; None if nothing speaks against it."""
+    """Why the data of ``parameter`` must not be read as the full weight; None if they may."""
     if is_partitioned(parameter):
         return "its weight is partitioned by ZeRO-3"
     if is_dtensor(parameter):
@@ -33,7 +33,7 @@ def reason_whole_is_not_here(parameter: Any) -> str | None:
 
 
 def _first_parameter(module: nn.Module) -> nn.Parameter | None:
-    """The first of ``module.parameters()``, which would build a name for each module on the way."""
+    """The first of ``module.parameters()``, without building a name for each module on the way."""
     waiting = [module]
     while waiting:
         each = waiting.pop()
@@ -47,8 +47,8 @@ def _first_parameter(module: nn.Module) -> nn.Parameter | None:
 def engine_of(model: nn.Module) -> str | None:
     """The engine that shards all of ``model``: "FSDP2", "ZeRO-3", or None.
 
-    FSDP2 puts plain parameters in the place of the sharded ones while a module runs, in memory that it reuses: asking
-    the parameters is not enough then.
+    While a module runs, FSDP2 replaces its sharded parameters by ordinary ones, in memory that it reuses. So the
+    parameters alone do not tell.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(model, fsdp.FSDPModule):
@@ -60,12 +60,12 @@ def engine_of(model: nn.Module) -> str | None:
 
 
 def full_shape(parameter: Any) -> torch.Size:
-    """The shape of the whole parameter."""
+    """The shape of the full parameter."""
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
 
 
 def gathered(parameters: Iterable[Any], writer: int | None = None) -> AbstractContextManager[Any]:
-    """Within the block ZeRO-3's ``parameters`` are whole in every process; what process ``writer`` writes is kept."""
+    """Within the block, ZeRO-3's ``parameters`` are gathered in every process; what process ``writer`` writes stays."""
     wanted = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not wanted:
         return nullcontext()
@@ -77,7 +77,7 @@ def gathered(parameters: Iterable[Any], writer: int | None = None) -> AbstractCo
 
 @torch.no_grad()
 def whole(parameter: Any) -> Tensor:
-    """A copy of the whole parameter, in every process; all processes call this together."""
+    """A copy of the full parameter in every process. All processes call this together."""
     if is_dtensor(parameter):
         return parameter.detach().full_tensor()  # type: ignore[no-any-return]
     with gathered([parameter]):
@@ -85,7 +85,7 @@ def whole(parameter: Any) -> Tensor:
 
 
 def like(parameter: Any, value: Tensor) -> Tensor:
-    """``value`` (the whole, the same in every process) spread as ``parameter`` is, without communication."""
+    """``value`` (full, the same in every process) sharded as ``parameter`` is, without communication."""
     if not is_dtensor(parameter):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -96,6 +96,6 @@ def like(parameter: Any, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(parameter: Any, value: Tensor) -> None:
-    """Write the whole ``value`` into the parameter in place; all processes call this together with the same value."""
+    """Write the full ``value`` into the parameter in place. All processes call this together with the same value."""
     with gathered([parameter], writer=0):
         parameter.copy_(like(parameter, value))

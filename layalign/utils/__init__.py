@@ -1,1 +1,1 @@
-"""What every room may use: errors, files, untrusted input, versions of other packages."""
+"""Helpers for all packages above: errors, files, untrusted input, versions of other packages."""

@@ -19,7 +19,7 @@ class ArgumentError(LayAlignError, ValueError):
 
 
 class DataError(LayAlignError, ValueError):
-    """A data file cannot be used; the text starts with `file:line` where one is to blame."""
+    """A data file cannot be used; the text starts with `file:line` if one line is at fault."""
 
 
 class BackendError(LayAlignError, RuntimeError):
@@ -31,19 +31,19 @@ class CheckpointError(LayAlignError, ValueError):
 
 
 class OutputError(LayAlignError, OSError):
-    """Something cannot be written (disk full, no permission); the text says what is left on the disk."""
+    """A file cannot be written (disk full, no permission); the text says what is left on the disk."""
 
 
 class StoppedError(LayAlignError, RuntimeError):
-    """Training was asked to stop (SIGTERM) and did, with a checkpoint; the text says which."""
+    """Training was asked to stop (SIGTERM) and has saved a checkpoint; the text names it."""
 
 
 class NonFiniteError(LayAlignError, ArithmeticError):
     """A loss, a gradient or logits are NaN or infinite; the text names the step and the tensor, or the samples.
 
     Attributes:
-        rows: the samples' numbers in the call, where logits are to blame.
-        output: what was computed all the same, good for the other samples; or None.
+        rows: indices of the samples in the call, if logits are at fault.
+        output: the result nevertheless, valid for the other samples; or None.
     """
 
     def __init__(self, text: str, rows: Iterable[int] = (), output: Any = None) -> None:
@@ -56,9 +56,9 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 60, 60
 
 
 def shown(value: object, longest: int = 60) -> str:
-    """A value as it stands in an error's text: one line, short, whatever it is.
+    """Any value as one short line for an error's text.
 
-    A plain ``repr`` of nested lists that share their parts would take all memory.
+    ``repr`` alone would take all memory for nested lists that share their parts.
     """
     try:
         text = " ".join(_SHORT.repr(value).split())
@@ -69,7 +69,7 @@ def shown(value: object, longest: int = 60) -> str:
 
 
 def first_line(error: BaseException, longest: int = 300) -> str:
-    """What another library's error says, on one line."""
+    """The first line of another library's error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= longest else text[: longest - 3] + "..."
@@ -81,28 +81,29 @@ def refuse(name: str, expected: str, value: object) -> NoReturn:
 
 
 def whole_number(name: str, value: Any, least: float = -inf, most: float = 2**63 - 1) -> int:
-    """``value`` as an int where it is one (of numpy and torch too) and within its range; no bool, no fraction."""
+    """``value`` as an int, if it is a whole number (of numpy or torch too) in the range; no bool, no fraction."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except (TypeError, ValueError, RuntimeError):
         number = None
     if number is None or not least <= number <= most:
-        refuse(name, f"a whole number from {least:g} up" if most >= 2**63 - 1 else f"{least:g}..{most:g}", value)
+        lower = "" if least == -inf else f" from {least} up"
+        refuse(name, f"a whole number{lower}" if most >= 2**63 - 1 else f"{least}..{most}", value)
     return number
 
 
-MAX_SIZE = 2**31 - 1  # of a layer
+MAX_SIZE = 2**31 - 1  # largest width of a layer
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """``value`` is one of some words."""
+    """Check that ``value`` is one of the words in ``allowed``."""
     allowed = tuple(allowed)
     if not isinstance(value, str) or value not in allowed:
         refuse(name, f"one of {', '.join(allowed)}", value)
 
 
 def finite_number(name: str, value: Any, expected: str = "a finite number") -> float:
-    """``value`` as a float where it is a finite number; no bool, no text."""
+    """``value`` as a float, if it is a finite number; no bool, no text."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not -FLOAT_MAX <= value <= FLOAT_MAX:
         refuse(name, expected, value)
     return float(value)

@@ -1,4 +1,4 @@
-"""Writing so that a kill, a full disk or a missing permission never leaves half a file under its final name."""
+"""Writing files. A kill, a full disk or a missing permission never leaves half a file under its final name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
-from layalign.utils.errors import LayAlignError, OutputError
+from layalign.utils.errors import LayAlignError, OutputError, first_line
 
 
 @contextmanager
 def writing(what: str, left: str = "") -> Iterator[None]:
-    """Turn every failure to write into one error: `what` cannot be written, why, and what is `left`.
+    """Turn every failure to write into an OutputError: `what` cannot be written, why, and what is `left` on the disk.
 
     torch reports a full disk as RuntimeError, safetensors as an error of its own, tokenizers as a bare Exception.
     """
@@ -26,7 +26,7 @@ def writing(what: str, left: str = "") -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise OutputError(f"{what}: cannot be written: {reason}{left and '; '}{left}") from error
 
 
@@ -40,7 +40,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     with writing(str(path)):
         try:
             with temporary.open("wb") as file:
-                # A name of a file that is no UTF-8 comes as surrogates; in JSON their escapes mean the same.
+                # File names that are not UTF-8 hold surrogates. Their escapes mean the same in JSON.
                 file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
@@ -52,7 +52,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder to write into; after the block what is in it comes into ``folder``, each file whole or not at all."""
+    """A temporary folder to write into. After the block its files move into ``folder``, each complete or not at all."""
     with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
         aside = Path(name)
         yield aside
@@ -63,11 +63,11 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """See to it that a file, or the entries of a folder, are on the disk and not only in memory."""
+    """Flush a file, or the entries of a folder, to the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:
-        if path.is_dir():  # Windows cannot open a folder; there is nothing to do there
+        if path.is_dir():  # Windows cannot open a folder, and need not
             return
         raise
     try:
@@ -77,7 +77,7 @@ def sync(path: Path) -> None:
 
 
 def usual_mode(folder: Path) -> int:
-    """The permissions that a new file gets in a folder: safetensors gives its files to their owner alone."""
+    """The permissions that a new file gets in a folder. safetensors restricts its files to their owner."""
     probe = folder / f".mode.{os.getpid()}"
     try:
         probe.touch()
@@ -87,7 +87,7 @@ def usual_mode(folder: Path) -> int:
 
 
 def give_usual_modes(folder: Path) -> None:
-    """The permissions that its other files have for the safetensors files of a folder, which transformers wrote."""
+    """Give a folder's safetensors files, which transformers wrote, the permissions that any new file gets there."""
     mode = usual_mode(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)

@@ -1,10 +1,10 @@
 """One run at a time in a folder.
 
-The holder has the operating system's lock on the folder's file `.lock`, which dies with its process. It writes into
-that file who it is, with a new sign of life every few seconds. The lock decides. The signs of life are looked at only
-where the lock cannot tell: the file system has none, or another machine left the file, which the lock may not reach.
+The holder has the operating system's lock on the folder's file `.lock`, which ends with its process. It writes into
+that file who it is, and a new sign of life every few seconds. The lock decides. The signs of life are read only where
+the lock cannot tell: the file system has no locks, or another machine, which the lock may not reach, wrote the file.
 
-`filelock` is not taken: what it does in forked processes and on file systems without locks differs by its releases.
+`filelock` is not used: its behaviour in forked processes and on file systems without locks differs between releases.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ except ImportError:  # Windows
 logger = logging.getLogger("layalign")
 
 LOCK = ".lock"
-BEAT, SILENCE = 5.0, 30.0  # seconds between signs of life; without one for so long a holder is dead
-_SIZE = 1024  # bytes of a record, filled up with spaces: it is always replaced whole
+BEAT, SILENCE = 5.0, 30.0  # seconds between signs of life; seconds without one after which a holder counts as dead
+_SIZE = 1024  # bytes of a record, padded with spaces so that every write replaces all of it
 
 
 class _Hold:
-    """A folder that this process holds: the open file, whose thread took it, how often, and what beats."""
+    """A folder that this process holds: the open file, the thread that took it, how often, and the heartbeat."""
 
     def __init__(self, path: Path, handle: int) -> None:
         self.path, self.handle = path, handle
@@ -63,10 +63,10 @@ class _Hold:
         self.ended.set()
         if self.beating.ident is not None:
             self.beating.join(BEAT)
-            if self.beating.is_alive():  # the file system hangs, and the lock ends with the process
+            if self.beating.is_alive():  # the file system hangs; the lock ends with the process
                 return
         with suppress(OSError):
-            os.ftruncate(self.handle, 0)  # where it cannot be removed while it is open, it names nobody
+            os.ftruncate(self.handle, 0)  # Windows cannot remove an open file; empty, it names nobody
             if _is_at(self.handle, self.path):
                 self.path.unlink()
         os.close(self.handle)
@@ -77,7 +77,7 @@ _changing = threading.Lock()
 
 
 def _forget() -> None:
-    """A forked process holds nothing: it closes the files that it was born with, else it would keep the locks alive."""
+    """A forked process holds nothing: it closes the inherited files, which would keep the locks alive."""
     global _changing
     _changing = threading.Lock()
     for hold in _holds.values():
@@ -91,13 +91,13 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def held(folder: str | Path, name: str = "output_dir") -> Iterator[None]:
-    """Within the block the folder, which is made if it is not there, is this process's alone.
+    """Within the block, the folder belongs to this process alone. It is created if needed.
 
     The thread that holds it may take it again.
 
     Args:
-        folder: that a run reads and writes.
-        name: of the argument that gave it, for errors.
+        folder: the folder that a run reads and writes.
+        name: the argument's name in errors.
 
     Raises:
         ArgumentError: another process, or another thread of this one, holds it; the text says who and since when.
@@ -130,7 +130,7 @@ def _take(path: Path, what: str) -> _Hold:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             sure = _lock(handle, what)
-            if _is_at(handle, path):  # else the one before removed it when it ended: the next one's is another file
+            if _is_at(handle, path):  # else the previous holder removed it when it ended: lock the new file
                 _wait_for_silence(path, handle, sure, what)
                 hold = _Hold(path, handle)
                 with writing(what):
@@ -146,10 +146,10 @@ def _take(path: Path, what: str) -> _Hold:
 
 
 def _lock(handle: int, what: str) -> bool:
-    """Take the lock; False where the file system has none.
+    """Take the lock; False if the file system has none.
 
     Raises:
-        ArgumentError: another has it.
+        ArgumentError: another process has it.
     """
     try:
         if fcntl is not None:
@@ -157,7 +157,7 @@ def _lock(handle: int, what: str) -> bool:
         else:
             import msvcrt
 
-            os.lseek(handle, 1 << 20, os.SEEK_SET)  # behind the record, which others may then read
+            os.lseek(handle, 1 << 20, os.SEEK_SET)  # past the record, so that others can read it
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
@@ -171,29 +171,29 @@ def _lock(handle: int, what: str) -> bool:
 
 
 def _wait_for_silence(path: Path, handle: int, sure: bool, what: str) -> None:
-    """Return when whoever wrote the record is dead.
+    """Return once the process that wrote the record counts as dead.
 
     Raises:
         ArgumentError: it gives signs of life.
     """
-    found = _read(handle)
-    if not found or (found.get("host") == socket.gethostname() and (sure or not _runs(found.get("pid")))):
+    record = _read(handle)
+    if not record or (record.get("host") == socket.gethostname() and (sure or not _runs(record.get("pid")))):
         return
     left = SILENCE - max(_age(path, handle), 0.0)
     if left > 0:
-        logger.warning("%s: looking %.0f s for signs of life of %s", what, left, _who(found))
+        logger.warning("%s: waiting %.0f s for signs of life of %s", what, left, _who(record))
     end = time.monotonic() + left
     while time.monotonic() < end:
         time.sleep(min(1.0, SILENCE / 20))
-        now = _read_anew(path)
-        if now and now != found:
+        now = _read_path(path)
+        if now and now != record:
             raise _in_use(what, now)
 
 
 def _see_who_was_last(hold: _Hold, what: str) -> None:
-    """Without a lock two may have begun at once: the record of the second is the one that stays."""
+    """Without a lock two runs may begin at once: the second one's record is the one that stays."""
     time.sleep(BEAT / 5)
-    now = _read_anew(hold.path)
+    now = _read_path(hold.path)
     if now != hold.record:
         raise _in_use(what, now)
 
@@ -219,9 +219,9 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _runs(pid: Any) -> bool:
-    """Whether a process of this machine runs."""
+    """Whether process ``pid`` of this machine runs."""
     if os.name == "nt" or not isinstance(pid, int) or pid <= 0:
-        return True  # nobody can tell; on Windows asking would end it
+        return True  # unknown; on Windows os.kill would end it
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -231,8 +231,8 @@ def _runs(pid: Any) -> bool:
     return True
 
 
-def _read_anew(path: Path) -> dict[str, Any]:
-    """Opening a file is what makes a network file system look whether it changed."""
+def _read_path(path: Path) -> dict[str, Any]:
+    """The record, from a file opened again: only that makes a network file system look for changes."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -246,10 +246,10 @@ def _read_anew(path: Path) -> dict[str, Any]:
 def _read(handle: int) -> dict[str, Any]:
     try:
         os.lseek(handle, 0, os.SEEK_SET)
-        found = json.loads(os.read(handle, _SIZE))
+        record = json.loads(os.read(handle, _SIZE))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _who(record: dict[str, Any]) -> str:

@@ -39,14 +39,14 @@ RENAMED = {  # keys of a LayAlignConfig, and of a TrainConfig
 
 
 def new_path(name: str) -> str | None:
-    """Where a module stands now, or one inside a package that has moved; None where neither has."""
+    """The new path of a module that has moved, alone or with its package; None if it has not."""
     package, _, rest = name.removeprefix("layalign.").partition(".")
     new = MOVED.get(f"layalign.{package}")
     return new and (f"{new}.{rest}" if rest else new)
 
 
 class _OldPaths(MetaPathFinder, Loader):
-    """Asked first: a package's own finder would load what is inside it once more, under the old name."""
+    """It is asked first: else a moved package's own finder would load its modules again, under the old name."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname.startswith("layalign.") and new_path(fullname) else None
@@ -75,35 +75,35 @@ def old_name(old: str, new: str) -> Any:
 
 
 def new_value(old: str, value: Any) -> Any:
-    """What a setting's value is called under its new name."""
+    """A setting's value under the setting's new name."""
     return "never" if old == "last_layer" and value == "whole" else value
 
 
 def warn_of_setting(old: str) -> str:
-    """The new name of a setting; warns of the old one."""
+    """The new name of a setting; warns that the old one was used."""
     warnings.warn(f"{old}: the setting is now called {RENAMED[old]}", FutureWarning, stacklevel=3)
     return RENAMED[old]
 
 
 def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their first names, for hashes: those of earlier results stay valid."""
+    """Settings under their first names, for hashes: the hashes of earlier results stay valid."""
     first = {new: old for old, new in RENAMED.items()}
     return {first.get(key, key): value for key, value in values.items()}
 
 
 def with_new_names(values: Mapping[Any, Any], warn: bool = True) -> dict[Any, Any]:
-    """Settings that were written under old names, under the new ones.
+    """Settings with old names replaced by the new ones.
 
     Raises:
-        ArgumentError: a setting is there under both of its names.
+        ArgumentError: a setting has both of its names.
     """
     for old in RENAMED.keys() & values.keys():
         if RENAMED[old] in values:
             raise ArgumentError(f"{old}: expected {RENAMED[old]} alone, which is its new name; got both")
-    found = {}
+    renamed = {}
     for key, value in values.items():
         if key in RENAMED:
             value = new_value(key, value)
             key = warn_of_setting(key) if warn else RENAMED[key]
-        found[key] = value
-    return found
+        renamed[key] = value
+    return renamed

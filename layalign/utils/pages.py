@@ -1,4 +1,4 @@
-"""Tables that the code writes into the documentation, between two marks."""
+"""Tables that the code writes into documentation pages, between two marks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def replaced(page: str, begin: str, end: str, table: str) -> str:
-    """``page`` with what stands between the marks ``begin`` and ``end`` replaced by ``table``."""
+    """``page`` with the text between the marks ``begin`` and ``end`` replaced by ``table``."""
     before, rest = page.split(begin, 1)
     return before + begin + "\n" + table + end + rest.split(end, 1)[1]
 

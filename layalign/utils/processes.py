@@ -1,4 +1,4 @@
-"""Several processes answer one test set: started by torchrun, each with the whole model or a share of it."""
+"""Several processes, started by torchrun, answer one test set. Each has the full model or a shard of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of this run, one where there is no process group. Calls with "all" are made by all of them."""
+    """The processes of this run; one if there is no process group. Every process calls the methods named "all_..."."""
 
     def __init__(self) -> None:
         there = dist.is_available() and dist.is_initialized()
@@ -30,7 +30,7 @@ class Processes:
         return self.rank == 0
 
     def all_get(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the main process, which alone runs it; what it raises, all raise."""
+        """Run ``make`` in the main process alone; all processes return its result or raise its error."""
         if self.world == 1:
             return make()
         box: list[Any] = [None, None]
@@ -46,7 +46,7 @@ class Processes:
 
     @contextmanager
     def all_held(self, folder: str | Path) -> Iterator[None]:
-        """The main process holds the folder in the block; where it cannot, all raise (`layalign.utils.lock.held`)."""
+        """Within the block, the main process holds the folder (`layalign.utils.lock.held`); if it cannot, all raise."""
         with ExitStack() as stack:
             self.all_get(lambda: stack.enter_context(held(folder)))
             yield
@@ -55,20 +55,20 @@ class Processes:
         """Every process's value, in the order of their ranks."""
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def deal(self, batches: Sequence[T]) -> list[list[T]]:
-        """Rounds of batches, one for each process; the last round may be short."""
+        """Rounds of batches, one batch for each process in a round; the last round may be short."""
         return [list(batches[start : start + self.world]) for start in range(0, len(batches), self.world)]
 
 
 def join(device: str | None) -> str | None:
-    """Join the processes that torchrun started, over gloo; the device of this one.
+    """Join the processes that torchrun started, over gloo, and return the device of this one.
 
     Args:
-        device: what was asked for; None takes a GPU of this process's own where there is one.
+        device: the device asked for. None or "cuda" gives each process a GPU of its own, if there are GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
@@ -84,11 +84,11 @@ def join(device: str | None) -> str | None:
 
 
 def leave() -> None:
-    """End in step: a process that exits with its group alive may take the others down with it."""
+    """Leave the process group together: a process that exits while its group is alive may end the others."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        # A gloo thread that still frees a tensor when Python ends aborts the process. They end with the group, which a
-        # trained model in a reference cycle holds; where more than that holds it (FSDP2), they get time to be done.
+        # A gloo thread that still frees a tensor when Python ends aborts the process. These threads end with the group.
+        # A trained model in a reference cycle may hold the group, so collect it; the wait is for other holders (FSDP2).
         gc.collect()
         time.sleep(0.1)

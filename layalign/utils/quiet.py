@@ -1,4 +1,4 @@
-"""Lines of other libraries about what their user has not done: left out one by one, where this library causes them."""
+"""Filters for misleading log lines of other libraries that layalign, not its user, causes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without(logger: str, drops: Callable[[str], bool]) -> Iterator[None]:
-    """Within the block, a logger's lines that ``drops`` is true for are left out."""
+    """Within the block, drop a logger's lines for which ``drops`` is true."""
     source = logging.getLogger(logger)
 
     def passes(record: logging.LogRecord) -> bool:
@@ -24,14 +24,14 @@ def without(logger: str, drops: Callable[[str], bool]) -> Iterator[None]:
 
 @contextmanager
 def importing_peft() -> Iterator[None]:
-    """Around what imports peft, as transformers' Trainer: that loads bitsandbytes, which misses a kernel of its own."""
+    """For imports that load peft, as transformers' Trainer does: drop bitsandbytes' line about a missing CPU kernel."""
     with without("bitsandbytes.backends.cpu.ops", lambda text: text.startswith("Failed to load CPU gemm_4bit")):
         yield
 
 
 @contextmanager
 def without_reports() -> Iterator[None]:
-    """Around loading: no page about weights that the files have too many or too few; one of wrong shapes stays."""
+    """For loading: drop transformers' report of missing and unexpected weights, but not one of mismatched shapes."""
 
     def is_report(text: str) -> bool:
         return " LOAD REPORT" in text and not any(word in text for word in ("MISMATCH", "CONVERSION"))
@@ -41,7 +41,7 @@ def without_reports() -> Iterator[None]:
 
 
 def quiet_transformers() -> None:
-    """Leave out transformers' loading reports and bars; warnings of ours still show."""
+    """Silence transformers' loading reports and progress bars; layalign's own warnings still show."""
     from rich.console import Console
     from rich.logging import RichHandler
     from transformers.utils import logging as theirs

@@ -1,4 +1,4 @@
-"""Reading files that may be damaged, or made to do harm: whatever is wrong with one is one error that names it."""
+"""Reading files that may be damaged or malicious. Whatever is wrong with a file becomes one error that names it."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ _TOO_DEEP = object()
 def read_bytes(
     path: Path, *, where: str | None = None, most: int = MAX_JSON_BYTES, error: Kind = CheckpointError
 ) -> bytes:
-    """What a regular file holds.
+    """The content of a regular file.
 
     Args:
         where: begins the error's text; the path by default.
-        most: bytes that it may have; looked at before any is read.
+        most: largest size in bytes, checked before reading.
         error: the class of the error.
 
     Raises:
-        LayAlignError: of class ``error``: there is no such file, it is no regular file (a pipe, /dev/zero), it is too
-            large, or the system does not give it.
+        LayAlignError: of class ``error``: the file does not exist, is not regular (a pipe, /dev/zero), is too large, or
+            cannot be read.
     """
     where = where or str(path)
     try:
-        # Before opening: that alone waits for the other end of a pipe, and makes some devices do things.
+        # Before opening: that alone would wait for the other end of a pipe, and makes some devices act.
         require_regular(path, where, error)
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > most:
                 raise error(f"{where}: expected at most {most} bytes, got {size}")
-            found = file.read(most + 1)
+            content = file.read(most + 1)
     except (OSError, ValueError) as problem:
         if isinstance(problem, LayAlignError):
             raise
         raise error(f"{where} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
-    if len(found) > most:  # it grows, or is of a file system that tells no sizes
+    if len(content) > most:  # it grows, or its file system tells no sizes
         raise error(f"{where}: expected at most {most} bytes")
-    return found
+    return content
 
 
 def read_text(
     path: Path, *, where: str | None = None, most: int = MAX_JSON_BYTES, error: Kind = CheckpointError
 ) -> str:
-    """The text of a file in UTF-8; as :func:`read_bytes`, and what is not UTF-8 is an error that names the line."""
+    """The text of a UTF-8 file, as :func:`read_bytes`. If it is not UTF-8, the error names the line."""
     where = where or str(path)
     try:
         return read_bytes(path, where=where, most=most, error=error).decode("utf-8")
@@ -62,7 +62,7 @@ def read_text(
 def read_json(
     path: Path, *, where: str | None = None, most: int = MAX_JSON_BYTES, error: Kind = CheckpointError
 ) -> Any:
-    """The value of a JSON file; as :func:`read_text` and :func:`parse_json`."""
+    """The value of a JSON file, as :func:`read_text` and :func:`parse_json`."""
     where = where or str(path)
     return parse_json(read_text(path, where=where, most=most, error=error), where, error=error)
 
@@ -71,7 +71,7 @@ def parse_json(text: str, where: str, *, error: Kind = CheckpointError) -> Any:
     """The value of a JSON text.
 
     Raises:
-        LayAlignError: of class ``error``: it is no JSON, has a number of too many digits, or is nested too deep.
+        LayAlignError: of class ``error``: the text is not JSON, has a number of too many digits, or is nested too deep.
     """
     try:
         value = json.loads(text)
@@ -82,16 +82,16 @@ def parse_json(text: str, where: str, *, error: Kind = CheckpointError) -> Any:
     except RecursionError:
         value = _TOO_DEEP
     if value is _TOO_DEEP or is_deeper(value, text, MAX_JSON_DEPTH):
-        raise error(f"{where}: expected at most {MAX_JSON_DEPTH} lists and mappings in each other")
+        raise error(f"{where}: expected at most {MAX_JSON_DEPTH} nested lists and mappings")
     return value
 
 
 class Cursor:
-    """A place in the bytes of a file that is read from its start; what reaches behind its end is an error.
+    """A read position in the bytes of a file, at first 0. Reading past the end is an error.
 
     Args:
-        path: of the file, for errors.
-        data: its bytes, or a map of them.
+        path: the file, for errors.
+        data: its bytes, or an mmap of it.
         error: the class of the errors.
     """
 
@@ -110,11 +110,11 @@ class Cursor:
         return bytes(self.data[self.at - count : self.at])
 
     def take(self, form: str) -> Any:
-        """The next number, little-endian, as `struct` names its type."""
+        """The next number, little-endian; ``form`` is its type as in `struct`."""
         return struct.unpack(f"<{form}", self.bytes(struct.calcsize(f"<{form}")))[0]
 
     def text(self, length: str) -> str:
-        """The next text in UTF-8, behind its length, a number of type ``length``."""
+        """The next UTF-8 text, after its length, a number of type ``length``."""
         try:
             return self.bytes(self.take(length)).decode()
         except UnicodeDecodeError:
@@ -122,7 +122,7 @@ class Cursor:
 
 
 def is_deeper(value: Any, text: str, most: int) -> bool:
-    """Whether the value of a JSON text has more than ``most`` lists and mappings in each other."""
+    """Whether the value of a JSON text has more than ``most`` levels of nested lists and mappings."""
     if text.count("[") + text.count("{") <= most:
         return False
     level = [value] if isinstance(value, dict | list) else []
@@ -133,11 +133,11 @@ def is_deeper(value: Any, text: str, most: int) -> bool:
 
 
 def require_regular(path: Path, where: str, error: Kind = CheckpointError) -> os.stat_result:
-    """The state of a regular file, found without opening it.
+    """The ``stat`` of a regular file, which is not opened.
 
     Raises:
         LayAlignError: of class ``error``: it is a folder, a pipe, a socket or a device.
-        OSError, ValueError: there is no such file, or nothing can have this name.
+        OSError, ValueError: the file does not exist, or its name is not possible.
     """
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
@@ -147,10 +147,10 @@ def require_regular(path: Path, where: str, error: Kind = CheckpointError) -> os
 
 
 def confined(folder: Path, name: Any, where: str, *, error: Kind = CheckpointError) -> Path:
-    """The path of a file that a file of ``folder`` names: a relative one, in the folder. Links are not looked at.
+    """The path of a file in ``folder``, by the relative name that another file there gives. Links are not followed.
 
     Raises:
-        LayAlignError: of class ``error``: the name leads out of the folder, or is none.
+        LayAlignError: of class ``error``: the name leads out of the folder, or is not one.
     """
     good = isinstance(name, str) and 0 < len(name) < 4096 and "\0" not in name and "\\" not in name
     if good:

@@ -1,4 +1,4 @@
-"""The versions this library is tested with, and what depends on the one of transformers that is installed."""
+"""The versions this library is tested with, and what depends on the installed version of transformers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from layalign.utils.errors import ArgumentError
 
-# By package the lowest and the newest minor version. pyproject.toml, noxfile.py and docs/versions.md say the same.
+# Package -> the lowest and the newest minor version. pyproject.toml, noxfile.py and docs/versions.md say the same.
 TESTED = {"transformers": ("5.0", "5.24"), "torch": ("2.6", "2.15")}
 
-CACHE_NAMES = ("cache", "past_key_values")  # argument and part of the output: from transformers 5.24 on, and before
+CACHE_NAMES = ("cache", "past_key_values")  # arguments and parts of outputs: from transformers 5.24 on, and before it
 
 
 def minor_version(version: str) -> tuple[int, int]:
-    """(major, minor) of a version; the newest where it is none."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return (int(found[1]), int(found[2])) if found else (sys.maxsize, 0)
+    """(major, minor) of a version; a text that is not a version counts as newer than all."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (sys.maxsize, 0)
 
 
 def tested(package: str) -> str:
@@ -36,7 +36,7 @@ def version_note() -> str:
 
 
 def note_if_untested() -> str:
-    """:func:`version_note` as the end of any error, where the installed transformers is outside what was tested."""
+    """:func:`version_note` as the end of any error, if the installed transformers is not among the tested ones."""
     try:
         installed = minor_version(metadata.version("transformers"))
     except metadata.PackageNotFoundError:
@@ -47,7 +47,7 @@ def note_if_untested() -> str:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports from transformers that a later version may rename: the error says which were tested."""
+    """For imports from transformers that a later version may rename: the error names the tested versions."""
     try:
         yield
     except ImportError as error:
@@ -61,7 +61,7 @@ def cache_name(function: Any) -> str:
     """The name under which ``function`` takes the cache.
 
     Raises:
-        ArgumentError: it takes one under no known name.
+        ArgumentError: it has no argument of a known name.
     """
     parameters = inspect.signature(function).parameters
     for name in CACHE_NAMES:
@@ -75,7 +75,7 @@ def cache_name(function: Any) -> str:
 
 @functools.cache
 def generation_cache_name() -> str:
-    """The name under which the ``generate`` that is installed keeps its cache."""
+    """The name under which the installed ``generate`` keeps its cache."""
     from transformers import GenerationMixin
 
     parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -86,25 +86,25 @@ def generation_cache_name() -> str:
 
 
 def one_cache(*caches: Any) -> Any:
-    """The cache, given under any of its names; None where there is none.
+    """The cache, given under any of its names; None if there is none.
 
     Raises:
-        ArgumentError: there are two.
+        ArgumentError: there are two different ones.
     """
-    found = [cache for cache in caches if cache is not None]
-    if any(cache is not found[0] for cache in found):
-        raise ArgumentError(f"{', '.join(CACHE_NAMES)}: expected one cache, these are two names of it")
-    return found[0] if found else None
+    given = [cache for cache in caches if cache is not None]
+    if any(cache is not given[0] for cache in given):
+        raise ArgumentError(f"{', '.join(CACHE_NAMES)}: expected one cache under either name, got two")
+    return given[0] if given else None
 
 
 def take_cache(arguments: dict[str, Any]) -> Any:
-    """Remove the cache from keyword arguments, whatever its name, and return it; None where there is none."""
+    """Remove the cache from keyword arguments, whatever its name, and return it; None if there is none."""
     return one_cache(*(arguments.pop(name, None) for name in CACHE_NAMES))
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output; None where there is none."""
-    for name in CACHE_NAMES:  # newer outputs have the old name too, as a property that logs that it is old
+    """The cache in a model's output; None if there is none."""
+    for name in CACHE_NAMES:  # the new name first: in newer outputs the old one is a property that logs a warning
         if hasattr(output, name):
             return getattr(output, name)
     require_no_unknown_cache(output)
@@ -112,10 +112,10 @@ def cache_of(output: Any) -> Any:
 
 
 def require_no_unknown_cache(arguments: Mapping[str, Any]) -> None:
-    """No argument, or no part of an output, is a cache: one under an unknown name would be passed by.
+    """Check that no argument, or part of an output, is a cache: one under an unknown name would be ignored.
 
     Raises:
-        ArgumentError: with the versions that are known.
+        ArgumentError: one is; the text names the tested versions.
     """
     from transformers import Cache
 
@@ -125,7 +125,7 @@ def require_no_unknown_cache(arguments: Mapping[str, Any]) -> None:
 
 
 def package_version(name: str = "layalign") -> str | None:
-    """Version of an installed package; None when it is not installed."""
+    """Version of an installed package; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Reading YAML that somebody wrote: plain data only, and one kind of error for all that can be wrong with it."""
+"""Reading YAML files: data only, no Python objects. Whatever is wrong with a file is an ArgumentError."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def read_text(text: str, where: str) -> Any:
         where: begins the error's text.
 
     Raises:
-        ArgumentError: it is no YAML, holds a value that there is not (a 13th month), or is too large or deep when all
-            aliases are written out.
+        ArgumentError: the text is not YAML, holds an impossible value (a 13th month), or is too large or too deep once
+            all aliases are expanded.
     """
     if len(text) > MAX_YAML_CHARACTERS:
         raise ArgumentError(f"{where}: expected at most {MAX_YAML_CHARACTERS} characters, got {len(text)}")
@@ -40,7 +40,7 @@ def read_text(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         raise ArgumentError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        # What PyYAML's own constructors raise for dates, numbers and tagged values that are none.
+        # PyYAML's own constructors raise these for invalid dates, numbers and tagged values.
         raise ArgumentError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -49,7 +49,7 @@ class _TooLargeError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Counts while it reads, with every alias written out: what it builds later, merge keys too, is no larger."""
+    """Counts values while it reads, with every alias expanded: what it builds later, merge keys too, is no larger."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
         self._begun = self._depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """As the class above; refuses what is too large as soon as that is known."""
+        """As the base class; raises as soon as the text is known to be too large."""
         self._begun += 1
         self._depth += 1
         is_alias = self.check_event(yaml.AliasEvent)
@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
         node: Any = super().compose_node(parent, index)
         self._depth -= 1
         if is_alias:
-            if node not in self._sizes:  # it stands within what it is an alias of
+            if node not in self._sizes:  # the alias is inside its own anchor
                 raise _TooLargeError
             return node
         inner = node.value if isinstance(node.value, list) else []

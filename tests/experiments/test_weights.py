@@ -226,7 +226,7 @@ def test_a_gguf_file_of_another_kind_is_named(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf")
     content = path.read_bytes()
     path.write_bytes(content[:-300])  # in the last tensor, which bounds of the head alone do not find
-    with pytest.raises(CheckpointError, match=r"a\.gguf: .*reaches behind the end"):
+    with pytest.raises(CheckpointError, match=r"a\.gguf: .*reaches beyond the end"):
         smollm2.model_and_tokenizer(path, torch.float32)
     path.write_bytes(content.replace(b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama",
                                      b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0gemma"))  # fmt: skip

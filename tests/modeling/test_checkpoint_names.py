@@ -188,9 +188,9 @@ def test_a_hub_name_is_no_folder_that_happens_to_stand_there(
         again.llm.model.norm.weight.mul_(1.1)
     with pytest.raises(CheckpointError, match=r"the llm is not what its name someone/llm gives: model.norm.weight"):
         again.save_pretrained("out", changed_frozen="refuse")
-    assert "nobody can tell" not in caplog.text
+    assert "it cannot be checked" not in caplog.text
     shutil.rmtree(tmp_path / "cache")
-    again.save_pretrained("out")  # nobody can tell: by name, and loading compares
+    again.save_pretrained("out")  # it cannot be checked: by name, and loading compares
     assert "the files of someone/llm are not on this machine" in caplog.text
     put_into_cache(right, "someone/llm", tmp_path / "cache", monkeypatch)
     with pytest.raises(CheckpointError, match=r"the llm \(someone/llm\) is not the one .* model.norm.weight"):

@@ -270,12 +270,12 @@ def test_a_name_that_gives_something_else_later_is_refused(
     with torch.no_grad():
         other.get_parameter(QUERY)[3].mul_(1.01)
     other.save_pretrained(parts[1])
-    what = rf"the llm \(.*\) is not the one that was there when it was saved: {QUERY}: other values"
+    what = rf"the llm \(.*\) is not the one that the checkpoint was saved with: {QUERY}: other values"
     for given in ({}, {"llm": other}):
         with pytest.raises(CheckpointError, match=what):
             LayAlignForCausalLM.from_pretrained(tmp_path / "out", **given)
         LayAlignForCausalLM.from_pretrained(tmp_path / "out", changed_frozen="warn", **given)
-        assert "is not the one that was there when it was saved" in caplog.text
+        assert "is not the one that the checkpoint was saved with" in caplog.text
         caplog.clear()
     config = json.loads((Path(parts[0]) / "config.json").read_text())
     tiny_llm(num_key_value_heads=2).save_pretrained(parts[1])
@@ -330,7 +330,7 @@ def test_parts_that_cannot_be_read_say_so(parts, tmp_path: Path, caplog: pytest.
     packed.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     for _ in range(2):
         model.save_pretrained(tmp_path / "out")
-    assert caplog.text.count("nobody can tell whether all of it is what that gives") == 1
+    assert caplog.text.count("it cannot be checked that all of it is what that name gives") == 1
     assert "1 of 30 weights cannot be read (model.layers.0.self_attn.q_proj.weight: " in caplog.text
     merge_lora(model)  # what can be read is compared
     with pytest.raises(CheckpointError, match=QUERY):

@@ -277,7 +277,7 @@ def test_in_another_dtype_it_is_the_same_llm(place: Path, caplog: pytest.LogCapt
 def test_a_gguf_file_that_changed_is_refused(place: Path) -> None:
     joined(place).save_pretrained(place / "out")
     write_gguf(place / "ggufs" / "tiny.gguf", tiny_llama(seed=1), "Q8_0")
-    with pytest.raises(CheckpointError, match="is not the one that was there when it was saved"):
+    with pytest.raises(CheckpointError, match="is not the one that the checkpoint was saved with"):
         LayAlignForCausalLM.from_pretrained(place / "out")
     (place / "ggufs" / "tiny.gguf").unlink()
     with pytest.raises(CheckpointError, match=r"no such file: '.*/ggufs/tiny\.gguf'"):

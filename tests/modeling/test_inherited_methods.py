@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
@@ -79,7 +80,7 @@ def _trains_and_generates(model: LayAlignForCausalLM) -> None:
         ({"new_num_tokens": 72}, 72),
         ({"new_num_tokens": 72, "mean_resizing": False}, 72),
         ({"new_num_tokens": 66, "pad_to_multiple_of": 16}, 80),
-        ({"pad_to_multiple_of": 48}, 96),
+        ({"pad_to_multiple_of": np.int64(48)}, 96),
         ({"new_num_tokens": 40}, 40),
     ],
 )
@@ -109,6 +110,7 @@ def test_resizing_the_vocabulary_changes_all_of_it(llm: str, tied: bool, argumen
     model.train()(**row).loss.backward()
     assert not any(p.requires_grad for p in model.llm.parameters())
     model.eval().generate(encoder_input_ids=row["encoder_input_ids"], max_new_tokens=2, do_sample=False)
+    assert type(model.config.llm_config.vocab_size) is int
     with pytest.raises(ArgumentError, match=rf"labels: expected ids in 0..{size - 1}"):
         model(**{**row, "labels": row["labels"].masked_fill(row["labels"] == size - 1, size)})
     model.resize_token_embeddings(VOCABULARY)

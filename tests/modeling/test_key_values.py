@@ -190,7 +190,7 @@ def test_a_model_made_in_inference_mode_is_not_folded(fold: str) -> None:
         model = tiny_model(fold_projections=fold)
         for _ in range(2):
             torch.testing.assert_close(model(**inputs).loss, expected(**inputs).loss)
-    assert model.key_values.last == "not folded: fc2: made in inference mode, it has no versions"
+    assert model.key_values.last == "not folded: fc2: it was made in inference mode and has no version counter"
 
 
 def test_break_even() -> None:

@@ -65,7 +65,7 @@ def test_every_decoder_gives_the_same_loss_gradients_and_answers(llm: str) -> No
     labels = int((inputs["labels"] != -100).sum())
     assert seen == [labels] and some.last_layer.last == f"{labels} of {inputs['labels'].numel()} positions"
     assert_same(found, loss_and_gradients(whole, inputs), 1e-9 if wide else 1e-5)
-    assert whole.last_layer.last == "whole: prune_last_layer='never'"
+    assert whole.last_layer.last == "in full: prune_last_layer='never'"
     inputs = batch(model=some, targets=None)
     with positions(some) as seen:
         first = some.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -174,14 +174,14 @@ def refusals() -> dict[str, tuple[str, Callable[[LayAlignForCausalLM], object], 
         model.llm.config.output_hidden_states = True
 
     return {
-        "hidden states": ("states of all positions are asked for", nothing, dict(output_hidden_states=True)),
-        "configured": ("states of all positions are asked for", configured, {}),
-        "hook on the block": ("hooks want to see the last layer", on_block, {}),
-        "hook inside the block": ("hooks want to see the last layer", inside_block, {}),
-        "hook on the layer": ("hooks want to see the last layer", on_layer, {}),
-        "hook on the norm": ("hooks want to see the last layer", on_norm, {}),
-        "hook on the gated term": ("hooks want to see the last layer", on_the_gated_term, {}),
-        "hook on the model": ("hooks want to see the last layer", on_model, {}),
+        "hidden states": ("outputs of all positions are asked for", nothing, dict(output_hidden_states=True)),
+        "configured": ("outputs of all positions are asked for", configured, {}),
+        "hook on the block": ("hooks observe the last layer", on_block, {}),
+        "hook inside the block": ("hooks observe the last layer", inside_block, {}),
+        "hook on the layer": ("hooks observe the last layer", on_layer, {}),
+        "hook on the norm": ("hooks observe the last layer", on_norm, {}),
+        "hook on the gated term": ("hooks observe the last layer", on_the_gated_term, {}),
+        "hook on the model": ("hooks observe the last layer", on_model, {}),
         "checkpointed": ("the layer's activations are checkpointed", checkpointed, {}),
         "dropout": ("LlamaMLP is not made of linear maps and activations alone, or drops out", drops_out, {}),
         "other linear": ("LlamaMLP is not made of linear maps", other_linear, {}),
@@ -195,7 +195,7 @@ def test_it_is_whole_where_somebody_would_notice(name: str) -> None:
     model = tiny_model(language_layers=[0, 1])
     put(model)
     output = model(**batch(model=model), **arguments)
-    assert model.last_layer.last.startswith(f"whole: {reason}")
+    assert model.last_layer.last.startswith(f"in full: {reason}")
     output.loss.backward()
     if arguments:
         expected = tiny_model(prune_last_layer="never", language_layers=[0, 1])(**batch(model=model), **arguments)
@@ -221,14 +221,14 @@ def test_a_compiled_llm_is_left_alone() -> None:
     model = tiny_model()
     model.llm.model.layers[-1].compile(backend="eager")
     model(**batch(model=model))
-    assert model.last_layer.last == "whole: a part of the LLM is compiled"
+    assert model.last_layer.last == "in full: a part of the LLM is compiled"
 
 
 def test_nearly_all_positions() -> None:
     model = tiny_model()
     inputs = batch(sources=(1,), prompts=(0,), targets=(12,), model=model)
     wanted = model(**inputs).loss
-    assert model.last_layer.last == "whole: nearly all positions are wanted"
+    assert model.last_layer.last == "in full: nearly all positions are wanted"
     model.last_layer.choice = "always"
     torch.testing.assert_close(model(**inputs).loss, wanted)
     assert model.last_layer.last == "12 of 15 positions"
@@ -239,7 +239,7 @@ def test_always_says_what_is_in_the_way() -> None:
     inputs = batch(model=model)
     model(**inputs).loss.backward()
     assert " of " in model.last_layer.last
-    with pytest.raises(ArgumentError, match="prune_last_layer: expected 'auto' or 'never' .*states of all positions"):
+    with pytest.raises(ArgumentError, match="prune_last_layer: expected 'auto' or 'never' .*outputs of all positions"):
         model(**inputs, output_hidden_states=True)
 
 

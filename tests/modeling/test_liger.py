@@ -269,7 +269,7 @@ def test_a_second_backward_is_refused(calls: list) -> None:
 
 
 def scaled(llm):  # type: ignore[no-untyped-def]
-    """An LLM that scales its logits behind the head, and no field of its configuration says so."""
+    """An LLM that scales its logits after the head, and no field of its configuration says so."""
     forward = type(llm).forward
 
     def changed(self, **inputs):  # type: ignore[no-untyped-def]
@@ -293,10 +293,10 @@ def test_an_llm_that_changes_its_logits_unannounced_is_noticed(calls: list, monk
         assert torch.equal(found, expected)
         assert all(torch.equal(grads[name], wanted[name]) for name in wanted)
     assert not calls
-    assert liger.reason_against(model.llm, device="cuda") == "Scaled changes the logits behind its head"
+    assert liger.reason_against(model.llm, device="cuda") == "Scaled changes the logits after its head"
     other = LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), scaled(tiny_llm()), fused_loss="always")
     for _ in range(2):
-        with pytest.raises(ArgumentError, match="changes the logits behind its head"):
+        with pytest.raises(ArgumentError, match="changes the logits after its head"):
             gradients(other)
 
 

@@ -100,7 +100,7 @@ def test_the_same_numbers_by_the_same_short_ways(joined: bool) -> None:
         with torch.no_grad():
             model(**inputs)
         done.append((loss.detach(), *trained, answer))
-        assert model.last_layer.last.endswith(" positions") and not model.last_layer.last.startswith("whole")
+        assert model.last_layer.last.endswith(" positions") and not model.last_layer.last.startswith("in full")
         assert len(model.last_layer.maps()) == 3
     for one, other in zip(*done, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
@@ -113,7 +113,7 @@ def test_unregistered_names_are_said() -> None:
         model_of(True)
     llm: Any = tiny_llm("llama_gqa_wide_heads")
     attention = OddAttention(llm.model.layers[0].self_attn, False)
-    with pytest.raises(ArgumentError, match="OddAttention has not k_proj and v_proj or qkv_proj or .*register_decoder"):
+    with pytest.raises(ArgumentError, match="OddAttention has no k_proj and v_proj or qkv_proj or .*register_decoder"):
         decoders.key_value_states(attention, torch.zeros(1, 2, 32), torch.zeros(1, 2, 32))
 
 

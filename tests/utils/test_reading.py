@@ -42,8 +42,8 @@ JSON: dict[str, tuple[bytes, str]] = {
     "cut": (b'{"a": [1,\n2', " is not JSON: line 2"),
     "empty": (b"", " is not JSON: line 1"),
     "digits": (b"[" + b"9" * 5000 + b"]", "is not JSON: Exceeds the limit"),
-    "deep": (b"[" * 1_000_000, "expected at most 64 lists and mappings in each other"),
-    "deep, finished": (b'{"a":' * 65 + b"1" + b"}" * 65, "expected at most 64 lists and mappings in each other"),
+    "deep": (b"[" * 1_000_000, "expected at most 64 nested lists and mappings"),
+    "deep, finished": (b'{"a":' * 65 + b"1" + b"}" * 65, "expected at most 64 nested lists and mappings"),
 }
 
 
