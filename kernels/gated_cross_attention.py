@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.ahead_of_time import Entry
-from layalign_kernels.attention_tiles import (
+from layalign_kernels.common import ceil_div, dot_precision, offset64
+from layalign_kernels.gated_cross_attention_common import (
     SHIPPED,
     Table,
     architecture,
@@ -38,8 +39,7 @@ from layalign_kernels.attention_tiles import (
     strides,
     unit_last,
 )
-from layalign_kernels.common import ceil_div, dot_precision, offset64
-from layalign_kernels.launching import Launch
+from layalign_kernels.launch import Launch
 
 TABLE: Table = {
     ("half", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 4, 3), (128, 64, 4, 2)),

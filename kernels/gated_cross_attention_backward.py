@@ -30,7 +30,8 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.ahead_of_time import Entry
-from layalign_kernels.attention_tiles import (
+from layalign_kernels.common import LOG2E, ceil_div, dot_precision, offset64
+from layalign_kernels.gated_cross_attention_common import (
     SHIPPED,
     Table,
     architecture,
@@ -47,8 +48,7 @@ from layalign_kernels.attention_tiles import (
     strides,
     unit_last,
 )
-from layalign_kernels.common import LOG2E, ceil_div, dot_precision, offset64
-from layalign_kernels.launching import Launch
+from layalign_kernels.launch import Launch
 
 TABLES: dict[str, Table] = {
     "dq": {

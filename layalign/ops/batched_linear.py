@@ -1,7 +1,7 @@
 """Products of the slots' states with the maps that belong to them, many slots in one call.
 
 With few rows torch's own product, one slot at a time, spends long on arranging each weight, and on a CPU that its
-library was not written for it leaves half of the arithmetic unused. The C++ kernel (csrc/cpu/slot_products.cpp) goes
+library was not written for it leaves half of the arithmetic unused. The C++ kernel (csrc/cpu/batched_linear.cpp) goes
 through all slots at once. It is taken for float32 on a CPU; what it cannot take is multiplied by torch.
 """
 

@@ -11,7 +11,7 @@ passed is kept here, and what follows it hands over addresses alone:
   the kernels' calls are kept by the kinds of all of them, for all layers together.
 
 Of the backends, "cpp" and "triton" can be called so, by what their ``cached_launches`` returns:
-``cached_launch_cpp.py`` and ``kernels/repeated.py``.
+``cached_launch_cpp.py`` and ``kernels/cached_launch.py``.
 """
 
 from __future__ import annotations

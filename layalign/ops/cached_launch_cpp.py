@@ -1,6 +1,6 @@
 """The C++ kernels' part of :mod:`layalign.ops.cached_launch`: described and checked once, addresses alone after that.
 
-The counterparts of those in ``kernels/repeated.py``, by the same names.
+The counterparts of those in ``kernels/cached_launch.py``, by the same names.
 """
 
 from __future__ import annotations

@@ -157,9 +157,9 @@ def launched(driver: Emulated, given: Sequence[Any], call: Callable[[], Any]) ->
 def test_a_repeated_decode_launches_the_same(
     change: dict[str, Any], driver: Emulated, by_triton: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from layalign_kernels import gated_decode
+    from layalign_kernels import gated_cross_attention_decode
 
-    monkeypatch.setattr(gated_decode, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(gated_cross_attention_decode, "multiprocessors", lambda _: 132)
     given = arguments(**change)
     right = launched(driver, given, lambda: full(given))
     again = RepeatedDecode.after(*split(given))
@@ -302,14 +302,15 @@ def test_what_kept_training_does_not_serve_goes_to_triton(driver: Emulated, by_t
 @compiled
 @pytest.mark.parametrize("case", ["hooks", "ROCm", "an old Triton"])
 def test_what_cannot_be_kept(case: str, driver: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layalign_kernels import gated_cross_attention, gated_decode
+    from layalign_kernels.gated_cross_attention import gated_cross_attention_forward_kernel
+    from layalign_kernels.gated_cross_attention_decode import gated_decode_kernel
 
     if case == "ROCm":
         monkeypatch.setattr(torch.version, "hip", "7.0")
     elif case == "an old Triton":
         monkeypatch.setattr("triton.__version__", "3.3.1+git1")
     else:
-        for kernel in (gated_decode.gated_decode_kernel, gated_cross_attention.gated_cross_attention_forward_kernel):
+        for kernel in (gated_decode_kernel, gated_cross_attention_forward_kernel):
             monkeypatch.setattr(kernel, "pre_run_hooks", [lambda *_, **__: None])
     with torch.no_grad():
         assert RepeatedDecode.after(*split(arguments())) is None

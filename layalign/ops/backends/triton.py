@@ -21,7 +21,7 @@ FILES = {
     "layer_projection_forward": "layer_projection",
     "gated_cross_attention_forward": "gated_cross_attention",
     "gated_cross_attention_backward": "gated_cross_attention_backward",
-    "gated_decode": "gated_decode",
+    "gated_decode": "gated_cross_attention_decode",
 }
 
 
@@ -64,7 +64,7 @@ class Triton(KernelBackend):
     def cached_launches(self) -> ModuleType | None:
         if interpreting():
             return None
-        found = importlib.import_module("layalign_kernels.repeated")
+        found = importlib.import_module("layalign_kernels.cached_launch")
         return found if found.can_repeat() else None
 
 

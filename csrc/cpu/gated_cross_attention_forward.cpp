@@ -6,7 +6,7 @@
 // Arithmetic: 4 rows n d flop per task; bytes: K and V once per task, 8 n d, and from L2 for each block of rows.
 // Scratch per thread: Q, Q^T and out (rows, d), a block of scores, and K and V of min(S, kKept) tokens, which are copied
 // once for all rows of a task: 4 * (kRowBlock * (3 d + kKeyBlock) + 2 min(S, kKept) d) bytes, whatever T.
-#include "attention.h"
+#include "gated_cross_attention.h"
 
 namespace layalign::cpu::LAYALIGN_ISA {
 namespace {

@@ -13,7 +13,7 @@
 // only, and parts are added in order: the same bits whatever the number of threads.
 // Scratch: per thread kRowBlock * (5 d + 2 n) + (2 n + kKeyBlock) * d floats for n = min(S, kKept) tokens; for dK and dV
 // 2 S d per part, of which there are at most B G + kTasks. Linear in S, independent of T.
-#include "attention.h"
+#include "gated_cross_attention.h"
 
 namespace layalign::cpu::LAYALIGN_ISA {
 namespace {

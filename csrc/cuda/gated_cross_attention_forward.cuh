@@ -8,7 +8,7 @@
 // Scores and probabilities stay in registers; the softmax is online, in fp32.
 #pragma once
 
-#include "attention.cuh"
+#include "gated_cross_attention.cuh"
 
 namespace layalign::cuda {
 

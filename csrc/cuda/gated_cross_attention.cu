@@ -1,5 +1,5 @@
 // Gated cross-attention: from the call to its kernels, and the small kernels that finish what was split.
-#include "attention.cuh"
+#include "gated_cross_attention.cuh"
 
 #include <algorithm>
 #include <atomic>

@@ -4,7 +4,7 @@
 // kLanes scores at a time, (R rows) x (kLanes / R tokens), are summed over the lanes together by sum_each.
 // Bound by memory: 2 n d elements of K and V per group for 4 n d flop per row.
 // Scratch: kFewRows rows of d and of kKeyBlock floats, on the stack: at most 24 KiB.
-#include "attention.h"
+#include "gated_cross_attention.h"
 
 namespace layalign::cpu::LAYALIGN_ISA {
 namespace {

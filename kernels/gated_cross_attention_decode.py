@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.ahead_of_time import Entry, entry
-from layalign_kernels.attention_tiles import (
+from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64
+from layalign_kernels.gated_cross_attention_common import (
     SHIPPED,
     TYPE_NAMES,
     Table,
@@ -39,8 +40,7 @@ from layalign_kernels.attention_tiles import (
     strides,
     unit_last,
 )
-from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64
-from layalign_kernels.launching import Launch
+from layalign_kernels.launch import Launch
 
 # By the number of packed rows that a program takes.
 TABLES: dict[int, Table] = {

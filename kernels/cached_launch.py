@@ -12,8 +12,8 @@ import torch
 from layalign_kernels.common import dot_precision
 from layalign_kernels.gated_cross_attention import forward_launch
 from layalign_kernels.gated_cross_attention_backward import Memory, backward_launches, splits_for
-from layalign_kernels.gated_decode import decode_launches
-from layalign_kernels.launching import Launch, Repeated, can_repeat
+from layalign_kernels.gated_cross_attention_decode import decode_launches
+from layalign_kernels.launch import Launch, Repeated, can_repeat
 
 IN_PLACE = False  # decoding writes its result to memory of its own
 __all__ = ["IN_PLACE", "can_repeat", "repeated_attention", "repeated_decode"]

@@ -13,7 +13,7 @@
 // c B d (2 G S + ceil(S / 64) 2 H T).
 #pragma once
 
-#include "attention.cuh"
+#include "gated_cross_attention.cuh"
 
 namespace layalign::cuda {
 
