@@ -10,7 +10,7 @@ Counted for B sequences, H query heads over G key/value heads of size d, T rows,
 
 Scores and probabilities stay in registers. The gate is read on the device. Padding of the source at either end is
 skipped; a source that is masked throughout gives ``base``. Shapes that fit one row block are better served by
-``gated_decode``.
+``gated_cross_attention_decode``.
 
 Source: LayAlign, adaptive fusion-enhanced attention; the online softmax is FlashAttention's.
 The reference is ``layalign.reference.gated_cross_attention``.

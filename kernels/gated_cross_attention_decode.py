@@ -68,7 +68,7 @@ TABLES: dict[int, Table] = {
 
 
 @triton.jit(do_not_specialize=["B", "T", "S", "stride_mb", "stride_ms", "splits", "span"])
-def gated_decode_kernel(
+def gated_cross_attention_decode_kernel(
     p_q, p_k, p_v, p_gate, p_base, p_mask, p_out, p_part, p_lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
     stride_sb, stride_st, stride_sh, stride_mb, stride_ms, B, T, S, splits, span, scale,
@@ -113,7 +113,7 @@ def gated_decode_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "T", "splits"])
-def gated_decode_combine_kernel(
+def gated_cross_attention_decode_combine_kernel(
     p_part, p_lse, p_gate, p_base, p_out, stride_sb, stride_st, stride_sh, rows, T, splits,
     H: tl.constexpr, BP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def splits_over_source(programs: int, source: int, block: int, processors: int) 
     return max(1, min(wanted, ceil_div(source, 2 * block), 64))
 
 
-def gated_decode(
+def gated_cross_attention_decode(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -221,10 +221,10 @@ def decode_launches(
         REP=repeat,
         PRECISION=dot_precision(query.dtype),
     )
-    found = [Launch(gated_decode_kernel, programs * splits, {**own, **common, **options})]
+    found = [Launch(gated_cross_attention_decode_kernel, programs * splits, {**own, **common, **options})]
     if splits > 1:
         combine = dict(rows=rows, BP=next_power_of_2(splits), num_warps=1)
-        found.append(Launch(gated_decode_combine_kernel, rows, {**combine, **common}))
+        found.append(Launch(gated_cross_attention_decode_combine_kernel, rows, {**combine, **common}))
     return found
 
 
@@ -238,13 +238,19 @@ def ahead_of_time(arch: str = "sm_90") -> list[Entry]:
             config = configuration(rows, size, dtype, arch)
             if config["BM"] != rows:
                 continue
-            found.append(shipped_entry(f"decode {rows} rows", gated_decode_kernel, config, shipped, whole))
+            found.append(
+                shipped_entry(f"decode {rows} rows", gated_cross_attention_decode_kernel, config, shipped, whole)
+            )
             split = dict(SPLIT=True, p_out=None, p_base=None)
-            found.append(shipped_entry(f"decode split {rows} rows", gated_decode_kernel, config, shipped, split))
+            found.append(
+                shipped_entry(f"decode split {rows} rows", gated_cross_attention_decode_kernel, config, shipped, split)
+            )
     for dtype in TYPE_NAMES:
         types = dict(p_part="*fp32", p_lse="*fp32", p_gate="*fp32", p_base=f"*{TYPE_NAMES[dtype]}")
         types["p_out"] = types["p_base"]
         constants = dict(H=32, BP=16, D=128, BD=128)
         name = f"decode combine d128 {TYPE_NAMES[dtype]}"
-        found.append(entry(name, gated_decode_combine_kernel, types, constants, dict(num_warps=1, num_stages=1)))
+        found.append(
+            entry(name, gated_cross_attention_decode_combine_kernel, types, constants, dict(num_warps=1, num_stages=1))
+        )
     return found

@@ -20,7 +20,7 @@ ALIGNMENT = 16  # bytes; Triton compiles another kernel for a pointer that is no
 OLDEST = 3, 4  # Triton's version from which compiled kernels were seen to take what is handed over here
 
 
-def can_repeat() -> bool:
+def can_cache_launches() -> bool:
     """Whether any launch can be repeated here: for AMD's chips kernels hang on the size of a pointer's memory too."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return version >= OLDEST and torch.version.hip is None
@@ -38,7 +38,7 @@ class Launch(NamedTuple):
         self.kernel[(self.programs,)](**self.arguments)
 
 
-class Repeated:
+class CachedLaunch:
     """A launch with everything but its addresses held fast. Use :meth:`of`, which knows where it applies."""
 
     def __init__(self, compiled: CompiledKernel, launch: Launch, pointers: Sequence[str]) -> None:
@@ -49,10 +49,10 @@ class Repeated:
         self._device = triton.runtime.driver.active.get_current_device()
 
     @staticmethod
-    def of(launch: Launch) -> Repeated | None:
+    def of(launch: Launch) -> CachedLaunch | None:
         """Compiled by now or here, not launched; None where only Triton can make this launch.
 
-        The caller has asked :func:`can_repeat`; the current device is that of the tensors.
+        The caller has asked :func:`can_cache_launches`; the current device is that of the tensors.
         """
         kernel = launch.kernel
         if type(kernel) is not JITFunction or kernel.pre_run_hooks:
@@ -61,7 +61,7 @@ class Repeated:
         if pointers != kernel.arg_names[: len(pointers)] or not set(kernel.arg_names) <= launch.arguments.keys():
             return None
         compiled = kernel.warmup(grid=(launch.programs,), **launch.arguments)
-        return Repeated(compiled, launch, pointers) if type(compiled) is CompiledKernel else None
+        return CachedLaunch(compiled, launch, pointers) if type(compiled) is CompiledKernel else None
 
     def fits(self, addresses: Sequence[int | None]) -> bool:
         """Whether the compiled kernel takes these addresses, and the device is the one it was compiled for.

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many products each call of the kernel was given."""
     found: list[int] = []
-    real = extension.slot_products
-    monkeypatch.setattr(extension, "slot_products", lambda x, *a, **k: (found.append(len(x)), real(x, *a, **k))[1])
+    real = extension.batched_linear
+    monkeypatch.setattr(extension, "batched_linear", lambda x, *a, **k: (found.append(len(x)), real(x, *a, **k))[1])
     return found
 
 
@@ -54,10 +54,10 @@ def test_views_and_missing_gradients(calls: list[int]) -> None:
     x, weights, biases = case(4, (2, 6), 10, 8)
     expected = batched_linear.by_maps(x, weights, biases)
     strided = [each.mT.contiguous().mT for each in x]
-    turned = [torch.stack([w, w + 9], dim=-1)[..., 0] for w in weights]  # no unit stride
-    assert not turned[0].is_contiguous() and not strided[0].is_contiguous()
+    transposed = [torch.stack([w, w + 9], dim=-1)[..., 0] for w in weights]  # no unit stride
+    assert not transposed[0].is_contiguous() and not strided[0].is_contiguous()
     wide = [torch.stack([b, b], dim=-1)[:, 0] if b is not None else None for b in biases]
-    for one, other in zip(batched_linear.by_maps(strided, turned, wide), expected, strict=True):
+    for one, other in zip(batched_linear.by_maps(strided, transposed, wide), expected, strict=True):
         assert torch.equal(one, other)
     grads = [
         None if j in (0, 2) else each.transpose(0, 1).contiguous().transpose(0, 1) for j, each in enumerate(expected)
@@ -121,9 +121,9 @@ def test_what_the_kernel_cannot_take_is_left_to_torch(calls: list[int]) -> None:
 
 def test_a_wrong_call_never_reaches_the_kernel() -> None:
     x, weights, outs = [torch.randn(3, 8)] * 2, [torch.randn(5, 8)] * 2, [torch.empty(3, 5), torch.empty(3, 5)]
-    extension.slot_products(x, weights, [None, torch.randn(5)], outs, turned=True)
+    extension.batched_linear(x, weights, [None, torch.randn(5)], outs, transposed=True)
     for message, changes in {
-        "weight: expected one a slot": dict(weights=weights[:1]),
+        "weight: expected one per matrix": dict(weights=weights[:1]),
         r"weight: expected sizes \(5, 8\), got \(8, 5\)": dict(weights=[weights[0], torch.randn(8, 5)]),
         r"x: expected sizes \(3, 8\)": dict(x=[x[0], torch.randn(4, 8)]),
         r"bias: expected sizes \(5\)": dict(biases=[None, torch.randn(6)]),
@@ -133,5 +133,5 @@ def test_a_wrong_call_never_reaches_the_kernel() -> None:
         "out: expected rows that do not overlap": dict(outs=[outs[0], torch.empty(1, 5).expand(3, 5)]),
     }.items():
         given = dict(x=x, weights=weights, biases=[None, None], outs=outs) | changes
-        with pytest.raises(BackendError, match=f"slot_products: {message}"):
-            extension.slot_products(**given, turned=True)
+        with pytest.raises(BackendError, match=f"batched_linear: {message}"):
+            extension.batched_linear(**given, transposed=True)

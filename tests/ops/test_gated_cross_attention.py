@@ -1,16 +1,29 @@
-"""Gated cross-attention as an operation, over every backend with kernels here: schema, compile, autocast, gradient."""
+"""Gated cross-attention as an operation, over every backend here: results, schema, compile, autocast, gradient."""
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
 import pytest
 import torch
-from op_cases import BACKENDS, DEVICE, inputs, make_mask
+from op_cases import (
+    BACKENDS,
+    DEVICE,
+    DTYPES,
+    attention_inputs,
+    inputs,
+    make_mask,
+    serving,
+    skip_unserved,
+    within_budget,
+)
 from torch import Tensor
 
-from layalign import BackendError, ops
+from layalign import BackendError, ops, reference
+
+with_torch = pytest.mark.parametrize("impl", serving("gated_cross_attention"))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -27,7 +40,7 @@ def test_opcheck(impl: str, masked: bool) -> None:
     torch.library.opcheck(torch.ops.layalign.gated_cross_attention.default, (*leaves[:4], base, mask, None, impl))
     detached = [x.detach() for x in low]
     few = (*detached[:4], detached[4] if masked else None, mask, 0.3, impl)
-    torch.library.opcheck(torch.ops.layalign.gated_decode.default, few)
+    torch.library.opcheck(torch.ops.layalign.gated_cross_attention_decode.default, few)
     query, key, value, gate, _ = detached
     out, lse = torch.ops.layalign.gated_cross_attention(query, key, value, gate, None, mask, None, impl)
     for needs in ([True] * 4, [False, True, False, False], [False, False, True, True]):
@@ -92,3 +105,63 @@ def test_importing_the_operations_needs_neither_kernels_nor_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@with_torch
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1, 16), (2, 4, 2, 5, 63, 59), (1, 6, 3, 97, 97, 64), (3, 8, 1, 2, 5, 80)]
+)
+def test_result_within_the_error_budget(impl: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    skip_unserved(impl, dtype)
+    low = attention_inputs(*shape, dtype=dtype)
+    mask = torch.rand(shape[0], shape[4], generator=torch.Generator().manual_seed(1)) > 0.3
+    mask = mask.to(DEVICE)
+    exact = reference.gated_cross_attention(*(tensor.double() for tensor in low), key_mask=mask)
+    plain = reference.gated_cross_attention(*low, key_mask=mask)
+    within_budget(ops.gated_cross_attention(*low, key_mask=mask, impl=impl), plain, exact, dtype)
+
+
+def test_gradients_of_plain_torch_equal_finite_differences() -> None:
+    tensors = [tensor.requires_grad_() for tensor in attention_inputs(b=2, t=2, s=3, d=4)]
+    mask = torch.tensor([[True, False, True], [False, False, False]], device=DEVICE)
+    function = lambda *a: ops.gated_cross_attention(*a, key_mask=mask, impl="torch")  # noqa: E731
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+@with_torch
+def test_strides_and_poisoned_padding(impl: str) -> None:
+    query, key, value, gate, base = attention_inputs(dtype=torch.float32)
+    mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4], device=DEVICE)
+    expected = ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask)
+    strided = query.transpose(1, 2).contiguous().transpose(1, 2)  # as transformers hands it over
+    key, value = key.clone(), value.clone()
+    key[1, :, 3:], value[1, :, 3:] = torch.nan, torch.nan
+    found = ops.gated_cross_attention(strided, key, value, gate, base, key_mask=mask, impl=impl)
+    torch.testing.assert_close(found, expected)
+
+
+@with_torch
+def test_a_fully_masked_source_gives_base_and_finite_gradients(impl: str) -> None:
+    inputs = [tensor.float().requires_grad_() for tensor in attention_inputs(b=1)]
+    out = ops.gated_cross_attention(*inputs, key_mask=torch.zeros(1, 7, dtype=torch.bool, device=DEVICE), impl=impl)
+    assert torch.equal(out, inputs[4])
+    out.sum().backward()
+    assert all(torch.isfinite(tensor.grad).all() for tensor in inputs)
+    assert inputs[0].grad.abs().sum() == 0
+
+
+def test_scale_is_used() -> None:
+    query, key, value, gate, base = attention_inputs()
+    doubled = ops.gated_cross_attention(2 * query, key, value, gate, base)
+    torch.testing.assert_close(ops.gated_cross_attention(query, key, value, gate, base, scale=2 * 6**-0.5), doubled)
+
+
+@with_torch
+def test_compiles_into_one_graph_with_dynamic_source_length(impl: str) -> None:
+    pytest.importorskip("torch._dynamo")
+    attend = functools.partial(ops.gated_cross_attention, impl=impl)
+    compiled = torch.compile(lambda *a: attend(*a), fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (5, 9, 12):
+        tensors = attention_inputs(s=length, dtype=torch.float32)
+        torch.testing.assert_close(compiled(*tensors), attend(*tensors))

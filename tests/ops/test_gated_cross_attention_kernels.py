@@ -198,7 +198,7 @@ def test_views_of_any_strides(impl: str) -> None:
     check_gradients(summed, *[r[1:] for r in reversed(exact_and_plain(tensors, mask, torch.ones_like(grad)))],
                     tensors, torch.ones_like(grad), mask)  # fmt: skip
     turned = query.transpose(2, 3).contiguous().transpose(2, 3)
-    found = backends.launcher(impl, "gated_decode")(turned, key, value, gate, base, mask, None)
+    found = backends.launcher(impl, "gated_cross_attention_decode")(turned, key, value, gate, base, mask, None)
     within_budget(found, plain[0], exact[0], torch.float32)
 
 
@@ -234,7 +234,7 @@ def test_decode_error_budget(
     impl: str, shape: tuple[int, ...], kind: str, splits: int | None, dtype: torch.dtype
 ) -> None:
     skip_unserved(impl, dtype)
-    decode = backends.launcher(impl, "gated_decode")
+    decode = backends.launcher(impl, "gated_cross_attention_decode")
     low, mask = inputs(*shape, dtype=dtype), make_mask(kind, shape[0], shape[4])
     exact = reference.gated_cross_attention(*(x.double() for x in low), key_mask=mask)
     plain = reference.gated_cross_attention(*low, key_mask=mask)
@@ -256,7 +256,7 @@ def test_decode_packs_more_rows_than_one_tile(impl: str) -> None:
     low = inputs(1, 10, 1, 16, 20, 16)  # 160 rows of one key/value head
     exact = reference.gated_cross_attention(*(x.double() for x in low))
     within_budget(
-        backends.launcher(impl, "gated_decode")(*low, None, None, splits=2),
+        backends.launcher(impl, "gated_cross_attention_decode")(*low, None, None, splits=2),
         reference.gated_cross_attention(*low),
         exact,
         torch.float32,
@@ -274,8 +274,8 @@ def test_decode_serves_few_rows_without_gradient(impl: str, monkeypatch: pytest.
 
     monkeypatch.setattr(backends, "launcher", recorded)
     for length, training, expected in (
-        (1, False, "gated_decode"),
-        (16, False, "gated_decode"),
+        (1, False, "gated_cross_attention_decode"),
+        (16, False, "gated_cross_attention_decode"),
         (17, False, "gated_cross_attention_forward"),
         (1, True, "gated_cross_attention_forward"),
     ):
@@ -300,7 +300,7 @@ def test_drawn_shapes(impl: str, b, g, rep, t, s, d, kind, scale, seed) -> None:
     found = run(impl, low, mask, grad, scale)
     within_budget(found[0], plain[0], exact[0], torch.float32)
     query, key, value, gate, base = low
-    decoded = backends.launcher(impl, "gated_decode")(
+    decoded = backends.launcher(impl, "gated_cross_attention_decode")(
         query, poison(key, mask), poison(value, mask), gate, base, mask, scale, splits=1 + seed % 3
     )
     within_budget(decoded, plain[0], exact[0], torch.float32)

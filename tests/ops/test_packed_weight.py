@@ -274,7 +274,7 @@ def test_a_wrong_call_never_reaches_the_kernel() -> None:
     x, grad, sums = torch.randn(2, 3, 8), torch.randn(3, 5), torch.zeros(1, 8, 5)
     for message, arguments in {
         "x: expected contiguous memory": (x.mT.contiguous().mT, [grad, grad], sums, 1),
-        "grad: expected one a slot": (x, [grad], sums, 1),
+        "grad: expected one per slot": (x, [grad], sums, 1),
         r"grad: expected sizes \(3, 5\)": (x, [grad, grad[:2]], sums, 1),
         r"dweight: expected sizes \(2, 8, 5\)": (x, [grad, None], torch.zeros(3, 8, 5), 1),
         "threads: expected at least one": (x, [grad, None], sums, 0),

@@ -43,7 +43,7 @@ def shifted(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
-def turned(tensor: Tensor) -> Tensor:
+def transposed(tensor: Tensor) -> Tensor:
     return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
 
 
@@ -51,7 +51,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "as it is": lambda t: t,
     "sliced": lambda t: spread(t, -1) if t.dim() else shifted(t),
     "rows": lambda t: spread(t, 0) if t.dim() else shifted(t),
-    "turned": turned,
+    "transposed": transposed,
     "shifted": shifted,
     "one for all": lambda t: t.flatten()[:1].reshape((1,) * t.dim()).expand(t.shape) if t.numel() else t,
     "one row for all": lambda t: t[:1].expand(t.shape) if t.dim() else t,
