@@ -1,7 +1,7 @@
-"""Gated cross-attention again and again, with other tensors of the same kind: what one call found is kept.
+"""Cached launches of gated cross-attention, for calls with other tensors of the same kind.
 
-The counterparts of those in ``layalign/ops/cached_launch_cpp.py``, which ``layalign/ops/cached_launch.py`` takes by
-the same names; there it is decided which calls are of the same kind.
+``layalign/ops/cached_launch.py`` decides which calls are of the same kind. The names are those of
+``layalign/ops/cached_launch_cpp.py``, the same for the C++ kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from layalign_kernels.gated_cross_attention_backward import Memory, backward_lau
 from layalign_kernels.gated_cross_attention_decode import decode_launches
 from layalign_kernels.launch import CachedLaunch, Launch, can_cache_launches
 
-IN_PLACE = False  # decoding writes its result to memory of its own
+IN_PLACE = False  # decoding must not write its result to the base
 __all__ = ["IN_PLACE", "cached_attention", "cached_decode", "can_cache_launches"]
 
 Tensors = Sequence["torch.Tensor | None"]  # query, key, value, gate, base, mask
@@ -23,19 +23,19 @@ Needs = tuple[bool, bool, bool, bool]
 
 
 class _Launches:
-    """Launches that are made together, or not at all."""
+    """Launches that are made all or none."""
 
     def __init__(self, kept: Sequence[CachedLaunch], dtype: torch.dtype) -> None:
         self._kept, self._dtype, self._precision = kept, dtype, dot_precision(dtype)
 
     @staticmethod
     def of(launches: Sequence[Launch], dtype: torch.dtype) -> _Launches | None:
-        """Those of tensors of ``dtype``, on the current device; None where Triton must make one of them."""
+        """For tensors of ``dtype`` on the current device; None where Triton must make one of the launches."""
         kept = [one for launch in launches if (one := CachedLaunch.of(launch)) is not None]
         return _Launches(kept, dtype) if len(kept) == len(launches) else None
 
     def __call__(self, *calls: Sequence[int | None]) -> bool:
-        """Launch at one sequence of addresses each, and say whether it could be done."""
+        """Launch each at its sequence of addresses; False where one does not fit and nothing was launched."""
         pairs = list(zip(self._kept, calls, strict=True))
         if dot_precision(self._dtype) != self._precision or not all(one.fits(at) for one, at in pairs):
             return False
@@ -51,11 +51,11 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 def cached_decode(
     inputs: Tensors, scale: float | None, out: torch.Tensor
 ) -> Callable[[int, int, int, int], bool] | None:
-    """The decoding kernel with key, value and mask held by the caller.
+    """The decoding kernel. The caller keeps key, value and mask alive.
 
     Returns:
-        A function of the addresses of query, gate, base and result, which says whether it launched; or None where only
-        Triton launches.
+        A function of the addresses of query, gate, base and result, which returns whether it launched; None where
+        Triton must launch.
     """
     query, key, value, gate, base, mask = inputs
     assert query is not None and key is not None and value is not None and gate is not None
@@ -66,7 +66,7 @@ def cached_decode(
         return None
     at_key, at_value, at_mask = map(_address, (key, value, mask))
     part, device = launches[0].arguments["p_part"], query.device
-    shape = None if part is None else (part.shape[0], part.shape[1], part.shape[2] + 1)  # with the log-sum-exp behind
+    shape = None if part is None else (part.shape[0], part.shape[1], part.shape[2] + 1)  # with room for the log-sum-exp
 
     def run(at_query: int, at_gate: int, at_base: int, at_out: int) -> bool:
         at_part = at_lse = None
@@ -83,7 +83,7 @@ def cached_decode(
 def cached_attention(
     inputs: Tensors, scale: float | None, out: torch.Tensor, lse: torch.Tensor
 ) -> CachedAttention | None:
-    """Forward and backward for tensors of one kind, or None where only Triton launches."""
+    """Forward and backward for tensors of one kind, or None where Triton must launch."""
     query, key, value, gate, base, mask = inputs
     assert query is not None and key is not None and value is not None and gate is not None
     with torch.cuda.device_of(query):

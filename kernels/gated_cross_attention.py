@@ -9,7 +9,7 @@ Counted for B sequences, H query heads over G key/value heads of size d, T rows,
   (compute-bound).
 
 Scores and probabilities stay in registers. The gate is read on the device. Padding of the source at either end is
-skipped; a source that is masked throughout gives ``base``. Shapes that fit one row block are better served by
+skipped, and a source that is masked throughout gives ``base``. Shapes that fit one row block are faster with
 ``gated_cross_attention_decode``.
 
 Source: LayAlign, adaptive fusion-enhanced attention; the online softmax is FlashAttention's.
@@ -107,7 +107,7 @@ def gated_cross_attention_forward(
     """(B, H, T, d), twice (B, G, S, d), one number, (B, T, H, d) or None, (B, S) bool or None
     -> out (B, T, H, d) contiguous in the query's type, log-sum-exp (B, H, T) fp32 in base 2.
 
-    Query, key and value have one type, base and gate any; strides are free, the last one is made one if it is not.
+    Query, key and value have one type, base and gate any. Strides are free; a tensor whose last one is not 1 is copied.
     """
     batch, heads, length, size = query.shape
     out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)

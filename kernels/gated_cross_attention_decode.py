@@ -1,15 +1,15 @@
 """Gated cross-attention for decoding: few rows (T <= 16), split over the source. No gradient, no log-sum-exp.
 
-One program reads its share of one key/value head once for all query heads of the group: the heads times the rows are
-packed into one tile. Counted as in ``gated_cross_attention``:
+One program reads its share of one key/value head once for all query heads of the group, whose rows are packed into one
+tile. Counted as in ``gated_cross_attention``:
 
 - 4 * B * H * T * S * d FLOP (tiles of 16 rows: more on the tensor cores when T * H / G is smaller);
-- reads c * B * d * (2 * G * S + 2 * H * T) bytes, B * G * S of the mask; writes c * B * H * T * d; when split, a part
+- reads c * B * d * (2 * G * S + 2 * H * T) bytes, B * G * S of the mask; writes c * B * H * T * d; each part of a split
   writes and reads 4 * B * H * T * (d + 1) bytes. Memory- and launch-bound: H * T / G FLOP/byte in bf16 at large S.
 
-One launch when the source is not split, else a second small one that combines the parts, the gate and the base. No host
-sync and no allocation but the output and, when split, the partial results: it can be captured in a CUDA graph. Padding
-at either end of a sequence's source is skipped, so sequences of different lengths cost what they are long.
+It is one launch, or two where the source is split: the second combines the parts, the gate and the base. There is no
+host sync, and no allocation except the output and partial results, so that it can be captured in a CUDA graph. Padding
+at either end of a sequence's source is skipped: a short sequence costs little in a batch with long ones.
 
 Source: LayAlign, adaptive fusion-enhanced attention; splitting over keys is Flash-Decoding's.
 The reference is ``layalign.reference.gated_cross_attention``.
@@ -163,7 +163,7 @@ def gated_cross_attention_decode(
 ) -> torch.Tensor:
     """(B, H, T, d), twice (B, G, S, d), one number, (B, T, H, d) or None, (B, S) bool or None -> (B, T, H, d).
 
-    T is meant to be small; any is right. Types and strides as in ``gated_cross_attention_forward``; ``splits``
+    Made for small T, but correct for any. Types and strides as in ``gated_cross_attention_forward``; ``splits``
     overrides :func:`splits_over_source`.
     """
     batch, heads, length, size = query.shape

@@ -1,9 +1,9 @@
-"""A launch as data, and the same launch again at other addresses without Triton's way through Python.
+"""A launch as data, and the same launch at other addresses without Triton's Python code.
 
-``kernel[grid](...)`` looks at each of some 40 arguments in every launch, which takes the host several times as long as
-the launch itself: in eager decoding, where the host is what everything waits for, more than the kernel takes the GPU.
-All it finds hangs on the kind of the arguments. So of a call that comes again with other tensors of the same kind, the
-compiled kernel and all numbers are kept, and addresses are handed over alone, as Triton's own tutorials do it.
+``kernel[grid](...)`` inspects some 40 arguments in every launch. That takes the host several times as long as the
+launch itself. In eager decoding, where the GPU waits for the host, it takes longer than the kernel runs. The result of
+the inspection depends on the kind of the arguments only. So for calls with other tensors of the same kind, the compiled
+kernel and all numbers are kept, and only addresses are passed.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ import triton
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-ALIGNMENT = 16  # bytes; Triton compiles another kernel for a pointer that is not a multiple
-OLDEST = 3, 4  # Triton's version from which compiled kernels were seen to take what is handed over here
+ALIGNMENT = 16  # bytes; Triton compiles another kernel for other pointers
+OLDEST = 3, 4  # the first Triton whose compiled kernels were tested with these arguments
 
 
 def can_cache_launches() -> bool:
-    """Whether any launch can be repeated here: for AMD's chips kernels hang on the size of a pointer's memory too."""
+    """Whether launches can be cached: not on AMD's chips, whose kernels depend on the size of a pointer's memory."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return version >= OLDEST and torch.version.hip is None
 
 
 class Launch(NamedTuple):
-    """One launch of ``programs`` programs; arguments and options by the kernel's names, its pointers as tensors."""
+    """A launch of ``programs`` programs, with arguments and options by name and pointers as tensors."""
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
 
     def __call__(self) -> None:
-        """Let Triton make it, on the current device's current stream."""
+        """Launch it by Triton, on the current device's current stream."""
         self.kernel[(self.programs,)](**self.arguments)
 
 
 class CachedLaunch:
-    """A launch with everything but its addresses held fast. Use :meth:`of`, which knows where it applies."""
+    """A launch of which only the addresses change. Made by :meth:`of`."""
 
     def __init__(self, compiled: CompiledKernel, launch: Launch, pointers: Sequence[str]) -> None:
         self._run = compiled[(launch.programs, 1, 1)]
@@ -50,9 +50,9 @@ class CachedLaunch:
 
     @staticmethod
     def of(launch: Launch) -> CachedLaunch | None:
-        """Compiled by now or here, not launched; None where only Triton can make this launch.
+        """Compile the kernel where that is not done yet, without a launch; None where Triton must launch it.
 
-        The caller has asked :func:`can_cache_launches`; the current device is that of the tensors.
+        The caller has checked :func:`can_cache_launches`. The current device is that of the tensors.
         """
         kernel = launch.kernel
         if type(kernel) is not JITFunction or kernel.pre_run_hooks:
@@ -64,15 +64,15 @@ class CachedLaunch:
         return CachedLaunch(compiled, launch, pointers) if type(compiled) is CompiledKernel else None
 
     def fits(self, addresses: Sequence[int | None]) -> bool:
-        """Whether the compiled kernel takes these addresses, and the device is the one it was compiled for.
+        """Whether the addresses are aligned as the kernel was compiled for, and the current device is its device.
 
-        What lies there, and which of them are None, is the caller's business.
+        The caller makes sure that the same ones are None, and that the memory there is of the same kind.
         """
         bits = 0
         for place in self._aligned:
-            bits |= addresses[place]  # type: ignore[operator]  # given, as all that were aligned
+            bits |= addresses[place]  # type: ignore[operator]  # not None where it was aligned
         return bits % ALIGNMENT == 0 and triton.runtime.driver.active.get_current_device() == self._device
 
     def __call__(self, addresses: Sequence[int | None]) -> None:
-        """Launch on the current stream; the addresses are those of the kernel's pointers, in their order, and fit."""
+        """Launch on the current stream, at the addresses of the kernel's pointers in order, which :meth:`fits`."""
         self._run(*addresses, *self._rest, stream=triton.runtime.driver.active.get_current_stream(self._device))
