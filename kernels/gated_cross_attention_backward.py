@@ -249,8 +249,8 @@ def gated_cross_attention_backward(
 ) -> Gradients:
     """grad (B, T, H, d) and the forward's arguments -> dq (B, H, T, d), dk and dv (B, G, S, d), dgate like the gate.
 
-    dq, dk and dv are views of (B, T, H, d) and (B, S, G, d) memory, the layout of the projections behind them. What
-    ``needs`` (dq, dk, dv, dgate) does not ask for is None. ``splits`` overrides :func:`splits_over_rows`.
+    dq, dk and dv are views of (B, T, H, d) and (B, S, G, d) memory, the layout of the projections. Gradients that
+    ``needs`` (dq, dk, dv, dgate) excludes are None. ``splits`` overrides :func:`splits_over_rows`.
     """
     if query.numel() == 0:
         dq, dk, dv = (

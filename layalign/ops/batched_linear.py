@@ -23,7 +23,7 @@ def serves(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
 
 
-def by_maps(
+def forward(
     x: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None], kernel: bool = True
 ) -> list[Tensor]:
     """x[j] (..., K) @ weights[j].T + biases[j], with weights (N, K) and biases (N,) or None.
@@ -39,10 +39,8 @@ def by_maps(
     return found
 
 
-def back_by_maps(
-    grads: Sequence[Tensor | None], weights: Sequence[Tensor], found: Tensor, kernel: bool = True
-) -> Tensor:
-    """found[j] = grads[j] (..., N) @ weights[j] with weights (N, K), zeros for None.
+def backward(grads: Sequence[Tensor | None], weights: Sequence[Tensor], found: Tensor, kernel: bool = True) -> Tensor:
+    """The rows' gradients: found[j] = grads[j] (..., N) @ weights[j] with weights (N, K), zeros for None.
 
     Args:
         found: (J, R, K) contiguous, written.

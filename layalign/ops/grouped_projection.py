@@ -128,7 +128,7 @@ class _Call:
         for group in _groups(y, len(y)):
             maps = self.outer[first + group.start : first + group.stop]
             weights, biases = zip(*(_as(y[0].dtype, *each) for each in maps), strict=True)
-            y[group] = batched_linear.by_maps(y[group], weights, biases, self.kernel)
+            y[group] = batched_linear.forward(y[group], weights, biases, self.kernel)
         return y
 
     def back(self, grads: Sequence[Tensor | None], first: int, rows: int) -> Tensor:
@@ -136,7 +136,7 @@ class _Call:
         like = next(grad for grad in grads if grad is not None)
         weights = [weight.to(like.dtype) for weight in self.frozen[first : first + len(grads)]]
         found = like.new_empty((len(grads), rows, weights[0].shape[1]))
-        return batched_linear.back_by_maps(grads, weights, found, self.kernel)
+        return batched_linear.backward(grads, weights, found, self.kernel)
 
     def packed(
         self, hidden: Sequence[Tensor], slots: int, inner: Tensor, inner_bias: Tensor | None
@@ -157,7 +157,7 @@ class _Call:
         weight, bias = _as(x.dtype, self.weight[group], None if self.bias is None else self.bias[group])
         if x[0, ..., 0].numel() >= FEW_ROWS or (self.kernel and batched_linear.serves(x, weight, bias)):
             biases = [None] * len(x) if bias is None else bias.unbind(0)
-            return batched_linear.by_maps(x.unbind(0), weight.unbind(0), biases, self.kernel)
+            return batched_linear.forward(x.unbind(0), weight.unbind(0), biases, self.kernel)
         rows, flat = weight.mT, x.flatten(1, 2)
         y = torch.bmm(flat, rows) if bias is None else torch.baddbmm(bias[:, None], flat, rows)
         return list(y.unflatten(1, x.shape[1:3]).unbind(0))
@@ -208,14 +208,14 @@ class _InnerSums:
         found, call = torch.empty_like(x), self._call
         if call.in_two_steps:
             dy = call.back(grads, group.start, x[0, ..., 0].numel())
-            batched_linear.back_by_maps([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), call.kernel)
+            batched_linear.backward([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), call.kernel)
             if self._bias is not None:
                 self._bias += dy.sum(dim=(0, 1), dtype=self._bias.dtype)
             if self._weight is not None:
                 packed_weight.add_weight_gradient(self._weight, dy.unbind(0), x)
             return found
         folded = call.weight is not None
-        batched_linear.back_by_maps(grads, call.maps(group, inner, x.dtype), found.flatten(1, 2), call.kernel)
+        batched_linear.backward(grads, call.maps(group, inner, x.dtype), found.flatten(1, 2), call.kernel)
         for slot, grad in enumerate(grads, group.start):
             if self._bias is not None and grad is not None:
                 column = grad.sum(dim=(0, 1), dtype=self._bias.dtype)

@@ -160,7 +160,7 @@ def _mix_gradient(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
         shared = weight.dim() == 2
         grads, weights = ([grad], [weight]) if shared else (grad.unbind(0), weight.unbind(0))
         found = grad.new_empty((len(grads), grad[..., 0].numel() // len(grads), weight.shape[-1]))
-        return batched_linear.back_by_maps(grads, weights, found).view(*grad.shape[:-1], weight.shape[-1])
+        return batched_linear.backward(grads, weights, found).view(*grad.shape[:-1], weight.shape[-1])
     if weight.dim() == 2:
         return grad @ weight
     return torch.bmm(grad.flatten(1, 2), weight).view(*grad.shape[:-1], weight.shape[-1])

@@ -55,7 +55,7 @@ def test_a_cached_decode_is_the_full_call() -> None:
     assert again is not None
     for step in range(3):
         arguments[0], arguments[4] = torch.randn(2, 1, 4, 16).transpose(1, 2), torch.randn(2, 1, 4, 16)
-        arguments[3].fill_(step - 1.0)  # the gate's number is read anew
+        arguments[3].fill_(step - 1.0)  # the gate's number is read again
         if step == 2:
             arguments[3] = arguments[3].clone()  # and the gate may be another tensor
         found = repeated(again, arguments)
@@ -490,7 +490,7 @@ def test_cached_training_answers_who_looks_in_the_backward(kernels: Any) -> None
     same(trained(arguments))
     same(trained(arguments), torch.empty(20, 2, 4, 16).copy_(weight.transpose(0, 1)).transpose(0, 1))  # in pieces
     same(trained(arguments), torch._neg_view(-weight))
-    with torch.autograd.graph.save_on_cpu():  # brings tensors back laid out anew
+    with torch.autograd.graph.save_on_cpu():  # changes their layout
         result = trained(arguments)
     same(result)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
@@ -520,7 +520,7 @@ def test_the_backward_is_short_whatever_the_base_was_like(
     CachedTraining.after(*split(arguments))
     weight = torch.randn(rows, 20, 4, 16)
     right = torch.autograd.grad(called(arguments), leaves(arguments), weight)
-    monkeypatch.setattr(cached_launch, "gradients", None)  # the long way
+    monkeypatch.setattr(cached_launch, "gradients", None)  # of full calls
     result = trained(arguments)
     assert result is not None
     for one, other in zip(torch.autograd.grad(result, leaves(arguments), weight), right, strict=True):

@@ -101,7 +101,7 @@ def test_the_profiler_shows_the_operation() -> None:
     assert "layalign::gated_cross_attention_decode" in {event.key for event in profiled.key_averages()}
 
 
-def test_whoever_watches_is_seen() -> None:
+def test_the_dispatcher_is_not_skipped_where_something_watches() -> None:
     plain = torch.ones(2)
     assert dispatch.can_skip_dispatcher([plain, None, torch.nn.Parameter(plain, requires_grad=False)])
     assert not dispatch.can_skip_dispatcher([plain.as_subclass(Subclass)])

@@ -32,7 +32,7 @@ def impl(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(impl: str, masked: bool) -> None:
+def test_operators_pass_opcheck(impl: str, masked: bool) -> None:
     low = inputs(2, 4, 2, 3, 5, 16)
     mask = make_mask("random", 2, 5) if masked else None
     leaves = [x.requires_grad_() for x in low]
@@ -130,7 +130,7 @@ def test_gradients_of_plain_torch_equal_finite_differences() -> None:
 
 
 @with_torch
-def test_strides_and_poisoned_padding(impl: str) -> None:
+def test_masked_tokens_are_not_read(impl: str) -> None:
     query, key, value, gate, base = attention_inputs(dtype=torch.float32)
     mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4], device=DEVICE)
     expected = ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask)

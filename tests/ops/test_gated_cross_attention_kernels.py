@@ -91,7 +91,9 @@ def run(impl: str, low: list[Tensor], mask: Tensor | None, grad: Tensor, scale=N
         ((1, 1, 1, 3, 5, 256), "random"),
     ],
 )
-def test_forward_and_backward_error_budget(impl: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+def test_results_and_gradients_within_the_error_budget(
+    impl: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype
+) -> None:
     skip_unserved(impl, dtype)
     low, mask = inputs(*shape, dtype=dtype), make_mask(kind, shape[0], shape[4])
     grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
@@ -99,7 +101,7 @@ def test_forward_and_backward_error_budget(impl: str, shape: tuple[int, ...], ki
     found = run(impl, low, mask, grad)
     within_budget(found[0], plain[0], exact[0], dtype)
     check_gradients(found[1:], plain[1:], exact[1:], low, grad, mask)
-    # The projections behind get their gradients in the memory order they write.
+    # The projections get their gradients in the memory order in which they wrote.
     assert all(found[i].transpose(1, 2).is_contiguous() for i in (1, 2, 3))
     assert torch.equal(found[5], grad)
     if kind == "row":
@@ -109,7 +111,7 @@ def test_forward_and_backward_error_budget(impl: str, shape: tuple[int, ...], ki
 
 @every_backend
 @pytest.mark.parametrize("kind", ["random", "left", "right", "row"])
-def test_masks(impl: str, kind: str) -> None:
+def test_masked_tokens_have_no_influence_and_no_gradient(impl: str, kind: str) -> None:
     low, mask = inputs(3, 2, 1, 3, 40, 16), make_mask(kind, 3, 40)
     grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     exact, plain = exact_and_plain(low, mask, grad, scale=-0.6)
@@ -164,7 +166,7 @@ def test_log_sum_exp_is_base_2_and_says_when_nothing_is_attended(impl: str) -> N
 
 @every_backend
 @pytest.mark.parametrize("b, t, s", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (1, 17, 0)])
-def test_empty_dimensions(impl: str, b: int, t: int, s: int) -> None:
+def test_nothing_to_attend_gives_base_and_zero_gradients(impl: str, b: int, t: int, s: int) -> None:
     low = [x.requires_grad_() for x in inputs(b, 4, 2, t, s, 16)]
     with torch.no_grad():
         out = ops.gated_cross_attention(*low, impl=impl)
@@ -176,7 +178,7 @@ def test_empty_dimensions(impl: str, b: int, t: int, s: int) -> None:
 
 
 @every_backend
-def test_views_of_any_strides(impl: str) -> None:
+def test_any_strides_stay_within_the_error_budget(impl: str) -> None:
     b, h, g, t, s, d = 2, 4, 2, 18, 11, 16
     fused = torch.randn(b, t, (h + 2 * g) * d, device=DEVICE)
     query = fused[..., : h * d].view(b, t, h, d).transpose(1, 2)
@@ -197,8 +199,8 @@ def test_views_of_any_strides(impl: str) -> None:
     summed = torch.autograd.grad(out.sum(), leaves)
     check_gradients(summed, *[r[1:] for r in reversed(exact_and_plain(tensors, mask, torch.ones_like(grad)))],
                     tensors, torch.ones_like(grad), mask)  # fmt: skip
-    turned = query.transpose(2, 3).contiguous().transpose(2, 3)
-    found = backends.launcher(impl, "gated_cross_attention_decode")(turned, key, value, gate, base, mask, None)
+    transposed = query.transpose(2, 3).contiguous().transpose(2, 3)
+    found = backends.launcher(impl, "gated_cross_attention_decode")(transposed, key, value, gate, base, mask, None)
     within_budget(found, plain[0], exact[0], torch.float32)
 
 
@@ -213,7 +215,7 @@ def test_backward_is_deterministic(impl: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (0, 2)])
-def test_only_what_is_needed(impl: str, needed: tuple[int, ...]) -> None:
+def test_only_needed_gradients_are_computed(impl: str, needed: tuple[int, ...]) -> None:
     low = inputs(1, 2, 2, 17, 5, 16)
     grad = torch.randn(1, 17, 2, 16, device=DEVICE)
     full = run(impl, low, None, grad)
@@ -230,7 +232,7 @@ def test_only_what_is_needed(impl: str, needed: tuple[int, ...]) -> None:
     ("shape", "kind"),
     [((2, 4, 2, 1, 97, 64), "right"), ((2, 6, 1, 5, 63, 59), "row"), ((1, 2, 2, 16, 150, 80), "left")],
 )
-def test_decode_error_budget(
+def test_decode_stays_within_the_error_budget(
     impl: str, shape: tuple[int, ...], kind: str, splits: int | None, dtype: torch.dtype
 ) -> None:
     skip_unserved(impl, dtype)
@@ -293,7 +295,7 @@ def test_decode_serves_few_rows_without_gradient(impl: str, monkeypatch: pytest.
     d=st.integers(1, 40), kind=st.sampled_from(["none", "random", "left", "right", "row"]),
     scale=st.sampled_from([None, 0.25, -1.0]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_drawn_shapes(impl: str, b, g, rep, t, s, d, kind, scale, seed) -> None:
+def test_drawn_shapes_stay_within_the_error_budget(impl: str, b, g, rep, t, s, d, kind, scale, seed) -> None:
     low, mask = inputs(b, g * rep, g, t, s, d, seed=seed), make_mask(kind, b, s)
     grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     exact, plain = exact_and_plain(low, mask, grad, scale)

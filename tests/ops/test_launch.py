@@ -173,7 +173,7 @@ def test_a_cached_decode_launches_the_same(
         assert not by_triton
         assert found == [launch._replace(stream=seed) for launch in right]
     assert len(right) == (2 if "source" in change else 1)
-    if "source" in change:  # the log-sum-exps lie behind the parts, in one piece of memory
+    if "source" in change:  # the log-sum-exps lie after the parts, in one piece of memory
         arguments_ = driver.launches[0].arguments
         splits, rows = arguments_["splits"], driver.launches[1].arguments["rows"]
         assert splits > 1 and arguments_["p_lse"] - arguments_["p_part"] == 4 * splits * rows * 16
@@ -217,7 +217,7 @@ def test_cached_training_launches_the_same(
         return forward, backward
 
     right = through(lambda: full(given))
-    trained_once = through(lambda: trained(given))  # its backward may be compiled anew
+    trained_once = through(lambda: trained(given))  # its backward may be compiled again
     by_triton.clear()
     assert right == trained_once == through(lambda: trained(given))
     assert not by_triton
@@ -226,7 +226,7 @@ def test_cached_training_launches_the_same(
 
 
 def moved(tensor: Tensor) -> Tensor:
-    """The same numbers 4 bytes behind a multiple of 16."""
+    """The same numbers 4 bytes after a multiple of 16."""
     memory = torch.empty(tensor.numel() + 5, dtype=tensor.dtype)
     found = memory[1:].as_strided(tensor.shape, tensor.stride()) if memory.data_ptr() % 16 == 0 else memory
     return found.copy_(tensor.detach())

@@ -95,7 +95,7 @@ def test_poisoned_outputs_are_overwritten(impl: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("impl", serving("layer_mix"))
-def test_views_and_poisoned_padding(impl: str) -> None:
+def test_memory_between_rows_is_not_read(impl: str) -> None:
     hidden, weight, bias, *_ = mix_inputs(dtype=torch.float32)
     wide = [torch.full((2, 14, 22), torch.nan, device=DEVICE) for _ in hidden]
     for place, layer in zip(wide, hidden, strict=True):
@@ -106,7 +106,7 @@ def test_views_and_poisoned_padding(impl: str) -> None:
 
 
 @every_backend
-def test_layers_of_different_strides_and_views(impl: str) -> None:
+def test_layers_may_have_different_strides(impl: str) -> None:
     hidden, w1, b1, *_ = mix_arguments((4, 6, 2, 7, 12), torch.float32)
     with torch.no_grad():
         wide = torch.full((2, 9, 24), torch.nan, device=DEVICE)
@@ -122,7 +122,7 @@ def test_layers_of_different_strides_and_views(impl: str) -> None:
 
 
 @every_backend
-def test_opcheck(impl: str) -> None:
+def test_operators_pass_opcheck(impl: str) -> None:
     hidden, w1, b1, *_ = mix_arguments((3, 4, 2, 5, 16), torch.float32)
     torch.library.opcheck(torch.ops.layalign.layer_mix, (hidden, w1, b1, impl))
     torch.library.opcheck(torch.ops.layalign.layer_mix, (hidden, w1, None, impl))

@@ -63,7 +63,7 @@ def test_gradients_within_the_error_budget(impl: str, shape: tuple[int, ...], dt
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", ["none", "mix only", "both", "per slot"])
-def test_every_plan_of_the_projection(
+def test_every_plan_stays_within_the_error_budget(
     impl: str, plan: str, per_slot: bool, dtype: torch.dtype, bias: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_unserved(impl, dtype)
@@ -104,7 +104,9 @@ def test_x_is_not_kept_for_the_backward(impl: str) -> None:
     e=st.integers(1, 20), slots=st.integers(1, 12).map(lambda n: 2 * n), b=st.integers(1, 2), s=st.integers(1, 9),
     d=st.integers(1, 70), dtype=st.sampled_from(DTYPES[:2]),
 )  # fmt: skip
-def test_drawn_shapes(impl: str, e: int, slots: int, b: int, s: int, d: int, dtype: torch.dtype) -> None:
+def test_drawn_shapes_stay_within_the_error_budget(
+    impl: str, e: int, slots: int, b: int, s: int, d: int, dtype: torch.dtype
+) -> None:
     arguments = mix_arguments((e, slots, b, s, d), dtype, seed=e * 97 + d)
     exact = reference.layer_projection(*same_values(arguments, torch.float64)).detach()
     plain = reference.layer_projection(*arguments).detach()
@@ -113,7 +115,7 @@ def test_drawn_shapes(impl: str, e: int, slots: int, b: int, s: int, d: int, dty
 
 @every_backend
 @pytest.mark.parametrize("shape", [(2, 4, 0, 3, 5), (2, 4, 2, 0, 5)])
-def test_empty_batches_and_sources(impl: str, shape: tuple[int, ...]) -> None:
+def test_empty_batches_and_sources_give_empty_results_and_zero_gradients(impl: str, shape: tuple[int, ...]) -> None:
     arguments = mix_arguments(shape, torch.float32)
     out = ops.layer_projection(*arguments, impl=impl)
     assert out.shape == (4, *shape[2:4], OUTPUTS)
@@ -169,7 +171,7 @@ def test_backward_is_bit_equal_twice(impl: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("plan", PLANS)
-def test_opcheck(impl: str, plan: str) -> None:
+def test_operators_pass_opcheck(impl: str, plan: str) -> None:
     hidden, w1, b1, w2, b2 = mix_arguments((3, 4, 2, 5, 16), torch.float32)
     torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, b1, w2, b2, plan, impl))
     torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, None, w2, None, plan, impl))

@@ -37,7 +37,7 @@ def test_backward_is_deterministic_and_independent_of_the_split() -> None:
         torch.testing.assert_close(whole, split, atol=1e-5, rtol=1e-5)
 
 
-def test_number_of_splits() -> None:
+def test_splits_fill_the_device_and_leave_no_program_idle() -> None:
     assert splits_over_source(programs=32, source=4096, block=64, processors=132) == 9
     assert splits_over_source(programs=1000, source=4096, block=64, processors=132) == 1
     assert splits_over_source(programs=1, source=100, block=64, processors=132) == 1
