@@ -62,9 +62,10 @@ build() { # the extension, for this GPU only, beside the package as an editable 
 tests() {
   local workers=() # compiling the kernels takes the CPU's cores more than the GPU
   "$python" -c "import xdist" 2> /dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-  step tests 600 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/ops/test_ops.py \
-    tests/ops/test_layer_kernels.py tests/ops/test_gated_cross_attention.py tests/ops/test_gated_cross_attention_op.py \
-    tests/ops/test_triton_kernels.py tests/ops/test_launching.py tests/ops/test_extension.py tests/ops/test_cuda_graphs.py
+  step tests 600 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" \
+    tests/ops/test_layer_mix.py tests/ops/test_layer_projection.py tests/ops/test_gated_cross_attention.py \
+    tests/ops/test_gated_cross_attention_kernels.py tests/ops/test_triton_kernels.py tests/ops/test_launch.py \
+    tests/ops/test_extension.py tests/ops/test_cuda_graphs.py
 }
 
 sanitizer() { # sanitizer TOOL

@@ -25,7 +25,7 @@ FILES = (
     "layer_projection",
     "gated_cross_attention",
     "gated_cross_attention_backward",
-    "gated_decode",
+    "gated_cross_attention_decode",
 )
 
 

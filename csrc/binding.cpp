@@ -1,5 +1,5 @@
-// The Python module: tensors come as (address, dtype, sizes, strides), are checked against one another, and go to the
-// kernels of the device. Nothing here knows torch; layalign/ops/extension.py is the other side.
+// The Python module: takes tensors as (address, dtype, sizes, strides), checks them against one another and calls the
+// kernels of the device. Nothing here knows torch; its caller is layalign/ops/extension.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -39,7 +39,7 @@ std::vector<Tensor> tensors(const char* operation, const char* name, const py::s
   return found;
 }
 
-// Where a call runs: device -1 is the CPU, on `threads` threads; others are CUDA's, on the stream given.
+// Where a call runs: device -1 is the CPU, with `threads` threads; others are CUDA's, on `stream`.
 struct Place {
   int device;
   uintptr_t stream;
@@ -67,7 +67,7 @@ void run(const Place& where, const Cpu& on_cpu, [[maybe_unused]] const Cuda& on_
 #endif
 }
 
-// The same for what only the CPU has.
+// The same for calls that only the CPU serves.
 template <typename Call>
 void run_on_cpu(const Call& call) {
   py::gil_scoped_release unlocked;
@@ -131,17 +131,18 @@ void projection_backward(py::handle x, const py::sequence& grad, py::handle dwei
   run_on_cpu([&] { cpu::layer_projection_backward(call, threads); });
 }
 
-void slot_products(const py::sequence& x, const py::sequence& weight, const py::sequence& bias, const py::sequence& out,
-                   bool turned, int threads) {
-  const char* name = "slot_products";
+void batched_linear(const py::sequence& x, const py::sequence& weight, const py::sequence& bias,
+                    const py::sequence& out, bool transposed, int threads) {
+  const char* name = "batched_linear";
   const auto xs = tensors(name, "x", x), weights = tensors(name, "weight", weight), biases = tensors(name, "bias", bias),
              outs = tensors(name, "out", out);
   for (const auto& [argument, given] : {std::pair{"weight", &weights}, std::pair{"bias", &biases}, std::pair{"out", &outs}})
-    if (given->size() != xs.size()) fail(name, argument, "expected one a slot");
+    if (given->size() != xs.size()) fail(name, argument, "expected one per matrix");
   if (xs.empty()) return;
-  const SlotProducts call{static_cast<int>(xs.size()), xs.data(), weights.data(), biases.data(), outs.data(), turned};
+  const BatchedLinear call{static_cast<int>(xs.size()), xs.data(), weights.data(), biases.data(), outs.data(),
+                           transposed};
   check(call, threads);
-  run_on_cpu([&] { cpu::slot_products(call, threads); });
+  run_on_cpu([&] { cpu::batched_linear(call, threads); });
 }
 
 Attention attention(const char* name, const py::tuple& given) {
@@ -155,23 +156,23 @@ void forward(const py::tuple& inputs, py::handle out, py::handle lse, const py::
   const char* name = "gated_cross_attention";
   const AttentionForward call{attention(name, inputs), tensor(name, "out", out), tensor(name, "lse", lse)};
   check(call);
-  if (call.out) RUN(place(name, where), attention_forward, call);
+  if (call.out) RUN(place(name, where), gated_cross_attention_forward, call);
 }
 
 void decode(const py::tuple& inputs, py::handle out, int splits, py::handle workspace, const py::tuple& where) {
-  const char* name = "gated_decode";
+  const char* name = "gated_cross_attention_decode";
   const AttentionDecode call{attention(name, inputs), tensor(name, "out", out), splits,
                              tensor(name, "workspace", workspace)};
   const Place at = place(name, where);
   check(call, decode_workspace(call, at.device));
-  if (call.out) RUN(at, attention_decode, call);
+  if (call.out) RUN(at, gated_cross_attention_decode, call);
 }
 
-// Calls on the CPU that come again with other tensors of the same kind: described and checked once, addresses alone after
-// that.
-class Repeated {
+// A call on the CPU that is made again with other tensors of the same kind: described and checked once, after that it
+// takes addresses alone.
+class CachedCall {
  protected:
-  explicit Repeated(const char* operation) : operation_(operation) {}
+  explicit CachedCall(const char* operation) : operation_(operation) {}
 
   void put(Tensor& described, uintptr_t address) const {
     if (described && address == 0) fail(operation_, "address", "expected none of them to be null");
@@ -189,10 +190,11 @@ class Repeated {
   const char* operation_;
 };
 
-class RepeatedDecode : Repeated {
+class CachedDecode : CachedCall {
  public:
-  RepeatedDecode(const py::tuple& inputs, py::handle out)
-      : Repeated("gated_decode"), call_{attention(operation_, inputs), tensor(operation_, "out", out), 1, {}} {
+  CachedDecode(const py::tuple& inputs, py::handle out)
+      : CachedCall("gated_cross_attention_decode"),
+        call_{attention(operation_, inputs), tensor(operation_, "out", out), 1, {}} {
     check(call_, 0);
     need(call_.in.base);
   }
@@ -200,17 +202,17 @@ class RepeatedDecode : Repeated {
   void run(uintptr_t query, uintptr_t gate, uintptr_t base, uintptr_t out, int threads) const {
     AttentionDecode call = call_;
     put(call.in.query, query), put(call.in.gate, gate), put(call.in.base, base), put(call.out, out);
-    run_on(threads, [&] { cpu::attention_decode(call, threads); });
+    run_on(threads, [&] { cpu::gated_cross_attention_decode(call, threads); });
   }
 
  private:
   AttentionDecode call_;
 };
 
-class RepeatedForward : Repeated {
+class CachedForward : CachedCall {
  public:
-  RepeatedForward(const py::tuple& inputs, py::handle out, py::handle lse)
-      : Repeated("gated_cross_attention"),
+  CachedForward(const py::tuple& inputs, py::handle out, py::handle lse)
+      : CachedCall("gated_cross_attention"),
         call_{attention(operation_, inputs), tensor(operation_, "out", out), tensor(operation_, "lse", lse)} {
     check(call_);
     need(call_.in.base);
@@ -221,7 +223,7 @@ class RepeatedForward : Repeated {
     AttentionForward call = call_;
     put(call.in.query, query), put(call.in.key, key), put(call.in.value, value), put(call.in.gate, gate);
     put(call.in.base, base), put(call.in.key_mask, key_mask), put(call.out, out), put(call.lse, lse);
-    run_on(threads, [&] { cpu::attention_forward(call, threads); });
+    run_on(threads, [&] { cpu::gated_cross_attention_forward(call, threads); });
   }
 
  private:
@@ -237,15 +239,15 @@ void backward(const py::tuple& inputs, py::handle grad, py::handle lse, py::hand
                                tensor(name, "dgate", dgate), tensor(name, "workspace", workspace)};
   const Place at = place(name, where);
   check(call, backward_workspace(call, at.device));
-  if (call.dquery || call.dkey || call.dvalue || call.dgate) RUN(at, attention_backward, call);
+  if (call.dquery || call.dkey || call.dvalue || call.dgate) RUN(at, gated_cross_attention_backward, call);
 }
 
-// Described with all four results; those that are not wanted have no address.
-class RepeatedBackward : Repeated {
+// Described with all four results; a call passes null for those that it does not need.
+class CachedBackward : CachedCall {
  public:
-  RepeatedBackward(const py::tuple& inputs, py::handle grad, py::handle lse, py::handle dquery, py::handle dkey,
+  CachedBackward(const py::tuple& inputs, py::handle grad, py::handle lse, py::handle dquery, py::handle dkey,
                    py::handle dvalue, py::handle dgate)
-      : Repeated("gated_cross_attention_backward"),
+      : CachedCall("gated_cross_attention_backward"),
         call_{attention(operation_, inputs),         tensor(operation_, "grad", grad), tensor(operation_, "lse", lse),
               tensor(operation_, "dquery", dquery),  tensor(operation_, "dkey", dkey),
               tensor(operation_, "dvalue", dvalue),  tensor(operation_, "dgate", dgate), {}} {
@@ -264,14 +266,14 @@ class RepeatedBackward : Repeated {
       put(*results[i], addresses[i]);
     }
     if (call.dquery || call.dkey || call.dvalue || call.dgate)
-      run_on(threads, [&] { cpu::attention_backward(call, threads); });
+      run_on(threads, [&] { cpu::gated_cross_attention_backward(call, threads); });
   }
 
  private:
   AttentionBackward call_;
 };
 
-// Elements of fp32 workspace to bring along. Stand-ins are enough here: no memory is looked at.
+// Elements of fp32 workspace that a call needs. Stand-ins for tensors are enough: no memory is read.
 int64_t workspace_for_mix(int64_t slots, int64_t layers, int64_t batch, int64_t source, int64_t width, int device) {
   Tensor hidden, any;
   hidden.size[0] = batch, hidden.size[1] = source, hidden.size[2] = width;
@@ -281,7 +283,7 @@ int64_t workspace_for_mix(int64_t slots, int64_t layers, int64_t batch, int64_t 
 }
 
 int64_t workspace_for_decode(const py::tuple& inputs, int splits, int device) {
-  return decode_workspace(AttentionDecode{attention("gated_decode", inputs), {}, splits, {}}, device);
+  return decode_workspace(AttentionDecode{attention("gated_cross_attention_decode", inputs), {}, splits, {}}, device);
 }
 
 int64_t workspace_for_backward(const py::tuple& inputs, const std::vector<bool>& needs, int device) {
@@ -309,7 +311,7 @@ PYBIND11_MODULE(LAYALIGN_MODULE, module) {
 #ifdef LAYALIGN_HAVE_CUDA
   module.attr("cuda") = true;
   module.def("decode_splits", [](const py::tuple& inputs, int device) {
-    return cuda::decode_splits(attention("gated_decode", inputs), device);
+    return cuda::decode_splits(attention("gated_cross_attention_decode", inputs), device);
   });
 #else
   module.attr("cuda") = false;
@@ -327,18 +329,18 @@ PYBIND11_MODULE(LAYALIGN_MODULE, module) {
   module.def("pack_weight", &pack_weight);
   module.def("layer_projection_forward", &projection_forward);
   module.def("layer_projection_backward", &projection_backward);
-  module.def("slot_products", &slot_products);
+  module.def("batched_linear", &batched_linear);
   module.def("gated_cross_attention_forward", &forward);
-  module.def("gated_decode", &decode);
-  py::class_<RepeatedDecode>(module, "RepeatedDecode")
+  module.def("gated_cross_attention_decode", &decode);
+  py::class_<CachedDecode>(module, "CachedDecode")
       .def(py::init<const py::tuple&, py::handle>())
-      .def("__call__", &RepeatedDecode::run);
-  py::class_<RepeatedForward>(module, "RepeatedForward")
+      .def("__call__", &CachedDecode::run);
+  py::class_<CachedForward>(module, "CachedForward")
       .def(py::init<const py::tuple&, py::handle, py::handle>())
-      .def("__call__", &RepeatedForward::run);
-  py::class_<RepeatedBackward>(module, "RepeatedBackward")
+      .def("__call__", &CachedForward::run);
+  py::class_<CachedBackward>(module, "CachedBackward")
       .def(py::init<const py::tuple&, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle>())
-      .def("__call__", &RepeatedBackward::run);
+      .def("__call__", &CachedBackward::run);
   module.def("gated_cross_attention_backward", &backward);
   module.def("layer_mix_workspace", &workspace_for_mix);
   module.def("decode_workspace", &workspace_for_decode);

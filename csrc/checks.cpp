@@ -19,8 +19,8 @@ int64_t elements(const Tensor& tensor) {
 
 bool floating(DType dtype) { return dtype != DType::boolean; }
 
-// Checks of one call, which all begin their message with its name. Texts are put together only where one fails: a small
-// call is over in the time that a few of them take.
+// Checks of one call; every message begins with its name. A message is built only where a check fails: building a few
+// takes as long as a small call.
 struct Checker {
   const char* operation;
 
@@ -49,7 +49,7 @@ struct Checker {
     fail(operation, name, "expected dtype code " + code(wanted) + ", got " + code(tensor.dtype));
   }
 
-  // A result, or None: its sizes and dtype, and memory that is written as a whole.
+  // For results, which are written as a whole.
   void contiguous(const char* name, const Tensor& tensor) const {
     if (elements(tensor) == 0) return;
     int64_t step = 1;
@@ -90,7 +90,7 @@ void check_layers(const Checker& checker, const Tensor* hidden, int layers, cons
   checker.unit_last_stride(weight_name, weight);
 }
 
-// One number a slot, or none at all.
+// One number per slot, or absent.
 void check_slots(const Checker& checker, const char* name, const Tensor& bias, int64_t slots) {
   if (!bias) return;
   checker.need(floating(bias.dtype), name, "expected a floating tensor");
@@ -212,7 +212,8 @@ void check(const LayerProjectionForward& call, size_t outs, int threads) {
   checker.dtype("hidden[0]", first, DType::float32);
   checker.need(first.size[2] >= 1, "hidden[0]", "expected at least one column");
   check_slots(checker, "mix_bias", call.mix_bias, slots);
-  checker.need(outs == static_cast<size_t>(slots) && call.out[0].dims == 3, "out", "expected a tensor (B, S, N) a slot");
+  checker.need(outs == static_cast<size_t>(slots) && call.out[0].dims == 3, "out",
+               "expected a tensor (B, S, N) per slot");
   const int64_t columns = call.out[0].size[2];
   for (size_t j = 0; j < outs; ++j) {
     checker.shape("out", call.out[j], {first.size[0], first.size[1], columns});
@@ -238,7 +239,7 @@ void check(const LayerProjectionBackward& call, size_t grads, int threads) {
   checker.shape("dweight", sums, {sums.size[0] == 1 ? 1 : x.size[0], x.size[2], sums.size[2]});
   checker.dtype("dweight", sums, DType::float32);
   checker.contiguous("dweight", sums);
-  checker.need(grads == static_cast<size_t>(x.size[0]), "grad", "expected one a slot");
+  checker.need(grads == static_cast<size_t>(x.size[0]), "grad", "expected one per slot");
   for (size_t j = 0; j < grads; ++j) {
     if (!call.grad[j]) continue;
     checker.shape("grad", call.grad[j], {x.size[1], sums.size[2]});
@@ -247,20 +248,20 @@ void check(const LayerProjectionBackward& call, size_t grads, int threads) {
   }
 }
 
-void check(const SlotProducts& call, int threads) {
-  const Checker checker{"slot_products"};
+void check(const BatchedLinear& call, int threads) {
+  const Checker checker{"batched_linear"};
   checker.need(threads >= 1, "threads", "expected at least one");
   const Tensor& x = call.x[0];
-  checker.need(x.dims == 2, "x", "expected a tensor (R, K) a slot");
-  checker.need(call.out[0].dims == 2, "out", "expected a tensor (R, N) a slot");
+  checker.need(x.dims == 2, "x", "expected tensors (R, K)");
+  checker.need(call.out[0].dims == 2, "out", "expected tensors (R, N)");
   const int64_t rows = x.size[0], depth = x.size[1], columns = call.out[0].size[1];
   const auto whole = [&](const char* name, const Tensor& tensor) {
     checker.dtype(name, tensor, DType::float32);
     checker.unit_last_stride(name, tensor);
   };
-  for (int j = 0; j < call.slots; ++j) {
+  for (int j = 0; j < call.count; ++j) {
     checker.shape("x", call.x[j], {rows, depth});
-    if (call.turned) checker.shape("weight", call.weight[j], {columns, depth});
+    if (call.transposed) checker.shape("weight", call.weight[j], {columns, depth});
     else checker.shape("weight", call.weight[j], {depth, columns});
     checker.shape("out", call.out[j], {rows, columns});
     whole("x", call.x[j]), whole("weight", call.weight[j]), whole("out", call.out[j]);
@@ -279,7 +280,7 @@ void check(const AttentionForward& call) {
 }
 
 void check(const AttentionDecode& call, int64_t workspace) {
-  const Checker checker{"gated_decode"};
+  const Checker checker{"gated_cross_attention_decode"};
   check_inputs(checker, call.in);
   check_out(checker, call.in, call.out);
   checker.need(call.splits >= 1, "splits", "expected at least 1");
@@ -329,7 +330,7 @@ int64_t decode_workspace([[maybe_unused]] const AttentionDecode& call, [[maybe_u
 
 int64_t backward_workspace([[maybe_unused]] const AttentionBackward& call, [[maybe_unused]] int device) {
 #ifdef LAYALIGN_HAVE_CUDA
-  if (device >= 0) return cuda::attention_backward_workspace(call);
+  if (device >= 0) return cuda::gated_cross_attention_backward_workspace(call);
 #endif
   return 0;
 }

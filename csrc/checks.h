@@ -1,4 +1,5 @@
-// What must hold before a kernel may see a call. Python has checked its arguments already; this is the last door.
+// What must hold before a kernel runs. Python has checked the arguments already; these checks keep a wrong call from
+// touching memory that is not its own.
 #pragma once
 
 #include <string>
@@ -19,7 +20,7 @@ void check(const LayerMixBackward& call, int64_t workspace);
 void check(const PackWeight& call, int threads);
 void check(const LayerProjectionForward& call, size_t outs, int threads);
 void check(const LayerProjectionBackward& call, size_t grads, int threads);
-void check(const SlotProducts& call, int threads);
+void check(const BatchedLinear& call, int threads);
 void check(const AttentionForward& call);
 void check(const AttentionDecode& call, int64_t workspace);
 void check(const AttentionBackward& call, int64_t workspace);

@@ -1,8 +1,8 @@
-"""Compiling kernels for chips that are not here, and reading what the compiler made of them.
+"""Compile kernels for chips that are not in this machine, and inspect the result.
 
-A kernel file lists what it ships as ``ahead_of_time(target)``: one :data:`Entry` per configuration. ``inspect_entry``
-compiles an entry for a chip and reports registers, spills, shared memory and whether matrix instructions are there. Not
-for use under ``TRITON_INTERPRET=1``: interpreted kernels cannot be compiled.
+The function ``ahead_of_time(target)`` of a kernel file lists what it ships: one :data:`Entry` per configuration.
+``inspect_entry`` compiles an entry for a chip and reports registers, spills, shared memory and matrix instructions. It
+does not work under ``TRITON_INTERPRET=1``: interpreted kernels cannot be compiled.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ MATRIX = {"cuda": r"\b(wgmma|tcgen05\.mma\S*?kind::\w+|mma\.sync)", "hip": r"\b(
 
 @dataclass(frozen=True)
 class Inspection:
-    """What one kernel became on one chip.
+    """One kernel compiled for one chip.
 
     Attributes:
-        registers: per thread. spills: bytes of local memory (NVIDIA), or spilled registers (AMD).
+        registers: registers per thread.
+        spills: bytes of local memory (NVIDIA), or spilled registers (AMD).
         shared: bytes of shared memory per program.
-        dots: whether there are products that matrix instructions should do (full-precision fp32 has none on NVIDIA).
+        dots: whether it has products for matrix instructions (full-precision fp32 has none on NVIDIA).
         matrix: the matrix instruction found, "" for none.
-        vector: widest global load in bits, 0 where the listing does not say.
+        vector: widest global load in bits, 0 where the listing does not show it.
     """
 
     name: str
@@ -78,10 +79,10 @@ def entry(
     """An entry from a kernel's argument names.
 
     Args:
-        types: Triton type of each argument that has one (a tuple for a tuple of pointers); what is left out is i32.
-        constants: values of the constexpr arguments, None for tensors that are not given.
+        types: Triton type of arguments, a tuple for a tuple of pointers. Arguments without one are i32.
+        constants: values of the constexpr arguments, None for absent tensors.
         options: num_warps, num_stages.
-        aligned: pointers and strides (not those of masks and biases) are multiples of 16, as the launcher finds them.
+        aligned: whether D, OUT and strides, except those of masks and biases, are multiples of 16. Pointers always are.
     """
     signature: dict[str, Any] = {}
     attrs: dict[tuple[int, ...], Any] = {}
@@ -127,7 +128,7 @@ def inspect_entry(what: Entry, target: str) -> Inspection:
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) by cuobjdump, which Triton brings along."""
+    """(registers, bytes of local memory) by the cuobjdump in Triton's package."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -140,7 +141,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _hip_usage(listing: str) -> tuple[int, int]:
-    """(vector registers, what went to memory) from the code object's metadata; scalar spills go to vector registers."""
+    """(vector registers, spills to memory) from the code object's metadata; scalar spills go to vector registers."""
     found = re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", listing)
     numbers = {key: int(value) for key, value in found}
     return numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["private_segment_fixed_size"]

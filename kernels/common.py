@@ -49,13 +49,13 @@ def offset64(index, stride):
 
 @triton.jit
 def relu(x):
-    """max(x, 0) that leaves NaN as it is, as torch does; a GPU's plain maximum makes it zero."""
+    """max(x, 0) that keeps NaN, as torch does; a GPU's plain maximum makes it zero."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def pointer_table(pointers, E: tl.constexpr, BE: tl.constexpr, DTYPE: tl.constexpr):
-    """A block of BE pointers from a tuple of E: the layers are read where they lie, no stack, no device table."""
+    """A block of BE pointers from a tuple of E: layers are read in place, without a stack or a table on the device."""
     # [BE]
     o_e = tl.arange(0, BE)
     p_layers = tl.zeros([BE], tl.int64)

@@ -9,8 +9,8 @@ Counted for B sequences, H query heads over G key/value heads of size d, T rows,
   (compute-bound).
 
 Scores and probabilities stay in registers. The gate is read on the device. Padding of the source at either end is
-skipped; a source that is masked throughout gives ``base``. Shapes that fit one row block are better served by
-``gated_decode``.
+skipped, and a source that is masked throughout gives ``base``. Shapes that fit one row block are faster with
+``gated_cross_attention_decode``.
 
 Source: LayAlign, adaptive fusion-enhanced attention; the online softmax is FlashAttention's.
 The reference is ``layalign.reference.gated_cross_attention``.
@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.ahead_of_time import Entry
-from layalign_kernels.attention_tiles import (
+from layalign_kernels.common import ceil_div, dot_precision, offset64
+from layalign_kernels.gated_cross_attention_common import (
     SHIPPED,
     Table,
     architecture,
@@ -38,8 +39,7 @@ from layalign_kernels.attention_tiles import (
     strides,
     unit_last,
 )
-from layalign_kernels.common import ceil_div, dot_precision, offset64
-from layalign_kernels.launching import Launch
+from layalign_kernels.launch import Launch
 
 TABLE: Table = {
     ("half", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 4, 3), (128, 64, 4, 2)),
@@ -107,7 +107,7 @@ def gated_cross_attention_forward(
     """(B, H, T, d), twice (B, G, S, d), one number, (B, T, H, d) or None, (B, S) bool or None
     -> out (B, T, H, d) contiguous in the query's type, log-sum-exp (B, H, T) fp32 in base 2.
 
-    Query, key and value have one type, base and gate any; strides are free, the last one is made one if it is not.
+    Query, key and value have one type, base and gate any. Strides are free; a tensor whose last one is not 1 is copied.
     """
     batch, heads, length, size = query.shape
     out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)

@@ -15,9 +15,9 @@ Counted as in ``gated_cross_attention``:
 - dk/dv kernel: 8 * B * H * T * S * d FLOP, reads c * B * d * (2 * G * S + ceil(S / BN) * 2 * H * T), writes
   c * B * d * 2 * G * S; split over T it also writes and reads 8 * B * G * S * d bytes a split.
 
-Nothing of size T x S is kept and there are no atomics: a program owns its rows of dq, or its block of dk and dv and
-loops over the heads and rows of the group. The gate's gradient is one number a program, summed in a second stage. The
-gate multiplies at the end, so a small gate underflows nothing on the way.
+No tensor of size T x S is stored, and there are no atomics: a program owns its rows of dq, or its block of dk and dv,
+for which it loops over the heads and rows of the group. Each program has one number of the gate's gradient; a second
+stage sums them. The gate is applied last, so that a small one causes no underflow.
 
 Source: LayAlign, adaptive fusion-enhanced attention; the recomputation from the log-sum-exp is FlashAttention's.
 """
@@ -30,7 +30,8 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.ahead_of_time import Entry
-from layalign_kernels.attention_tiles import (
+from layalign_kernels.common import LOG2E, ceil_div, dot_precision, offset64
+from layalign_kernels.gated_cross_attention_common import (
     SHIPPED,
     Table,
     architecture,
@@ -47,8 +48,7 @@ from layalign_kernels.attention_tiles import (
     strides,
     unit_last,
 )
-from layalign_kernels.common import LOG2E, ceil_div, dot_precision, offset64
-from layalign_kernels.launching import Launch
+from layalign_kernels.launch import Launch
 
 TABLES: dict[str, Table] = {
     "dq": {
@@ -102,7 +102,7 @@ def gated_cross_attention_dq_kernel(
 ):  # fmt: skip
     """One program: BM rows of one head; delta in a first pass over the source, dq in a second.
 
-    ONE_BLOCK says that S <= BN: then everything is still at hand when delta is known, and the second pass falls away.
+    ONE_BLOCK says that S <= BN: then everything is still in registers when delta is known, and one pass is enough.
     """
     i_t = tl.program_id(0) % tl.cdiv(T, BM)
     i_bh = tl.program_id(0) // tl.cdiv(T, BM)
@@ -189,7 +189,7 @@ def gated_cross_attention_dkv_kernel(
     n_t = tl.cdiv(T, BM)
     i_begin = i_split * blocks
     i_stop = tl.minimum(i_begin + blocks, REP * n_t)
-    i_stop = tl.where(tl.max(m_s.to(tl.int32), 0) > 0, i_stop, i_begin)  # a block of padding has nothing to do
+    i_stop = tl.where(tl.max(m_s.to(tl.int32), 0) > 0, i_stop, i_begin)  # a block of padding: no iterations
     for i in range(i_begin, i_stop):
         i_h = i_g * REP + i // n_t
         o_t = (i % n_t) * BM + tl.arange(0, BM)
@@ -249,8 +249,8 @@ def gated_cross_attention_backward(
 ) -> Gradients:
     """grad (B, T, H, d) and the forward's arguments -> dq (B, H, T, d), dk and dv (B, G, S, d), dgate like the gate.
 
-    dq, dk and dv are views of (B, T, H, d) and (B, S, G, d) memory, the layout of the projections behind them. What
-    ``needs`` (dq, dk, dv, dgate) does not ask for is None. ``splits`` overrides :func:`splits_over_rows`.
+    dq, dk and dv are views of (B, T, H, d) and (B, S, G, d) memory, the layout of the projections. Gradients that
+    ``needs`` (dq, dk, dv, dgate) excludes are None. ``splits`` overrides :func:`splits_over_rows`.
     """
     if query.numel() == 0:
         dq, dk, dv = (
@@ -293,7 +293,7 @@ class Memory(NamedTuple):
 
     @staticmethod
     def of(query: torch.Tensor, key: torch.Tensor, needs: tuple[bool, bool, bool, bool], splits: int) -> Memory:
-        """Fresh memory for a query (B, H, T, d) and keys (B, G, S, d)."""
+        """New memory for a query (B, H, T, d) and keys (B, G, S, d)."""
         need_dq, need_dk, need_dv, need_dgate = needs
         batch, heads, length, size = query.shape
         device, delta, dgate = query.device, None, None
@@ -329,7 +329,7 @@ def backward_launches(
     memory: Memory,
     splits: int,
 ) -> list[Launch]:
-    """One launch for dq, delta and dgate, one for dk and dv, those that are needed; last strides are one."""
+    """The launches for (dq, delta, dgate) and for (dk, dv), where needed; the tensors' last strides are 1."""
     batch, heads, length, size = query.shape
     groups, source = key.shape[1], key.shape[2]
     arch = architecture(query.device)

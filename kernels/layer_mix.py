@@ -7,8 +7,8 @@ Counted for n = B * S rows, width D, in elements of the hidden states' type (c b
 - backward: as many FLOP for dW and, when asked for, for dh; reads c * n * D * (2L grad + 2L x + E) bytes, dh writes
   c * n * D * E.
 
-The layers are read where they lie: their addresses come as kernel arguments and are put into a block of pointers, so
-there is no stack, no copy and no table on the device. Parameter gradients are reduced in two stages, without atomics.
+The layers are read in place: their addresses are kernel arguments, from which a kernel forms a block of pointers. So
+there is no stack, copy or table on the device. Parameter gradients are reduced in two stages, without atomics.
 
 Source: LayAlign, layer-wise aligner; the reference is ``layalign.reference.layer_mix``.
 """
@@ -26,7 +26,7 @@ from layalign_kernels.common import aligned16, ceil_div, dot_precision, next_pow
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 AMD = torch.version.hip is not None
-MAX_PARTIALS = 512  # programs of the backward reduction; fixed, so that the order of the sums is
+MAX_PARTIALS = 512  # programs of the backward reduction; fixed, to fix the order of the sums
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def layer_mix_forward_kernel(
 
 @triton.jit
 def load_grad(grad, x, offset_g, offset_x, stride_gj, slot_x, o_j, o_n, m_j, D, m_row):
-    """[BJ, BN]: the gradient that passes the relu; zero outside."""
+    """[BJ, BN]: the gradient where the relu passes it, else zero."""
     m_g = m_j[:, None] & (o_n < D)[None, :] & m_row
     b_g = tl.load(grad + offset64(o_j, stride_gj)[:, None] + (offset_g + o_n)[None, :], mask=m_g, other=0.0)
     b_x = tl.load(x + offset64(o_j, slot_x)[:, None] + (offset_x + o_n)[None, :], mask=m_g, other=0.0)

@@ -4,8 +4,9 @@ Counted for n = B * S rows, 2L slots, E layers, D_e inputs, D_o outputs, c bytes
 
 - the product: 2 * n * 2L * D_e * D_o FLOP; the mix in the prologue adds 2 * n * 2L * E * D_e per block of BN output
   columns, that is E / BN of the product (9% at E 24, BN 256).
-- shared weight: a program holds all slots of BM rows, so it reads E tiles where two kernels would read 2L: A-side
-  traffic falls to E / 2L (3/8 in the paper's set-up), and x (c * n * 2L * D_e bytes, written and read) is not there.
+- shared weight: a program holds all slots of BM rows, so it reads E tiles where two kernels would read 2L: the traffic
+  of the product's left side falls to E / 2L (3/8 in the paper's set-up), and x (c * n * 2L * D_e bytes) is neither
+  written nor read.
 - one weight per slot (the folded form): a program has one slot, its prologue is E multiply-adds per element of x.
 
 Backward recomputes x with the layer-mix kernel and leaves the products to torch (cuBLAS).

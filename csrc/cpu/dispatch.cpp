@@ -1,7 +1,7 @@
 // The public functions: the kernels of the widest instruction set that was compiled in and that this machine has.
 //
 // LAYALIGN_HAVE_AVX512, _AVX2, _NEON and _BASELINE say what was compiled in. The environment variable LAYALIGN_CPU_ISA
-// names another one to use. This file is compiled for the oldest machine.
+// overrides the choice. This file itself is compiled for the baseline.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -13,23 +13,24 @@
 #include <cpuid.h>
 #endif
 
-#define LAYALIGN_DECLARE(isa)                                                         \
-  namespace isa {                                                                     \
-  void layer_mix_forward(const LayerMixForward& call, int threads);                   \
-  void layer_mix_backward(const LayerMixBackward& call, int threads);                 \
-  int64_t packed_width();                                                             \
-  bool pack_weight(const PackWeight& call, int threads);                              \
-  void layer_projection_forward(const LayerProjectionForward& call, int threads);     \
-  void layer_projection_backward(const LayerProjectionBackward& call, int threads);   \
-  void slot_products(const SlotProducts& call, int threads);                          \
-  void attention_forward(const AttentionForward& call, int threads);                  \
-  void attention_decode(const AttentionDecode& call, int threads);                    \
-  void attention_backward(const AttentionBackward& call, int threads);                \
+#define LAYALIGN_DECLARE(isa)                                                        \
+  namespace isa {                                                                    \
+  void layer_mix_forward(const LayerMixForward& call, int threads);                  \
+  void layer_mix_backward(const LayerMixBackward& call, int threads);                \
+  int64_t packed_width();                                                            \
+  bool pack_weight(const PackWeight& call, int threads);                             \
+  void layer_projection_forward(const LayerProjectionForward& call, int threads);    \
+  void layer_projection_backward(const LayerProjectionBackward& call, int threads);  \
+  void batched_linear(const BatchedLinear& call, int threads);                       \
+  void gated_cross_attention_forward(const AttentionForward& call, int threads);     \
+  void gated_cross_attention_decode(const AttentionDecode& call, int threads);       \
+  void gated_cross_attention_backward(const AttentionBackward& call, int threads);   \
   }
-#define LAYALIGN_TABLE(isa, works)                                                                       \
-  Kernels{#isa, works, isa::layer_mix_forward, isa::layer_mix_backward, isa::packed_width, isa::pack_weight, \
-          isa::layer_projection_forward, isa::layer_projection_backward, isa::slot_products,                 \
-          isa::attention_forward, isa::attention_decode, isa::attention_backward}
+#define LAYALIGN_TABLE(isa, works)                                                                            \
+  Kernels{#isa, works, isa::layer_mix_forward, isa::layer_mix_backward, isa::packed_width, isa::pack_weight,  \
+          isa::layer_projection_forward, isa::layer_projection_backward, isa::batched_linear,                 \
+          isa::gated_cross_attention_forward, isa::gated_cross_attention_decode,                              \
+          isa::gated_cross_attention_backward}
 
 namespace layalign::cpu {
 
@@ -57,16 +58,16 @@ struct Kernels {
   bool (*pack_weight)(const PackWeight&, int);
   void (*layer_projection_forward)(const LayerProjectionForward&, int);
   void (*layer_projection_backward)(const LayerProjectionBackward&, int);
-  void (*slot_products)(const SlotProducts&, int);
-  void (*attention_forward)(const AttentionForward&, int);
-  void (*attention_decode)(const AttentionDecode&, int);
-  void (*attention_backward)(const AttentionBackward&, int);
+  void (*batched_linear)(const BatchedLinear&, int);
+  void (*gated_cross_attention_forward)(const AttentionForward&, int);
+  void (*gated_cross_attention_decode)(const AttentionDecode&, int);
+  void (*gated_cross_attention_backward)(const AttentionBackward&, int);
 };
 
 [[maybe_unused]] bool always() { return true; }
 
 #if defined(__x86_64__)
-// Not every compiler's __builtin_cpu_supports knows the name f16c.
+// Some compilers' __builtin_cpu_supports do not know f16c.
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c >> 29 & 1) != 0;
@@ -131,7 +132,7 @@ const Kernels& kernels() {
 
 void layer_mix_forward(const LayerMixForward& call, int threads) { kernels().layer_mix_forward(call, threads); }
 void layer_mix_backward(const LayerMixBackward& call, int threads) { kernels().layer_mix_backward(call, threads); }
-int64_t layer_mix_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }  // the kernels have scratch of their own
+int64_t layer_mix_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }  // they allocate scratch
 int64_t packed_width() { return kernels().packed_width(); }
 bool pack_weight(const PackWeight& call, int threads) { return kernels().pack_weight(call, threads); }
 void layer_projection_forward(const LayerProjectionForward& call, int threads) {
@@ -140,10 +141,16 @@ void layer_projection_forward(const LayerProjectionForward& call, int threads) {
 void layer_projection_backward(const LayerProjectionBackward& call, int threads) {
   kernels().layer_projection_backward(call, threads);
 }
-void slot_products(const SlotProducts& call, int threads) { kernels().slot_products(call, threads); }
-void attention_forward(const AttentionForward& call, int threads) { kernels().attention_forward(call, threads); }
-void attention_decode(const AttentionDecode& call, int threads) { kernels().attention_decode(call, threads); }
-void attention_backward(const AttentionBackward& call, int threads) { kernels().attention_backward(call, threads); }
+void batched_linear(const BatchedLinear& call, int threads) { kernels().batched_linear(call, threads); }
+void gated_cross_attention_forward(const AttentionForward& call, int threads) {
+  kernels().gated_cross_attention_forward(call, threads);
+}
+void gated_cross_attention_decode(const AttentionDecode& call, int threads) {
+  kernels().gated_cross_attention_decode(call, threads);
+}
+void gated_cross_attention_backward(const AttentionBackward& call, int threads) {
+  kernels().gated_cross_attention_backward(call, threads);
+}
 
 const char* instruction_set() { return kernels().name; }
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kChunk = 256;
 constexpr int64_t kCachedBytes = 1 << 20;
-constexpr int64_t kStreamedBytes = 2 << 20;  // results from this size on are not looked for in the caches
+constexpr int64_t kStreamedBytes = 2 << 20;  // results of this size and larger bypass the caches
 
 // The positions as chunks of memory neighbours: one long row where all tensors are contiguous, else B * S rows of D.
 struct Positions {
@@ -91,7 +91,7 @@ struct Narrow {
   void last(int64_t i, int64_t column, Vec value) const { rows.put(i, column, value); }
 };
 
-// May `rows` rows of `total` numbers, contiguous, go past the caches?
+// Whether `rows` contiguous rows of `total` numbers may bypass the caches.
 template <typename T>
 bool streamable(const Positions& n, const Tensor& to, int64_t rows, int64_t total) {
   return rows * total * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes && n.width % (kStreamBytes / 2) == 0 &&
@@ -108,7 +108,7 @@ void mix(const LayerMixForward& call, int threads) {
   pack_weight(call.weight, weight.data);
   for (int64_t j = 0; j < slots; ++j) bias.data[j] = call.bias ? number(call.bias, j * call.bias.stride[0]) : 0;
 
-  // A result that stays in the caches: one block a thread, so that a core finds there what it wrote the time before.
+  // A result that stays in the caches gets one block per thread: a core finds there what it wrote in the last call.
   const int64_t tasks = smaller(n.chunks, slots * total * static_cast<int64_t>(sizeof(T)) < kCachedBytes ? threads : 1024);
   parallel(tasks, threads, [&](int64_t task, int worker) {
     float* hidden = memory.data + worker * layers * kChunk;
@@ -161,14 +161,14 @@ template <typename T>
 void pack_gradient(const T* grad, const T* x, int64_t count, float* to) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    __builtin_prefetch(x + i + kChunk, 0, 2);  // the next chunk: runs of 1 KiB are too short for the hardware to see
+    __builtin_prefetch(x + i + kChunk, 0, 2);  // the next chunk: the hardware prefetcher misses runs of 1 KiB
     __builtin_prefetch(grad + i + kChunk, 0, 2);
     store(to + i, load(x + i) > 0 ? load(grad + i) : Vec{});
   }
   if (i < count) store(to + i, load_first(x + i, count - i) > 0 ? load_first(grad + i, count - i) : Vec{});
 }
 
-// Parts of the positions with sums of their own, added in order at the end: the shape alone decides how many.
+// Each part of the positions has its own sums, which are added in order. Their number depends on the shape alone.
 int64_t parts_of(const Positions& n) { return larger(1, smaller(32, n.chunks / 8)); }
 
 template <typename T>

@@ -1,9 +1,9 @@
-// y[j] = relu(sum_e mix[j, e] * hidden[e] + mix_bias[j]) @ weight[j].T + bias[j]; x, the relu's result, stays in scratch.
+// y[j] = relu(sum_e mix[j, e] * hidden[e] + mix_bias[j]) @ weight[j].T + bias[j]. The relu's result x stays in scratch.
 //
 // Shapes: a task takes some slots and up to kRows rows. It mixes x (slots, rows, K), kMixed floats at most or one slot,
 // and multiplies slot after slot by the tiles of its packed weight (relu_product.h).
-// Arithmetic: rows (E K + zeros-free share of K N) multiply-adds a slot; bytes: weight once per kRows rows, a tile ahead
-// of its use; hidden once per group of slots, which is why it pays only where E is small against slots * N.
+// Arithmetic: rows (E K + non-zero share of K N) multiply-adds per slot; bytes: the weight once per kRows rows, one
+// tile prefetched; hidden once per group of slots, so that it pays only where E is small against slots * N.
 // Scratch per thread: kMixed + kRows * (kWidth + K / 16) floats, 1.1 MiB for K = 512: a second-level cache.
 #include "relu_product.h"
 
@@ -12,9 +12,9 @@ namespace {
 
 constexpr int64_t kRows = 64;
 constexpr int64_t kMixed = 1 << 18;          // floats of x in scratch: 1 MiB
-constexpr int64_t kAhead = 2;                // tokens by which states are asked for before their turn
-constexpr int64_t kStreamedBytes = 2 << 20;  // results from this size on are not looked for in the caches
-constexpr double kWorthwhile = 0.85;         // share of x that is not zero above which zeros are multiplied like others
+constexpr int64_t kAhead = 2;                // states are prefetched so many tokens ahead
+constexpr int64_t kStreamedBytes = 2 << 20;  // results of this size and larger bypass the caches
+constexpr double kWorthwhile = 0.85;         // above this non-zero share of x, zeros are multiplied too
 
 // The states of one token in all layers, and the mix of some slots.
 struct Mix {
@@ -22,7 +22,7 @@ struct Mix {
   int64_t layers;
   const float *weight, *bias;  // (slots, E), (slots)
   float* x;                    // of the token, slots `step` apart
-  int64_t step, ahead;         // states that come soon lie `ahead` behind these
+  int64_t step, ahead;         // the states to prefetch lie `ahead` floats after these
 };
 
 // x of kSlots slots, kVecs registers from `column` on, of the last one `last` numbers.
@@ -80,7 +80,7 @@ void mix_token(const Mix& mix, int64_t slots, int64_t columns) {
   if (j < slots) mix_columns<1>(mix, j, columns);
 }
 
-// The last of a row's sums of one tile: with the others and the bias, to the result.
+// The last tile of a row's sum: adds the earlier ones and the bias, and stores the result.
 struct ToResult {
   ToSums before;
   const Vec* bias;
@@ -216,7 +216,7 @@ bool pack_weight(const PackWeight& call, int threads) {
     const float* from = floats(call.weight) + j * call.weight.stride[0] + column * call.weight.stride[1];
     float* to = static_cast<float*>(call.packed.data) + task * depth * kWidth;
     if (count < kWidth) memset(to, 0, sizeof(float) * static_cast<size_t>(depth * kWidth));
-    whole.data[task] = turn(from, call.weight.stride[1], count, depth, to, kWidth) ? 1.0f : 0.0f;
+    whole.data[task] = transpose(from, call.weight.stride[1], count, depth, to, kWidth) ? 1.0f : 0.0f;
   });
   bool all = true;
   for (int64_t task = 0; task < slots * tiles; ++task) all = all && whole.data[task] != 0;

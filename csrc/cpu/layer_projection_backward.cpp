@@ -1,9 +1,9 @@
-// dweight[j] += x[j].T @ grad[j], where the zeros of x, which comes from the relu, cost nothing (relu_product.h).
+// dweight[j] += x[j].T @ grad[j], skipping the zeros of x, the relu's result (relu_product.h).
 //
 // Shapes: a task takes up to kRows of x's columns and kPanels tiles of grad's, and goes through the rows of all slots
-// that share a weight: x is turned, kSegment rows at a time, and grad copied to tiles.
-// Arithmetic: zeros-free share of R K N multiply-adds a slot; bytes: grad once per task's columns of x.
-// The order of every sum depends on the shape and x's zeros only: the same bits whatever the number of threads.
+// that share a weight: x is transposed, kSegment rows at a time, and grad copied to tiles.
+// Arithmetic: non-zero share of R K N multiply-adds per slot; bytes: grad once per task's columns of x.
+// The order of every sum depends on the shape and x's zeros only: the same bits for any number of threads.
 // Scratch per thread: kRows * (kSegment * 33 / 32 + kPanels * kWidth) floats and a tile, at most 0.7 MiB.
 #include "relu_product.h"
 
@@ -13,16 +13,16 @@ namespace {
 constexpr int64_t kRows = 128;
 constexpr int64_t kSegment = 4 * kDepth;
 constexpr int64_t kPanels = 8;
-constexpr double kWorthwhile = 0.85;  // share of x that is not zero above which zeros are multiplied like others
+constexpr double kWorthwhile = 0.85;  // above this non-zero share of x, zeros are multiplied too
 
 struct Buffers {
   static constexpr int64_t kFloats = kRows * (kSegment + kSegment / kDepth * 2 + kPanels * kWidth) + kDepth * kWidth;
-  float *tile, *turned, *sums;
+  float *tile, *transposed, *sums;
   uint64_t* words;
 
   explicit Buffers(float* memory) : tile(memory) {
-    turned = tile + kDepth * kWidth;
-    sums = turned + kRows * kSegment;
+    transposed = tile + kDepth * kWidth;
+    sums = transposed + kRows * kSegment;
     words = reinterpret_cast<uint64_t*>(sums + kRows * kPanels * kWidth);
   }
 };
@@ -37,8 +37,8 @@ struct Part {
 
   void add_segment(const float* x, const Tensor& grad, int64_t row, int64_t depth) const {
     const int64_t width = call.x.size[2], columns = call.dweight.size[2];
-    turn(x + row * width + begin, width, depth, count, own.turned, kSegment);
-    const int64_t found = mark(own.turned, kSegment, count, depth, own.words);
+    transpose(x + row * width + begin, width, depth, count, own.transposed, kSegment);
+    const int64_t found = mark(own.transposed, kSegment, count, depth, own.words);
     const bool zeros = static_cast<double>(found) <= kWorthwhile * static_cast<double>(count * depth);
     for (int64_t t = first_tile; t < last_tile; ++t) {
       const int64_t column = t * kWidth, wide = smaller(kWidth, columns - column);
@@ -47,7 +47,7 @@ struct Part {
         const int64_t deep = smaller(kDepth, depth - k);
         const bool whole = copy_rows(from + k * grad.stride[0], grad.stride[0], deep, wide, own.tile, kWidth);
         const uint64_t* words = own.words + k / kDepth * count;
-        const Step step{own.turned + k, kSegment, count, words, own.tile, nullptr};
+        const Step step{own.transposed + k, kSegment, count, words, own.tile, nullptr};
         const ToSums to{sums(t), true};
         if (whole && zeros) multiply_marked(step, wide, to);
         else multiply_full(step, deep, wide, to);
@@ -81,7 +81,7 @@ void layer_projection_backward(const LayerProjectionBackward& call, int threads)
   if (call.x.size[1] * columns == 0) return;
   const bool shared = call.dweight.size[0] == 1;
   const int64_t groups = shared ? 1 : slots, tiles = ceil_div(columns, kWidth), tile_parts = ceil_div(tiles, kPanels);
-  // Each part of x's columns copies all of grad once more, so there are no more of them than the threads need.
+  // Each part of x's columns copies all of grad, so there are no more parts than the threads need.
   const int64_t tasks = groups * tile_parts, least = ceil_div(width, kRows);
   const int64_t parts = larger(least, parts_for(tasks, ceil_div(width, 2 * kLanes), threads));
   const Scratch memory(threads * Buffers::kFloats);

@@ -1,4 +1,4 @@
-// torch's CPU kernels run on an OpenMP pool. A second pool beside it would make the two fight for the cores, so ours is
+// torch's CPU kernels run on an OpenMP pool. A second pool would compete with it for the cores, so these kernels use
 // the same one: the OpenMP runtime that is already loaded is looked up by name, and nothing links to it.
 #include "parallel.h"
 
@@ -62,13 +62,13 @@ void parallel_for(int64_t count, int threads, void (*task)(void*, int64_t, int),
   }
   Job job{count, task, context};
   if (Fork fork = openmp()) return fork(work, &job, static_cast<unsigned>(useful), 0);
-  // No OpenMP in the process (torch built without it): threads of our own for the length of this call.
+  // No OpenMP in the process (torch built without it): threads for the length of this call.
   std::vector<std::thread> helpers;
   helpers.reserve(static_cast<size_t>(useful));
   try {
     for (int i = 1; i < useful; ++i) helpers.emplace_back(work, &job);
   } catch (const std::system_error&) {
-    // The system gives no more threads; those that there are do the work.
+    // The system refused another thread; the ones that were started do the work.
   }
   work(&job);
   for (std::thread& helper : helpers) helper.join();
@@ -76,12 +76,12 @@ void parallel_for(int64_t count, int threads, void (*task)(void*, int64_t, int),
 
 int worth_threads(int threads, double microseconds) { return microseconds < 40 || threads < 1 ? 1 : threads; }
 
-// Scratch of a call is needed again by the next one. Given back to the system it would come anew page by page, each page
-// at the price of a thousand additions or more: as much as a small call's arithmetic.
+// The next call needs scratch of the same size. Memory returned to the system comes back page by page, and a page costs
+// a thousand additions or more: in a small call as much as its arithmetic. So scratch is kept for reuse.
 namespace {
 
 constexpr size_t kLine = 64;
-constexpr size_t kKept = size_t{64} << 20;  // bytes that wait for their next use, at most
+constexpr size_t kKept = size_t{64} << 20;  // most bytes kept for reuse
 
 struct Block {
   void* memory;
@@ -100,12 +100,12 @@ Pool& pool() {
 }
 
 #if defined(__SANITIZE_ADDRESS__)
-constexpr bool kPooled = false;  // every scratch its own memory, whose ends are guarded
+constexpr bool kPooled = false;  // the sanitizer guards the ends of each allocation
 #else
 constexpr bool kPooled = true;
 #endif
 
-// Whoever finds the pool taken does without, so that a process that was forked meanwhile does not wait for ever.
+// A caller that finds the pool locked goes on without it: a process forked while it was locked would wait forever.
 void* taken(size_t size) {
   const std::unique_lock<std::mutex> held(pool().mutex, std::try_to_lock);
   if (!kPooled || !held) return nullptr;
@@ -127,7 +127,7 @@ bool put(void* memory, size_t size) {
   const std::unique_lock<std::mutex> held(pool().mutex, std::try_to_lock);
   if (!kPooled || !held || size > kKept) return false;
   auto& blocks = pool().blocks;
-  while (!blocks.empty() && pool().bytes + size > kKept) {  // the one that has waited longest
+  while (!blocks.empty() && pool().bytes + size > kKept) {  // the oldest block goes
     pool().bytes -= blocks.front().size;
     std::free(blocks.front().memory);
     blocks.erase(blocks.begin());

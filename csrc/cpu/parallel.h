@@ -18,7 +18,7 @@ static inline void parallel(int64_t count, int threads, const Function& function
       const_cast<Function*>(&function));
 }
 
-// How many of `threads` to use: one where the work is too short to be worth waking others.
+// How many of `threads` to use: one where the work takes less time than waking the others.
 int worth_threads(int threads, double microseconds);
 
 // Memory aligned to 64 bytes; throws layalign::Error where there is none.

@@ -1,11 +1,11 @@
-// Products with what a relu has left: about half of it is zero, and a zero's multiply-adds are not done.
+// Products with the output of a relu: about half of it is zero, and the multiply-adds of zeros are skipped.
 //
 // C (M, N) = A (M, depth) B (depth, N), with zeros in A. B lies in tiles of kDepth rows and kWidth columns that fit the
 // first-level cache. For every row of A and tile, the bits of a word say which numbers are not zero; the row walks over
-// them: one broadcast and kVecs multiply-adds with operands from the tile each, the sums in registers. A core that loads
-// a register for nearly every multiply-add does that at the rate of a dense product, over half of the numbers.
-// Zeros only vanish next to finite numbers: where B has an infinity or NaN, and where A has few zeros, it is multiplied
-// in full. The order of a row's sum is fixed by its own zeros: its bits do not depend on the rows beside it.
+// them: for each, one broadcast and kVecs multiply-adds with operands from the tile, the sums in registers. A core that
+// can load a register with nearly every multiply-add runs this at the rate of a dense product, on half of the numbers.
+// Only a zero times a finite number vanishes: where B has an infinity or NaN, and where A has few zeros, all of A is
+// multiplied. A row's zeros fix the order of its sum: its bits do not depend on its neighbours.
 #pragma once
 
 #include "tiles.h"
@@ -54,7 +54,7 @@ struct Step {
   int64_t row, rows;
   const uint64_t* words;
   const float* tile;
-  const float* ahead;  // the tile that comes next, to be fetched meanwhile; or null
+  const float* ahead;  // the next tile, prefetched meanwhile; or null
 };
 
 // Where a row's sums of one tile go: to (rows, kWidth) sums, or onto those of the tiles before it.
@@ -83,7 +83,7 @@ static void multiply_marked(const Step& step, const Out& out) {
       const Vec one = splat(a[k]);
       const float* from = step.tile + k * kWidth;
 #if defined(__x86_64__)
-      asm("" : "+r"(from));  // an operand with two registers in its address is an instruction more
+      asm("" : "+r"(from));  // an address of two registers would cost another instruction
 #endif
       LAYALIGN_UNROLL
       for (int v = 0; v < kCount; ++v) total[v] += one * load(from + v * kLanes);
@@ -117,7 +117,7 @@ static void multiply_full(const Step& step, int64_t depth, int64_t columns, cons
   else multiply(step.rows, vecs, depth, a, b, Overwrite{out.sums, kWidth});
 }
 
-// Into how many parts, at most `most`, to cut each of `tasks` tasks, so that the threads are busy to the end.
+// The number of parts, at most `most`, to split each of `tasks` tasks into, so that all threads stay busy.
 static inline int64_t parts_for(int64_t tasks, int64_t most, int threads) {
   return larger(1, smaller(most, ceil_div(2 * threads, larger(tasks, 1))));
 }

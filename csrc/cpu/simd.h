@@ -117,7 +117,7 @@ static inline void store(BFloat* to, Vec value) {
 
 static inline Vec load(const Half* from) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));  // gcc warns of the plain one
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));  // gcc warns about the other
 #elif defined(__AVX2__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #elif defined(__ARM_NEON)
@@ -173,7 +173,7 @@ static inline void store_first(T* to, Vec value, int64_t count) {
 #endif
 }
 
-// Stores past the caches, for results too large to be found there again. `to` is a multiple of kStreamBytes.
+// Stores that bypass the caches, for results too large to stay there. `to` is a multiple of kStreamBytes.
 constexpr int kStreamBytes = 64;
 static inline void stream(float* to, Vec value) {
 #if defined(__AVX512F__)
@@ -207,7 +207,7 @@ static inline void stream_end() {
 static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 static inline Vec relu(Vec a) { return a < 0 ? Vec{} : a; }  // NaN stays NaN, as in torch
 
-static inline float sum(Vec a) {  // in pairs: as quick as can be, and more exact than one by one
+static inline float sum(Vec a) {  // in pairs: fast, and more exact than one by one
   float parts[kLanes];
   store(parts, a);
   for (int step = kLanes / 2; step > 0; step /= 2) {

@@ -1,9 +1,9 @@
-// What all kernels share: numbers widened to float, rows laid out anew, and the one product that all is made of.
+// Shared by all kernels: widening to float, copying rows to tiles, and the matrix product that they are made of.
 //
 // multiply() is C[i, :] = sum_k A[i, k] * B[k, :] on registers: lanes run over B's columns, A's numbers are broadcast,
 // and a tile of C (6 x 4 registers with AVX-512) stays in registers for the whole sum. Per step of k a tile loads 4
-// registers and 6 numbers for 24 multiply-adds, so the loads hide behind the arithmetic. The order of each sum over k
-// is fixed and the same for every tile shape: a row's bits do not depend on the rows beside it.
+// registers and 6 numbers for 24 multiply-adds, so the arithmetic hides the loads. The order of each sum over k is
+// fixed and the same for every tile shape: a row's bits do not depend on its neighbours.
 #pragma once
 
 #include "../layalign.h"
@@ -95,8 +95,9 @@ static inline bool finite(Vec sum) {  // x - x is NaN for what is not finite
   return largest(none == none ? Vec{} : splat(1.0f)) == 0;
 }
 
-// (rows, columns), rows `row` apart, turned to (columns, step); zeros up to whole registers, and whether all is finite.
-static inline bool turn(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t step) {
+// (rows, columns), rows `row` apart, to its transpose (columns, step), padded with zeros to whole registers. Returns
+// whether all of it is finite.
+static inline bool transpose(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t step) {
   Vec seen{};  // 0 * x is NaN for what is not finite, and NaN stays
   for (int64_t r = 0; r < rows; r += kLanes) {
     for (int64_t c = 0; c < columns; c += kLanes) {
@@ -154,7 +155,7 @@ struct Overwrite {
   Vec first(int64_t, int64_t) const { return Vec{}; }
   void last(int64_t i, int64_t column, Vec value) const { store(data + i * row + column, value); }
 };
-// The earlier sum joins at the end, not at the start: sums of sums are more exact than one long sum.
+// The earlier sum is added at the end, not at the start: a sum of sums is more exact than one long sum.
 struct Accumulate {
   float* data;
   int64_t row;

@@ -192,7 +192,7 @@ void resume(int thread) {
 
 void run_block(int64_t block) {
   Device& d = device();
-  // Not a multiple of the alignment: what lies behind the last byte does not belong to the kernel.
+  // Not a multiple of the alignment: memory after the last byte does not belong to the kernel.
   void* memory = nullptr;
   if (d.shared && posix_memalign(&memory, 128, d.shared)) throw std::bad_alloc();
   const std::unique_ptr<void, decltype(&free)> owner(memory, &free);

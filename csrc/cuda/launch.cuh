@@ -1,4 +1,4 @@
-// One way to launch a kernel: on the caller's device and stream, every return code looked at, nothing waited for.
+// How kernels are launched: on the caller's device and stream, with every return code checked, without waiting.
 #pragma once
 
 #include "../layalign.h"
@@ -13,11 +13,11 @@ namespace layalign::cuda {
 
 inline void check(cudaError_t code, const char* operation) {
   if (code == cudaSuccess) return;
-  cudaGetLastError();  // what is reported here must not be reported again
+  cudaGetLastError();  // clears it, so that it is reported once
   throw Error(std::string(operation) + " (cuda): " + cudaGetErrorString(code));
 }
 
-// Makes `device` the current one for as long as this lives.
+// Makes `device` the current one for the lifetime of this object.
 class DeviceScope {
  public:
   DeviceScope(int device, const char* operation) {

@@ -1,4 +1,4 @@
-// Layer mix: what its kernels for half and for single precision share.
+// Shared by the layer mix kernels for half and for single precision.
 #pragma once
 
 #include "launch.cuh"
@@ -50,13 +50,13 @@ DEVICE Place place_of(uint32_t tile, int width, const MixParameters& p) {
   const uint32_t row = tile / p.columns, b = row / p.source;
   return Place{row, b, row - b * p.source, static_cast<int64_t>(tile - row * p.columns) * width};
 }
-// The first tile behind those of this block.
+// The end of this block's tiles.
 DEVICE uint32_t tiles_end(const MixParameters& p) {
   const uint32_t end = (static_cast<uint32_t>(block_index()) + 1) * p.per_block;
   return end < p.tiles ? end : p.tiles;
 }
 
-// 8 numbers of 16 bits from column `column`; zero behind the last column.
+// 8 numbers of 16 bits from column `column`; zero after the last column.
 template <typename T>
 DEVICE Words4 load8(const T* row, int64_t column, int64_t width, bool vector) {
   Words4 x{{0, 0, 0, 0}};

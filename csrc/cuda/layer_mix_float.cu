@@ -14,7 +14,7 @@ HOST_DEVICE int padded_rows(bool backward, int rows) {
   return (rows + step - 1) / step * step;
 }
 
-// 4 numbers from column `column`; zero behind the last one.
+// 4 numbers from column `column`; zero after the last one.
 DEVICE Float4 load4(const float* row, int64_t column, int64_t width, bool vector) {
   Float4 x{{0.0f, 0.0f, 0.0f, 0.0f}};
   if (vector) {
@@ -36,7 +36,7 @@ DEVICE void store4(float* row, int64_t column, int64_t width, bool vector, const
   }
 }
 
-// 4 columns of layer e, or of the gradient of slot e where it passes the relu; zero behind the last layer or slot.
+// 4 columns of layer e, or of the gradient of slot e where it passes the relu; zero after the last layer or slot.
 DEVICE Float4 load_layer(const MixParameters& p, int e, const Place& at, int64_t column) {
   if (e >= p.layers_count) return Float4{{0.0f, 0.0f, 0.0f, 0.0f}};
   const float* from = static_cast<const float*>(p.layers.data[e]);

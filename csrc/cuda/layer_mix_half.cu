@@ -4,10 +4,10 @@
 // 2 J E FLOP and 2 (E + J) bytes; at E 24, J 64 that is 17 FLOP a byte, so memory is the limit. Gradient of the weight:
 // as many FLOP, 2 (2 J + E) bytes; of the states: likewise, with E written instead of read.
 //
-// mma.sync wants pairs of layers side by side in a register; what lies side by side in memory is a layer's columns.
-// Which column a place of the fragment stands for is free, so: a lane loads 8 columns (16 bytes) of four layers, and
-// column i of its 8 goes to product i. Pairs of layers are then put together by byte permutes, a lane's results of the
-// 8 products are 8 neighbouring columns, and stores are 16 bytes wide again.
+// mma.sync needs pairs of layers side by side in a register, but memory has a layer's columns side by side. The order
+// of columns in a fragment is free, so a lane loads 8 columns (16 bytes) of four layers, and column i of its 8 goes to
+// product i. Byte permutes then form the pairs of layers, a lane's results of the 8 products are 8 neighbouring
+// columns, and stores are 16 bytes wide again.
 #include "layer_mix.cuh"
 
 namespace layalign::cuda {
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(kMixThreads) hidden_kernel(KERNEL_PARAMETER Mi
 }
 
 // dweight (16 slots x E), dbias: a warp sums over every parts-th tile of 64 columns of a row. The sum over columns may
-// run in any order, so both operands come from memory as they lie there, 16 bytes at a time: a lane's 8 columns are two
-// steps of the products. The bias is a product with ones. TILES tiles of 8 layers.
+// run in any order, so both operands are loaded in memory order, 16 bytes at a time: a lane's 8 columns are two steps
+// of the products. The bias is a product with ones. TILES tiles of 8 layers.
 template <typename T, int TILES>
 __global__ void __launch_bounds__(kMixThreads) weight_kernel(KERNEL_PARAMETER MixParameters p) {
   Source* layers = reinterpret_cast<Source*>(shared_memory());

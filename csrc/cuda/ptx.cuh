@@ -1,6 +1,6 @@
-// What the kernels ask of the hardware: indices, barriers, shuffles, cp.async, ldmatrix, mma.sync and conversions.
+// The hardware instructions of the kernels: indices, barriers, shuffles, cp.async, ldmatrix, mma.sync, conversions.
 //
-// This is the only header with two versions. The one below speaks PTX (sm_80 and up); with LAYALIGN_EMULATE_CUDA the
+// This is the only header with two versions. The one below is PTX (sm_80 and up); with LAYALIGN_EMULATE_CUDA the
 // same functions come from emulate.h and the kernels run on the CPU.
 #pragma once
 
@@ -59,8 +59,8 @@ DEVICE unsigned char* shared_memory() {
 }
 DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
-// Asynchronous copies of 16 or 4 bytes from global to shared memory. Where there is nothing, zeros, at once; predicated
-// here, because a branch a copy costs more than the copy, and so does the form with a variable size.
+// Asynchronous copies of 16 or 4 bytes from global to shared memory, or zeros stored at once. Predicated, because a
+// branch per copy costs more than the copy, and so does the form with a variable size.
 DEVICE void cp_async16(void* to, const void* from, bool there) {
   asm volatile(
       "{\n.reg .pred there;\nsetp.ne.u32 there, %2, 0;\n"

@@ -3,7 +3,7 @@
 // A tile of T[ROWS][D] is divided into chunks of 16 bytes; chunk c of row r lies at c ^ (r % 8), so that 8 rows of one
 // column of chunks never share banks. A warp has 16 rows of every product. Accumulators are laid out as mma.sync does:
 // acc[n][i] is row lane / 4 + 8 * (i / 2), column 8 n + 2 * (lane % 4) + i % 2. The fp32 products keep that layout and
-// compute it with fused multiply-adds, so the kernels above them do not care.
+// compute it with fused multiply-adds, so that the kernels are the same for both.
 #pragma once
 
 #include "launch.cuh"
@@ -22,8 +22,8 @@ DEVICE int at_swizzled(int row, int column) {
   return row * D + ((column / kChunk) ^ (row & 7)) * kChunk + column % kChunk;
 }
 
-// Starts loading a tile. row(r) is the address of row r's `size` elements, or null for a row of zeros; what lies behind
-// `size` becomes zero, too. `vector`: rows are whole chunks and start on 16 bytes.
+// Starts loading a tile. row(r) is the address of row r's `size` elements, or null for a row of zeros; elements
+// after `size` become zero too. `vector`: rows are whole chunks and start on 16 bytes.
 template <typename T, int D, int ROWS, int THREADS, typename Row>
 DEVICE void load_tile(T* tile, int size, bool vector, Row row) {
   if (vector) {
@@ -46,7 +46,7 @@ DEVICE void load_tile(T* tile, int size, bool vector, Row row) {
   }
 }
 
-// The same for rows that lie `stride` apart, of which those with flags[r] == 0 are there. Addresses are not multiplied.
+// The same for rows that lie `stride` apart; rows with flags[r] != 0 are absent. Addresses are added, not multiplied.
 template <typename T, int D, int ROWS, int THREADS>
 DEVICE void load_tile(T* tile, int size, bool vector, const T* rows, int64_t stride, const float* flags) {
   if (vector) {

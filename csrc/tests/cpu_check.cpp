@@ -145,7 +145,7 @@ void check_mix(const MixCase& n) {
 
 bool sometimes(int64_t one_in) { return below(one_in) == 0; }
 
-// What NaN makes of a sum in double precision it must make of ours: here nothing is left out.
+// The result is NaN, infinite or finite where the sum in double precision is.
 void same_nan(const std::string& group, const std::string& what, const Array& found, const Exact& exact) {
   size_t n = 0;
   found.each([&](int64_t i, int64_t j, int64_t k, int64_t l) {
@@ -267,17 +267,18 @@ void check_projection_backward(int64_t slots, int64_t rows, int64_t width, int64
   else compare(group, what, first, exact, 4);
 }
 
-// -- products of the slots --------------------------------------------------------------------------------------------
+// -- batched linear ---------------------------------------------------------------------------------------------------
 
-void check_products(int64_t slots, int64_t rows, int64_t depth, int64_t columns) {
-  const bool turned = below(2) != 0, infinite = sometimes(6);
-  const std::string group = "slot_products", what = "J" + std::to_string(slots) + " R" + std::to_string(rows) + " K" +
-                            std::to_string(depth) + " N" + std::to_string(columns) + (turned ? " turned" : "");
+void check_batched_linear(int64_t slots, int64_t rows, int64_t depth, int64_t columns) {
+  const bool transposed = below(2) != 0, infinite = sometimes(6);
+  const std::string group = "batched_linear", what = "J" + std::to_string(slots) + " R" + std::to_string(rows) + " K" +
+                            std::to_string(depth) + " N" + std::to_string(columns) + (transposed ? " transposed" : "");
   std::vector<Array> x, weight, bias, out;
   std::vector<Tensor> biases;
   for (int64_t j = 0; j < slots; ++j) {
     x.push_back(Array(DType::float32, {rows, depth}, {}, below(3)).fill());
-    weight.push_back(Array(DType::float32, {turned ? columns : depth, turned ? depth : columns}, {}, below(3)).fill());
+    const int64_t size[] = {transposed ? columns : depth, transposed ? depth : columns};
+    weight.push_back(Array(DType::float32, {size[0], size[1]}, {}, below(3)).fill());
     bias.push_back(Array(DType::float32, {columns}).fill());
     biases.push_back(sometimes(3) ? Tensor{} : bias.back());
     out.push_back(Array(DType::float32, {rows, columns}, {}, below(3)));
@@ -291,7 +292,8 @@ void check_products(int64_t slots, int64_t rows, int64_t depth, int64_t columns)
     std::vector<Array> found;
     for (const Array& each : out) found.push_back(each.fresh());
     const std::vector<Tensor> to(found.begin(), found.end());
-    cpu::slot_products({static_cast<int>(slots), xs.data(), weights.data(), biases.data(), to.data(), turned}, threads);
+    cpu::batched_linear({static_cast<int>(slots), xs.data(), weights.data(), biases.data(), to.data(), transposed},
+                        threads);
     for (size_t j = 0; threads > 1 && j < out.size(); ++j) same_bits(group, what, out[j], found[j]);
     out = found;
   }
@@ -302,7 +304,7 @@ void check_products(int64_t slots, int64_t rows, int64_t depth, int64_t columns)
       for (int64_t c = 0; c < columns; ++c, ++at) {
         exact.value[at] = biases[j] ? bias[j](c) : 0, exact.terms[at] = std::fabs(exact.value[at]);
         for (int64_t k = 0; k < depth; ++k) {
-          const double term = x[j](r, k) * (turned ? weight[j](c, k) : weight[j](k, c));
+          const double term = x[j](r, k) * (transposed ? weight[j](c, k) : weight[j](k, c));
           exact.value[at] += term, exact.terms[at] += std::fabs(term);
         }
       }
@@ -363,7 +365,7 @@ void check_backward(
     Array found[4] = {dquery.fresh(), dkey.fresh(), dvalue.fresh(), dgate.fresh()};
     Tensor* to[4] = {&call.dquery, &call.dkey, &call.dvalue, &call.dgate};
     for (int i = 0; i < 4; ++i) *to[i] = wanted >> i & 1 ? static_cast<Tensor>(found[i]) : Tensor{};
-    cpu::attention_backward(call, threads);
+    cpu::gated_cross_attention_backward(call, threads);
     const Exact* want[4] = {&exact.dquery, &exact.dkey, &exact.dvalue, &exact.dgate};
     const char* names[4] = {" dquery", " dkey", " dvalue", " dgate"};
     for (int i = 0; i < 4; ++i) {
@@ -385,13 +387,13 @@ void check_attention(const AttentionCase& n) {
   const Attention in{x.query, x.key, x.value, x.gate, x.base, x.mask, static_cast<float>(x.scale)};
   Array out(n.type, {n.batch, n.length, n.heads, n.size}), lse(DType::float32, {n.batch, n.heads, n.length});
   AttentionForward call{in, out, lse};
-  cpu::attention_forward(call, 1);
+  cpu::gated_cross_attention_forward(call, 1);
   compare(group, n.text(), out, exact.out, 4 + 2 * exact.spread);
   compare(group, n.text() + " lse", lse, exact.lse, 4 + 2 * exact.spread);
   for (int threads : {2, 3}) {
     Array out2 = out.fresh(), lse2 = lse.fresh();
     AttentionForward again{in, out2, lse2};
-    cpu::attention_forward(again, threads);
+    cpu::gated_cross_attention_forward(again, threads);
     same_bits(group, n.text(), out, out2);
     same_bits(group, n.text() + " lse", lse, lse2);
   }
@@ -402,7 +404,7 @@ void check_attention(const AttentionCase& n) {
   for (int threads : {1, 2, 3}) {
     Array found = out.fresh();
     AttentionDecode step{in, found, 1, {}};
-    cpu::attention_decode(step, threads);
+    cpu::gated_cross_attention_decode(step, threads);
     if (threads == 1) compare(decode, n.text(), found, exact.out, 4 + 2 * exact.spread), first = found;
     else same_bits(decode, n.text(), first, found);
   }
@@ -420,18 +422,18 @@ void check_projections(int cases) {
   check_projection_backward(2, 30, 40, 1100);  // more tiles than a task sums up
   check_projection_backward(2, 0, 8, 8);
   check_projection_backward(2, 8, 8, 0);
-  check_products(2, 600, 40, 70);  // more rows than a task takes
-  check_products(2, 9, 500, 30);   // deeper than a tile
-  check_products(2, 3, 0, 5);
-  check_products(2, 0, 3, 5);
-  check_products(2, 3, 5, 0);
+  check_batched_linear(2, 600, 40, 70);  // more rows than a task takes
+  check_batched_linear(2, 9, 500, 30);   // deeper than a tile
+  check_batched_linear(2, 3, 0, 5);
+  check_batched_linear(2, 0, 3, 5);
+  check_batched_linear(2, 3, 5, 0);
   for (int i = 0; i < cases; ++i) {
     const int64_t layers = one_of<int64_t>({1, 2, 7, 8, 13}), slots = one_of<int64_t>({1, 2, 6, 7});
     const int64_t width = one_of<int64_t>({1, 7, 16, 47, 48, 49, 64, 97, 130});
     const int64_t columns = one_of<int64_t>({1, 3, 15, 16, 17, 33, 50, 64, 70, 100, 128, 129, 200});
     check_projection({1 + below(3), 1 + below(40), width, layers, slots, DType::float32}, columns);
     check_projection_backward(slots, 1 + below(210), width, columns);
-    check_products(slots, 1 + below(40), one_of<int64_t>({1, 15, 64, 191, 192, 193, 400}), columns);
+    check_batched_linear(slots, 1 + below(40), one_of<int64_t>({1, 15, 64, 191, 192, 193, 400}), columns);
   }
 }
 

@@ -262,9 +262,9 @@ void check_backward(const AttentionCase& n, const AttentionData& x, const Attent
     AttentionBackward call{in, x.grad, lse, {}, {}, {}, {}, {}};
     Tensor* to[4] = {&call.dquery, &call.dkey, &call.dvalue, &call.dgate};
     for (int i = 0; i < 4; ++i) *to[i] = wanted >> i & 1 ? static_cast<Tensor>(found[i]) : Tensor{};
-    Array space = workspace(cuda::attention_backward_workspace(call));
+    Array space = workspace(cuda::gated_cross_attention_backward_workspace(call));
     call.workspace = present(space);
-    cuda::attention_backward(call, kLaunch);
+    cuda::gated_cross_attention_backward(call, kLaunch);
     for (int i = 0; i < 4; ++i) {
       if (!(wanted >> i & 1)) continue;
       if (run == 0) {
@@ -288,7 +288,7 @@ void check_decode(const AttentionCase& n, const AttentionExact& exact, const Att
       AttentionDecode call{in, found, splits, {}};
       Array space = workspace(cuda::decode_workspace(call));
       call.workspace = present(space);
-      cuda::attention_decode(call, kLaunch);
+      cuda::gated_cross_attention_decode(call, kLaunch);
       if (run == 0) compare(group, n.text(), found, exact.out, n.type, {units, 1, n.source});
       same_bits(group, n.text(), first, found);
     });
@@ -310,7 +310,7 @@ void check_attention(const AttentionCase& n) {
   Array lse(DType::float32, {n.batch, n.heads, n.length});
   in_orders([&](int run) {
     Array found = run ? out.fresh() : out, found_lse = run ? lse.fresh() : lse;
-    cuda::attention_forward({in, found, found_lse}, kLaunch);
+    cuda::gated_cross_attention_forward({in, found, found_lse}, kLaunch);
     if (run == 0) compare(group, n.text(), found, exact.out, n.type, {units, 1, n.source});
     if (run == 0) compare(group, n.text() + " lse", found_lse, exact.lse, DType::float32, {units, 0, 0});
     same_bits(group, n.text(), out, found);

@@ -13,7 +13,7 @@ from torch import Tensor
 from layalign.modeling.cache import SourceKeyValues
 from layalign.nn.cross_attention import GatedCrossAttention, computes_the_reference
 from layalign.nn.inspection import has_hooks, is_exactly, is_repatched
-from layalign.ops import cached_launch, dispatch
+from layalign.ops import cached_launch
 from layalign.ops.cached_launch import Ready, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
@@ -43,7 +43,7 @@ class OnePass:
     def prepare(self) -> None:
         """Find the cached launches of this pass. What all layers have in common is checked once, here."""
         source = self.source
-        if not (self._grad or source.launches) or self.seen is not None or not dispatch.undisturbed():
+        if not (self._grad or source.launches) or self.seen is not None or not cached_launch.possible():
             return
         if is_repatched(GatedCrossAttention) or not computes_the_reference():
             return

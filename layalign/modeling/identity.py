@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from layalign.ops.dispatch import PLAIN
+from layalign.ops.checks import PLAIN_TYPES
 
 
 def reason_against_watching(tensors: Iterable[Tensor | None]) -> str | None:
     """Why a change of tensors would go unnoticed; None if it would be noticed."""
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in PLAIN:
+        if tensor is not None and type(tensor) not in PLAIN_TYPES:
             return f"{type(tensor).__name__} may have no memory of its own"
         if tensor is not None and tensor.is_inference():
             return "it was made in inference mode and has no version counter"

@@ -27,9 +27,8 @@ from layalign.modeling.decoders import KEY_VALUE_MAPS, head_size, key_value_maps
 from layalign.modeling.identity import Identity, bits, reason_against_watching, sample, unwritten
 from layalign.nn.aligner import EncoderAligner, WeightedLinearProjector, reason_against_passing
 from layalign.nn.inspection import is_intercepted, reason_against_reading
-from layalign.ops import checks, dispatch, grouped_projection
-from layalign.ops.grouped_projection import heads
-from layalign.ops.packed_weight import PackedWeight
+from layalign.ops import checks, grouped_projection
+from layalign.ops.grouped_projection import PackedWeight, heads
 
 logger = logging.getLogger("layalign")
 
@@ -260,7 +259,7 @@ def can_pass(y: Sequence[Tensor], outer: Sequence[Any]) -> bool:
     """Whether :func:`through` may stand in for calls of the maps, with states that require gradients."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(state.requires_grad for state in y):
         return False
-    if dispatch.transforming() or torch.is_autocast_enabled(y[0].device.type):
+    if checks.transforming() or torch.is_autocast_enabled(y[0].device.type):
         return False
     for state, linear in zip(y, outer, strict=True):
         if reason_against_reading(linear) is not None or state.shape != y[0].shape or state.dim() != 3:
@@ -429,7 +428,7 @@ class KeyValueProjector:
         """(why the modules must be called, None), or (None, what was accepted of the weights to read)."""
         if not attentions:
             return "no layer attends", None
-        if dispatch.transforming():
+        if checks.transforming():
             return "under functional transforms (torch.func) the modules are called", None
         seen, passed = _seen(projector, attentions), self._passed
         if passed is not None and passed.holds(*seen):

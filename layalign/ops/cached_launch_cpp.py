@@ -1,6 +1,6 @@
-"""The C++ kernels' part of :mod:`layalign.ops.cached_launch`: described and checked once, addresses alone after that.
+"""Cached launches of the C++ kernels, for :mod:`layalign.ops.cached_launch`.
 
-The counterparts of those in ``kernels/repeated.py``, by the same names.
+The names are those of ``kernels/cached_launch.py``, the same for Triton.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from layalign.ops import extension
 
-IN_PLACE = True  # decoding may write its result over the base
+IN_PLACE = True  # decoding may write its result to the base
 Inputs = Sequence[Tensor | None]  # query, key, value, gate, base, mask
 
 
 def _described(inputs: Inputs, scale: float | None) -> tuple[Any, ...]:
-    """As the extension takes them: (query, key, value, gate, base, mask, scale)."""
+    """(query, key, value, gate, base, mask, scale) as the extension takes them."""
     query = inputs[0]
     assert query is not None
     return (*map(extension.describe, inputs), query.shape[-1] ** -0.5 if scale is None else float(scale))
 
 
-def repeated_decode(inputs: Inputs, scale: float | None, out: Tensor) -> Callable[[int, int, int, int], bool]:
-    """The decoding kernel with key, value and mask held by the caller.
+def cached_decode(inputs: Inputs, scale: float | None, out: Tensor) -> Callable[[int, int, int, int], bool]:
+    """The decoding kernel. The caller keeps key, value and mask alive.
 
     Returns:
-        A function of the addresses of query, gate, base and result, which may be the base's; it says that it ran.
+        A function of the addresses of query, gate, base and result, which may be the base's. It returns True.
     """
-    decode = extension.module().RepeatedDecode(_described(inputs, scale), extension.describe(out))
+    decode = extension.module().CachedDecode(_described(inputs, scale), extension.describe(out))
 
     def run(at_query: int, at_gate: int, at_base: int, at_out: int) -> bool:
         decode(at_query, at_gate, at_base, at_out, torch.get_num_threads())
@@ -39,7 +39,7 @@ def repeated_decode(inputs: Inputs, scale: float | None, out: Tensor) -> Callabl
     return run
 
 
-class RepeatedAttention:
+class CachedAttention:
     """Forward and backward for tensors of one kind, all on the CPU and with last strides of one."""
 
     def __init__(self, inputs: Inputs, scale: float | None, out: Tensor, lse: Tensor) -> None:
@@ -47,13 +47,13 @@ class RepeatedAttention:
         assert query is not None and key is not None and value is not None and gate is not None
         results = [extension.describe(each) for each in (out, lse)]
         described = _described(inputs, scale)
-        self._forward = extension.module().RepeatedForward(described, *results)
+        self._forward = extension.module().CachedForward(described, *results)
         found = *map(torch.empty_like, (query, key, value)), torch.empty(gate.shape, dtype=torch.float32)
         without_base = *described[:4], None, *described[5:]
-        self._backward = extension.module().RepeatedBackward(without_base, *results, *map(extension.describe, found))
+        self._backward = extension.module().CachedBackward(without_base, *results, *map(extension.describe, found))
 
     def forward(self, inputs: Inputs, out: Tensor, lse: Tensor) -> bool:
-        """Into ``out`` (B, T, H, d) and ``lse`` (B, H, T) fp32; it says that it ran."""
+        """Write ``out`` (B, T, H, d) and ``lse`` (B, H, T) fp32; returns True."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*inputs, out, lse)]
         self._forward(*addresses, torch.get_num_threads())
         return True
@@ -62,7 +62,7 @@ class RepeatedAttention:
         """dq, dk, dv and dgate from what was saved (query, key, value, gate, mask, log-sum-exp); None unless needed."""
         gate = saved[3]
         assert gate is not None
-        # Laid out like the inputs, which the projections behind them wrote.
+        # In the inputs' layout, which is that of the projections that wrote them.
         found = [torch.empty_like(tensor) if need else None for tensor, need in zip(saved, needs[:3], strict=False)]  # type: ignore[arg-type]
         found.append(torch.empty(gate.shape, dtype=torch.float32) if needs[3] else None)
         parts = *saved[:5], grad, saved[5], *found
@@ -73,4 +73,4 @@ class RepeatedAttention:
         return tuple(found)
 
 
-repeated_attention = RepeatedAttention  # the kernels' may be None
+cached_attention = CachedAttention  # a function that may return None for Triton

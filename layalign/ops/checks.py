@@ -1,27 +1,41 @@
-"""Argument checks shared by the operations; every message names the argument, what was expected and what came."""
+"""Checks shared by the operations. Every message names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from layalign.utils.errors import ArgumentError
 
-MAX_LAYERS, MAX_SLOTS = 64, 256  # of one call, for the fused kernels
-MAX_SIZE = 2**31 - 1  # of one dimension, for the fused kernels, which count tokens in 32 bits
-MAX_ELEMENTS = 2**60 - 1  # of a result: their 8 bytes each are counted in 64 bits
+MAX_LAYERS, MAX_SLOTS = 64, 256  # of one call of a kernel
+MAX_SIZE = 2**31 - 1  # of one dimension: kernels index tokens in 32 bits
+MAX_ELEMENTS = 2**60 - 1  # of a result: its bytes, 8 per element, are counted in 64 bits
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # not subclasses, which may have no memory of their own
+try:
+    # Not public. Where another torch lacks one of them, calls only become slower.
+    _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+    _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+    _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+    _tracing: Callable[[], Any] = torch._C._get_tracing_state
+    profiling: Callable[[], bool] = torch.autograd._profiler_enabled
+    _ = forward_ad._current_level
+    _KNOWN = True
+except AttributeError:
+    _KNOWN = False
 
 
 def describe(value: object) -> str:
     """A tensor as ``dtype (shape) on device``, anything else as its type."""
     if isinstance(value, Tensor):
         layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
-        # A nested tensor has no shape to show.
+        # A nested tensor has no shape.
         shape = "nested" if value.is_nested else tuple(value.shape)
         return f"{layout}{str(value.dtype).removeprefix('torch.')} {shape} on {value.device}"
     return type(value).__name__
@@ -39,6 +53,46 @@ def is_floating(value: object) -> bool:
     return is_plain(value) and value.dtype in FLOAT_DTYPES  # type: ignore[attr-defined]
 
 
+def transforming() -> bool:
+    """Whether a functional transform (``torch.func.grad``, ``vmap``, ...) is active.
+
+    Its gradients pass through plain torch only: neither the registered operations nor this library's autograd functions
+    support it.
+    """
+    return _KNOWN and not torch.compiler.is_compiling() and _transforms() is not None
+
+
+def _watched() -> bool:
+    """Whether a mode, trace or transform sees every call that goes through the dispatcher."""
+    if not _KNOWN or torch.compiler.is_compiling():
+        return True
+    return bool(
+        _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or _tracing() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def can_read_memory(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the memory of a call's tensors may be read without the dispatcher.
+
+    False under ``torch.compile``, ``torch.export``, ``torch.jit.trace``, functional transforms, dispatch and function
+    modes and forward-mode differentiation, and where :func:`are_in_memory` is. ``tensors`` are all tensors of the call;
+    None stands for an optional one that is absent.
+    """
+    return not _watched() and are_in_memory(tensors)
+
+
+def are_in_memory(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the memory of the tensors holds their values: not for subclasses and lazily negated views."""
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_neg() or tensor._is_zerotensor()):
+            return False  # neg, zero: only the dispatcher computes the values
+    return True
+
+
 def require_tensor(name: str, value: object, dims: int, shape_text: str) -> None:
     """A floating tensor with ``dims`` dimensions."""
     if not is_floating(value) or value.dim() != dims:  # type: ignore[attr-defined]
@@ -46,13 +100,13 @@ def require_tensor(name: str, value: object, dims: int, shape_text: str) -> None
 
 
 def require_addressable(name: str, *sizes: int) -> None:
-    """A result of these sizes can be addressed; whether there is memory for it only the allocation shows."""
+    """A result of these sizes can be addressed. Whether there is memory for it, the allocation shows."""
     if not torch.compiler.is_compiling() and prod(sizes) > MAX_ELEMENTS:
         raise ArgumentError(f"{name}: expected sizes whose result can be addressed, got one of sizes {tuple(sizes)}")
 
 
 def require_shape(name: str, value: Tensor, shape: Sequence[int], shape_text: str) -> None:
-    """A tensor of exactly ``shape``; ``shape_text`` says what the numbers stand for."""
+    """A tensor of exactly ``shape``; ``shape_text`` names its dimensions."""
     if tuple(value.shape) != tuple(shape):
         raise ArgumentError(f"{name}: expected shape {shape_text} = {tuple(shape)}, got {tuple(value.shape)}")
 
@@ -77,7 +131,7 @@ def check_hidden(hidden: object, name: str = "hidden") -> Sequence[Tensor]:
 
 
 def check_mix(hidden: Sequence[Tensor], weight: object, bias: object, prefix: str = "") -> None:
-    """The mix's weight (2L, E) and bias (2L,) against the layers they mix."""
+    """The mix's weight (2L, E) and bias (2L,), for these layers."""
     require_tensor(f"{prefix}weight", weight, 2, "(2L, E)")
     assert isinstance(weight, Tensor)
     require_shape(f"{prefix}weight", weight, (weight.shape[0], len(hidden)), "(2L, E)")
@@ -96,23 +150,23 @@ def is_sm_100(device: torch.device) -> bool:
 
 
 def mix_limits(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> tuple[bool, str]:
-    """Whether kernels can count the sizes of a layer mix: (ok, reason)."""
+    """(ok, reason): whether kernels can index a layer mix of these sizes."""
     if len(hidden) > MAX_LAYERS or weight.shape[0] > MAX_SLOTS:
         limit = f"{MAX_LAYERS} layers into {MAX_SLOTS} slots"
         return False, f"it mixes at most {limit}, got {len(hidden)} and {weight.shape[0]}"
-    if any(size > MAX_SIZE for size in hidden[0].shape):  # one by one: a graph would tie open sizes to one another
+    if any(size > MAX_SIZE for size in hidden[0].shape):  # one by one: max() would tie a graph's dynamic sizes
         return False, f"its kernels go up to sizes of {MAX_SIZE}, got {tuple(hidden[0].shape)}"
     return True, ""
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast makes of products on the tensor's device; None where it is off."""
+    """The dtype of products under autocast on the tensor's device; None where autocast is off."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which torch computes a product of the tensor: autocast leaves float64 alone."""
+    """The dtype in which torch computes a product of the tensor: autocast does not change float64."""
     return tensor.dtype if tensor.dtype == torch.float64 else autocast_dtype(tensor) or tensor.dtype
 
 
@@ -125,6 +179,6 @@ def autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """A block that computes in the dtypes it is given: what a backward casts by hand must not be cast again."""
+    """A context without autocast, for a backward that casts its tensors itself."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,11 +1,11 @@
-"""The compiled extension ``layalign._C`` (csrc/): C++ kernels for the CPU and CUDA kernels, under the launchers' names.
+"""The compiled extension ``layalign._C`` (csrc/): launchers of the C++ kernels for the CPU and of the CUDA kernels.
 
-The functions have the signatures of the Triton launchers in ``layalign_kernels``, behind the backend's name. They
-allocate the results, hand over addresses, sizes and strides, and turn the extension's errors into ours. Nothing is
-loaded before the first call or question.
+The functions take the backend's name, then the arguments of the Triton launchers in ``layalign_kernels``. They allocate
+the results, pass addresses, sizes and strides, and raise the extension's errors as :class:`BackendError`. The extension
+is loaded by the first call that needs it.
 
 Where ``LAYALIGN_EMULATE_CUDA`` names a module built by ``csrc/builder.py emulated``, the backend "cuda" serves CPU
-tensors by running the CUDA kernels' own source as C++, one thread after another: for tests, as Triton's interpreter.
+tensors for tests: it runs the source of the CUDA kernels as C++, one thread after another.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def emulating() -> bool:
 
 @functools.cache
 def build_notes() -> dict[str, str]:
-    """What the installation built and what not, by backend; empty where nothing was recorded."""
+    """What the installation built, and why it did not build the rest, by backend; empty where nothing was recorded."""
     file = resources.files("layalign") / "_build.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
@@ -62,7 +62,7 @@ def module(emulated: bool = False) -> ModuleType:
             found = importlib.import_module("layalign._C")
     except ModuleNotFoundError:
         note = build_notes().get("cpp", "this installation was made without it")
-        raise BackendError(f"layalign._C is not there: {note}") from None
+        raise BackendError(f"layalign._C is not installed: {note}") from None
     except ImportError as error:
         raise BackendError(f"layalign._C cannot be loaded: {error}") from None
     if found.version != __version__:
@@ -86,7 +86,7 @@ def describe(tensor: Tensor | None) -> Described | None:
 
 
 def describe_each(tensors: Sequence[Tensor] | Tensor) -> list[Described | None]:
-    """Several of one kind described; those of a tensor are its parts along the first dimension."""
+    """Tensors of one kind described; of a single tensor, its parts along the first dimension."""
     if not isinstance(tensors, Tensor):
         return list(map(describe, tensors))
     begin, code, (step, *strides) = tensors.data_ptr(), DTYPES[tensors.dtype], tensors.stride()
@@ -95,14 +95,15 @@ def describe_each(tensors: Sequence[Tensor] | Tensor) -> list[Described | None]:
 
 
 def unit(tensor: Tensor) -> Tensor:
-    """With a last stride of 1, copied only where it is another."""
+    """``tensor`` with a last stride of 1, copied only where it has another."""
     if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
         return tensor
-    return tensor.contiguous() if tensor.numel() else tensor.new_empty(tensor.shape)  # empty ones count as contiguous
+    # contiguous() returns an empty tensor as it is.
+    return tensor.contiguous() if tensor.numel() else tensor.new_empty(tensor.shape)
 
 
 def describe_layers(hidden: Sequence[Tensor]) -> tuple[list[Described], Sequence[Tensor]]:
-    """The E layers described, and the tensors behind them, which must outlive the call (:func:`unit` copies some)."""
+    """The E layers described, and the described tensors, which must outlive the call: :func:`unit` copies some."""
     code = DTYPES[hidden[0].dtype]
     strides = [layer.stride() for layer in hidden]
     if not all(stride[-1] == 1 for stride in strides):
@@ -112,7 +113,7 @@ def describe_layers(hidden: Sequence[Tensor]) -> tuple[list[Described], Sequence
 
 
 def float_like(tensor: Tensor) -> Tensor:
-    """In a dtype that the kernels read; small parameters kept in float64 are the only ones it changes."""
+    """``tensor`` in a dtype that the kernels read; casts only small parameters in float64."""
     return tensor if tensor.dtype in DTYPES else tensor.float()
 
 
@@ -139,13 +140,13 @@ LAUNCHERS = (
     "layer_mix_backward",
     "gated_cross_attention_forward",
     "gated_cross_attention_backward",
-    "gated_decode",
+    "gated_cross_attention_decode",
 )
 
 
-def launcher(backend: str, function: str) -> Callable[..., Any] | None:
-    """One of :data:`LAUNCHERS` below for "cpp" or "cuda", if there is one of that name."""
-    return functools.partial(globals()[function], backend) if function in LAUNCHERS else None
+def launchers(backend: str) -> dict[str, Callable[..., Any]]:
+    """The functions of :data:`LAUNCHERS` for "cpp" or "cuda", by name."""
+    return {name: functools.partial(globals()[name], backend) for name in LAUNCHERS}
 
 
 def _scratch(elements: int, like: Tensor) -> Tensor | None:
@@ -208,7 +209,7 @@ def layer_projection_forward(
     bias: Tensor | None,
     outs: Sequence[Tensor] | Tensor,
 ) -> None:
-    """The C++ kernel's: hidden E of (B, S, K) fp32, packed (1 or J, ...), bias (N,) or (J, N), into J (B, S, N)."""
+    """The C++ kernel: E hidden (B, S, K) fp32, packed (1 or J, ...), bias (N,) or (J, N), into J outs (B, S, N)."""
     slots = mix_weight.shape[0]
     mix_weight, mix_bias = unit(float_like(mix_weight)), None if mix_bias is None else float_like(mix_bias).contiguous()
     bias = None if bias is None else unit(bias).expand(slots, bias.shape[-1])
@@ -219,30 +220,30 @@ def layer_projection_forward(
 
 
 def layer_projection_backward(x: Tensor, grads: Sequence[Tensor | None], dweight: Tensor) -> None:
-    """The C++ kernel's: dweight (1 or J, K, N) += x (J, R, K) transposed times grads, J of (R, N) or None, all fp32."""
+    """The C++ kernel: dweight (1 or J, K, N) += x (J, R, K) transposed @ grads, J of (R, N) or None, all fp32."""
     kept = [None if grad is None else unit(grad) for grad in grads]
     arguments = describe(x), [describe(grad) for grad in kept], describe(dweight), torch.get_num_threads()
     _call("cpp", x.device, "layer_projection_backward", *arguments)
 
 
-def slot_products(
+def batched_linear(
     x: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     outs: Sequence[Tensor],
-    turned: bool,
+    transposed: bool,
 ) -> None:
-    """The C++ kernel's: outs[j] (R, N) = x[j] (R, K) @ weights[j] (K, N; turned: N, K) + biases[j]; fp32."""
+    """The C++ kernel: outs[j] (R, N) = x[j] (R, K) @ weights[j] (K, N; transposed: N, K) + biases[j], all fp32."""
     x, weights = [unit(each) for each in x], [unit(each) for each in weights]
     biases = [None if bias is None else unit(bias) for bias in biases]
     described = [[describe(tensor) for tensor in tensors] for tensors in (x, weights, biases, outs)]
-    _call("cpp", outs[0].device, "slot_products", *described, turned, torch.get_num_threads())
+    _call("cpp", outs[0].device, "batched_linear", *described, transposed, torch.get_num_threads())
 
 
 def _inputs(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor | None, mask: Tensor | None, scale: Any
 ) -> tuple[tuple[Any, ...], list[Tensor | None]]:
-    """The described inputs, and the tensors behind them, which must outlive the call."""
+    """The described inputs, and the described tensors, which must outlive the call."""
     size = query.shape[-1]
     base = None if base is None else unit(float_like(base))
     kept = [unit(query), unit(key), unit(value), float_like(gate), base, mask]
@@ -270,7 +271,7 @@ def gated_cross_attention_forward(
     return out, lse
 
 
-def gated_decode(
+def gated_cross_attention_decode(
     backend: str,
     query: Tensor,
     key: Tensor,
@@ -281,7 +282,7 @@ def gated_decode(
     scale: float | None,
     splits: int | None = None,
 ) -> Tensor:
-    """As the forward, for few rows T and without the log-sum-exp; ``splits`` overrides the extension's own choice."""
+    """As the forward, for few rows T, without the log-sum-exp; ``splits`` overrides the extension's choice."""
     batch, heads, length, size = query.shape
     out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)
     if out.numel() == 0:
@@ -290,12 +291,12 @@ def gated_decode(
     at = place(backend, query.device)
     workspace = None
     if backend == "cpp":
-        splits = 1  # the C++ kernel divides the work by itself
+        splits = 1  # the C++ kernel splits the work itself
     elif splits is None:
         splits = int(_call(backend, query.device, "decode_splits", inputs, at[0]))
     if splits > 1:
         workspace = _scratch(_call(backend, query.device, "decode_workspace", inputs, splits, at[0]), query)
-    _call(backend, query.device, "gated_decode", inputs, describe(out), splits, describe(workspace), at)
+    _call(backend, query.device, "gated_cross_attention_decode", inputs, describe(out), splits, describe(workspace), at)
     return out
 
 
@@ -314,7 +315,7 @@ def gated_cross_attention_backward(
     """-> dq, dk, dv in the inputs' dtype and shape (views of (B, rows, heads, d) memory), dgate like the gate."""
     grad = unit(grad.to(query.dtype))
 
-    def rows_first(states: Tensor) -> Tensor:  # the memory order that the projections behind write
+    def rows_first(states: Tensor) -> Tensor:  # the memory order of the projections that wrote the states
         batch, heads, rows, size = states.shape
         return torch.empty((batch, rows, heads, size), dtype=states.dtype, device=states.device).transpose(1, 2)
 

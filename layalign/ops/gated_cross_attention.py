@@ -1,14 +1,14 @@
 """Cross-attention to the source, scaled by a learned gate and added to the self-attention's output.
 
-Backends that bring kernels share three ``torch.library`` operations around their kernels:
+All backends with kernels share three ``torch.library`` operations:
 
 - ``layalign::gated_cross_attention`` -> (out, log-sum-exp), differentiable once;
 - ``layalign::gated_cross_attention_backward``, its gradients;
-- ``layalign::gated_decode`` -> out, taken instead when there are at most 16 rows (T) and no gradient is asked for: it
-  packs the heads of a group into one tile and splits the source over the device.
+- ``layalign::gated_cross_attention_decode`` -> out, for at most 16 rows (T) without gradients. It packs the heads of a
+  group into one tile and splits the source over the device.
 
-Query, key and value are brought to one type first: autocast's where autocast is on, else the query's. The gate and the
-base stay as they are. float64 is left to plain torch.
+Query, key and value are cast to one dtype first: autocast's where autocast is on, else the query's. The gate and the
+base keep theirs. float64 is left to plain torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_DECODE_ROWS = 16
 MAX_SCALE = torch.finfo(torch.float32).max  # the kernels multiply in float32
 _FORWARD = "layalign::gated_cross_attention"
 _BACKWARD = "layalign::gated_cross_attention_backward"
-_DECODE = "layalign::gated_decode"
+_DECODE = "layalign::gated_cross_attention_decode"
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? base, Tensor? key_mask, float? scale, str backend"
 )
@@ -52,7 +52,7 @@ def forward(
     scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, log-sum-exp) straight from a backend's kernels."""
+    """(out, log-sum-exp) from a backend's kernels, without the dispatcher."""
     return backends.launcher(backend, "gated_cross_attention_forward")(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
 
 
@@ -77,7 +77,7 @@ def _decode(
     scale: float | None,
     backend: str,
 ) -> Tensor:
-    return backends.launcher(backend, "gated_decode")(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
+    return backends.launcher(backend, "gated_cross_attention_decode")(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake(_DECODE)
@@ -127,7 +127,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """For :func:`gradients`: the forward's 8 arguments, and its result with the log-sum-exp."""
+    """Save for :func:`gradients`: the forward's 8 arguments, and its result with the log-sum-exp."""
     query, key, value, gate, base, key_mask, scale, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, gate, key_mask, output[1])
@@ -142,11 +142,11 @@ def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 def gradients(
     ctx: Any, wanted: Sequence[bool], grad: Tensor | None, saved: Sequence[Tensor] | None = None
 ) -> tuple[Tensor | None, ...]:
-    """Of the 8 arguments, from what :func:`keep` saved.
+    """Gradients of the 8 arguments, from what :func:`keep` saved.
 
     Args:
-        wanted: of query, key, value, gate and base.
-        saved: the saved tensors, where they were unpacked already: checkpoints let it happen once.
+        wanted: whether those of query, key, value, gate and base are needed.
+        saved: the saved tensors, where they were unpacked already: checkpoints allow that once.
     """
     if grad is None:
         return (None,) * 8
@@ -154,8 +154,8 @@ def gradients(
     each: list[Tensor | None] = [None] * 4
     if any(needs):
         query, key, value, gate, key_mask, lse = ctx.saved_tensors if saved is None else saved
-        # With gradients of gradients wanted, the operation: it refuses the second derivative.
-        direct = dispatch.unobserved((grad, query, key, value, gate, key_mask, lse))
+        # The operation where gradients of gradients are needed: it refuses the second derivative.
+        direct = dispatch.can_skip_dispatcher((grad, query, key, value, gate, key_mask, lse))
         found = (_backward if direct else torch.ops.layalign.gated_cross_attention_backward)(
             grad, query, key, value, gate, key_mask, lse, ctx.scale, needs, ctx.backend
         )
@@ -164,7 +164,7 @@ def gradients(
 
 
 class _Eager(torch.autograd.Function):
-    """The first operation and its gradients without ``torch.library``'s way through Python, 0.2 ms a layer and step."""
+    """The first operation and its gradients without ``torch.library``, which costs 0.2 ms per layer and step."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -182,7 +182,7 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 def _no_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise BackendError("gated_decode: has no derivative; use gated_cross_attention")
+    raise BackendError("gated_cross_attention_decode: has no derivative; use gated_cross_attention")
 
 
 torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)
@@ -204,25 +204,26 @@ def _fused(backend: str) -> backends.Implementation:
         dtype = checks.compute_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         inputs = query, key, value, gate, base, key_mask
-        if dispatch.unobserved(inputs):
+        if dispatch.can_skip_dispatcher(inputs):
             few = query.shape[2] <= MAX_DECODE_ROWS
-            launch = backends.launcher(backend, "gated_decode" if few else "gated_cross_attention_forward")
+            launch = backends.launcher(
+                backend, "gated_cross_attention_decode" if few else "gated_cross_attention_forward"
+            )
             found = launch(*inputs, scale)
             return found if few else found[0]  # type: ignore[no-any-return]
         training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        if training and dispatch.unprofiled(inputs):
+        if training and dispatch.can_skip_dispatcher(inputs, differentiated=True):
             return _Eager.apply(*inputs, scale, backend)  # type: ignore[no-any-return]
-        if (
-            not training and query.shape[2] <= MAX_DECODE_ROWS
-        ):  # in this order: a length is asked for, a graph guards it
-            return torch.ops.layalign.gated_decode(*inputs, scale, backend)  # type: ignore[no-any-return]
+        # `training` first: reading a length makes a graph guard it.
+        if not training and query.shape[2] <= MAX_DECODE_ROWS:
+            return torch.ops.layalign.gated_cross_attention_decode(*inputs, scale, backend)  # type: ignore[no-any-return]
         return torch.ops.layalign.gated_cross_attention(*inputs, scale, backend)[0]  # type: ignore[no-any-return]
 
     return run
 
 
 def _limits(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> tuple[bool, str]:
-    # One by one: a max() over sizes that an exported graph leaves open would tie them to one another.
+    # One by one: max() over dynamic sizes of an exported graph would tie them to one another.
     if any(size > checks.MAX_SIZE for size in (*query.shape, key.shape[2])):
         return False, f"its kernels go up to sizes of {checks.MAX_SIZE}"
     if query.shape[-1] > MAX_HEAD_SIZE:
@@ -230,7 +231,7 @@ def _limits(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> tuple[boo
     return True, ""
 
 
-LAUNCHERS = "gated_cross_attention_forward", "gated_cross_attention_backward", "gated_decode"
+LAUNCHERS = "gated_cross_attention_forward", "gated_cross_attention_backward", "gated_cross_attention_decode"
 backends.define(
     "gated_cross_attention", backends.Operation(reference.gated_cross_attention, _fused, LAUNCHERS, _limits)
 )

@@ -1,13 +1,13 @@
-"""Layer mix and projections a few slots at a time, each slot's result a tensor of its own: the model's way on a CPU.
+"""Layer mix and projections for a group of slots at a time, with one result tensor per slot: the model's way on a CPU.
 
     y[j] = x[j] @ W[j].T + c[j],   W[j] = W2, c[j] = b2            (the aligner's projection)
                                    W[j] = Wk @ W2, c[j] = Wk @ b2 + bk   (folded, :mod:`layalign.modeling.key_values`)
     k[j] = y[j] @ Wk.T + bk        (in two steps, where folding does not pay: Wk is the LLM's own and frozen)
 
-Neither x nor the gradients of x, W[j] and y are ever whole in memory: a group of slots is mixed, multiplied and
-forgotten, in the forward and, mixed again, in the backward. On a CPU that is faster too: a group of x stays in the
-caches, one slot's product fills the cores as well as a batch of them, and memory of tens of megabytes would come fresh
-from the system in every step. On a GPU one launch for all slots is better: :func:`layalign.ops.layer_projection`.
+x, y and the gradients of x, W[j] and y never exist for all slots at once. The forward mixes a group of slots,
+multiplies it and frees it; the backward mixes it again. On a CPU that is faster too: a group of x stays in the caches,
+and one slot's product fills the cores. Tens of megabytes for all slots would come fresh from the system in every step.
+On a GPU one launch for all slots is faster: :func:`layalign.ops.layer_projection`.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layalign.ops import batched_linear, checks, dispatch, packed_weight
+from layalign.ops import batched_linear, checks, packed_weight
 from layalign.ops.layer_mix import layer_mix
 from layalign.ops.packed_weight import PackedWeight
 
 Map = tuple[Tensor, Tensor | None]  # weight (N, K) and bias (N,) of a linear map
 
-GROUP_BYTES = 2**24  # of x at once: stays in a third-level cache
-FEW_ROWS = 256  # below them, one slot's product does not fill the cores
+GROUP_BYTES = 2**24  # of x in a group: fits a third-level cache
+FEW_ROWS = 256  # below this, one slot's product does not fill the cores
 
 
 def can_run(hidden: Sequence[Tensor], impl: str) -> bool:
-    """Whether a call is better made in groups: on a CPU, outside of compilation and functional transforms."""
-    if torch.compiler.is_compiling() or dispatch.transforming():
+    """Whether a call may be made in groups: on a CPU, outside of compilation and functional transforms."""
+    if torch.compiler.is_compiling() or checks.transforming():
         return False
     return hidden[0].device.type == "cpu" and impl != "torch"
 
 
 def packable(hidden: Sequence[Tensor], columns: int, impl: str) -> bool:
-    """Whether folded maps (2L, columns, D_e) are best kept packed for the C++ kernel, if no gradients are wanted."""
-    return impl in ("auto", "cpp") and packed_weight.serves(hidden, columns) and dispatch.plain(hidden)
+    """Whether folded maps (2L, columns, D_e) should be packed for the C++ kernel, where no gradients are needed."""
+    return impl in ("auto", "cpp") and packed_weight.serves(hidden, columns) and checks.can_read_memory(hidden)
 
 
 def differentiated(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether autograd follows a call with these tensors."""
+    """Whether autograd records a call with these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -62,10 +62,10 @@ def grouped_projection(
         hidden: E tensors (B, S, D_e).
         mix: fc1's weight (2L, E) and bias (2L,) or None.
         inner: fc2's weight W2 (D_l, D_e) and bias b2 (D_l,) or None.
-        folded: weight (2L, D_out, D_e) and bias (2L, D_out) or None, in place of W2 and b2 for every slot. A packed
-            weight is for calls that nobody differentiates.
-        outer: 2L frozen maps (D_out, D_l): those that were folded; without ``folded`` they are applied to y.
-        size: d, to get (B, D_out / d, S, d) at once: views that autograd would see one by one, each way.
+        folded: weight (2L, D_out, D_e) and bias (2L, D_out) or None, instead of W2 and b2. A packed weight is for calls
+            without gradients.
+        outer: 2L frozen maps (D_out, D_l): those that were folded, or, without ``folded``, those to apply to y.
+        size: d, to get (B, D_out / d, S, d). As views made here, autograd does not record them one by one.
         impl: backend of the layer mix.
 
     Source: LayAlign, layer-wise aligner; gradients: dW2 = sum_j (dy[j].T @ x[j]), each led by Wk.T where folded.
@@ -74,15 +74,15 @@ def grouped_projection(
     weight, bias = (None, None) if folded is None else folded
     call = _Call(impl, weight, bias, outer, size)
     inputs = *mix, *inner, *hidden
-    direct = dispatch.plain(inputs) and not differentiated(inputs)
+    direct = checks.can_read_memory(inputs) and not differentiated(inputs)
     return call.as_heads(_forward(call, *inputs)) if direct else list(_Grouped.apply(call, *inputs))  # type: ignore[arg-type]
 
 
 def through(y: Tensor | Sequence[Tensor], outer: Sequence[Map], size: int) -> Sequence[Tensor]:
-    """y, (2L, B, S, D_l) or so many (B, S, D_l), by frozen maps, as heads (B, D_out / d, S, d).
+    """y, (2L, B, S, D_l) or 2L tensors (B, S, D_l), through frozen maps, as heads (B, D_out / d, S, d).
 
-    One node for autograd instead of a linear map, a view and a transposition for each slot: the model's way on a GPU
-    where it trains, and :func:`layalign.accelerate`'s, layer by layer.
+    It is one autograd node instead of a linear map, a view and a transposition for each slot. The model uses it in
+    training on a GPU, and :func:`layalign.accelerate` for each layer.
     """
     return list(_Outer.apply(_Call("auto", None, None, outer, size), *((y,) if isinstance(y, Tensor) else y)))
 
@@ -93,7 +93,7 @@ def heads(states: Tensor, size: int) -> Tensor:
 
 
 class _Call:
-    """What a call keeps beside its tensors with gradients."""
+    """A call's arguments without gradients."""
 
     def __init__(
         self,
@@ -104,12 +104,12 @@ class _Call:
         size: int | None,
     ) -> None:
         self.impl, self.weight, self.bias, self.outer, self.size = impl, weight, bias, outer, size
-        self.frozen = tuple(weight for weight, _ in outer)  # for the backward, which reads them again
+        self.frozen = tuple(weight for weight, _ in outer)  # saved for the backward
         self.in_two_steps = weight is None and len(outer) > 0
         self.kernel = impl in ("auto", "cpp")
 
     def as_heads(self, states: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
-        """Results (B, S, D_out) as they are wanted."""
+        """Results (B, S, D_out) per slot, as heads where ``size`` is given."""
         if isinstance(states, Tensor):
             return (states if self.size is None else heads(states, self.size)).unbind(0)
         return states if self.size is None else [heads(state, self.size) for state in states]
@@ -121,14 +121,14 @@ class _Call:
         return [None if grad is None else grad.transpose(1, 2).flatten(2) for grad in grads]
 
     def through(self, y: Sequence[Tensor] | Tensor, first: int = 0) -> Sequence[Tensor] | Tensor:
-        """Slots' y (B, S, D_l) from ``first`` on by the maps that follow, if any do; y is forgotten on the way."""
+        """y (B, S, D_l) of the slots from ``first`` on through their outer maps, if there are any; y is freed."""
         if not self.in_two_steps:
             return y
         y = list(y)
         for group in _groups(y, len(y)):
             maps = self.outer[first + group.start : first + group.stop]
             weights, biases = zip(*(_as(y[0].dtype, *each) for each in maps), strict=True)
-            y[group] = batched_linear.by_maps(y[group], weights, biases, self.kernel)
+            y[group] = batched_linear.forward(y[group], weights, biases, self.kernel)
         return y
 
     def back(self, grads: Sequence[Tensor | None], first: int, rows: int) -> Tensor:
@@ -136,28 +136,28 @@ class _Call:
         like = next(grad for grad in grads if grad is not None)
         weights = [weight.to(like.dtype) for weight in self.frozen[first : first + len(grads)]]
         found = like.new_empty((len(grads), rows, weights[0].shape[1]))
-        return batched_linear.back_by_maps(grads, weights, found, self.kernel)
+        return batched_linear.backward(grads, weights, found, self.kernel)
 
     def packed(
         self, hidden: Sequence[Tensor], slots: int, inner: Tensor, inner_bias: Tensor | None
     ) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
-        """(weight, bias) for the C++ kernel, which mixes and multiplies at once; None where it is not to be taken."""
+        """(weight, bias) for the C++ kernel, which mixes and multiplies at once; None where it is not used."""
         if isinstance(self.weight, PackedWeight):
             return self.weight, self.bias
         weight, bias = (inner, inner_bias) if self.weight is None else (self.weight, self.bias)
         weight, bias = _as(hidden[0].dtype, weight, bias)
         served = self.kernel and packed_weight.serves(hidden, weight.shape[-2])
-        if not served or not dispatch.plain((*hidden, weight, bias)):
+        if not served or not checks.can_read_memory((*hidden, weight, bias)):
             return None
         return (weight, bias) if packed_weight.pays(hidden, weight, slots) else None
 
     def products(self, x: Tensor, group: slice) -> list[Tensor]:
         """x (slots, B, S, D_e) of a group by the folded maps."""
-        assert isinstance(self.weight, Tensor)  # packed ones are for calls without gradients
+        assert isinstance(self.weight, Tensor)  # a packed one is used without gradients only
         weight, bias = _as(x.dtype, self.weight[group], None if self.bias is None else self.bias[group])
         if x[0, ..., 0].numel() >= FEW_ROWS or (self.kernel and batched_linear.serves(x, weight, bias)):
             biases = [None] * len(x) if bias is None else bias.unbind(0)
-            return batched_linear.by_maps(x.unbind(0), weight.unbind(0), biases, self.kernel)
+            return batched_linear.forward(x.unbind(0), weight.unbind(0), biases, self.kernel)
         rows, flat = weight.mT, x.flatten(1, 2)
         y = torch.bmm(flat, rows) if bias is None else torch.baddbmm(bias[:, None], flat, rows)
         return list(y.unflatten(1, x.shape[1:3]).unbind(0))
@@ -196,10 +196,10 @@ class _InnerSums:
         return None if self._weight is None else self._weight.T, self._bias
 
     def add(self, grads: Sequence[Tensor | None], x: Tensor, group: slice, inner: Tensor) -> Tensor:
-        """Take a group's gradients of the results (B, S, D_out) with their x (slots, B, S, D_e) into account.
+        """Add what a group contributes, with its x (slots, B, S, D_e).
 
         Args:
-            grads: one a slot; None where nobody used its result.
+            grads: gradients of the results (B, S, D_out), one per slot; None where a result was not used.
             inner: W2.
 
         Returns:
@@ -208,14 +208,14 @@ class _InnerSums:
         found, call = torch.empty_like(x), self._call
         if call.in_two_steps:
             dy = call.back(grads, group.start, x[0, ..., 0].numel())
-            batched_linear.back_by_maps([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), call.kernel)
+            batched_linear.backward([dy], [inner.to(x.dtype)], found.view(1, -1, x.shape[-1]), call.kernel)
             if self._bias is not None:
                 self._bias += dy.sum(dim=(0, 1), dtype=self._bias.dtype)
             if self._weight is not None:
                 packed_weight.add_weight_gradient(self._weight, dy.unbind(0), x)
             return found
         folded = call.weight is not None
-        batched_linear.back_by_maps(grads, call.maps(group, inner, x.dtype), found.flatten(1, 2), call.kernel)
+        batched_linear.backward(grads, call.maps(group, inner, x.dtype), found.flatten(1, 2), call.kernel)
         for slot, grad in enumerate(grads, group.start):
             if self._bias is not None and grad is not None:
                 column = grad.sum(dim=(0, 1), dtype=self._bias.dtype)
@@ -227,7 +227,7 @@ class _InnerSums:
         return found
 
     def _add_folded(self, weight: Tensor, grads: Sequence[Tensor | None], x: Tensor, first: int) -> None:
-        """The sums pass through each slot's outer map."""
+        """Add to dW2 through each slot's outer map."""
         for place, grad in enumerate(grads):
             if grad is None:
                 continue
@@ -238,7 +238,7 @@ class _InnerSums:
 
 
 class _Mixed:
-    """The layer mix once more, group by group, and the gradients of (weight, bias, *hidden) where they are needed."""
+    """The layer mix again, group by group, and the gradients of (weight, bias, *hidden) where they are needed."""
 
     def __init__(self, inputs: Sequence[Tensor | None], needs: Sequence[bool], impl: str) -> None:
         self._inputs, self._needs, self._impl = inputs, needs, impl
@@ -267,7 +267,7 @@ class _Mixed:
         return self._x.detach()
 
     def backward(self, group: slice, grad: Tensor) -> None:
-        """Add what ``grad`` of the x just returned means for the inputs."""
+        """Add to the inputs' gradients, from ``grad`` of the x that :meth:`again` returned last."""
         wanted = [i for i, total in enumerate(self._totals) if total is not None]
         if wanted:
             leaves = [leaf for i in wanted if (leaf := self._leaves[i]) is not None]

@@ -21,7 +21,7 @@ def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Ten
 
 _FORWARD = "layalign::layer_mix"
 _BACKWARD = "layalign::layer_mix_backward"
-# Defined by hand: torch.library.custom_op's checks of every call cost as much as a small mix itself.
+# Not torch.library.custom_op: its checks of every call cost as much as a small mix.
 torch.library.define(_FORWARD, "(Tensor[] hidden, Tensor weight, Tensor? bias, str backend) -> Tensor")
 torch.library.define(
     _BACKWARD,
@@ -53,7 +53,7 @@ def _backward_op(
     """(dW, db, dh); an empty tensor stands for what is not needed."""
     launch = backends.launcher(backend, "layer_mix_backward")
     found = launch(grad, x, hidden, weight, need_weight, need_hidden)
-    # The bias may have a wider dtype than the weight: its gradient stays in float32 until its own is known.
+    # The bias may have a wider dtype than the weight: its gradient stays in float32 until the bias's dtype is known.
     dtypes = (weight.dtype, torch.float32, x.dtype)
     return tuple(  # type: ignore[return-value]
         x.new_empty(0, dtype=dtype) if part is None else part.to(dtype)
@@ -104,7 +104,7 @@ torch.library.register_autograd(_BACKWARD, _no_second_derivative)
 def _fused(backend: str) -> backends.Implementation:
     def run(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
         hidden = checks.autocast(hidden)
-        if dispatch.unobserved((*hidden, weight, bias)):
+        if dispatch.can_skip_dispatcher((*hidden, weight, bias)):
             return backends.launcher(backend, "layer_mix_forward")(hidden, weight, bias)  # type: ignore[no-any-return]
         return torch.ops.layalign.layer_mix(hidden, weight, bias, backend)  # type: ignore[no-any-return]
 

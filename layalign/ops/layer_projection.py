@@ -1,4 +1,4 @@
-"""The layer mix and the linear map behind it, as one operation so that a backend may fuse them."""
+"""The layer mix and the linear map after it, as one operation so that a backend may fuse them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layalign import reference
-from layalign.ops import backends, batched_linear, checks, dispatch, packed_weight, plans
+from layalign.ops import backends, batched_linear, checks, dispatch, packed_weight
 from layalign.ops.layer_mix import LAUNCHERS
 from layalign.utils.errors import ArgumentError, BackendError
 
@@ -42,6 +42,22 @@ torch.library.define(
 )
 
 
+PLANS = ("fused", "two_step")
+FUSED_COLUMNS = 128  # output columns of one program of the fused kernel
+
+
+def choose_plan(weight: Tensor) -> str:
+    """Whether a backend with a fused kernel uses it for ``weight``, or its mix kernel and then torch's product.
+
+    - Two steps write and read x, 2 * 2L * D_e elements per row, and multiply at the rate of torch's product.
+    - The fused kernel saves that traffic and multiplies at its own rate. It repeats the mix for every FUSED_COLUMNS
+      output columns. With one weight per slot it reads the E layers once per slot and block instead of x.
+
+    So it is used where the slots share a weight and one block has all outputs. This is counted, not measured.
+    """
+    return "fused" if weight.dim() == 2 and weight.shape[0] <= FUSED_COLUMNS else "two_step"
+
+
 def _run(
     hidden: Sequence[Tensor],
     mix_weight: Tensor,
@@ -53,13 +69,11 @@ def _run(
 ) -> Tensor:
     fused = backends.kernels(backend).launcher("layer_projection_forward")
     if fused is None:
-        plan = "two_step"  # the product is left to torch
+        plan = "two_step"  # torch computes the product
     if plan == "auto":
-        rows, per_slot = hidden[0].shape[0] * hidden[0].shape[1], weight.dim() == 3
-        shape = len(hidden), mix_weight.shape[0], hidden[0].shape[2], weight.shape[-2], rows, per_slot
-        plan = plans.plan(*shape, device=hidden[0].device)
-        if not per_slot and bias is not None and bias.dim() == 2:
-            plan = "two_step"  # the fused kernel adds one bias for all slots, or one per slot with one weight per slot
+        plan = choose_plan(weight)
+        if weight.dim() == 2 and bias is not None and bias.dim() == 2:
+            plan = "two_step"  # the fused kernel takes a bias per slot only with a weight per slot
     if plan == "fused" and fused is not None:
         return fused(hidden, mix_weight, mix_bias, weight, bias)  # type: ignore[no-any-return]
     dtype = hidden[0].dtype
@@ -118,9 +132,9 @@ def _backward_op(
 ) -> list[Tensor]:
     """[d mix_weight, d mix_bias, d weight, d bias, d hidden]; an empty tensor stands for what is not needed.
 
-    Those of the biases are float32: a bias may have a wider dtype than its weight.
+    Gradients of biases are float32: a bias may have a wider dtype than its weight.
     """
-    # x again, instead of keeping it since the forward
+    # x is computed again instead of being saved by the forward
     x = backends.launcher(backend, "layer_mix_forward")(hidden, mix_weight, mix_bias)
     grad = grad.to(x.dtype)
     empty = x.new_empty(0)
@@ -146,16 +160,16 @@ def _mix_gradient(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
         shared = weight.dim() == 2
         grads, weights = ([grad], [weight]) if shared else (grad.unbind(0), weight.unbind(0))
         found = grad.new_empty((len(grads), grad[..., 0].numel() // len(grads), weight.shape[-1]))
-        return batched_linear.back_by_maps(grads, weights, found).view(*grad.shape[:-1], weight.shape[-1])
+        return batched_linear.backward(grads, weights, found).view(*grad.shape[:-1], weight.shape[-1])
     if weight.dim() == 2:
         return grad @ weight
     return torch.bmm(grad.flatten(1, 2), weight).view(*grad.shape[:-1], weight.shape[-1])
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """grad[j].T @ x[j], their sum for a weight that the slots share; in the layout of ``weight``.
+    """grad[j].T @ x[j] in the layout of ``weight``, or their sum where the slots share one weight.
 
-    In half precision the sum over the slots is one product: a sum slot by slot would round after each.
+    In half precision that sum is one product: adding slot by slot would round after each.
     """
     pair = grad.flatten(1, 2), x.flatten(1, 2)
     if backend == "cpp" and weight.dim() == 2 and x.dtype == torch.float32:
@@ -240,7 +254,7 @@ def _fused(backend: str) -> backends.Implementation:
     ) -> Tensor:
         hidden = checks.autocast(hidden)
         inputs = hidden, mix_weight, mix_bias, weight, bias
-        direct = dispatch.unobserved((*hidden, *inputs[1:]))
+        direct = dispatch.can_skip_dispatcher((*hidden, *inputs[1:]))
         return (_run if direct else torch.ops.layalign.layer_projection)(*inputs, "auto", backend)  # type: ignore[no-any-return]
 
     return run
@@ -265,7 +279,7 @@ def layer_projection(
         mix_weight: (2L, E); mix_bias: (2L,) or None.
         weight: (D_out, D_e), shared by all slots, or (2L, D_out, D_e), one per slot (the folded form).
         bias: (D_out,) or (2L, D_out), or None.
-        impl: "auto" or a backend's name. How Triton computes it follows from :mod:`layalign.ops.plans`.
+        impl: "auto" or a backend's name. How Triton computes it: :func:`choose_plan`.
 
     Returns:
         (2L, B, S, D_out) in the dtype of ``hidden[0]`` (under autocast, the autocast dtype).

@@ -1,7 +1,7 @@
-"""The C++ layer projection: weights packed for it, and when it is taken.
+"""The C++ layer projection: its packed weights, and the calls that use it.
 
-The kernels never write x, the relu's result, to memory, and skip the arithmetic of its zeros (about half of it). Exact,
-whatever x and the weights hold: what vanishes is a zero times a finite number.
+The kernels never write x, the relu's result, to memory, and skip the multiply-adds of its zeros (about half of them).
+The result is exact: only a zero times a finite number is skipped.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor
 
 from layalign.ops import backends, extension
 
-MIN_WORK = 2**21  # multiply-adds of one slot: below them the call costs more than it saves
-MIN_ROWS = 320  # of x for each weight that is packed for a single call
+MIN_WORK = 2**21  # multiply-adds per slot; below this the call costs more than it saves
+MIN_ROWS = 320  # rows of x per weight; below this, packing it for a single call costs more than it saves
 SETS = ("avx512", "avx2")  # instruction sets on which the kernels have beaten torch's dense product
 # Numbers of x that a task mixes at a time, and rows of each slot: kMixed and kRows in csrc/cpu/layer_projection.cpp.
 CACHED, ROWS = 2**18, 64
-TOGETHER = 2**24  # bytes; glibc keeps blocks of up to twice that for their next use
-COLUMNS_PER_LAYER = 48  # columns of the result that pay for reading one layer's states for a slot
+TOGETHER = 2**24  # bytes; glibc keeps blocks of up to twice this for reuse
+COLUMNS_PER_LAYER = 48  # columns of the result that outweigh reading one layer's states per slot
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernels are there."""
+    """Whether the kernels are installed, and fast on this machine."""
     return backends.capability("cpp", "cpu")[0] and extension.module().instruction_set() in SETS
 
 
 def serves(hidden: Sequence[Tensor], columns: int, *others: Tensor | None) -> bool:
-    """Whether the kernel takes E tensors (B, S, K) and weights (..., columns, K) of this kind, however many rows.
+    """Whether the kernel takes E tensors (B, S, K) and weights (..., columns, K) of this kind, for any number of rows.
 
-    It reads the E states again for every few slots, which must be small against their products.
+    It reads the E states again for every few slots. That must be little work against the products.
     """
     first, depth = hidden[0], hidden[0].shape[-1]
     if first.device.type != "cpu" or first.dtype != torch.float32 or depth == 0 or not available():
@@ -45,7 +45,7 @@ def serves(hidden: Sequence[Tensor], columns: int, *others: Tensor | None) -> bo
 
 
 def pays(hidden: Sequence[Tensor], weight: Tensor, slots: int) -> bool:
-    """Whether a call is worth packing ``weight``, (N, K) for all slots or (2L, N, K), for it alone."""
+    """Whether packing ``weight``, (N, K) for all slots or (2L, N, K), pays for a single call."""
     batch, length, depth = hidden[0].shape
     rows = batch * length
     packed_for = slots * rows if weight.dim() == 2 else rows
@@ -58,7 +58,7 @@ class PackedWeight:
     Attributes:
         data: (J, ceil(N / width), K, width) float32.
         columns: N.
-        finite: whether every weight put so far is.
+        finite: whether all weights written so far are finite.
     """
 
     def __init__(self, slots: int, columns: int, depth: int) -> None:
@@ -69,7 +69,7 @@ class PackedWeight:
 
     @classmethod
     def of(cls, weight: Tensor) -> PackedWeight:
-        """(J, N, K), or (N, K) for a single one."""
+        """From weights (J, N, K), or one weight (N, K)."""
         weight = weight if weight.dim() == 3 else weight[None]
         packed = cls(*weight.shape)
         packed.put(slice(None), weight)
@@ -96,14 +96,14 @@ def project(
 
     Args:
         weight: as there, or packed; float32 like ``hidden`` and ``bias``.
-        outs: 2L tensors (B, S, N) to write to, contiguous.
+        outs: 2L contiguous tensors (B, S, N) to write to.
 
     Returns:
-        ``outs``; or (2L, B, S, N), from :data:`TOGETHER` bytes on 2L tensors of their own: as a whole the memory would
-        come fresh from the system in every call.
+        ``outs``; without them one tensor (2L, B, S, N), or 2L tensors (B, S, N) from :data:`TOGETHER` bytes on: a block
+        of that size would come fresh from the system in every call.
     """
     packed = weight if isinstance(weight, PackedWeight) else PackedWeight.of(weight)
-    if packed.data.shape[-1] != extension.module().packed_width():  # for an instruction set that is no longer used
+    if packed.data.shape[-1] != extension.module().packed_width():  # packed for another instruction set
         packed = PackedWeight.of(packed.dense())
     first, slots = hidden[0], mix_weight.shape[0]
     shape = *first.shape[:2], packed.columns
@@ -124,7 +124,7 @@ def add_weight_gradient(total: Tensor, grads: Sequence[Tensor | None], x: Tensor
 
     Args:
         total: (K, N) contiguous, in the dtype of x or a wider one.
-        grads: J tensors (..., N); None for nothing.
+        grads: J tensors (..., N), or None for zeros.
         x: (J, ..., K) contiguous.
     """
     if x.numel() == 0 or total.numel() == 0:
@@ -136,7 +136,7 @@ def add_weight_gradient(total: Tensor, grads: Sequence[Tensor | None], x: Tensor
         extension.layer_projection_backward(flat, rows, total[None])
         return
     there = [(each, grad) for each, grad in zip(flat, rows, strict=True) if grad is not None]
-    if there and x.dtype != total.dtype:  # half precision: one product over the slots rounds once
+    if there and x.dtype != total.dtype:  # half precision: a single product rounds once
         there = [(torch.cat(each), torch.cat(grad)) for each, grad in [zip(*there, strict=True)]]
     for each, grad in there:
         if grad.dtype == each.dtype == total.dtype:

@@ -1,7 +1,7 @@
-"""What each backend takes, as its own checks answer it: ``python -m layalign.ops.support`` prints the table.
+"""The table of what each backend takes, in docs/backends.md: ``python -m layalign.ops.support`` prints it.
 
-Nothing is run: every check is asked with tensors that have shapes, dtypes and devices but no memory, so that the
-answers for a GPU can be had on any machine. The table stands in docs/backends.md.
+It comes from the backends' own checks, called with tensors that have shapes, dtypes and devices but no memory. So the
+answers for a GPU are found on any machine.
 """
 
 from __future__ import annotations

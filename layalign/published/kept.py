@@ -13,7 +13,7 @@ from layalign.modeling.decoders import key_value_modules
 from layalign.modeling.identity import Identity, reason_against_watching, sample, unwritten
 from layalign.nn.inspection import is_altered, parts
 from layalign.nn.sharding import reason_whole_is_not_here
-from layalign.ops import checks, dispatch
+from layalign.ops import checks
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class KeptStates:
         if any(w.is_meta or reason_whole_is_not_here(w) is not None for w in weights):
             return None
         tensors = states + weights
-        if reason_against_watching(weights) is not None or not dispatch.plain(tensors):
+        if reason_against_watching(weights) is not None or not checks.can_read_memory(tensors):
             return None
         values = tuple(sample(tensor).clone() for tensor in tensors)
         return KeptStates(key, value, states, Identity(tensors), values, settings, _modes(query))

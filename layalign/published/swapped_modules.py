@@ -20,8 +20,8 @@ from layalign.modeling.attention_interface import PREFIX, register
 from layalign.modeling.decoders import OUTPUT_MAPS, head_size, key_value_modules, key_value_states
 from layalign.modeling.key_values import can_pass, through
 from layalign.nn.inspection import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
-from layalign.ops import cached_launch, dispatch
-from layalign.ops.cached_launch import Ready, RepeatedDecode, side_by_side
+from layalign.ops import cached_launch
+from layalign.ops.cached_launch import CachedDecode, Ready, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 from layalign.published.kept import KeptStates
 from layalign.utils.errors import ArgumentError
@@ -174,7 +174,7 @@ class AttentionSwap:
     config: Any
     own: Any
     kept: KeptStates | None = None
-    again: RepeatedDecode | None = None
+    again: CachedDecode | None = None
 
     def __post_init__(self) -> None:
         register(self.config._attn_implementation or "sdpa")
@@ -223,7 +223,7 @@ class AttentionSwap:
         scale = query.shape[-1] ** -0.5  # as published, whatever the LLM's own
         compiling = torch.compiler.is_compiling()
         ready: Ready | None = None
-        if not compiling and dispatch.undisturbed():
+        if not compiling and cached_launch.possible():
             ready = cached_launch.ready(self.again, key, value, gate, None, self.impl)
         if ready is not None and (found := ready(query, base, scale, overwrite)) is not None:
             return found

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from layalign.ops import backends
 
-FILES = ("gated_cross_attention", "gated_cross_attention_backward", "gated_decode")
+FILES = ("gated_cross_attention", "gated_cross_attention_backward", "gated_cross_attention_decode")
 
 
 class Launched(NamedTuple):

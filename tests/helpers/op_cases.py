@@ -1,15 +1,27 @@
-"""Inputs of the operations, the backends that serve them here, and the error budget."""
+"""Inputs of the operations, the backends that serve them here, the error budget, and modes that watch calls."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layalign.ops import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MIX_SHAPES = [  # E, 2L, B, S, D_e
+    (1, 2, 1, 1, 1),
+    (5, 6, 2, 7, 11),
+    (24, 64, 1, 3, 70),
+    (33, 4, 1, 63, 59),
+    (64, 6, 2, 9, 8),
+    (3, 130, 1, 2, 40),
+]
 
 
 def serving(*operations: str) -> list[str]:
@@ -41,6 +53,31 @@ def attention_inputs(b=2, h=4, g=2, t=5, s=7, d=6, dtype=torch.float64, seed=0):
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)  # noqa: E731
     gate = torch.tensor([0.7], dtype=dtype, device=DEVICE)
     return draw(b, h, t, d), draw(b, g, s, d), draw(b, g, s, d), gate, draw(b, t, h, d)
+
+
+def mix_arguments(shape, dtype, seed: int = 0):
+    """:func:`mix_inputs` of these sizes, all requiring gradients."""
+    return same_values(mix_inputs(*shape, dtype=dtype, seed=seed), dtype)
+
+
+def mix_leaves(arguments) -> list[Tensor]:
+    return [*arguments[0], *arguments[1:]]
+
+
+def mix_gradients(function, arguments, seed: int = 1) -> list[Tensor]:
+    """Gradients of all of ``arguments`` for a drawn one of the result."""
+    out = function(*arguments)
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    return list(torch.autograd.grad(out, mix_leaves(arguments), grad))
+
+
+def same_values(arguments, dtype):
+    """Copies of ``arguments`` in another dtype, all requiring gradients."""
+    copies = [([t.detach().to(dtype) for t in a] if isinstance(a, list) else a.detach().to(dtype)) for a in arguments]
+    for leaf in mix_leaves(copies):
+        leaf.requires_grad_()
+    return copies
 
 
 BACKENDS = [name for name in serving("gated_cross_attention") if name != "torch"]
@@ -81,3 +118,24 @@ def poison(states: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return states
     return states.transpose(1, 2).masked_fill(~mask[:, :, None, None], torch.nan).transpose(1, 2)
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the operations that the dispatcher sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    pass
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))

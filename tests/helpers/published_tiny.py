@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import published
 
 from layalign import ops
-from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
+from layalign.ops.cached_launch import CachedDecode, CachedTraining
 
 ENCODER_LAYERS = [0, 2, 3]
 
@@ -123,6 +123,6 @@ def calls_of_operations(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     for name in counted:
         count(name)
-    count_short(RepeatedDecode)
-    count_short(RepeatedTraining)
+    count_short(CachedDecode)
+    count_short(CachedTraining)
     return counted

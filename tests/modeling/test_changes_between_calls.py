@@ -34,7 +34,7 @@ from layalign import ArgumentError, LayAlignForCausalLM
 from layalign.modeling import attention_interface
 from layalign.modeling.cache import SourceKeyValues, get_source, set_source
 from layalign.nn.inspection import device_of
-from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
+from layalign.ops.cached_launch import CachedDecode, CachedTraining
 from layalign.serving.http.decoding import Decoder, Inputs, State, kept, merged
 from layalign.utils.versions import cache_of
 
@@ -245,7 +245,7 @@ def assert_same(found: Answer | Exception, expected: Answer | Exception, bound: 
 def _taken() -> Iterator[None]:
     """Count which of the quick paths answer."""
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (RepeatedDecode, RepeatedTraining):
+        for kind in (CachedDecode, CachedTraining):
 
             def counting(self: Any, *args: Any, own: Any = kind.__call__) -> Any:
                 found = own(self, *args)
@@ -678,19 +678,19 @@ def taken(test: Callable[[], None], **least: int) -> None:
 
 
 def test_any_change_between_two_calls() -> None:
-    taken(calls_and_changes, folded=10, not_folded=10, RepeatedDecode=20, RepeatedTraining=4, nested=1, interrupted=1)
+    taken(calls_and_changes, folded=10, not_folded=10, CachedDecode=20, CachedTraining=4, nested=1, interrupted=1)
 
 
 def test_any_change_between_two_steps_of_a_generation() -> None:
-    taken(a_generation, RepeatedDecode=50)
+    taken(a_generation, CachedDecode=50)
 
 
 def test_any_change_between_two_requests() -> None:
-    taken(served, joined=6, RepeatedDecode=30)
+    taken(served, joined=6, CachedDecode=30)
 
 
 def test_any_change_of_a_swapped_model() -> None:
-    taken(a_swapped_model, swapped=15, RepeatedDecode=15, RepeatedTraining=15)
+    taken(a_swapped_model, swapped=15, CachedDecode=15, CachedTraining=15)
 
 
 @compiles

@@ -138,7 +138,9 @@ def test_gated_cross_attention_of_a_decoding_step_and_of_more(length: int, impl:
     module.adaption_gate.fill_(0.7)
     shapes = ({0: BATCH}, {0: BATCH, 2: SOURCE}, {0: BATCH, 2: SOURCE}, {0: BATCH}, {0: BATCH, 1: SOURCE})
     program = torch.export.export(module, attention_inputs(3, length, 7), dynamic_shapes=shapes)
-    kernel = "layalign.gated_decode.default" if length <= 16 else "layalign.gated_cross_attention.default"
+    kernel = (
+        "layalign.gated_cross_attention_decode.default" if length <= 16 else "layalign.gated_cross_attention.default"
+    )
     assert own_operations(program) == (set() if impl == "torch" else {kernel})
     loaded = round_trip(program)
     for rows, source in SIZES:

@@ -29,7 +29,7 @@ def far_apart(tensor: Tensor, dim: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("length", [1, 20], ids=["decoding", "whole"])
 @pytest.mark.parametrize("impl", BACKENDS)
-def test_gated_cross_attention(impl: str, length: int) -> None:
+def test_gated_cross_attention_finds_rows_2_31_elements_apart(impl: str, length: int) -> None:
     torch.manual_seed(0)
     query, key, value, base = (
         torch.randn(2, *shape).half().requires_grad_()
@@ -51,7 +51,7 @@ def test_gated_cross_attention(impl: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
-def test_layer_mix(impl: str) -> None:
+def test_layer_mix_finds_rows_2_31_elements_apart(impl: str) -> None:
     torch.manual_seed(0)
     hidden, weight, bias = [torch.randn(2, 3, 8).half() for _ in range(3)], torch.randn(4, 3), torch.randn(4)
     far = [far_apart(layer) for layer in hidden]

@@ -55,7 +55,9 @@ def found(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("used", ["all", "some"])
-def test_numbers_and_gradients(used: str, bias: bool, form: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_and_gradients_equal_the_whole_operations(
+    used: str, bias: bool, form: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grouped_projection, "GROUP_BYTES", group * 2 * 5 * D_E * 8)
     projector, hidden, outer = parts(bias=bias)
     leaves = [*projector.parameters(), *hidden]

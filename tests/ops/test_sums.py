@@ -49,7 +49,7 @@ def exact_gradients(tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
 @HALVES
 @pytest.mark.parametrize("lead", [(), (J,)], ids=["shared", "per slot"])
 @pytest.mark.parametrize("impl", serving("layer_projection"))
-def test_layer_projection(impl: str, lead: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_layer_projection_rounds_each_sum_once(impl: str, lead: tuple[int, ...], dtype: torch.dtype) -> None:
     skip_unserved(impl, dtype)
     tensors, grad = inputs(dtype, lead), draw(J, B, S, N, seed=9, dtype=dtype)
     leaves = [tensor.requires_grad_() for tensor in tensors]
@@ -63,7 +63,7 @@ def test_layer_projection(impl: str, lead: tuple[int, ...], dtype: torch.dtype) 
 @pytest.mark.skipif("cpp" not in serving("layer_mix"), reason="the C++ kernels are not there")
 @HALVES
 @pytest.mark.parametrize("way", ["one step", "two steps", "folded"])
-def test_the_models_way_on_a_cpu(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouped_projection_rounds_each_sum_once(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Group by group: 40 groups of four slots each."""
     monkeypatch.setattr(grouped_projection, "GROUP_BYTES", 4 * B * S * D * 2)
     mix_weight, mix_bias, weight, bias, *hidden = (tensor.cpu() for tensor in inputs(dtype))
@@ -94,7 +94,7 @@ def test_the_models_way_on_a_cpu(way: str, dtype: torch.dtype, monkeypatch: pyte
 
 
 @HALVES
-def test_folded_weights(dtype: torch.dtype) -> None:
+def test_folding_rounds_each_sum_once(dtype: torch.dtype) -> None:
     """dW2 and db2 from the gradients of 160 folded weights."""
     maps = [nn.Linear(N, M, bias=False).to(DEVICE, dtype).requires_grad_(False) for _ in range(J)]
     inner = nn.Linear(D, N).to(DEVICE, dtype)
@@ -110,7 +110,7 @@ def test_folded_weights(dtype: torch.dtype) -> None:
 
 @HALVES
 @pytest.mark.parametrize("impl", serving("gated_cross_attention"))
-def test_the_gate(impl: str, dtype: torch.dtype) -> None:
+def test_the_gates_gradient_is_rounded_once(impl: str, dtype: torch.dtype) -> None:
     skip_unserved(impl, dtype)
     shapes = (2, 4, 40, 16), (2, 4, 9, 16), (2, 4, 9, 16), (1,), (2, 40, 4, 16)
     query, key, value, gate, grad = (draw(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes))

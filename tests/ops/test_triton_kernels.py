@@ -13,10 +13,15 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from layalign_kernels import attention_tiles, gated_cross_attention, gated_cross_attention_backward, gated_decode
+from layalign_kernels import (
+    gated_cross_attention,
+    gated_cross_attention_backward,
+    gated_cross_attention_common,
+    gated_cross_attention_decode,
+)
 from layalign_kernels.common import largest_offset, next_power_of_2, offset64
 from layalign_kernels.gated_cross_attention_backward import splits_over_rows
-from layalign_kernels.gated_decode import splits_over_source
+from layalign_kernels.gated_cross_attention_decode import splits_over_source
 
 
 def test_backward_is_deterministic_and_independent_of_the_split() -> None:
@@ -32,7 +37,7 @@ def test_backward_is_deterministic_and_independent_of_the_split() -> None:
         torch.testing.assert_close(whole, split, atol=1e-5, rtol=1e-5)
 
 
-def test_number_of_splits() -> None:
+def test_splits_fill_the_device_and_leave_no_program_idle() -> None:
     assert splits_over_source(programs=32, source=4096, block=64, processors=132) == 9
     assert splits_over_source(programs=1000, source=4096, block=64, processors=132) == 1
     assert splits_over_source(programs=1, source=100, block=64, processors=132) == 1
@@ -63,7 +68,12 @@ def test_offsets_past_32_bits() -> None:
 
 
 def test_every_stride_is_multiplied_in_64_bits() -> None:
-    modules = (attention_tiles, gated_cross_attention, gated_cross_attention_backward, gated_decode)
+    modules = (
+        gated_cross_attention,
+        gated_cross_attention_backward,
+        gated_cross_attention_common,
+        gated_cross_attention_decode,
+    )
     multiplied = 0
     for module in modules:
         for node in ast.walk(ast.parse(inspect.getsource(module))):

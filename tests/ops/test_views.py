@@ -43,7 +43,7 @@ def shifted(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
-def turned(tensor: Tensor) -> Tensor:
+def transposed(tensor: Tensor) -> Tensor:
     return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
 
 
@@ -51,7 +51,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "as it is": lambda t: t,
     "sliced": lambda t: spread(t, -1) if t.dim() else shifted(t),
     "rows": lambda t: spread(t, 0) if t.dim() else shifted(t),
-    "turned": turned,
+    "transposed": transposed,
     "shifted": shifted,
     "one for all": lambda t: t.flatten()[:1].reshape((1,) * t.dim()).expand(t.shape) if t.numel() else t,
     "one row for all": lambda t: t[:1].expand(t.shape) if t.dim() else t,
@@ -121,7 +121,7 @@ def layers(dtype: torch.dtype, source: int = S) -> list[Tensor]:
 
 @pytest.mark.parametrize("source", [S, 0])
 @pytest.mark.parametrize("impl", BACKENDS)
-def test_layer_mix(impl: str, source: int) -> None:
+def test_layer_mix_reads_every_view(impl: str, source: int) -> None:
     def mix(*t: Tensor) -> Tensor:
         return ops.layer_mix(t[2:], t[0], t[1], impl=impl)
 
@@ -141,7 +141,7 @@ def test_layer_mix(impl: str, source: int) -> None:
 
 @pytest.mark.parametrize("form", ["shared", "shared, bias per slot", "per slot, one bias", "per slot"])
 @pytest.mark.parametrize("impl", BACKENDS)
-def test_layer_projection(impl: str, form: str) -> None:
+def test_layer_projection_reads_every_view(impl: str, form: str) -> None:
     lead = (J,) if form.startswith("per slot") else ()
     bias = (J, N) if form in ("per slot", "shared, bias per slot") else (N,)
 
@@ -165,7 +165,7 @@ def test_layer_projection(impl: str, form: str) -> None:
 
 @pytest.mark.parametrize("source", [S, 0])
 @pytest.mark.parametrize("impl", BACKENDS)
-def test_gated_cross_attention(impl: str, source: int) -> None:
+def test_gated_cross_attention_reads_every_view(impl: str, source: int) -> None:
     def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, mask: Tensor) -> Tensor:
         return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, impl=impl)
 
@@ -183,7 +183,7 @@ def test_gated_cross_attention(impl: str, source: int) -> None:
         check(attend, exact, tensors, kinds, states)
 
 
-def test_a_layers_repeated_calls() -> None:
+def test_cached_calls_read_every_view() -> None:
     """The calls that :class:`SourceKeyValues` makes past the operation, in decoding and in training."""
     for kinds in ROUNDS:
         for grad in (False, True):
@@ -205,7 +205,7 @@ def test_a_layers_repeated_calls() -> None:
 
 
 @pytest.mark.skipif(not packed_weight.available(), reason="the C++ kernels are not there")
-def test_products_of_the_slots() -> None:
+def test_batched_linear_reads_every_view() -> None:
     rows = 6
     for kinds in ROUNDS:
         plain = [
@@ -214,9 +214,9 @@ def test_products_of_the_slots() -> None:
         ]  # fmt: skip
         views = [view.detach() for view in as_views(plain, kinds)]
         x, weights, biases, grads = (views[i : i + J] for i in range(0, 4 * J, J))
-        for j, found in enumerate(batched_linear.by_maps(x, weights, biases)):
+        for j, found in enumerate(batched_linear.forward(x, weights, biases)):
             assert_like(found, x[j].double() @ weights[j].double().T + biases[j].double(), torch.float32, f"{kinds}")
-        back = batched_linear.back_by_maps(grads, weights, torch.empty(J, rows, D))
+        back = batched_linear.backward(grads, weights, torch.empty(J, rows, D))
         for j in range(J):
             assert_like(back[j], grads[j].double() @ weights[j].double(), torch.float32, f"{kinds}")
         whole = torch.stack([each.resolve_neg() for each in x])
@@ -229,7 +229,7 @@ def test_products_of_the_slots() -> None:
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("rows", [S, 80], ids=["few rows", "many rows"])
-def test_the_models_way_on_a_cpu(folded: bool, rows: int) -> None:
+def test_grouped_projection_reads_every_view(folded: bool, rows: int) -> None:
     """:mod:`layalign.ops.grouped_projection`, with parameters that are views: tied to, or cut out of, a larger one."""
 
     lead = (J,) if folded else ()

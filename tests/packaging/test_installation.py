@@ -93,7 +93,7 @@ def test_without_a_compiler_the_installation_works_and_says_why(source: Path, tm
         assert not [name for name in archive.namelist() if name.startswith("layalign/_C.")]
     said = import_from(wheel, tmp_path)
     assert str(tmp_path) in said
-    assert "layalign._C is not there: not built: CXX=no-such-compiler is not a program here" in said
+    assert "layalign._C is not installed: not built: CXX=no-such-compiler is not a program here" in said
 
 
 def test_a_demanded_part_that_cannot_be_built_is_an_error(source: Path, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Which backend serves an operation, and the reason when one does not.
+"""Which backend serves an operation, and why another does not.
 
-Backends, in the order in which ``impl="auto"`` tries them on a device:
+``impl="auto"`` tries the backends in this order:
 
 - ``triton``: GPU kernels in ``layalign_kernels`` (``triton.py``);
 - ``cuda``, ``cpp``: the compiled extension ``layalign._C`` (``cuda.py``, ``cpp.py``);
 - those of :func:`register_backend`;
-- ``torch``: plain PyTorch (:mod:`layalign.reference`), always there.
+- ``torch``: plain PyTorch (:mod:`layalign.reference`), always available.
 
 Nothing is probed at import time.
 """
@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from layalign.ops import checks
-from layalign.ops import dispatch as torch_dispatch
+from layalign.ops import checks, extension
 from layalign.ops.backends.base import Backend, Implementation, KernelBackend
 from layalign.ops.backends.cpp import Cpp
 from layalign.ops.backends.cuda import Cuda
@@ -35,13 +34,13 @@ Limits = Callable[..., tuple[bool, str]]
 
 @dataclass(frozen=True)
 class Operation:
-    """What an operation's file tells of it.
+    """An operation, as its file registers it.
 
     Attributes:
-        plain: in plain torch.
-        by_kernels: by the launchers of the backend of a name.
-        launchers: those it cannot do without.
-        limits: (ok, reason) for the sizes that a call's kernels can count.
+        plain: its implementation in plain torch.
+        by_kernels: its implementation by the launchers of a backend, from the backend's name.
+        launchers: names of the launchers that it needs.
+        limits: (ok, reason) for a call: whether kernels can index tensors of these sizes.
     """
 
     plain: Implementation
@@ -52,7 +51,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One line of :func:`report`: is ``name`` usable on ``device_type``, and if not, why."""
+    """One line of :func:`report`: whether the backend ``name`` is usable, and the reason."""
 
     name: str
     available: bool
@@ -70,11 +69,11 @@ def register_backend(backend: Backend, before: str = "torch") -> None:
 
     Args:
         backend: a :class:`Backend` or :class:`KernelBackend`.
-        before: which other one ``impl="auto"`` tries after it.
+        before: the backend that ``impl="auto"`` tries next.
 
     Raises:
-        ArgumentError: its name is taken, "auto" or no identifier; it has functions for operations that there are not;
-            there is no backend called ``before``.
+        ArgumentError: the name is taken, "auto" or not an identifier; a function is for an operation that does not
+            exist; ``before`` is not a backend's name.
     """
     if not isinstance(backend, Backend):
         refuse("backend", "a layalign.ops.backends.Backend", backend)
@@ -82,7 +81,7 @@ def register_backend(backend: Backend, before: str = "torch") -> None:
     if not isinstance(name, str) or not name.isidentifier() or name == "auto":
         refuse("backend", "a name that is an identifier and not auto", name)
     if name in _BACKENDS:
-        raise ArgumentError(f"backend: there is one of the name {name!r}; unregister_backend takes one's own away")
+        raise ArgumentError(f"backend: expected a new name, got {name!r}; unregister_backend removes a registered one")
     if strange := [operation for operation in backend.functions if operation not in _OPERATIONS]:
         refuse("backend", f"functions for some of {', '.join(_OPERATIONS)}", strange[0])
     if before not in _BACKENDS:
@@ -93,30 +92,30 @@ def register_backend(backend: Backend, before: str = "torch") -> None:
 
 
 def unregister_backend(name: str) -> None:
-    """Take a backend away that :func:`register_backend` brought.
+    """Remove a backend that :func:`register_backend` added.
 
     Raises:
-        ArgumentError: there is none of that name, or it is the library's own.
+        ArgumentError: no registered backend has that name; the library's own cannot be removed.
     """
     if name not in _BACKENDS or name in OWN:
-        refuse("name", "that of a backend of register_backend", name)
+        refuse("name", "a backend added by register_backend", name)
     _settle({each: backend for each, backend in _BACKENDS.items() if each != name})
 
 
 def define(operation: str, definition: Operation) -> None:
-    """Add an operation; its file does it."""
+    """Add an operation; its own file calls this."""
     _OPERATIONS[operation] = definition
     _settle(_BACKENDS)
 
 
 def _settle(registered: dict[str, Backend]) -> None:
-    """Make these the backends; calls in other threads see the tables of before or those of after."""
+    """Replace the tables of backends; calls in other threads see the old ones or the new ones, never a mixture."""
     global _BACKENDS, _IMPLEMENTATIONS
     found: dict[tuple[str, str], Implementation] = {}
     for operation, definition in _OPERATIONS.items():
         for name, backend in registered.items():
             if isinstance(backend, KernelBackend):
-                if _has_kernels(backend, definition):
+                if all(backend.has(launcher) for launcher in definition.launchers):
                     found[operation, name] = definition.by_kernels(name)
             elif (function := definition.plain if name == "torch" else backend.functions.get(operation)) is not None:
                 found[operation, name] = function
@@ -124,13 +123,8 @@ def _settle(registered: dict[str, Backend]) -> None:
     _capability.cache_clear()
 
 
-def _has_kernels(backend: KernelBackend, definition: Operation) -> bool:
-    # Ours are asked for a launcher when it is launched: nothing is imported before.
-    return backend.name in OWN or all(backend.launcher(each) is not None for each in definition.launchers)
-
-
 def names() -> tuple[str, ...]:
-    """Of all backends, in the order of ``impl="auto"``."""
+    """Names of all backends, in the order of ``impl="auto"``."""
     return tuple(_BACKENDS)
 
 
@@ -140,12 +134,12 @@ def operations() -> tuple[str, ...]:
 
 
 def capability(backend: str, device_type: str) -> tuple[bool, str]:
-    """(usable, reason) for ``backend`` on ``device_type`` ("cpu", "cuda", ...), whatever the operation."""
+    """(usable, reason) for ``backend`` on ``device_type`` ("cpu", "cuda", ...), for any operation."""
     return _capability(backend, device_type)
 
 
-# What torch.compiler.assume_constant_result sets; the decorator itself would import all of dynamo, and triton, here.
-# On a plain function: torch 2.11 looks through functools.cache and would trace the body.
+# The attribute that torch.compiler.assume_constant_result sets; the decorator itself would import dynamo and triton.
+# Set on a plain function: torch 2.11 looks through functools.cache and would trace the body.
 capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -160,23 +154,23 @@ def get(name: str) -> Backend:
 
 
 def kernels(name: str) -> KernelBackend:
-    """The backend of a name, which has kernels."""
+    """The backend of a name, which must be one with kernels."""
     return _BACKENDS[name]  # type: ignore[return-value]
 
 
 def launcher(backend: str, function: str) -> Callable[..., Any]:
-    """The function that launches a backend's kernels.
+    """The function that launches a backend's kernel.
 
-    The same names and signatures everywhere, so that an operation's schema, fake and gradient are written once.
+    All backends have the same names and signatures, so that an operation's schema, fake and gradient are written once.
     """
     found = kernels(backend).launcher(function)
     if found is None:
-        raise BackendError(f"impl={backend!r}: has no {function}")
+        raise BackendError(f"impl={backend!r}: it has no {function}")
     return found
 
 
 def serves(operation: str, backend: str, device_type: str) -> tuple[bool, str]:
-    """(usable, reason) for one operation of one backend, before its arguments are looked at."""
+    """(usable, reason) for one operation of one backend, for any arguments."""
     usable, reason = capability(backend, device_type)
     if usable and (operation, backend) not in _IMPLEMENTATIONS:
         return False, f"{backend} has no {operation}"
@@ -191,12 +185,12 @@ def report(device_type: str | None = None) -> list[BackendStatus]:
 
 
 def choose(operation: str, device_type: str, *args: Any, **kwargs: Any) -> str:
-    """The backend that ``impl="auto"`` takes for these arguments; logged when it is first taken.
+    """The backend that ``impl="auto"`` chooses for these arguments; its first choice is logged.
 
-    In ``torch.export`` plain torch: the program may be loaded on another device, or without this package. Under
-    functional transforms too.
+    It is plain torch in ``torch.export``, because the program may be loaded on another device or without this package,
+    and under functional transforms.
     """
-    if torch.compiler.is_exporting() or torch_dispatch.transforming():
+    if torch.compiler.is_exporting() or checks.transforming():
         return "torch"
     name = "torch"
     for name, backend in _BACKENDS.items():  # torch is the last
@@ -211,7 +205,7 @@ def choose(operation: str, device_type: str, *args: Any, **kwargs: Any) -> str:
 
 
 def accepts(operation: str, backend: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-    """(ok, reason): whether ``backend`` takes these arguments of ``operation``, once it is usable at all."""
+    """(ok, reason): whether a usable ``backend`` takes these arguments of ``operation``."""
     has = _BACKENDS[backend]
     if isinstance(has, KernelBackend):
         states = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
@@ -224,18 +218,18 @@ def accepts(operation: str, backend: str, *args: Any, **kwargs: Any) -> tuple[bo
 
 
 def dispatch(operation: str, impl: str, device: torch.device, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Run ``operation`` with the backend named by ``impl``, or the best one for ``device`` with "auto".
+    """Run ``operation`` with the backend ``impl``, or with the one that :func:`choose` gives for "auto".
 
     Raises:
         ArgumentError: ``impl`` is not a backend's name.
-        BackendError: the named backend cannot serve the call; the text gives the reason.
+        BackendError: the named backend cannot serve the call; the message gives the reason.
     """
     if isinstance(impl, str) and impl == "auto":
         impl = choose(operation, device.type, *args, **kwargs)
     else:
         check_impl(impl)
         usable, reason = serves(operation, impl, device.type)
-        if impl != "torch" and torch_dispatch.transforming():
+        if impl != "torch" and checks.transforming():
             usable, reason = False, "functional transforms (torch.func) go through plain torch"
         if usable:
             usable, reason = accepts(operation, impl, *args, **kwargs)
@@ -245,17 +239,20 @@ def dispatch(operation: str, impl: str, device: torch.device, *args: Any, **kwar
 
 
 def check_impl(impl: object) -> None:
-    """Raises ArgumentError where `impl` is neither "auto" nor a backend's name."""
+    """Raise ArgumentError where ``impl`` is neither "auto" nor a backend's name."""
     if not isinstance(impl, str) or (impl != "auto" and impl not in _BACKENDS):
         refuse("impl", f"'auto' or one of {', '.join(_BACKENDS)}", impl)
 
 
 class _Torch(Backend):
-    """Plain PyTorch, as each operation's file has it."""
+    """Plain PyTorch: each operation's ``plain``."""
 
     def usable(self, device_type: str) -> tuple[bool, str]:
         return True, "plain PyTorch, always available"
 
 
-_BACKENDS.update({each.name: each for each in (Triton("triton"), Cuda("cuda"), Cpp("cpp"), _Torch("torch"))})
+_BACKENDS["triton"] = Triton("triton")
+_BACKENDS["cuda"] = Cuda("cuda", extension.launchers("cuda"))
+_BACKENDS["cpp"] = Cpp("cpp", extension.launchers("cpp"))
+_BACKENDS["torch"] = _Torch("torch")
 OWN = tuple(_BACKENDS)

@@ -1,4 +1,4 @@
-"""What a backend is: :class:`Backend`, and :class:`KernelBackend` for one that brings kernels alone."""
+"""The classes of backends: :class:`Backend` brings functions, :class:`KernelBackend` kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Backend:
     """Functions that serve operations of :mod:`layalign.ops`.
 
     Args:
-        name: what ``impl=`` calls it.
-        functions: by operation, with the arguments of its public function, checked; ``impl`` apart. They are
-            differentiable by themselves. An operation that is not here is not served.
+        name: its name in ``impl=``.
+        functions: by operation. Each takes the arguments of the public function without ``impl``, already checked, and
+            brings its own gradient. Operations without a function are not served.
 
     Attributes:
-        devices: types of devices it is for.
-        on_request: of those, where ``impl="auto"`` passes it by.
+        devices: the types of devices that it serves, beside those in ``on_request``.
+        on_request: types of devices that it serves only where ``impl`` names it; ``impl="auto"`` skips it there.
     """
 
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -31,28 +31,29 @@ class Backend:
         self.name, self.functions = name, dict(functions or {})
 
     def usable(self, device_type: str) -> tuple[bool, str]:
-        """(usable, reason), whatever the operation. Asked once for each type of device."""
+        """(usable, reason) on a type of device, for any operation. Asked once for each type."""
         if device_type not in self.devices:
             return False, f"{self.name} is for {' and '.join(self.devices)}, the tensors are on {device_type}"
         return True, "registered"
 
     def accepts(self, operation: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """(ok, reason) for the arguments of a call, once it is usable."""
+        """(ok, reason) for the arguments of a call, where the backend is usable."""
         return True, ""
 
     def pays(self, operation: str, *args: Any, **kwargs: Any) -> bool:
-        """Under ``impl="auto"``, whether it is faster than plain torch for these arguments."""
+        """Whether it is faster than plain torch for these arguments; asked under ``impl="auto"``."""
         return True
 
 
 class KernelBackend(Backend):
-    """Kernels behind the launchers' names; schema, fake, gradients and compilation are the operations' own.
+    """Kernels only: the operations provide schema, fake, gradients and compilation.
 
     Args:
-        name: what ``impl=`` calls it.
-        launchers: by name, with the signatures of those in ``layalign_kernels``: layer_mix_forward and
-            layer_mix_backward (they serve layer_projection too, with torch's product; layer_projection_forward fuses
-            it); gated_cross_attention_forward, gated_cross_attention_backward and gated_decode.
+        name: its name in ``impl=``.
+        launchers: functions that launch kernels, by name, with the signatures of those in ``layalign_kernels``:
+            layer_mix_forward and layer_mix_backward, which also serve layer_projection with torch's product;
+            layer_projection_forward, which fuses that product; gated_cross_attention_forward,
+            gated_cross_attention_backward and gated_cross_attention_decode.
     """
 
     def __init__(self, name: str, launchers: Mapping[str, Callable[..., Any]] | None = None) -> None:
@@ -60,13 +61,17 @@ class KernelBackend(Backend):
         self.launchers = dict(launchers or {})
 
     def launcher(self, function: str) -> Callable[..., Any] | None:
-        """What launches the kernel of a name, if there is one."""
+        """The function that launches the kernel of a name, or None."""
         return self.launchers.get(function)
 
+    def has(self, function: str) -> bool:
+        """Whether there is a kernel of a name."""
+        return self.launcher(function) is not None
+
     def accepts_dtype(self, operation: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-        """(ok, reason) for the dtype that a call computes in."""
+        """(ok, reason) for the dtype in which a call computes."""
         return True, ""
 
     def cached_launches(self) -> ModuleType | None:
-        """Where calls that come again hand over addresses alone, see :mod:`layalign.ops.cached_launch`."""
+        """The module with its cached launches, see :mod:`layalign.ops.cached_launch`; None where it has none."""
         return None

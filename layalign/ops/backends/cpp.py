@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,7 @@ MIN_TRAINED = 2**18
 
 
 class Cpp(KernelBackend):
-    """See the module."""
+    """The C++ kernels of ``layalign._C``."""
 
     devices = ("cpu",)
 
@@ -29,9 +29,6 @@ class Cpp(KernelBackend):
             return True, f"C++ kernels with {extension.module().instruction_set()} instructions"
         except BackendError as error:
             return False, str(error)
-
-    def launcher(self, function: str) -> Callable[..., Any] | None:
-        return extension.launcher(self.name, function)
 
     def accepts_dtype(self, operation: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         return extension.accepts_dtype(dtype)
@@ -44,11 +41,11 @@ class Cpp(KernelBackend):
 
 
 def _mix_pays(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> bool:
-    """Always without gradients, from MIN_TRAINED numbers of x with them.
+    """True without gradients; with gradients where x has MIN_TRAINED numbers or more.
 
-    Measured on two cores (docs/backends.md): below that, two operations' overhead is more than the kernels save.
+    Measured on two cores (docs/backends.md): below that, the overhead of two operations is more than the kernels save.
     """
     if torch.compiler.is_compiling():
-        return True  # whatever the size: asking for it would build one graph for each side of the threshold
+        return True  # comparing the size would build one graph for each side of the threshold
     trained = torch.is_grad_enabled() and (weight.requires_grad or any(layer.requires_grad for layer in hidden))
     return not trained or hidden[0].numel() * weight.shape[0] >= MIN_TRAINED

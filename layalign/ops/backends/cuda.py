@@ -1,12 +1,10 @@
 """Backend "cuda": the CUDA kernels of the compiled extension.
 
-Where ``LAYALIGN_EMULATE_CUDA`` names a module built by ``csrc/builder.py emulated``, CPU tensors too, on request only.
+Where ``LAYALIGN_EMULATE_CUDA`` names a module built by ``csrc/builder.py emulated``, they also serve CPU tensors, on
+request only.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -18,7 +16,7 @@ MIN_CAPABILITY = (8, 0)
 
 
 class Cuda(KernelBackend):
-    """See the module."""
+    """The CUDA kernels of ``layalign._C``."""
 
     devices = ("cuda",)
     on_request = ("cpu",)
@@ -44,9 +42,6 @@ class Cuda(KernelBackend):
         if has < MIN_CAPABILITY:
             return False, f"the CUDA kernels need compute capability 8.0, this GPU has {has[0]}.{has[1]}"
         return True, extension.build_notes().get("cuda", "CUDA kernels found")
-
-    def launcher(self, function: str) -> Callable[..., Any] | None:
-        return extension.launcher(self.name, function)
 
     def accepts_dtype(self, operation: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         return extension.accepts_dtype(dtype)

@@ -21,7 +21,7 @@ FILES = {
     "layer_projection_forward": "layer_projection",
     "gated_cross_attention_forward": "gated_cross_attention",
     "gated_cross_attention_backward": "gated_cross_attention_backward",
-    "gated_decode": "gated_decode",
+    "gated_cross_attention_decode": "gated_cross_attention_decode",
 }
 
 
@@ -31,7 +31,7 @@ def interpreting() -> bool:
 
 
 class Triton(KernelBackend):
-    """See the module."""
+    """The Triton kernels of ``layalign_kernels``."""
 
     devices = ("cuda",)
     on_request = ("cpu",)  # thousands of times slower than torch
@@ -48,13 +48,16 @@ class Triton(KernelBackend):
         return True, "layalign_kernels found"
 
     def launcher(self, function: str) -> Callable[..., Any] | None:
-        return _launcher(function)
+        return _launcher(function) if self.has(function) else None
+
+    def has(self, function: str) -> bool:
+        return function in FILES  # without an import
 
     def accepts_dtype(self, operation: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         if dtype == torch.float64:
             return False, "float64 is left to impl='torch', its kernels compute in float32"
         exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-        # The tiles of 64 rows and more, which Triton 3.7 turns into TF32 there, are those of the layers' kernels.
+        # Triton 3.7 turns tiles of 64 rows and more into TF32 there; the attention's tiles have fewer rows.
         if exact and operation != "gated_cross_attention" and checks.is_sm_100(device):
             return False, "on this chip Triton 3.7 would compute float32 products in TF32"
         if dtype == torch.bfloat16 and device.type == "cpu":
@@ -64,8 +67,8 @@ class Triton(KernelBackend):
     def cached_launches(self) -> ModuleType | None:
         if interpreting():
             return None
-        found = importlib.import_module("layalign_kernels.repeated")
-        return found if found.can_repeat() else None
+        found = importlib.import_module("layalign_kernels.cached_launch")
+        return found if found.can_cache_launches() else None
 
 
 @functools.cache

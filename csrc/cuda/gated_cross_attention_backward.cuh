@@ -3,17 +3,17 @@
 //   delta_t = sum_s p_ts (g_t . v_s)     dgate = sum_t delta_t     dv_s = a sum_t p_ts g_t
 //   e_ts = p_ts (g_t . v_s - delta_t)    dq_t = a scale sum_s e_ts k_s     dk_s = a scale sum_t e_ts q_t
 //
-// p is recomputed from the log-sum-exp. In fp32 that is off by what the log-sum-exp was rounded by, several units, so p
-// is divided by its own sum there. delta comes from p, not from the forward's result: the gate may be zero. The
-// gate multiplies at the end, so a small one underflows nothing on the way. No atomics: a block owns its rows of dq, or
-// its tokens of dk and dv, whose queries (all heads of the group) it walks through in order.
+// p is recomputed from the log-sum-exp. In fp32 it carries that number's rounding error, several units, so p is divided
+// by its own sum. delta comes from p, not from the forward's result: the gate may be zero. The gate is applied last, so
+// that a small one causes no underflow. No atomics: a block owns its rows of dq, or its tokens of dk and dv, for which
+// it walks through the queries of all heads of the group in order.
 //
 // dquery: 10 B H T S d FLOP (two of its five products in a first pass for delta, which a source of one tile does not
 // need); reads c B d (2 H T + 2 G S). dkey and dvalue: 8 B H T S d FLOP (10 for d > 128); reads
 // c B d (2 G S + ceil(S / 64) 2 H T).
 #pragma once
 
-#include "attention.cuh"
+#include "gated_cross_attention.cuh"
 
 namespace layalign::cuda {
 
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(QueryLayout<T, D>::kThreads, 1)
   if (count > 1) source.begin();
   LAYALIGN_NO_UNROLL
   for (int j = 0; j < count; ++j) {
-    if (count > 1) {  // else everything is still at hand
+    if (count > 1) {  // else everything is still in registers
       source.arrive(j);
       source.leave(j);
       recompute<T, D, kTile>(prob, gv, query, grad, source.key_tile(j), source.value_tile(j), source.tile_flags(j),

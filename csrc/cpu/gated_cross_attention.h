@@ -1,7 +1,7 @@
-// What the attention kernels share: which source tokens are attended, and where the rows of a group lie.
+// Shared by the kernels of gated cross-attention: which source tokens are attended, and where a group's rows lie.
 //
 // The H / G heads that share a key/value head are one matrix of queries: row i of group g is head g * (H / G) + i / T,
-// token i % T. Only attended tokens are ever looked at: padding costs nothing, and NaN in it has no influence.
+// token i % T. Only attended tokens are read: padding costs nothing, and NaN in it has no influence.
 #pragma once
 
 #include "tiles.h"
@@ -65,7 +65,7 @@ struct Sizes {
   int64_t token(int64_t row) const { return row % length; }
 };
 
-// Asks for rows that will be read or written soon: they lie too far apart for the hardware to foresee.
+// Prefetches a row that is read or written soon: rows lie too far apart for the hardware prefetcher.
 static inline void expect(const char* row, int64_t bytes, bool written) {
   for (int64_t line = 0; line < bytes; line += 64) {
     if (written) __builtin_prefetch(row + line, 1, 3);
@@ -73,7 +73,7 @@ static inline void expect(const char* row, int64_t bytes, bool written) {
   }
 }
 
-// Where the rows begin .. begin + rows - 1 of a group are: one division for all of them, which a row each would feel.
+// Head and token of a group's rows begin .. begin + rows - 1. One division serves all of them: per row it would show.
 constexpr int64_t kMostRows = 64;
 struct Places {
   int32_t head[kMostRows], token[kMostRows];
@@ -100,9 +100,9 @@ static void pack_rows(DType type, const Address& address, int64_t count, int64_t
 
 constexpr int64_t kKept = 4096;  // tokens of a group that a task keeps, as floats, for all its rows
 
-// K or V of some attended tokens, (count, d) floats: where they lie if that serves, else copied to `buffer`.
-// `whole`: up to whole registers. `reused`: read many times over, when it pays to bring far rows together (rows at
-// distances of 4 KiB and multiples share a cache set).
+// K or V of some attended tokens, (count, d) floats: in place where possible, else copied to `buffer`.
+// `whole`: rows are padded to whole registers. `reused`: rows are read many times, so that copying distant ones side by
+// side pays (rows at multiples of 4 KiB share a cache set).
 static inline Left token_rows(
     const Tensor& x, const Sizes& n, int64_t b, int64_t g, const int32_t* tokens, int64_t count, bool whole,
     bool reused, float* buffer) {
@@ -130,7 +130,7 @@ static inline void pack_transposed(
   }
 }
 
-// Attention of few rows to each group, without packing: lanes run over the head size. For decoding, and short T.
+// Attention of few rows per group, without packing: lanes run over the head size. For decoding and short T.
 constexpr int64_t kFewRows = kLanes / 2;
 void attend_few_rows(const Attention& in, const Tensor& out, const Tensor& lse, int threads);
 // The general case; `lse` may be absent.

@@ -1,5 +1,5 @@
 // Gated cross-attention: from the call to its kernels, and the small kernels that finish what was split.
-#include "attention.cuh"
+#include "gated_cross_attention.cuh"
 
 #include <algorithm>
 #include <atomic>
@@ -9,7 +9,7 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr const char* kForward = "gated_cross_attention";
-constexpr const char* kDecode = "gated_decode";
+constexpr const char* kDecode = "gated_cross_attention_decode";
 constexpr int kFewRows = 16;    // so many packed rows fit one warp
 constexpr int kDecodeStep = 64;  // parts of the source are multiples of it
 
@@ -182,7 +182,7 @@ struct SumParts {
 
 }  // namespace
 
-void attention_forward(const AttentionForward& call, Launch launch) {
+void gated_cross_attention_forward(const AttentionForward& call, Launch launch) {
   AttentionParameters p = parameters(call.in, kForward);
   p.out = call.out.data;
   p.lse = static_cast<float*>(call.lse.data);
@@ -221,7 +221,7 @@ int decode_splits(const Attention& in, int device) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, 64)));
 }
 
-void attention_decode(const AttentionDecode& call, Launch launch) {
+void gated_cross_attention_decode(const AttentionDecode& call, Launch launch) {
   AttentionParameters p = parameters(call.in, kDecode);
   const Sizes n(call.in);
   const bool few = p.rows <= kFewRows;
@@ -291,9 +291,11 @@ void sum_source(const AttentionBackward& call, const AttentionParameters& p, con
 
 }  // namespace
 
-int64_t attention_backward_workspace(const AttentionBackward& call) { return BackwardPlan(call).workspace(call); }
+int64_t gated_cross_attention_backward_workspace(const AttentionBackward& call) {
+  return BackwardPlan(call).workspace(call);
+}
 
-void attention_backward(const AttentionBackward& call, Launch launch) {
+void gated_cross_attention_backward(const AttentionBackward& call, Launch launch) {
   const BackwardPlan plan(call);
   AttentionParameters p = parameters(call.in, kForward);
   const Sizes n(call.in);

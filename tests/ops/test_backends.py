@@ -1,21 +1,24 @@
-"""A backend from outside: functions of its own, or kernels behind the launchers' names."""
+"""The registry of backends: what each says of itself, and backends from outside, of functions or of kernels."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from op_cases import attention_inputs, mix_inputs
+from op_cases import DEVICE, attention_inputs, mix_inputs
 from tiny import batch, tiny_model
 from torch import Tensor
 
 from layalign import ArgumentError, BackendError, ops, reference
-from layalign.ops import backends
+from layalign.ops import backends, support
 from layalign.ops.backends import Backend, KernelBackend
 
+ROOT = Path(__file__).parents[2]
 CALLS: list[str] = []
 
 
@@ -73,7 +76,7 @@ def attention_backward(
 
 
 def decode(*inputs: Any) -> Tensor:
-    CALLS.append("gated_decode")
+    CALLS.append("gated_cross_attention_decode")
     out: Tensor = attention_forward(*inputs)[0]
     CALLS.pop()
     return out
@@ -84,7 +87,7 @@ KERNELS = {
     "layer_mix_backward": mix_backward,
     "gated_cross_attention_forward": attention_forward,
     "gated_cross_attention_backward": attention_backward,
-    "gated_decode": decode,
+    "gated_cross_attention_decode": decode,
 }
 
 
@@ -124,7 +127,7 @@ def test_kernels_get_gradients_and_compilation_from_the_operations(toy: None) ->
     CALLS.clear()
     with torch.no_grad():
         ops.gated_cross_attention(*attended, impl="toy")
-    assert CALLS == ["gated_decode"]
+    assert CALLS == ["gated_cross_attention_decode"]
     attend = functools.partial(ops.gated_cross_attention, impl="toy")
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for found, expected in zip(
@@ -146,7 +149,7 @@ def test_a_model_trains_and_answers_with_it(toy: None) -> None:
             torch.testing.assert_close(other.grad, one.grad, msg=name)
     inputs.pop("labels")
     prompts = [model.eval().generate(**inputs, max_new_tokens=4, do_sample=False) for model in (plain, own)]
-    assert torch.equal(*prompts) and "gated_decode" in CALLS
+    assert torch.equal(*prompts) and "gated_cross_attention_decode" in CALLS
 
 
 def test_its_place_in_auto_and_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +194,7 @@ def test_its_place_in_auto_and_what_it_does_not_take(monkeypatch: pytest.MonkeyP
     "backend, options, told",
     [
         ("toy", {}, "backend: expected a layalign.ops.backends.Backend, got 'toy'"),
-        (Backend("cpp"), {}, "backend: there is one of the name 'cpp'"),
+        (Backend("cpp"), {}, "backend: expected a new name, got 'cpp'"),
         (Backend("auto"), {}, "backend: expected a name that is an identifier and not auto, got 'auto'"),
         (Backend("a-b"), {}, "backend: expected a name that is an identifier"),
         (Backend("a", {"mix": min}), {}, "backend: expected functions for some of .*layer_mix.*, got 'mix'"),
@@ -202,6 +205,34 @@ def test_what_cannot_be_registered_is_named(backend: Any, options: Any, told: st
     with pytest.raises(ArgumentError, match=told):
         backends.register_backend(backend, **options)
     for name in ("cpp", "nothing"):
-        with pytest.raises(ArgumentError, match="name: expected that of a backend of register_backend"):
+        with pytest.raises(ArgumentError, match="name: expected a backend added by register_backend"):
             backends.unregister_backend(name)
     assert backends.names() == backends.OWN
+
+
+def test_backends_answer_for_themselves(caplog: pytest.LogCaptureFixture) -> None:
+    report = {status.name: status for status in backends.report(DEVICE)}
+    assert list(report) == list(backends.names())
+    assert report["torch"].available
+    assert all(status.reason for status in report.values())
+    hidden, weight, bias, *_ = mix_inputs()
+    with pytest.raises(ArgumentError, match="impl: expected 'auto' or one of triton, cuda, cpp, torch, got 'fast'"):
+        ops.layer_mix(hidden, weight, bias, impl="fast")
+    for name, status in report.items():
+        if not status.available and name != "torch":
+            with pytest.raises(BackendError, match=f"layer_mix: impl='{name}' cannot serve this call: "):
+                ops.layer_mix(hidden, weight, bias, impl=name)
+    backends._LOGGED.clear()
+    with caplog.at_level(logging.INFO, logger="layalign"):
+        ops.layer_mix(hidden, weight, bias)
+        ops.layer_mix(hidden, weight, bias)
+    assert len([record for record in caplog.records if f"layer_mix on {DEVICE}: backend" in record.message]) == 1
+
+
+def test_the_page_on_backends_is_what_the_checks_answer() -> None:
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    assert support.written_into(page) == page, "run `make docs`"
+    rows = {(row.operation, row.backend, row.device): row for row in support.rows()}
+    assert rows["layer_mix", "cpp", "CPU"].limits == {"layers": 64, "slots": 256}
+    assert not rows["layer_mix", "triton", "GPU, sm_100"].dtypes["float32"]
+    assert rows["gated_cross_attention", "torch", "CPU"].limits == {"head size": None}

@@ -1,4 +1,4 @@
-"""A call goes straight to its kernels only where nothing would notice that its registered operation is skipped."""
+"""Cached calls of gated cross-attention give the numbers of full calls, and only where they may answer at all."""
 
 from __future__ import annotations
 
@@ -10,161 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from op_cases import Recorded, Subclass, Watching
 from tiny import batch, tiny_model
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from layalign import BackendError, ops
+from layalign import ops
 from layalign.modeling.cache import SourceKeyValues
 from layalign.modeling.cross_attention import OnePass, one_pass
 from layalign.nn import GatedCrossAttention
-from layalign.ops import backends, cached_launch, dispatch
-from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
+from layalign.ops import backends, cached_launch
+from layalign.ops.cached_launch import CachedDecode, CachedTraining
 
 IMPLS = [name for name in ("cpp", "cuda") if backends.capability(name, "cpu")[0]]
 needs_kernels = pytest.mark.skipif(not IMPLS, reason="no compiled kernels here")
-
-
-def tensors() -> tuple[list[Tensor], Tensor, Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(1, 3, 8) for _ in range(3)], torch.randn(4, 3), torch.randn(4)
-
-
-CALLS: dict[str, Callable[[str], Tensor]] = {
-    "layer_mix": lambda impl: ops.layer_mix(*tensors(), impl=impl),
-    "layer_projection": lambda impl: ops.layer_projection(*tensors(), torch.ones(5, 8), impl=impl),
-    "gated_decode": lambda impl: attention(2, impl),
-    "gated_cross_attention": lambda impl: attention(20, impl),
-}
-
-
-def attention(length: int, impl: str) -> Tensor:
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 2, rows, 16) for rows in (length, 5, 5))
-    return ops.gated_cross_attention(query, key, value, torch.tensor(0.5), impl=impl)
-
-
-class Recorded(TorchDispatchMode):
-    """The names of the operations that the dispatcher sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-@needs_kernels
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", CALLS)
-def test_the_same_numbers_either_way(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    direct = CALLS[name](impl)
-    with Recorded() as recorded:
-        registered = CALLS[name](impl)
-    assert f"layalign::{name}" in recorded.names
-    assert torch.equal(direct, registered)
-    # And the first one was direct: with the registered operation broken it still answers.
-    packet = getattr(torch.ops.layalign, name)
-    monkeypatch.setattr(torch.ops.layalign, name, None)
-    assert torch.equal(CALLS[name](impl), direct)
-    monkeypatch.setattr(torch.ops.layalign, name, packet)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_functional_gradients_go_through_plain_torch(name: str) -> None:
-    def loss(factor: Tensor, impl: str) -> Tensor:
-        torch.manual_seed(0)
-        hidden, mix, bias = tensors()
-        query, key, value = (
-            torch.randn(1, 2, rows, 16) * factor for rows in (2 if name == "gated_decode" else 20, 5, 5)
-        )
-        if name == "layer_mix":
-            found = ops.layer_mix(hidden, mix * factor, bias, impl=impl)
-        elif name == "layer_projection":
-            found = ops.layer_projection(hidden, mix * factor, bias, torch.ones(5, 8) * factor, impl=impl)
-        else:
-            found = ops.gated_cross_attention(query, key, value, factor, impl=impl)
-        return found.square().sum()
-
-    factor = torch.tensor(0.5)
-    wanted = factor.clone().requires_grad_()
-    loss(wanted, "auto").backward()
-    found = torch.func.grad(lambda f: loss(f, "auto"))(factor)
-    torch.testing.assert_close(found, wanted.grad, rtol=1e-4, atol=1e-4)
-    for impl in IMPLS:
-        with pytest.raises(BackendError, match=r"functional transforms \(torch.func\) go through plain torch"):
-            torch.func.grad(lambda f, impl=impl: loss(f, impl))(factor)
-
-
-@pytest.mark.parametrize("fold", ["always", "never"])
-def test_functional_gradients_of_a_model(fold: str) -> None:
-    model = tiny_model()
-    model.key_values.choice = fold
-    inputs = batch(model=model)
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.func.grad(lambda ps: torch.func.functional_call(model, ps, (), inputs).loss)(trained)
-    model(**inputs).loss.backward()
-    wanted = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert found.keys() == wanted.keys()
-    for name, grad in wanted.items():
-        assert grad.norm() > 0 or "gate" not in name
-        assert (found[name] - grad).norm() <= 1e-4 * grad.norm(), name
-
-
-@needs_kernels
-def test_the_profiler_shows_the_operation() -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-        CALLS["gated_decode"](IMPLS[0])
-    assert "layalign::gated_decode" in {event.key for event in profiled.key_averages()}
-
-
-class Subclass(Tensor):
-    pass
-
-
-class Watching(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-def test_whoever_watches_is_seen() -> None:
-    plain = torch.ones(2)
-    assert dispatch.unobserved([plain, None, torch.nn.Parameter(plain, requires_grad=False)])
-    assert not dispatch.unobserved([plain.as_subclass(Subclass)])
-    parameter = torch.nn.Parameter(plain)
-    assert not dispatch.unobserved([parameter])
-    with torch.no_grad():
-        assert dispatch.unobserved([parameter])
-    for mode in (Watching(), Recorded(), torch.profiler.profile(), forward_ad.dual_level()):
-        with mode:
-            assert not dispatch.unobserved([plain]), mode
-    assert dispatch.unobserved([plain])
-
-    seen = []
-
-    def inside(x: Tensor) -> Tensor:
-        seen.append(dispatch.unobserved([plain]))
-        return x
-
-    with torch.no_grad():
-        assert dispatch.quiet()
-        for mode in (Watching(), torch.profiler.profile(), torch.enable_grad()):
-            with mode:
-                assert not dispatch.quiet(), mode
-
-    torch.vmap(inside)(plain)
-    torch.func.grad(lambda x: inside(x).sum())(plain)
-    torch.jit.trace(inside, plain, check_trace=False)
-    assert seen == [False, False, False]
-
-
-def test_a_torch_without_these_hooks_loses_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_KNOWN", False)
-    assert not dispatch.unobserved([torch.ones(2)])
 
 
 def decode_arguments() -> list[Any]:
@@ -184,20 +42,20 @@ def full_call(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Ten
     return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl="torch")
 
 
-def repeated(again: RepeatedDecode, arguments: Sequence[Any]) -> Tensor | None:
+def repeated(again: CachedDecode, arguments: Sequence[Any]) -> Tensor | None:
     """As SourceKeyValues calls it: prepared, then called."""
     query, key, value, gate, base, mask, scale, impl = arguments
     return again(query, base, scale) if again.prepare(key, value, gate, mask, impl) else None
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_a_repeated_decode_is_the_full_call() -> None:
+def test_a_cached_decode_is_the_full_call() -> None:
     arguments = decode_arguments()
-    again = RepeatedDecode.after(*split(arguments))
+    again = CachedDecode.after(*split(arguments))
     assert again is not None
     for step in range(3):
         arguments[0], arguments[4] = torch.randn(2, 1, 4, 16).transpose(1, 2), torch.randn(2, 1, 4, 16)
-        arguments[3].fill_(step - 1.0)  # the gate's number is read anew
+        arguments[3].fill_(step - 1.0)  # the gate's number is read again
         if step == 2:
             arguments[3] = arguments[3].clone()  # and the gate may be another tensor
         found = repeated(again, arguments)
@@ -207,13 +65,13 @@ def test_a_repeated_decode_is_the_full_call() -> None:
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 @pytest.mark.parametrize("kind", ["contiguous", "in pieces", "half precision"])
-def test_a_repeated_decode_overwrites_a_base_that_can_hold_the_result(kind: str) -> None:
+def test_a_cached_decode_overwrites_a_base_that_can_hold_the_result(kind: str) -> None:
     arguments = decode_arguments()
     bases = {"in pieces": torch.randn(2, 1, 4, 32)[..., :16], "half precision": arguments[4].half()}
     arguments[4] = bases.get(kind, arguments[4])
     query, key, value, gate, base, mask, scale, impl = arguments
     expected, before = full_call(query, key, value, gate, base.float(), mask, scale), base.clone()
-    again = RepeatedDecode.after((query, key, value, gate, base, mask), scale, impl)
+    again = CachedDecode.after((query, key, value, gate, base, mask), scale, impl)
     assert again is not None and again.prepare(key, value, gate, mask, impl)
     kept = again(query, base, scale)
     assert kept is not None and torch.equal(base, before)  # unasked, it stays as it is
@@ -263,9 +121,9 @@ def test_only_what_sdpa_returned_is_overwritten(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_a_repeated_decode_leaves_other_calls_alone() -> None:
+def test_a_cached_decode_leaves_other_calls_alone() -> None:
     arguments = decode_arguments()
-    again = RepeatedDecode.after(*split(arguments))
+    again = CachedDecode.after(*split(arguments))
     assert again is not None and repeated(again, arguments) is not None
     query, key, value, gate, base, mask, scale, impl = arguments
     others = [
@@ -288,12 +146,12 @@ def test_a_repeated_decode_leaves_other_calls_alone() -> None:
     ]
     assert [repeated(again, other) for other in others] == [None] * len(others)
     assert copy.deepcopy(again) is None and pickle.loads(pickle.dumps(again)) is None
-    assert RepeatedDecode.after((query, key, value, gate, base, mask), scale, "torch") is None
+    assert CachedDecode.after((query, key, value, gate, base, mask), scale, "torch") is None
     for wide in ([query, key, value, gate.double(), base], [query, key, value, gate, base.double()]):
-        assert RepeatedDecode.after((*wide, mask), scale, impl) is None
-    assert RepeatedDecode.after((query, key, value, gate.to("meta"), base, mask), scale, impl) is None
+        assert CachedDecode.after((*wide, mask), scale, impl) is None
+    assert CachedDecode.after((query, key, value, gate.to("meta"), base, mask), scale, impl) is None
     many = torch.randn(2, 4, 17, 16)
-    assert RepeatedDecode.after((many, key, value, gate, torch.randn(2, 17, 4, 16), mask), scale, "cpp") is None
+    assert CachedDecode.after((many, key, value, gate, torch.randn(2, 17, 4, 16), mask), scale, "cpp") is None
 
 
 def other_values(tensor: Tensor) -> Tensor:
@@ -340,10 +198,10 @@ MOVED = [
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 @pytest.mark.parametrize(("move", "place"), MOVED)
-def test_a_repeated_decode_reads_no_memory_that_its_tensors_have_left(move: str, place: str) -> None:
+def test_a_cached_decode_reads_no_memory_that_its_tensors_have_left(move: str, place: str) -> None:
     for between in (False, True):
         arguments = decode_arguments()
-        again = RepeatedDecode.after(*split(arguments))
+        again = CachedDecode.after(*split(arguments))
         assert again is not None and repeated(again, arguments) is not None
         query, key, value, gate, base, mask, scale, impl = arguments
         at = arguments[("query", "key", "value", "gate", "base", "mask").index(place)].data_ptr()
@@ -359,9 +217,9 @@ def test_a_repeated_decode_reads_no_memory_that_its_tensors_have_left(move: str,
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 @pytest.mark.parametrize("move", ["data", "set_", "swap_tensors", "emptied and filled"])
-def test_a_repeated_decode_follows_its_gate(move: str) -> None:
+def test_a_cached_decode_follows_its_gate(move: str) -> None:
     arguments = decode_arguments()
-    again = RepeatedDecode.after(*split(arguments))
+    again = CachedDecode.after(*split(arguments))
     query, key, value, gate, base, mask, scale, impl = arguments
     assert again is not None and again.prepare(key, value, gate, mask, impl)
     MOVES[move](gate)
@@ -464,8 +322,8 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
     torch.nn.init.constant_(module.adaption_gate, 0.5)
     source = SourceKeyValues((3,), (key,), (value,), mask)
     short: list[bool] = []
-    call = RepeatedDecode.__call__
-    monkeypatch.setattr(RepeatedDecode, "__call__", lambda *given: short.append(True) or call(*given))
+    call = CachedDecode.__call__
+    monkeypatch.setattr(CachedDecode, "__call__", lambda *given: short.append(True) or call(*given))
 
     def ran_short(within: Any, grad: bool = False) -> bool:
         short.clear()
@@ -526,7 +384,7 @@ def training_arguments(change: dict[str, Any], seed: int = 0) -> list[Any]:
 def trained(arguments: list[Any]) -> Tensor | None:
     """As SourceKeyValues calls it."""
     query, key, value, gate, base, mask, scale, impl = arguments
-    return RepeatedTraining(key, value, gate, mask, impl)(query, base, scale)
+    return CachedTraining(key, value, gate, mask, impl)(query, base, scale)
 
 
 def called(arguments: list[Any]) -> Tensor:
@@ -550,10 +408,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     "frozen", [(), (0, 4), (1, 2), (3,), (0, 1, 2, 3)], ids=lambda f: "frozen-" + "-".join(map(str, f))
 )
-def test_repeated_training_is_the_full_call(change: dict[str, Any], frozen: tuple[int, ...], kernels: Any) -> None:
+def test_cached_training_is_the_full_call(change: dict[str, Any], frozen: tuple[int, ...], kernels: Any) -> None:
     first = training_arguments(change)
     assert trained(first) is None  # no full call of the kind yet
-    RepeatedTraining.after(*split(first))
+    CachedTraining.after(*split(first))
     assert len(kernels) == 1
     arguments = training_arguments(change, seed=1)
     for place in frozen:
@@ -567,9 +425,9 @@ def test_repeated_training_is_the_full_call(change: dict[str, Any], frozen: tupl
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_repeated_training_leaves_other_calls_alone(kernels: Any) -> None:
+def test_cached_training_leaves_other_calls_alone(kernels: Any) -> None:
     arguments = training_arguments({})
-    RepeatedTraining.after(*split(arguments))
+    CachedTraining.after(*split(arguments))
     assert trained(arguments) is not None
     query, key, value, gate, base, mask, scale, impl = arguments
     others = [
@@ -601,16 +459,16 @@ def test_repeated_training_leaves_other_calls_alone(kernels: Any) -> None:
         [query, key[:, :, :1].expand(2, 2, 5, 16)[..., :0], value, gate, base, mask, scale, impl],
         [query, torch.randn(999).as_strided((2, 2, 5, 16), (240, 80, 1, 1)), value, gate, base, mask, scale, impl],
     ):
-        RepeatedTraining.after(*split(refused))
+        CachedTraining.after(*split(refused))
     assert len(kernels) == count
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_repeated_training_looks_at_its_tensors_when_it_is_called(kernels: Any) -> None:
+def test_cached_training_looks_at_its_tensors_when_it_is_called(kernels: Any) -> None:
     arguments = training_arguments({})
-    RepeatedTraining.after(*split(arguments))
+    CachedTraining.after(*split(arguments))
     query, key, value, gate, base, mask, scale, impl = arguments
-    prepared = RepeatedTraining(key, value, gate, mask, impl)
+    prepared = CachedTraining(key, value, gate, mask, impl)
     key.data = torch.randn(2, 5, 2, 16).transpose(1, 2)
     assert torch.equal(prepared(query, base, scale), called(arguments))
     value.data = torch.randn(2, 2, 5, 16)  # laid out in another way
@@ -618,9 +476,9 @@ def test_repeated_training_looks_at_its_tensors_when_it_is_called(kernels: Any) 
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_repeated_training_answers_who_looks_in_the_backward(kernels: Any) -> None:
+def test_cached_training_answers_who_looks_in_the_backward(kernels: Any) -> None:
     arguments = training_arguments({})
-    RepeatedTraining.after(*split(arguments))
+    CachedTraining.after(*split(arguments))
     weight = torch.randn(2, 20, 4, 16)
     right = torch.autograd.grad(called(arguments), leaves(arguments), weight)
 
@@ -632,7 +490,7 @@ def test_repeated_training_answers_who_looks_in_the_backward(kernels: Any) -> No
     same(trained(arguments))
     same(trained(arguments), torch.empty(20, 2, 4, 16).copy_(weight.transpose(0, 1)).transpose(0, 1))  # in pieces
     same(trained(arguments), torch._neg_view(-weight))
-    with torch.autograd.graph.save_on_cpu():  # brings tensors back laid out anew
+    with torch.autograd.graph.save_on_cpu():  # changes their layout
         result = trained(arguments)
     same(result)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
@@ -659,10 +517,10 @@ def test_the_backward_is_short_whatever_the_base_was_like(
         "mask": None,
     }
     arguments = training_arguments(change)
-    RepeatedTraining.after(*split(arguments))
+    CachedTraining.after(*split(arguments))
     weight = torch.randn(rows, 20, 4, 16)
     right = torch.autograd.grad(called(arguments), leaves(arguments), weight)
-    monkeypatch.setattr(cached_launch, "gradients", None)  # the long way
+    monkeypatch.setattr(cached_launch, "gradients", None)  # of full calls
     result = trained(arguments)
     assert result is not None
     for one, other in zip(torch.autograd.grad(result, leaves(arguments), weight), right, strict=True):
@@ -675,16 +533,16 @@ def test_autocast_is_part_of_the_kind(kernels: Any) -> None:
     plain, narrow = training_arguments({}), training_arguments({"dtype": torch.bfloat16})
     step = decode_arguments()
     small = [each.bfloat16() if isinstance(each, Tensor) and each.is_floating_point() else each for each in step]
-    RepeatedTraining.after(*split(plain))
-    RepeatedTraining.after(*split(narrow))
-    again = RepeatedDecode.after(*split(small))
+    CachedTraining.after(*split(plain))
+    CachedTraining.after(*split(narrow))
+    again = CachedDecode.after(*split(small))
     assert again is not None and trained(plain) is not None and trained(narrow) is not None
     with torch.autocast("cpu", torch.bfloat16):
         assert trained(plain) is None and trained(narrow) is None and repeated(again, small) is None
-        RepeatedTraining.after(*split(plain))
-        assert len(kernels) == 2 and RepeatedDecode.after(*split(step)) is None
-        RepeatedTraining.after(*split(narrow))
-        again = RepeatedDecode.after(*split(small))
+        CachedTraining.after(*split(plain))
+        assert len(kernels) == 2 and CachedDecode.after(*split(step)) is None
+        CachedTraining.after(*split(narrow))
+        again = CachedDecode.after(*split(small))
         short, right = trained(narrow), called(narrow)
         assert len(kernels) == 3 and short is not None and torch.equal(short, right)
         found = None if again is None else repeated(again, small)
@@ -700,7 +558,7 @@ def test_no_more_kinds_are_kept_than_a_process_needs(kernels: Any, monkeypatch: 
     monkeypatch.setattr(cached_launch, "MOST_KINDS", 3)
     for length in range(4, 9):
         change = {"mask": torch.ones(2, 5, dtype=torch.bool), "scale": length / 10}
-        RepeatedTraining.after(*split(training_arguments(change)))
+        CachedTraining.after(*split(training_arguments(change)))
     assert len(kernels) == 2
 
 
@@ -714,8 +572,8 @@ def test_a_model_trains_the_short_way_as_the_long_one(
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     inputs = batch(model=model)
     short: list[bool] = []
-    apply = cached_launch._Short.apply
-    monkeypatch.setattr(cached_launch._Short, "apply", lambda *given: short.append(True) or apply(*given))
+    apply = cached_launch._Cached.apply
+    monkeypatch.setattr(cached_launch._Cached, "apply", lambda *given: short.append(True) or apply(*given))
 
     def step() -> list[Tensor]:
         model.zero_grad()
@@ -730,7 +588,7 @@ def test_a_model_trains_the_short_way_as_the_long_one(
     layers, before = len(model.config.language_layers), len(short)
     found = step()
     assert len(short) == (before + layers if checkpointing is not True else before)
-    monkeypatch.setattr(RepeatedTraining, "__call__", lambda *_: None)
+    monkeypatch.setattr(CachedTraining, "__call__", lambda *_: None)
     for one, other in zip(found, step(), strict=True):
         assert torch.equal(one, other)
 
@@ -739,7 +597,7 @@ def test_a_model_trains_the_short_way_as_the_long_one(
 def test_saved_tensors_are_unpacked_once(kernels: Any) -> None:
     """Checkpoints refuse a second time."""
     arguments = training_arguments({})
-    RepeatedTraining.after(*split(arguments))
+    CachedTraining.after(*split(arguments))
     unpacked: list[int] = []
     for watching in (nullcontext(), torch.profiler.profile()):
         unpacked.clear()

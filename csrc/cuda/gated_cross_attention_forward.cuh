@@ -8,7 +8,7 @@
 // Scores and probabilities stay in registers; the softmax is online, in fp32.
 #pragma once
 
-#include "attention.cuh"
+#include "gated_cross_attention.cuh"
 
 namespace layalign::cuda {
 
@@ -117,7 +117,7 @@ DEVICE void finish_rows(const AttentionParameters& p, int64_t b, int g, int firs
   }
 }
 
-// The 1: room for all registers; left to itself, ptxas spills a few to fit more blocks.
+// The 1 leaves room for all registers; without it ptxas spills a few to fit more blocks.
 template <typename T, int D, int ROW_WARPS, int SOURCE_WARPS>
 __global__ void __launch_bounds__(32 * ROW_WARPS * SOURCE_WARPS, 1)
     rows_kernel(KERNEL_PARAMETER AttentionParameters p) {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from layalign import ops
 from layalign.ops import cached_launch
 from layalign.ops.backends.triton import interpreting
-from layalign.ops.cached_launch import RepeatedDecode, RepeatedTraining
+from layalign.ops.cached_launch import CachedDecode, CachedTraining
 
 pytest.importorskip("triton")
 from emulated_triton import Emulated, Launched, emulated_triton
@@ -62,9 +62,9 @@ def test_in_a_process_whose_kernels_are_not_interpreted() -> None:
 
 @interpreted
 def test_interpreted_kernels_are_called_in_full() -> None:
-    assert RepeatedDecode.after(*split(arguments())) is None
+    assert CachedDecode.after(*split(arguments())) is None
     kinds = len(cached_launch._KERNELS)
-    RepeatedTraining.after(*split(arguments(rows=20)))
+    CachedTraining.after(*split(arguments(rows=20)))
     assert len(cached_launch._KERNELS) == kinds
 
 
@@ -102,14 +102,14 @@ def full(given: Sequence[Any]) -> Tensor:
     return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl=impl)
 
 
-def decoded(again: RepeatedDecode, given: Sequence[Any]) -> Tensor | None:
+def decoded(again: CachedDecode, given: Sequence[Any]) -> Tensor | None:
     query, key, value, gate, base, mask, scale, impl = given
     return again(query, base, scale) if again.prepare(key, value, gate, mask, impl) else None
 
 
 def trained(given: Sequence[Any]) -> Tensor | None:
     query, key, value, gate, base, mask, scale, impl = given
-    return RepeatedTraining(key, value, gate, mask, impl)(query, base, scale)
+    return CachedTraining(key, value, gate, mask, impl)(query, base, scale)
 
 
 @pytest.fixture
@@ -154,15 +154,15 @@ def launched(driver: Emulated, given: Sequence[Any], call: Callable[[], Any]) ->
 @compiled
 @pytest.mark.parametrize("change", DECODED.values(), ids=DECODED)
 @torch.no_grad()
-def test_a_repeated_decode_launches_the_same(
+def test_a_cached_decode_launches_the_same(
     change: dict[str, Any], driver: Emulated, by_triton: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from layalign_kernels import gated_decode
+    from layalign_kernels import gated_cross_attention_decode
 
-    monkeypatch.setattr(gated_decode, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(gated_cross_attention_decode, "multiprocessors", lambda _: 132)
     given = arguments(**change)
     right = launched(driver, given, lambda: full(given))
-    again = RepeatedDecode.after(*split(given))
+    again = CachedDecode.after(*split(given))
     assert again is not None
     for seed in (1, 2):
         other = arguments(**change, seed=seed)
@@ -173,7 +173,7 @@ def test_a_repeated_decode_launches_the_same(
         assert not by_triton
         assert found == [launch._replace(stream=seed) for launch in right]
     assert len(right) == (2 if "source" in change else 1)
-    if "source" in change:  # the log-sum-exps lie behind the parts, in one piece of memory
+    if "source" in change:  # the log-sum-exps lie after the parts, in one piece of memory
         arguments_ = driver.launches[0].arguments
         splits, rows = arguments_["splits"], driver.launches[1].arguments["rows"]
         assert splits > 1 and arguments_["p_lse"] - arguments_["p_part"] == 4 * splits * rows * 16
@@ -184,7 +184,7 @@ def test_a_repeated_decode_launches_the_same(
 @pytest.mark.parametrize(
     "frozen", [(), (0, 4), (1, 2), (1,), (3,), (0, 1, 3), (0, 1, 2)], ids=lambda f: "frozen-" + "-".join(map(str, f))
 )
-def test_repeated_training_launches_the_same(
+def test_cached_training_launches_the_same(
     change: dict[str, Any],
     frozen: tuple[int, ...],
     driver: Emulated,
@@ -196,7 +196,7 @@ def test_repeated_training_launches_the_same(
     monkeypatch.setattr(gated_cross_attention_backward, "multiprocessors", lambda _: 132)
     first = arguments(**change)
     full(first)
-    RepeatedTraining.after(*split(first))
+    CachedTraining.after(*split(first))
     weight = torch.randn(2, change["rows"], 4, 16).to(first[0].dtype)
     whole = trained(first)
     assert whole is not None
@@ -217,7 +217,7 @@ def test_repeated_training_launches_the_same(
         return forward, backward
 
     right = through(lambda: full(given))
-    trained_once = through(lambda: trained(given))  # its backward may be compiled anew
+    trained_once = through(lambda: trained(given))  # its backward may be compiled again
     by_triton.clear()
     assert right == trained_once == through(lambda: trained(given))
     assert not by_triton
@@ -226,7 +226,7 @@ def test_repeated_training_launches_the_same(
 
 
 def moved(tensor: Tensor) -> Tensor:
-    """The same numbers 4 bytes behind a multiple of 16."""
+    """The same numbers 4 bytes after a multiple of 16."""
     memory = torch.empty(tensor.numel() + 5, dtype=tensor.dtype)
     found = memory[1:].as_strided(tensor.shape, tensor.stride()) if memory.data_ptr() % 16 == 0 else memory
     return found.copy_(tensor.detach())
@@ -244,7 +244,7 @@ def tf32() -> Iterator[None]:
 def test_what_a_kept_decode_does_not_serve_goes_to_triton(driver: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments()
     full(given)
-    again = RepeatedDecode.after(*split(given))
+    again = CachedDecode.after(*split(given))
     assert again is not None and decoded(again, given) is not None
     count = len(driver.launches)
     aligned = given[0]
@@ -266,7 +266,7 @@ def test_what_a_kept_decode_does_not_serve_goes_to_triton(driver: Emulated, monk
     full([moved(aligned), *given[1:]])
     assert len(driver.launches) == count + 2
     # Made from an unaligned query, one serves both.
-    again = RepeatedDecode.after(*split([moved(aligned), *given[1:]]))
+    again = CachedDecode.after(*split([moved(aligned), *given[1:]]))
     assert again is not None and decoded(again, given) is not None
     assert decoded(again, [moved(aligned), *given[1:]]) is not None
 
@@ -275,7 +275,7 @@ def test_what_a_kept_decode_does_not_serve_goes_to_triton(driver: Emulated, monk
 def test_what_kept_training_does_not_serve_goes_to_triton(driver: Emulated, by_triton: list[str]) -> None:
     given = arguments(rows=20)
     full(given)
-    RepeatedTraining.after(*split(given))
+    CachedTraining.after(*split(given))
     weight = torch.randn(2, 20, 4, 16)
 
     def launches(grad: Tensor = weight) -> tuple[int, int]:
@@ -302,18 +302,19 @@ def test_what_kept_training_does_not_serve_goes_to_triton(driver: Emulated, by_t
 @compiled
 @pytest.mark.parametrize("case", ["hooks", "ROCm", "an old Triton"])
 def test_what_cannot_be_kept(case: str, driver: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layalign_kernels import gated_cross_attention, gated_decode
+    from layalign_kernels.gated_cross_attention import gated_cross_attention_forward_kernel
+    from layalign_kernels.gated_cross_attention_decode import gated_cross_attention_decode_kernel
 
     if case == "ROCm":
         monkeypatch.setattr(torch.version, "hip", "7.0")
     elif case == "an old Triton":
         monkeypatch.setattr("triton.__version__", "3.3.1+git1")
     else:
-        for kernel in (gated_decode.gated_decode_kernel, gated_cross_attention.gated_cross_attention_forward_kernel):
+        for kernel in (gated_cross_attention_decode_kernel, gated_cross_attention_forward_kernel):
             monkeypatch.setattr(kernel, "pre_run_hooks", [lambda *_, **__: None])
     with torch.no_grad():
-        assert RepeatedDecode.after(*split(arguments())) is None
-    RepeatedTraining.after(*split(arguments(rows=20)))
+        assert CachedDecode.after(*split(arguments())) is None
+    CachedTraining.after(*split(arguments(rows=20)))
     assert not cached_launch._KERNELS
 
 
@@ -368,10 +369,10 @@ def test_a_model_launches_the_same_either_way(
 @on_gpu
 @pytest.mark.parametrize("change", DECODED.values(), ids=DECODED)
 @torch.no_grad()
-def test_a_repeated_decode_has_the_same_numbers(change: dict[str, Any]) -> None:
+def test_a_cached_decode_has_the_same_numbers(change: dict[str, Any]) -> None:
     given = arguments(**change, device=GPU)
     full(given)
-    again = RepeatedDecode.after(*split(given))
+    again = CachedDecode.after(*split(given))
     assert again is not None
     for seed in (1, 2):
         other = arguments(**change, seed=seed, device=GPU)
@@ -383,10 +384,10 @@ def test_a_repeated_decode_has_the_same_numbers(change: dict[str, Any]) -> None:
 @compiled
 @on_gpu
 @pytest.mark.parametrize("change", TRAINED.values(), ids=TRAINED)
-def test_repeated_training_has_the_same_numbers(change: dict[str, Any]) -> None:
+def test_cached_training_has_the_same_numbers(change: dict[str, Any]) -> None:
     first = arguments(**change, device=GPU)
     full(first)
-    RepeatedTraining.after(*split(first))
+    CachedTraining.after(*split(first))
     given = arguments(**change, seed=1, device=GPU)
     for _ in range(2):
         short, long = trained(given), full(given)

@@ -3,24 +3,24 @@
 // With P = softmax, G = grad (without the gate, which may be 0 while dgate is not) and n <= S attended tokens:
 //   dP = V G^T;  delta[t] = sum_s P dP;  dS = P (dP - delta);  dgate = sum_t delta
 //   dV = gate P^T G;  dK = gate scale dS^T Q;  dQ = gate scale dS K
-// P = 2^(score - lse) is off by what lse was rounded by, several units of fp32; dividing by its own sum mends that.
+// P = 2^(score - lse) carries the rounding error of lse, several units of fp32; dividing by its own sum corrects that.
 // Shapes: a task takes a part of the rows of one group, in blocks of kRowBlock; per block and kKeyBlock tokens it makes
-// P^T and dP^T (keys, rows), lanes over the rows. delta needs the whole sum over s before anything else can go on:
-// up to kKept tokens the two panels are simply kept, above that they are computed a second time.
+// P^T and dP^T (keys, rows), lanes over the rows. Everything else needs delta, a sum over all s: up to kKept tokens the
+// two panels are stored, above that they are computed twice.
 // Arithmetic: 10 rows n d flop (14 above kKept); bytes: K, V, dK, dV once per block of rows, 16 n d, from L2 or L3.
 // K and V are copied once for all rows of a task, up to kKept tokens. dK and dV are summed over a task's blocks in
-// scratch; where there is one block only, they go straight to their place. The number of parts depends on the shape
-// only, and parts are added in order: the same bits whatever the number of threads.
-// Scratch: per thread kRowBlock * (5 d + 2 n) + (2 n + kKeyBlock) * d floats for n = min(S, kKept) tokens; for dK and dV
-// 2 S d per part, of which there are at most B G + kTasks. Linear in S, independent of T.
-#include "attention.h"
+// scratch; a single block writes the result directly. The number of parts depends on the shape only, and parts are
+// added in order: the same bits for any number of threads.
+// Scratch: per thread kRowBlock * (5 d + 2 n) + (2 n + kKeyBlock) * d floats for n = min(S, kKept) tokens; for dK and
+// dV 2 S d per part, of which there are at most B G + kTasks. Linear in S, independent of T.
+#include "gated_cross_attention.h"
 
 namespace layalign::cpu::LAYALIGN_ISA {
 namespace {
 
 constexpr int64_t kRowBlock = kMostRows;
 constexpr int64_t kKeyBlock = 64;
-constexpr int64_t kTasks = 16;  // groups are split into parts until there are so many
+constexpr int64_t kTasks = 16;  // groups are split into parts until there are this many
 
 struct Plan {
   int64_t pairs, parts, blocks;  // (b, g) pairs; parts of a pair's rows; blocks of rows in all parts together
@@ -139,7 +139,7 @@ void Block::add_sums(int64_t from, int64_t keys) const {
   }
 }
 
-// From here on P's factor 1 / sum is in delta, in G (for dV) and, by score_gradients, in dS.
+// Applies P's factor 1 / sum to delta and to G (for dV); score_gradients applies it to dS.
 void Block::normalize() const {
   for (int64_t i = 0; i < rows; ++i) {
     const float factor = 1 / x.sums[i];
@@ -218,8 +218,8 @@ double Block::run() const {
   return dgate;
 }
 
-// dkey or dvalue of one group: the parts' sums (parts, S, width) added in order, and put where the tokens are; zero
-// elsewhere. Without parts the tokens have theirs already.
+// dkey or dvalue of one group: the parts' sums (parts, S, width) added in order and stored at the attended tokens, zero
+// at the others. Without parts the attended tokens are written already.
 void store_tokens(
     const Sizes& n, const Attended& attended, const Tensor& to, int64_t b, int64_t g, int64_t parts, float factor,
     float* sums) {
@@ -283,13 +283,13 @@ struct Whole {
                        count, gate, dkey, dvalue, block == first, keys, values, Places(n, g, begin, rows)};
       dgates[task] += work.run();
     }
-    if (plan.parts == 1) store(pair);  // while it is in the caches
+    if (plan.parts == 1) store(pair);  // still in the caches
   }
 };
 
 }  // namespace
 
-void attention_backward(const AttentionBackward& call, int threads) {
+void gated_cross_attention_backward(const AttentionBackward& call, int threads) {
   const Sizes n(call.in);
   const Plan plan(n);
   if (n.size == 0) return;

@@ -1,4 +1,4 @@
-// Gated cross-attention: what its kernels share: parameters, packed rows, and the stream of keys and values.
+// Shared by the kernels of gated cross-attention: parameters, packed rows, and the stream of keys and values.
 //
 // The query heads of a group and their T rows are packed into H / G * T rows, head by head, that share keys and values;
 // a block has some of these rows. Scores are kept in base 2: scale * log2(e) is in `scale2`.
@@ -69,7 +69,7 @@ DEVICE int64_t first_packed(const AttentionParameters& p, int64_t b, int g) {
   return (b * p.heads + static_cast<int64_t>(g) * p.repeat) * p.length;
 }
 
-// What a block works on. Splits of a tile are neighbours, then tiles of a group: they share what they read.
+// What a block works on. Splits of a tile are neighbours, then tiles of a group, because they read the same data.
 struct BlockPlace {
   int64_t b;
   int g, tile, split;
@@ -136,7 +136,7 @@ struct SourceStream {
   int64_t key_s, value_s, mask_s;
   int first, end, size;
   bool vector;
-  float ahead;  // this thread's flag of the tile after the next: read early, it arrives during the products
+  float ahead;  // this thread's flag of the tile after the next: loaded early, it arrives during the products
 
   DEVICE void set(const AttentionParameters& p, int64_t b, int g, T* memory, void* flag_memory) {
     tiles = memory;

@@ -1,15 +1,15 @@
 """Gated cross-attention for decoding: few rows (T <= 16), split over the source. No gradient, no log-sum-exp.
 
-One program reads its share of one key/value head once for all query heads of the group: the heads times the rows are
-packed into one tile. Counted as in ``gated_cross_attention``:
+One program reads its share of one key/value head once for all query heads of the group, whose rows are packed into one
+tile. Counted as in ``gated_cross_attention``:
 
 - 4 * B * H * T * S * d FLOP (tiles of 16 rows: more on the tensor cores when T * H / G is smaller);
-- reads c * B * d * (2 * G * S + 2 * H * T) bytes, B * G * S of the mask; writes c * B * H * T * d; when split, a part
+- reads c * B * d * (2 * G * S + 2 * H * T) bytes, B * G * S of the mask; writes c * B * H * T * d; each part of a split
   writes and reads 4 * B * H * T * (d + 1) bytes. Memory- and launch-bound: H * T / G FLOP/byte in bf16 at large S.
 
-One launch when the source is not split, else a second small one that combines the parts, the gate and the base. No host
-sync and no allocation but the output and, when split, the partial results: it can be captured in a CUDA graph. Padding
-at either end of a sequence's source is skipped, so sequences of different lengths cost what they are long.
+It is one launch, or two where the source is split: the second combines the parts, the gate and the base. There is no
+host sync, and no allocation except the output and partial results, so that it can be captured in a CUDA graph. Padding
+at either end of a sequence's source is skipped: a short sequence costs little in a batch with long ones.
 
 Source: LayAlign, adaptive fusion-enhanced attention; splitting over keys is Flash-Decoding's.
 The reference is ``layalign.reference.gated_cross_attention``.
@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.ahead_of_time import Entry, entry
-from layalign_kernels.attention_tiles import (
+from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64
+from layalign_kernels.gated_cross_attention_common import (
     SHIPPED,
     TYPE_NAMES,
     Table,
@@ -39,8 +40,7 @@ from layalign_kernels.attention_tiles import (
     strides,
     unit_last,
 )
-from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64
-from layalign_kernels.launching import Launch
+from layalign_kernels.launch import Launch
 
 # By the number of packed rows that a program takes.
 TABLES: dict[int, Table] = {
@@ -68,7 +68,7 @@ TABLES: dict[int, Table] = {
 
 
 @triton.jit(do_not_specialize=["B", "T", "S", "stride_mb", "stride_ms", "splits", "span"])
-def gated_decode_kernel(
+def gated_cross_attention_decode_kernel(
     p_q, p_k, p_v, p_gate, p_base, p_mask, p_out, p_part, p_lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
     stride_sb, stride_st, stride_sh, stride_mb, stride_ms, B, T, S, splits, span, scale,
@@ -113,7 +113,7 @@ def gated_decode_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "T", "splits"])
-def gated_decode_combine_kernel(
+def gated_cross_attention_decode_combine_kernel(
     p_part, p_lse, p_gate, p_base, p_out, stride_sb, stride_st, stride_sh, rows, T, splits,
     H: tl.constexpr, BP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def splits_over_source(programs: int, source: int, block: int, processors: int) 
     return max(1, min(wanted, ceil_div(source, 2 * block), 64))
 
 
-def gated_decode(
+def gated_cross_attention_decode(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -163,7 +163,7 @@ def gated_decode(
 ) -> torch.Tensor:
     """(B, H, T, d), twice (B, G, S, d), one number, (B, T, H, d) or None, (B, S) bool or None -> (B, T, H, d).
 
-    T is meant to be small; any is right. Types and strides as in ``gated_cross_attention_forward``; ``splits``
+    Made for small T, but correct for any. Types and strides as in ``gated_cross_attention_forward``; ``splits``
     overrides :func:`splits_over_source`.
     """
     batch, heads, length, size = query.shape
@@ -221,10 +221,10 @@ def decode_launches(
         REP=repeat,
         PRECISION=dot_precision(query.dtype),
     )
-    found = [Launch(gated_decode_kernel, programs * splits, {**own, **common, **options})]
+    found = [Launch(gated_cross_attention_decode_kernel, programs * splits, {**own, **common, **options})]
     if splits > 1:
         combine = dict(rows=rows, BP=next_power_of_2(splits), num_warps=1)
-        found.append(Launch(gated_decode_combine_kernel, rows, {**combine, **common}))
+        found.append(Launch(gated_cross_attention_decode_combine_kernel, rows, {**combine, **common}))
     return found
 
 
@@ -238,13 +238,19 @@ def ahead_of_time(arch: str = "sm_90") -> list[Entry]:
             config = configuration(rows, size, dtype, arch)
             if config["BM"] != rows:
                 continue
-            found.append(shipped_entry(f"decode {rows} rows", gated_decode_kernel, config, shipped, whole))
+            found.append(
+                shipped_entry(f"decode {rows} rows", gated_cross_attention_decode_kernel, config, shipped, whole)
+            )
             split = dict(SPLIT=True, p_out=None, p_base=None)
-            found.append(shipped_entry(f"decode split {rows} rows", gated_decode_kernel, config, shipped, split))
+            found.append(
+                shipped_entry(f"decode split {rows} rows", gated_cross_attention_decode_kernel, config, shipped, split)
+            )
     for dtype in TYPE_NAMES:
         types = dict(p_part="*fp32", p_lse="*fp32", p_gate="*fp32", p_base=f"*{TYPE_NAMES[dtype]}")
         types["p_out"] = types["p_base"]
         constants = dict(H=32, BP=16, D=128, BD=128)
         name = f"decode combine d128 {TYPE_NAMES[dtype]}"
-        found.append(entry(name, gated_decode_combine_kernel, types, constants, dict(num_warps=1, num_stages=1)))
+        found.append(
+            entry(name, gated_cross_attention_decode_combine_kernel, types, constants, dict(num_warps=1, num_stages=1))
+        )
     return found

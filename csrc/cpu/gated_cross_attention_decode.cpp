@@ -1,10 +1,10 @@
-// out = base + gate * softmax(query key^T * scale) value, few rows: decoding, where a group has H / G * T of them.
+// out = base + gate * softmax(query key^T * scale) value for few rows: in decoding a group has H / G * T of them.
 //
 // K and V are read where they lie, in their own type, in blocks of kKeyBlock tokens, with lanes over the head size.
 // kLanes scores at a time, (R rows) x (kLanes / R tokens), are summed over the lanes together by sum_each.
 // Bound by memory: 2 n d elements of K and V per group for 4 n d flop per row.
 // Scratch: kFewRows rows of d and of kKeyBlock floats, on the stack: at most 24 KiB.
-#include "attention.h"
+#include "gated_cross_attention.h"
 
 namespace layalign::cpu::LAYALIGN_ISA {
 namespace {
@@ -98,7 +98,7 @@ void add_block(
   }
 }
 
-// Rows that are read soon: they lie a row of all heads apart, too far for the hardware to see them coming.
+// Prefetches rows that are read soon: they lie a row of all heads apart, too far for the hardware prefetcher.
 template <typename T>
 inline void fetch(const T* const* rows, int64_t count, int64_t size) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -201,7 +201,7 @@ void attend_few_rows(const Attention& in, const Tensor& out, const Tensor& lse, 
   });
 }
 
-void attention_decode(const AttentionDecode& call, int threads) {
+void gated_cross_attention_decode(const AttentionDecode& call, int threads) {
   const Sizes n(call.in);
   if (n.rows <= kFewRows) attend_few_rows(call.in, call.out, Tensor{}, threads);
   else attend(call.in, call.out, Tensor{}, threads);

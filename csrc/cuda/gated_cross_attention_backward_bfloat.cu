@@ -1,5 +1,5 @@
 // The backward kernels for BFloat.
-#include "attention_backward.cuh"
+#include "gated_cross_attention_backward.cuh"
 
 namespace layalign::cuda {
 template void attention_dquery<BFloat>(const AttentionParameters&, int64_t, Launch);

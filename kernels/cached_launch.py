@@ -1,7 +1,7 @@
-"""Gated cross-attention again and again, with other tensors of the same kind: what one call found is kept.
+"""Cached launches of gated cross-attention, for calls with other tensors of the same kind.
 
-The counterparts of those in ``layalign/ops/cached_launch_cpp.py``, which ``layalign/ops/cached_launch.py`` takes by
-the same names; there it is decided which calls are of the same kind.
+``layalign/ops/cached_launch.py`` decides which calls are of the same kind. The names are those of
+``layalign/ops/cached_launch_cpp.py``, the same for the C++ kernels.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import torch
 from layalign_kernels.common import dot_precision
 from layalign_kernels.gated_cross_attention import forward_launch
 from layalign_kernels.gated_cross_attention_backward import Memory, backward_launches, splits_for
-from layalign_kernels.gated_decode import decode_launches
-from layalign_kernels.launching import Launch, Repeated, can_repeat
+from layalign_kernels.gated_cross_attention_decode import decode_launches
+from layalign_kernels.launch import CachedLaunch, Launch, can_cache_launches
 
-IN_PLACE = False  # decoding writes its result to memory of its own
-__all__ = ["IN_PLACE", "can_repeat", "repeated_attention", "repeated_decode"]
+IN_PLACE = False  # decoding must not write its result to the base
+__all__ = ["IN_PLACE", "cached_attention", "cached_decode", "can_cache_launches"]
 
 Tensors = Sequence["torch.Tensor | None"]  # query, key, value, gate, base, mask
 Needs = tuple[bool, bool, bool, bool]
 
 
-class _Together:
-    """Launches that are made together, or not at all."""
+class _Launches:
+    """Launches that are made all or none."""
 
-    def __init__(self, kept: Sequence[Repeated], dtype: torch.dtype) -> None:
+    def __init__(self, kept: Sequence[CachedLaunch], dtype: torch.dtype) -> None:
         self._kept, self._dtype, self._precision = kept, dtype, dot_precision(dtype)
 
     @staticmethod
-    def of(launches: Sequence[Launch], dtype: torch.dtype) -> _Together | None:
-        """Those of tensors of ``dtype``, on the current device; None where Triton must make one of them."""
-        kept = [one for launch in launches if (one := Repeated.of(launch)) is not None]
-        return _Together(kept, dtype) if len(kept) == len(launches) else None
+    def of(launches: Sequence[Launch], dtype: torch.dtype) -> _Launches | None:
+        """For tensors of ``dtype`` on the current device; None where Triton must make one of the launches."""
+        kept = [one for launch in launches if (one := CachedLaunch.of(launch)) is not None]
+        return _Launches(kept, dtype) if len(kept) == len(launches) else None
 
     def __call__(self, *calls: Sequence[int | None]) -> bool:
-        """Launch at one sequence of addresses each, and say whether it could be done."""
+        """Launch each at its sequence of addresses; False where one does not fit and nothing was launched."""
         pairs = list(zip(self._kept, calls, strict=True))
         if dot_precision(self._dtype) != self._precision or not all(one.fits(at) for one, at in pairs):
             return False
@@ -48,25 +48,25 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def repeated_decode(
+def cached_decode(
     inputs: Tensors, scale: float | None, out: torch.Tensor
 ) -> Callable[[int, int, int, int], bool] | None:
-    """The decoding kernel with key, value and mask held by the caller.
+    """The decoding kernel. The caller keeps key, value and mask alive.
 
     Returns:
-        A function of the addresses of query, gate, base and result, which says whether it launched; or None where only
-        Triton launches.
+        A function of the addresses of query, gate, base and result, which returns whether it launched; None where
+        Triton must launch.
     """
     query, key, value, gate, base, mask = inputs
     assert query is not None and key is not None and value is not None and gate is not None
     with torch.cuda.device_of(query):
         launches = decode_launches(query, key, value, gate, base, mask, scale, out)
-        together = _Together.of(launches, query.dtype)
+        together = _Launches.of(launches, query.dtype)
     if together is None:
         return None
     at_key, at_value, at_mask = map(_address, (key, value, mask))
     part, device = launches[0].arguments["p_part"], query.device
-    shape = None if part is None else (part.shape[0], part.shape[1], part.shape[2] + 1)  # with the log-sum-exp behind
+    shape = None if part is None else (part.shape[0], part.shape[1], part.shape[2] + 1)  # with room for the log-sum-exp
 
     def run(at_query: int, at_gate: int, at_base: int, at_out: int) -> bool:
         at_part = at_lse = None
@@ -80,24 +80,24 @@ def repeated_decode(
     return run
 
 
-def repeated_attention(
+def cached_attention(
     inputs: Tensors, scale: float | None, out: torch.Tensor, lse: torch.Tensor
-) -> RepeatedAttention | None:
-    """Forward and backward for tensors of one kind, or None where only Triton launches."""
+) -> CachedAttention | None:
+    """Forward and backward for tensors of one kind, or None where Triton must launch."""
     query, key, value, gate, base, mask = inputs
     assert query is not None and key is not None and value is not None and gate is not None
     with torch.cuda.device_of(query):
         launch = forward_launch(query, key, value, gate, base, mask, scale, out, lse)
-        together = _Together.of([launch], query.dtype)
-    return None if together is None else RepeatedAttention(together, scale, splits_for(query, key))
+        together = _Launches.of([launch], query.dtype)
+    return None if together is None else CachedAttention(together, scale, splits_for(query, key))
 
 
-class RepeatedAttention:
+class CachedAttention:
     """Forward and backward for tensors of one kind, all on one device and with last strides of one."""
 
-    def __init__(self, forward: _Together, scale: float | None, splits: int) -> None:
+    def __init__(self, forward: _Launches, scale: float | None, splits: int) -> None:
         self._forward, self._scale, self._splits = forward, scale, splits
-        self._backward: dict[Needs, _Together | None] = {}
+        self._backward: dict[Needs, _Launches | None] = {}
 
     def forward(self, inputs: Tensors, out: torch.Tensor, lse: torch.Tensor) -> bool:
         """Into ``out`` (B, T, H, d) and ``lse`` (B, H, T) fp32; False where nothing was launched."""
@@ -115,7 +115,7 @@ class RepeatedAttention:
         if needs not in self._backward:
             arguments = grad, query, key, value, gate, mask, lse, self._scale, memory, self._splits
             with torch.cuda.device_of(query):
-                self._backward[needs] = _Together.of(backward_launches(*arguments), query.dtype)
+                self._backward[needs] = _Launches.of(backward_launches(*arguments), query.dtype)
         together = self._backward[needs]
         head = [_address(tensor) for tensor in (query, key, value, gate, mask, lse)]
         at_grad, delta = grad.data_ptr(), _address(memory.delta)

@@ -1,8 +1,8 @@
-"""What the attention kernels share: masked loads, the attended range, the online softmax, and the host's small helpers.
+"""Shared by the attention kernels: masked loads, the attended range, the online softmax, and helpers of the launchers.
 
-Conventions of these kernels: scores are kept in base 2 (the scale that is passed in holds log2(e)), so a log-sum-exp is
-``log2(sum(2 ** score))``; -inf says that nothing is attended. Rows and columns outside a tensor, masked source tokens
-and the padding of the head size are never read: their loads are masked, not multiplied by zero.
+Scores are in base 2: the scale that is passed in contains log2(e), so a log-sum-exp is ``log2(sum(2 ** score))``. It is
+-inf where nothing is attended. Rows and columns outside a tensor, masked source tokens and the padding of the head size
+are never read: their loads are masked, not multiplied by zero.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ HALVES = (torch.float16, torch.bfloat16)
 # (kind of element, padded head size) -> (BM, BN, num_warps, num_stages) for each of ARCHITECTURES.
 Table = dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]]
 
-# What is compiled ahead of time: (head size, type, precision of products). 16 uses the blocks of 64, 80 is padded to
-# 128; 59, 123 and 251 stand for rows that do not start on 16 bytes.
+# Compiled ahead of time: (head size, type, precision of products). 16 uses the blocks of 64, and 80 is padded to 128.
+# Rows of 59, 123 and 251 do not start on 16 bytes.
 SHIPPED: list[tuple[int, torch.dtype, str]] = [
     *((size, dtype, "ieee") for size in (16, 64, 80, 128, 256) for dtype in (*HALVES, torch.float32)),
     *((size, torch.float32, "tf32") for size in (64, 128, 256)),
@@ -67,9 +67,9 @@ def attended(p_mask, stride_ms, o_s, o_end):
 
 @triton.jit
 def attended_range(p_mask, stride_ms, o_first, o_end):
-    """(first, end) of what is attended in [o_first, o_end): padding on either side then costs one byte a token.
+    """(first, end) of the attended tokens in [o_first, o_end): padding at either end costs one byte per token.
 
-    Nothing attended gives first >= end. The loops over the source get these as bounds, so that they need no branch.
+    first >= end where nothing is attended. As bounds of the loops over the source, they spare a branch.
     """
     i_first, i_end = o_first, o_end
     if p_mask is not None:
@@ -150,7 +150,7 @@ def shipped_entry(
 ) -> Entry:  # fmt: skip
     """An ahead-of-time entry of an attention kernel with 32 heads in groups of 4 and every optional tensor given.
 
-    Pointers have the type of the query but for the mask and the fp32 statistics; ``types`` and ``constants`` add to it.
+    Pointers have the query's type, except the mask and the fp32 statistics. ``types`` and ``constants`` override.
     """
     size, dtype, precision = shipped
     name = TYPE_NAMES[dtype]
@@ -195,9 +195,9 @@ def unit_last(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def rows_first(states: torch.Tensor, splits: int = 1) -> torch.Tensor:
-    """Memory (B, rows, heads, d), the layout of the projections behind it, seen like ``states`` (B, heads, rows, d).
+    """Empty like ``states`` (B, heads, rows, d), in memory of (B, rows, heads, d), the layout of the projections.
 
-    With several splits one such tensor for each, in fp32.
+    With several splits there is one such tensor for each, in fp32.
     """
     batch, heads, rows, size = states.shape
     strides = rows * heads * size, size, heads * size, 1

@@ -76,7 +76,9 @@ def test_results_and_gradients_within_the_error_budget(
     e=st.integers(1, 12), count=st.integers(1, 8), b=st.integers(1, 3), s=st.integers(1, 70), d=st.integers(1, 130),
     n=st.integers(1, 300), per_slot=st.booleans(), shift=st.sampled_from([-3.0, 0.0, 3.0]),
 )  # fmt: skip
-def test_drawn_shapes(e: int, count: int, b: int, s: int, d: int, n: int, per_slot: bool, shift: float) -> None:
+def test_drawn_shapes_stay_within_the_error_budget(
+    e: int, count: int, b: int, s: int, d: int, n: int, per_slot: bool, shift: float
+) -> None:
     """``shift`` leaves few numbers of x over zero, half of them, or nearly all."""
     generator = torch.Generator().manual_seed(e * 97 + d)
     hidden = [torch.randn(b, s, d, generator=generator) for _ in range(e)]
@@ -91,7 +93,7 @@ def test_drawn_shapes(e: int, count: int, b: int, s: int, d: int, n: int, per_sl
     assert (found.double() - exact).abs().max() <= 2 * usual + torch.finfo(torch.float32).eps * terms
 
 
-def test_views_and_poisoned_results(always: list[int]) -> None:
+def test_views_are_read_and_every_result_is_written(always: list[int]) -> None:
     hidden, mix_weight, mix_bias, weight, bias = case((4, 6, 2, 7, 12), False)
     wide = torch.full((2, 9, 24), torch.nan)
     wide[:, 1:8, 5:17] = hidden[0]
@@ -101,16 +103,16 @@ def test_views_and_poisoned_results(always: list[int]) -> None:
         hidden[2].transpose(1, 2).contiguous().transpose(1, 2),  # no unit last stride
         hidden[3],
     ]
-    turned = weight.T.contiguous().T
+    transposed = weight.T.contiguous().T
     outs = [torch.full((2, 7, 13), torch.nan) for _ in range(6)]
-    packed_weight.project(views, mix_weight.T.contiguous().T, mix_bias.double(), turned, bias[::1], outs)
+    packed_weight.project(views, mix_weight.T.contiguous().T, mix_bias.double(), transposed, bias[::1], outs)
     expected = reference.layer_projection(hidden, mix_weight, mix_bias, weight, bias)
     torch.testing.assert_close(torch.stack(outs), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["weight", "hidden", "gradient"])
-def test_what_is_not_finite_goes_where_torch_lets_it(where: str, value: float, always: list[int]) -> None:
+def test_infinities_and_nan_spread_as_in_torch(where: str, value: float, always: list[int]) -> None:
     """A zero of x times an infinity is NaN: it may not be left out then."""
     hidden, mix_weight, mix_bias, weight, bias = case((3, 4, 1, 20, 33), False)
     grad = torch.ones(4, 1, 20, 13)
@@ -144,7 +146,7 @@ def test_the_same_bits_on_any_number_of_threads_and_beside_any_other_rows(always
     assert torch.equal(alone, results[0][0][:, 1:, :3])
 
 
-def test_packing_and_unpacking() -> None:
+def test_unpacking_gives_the_weights_that_were_packed() -> None:
     weight = torch.randn(3, 150, 40)
     packed = PackedWeight(3, 150, 40)
     packed.data.fill_(torch.nan)
@@ -171,7 +173,7 @@ def test_weights_packed_for_another_instruction_set_are_packed_again() -> None:
     torch.testing.assert_close(ours, reference.layer_projection(*arguments), rtol=1e-5, atol=1e-5)
 
 
-def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_serves_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     def states(layers: int, width: int, rows: int = 64, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         return [torch.empty(1, rows, width, dtype=dtype)] * layers
 
@@ -274,7 +276,7 @@ def test_a_wrong_call_never_reaches_the_kernel() -> None:
     x, grad, sums = torch.randn(2, 3, 8), torch.randn(3, 5), torch.zeros(1, 8, 5)
     for message, arguments in {
         "x: expected contiguous memory": (x.mT.contiguous().mT, [grad, grad], sums, 1),
-        "grad: expected one a slot": (x, [grad], sums, 1),
+        "grad: expected one per slot": (x, [grad], sums, 1),
         r"grad: expected sizes \(3, 5\)": (x, [grad, grad[:2]], sums, 1),
         r"dweight: expected sizes \(2, 8, 5\)": (x, [grad, None], torch.zeros(3, 8, 5), 1),
         "threads: expected at least one": (x, [grad, None], sums, 0),

@@ -1,12 +1,12 @@
-// out = base + gate * softmax(query key^T * scale) value, many rows.
+// out = base + gate * softmax(query key^T * scale) value for many rows.
 //
 // Shapes: a task takes some blocks of kRowBlock rows of one group, (rows, d), against the n <= S attended tokens, in
 // blocks of kKeyBlock: scores^T (keys, rows) = K (keys, d) Q^T (d, rows), then out (rows, d) += P (rows, keys) V.
-// With lanes over the rows, softmax's maxima and sums need nothing across lanes, and K needs no transposition.
+// With lanes over the rows, softmax's maxima and sums stay within a lane, and K needs no transposition.
 // Arithmetic: 4 rows n d flop per task; bytes: K and V once per task, 8 n d, and from L2 for each block of rows.
-// Scratch per thread: Q, Q^T and out (rows, d), a block of scores, and K and V of min(S, kKept) tokens, which are copied
-// once for all rows of a task: 4 * (kRowBlock * (3 d + kKeyBlock) + 2 min(S, kKept) d) bytes, whatever T.
-#include "attention.h"
+// Scratch per thread: Q, Q^T and out (rows, d), a block of scores, and K and V of min(S, kKept) tokens, which are
+// copied once for all rows of a task: 4 * (kRowBlock * (3 d + kKeyBlock) + 2 min(S, kKept) d) bytes for any T.
+#include "gated_cross_attention.h"
 
 namespace layalign::cpu::LAYALIGN_ISA {
 namespace {
@@ -28,7 +28,7 @@ struct Rescale {
 
 struct Buffers {
   int64_t columns;  // rows of a block, rounded up to registers
-  float *query, *turned, *total, *key, *value, *scores, *highest, *sums, *factor;
+  float *query, *transposed, *total, *key, *value, *scores, *highest, *sums, *factor;
 
   static int64_t tokens(const Sizes& n) { return n.source <= kKept ? n.source : kKeyBlock; }
   static int64_t size(const Sizes& n, int64_t columns) {
@@ -36,8 +36,8 @@ struct Buffers {
   }
   Buffers(const Sizes& n, int64_t columns_, float* memory) : columns(columns_) {
     query = memory;
-    turned = query + columns * n.width;
-    total = turned + columns * n.width;
+    transposed = query + columns * n.width;
+    total = transposed + columns * n.width;
     key = total + columns * n.width;
     value = key + tokens(n) * n.width;
     scores = value + tokens(n) * n.width;
@@ -47,8 +47,8 @@ struct Buffers {
   }
 };
 
-// One step of the online softmax: scores (keys, columns) become 2^(score - highest); `factor` is what earlier blocks'
-// sums are to be multiplied by.
+// One step of the online softmax: scores (keys, columns) become 2^(score - highest); earlier blocks' sums are to be
+// multiplied by `factor`.
 void softmax_block(const Buffers& x, int64_t keys) {
   for (int64_t c = 0; c < x.columns; c += kLanes) {
     float* scores = x.scores + c;
@@ -101,7 +101,7 @@ void Task::run(int64_t begin, int64_t rows) {
   const Places to(n, g, begin, rows);
   auto query = [&](int64_t i) { return at(in.query, b, to.head[i], to.token[i]); };
   pack_rows(in.query.dtype, query, rows, n.size, n.width, x.query);
-  pack_transposed(x.query, rows, n.width, in.scale * kLog2e, x.columns, x.turned);
+  pack_transposed(x.query, rows, n.width, in.scale * kLog2e, x.columns, x.transposed);
   for (int64_t c = 0; c < x.columns; ++c) x.highest[c] = -kInfinity, x.sums[c] = 0;
 
   const int64_t blocks = ceil_div(count, kKeyBlock);
@@ -109,7 +109,7 @@ void Task::run(int64_t begin, int64_t rows) {
     const int64_t from = count * block / blocks, keys = count * (block + 1) / blocks - from;
     if (!kept) take(from, keys, true);
     const Left own_keys = rows_from(key, kept ? from : 0), own_values = rows_from(value, kept ? from : 0);
-    multiply_deep(keys, x.columns / kLanes, n.size, own_keys, Right{x.turned, x.columns}, x.scores);
+    multiply_deep(keys, x.columns / kLanes, n.size, own_keys, Right{x.transposed, x.columns}, x.scores);
     softmax_block(x, keys);
     const Left powers{x.scores, 1, x.columns};
     const Right values{own_values.data, own_values.row};
@@ -158,7 +158,7 @@ void attend(const Attention& in, const Tensor& out, const Tensor& lse, int threa
   });
 }
 
-void attention_forward(const AttentionForward& call, int threads) {
+void gated_cross_attention_forward(const AttentionForward& call, int threads) {
   const Sizes n(call.in);
   if (n.rows <= kFewRows) attend_few_rows(call.in, call.out, call.lse, threads);
   else attend(call.in, call.out, call.lse, threads);

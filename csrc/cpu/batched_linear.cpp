@@ -1,11 +1,11 @@
-// out[j] = x[j] @ weight[j].T + bias[j], or x[j] @ weight[j] + bias[j]: the slots through frozen maps, in one call.
+// out[j] = x[j] @ weight[j].T + bias[j], or x[j] @ weight[j] + bias[j], for all j in one call.
 //
-// Shapes: a task takes kColumns columns of one slot's result and up to kRows of its rows. It takes kSlice of the depth
-// at a time: that part of the weight becomes a tile (kSlice, kColumns) in the caches, turned where it has to be, and
-// every row is multiplied by it.
-// Arithmetic: R K N multiply-adds a slot; bytes: the weight once per kRows rows. With few rows a library's product is
-// bound by preparing the weight for itself, call by call; here that is one pass over it in the caches.
-// The order of every sum depends on K alone: a row's bits do not depend on the rows beside it, nor on the threads.
+// Shapes: a task computes kColumns columns of one j, for up to kRows rows. It walks over the depth in steps of kSlice:
+// that part of the weight is copied to a tile (kSlice, kColumns) in the caches, transposed where `transposed` says so,
+// and every row is multiplied by it.
+// Arithmetic: R K N multiply-adds per j; bytes: the weight once per kRows rows. With few rows a library's product
+// spends most of its time packing the weight, in every call; here that is one pass over it in the caches.
+// The order of every sum depends on K alone: a row's bits do not depend on its neighbours, nor on the threads.
 // Scratch per thread: a tile of at most 48 KiB.
 #include "tiles.h"
 
@@ -16,7 +16,7 @@ constexpr int64_t kRows = 256;
 constexpr int64_t kColumns = kPanel * kLanes * (kLanes == 16 ? 1 : 2);
 constexpr int64_t kSlice = 192;
 
-// The sum over one part of the depth, onto the bias or onto what the parts before left.
+// The sum over one part of the depth, added to the bias or to the sum of the earlier parts.
 struct ToRows {
   float* data;
   int64_t row, columns;
@@ -35,13 +35,13 @@ struct ToRows {
 
 }  // namespace
 
-void slot_products(const SlotProducts& call, int threads) {
+void batched_linear(const BatchedLinear& call, int threads) {
   const int64_t rows = call.x[0].size[0], depth = call.x[0].size[1], columns = call.out[0].size[1];
   if (rows * columns == 0) return;
   const int64_t panels = ceil_div(columns, kColumns), parts = ceil_div(rows, kRows);
   const Scratch tiles(threads * kSlice * kColumns);
 
-  parallel(call.slots * panels * parts, threads, [&](int64_t task, int worker) {
+  parallel(call.count * panels * parts, threads, [&](int64_t task, int worker) {
     const int64_t j = task / (panels * parts), column = task / parts % panels * kColumns, part = task % parts;
     const int64_t row = rows * part / parts, count = rows * (part + 1) / parts - row;
     const int64_t wide = smaller(kColumns, columns - column);
@@ -54,7 +54,7 @@ void slot_products(const SlotProducts& call, int threads) {
     const int64_t step = weight.stride[0];
     for (int64_t k = 0; k < larger(depth, 1); k += kSlice) {
       const int64_t deep = smaller(kSlice, depth - k);
-      if (call.turned) turn(floats(weight) + column * step + k, step, wide, deep, tile, kColumns);
+      if (call.transposed) transpose(floats(weight) + column * step + k, step, wide, deep, tile, kColumns);
       else copy_rows(floats(weight) + k * step + column, step, deep, wide, tile, kColumns);
       const ToRows sums{to, out.stride[0], wide, k == 0 ? start : nullptr};
       multiply(count, ceil_div(wide, kLanes), deep, Left{left + k, x.stride[0], 1}, Right{tile, kColumns}, sums);
