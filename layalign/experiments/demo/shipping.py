@@ -122,9 +122,7 @@ def main(
     weights: Annotated[Path, typer.Option(help="Folder with encoder/ and llm/.")] = Path("weights"),
     system: Annotated[str, typer.Option(help="Whose run.")] = "layalign-all-long",
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
-    beside: Annotated[
-        str, typer.Option(help="Systems whose dev losses are told too, with commas.")
-    ] = "",
+    beside: Annotated[str, typer.Option(help="Systems whose dev losses are told too, with commas.")] = "",
     folder: Annotated[Path, typer.Option(help="Gets the checkpoint.")] = SHIPPED,
 ) -> None:
     """Write the checkpoint that ships with the package."""
