@@ -44,7 +44,7 @@ class Run:
 
     name: str
     impl: str = "torch"
-    fold: str = "never"
+    fold_projections: str = "never"
     dtype: torch.dtype = torch.float32
     order: int = 0
     environment: str = ""
@@ -87,7 +87,7 @@ def model(run: Run) -> LayAlignForCausalLM:
             norm = _Normed(32, eps=module.variance_epsilon)
             norm.weight = module.weight
             llm.set_submodule(name, norm)
-    options = dict(impl=run.impl, fold_projections=run.fold, fused_loss="never")
+    options = dict(impl=run.impl, fold_projections=run.fold_projections, fused_loss="never")
     built = LayAlignForCausalLM.from_encoder_and_llm(encoder.eval(), llm, **options)
     return built.to(run.dtype).train()
 
