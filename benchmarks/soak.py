@@ -256,7 +256,7 @@ async def phase(server: ServerProcess, pool: list[Question], seconds: float, kil
 
 def _tree() -> str:
     """Git's name of the server's source, which a rebase does not change."""
-    command = ["git", "rev-parse", "HEAD:layalign/serve"]
+    command = ["git", "rev-parse", "HEAD:layalign/serving/http"]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
 
 
