@@ -1,4 +1,4 @@
-"""The table of a soak, from its result file: ``python benchmarks/soak_report.py soak.json docs/serving.md``."""
+"""The table of a soak test, from its result file: ``python benchmarks/soak_report.py soak.json docs/serving.md``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BEGIN, END = "<!-- soak -->", "<!-- end of soak -->"
 
 
 def _slope(samples: list[list[float]], seconds: float) -> float:
-    """MiB an hour over the last `seconds`."""
+    """MiB per hour over the last `seconds`."""
     times, sizes = np.array([sample for sample in samples if sample[0] >= samples[-1][0] - seconds]).T
     return float(np.polyfit(times, sizes, 1)[0] * 3600)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The figures of both phases."""
+    """The numbers of both phases."""
     phases = [result["saturation"], result["kills"]]
     counts = [phase["counts"] for phase in phases]
     memory, versions, facts = phases[0]["memory MiB"], result["facts"]["versions"], result["facts"]
