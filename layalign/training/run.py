@@ -160,7 +160,7 @@ def _stage(
         model.set_encoder_dropout(config.encoder_dropout)
     start = record.start_of(config, given, model)
     if encoder_tokenizer is None or llm_tokenizer is None:
-        loaded = _tokenizers(config, model)
+        loaded = load_tokenizers(config.init_checkpoint, encoder=config.encoder, llm=config.llm, config=model.config)
         encoder_tokenizer, llm_tokenizer = encoder_tokenizer or loaded[0], llm_tokenizer or loaded[1]
     if resume_from is not None and config.llm_bos_token_id is None:  # a resumed run keeps its first token
         model.config.llm_bos_token_id = LayAlignConfig.from_pretrained(resume_from).llm_bos_token_id
@@ -462,10 +462,6 @@ def _tell_first_token(config: TrainConfig, model: LayAlignForCausalLM, llm_token
             "none, a number is that token",
             has, "none" if adds is None else adds,
         )  # fmt: skip
-
-
-def _tokenizers(config: TrainConfig, model: LayAlignForCausalLM) -> tuple[Any, Any]:
-    return load_tokenizers(config.init_checkpoint, encoder=config.encoder, llm=config.llm, config=model.config)
 
 
 # Trainer
