@@ -110,9 +110,10 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _done(path: Path, fingerprint: str, found: dict[str, Any]) -> dict[str, Any]:
+def write_done(path: Path, fingerprint: str, found: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
+    """Write the result of a step with its fingerprint and versions; returns the whole content."""
     content = {"fingerprint": fingerprint, **found, "versions": versions()}
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
     return content
 
 
@@ -159,7 +160,7 @@ def _prepare(settings: ExperimentSettings, place: Path, seed: int, mark: str) ->
         model.save_pretrained(place / name)
         give_usual_modes(place / name)
         tokenizer.save_pretrained(place / name)
-    return _done(place / PREPARED, mark, {"seed": seed, "seconds": seconds, "losses": losses})
+    return write_done(place / PREPARED, mark, {"seed": seed, "seconds": seconds, "losses": losses})
 
 
 def _write_data(settings: ExperimentSettings, place: Path, seed: int) -> None:
@@ -274,4 +275,4 @@ def _run(
         "scores": {name: {"correct": s.correct, "count": s.count} for name, s in result.scores.items()},
         "gates": [round(gate.item(), 4) for name, gate in model.named_parameters() if name.endswith("adaption_gate")],
     }
-    return _done(place / RESULT, mark, found)
+    return write_done(place / RESULT, mark, found)

@@ -49,7 +49,7 @@ def tasks(settings: ExperimentSettings, only: Sequence[str] | None, seeds: Seque
     )
 
 
-def _start(threads: int) -> None:
+def start_worker(threads: int) -> None:
     """Initialize a worker process with its share of the threads."""
     import torch
 
@@ -113,7 +113,7 @@ def run_all(
     failed: list[Task] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(threads,)) as pool:
         while waiting or pending:
             unready = {task.seed for task in (*waiting, *pending.values()) if task.system is None}
             dead = {task.seed for task in failed if task.system is None}

@@ -6,7 +6,6 @@ repeated. An interrupted run resumes from its last checkpoint.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from layalign.data import Example
 from layalign.evaluation.answering import LlmAnswers, ModelAnswers, llm_alone
-from layalign.experiments.controlled.runs import log, read_done, versions
+from layalign.experiments.controlled.runs import log, read_done, write_done
 from layalign.experiments.real.data import RealData, as_text
 from layalign.experiments.real.measures import collators, measure
 from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
@@ -30,7 +29,6 @@ from layalign.training.gates import FILE as GATES
 from layalign.training.record import FILE as RECORD
 from layalign.training.runs import RUN_FILE
 from layalign.utils.errors import ArgumentError
-from layalign.utils.files import write_whole
 from layalign.utils.lock import held
 from layalign.utils.reading import read_json
 
@@ -338,10 +336,3 @@ def asked(
     model = load_run(checkpoint)
     likely, writes = collators(model, tokenizers, "task" if system.reads_text else "translation")
     return ModelAnswers(model, writes, settings.max_new_tokens), likely
-
-
-def write_done(path: Path, mark: str, found: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
-    """Write the result of a step with its fingerprint and versions; returns the whole content."""
-    content = {"fingerprint": mark, **found, "versions": versions()}
-    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
-    return content

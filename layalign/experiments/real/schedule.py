@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from layalign.experiments.controlled.schedule import _start as start_worker
+from layalign.experiments.controlled.schedule import start_worker
 from layalign.experiments.real.data import read_data
 from layalign.experiments.real.settings import RealSettings
 from layalign.utils.errors import StoppedError, first_line, whole_number

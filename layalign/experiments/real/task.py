@@ -13,7 +13,7 @@ from layalign.data import Example
 from layalign.data.readers import load_examples
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.likelihood import best_label, choice_log_probs
-from layalign.experiments.controlled.runs import log, read_done
+from layalign.experiments.controlled.runs import log, read_done, write_done
 from layalign.experiments.real.data import RealData
 from layalign.experiments.real.measures import BATCH, collators
 from layalign.experiments.real.runs import (
@@ -29,7 +29,6 @@ from layalign.experiments.real.runs import (
     tokenizers_of,
     trained_folder,
     translation,
-    write_done,
 )
 from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
 from layalign.training import TrainConfig
