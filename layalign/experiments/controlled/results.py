@@ -13,6 +13,7 @@ from scipy import stats
 from layalign.evaluation.intervals import holm
 from layalign.experiments.controlled.runs import PREPARED, RESULT, read_done, run_folder, seed_folder
 from layalign.experiments.controlled.settings import LEVELS, ExperimentSettings
+from layalign.utils.files import write_whole
 
 CONFIDENCE = 0.95
 # Groups of languages over which accuracies are averaged: name and description.
@@ -157,8 +158,6 @@ def summarise(settings: ExperimentSettings, folder: Path) -> dict[str, Any]:
 
 def write_results(settings: ExperimentSettings, folder: Path) -> dict[str, Any]:
     """Write `results.json` into the experiment's folder, from the finished runs."""
-    from layalign.utils.files import write_whole
-
     found = summarise(settings, folder)
     write_whole(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found
