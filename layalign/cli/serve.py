@@ -54,7 +54,7 @@ def serve(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Serve a model over HTTP with OpenAI's completions endpoints. Needs layalign[serve].
+    """Serve a model over HTTP with OpenAI's completions endpoints. Needs the extra "serve".
 
     If the environment variable LAYALIGN_API_KEY is set, requests must carry it (Authorization: Bearer).
     """
