@@ -1,9 +1,9 @@
-"""Checkpoints across versions of transformers: written in one, read in another, the same numbers in both.
+"""Checkpoints across versions of transformers: written with one, read with another, with the same numbers.
 
-``python benchmarks/across.py write FOLDER`` makes a tiny model over each LLM of tests/helpers/scaling_llms.py, with its
-weights and logits; ``read FOLDER --results FILE`` in another environment loads them, compares and puts a row into the
-file. `nox -s across` does it for every pair of the lowest, 5.3, 5.5 and the newest version; ``page docs/versions.md
---results FILE`` writes the rows into a page.
+``python benchmarks/across.py write FOLDER`` saves a tiny model with each LLM of tests/helpers/scaling_llms.py, and its
+logits. ``read FOLDER --results FILE`` in another environment loads them, compares and adds a row to the file. `nox -s
+across` does this for every pair of the lowest, 5.3, 5.5 and the newest version. ``page docs/versions.md --results
+FILE`` writes the rows into a page.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tiny import batch  # noqa: E402
 
 from layalign import LayAlignForCausalLM  # noqa: E402
 
-BOUND = 1e-4  # of the largest logit: rounding, where versions order their sums differently
+BOUND = 1e-4  # relative to the largest logit; versions may sum in another order
 SECTION = re.compile(r"(<!-- across -->\n).*?(<!-- end -->)", re.DOTALL)
 INPUTS = ("input_ids", "attention_mask", "encoder_input_ids", "encoder_attention_mask")
 
@@ -40,7 +40,7 @@ def numbers(model: LayAlignForCausalLM, inputs: dict[str, torch.Tensor]) -> dict
 
 
 def write(folder: Path) -> None:
-    """A checkpoint and its numbers for each LLM that this version has."""
+    """Save a checkpoint and its numbers for each LLM that this version has."""
     for name in LLMS:
         model = scaling_model(name)
         inputs = batch(model=model, targets=None)
@@ -50,7 +50,7 @@ def write(folder: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """A row: how far the numbers are off at most, over all checkpoints of one version; a line of each is printed."""
+    """A row with the largest differences over all checkpoints of one version; prints a line for each checkpoint."""
     row: dict[str, Any] = {
         "written by": "",
         "read by": transformers.__version__,
@@ -92,11 +92,11 @@ def _pair(row: dict[str, Any]) -> list[int]:
 
 
 def main() -> int:
-    """Write, read or make the page; 1 when numbers differ."""
+    """Write, read or update the page; returns 1 if numbers differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("write", "read", "page"))
-    parser.add_argument("folder", type=Path, help="of the checkpoints, or the page")
-    parser.add_argument("--results", type=Path, help="JSON file of the rows")
+    parser.add_argument("folder", type=Path, help="folder of the checkpoints, or the page")
+    parser.add_argument("--results", type=Path, help="JSON file with the rows")
     options = parser.parse_args()
     transformers.logging.disable_progress_bar()
     if options.what == "write":

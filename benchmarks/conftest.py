@@ -1,7 +1,7 @@
-"""`pytest benchmarks/ [--results DIR] [--patience N]`: the rows of a run, its ceilings, and the file they end up in.
+"""`pytest benchmarks/ [--results DIR] [--patience N]`: the rows of a run, its ceilings, and the result file.
 
-Every test makes rows with the fixture ``rows``; ``--results DIR`` writes them to ``DIR/bench.json`` when all is done,
-or those there are when the run is stopped (Ctrl-C, SIGTERM).
+Every test adds rows with the fixture ``rows``. ``--results DIR`` writes them to ``DIR/bench.json`` at the end, also if
+the run is stopped (Ctrl-C, SIGTERM).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NOTES = pytest.StashKey[dict[str, Any]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", metavar="DIR", type=Path, help="write every row to DIR/bench.json")
-    parser.addoption("--patience", metavar="N", type=positive, default=1.0, help="N times as many rounds of every row")
+    parser.addoption("--patience", metavar="N", type=positive, default=1.0, help="factor for the rounds of every row")
 
 
 def positive(text: str) -> float:
@@ -52,10 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """On SIGTERM pytest ends in order, and the rows are written."""
+    """Let pytest finish in order on SIGTERM, so that the rows are written."""
 
     def stop(number: int, frame: Any) -> None:
-        session.shouldstop = "stopped by SIGTERM"  # after this test, should the exception be lost in a callback
+        session.shouldstop = "stopped by SIGTERM"  # in case a callback swallows the exception
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
@@ -104,7 +104,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 class PlainBenchmark:
-    """What is used of pytest-benchmark's fixture, where that is not installed: no table, the same rows."""
+    """Replaces pytest-benchmark's fixture if that is not installed: no table, the same rows."""
 
     def __init__(self) -> None:
         self.group, self.name = "", ""
@@ -118,11 +118,11 @@ class PlainBenchmark:
 
 
 class PlainPlugin:
-    """Registered where pytest-benchmark is missing or switched off."""
+    """Registered if pytest-benchmark is missing or disabled."""
 
     @pytest.fixture
     def benchmark(self) -> PlainBenchmark:
-        """Instead of pytest-benchmark's."""
+        """Replaces pytest-benchmark's fixture."""
         return PlainBenchmark()
 
 
@@ -163,7 +163,7 @@ class Rows:
         self._rows.append({**row, "clock MHz": measure.clock(self.shapes.device)})
 
     def note(self, what: str, why: str) -> None:
-        """Something that is not measured here, and the reason."""
+        """Record something that is not measured here, and the reason."""
         self._notes["left out"][what] = why
 
     def time(
@@ -179,7 +179,7 @@ class Rows:
         seconds: float | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        """Time the first of ``calls`` against the others, by turns, through pytest-benchmark's fixture."""
+        """Time the first of ``calls`` and the others in turns, through pytest-benchmark's fixture."""
         (headline, ours), *others = calls.items()
         fewest = 6 if target is not None else 3 if self.shapes.name == "cpu" else 5
         seconds = self.shapes.seconds if seconds is None else seconds
@@ -206,6 +206,6 @@ def rows(
     pytestconfig: pytest.Config,
     request: pytest.FixtureRequest,
 ) -> Rows:
-    """What a test measures with; ``time`` needs the fixture ``benchmark`` beside it."""
+    """Measures the rows of a test; its method ``time`` also needs the fixture ``benchmark``."""
     benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
     return Rows(shapes, watch, ceiling, pytestconfig, benchmark)

@@ -1,10 +1,10 @@
-"""Tabulate what ptxas made of the CUDA kernels inside a compiled extension.
+"""Tabulate registers, spills and shared memory of the CUDA kernels in a compiled extension.
 
     python benchmarks/cuda_report.py [path/to/_C.so] [--output report.md]
 
-Registers, spills and static shared memory come from the module's own machine code, and so does whether tensor cores are
-used. Exits with 1 when a kernel spills registers, or a kernel for half precision multiplies without tensor cores.
-Nothing is run: this says nothing about speed.
+The numbers, and whether tensor cores are used, come from the machine code in the module. Exits with 1 if a kernel
+spills registers, or if a kernel for half precision multiplies without tensor cores. Nothing is run, so this says
+nothing about speed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Kernel:
 
     @property
     def problem(self) -> str:
-        """What is wrong, or nothing."""
+        """What is wrong; empty if nothing is."""
         if self.spills:
             return f"spills {self.spills}"
         if MULTIPLIES.search(self.name) and HALF.search(self.name) and not self.tensor_cores:
@@ -46,7 +46,7 @@ class Kernel:
 
 
 def cuobjdump() -> str:
-    """The toolkit's disassembler, or the copy that Triton brings along."""
+    """The toolkit's disassembler, or the copy in Triton's package."""
     found = shutil.which("cuobjdump")
     if found:
         return found
@@ -68,7 +68,7 @@ def _sections(module: Path, option: str) -> Iterator[tuple[str, str]]:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """C++ names, without the namespaces that all of them share."""
+    """C++ names, without the namespaces that they share."""
     tool = shutil.which("c++filt")
     if tool is None:
         return names
@@ -98,7 +98,7 @@ def inspect(module: Path) -> list[Kernel]:
 
 
 def compiler() -> str:
-    """The toolkit on the PATH, which compiled the module unless it came from elsewhere."""
+    """Version of the toolkit on the PATH, which is assumed to have compiled the module."""
     nvcc = shutil.which("nvcc")
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout if nvcc else ""
     found = re.search(r"release ([\d.]+)", text)

@@ -1,14 +1,14 @@
-"""The same 200 training steps through every backend: losses against float64's, within a budget.
+"""The same 200 training steps with every backend; the losses must stay within a budget around those in float64.
 
 ``python benchmarks/curves.py --output benchmarks/results/watch`` trains a tiny model on the same data from the same
-weights with each backend that this machine has, writes ``curves.json`` and ``curves.png`` and prints the table;
-``--page docs/versions.md`` writes the table into a page instead.
+weights with each backend that this machine has, writes ``curves.json`` and ``curves.png`` and prints the table.
+``--page docs/versions.md`` writes the recorded table into a page instead.
 
-The oracle is the whole model in float64. Rounding alone makes float32 losses leave it, further with every step, since
-each step starts from the last one's weights. How far is measured, not chosen: plain PyTorch trains in float32 with the
-samples of each batch in several orders, which changes nothing but the order of sums. A backend may be off by
-:data:`FACTOR` times the most that any of those runs was off up to that step, and by :data:`FLOOR` last places of a
-float32 loss, for the first steps, where plain PyTorch may be exact by luck.
+The oracle is the whole model in float64. Rounding makes float32 losses drift away from it with every step, since each
+step starts from the weights of the last one. The budget for this drift is measured: plain PyTorch trains in float32
+with the samples of each batch in several orders, which changes only the order of sums. A backend may be off by
+:data:`FACTOR` times the largest error of any of those runs up to that step, plus :data:`FLOOR` units in the last place
+of a float32 loss. The latter is for the first steps, in which plain PyTorch may be exact by chance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from layalign.ops import backends
 
 STEPS = 200
 FACTOR = 2.0  # the project's error budget for kernels, here for whole runs
-FLOOR = 4  # last places
+FLOOR = 4  # units in the last place
 ORDERS = 4  # plain float32 runs
 VOCABULARY, BATCH = 24, 2
 SECTION = re.compile(r"(<!-- curves -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,11 +40,11 @@ SECTION = re.compile(r"(<!-- curves -->\n).*?(<!-- end -->)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: how the operations are computed, and in which order the samples of a batch stand."""
+    """One training run: how the operations are computed, and the order of the samples in a batch."""
 
     name: str
     impl: str = "torch"
-    fold: str = "never"
+    fold_projections: str = "never"
     dtype: torch.dtype = torch.float32
     order: int = 0
     environment: str = ""
@@ -61,7 +61,7 @@ OURS = [
 
 
 class _Normed(nn.RMSNorm):
-    """Llama's norm without its detour through float32, which a float64 run must not take."""
+    """Llama's norm without its cast to float32, which a float64 run must avoid."""
 
 
 def model(run: Run) -> LayAlignForCausalLM:
@@ -79,7 +79,7 @@ def model(run: Run) -> LayAlignForCausalLM:
             num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         )
     )  # fmt: skip
-    with torch.no_grad():  # as large as trained weights are, so that the frozen parts say something
+    with torch.no_grad():  # as large as trained weights, so that the frozen parts matter
         for parameter in (*encoder.parameters(), *llm.parameters()):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     for name, module in list(llm.named_modules()):
@@ -87,13 +87,13 @@ def model(run: Run) -> LayAlignForCausalLM:
             norm = _Normed(32, eps=module.variance_epsilon)
             norm.weight = module.weight
             llm.set_submodule(name, norm)
-    options = dict(impl=run.impl, fold_projections=run.fold, fused_loss="never")
+    options = dict(impl=run.impl, fold_projections=run.fold_projections, fused_loss="never")
     built = LayAlignForCausalLM.from_encoder_and_llm(encoder.eval(), llm, **options)
     return built.to(run.dtype).train()
 
 
 def batches(order: int) -> Iterator[tuple[Tensor, Tensor, list[list[int]]]]:
-    """(encoder ids, encoder mask, targets): sentences of 3 to 8 tokens, each token's translation another one."""
+    """(encoder ids, encoder mask, targets): sentences of 3 to 8 tokens, each translated token by token."""
     draw = torch.Generator().manual_seed(1)
     words = torch.randperm(VOCABULARY - 4, generator=draw) + 4
     shuffle = torch.Generator().manual_seed(order)
@@ -111,7 +111,7 @@ def train(run: Run, steps: int = STEPS, seconds: float | None = None) -> list[fl
     """The losses of ``steps`` steps, fewer if ``seconds`` run out; optimizer and clipping as the published scripts."""
     built = model(run)
     trained = [parameter for parameter in built.parameters() if parameter.requires_grad]
-    # Above the published 4e-5: in 200 steps the loss has to go somewhere.
+    # Above the published 4e-5, so that the loss moves within 200 steps.
     optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
@@ -131,12 +131,12 @@ def train(run: Run, steps: int = STEPS, seconds: float | None = None) -> list[fl
 
 
 def off(losses: list[float], oracle: list[float]) -> list[float]:
-    """Per step how far a run's loss is from the oracle's."""
+    """Distance of a run's loss from the oracle's, per step."""
     return [abs(ours - exact) for ours, exact in zip(losses, oracle, strict=False)]
 
 
 def budget(plain: list[list[float]], oracle: list[float]) -> list[float]:
-    """Per step how far a run may be off; see the module."""
+    """Allowed distance from the oracle per step; see the module."""
     allowed, worst = [], 0.0
     for step, exact in enumerate(oracle):
         worst = max(worst, *(abs(losses[step] - exact) for losses in plain))
@@ -145,7 +145,7 @@ def budget(plain: list[list[float]], oracle: list[float]) -> list[float]:
 
 
 def usable(run: Run) -> str | None:
-    """None, or why this machine cannot make the run."""
+    """Why this machine cannot do the run, or None."""
     for operation in backends.operations():
         served, reason = backends.serves(operation, run.impl, "cpu")
         if not served:
@@ -154,7 +154,7 @@ def usable(run: Run) -> str | None:
 
 
 def measure(seconds: float) -> dict[str, Any]:
-    """Every run's losses, with what was measured where."""
+    """The losses of all runs, with facts about the machine."""
     from facts import facts
 
     losses: dict[str, list[float]] = {}
@@ -172,7 +172,7 @@ def measure(seconds: float) -> dict[str, Any]:
 
 
 def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per float32 run: steps, last loss, how far off at most, the largest share of the budget."""
+    """One row per float32 run: steps, last loss, largest distance, largest share of the budget."""
     losses = found["losses"]
     oracle, plain = losses[ORACLE.name], [losses[run.name] for run in PLAIN]
     allowed = budget(plain, oracle)
@@ -202,7 +202,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """The loss curve, and every run's distance from it beside the budget."""
+    """Plot the loss curve, and the distance of every run from it together with the budget."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -228,10 +228,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    """Measure and write, or write the page; 1 when a run leaves its budget."""
+    """Measure and write, or update the page; returns 1 if a run exceeds its budget."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/watch"))
-    parser.add_argument("--seconds", type=float, default=1200.0, help="of one run at most; what was reached counts")
+    parser.add_argument("--seconds", type=float, default=1200.0, help="maximum per run; steps done so far count")
     parser.add_argument("--page", type=Path, help="write the recorded table into this page instead of running")
     options = parser.parse_args()
     file = options.output / "curves.json"

@@ -1,6 +1,6 @@
-"""Size, memory and time of the paper's set-ups, from arithmetic alone: nothing in here is measured.
+"""Estimated size, memory and time of the paper's set-ups. Everything is computed; nothing is measured.
 
-``python benchmarks/estimate.py`` prints the tables; with pages, it rewrites what stands between
+``python benchmarks/estimate.py`` prints the tables. With pages as arguments, it replaces the text between
 ``<!-- estimated: NAME -->`` and ``<!-- end -->`` in them. ``docs/reproduce.md`` explains the formulas.
 """
 
@@ -28,7 +28,7 @@ Lengths = tuple[int, int, int]  # tokens of source, prompt, target
 
 @dataclass(frozen=True)
 class Stage:
-    """Samples (dev split taken off), micro batch, mean lengths (assumed) and longest ones (cut there; labels short)."""
+    """Samples (without the dev split), micro batch, mean lengths (assumed) and longest ones (truncated there)."""
 
     name: str
     samples: int
@@ -82,14 +82,14 @@ def flops(lengths: Lengths, *, backward: bool = True, logits: int | None = None)
 
 
 def training_flops(stage: Stage) -> float:
-    """All of a stage at mean lengths: its steps, and the forward passes over the dev split."""
+    """Operations of a stage at mean lengths: its steps, and the forward passes over the dev split."""
     one, dev = (sum(flops(stage.mean, backward=backward).values()) for backward in (True, False))
     runs = 2 + (stage.steps // stage.eval_steps if stage.eval_steps else EPOCHS)  # before, between, at the end
     return stage.samples * EPOCHS * one + DEV * runs * dev
 
 
 def peak_bytes(stage: Stage, *, checkpointing: bool = False) -> dict[str, float]:
-    """Bytes at the peak of a training step with the longest texts, by part."""
+    """Peak bytes of a training step with the longest texts, by part."""
     s, prompt, target = stage.longest
     rows, tokens, size = stage.micro * s, stage.micro * (s + 2 + prompt + target), parameters()
     layer = 14 * D_L + 4 * D_KV + 6 * LLM["mlp"]  # two norms in float32; q, k, v, both attentions; the gated MLP

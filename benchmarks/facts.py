@@ -23,7 +23,7 @@ def _run(*command: str) -> str:
 
 
 def _processor() -> str:
-    """The model of the CPU, as far as the system tells."""
+    """The model of the CPU, if the system reports it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
@@ -33,7 +33,7 @@ def _processor() -> str:
 
 
 def facts(gpu: bool | None = None) -> dict[str, Any]:
-    """Everything a figure needs beside it to be believed; of the GPU where there is one, or as told."""
+    """Device, versions and commit of a measurement. `gpu`: describe the GPU or the CPU; default: a GPU if available."""
     versions = {}
     for package in ("layalign", "torch", "triton", "transformers", "peft"):
         try:

@@ -1,9 +1,9 @@
-"""Compile every kernel in every shipped configuration for chips that need not be here, and tabulate what came out.
+"""Compile every kernel in every shipped configuration, for GPUs that need not be present, and tabulate the results.
 
     python benchmarks/kernels_report.py [--targets sm_90 ...] [--files layer_mix ...] [--output report.md]
 
-Exits with 1 when a kernel spills registers, needs more shared memory than a chip has, or has a dot without matrix
-instructions. Nothing is run: this says nothing about speed.
+Exits with 1 if a kernel spills registers, needs more shared memory than a GPU has, or has a dot without matrix
+instructions. Nothing is run, so this says nothing about speed.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
-"""Timing by turns, measured ceilings, peak memory, and the row that a result file holds.
+"""Timing in turns, measured ceilings, and peak memory.
 
-**Time.** The calls of one row take turns, so that what else the machine does meets all of them. A round times every
-baseline once and then ours; a ratio is the median over rounds of ours / baseline, each round's own, or, where slow
-baselines were timed in fewer than three rounds, of ours in the first three over the baseline's median. Where a call of
-the row is short (under 2 ms), all run once untimed right before. On a GPU: CUDA events, the L2 cache overwritten before
-each call. From six rounds on a ratio has its 95 % interval; where a target hangs on it, rounds go on until that should
-be narrow, by the spread of the first ones, or the time is used up.
+**Time.** The calls of one row take turns, so that other load on the machine affects all of them. A round times every
+baseline once and then ours. A ratio is the median over rounds of ours / baseline within the round. If a slow baseline
+was timed in fewer than three rounds, it is the median of our first three times over the baseline's median. If a call of
+the row is short (under 2 ms), each call also runs once untimed right before. On a GPU, CUDA events are used, and the L2
+cache is overwritten before each call.
 
-**Memory.** The highest number of bytes alive during a call above what was alive before it. On a CPU: what torch's
-allocator hands out and takes back, every event of it as ``torch.profiler`` records them; scratch that oneDNN, MKL or
-this library's C++ kernels allocate on their own is not seen. On a GPU: ``torch.cuda.max_memory_allocated``.
+With six or more rounds, a ratio has a 95 % interval. If a target depends on the ratio, rounds continue until that
+interval should be narrow, judged by the spread of the first rounds, or until the time is used up.
+
+**Memory.** The peak of bytes alive during a call, minus those alive before it. On a CPU these are all allocations of
+torch's allocator, as ``torch.profiler`` records them; scratch memory that oneDNN, MKL or this library's C++ kernels
+allocate themselves is not counted. On a GPU: ``torch.cuda.max_memory_allocated``.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ import torch
 from layalign.experiments.bench.results import FEW_ROUNDS
 
 SHORT, LONG, VERY_LONG, LONGEST = 2e-3, 0.3, 3.0, 5.0  # seconds of a call
-NARROW = 0.01  # half the width of a ratio's 95 % interval, over the ratio, that is narrow enough
+NARROW = 0.01  # target for half the width of a ratio's 95 % interval, relative to the ratio
 
 
 class Stopwatch:
-    """Seconds of single calls on one device."""
+    """Times single calls on one device."""
 
     def __init__(self, device: str) -> None:
         self.gpu = device == "cuda"
@@ -54,7 +56,7 @@ class Stopwatch:
 
 
 def medians(watch: Stopwatch, calls: dict[str, Callable[[], Any]], count: int = 5) -> dict[str, float]:
-    """Median seconds of each call, which take turns, after one each to warm up."""
+    """Median seconds of each call, measured in turns after one warm-up call each."""
     for call in calls.values():
         call()
     rounds = [{name: watch.once(call) for name, call in calls.items()} for _ in range(count)]
@@ -62,17 +64,20 @@ def medians(watch: Stopwatch, calls: dict[str, Callable[[], Any]], count: int = 
 
 
 class Turns:
-    """The rounds of one row: baselines by name, and ours, which the caller runs itself between two rounds.
+    """The rounds of one row: the baselines, and ours, which the caller runs between two rounds.
 
     Args:
-        few: baselines that are timed in the first three rounds only where a call takes longer than 0.3 s, in the first
-            alone where it takes over 1 s, and once, before it, over 3 s: no target hangs on their last percent.
-        seconds: about how long all rounds should take; never fewer than ``fewest`` rounds, three where one takes 5 s,
-            never more than 200. Where every single call takes 5 s, the first, untimed for others, is a round too: what
-            it finds cold is lost in its length.
-        patience: how many times as many rounds (at most the 200) are wanted.
-        fewest: at least so many rounds.
-        judged: the baseline that a target refers to. Then the first rounds, timed here, say how many are enough.
+        watch: the stopwatch.
+        ours: our call.
+        baselines: the other calls, by name.
+        seconds: approximate time for all rounds. There are at least ``fewest`` rounds (three if one takes 5 s) and at
+            most 200. If every call takes 5 s, the first call counts as a round instead of as a warm-up.
+        few: baselines that are timed less often, because no target depends on them: in the first three rounds if a call
+            takes over 0.3 s, in the first round if over 1 s, and once before the rounds if over 3 s.
+        patience: factor for the number of rounds (still at most 200).
+        fewest: minimum number of rounds.
+        judged: the baseline that a target refers to. If given, the first rounds are timed here and decide how many are
+            enough.
     """
 
     def __init__(
@@ -92,7 +97,7 @@ class Turns:
         found = {}
         for name, call in {**baselines, "": ours}.items():
             first = watch.once(call)  # compiles, folds, allocates
-            # Ours is another call the second time: it has folded, and its kernels know their arguments.
+            # Our second call differs from the first: weights are folded and kernels are cached.
             found[name] = first if first > (VERY_LONG if name == "" else LONG) else watch.once(call)
         few = tuple(name for name in few if name in found)
         counts = {name: 3 if found[name] < 1 else int(found[name] < VERY_LONG) for name in few}
@@ -109,7 +114,7 @@ class Turns:
         wanted = max(min(3, fewest) if per_round > LONGEST else fewest, seconds / per_round)
         most = max(1, min(200, int(wanted * patience)))
         if judged in whole and most > fewest:
-            while len(self.times) < fewest - 1:  # one at least is left for the caller
+            while len(self.times) < fewest - 1:  # at least one is left for the caller
                 self.baselines()
                 self.ours()
             most = min(most, enough([a / b for a, b in zip(self.times, self.against[judged], strict=True)], fewest))
@@ -139,9 +144,9 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def interval(values: list[float]) -> tuple[float, float] | None:
-    """Between these numbers lies the median of what ``values`` were drawn from, in 95 of 100 cases or more.
+    """95 % confidence interval of the median of the distribution of ``values``.
 
-    By order statistics, whatever the distribution; None where there are fewer than the six values that takes.
+    From order statistics, for any distribution; None with fewer than six values.
     """
     count, place, below = len(values), 0, 0.5 ** len(values)
     while below <= 0.025:
@@ -152,7 +157,7 @@ def interval(values: list[float]) -> tuple[float, float] | None:
 
 
 def enough(values: list[float], fewest: int) -> int:
-    """Rounds after which the median's interval should be :data:`NARROW`, were ``values`` normal with such quartiles."""
+    """Rounds until the median's interval should be :data:`NARROW`, for normal values with the same quartiles."""
     first, median, third = quartiles(values)
     deviation = (third - first) / 1.349
     return max(fewest, math.ceil((1.96 * 1.2533 * deviation / (NARROW * median)) ** 2))
@@ -165,9 +170,10 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def compared(ours: list[float], other: list[float]) -> dict[str, float]:
-    """A baseline's median, and ours / baseline by rounds; of few, ours of the first three over the baseline's median.
+    """A baseline's median, and the ratio ours / baseline by rounds.
 
-    These are the nearest in time: in a minute a machine may have another clock.
+    With fewer than three rounds of the baseline, the ratio is that of our first three times to the baseline's median.
+    They are the nearest in time, and a machine's clock may change within a minute.
     """
     pairs = zip(ours, other if len(other) >= FEW_ROUNDS else [quartiles(other)[1]] * FEW_ROUNDS, strict=False)
     each = [a / b for a, b in pairs]
@@ -184,10 +190,13 @@ def compared(ours: list[float], other: list[float]) -> dict[str, float]:
 
 
 def rates(median: float, moved: float, flop: float, ceiling: dict[str, float]) -> dict[str, float]:
-    """GB/s, TFLOP/s, and the share of what the measured ceilings allow for this many bytes and operations.
+    """GB/s, TFLOP/s, and the share of the measured ceilings.
 
     Args:
-        moved: bytes that must be read or written; flop: operations. Zero for what does not apply.
+        median: seconds.
+        moved: bytes that must be read or written, or 0.
+        flop: operations, or 0.
+        ceiling: the result of :func:`ceilings`.
     """
     if not moved and not flop:
         return {}
@@ -202,7 +211,7 @@ def rates(median: float, moved: float, flop: float, ceiling: dict[str, float]) -
 
 
 def ceilings(watch: Stopwatch, dtype: torch.dtype, quick: bool) -> dict[str, float]:
-    """Copy bandwidth (read and write together, beyond the caches) and matrix rate, in this run."""
+    """Measure copy bandwidth (read plus write, beyond the caches) and the rate of a matrix product."""
     device = "cuda" if watch.gpu else "cpu"
     size = 2**30 if watch.gpu else (2**22 if quick else 2**27)
     source = torch.zeros(size, dtype=torch.int8, device=device)
@@ -216,12 +225,14 @@ def ceilings(watch: Stopwatch, dtype: torch.dtype, quick: bool) -> dict[str, flo
 def peak_memory(
     call: Callable[[], Any], device: str, forget: Callable[[], None] | None = None, warm: bool = False
 ) -> int:
-    """Bytes alive at the highest point of ``call`` above those alive before; what it counts: see the module.
+    """Peak of bytes alive during ``call``, minus those alive before; see the module for what is counted.
 
     Args:
-        call: leaves as much memory behind as it found; where it keeps something for the next call, ``forget`` drops it.
-            On a CPU torch does not see memory come back that it did not see go out.
-        warm: what is allocated once and kept for good is there already; else a call makes it so.
+        call: the call. It must free what it allocates, because on a CPU the profiler does not see memory freed that was
+            allocated before.
+        device: "cpu" or "cuda".
+        forget: drops what ``call`` keeps for the next call.
+        warm: whether everything that is allocated only once exists already; otherwise one call is made first.
     """
 
     def whole() -> None:
@@ -231,7 +242,7 @@ def peak_memory(
 
     if not warm:
         whole()
-    gc.collect()  # so that no garbage of earlier calls is given back within this one
+    gc.collect()  # garbage of earlier calls must not be freed within this one
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -241,7 +252,7 @@ def peak_memory(
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    gc.disable()  # nor at a moment of its own choosing
+    gc.disable()  # no collection at a random moment either
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             whole()
@@ -256,7 +267,7 @@ def peak_memory(
 
 
 def clock(device: str) -> float | None:
-    """The clock in MHz right now (GPU: of the multiprocessors; CPU: mean over the cores); None if not readable."""
+    """The current clock in MHz (GPU: of the multiprocessors; CPU: mean over the cores); None if unknown."""
     if device == "cuda":
         command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
         try:
@@ -272,7 +283,7 @@ def clock(device: str) -> float | None:
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative, in the Frobenius norm; infinite where a number is missing."""
+    """Relative difference in the Frobenius norm; infinite for NaN, infinity or another shape."""
     if found.shape != expected.shape or not bool(found.isfinite().all()):
         return float("inf")
     wide = expected.detach().double()

@@ -1,4 +1,4 @@
-"""The models of the benchmarks: random weights, open gates, and one set of frozen weights that all of them share."""
+"""The models of the benchmarks: random weights, non-zero gates, and one set of frozen weights shared by all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GATE = 0.3
 
 
 def shared(module: Any) -> Any:
-    """A copy of the module tree over the same parameters."""
+    """A copy of the module tree that shares the parameters."""
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
@@ -61,7 +61,7 @@ def frozen_parts(size: Size) -> tuple[Any, Any]:
 
 
 def published_from(ours: LayAlignForCausalLM, encoder: Any, llm: Any) -> published.PublishedLayAlign:
-    """The published data flow with the numbers of ``ours``; ``llm`` gets wrapped."""
+    """The published data flow with the weights of ``ours``; modifies ``llm``."""
     source = ours.config
     aligner = SimpleNamespace(
         encoder_hidden_dim=encoder.config.hidden_size,
@@ -86,9 +86,9 @@ class Models:
     """All models of one size.
 
     Attributes:
-        ours: LayAlignForCausalLM as it comes.
-        published: the published data flow, with the same numbers.
-        encoder, bare: the frozen parts alone.
+        ours: LayAlignForCausalLM with default settings.
+        published: the published data flow, with the same weights.
+        encoder, bare: only the frozen parts.
     """
 
     def __init__(self, size: Size, shapes: Shapes) -> None:
@@ -109,15 +109,15 @@ class Models:
 
     @functools.cached_property
     def accelerated(self) -> published.PublishedLayAlign:
-        """The published data flow with the same numbers, and the one line of :func:`layalign.accelerate`."""
+        """The published data flow with the same weights, after :func:`layalign.accelerate`."""
         model = published_from(self.ours, shared(self.encoder), shared(self.bare))
         layalign.accelerate(model)
         return model
 
     def prompted(self, length: int) -> Any:
-        """peft's adaption_prompt on the same LLM: as many prompt tokens a layer as the source has tokens.
+        """peft's adaption_prompt on the same LLM, with as many prompt tokens per layer as the source has tokens.
 
-        None where peft is not installed.
+        None if peft is not installed.
         """
         if importlib.util.find_spec("peft") is None:
             return None
@@ -139,7 +139,7 @@ class Models:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within, ``ours`` computes every operation by layalign/reference.py, folds nothing and leaves nothing out."""
+        """Within the block, ``ours`` computes all operations with layalign/reference.py, without folding or pruning."""
         model = self.ours
         assert model.encoder_aligner is not None
         places = [model.encoder_aligner.projector, *model.cross_attention]

@@ -1,4 +1,4 @@
-"""The operations of ``layalign.ops`` as calls, each with its baselines, its bytes and its floating-point operations."""
+"""The operations of ``layalign.ops`` as calls, with their baselines, bytes and floating-point operations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Operation:
     """One operation on one set of arguments.
 
     Attributes:
-        call: runs it with the backend that is named.
-        plain: reference.py's on other leaves, in their dtype.
-        baselines: what else does the same, by name; reference.py is among them.
-        leaves: what gradients are wanted of.
-        moved, flop: bytes and operations at the least: of the forward, and of forward and backward.
-        auto: says which backend ``impl="auto"`` takes, with gradients as they are enabled at that moment.
+        call: runs it with the named backend.
+        plain: runs reference.py on other leaves, in their dtype.
+        baselines: other implementations, by name, including reference.py.
+        leaves: tensors to compute gradients for.
+        moved, flop: minimum of bytes and operations: (forward, forward and backward).
+        auto: returns the backend that ``impl="auto"`` takes, depending on whether gradients are enabled.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Operation:
     base: Tensor | None = None
 
     def passes(self, impl: str, backward: bool) -> dict[str, Callable[[], Any]]:
-        """Ours first, then the baselines: forward alone, or with the gradients of all leaves."""
+        """Ours first, then the baselines: only forward, or with the gradients of all leaves."""
         calls = {impl: lambda: self.call(impl), **self.baselines}
         if not backward:
             return {name: torch.no_grad()(call) for name, call in calls.items()}
@@ -60,14 +60,14 @@ def _random(*shape: int, device: str, dtype: torch.dtype, scale: float = 1.0) ->
 def _grid(*shape: int, step: float, device: str, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
     """Random multiples of ``step``, plus ``shift``.
 
-    With these the layer mix is exact in fp32 and never zero. Else a sum within a rounding of zero could be cut by the
-    relu in one implementation and not in another, both right, and their gradients would differ.
+    With them the layer mix is exact in fp32 and never zero. Otherwise the ReLU could cut a sum near zero in one
+    implementation and not in another. Both would be right, but their gradients would differ.
     """
     return ((torch.randn(*shape, device=device) * (scale / step)).round() * step + shift).to(dtype)
 
 
 def _sums(unit: int, numbers: Sequence[float]) -> tuple[float, float]:
-    """Of (forward, backward): the forward's, and both together."""
+    """(forward, backward) -> (forward, forward + backward), times ``unit``."""
     return unit * numbers[0], unit * sum(numbers)
 
 
@@ -86,7 +86,7 @@ def layers(
     ][: 2 if name == "layer_mix" else 4]
     n = batch * length
     states, mixes = n * width * count, 2 * n * slots * width * count
-    # The backward reads the states and the gradient, and multiplies: the mix's weights' gradient costs a mix.
+    # The backward reads the states and the gradient; the gradient of the mix's weights costs as much as a mix.
     moved, flop = [states + n * slots * width] * 2, [mixes, mixes]
     labels: dict[str, Any] = dict(batch=batch, source=length, layers=count, slots=slots, width=width, out=out)
     if name == "layer_projection":
@@ -94,7 +94,7 @@ def layers(
         moved = [states + width * out + result, states + 2 * width * out + result]  # the weight and its gradient
         flop = [mixes + products, mixes + 2 * products]  # the gradients of x and of the weight
         zeros = (reference.layer_mix(hidden, *weights[:2]) == 0).float().mean()
-        labels["zeros of the relu"] = round(float(zeros), 3)  # kernels may leave their arithmetic out
+        labels["zeros of the relu"] = round(float(zeros), 3)  # kernels may skip them
 
     def plain(*leaves: Tensor) -> Tensor:
         found: Tensor = getattr(reference, name)([layer.to(leaves[0].dtype) for layer in hidden], *leaves)
@@ -145,7 +145,7 @@ def attention(
         plain,
         {REFERENCE: lambda: plain(query, key, value, gate), SDPA: sdpa},
         [query, key, value, gate],
-        # Backward: query and the result's gradient, keys and values, and a gradient each of query, keys and values.
+        # Backward: reads query, result's gradient, keys and values; writes gradients of query, keys and values.
         moved=_sums(query.element_size(), [3 * queries + 2 * states, 3 * queries + 4 * states]),
         flop=_sums(1, [2 * product, 4 * product]),
         auto=lambda: backends.choose("gated_cross_attention", device, query, key, value, gate, base, key_mask=mask),
@@ -155,10 +155,10 @@ def attention(
 
 
 def flex(operation: Operation) -> Callable[[], Tensor]:
-    """FlexAttention, compiled, with the same padding mask, then gate and addition: on a GPU.
+    """Compiled FlexAttention with the same padding mask, then gate and addition, on a GPU.
 
     Raises:
-        Exception: whatever stands in the way of compiling it here.
+        Exception: torch cannot compile it here.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

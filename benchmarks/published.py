@@ -1,9 +1,9 @@
 """The published LayAlign data flow in plain PyTorch on today's transformers: the baseline of the benchmarks.
 
-Same class names, parameter names, numbers and costs as the authors' code, in this project's own words: all encoder
-layers are stacked and permuted; keys and values of the source are projected anew at every call of every layer; the
-query is projected and rotated a second time; the gated term has an output projection of its own; encoder padding is
-attended to. Nothing here imports layalign.
+It has the class names, parameter names, results and costs of the authors' code, but is written for this project. All
+encoder layers are stacked and permuted. Keys and values of the source are projected again in every call of every layer.
+The query is projected and rotated a second time. The gated term has its own call of the output projection. Encoder
+padding is attended to. Nothing here imports layalign.
 
 Source: Ruan et al., "LayAlign", Findings of NAACL 2025, and the code published with it.
 """
@@ -69,7 +69,7 @@ class MLP(nn.Module):
 
 
 class Mapping(nn.Module):
-    """The encoder's last states as soft tokens, and the boundary behind them."""
+    """The encoder's last states as soft tokens, and the boundary after them."""
 
     def __init__(self, mt_dim: int, llm_dim: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class AdaptedAttention(nn.Module):
-    """A decoder's attention module, and beside it the gated attention to the states set from outside.
+    """A decoder's attention module, with gated attention to states that are set from outside.
 
     Args:
         model: an attention module with separate q, k, v and o projections and half-rotated positions (Llama, Mistral,
@@ -162,7 +162,7 @@ def squeeze_padding(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 class PublishedLayAlign(nn.Module):
-    """The published model over given parts: the loss with labels, the newly generated ids without.
+    """The published model with given parts. It returns the loss with labels, and the newly generated ids without.
 
     Args:
         config: any object with ``encoder_aligner_config`` (encoder_layers, language_layers, structure and the sizes),

@@ -1,8 +1,8 @@
-"""Run every kernel of every usable backend once on small, odd shapes: what compute-sanitizer watches on a GPU.
+"""Run every kernel of every usable backend once on small, odd shapes, for compute-sanitizer on a GPU.
 
     compute-sanitizer --tool memcheck python benchmarks/sanitize.py
 
-Results are compared with the reference too, so that the program fails when a kernel is wrong.
+Results are also compared with the reference, so the program fails if a kernel is wrong.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """Normal numbers on the device, requiring gradients."""
+    """Normally distributed numbers on the device, with gradients."""
     return torch.randn(*shape, device=DEVICE).to(dtype).requires_grad_()
 
 
 def check(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare loosely (fp16); exact budgets are the tests' business."""
+    """Compare loosely (fp16); the tests have exact error budgets."""
     error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
     if not error <= 1e-2:
         raise SystemExit(f"{name}: wrong, error {error:.1e} of the largest value")
@@ -65,7 +65,7 @@ def attention(impl: str) -> None:
 
 
 def main() -> None:
-    """Every backend but plain torch."""
+    """Run every usable backend except plain torch."""
     usable = [name for name in backends.names() if name != "torch" and backends.capability(name, DEVICE)[0]]
     for impl in usable:
         torch.manual_seed(0)

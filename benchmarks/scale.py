@@ -1,8 +1,8 @@
-"""Training on 8 to 512 GPUs, from arithmetic alone: bytes that the engines move, and what they make of a step.
+"""Estimates for training on 8 to 512 GPUs: bytes that the engines send, and the time of a step.
 
-``python benchmarks/scale.py`` prints the tables; with pages, it rewrites what stands between ``<!-- scale: NAME -->``
-and ``<!-- end -->`` in them. ``docs/scale.md`` explains the formulas. The bytes are checked against what two processes
-really send, on a small model (``tests/training/test_distributed.py``); times are not measured.
+``python benchmarks/scale.py`` prints the tables. With pages as arguments, it replaces the text between ``<!-- scale:
+NAME -->`` and ``<!-- end -->`` in them. ``docs/scale.md`` explains the formulas. The bytes are checked against what two
+processes send for a small model (``tests/training/test_distributed.py``); times are not measured.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ STAGE = estimate.STAGES[0]
 
 @dataclass(frozen=True)
 class Units:
-    """Parameters by what FSDP2 gathers together.
+    """Number of parameters by FSDP2 unit.
 
     Attributes:
         encoder: the encoder's layers and its embeddings.
-        encoder_last: of these its last layer, fetched ahead on the way back, where nothing needs it.
-        key_value: key and value maps of the language layers.
+        encoder_last: of these, the last layer; prefetched in the backward pass, although nothing needs it there.
+        key_value: key and value projections of the language layers.
         layers: the rest of the LLM's layers.
-        embeddings: of the LLM's input; fetched ahead on the way back too.
+        embeddings: the LLM's input embeddings; also prefetched in the backward pass.
         head: the LLM's output head.
-        root: everything else, the trained parameters among them.
+        root: everything else, including the trained parameters.
         trained: parameters with gradients.
     """
 
@@ -53,7 +53,7 @@ class Units:
 
     def gathered(self) -> dict[str, int]:
         """How often each unit is gathered for one micro batch, forward and backward."""
-        # The source's keys and values, then the layers; both again on the way back. The frozen encoder has no way back.
+        # Keys and values of the source, then the layers, and both again in the backward. The frozen encoder has none.
         return dict(encoder=1, encoder_last=1, key_value=4, layers=2, embeddings=2, head=1, root=1)
 
     def gathered_bytes(self, size: dict[str, int]) -> int:
@@ -62,7 +62,7 @@ class Units:
 
 
 def units_of(model: Any, gpus: int = 1) -> Units:
-    """The units of a T5-like encoder with a Llama-like LLM, their parameters filled up to even shares of the GPUs."""
+    """The units of a T5-like encoder with a Llama-like LLM; parameters are padded to equal shards."""
 
     def padded(parameter: Any) -> int:
         first = parameter.shape[0]
@@ -102,7 +102,7 @@ def published_units() -> Units:
 
 
 def step_bytes(units: Units, gpus: int, micro_batches: int) -> dict[str, float]:
-    """Bytes that one GPU sends in one step, by engine: rings, frozen parts in bf16, trained ones in fp32."""
+    """Bytes that one GPU sends in a step, by engine: ring collectives, frozen parts in bf16, trained ones in fp32."""
     share = (gpus - 1) / gpus
     size = dict.fromkeys(units.gathered(), 2) | {"root": 4}
     reduce = 4 * units.trained * share
@@ -111,7 +111,7 @@ def step_bytes(units: Units, gpus: int, micro_batches: int) -> dict[str, float]:
 
 
 def weight_bytes(units: Units, gpus: int) -> dict[str, float]:
-    """Bytes of weights, gradients and AdamW's moments on one GPU; for FSDP2 with the two largest units whole."""
+    """Bytes of weights, gradients and AdamW's moments on one GPU; for FSDP2 with the two largest units gathered."""
     frozen, trained = 2 * (units.all - units.trained), units.trained
     largest = 2 * max(units.layers / estimate.L, units.embeddings, estimate.ENCODER["vocab"] * estimate.D_E)
     return {
@@ -158,7 +158,7 @@ def memory_table() -> str:
 
 
 def units_table() -> str:
-    """What is gathered how often."""
+    """How often each unit is gathered."""
     units = published_units()
     names = dict(encoder="encoder", encoder_last="its last layer once more", key_value="key and value maps")
     names |= dict(layers="the rest of the LLM's layers", embeddings="LLM embeddings", head="output head")

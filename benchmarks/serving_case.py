@@ -1,4 +1,4 @@
-"""A tiny model to serve, questions for it, and the answer each has when it is asked alone: what a server must give."""
+"""A tiny model to serve, questions for it, and the answer to each as a single request, which a server must give."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WORDS = [
     "größer",
     "😀",
 ]
-MARGIN = 1e-4  # a greedy token less than this ahead of the second may change with the rounding of a batch's shape
+MARGIN = 1e-4  # with a smaller lead over the second token, rounding in another batch shape may change a greedy token
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Question:
 
 
 def byte_tokenizer(*, add_eos: bool) -> PreTrainedTokenizerFast:
-    """One token per byte: characters of other scripts are several tokens."""
+    """One token per byte, so that characters of other scripts are several tokens."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -77,7 +77,7 @@ def byte_tokenizer(*, add_eos: bool) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(ends: bool = True) -> LayAlignForCausalLM:
-    """Random weights that make every answer another one: wide weights, open gates."""
+    """A model with random weights, large enough and with open gates, so that all answers differ."""
     torch.manual_seed(0)
     encoder = MT5EncoderModel(
         MT5Config(
@@ -94,7 +94,7 @@ def tiny_model(ends: bool = True) -> LayAlignForCausalLM:
     with torch.no_grad():
         for parameter in llm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-        # Mostly letters: parts of characters that never become one all look alike. And an end token now and then.
+        # Mostly letters, since incomplete characters all decode to the same text. And an end token now and then.
         letters = byte_tokenizer(add_eos=False)("".join(map(chr, range(32, 127))))["input_ids"]
         llm.lm_head.weight[sorted(set(range(len(SPECIAL), SIZE)) - set(letters))] *= 0.5
         llm.lm_head.weight[1] *= 1.15 if ends else 0.0
@@ -108,7 +108,7 @@ def tiny_model(ends: bool = True) -> LayAlignForCausalLM:
 
 
 def write_checkpoint(folder: Path, ends: bool = True) -> tuple[LayAlignForCausalLM, Any, Any]:
-    """Save the model with its frozen parts and tokenizers; (model, encoder tokenizer, LLM tokenizer)."""
+    """Save the model with its frozen parts and tokenizers; returns (model, encoder tokenizer, LLM tokenizer)."""
     model, tokenizers = tiny_model(ends), (byte_tokenizer(add_eos=True), byte_tokenizer(add_eos=False))
     model.save_pretrained(folder, save_frozen=True)
     save_tokenizers(folder, *tokenizers)
@@ -116,7 +116,7 @@ def write_checkpoint(folder: Path, ends: bool = True) -> tuple[LayAlignForCausal
 
 
 def questions(model: Any, encoder_tokenizer: Any, llm_tokenizer: Any, count: int, seed: int = 0) -> list[Question]:
-    """Questions of many lengths, each with the answer of `model.generate` to it alone."""
+    """Questions of many lengths, each with the answer of `model.generate` to it as a single request."""
     draw, found = random.Random(seed), []
     for _ in range(count):
         prompt = " ".join(draw.choices(WORDS, k=draw.choice((1, 2, 3, 5, 8, 13, 21))))
@@ -136,13 +136,13 @@ def questions(model: Any, encoder_tokenizer: Any, llm_tokenizer: Any, count: int
 def single_answer(
     model: Any, encoder_tokenizer: Any, llm_tokenizer: Any, prompt: str, task: str, longest: int
 ) -> tuple[str, str, float]:
-    """(text, how it ended, smallest lead of a chosen token's logit) of a greedy answer to one question alone."""
-    behind = PROMPTS[task](prompt)
+    """(text, reason for its end, smallest lead of a chosen token's logit) of a greedy answer to a single question."""
+    filled = PROMPTS[task](prompt)
     collator = LayAlignCollator.from_model(
-        model, encoder_tokenizer, llm_tokenizer, stage="task" if behind else "translation", with_targets=False,
+        model, encoder_tokenizer, llm_tokenizer, stage="task" if filled else "translation", with_targets=False,
         max_prompt_length=1024,
     )  # fmt: skip
-    batch = collator([Example(prompt, "", "Swahili", behind)])
+    batch = collator([Example(prompt, "", "Swahili", filled)])
     output = model.generate(
         **batch, max_new_tokens=longest, do_sample=False, return_dict_in_generate=True, output_logits=True
     )

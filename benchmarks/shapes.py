@@ -1,7 +1,7 @@
-"""What is measured where: ``LAYALIGN_BENCH=quick|cpu|gpu`` chooses, by default by the machine.
+"""Shapes of the benchmarks: ``LAYALIGN_BENCH=quick|cpu|gpu``; the default depends on the machine.
 
-``quick`` is a smoke run of seconds, whose figures mean nothing; ``cpu`` takes minutes on two cores; ``gpu`` has the
-operations in the paper's shapes (mT5-xl with Llama-2-7B) and the whole model in the small and in a larger size.
+``quick`` is a smoke test of seconds, whose numbers mean nothing. ``cpu`` takes minutes on two cores. ``gpu`` has the
+operations in the paper's shapes (mT5-xl with Llama-2-7B), and the whole model in a small and in a larger size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHOICES = ("quick", "cpu", "gpu")
 
 @dataclass(frozen=True)
 class Size:
-    """Two frozen parts; ``groups`` is the number of key/value heads, and E is ``encoder_layers``."""
+    """Sizes of the two frozen parts; ``groups`` is the number of key/value heads, and E is ``encoder_layers``."""
 
     name: str
     layers: int
@@ -43,7 +43,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Shapes:
-    """One choice of everything."""
+    """One set of shapes."""
 
     name: str
     dtype: torch.dtype
@@ -63,7 +63,7 @@ class Shapes:
 
     @property
     def device(self) -> str:
-        """Where the tensors lie."""
+        """Device of the tensors."""
         return "cuda" if self.name == "gpu" else "cpu"
 
 

@@ -1,10 +1,10 @@
-"""A server under load for a long time: every answer checked, memory watched, then killed and restarted while asked.
+"""Soak test of the server: sustained load with every answer checked and memory recorded, then kills and restarts.
 
-``python benchmarks/soak.py --minutes 30 --kill-minutes 5 --output benchmarks/results/serve/soak.json`` makes a tiny
-model, starts ``layalign serve`` with it as a process of its own, and asks from many clients at once, more than it has
-places for. Each answer must be what ``model.generate`` gave to that question alone. Among the requests: streams,
-clients that leave in the middle, malformed ones that must get their 4xx, and more than fit, which must get 429. Beside
-it `soak_idle.py` holds connections that ask for nothing and asks `/health` every second.
+``python benchmarks/soak.py --minutes 30 --kill-minutes 5 --output benchmarks/results/serve/soak.json`` creates a tiny
+model and starts ``layalign serve`` with it in a separate process. More clients than it has places send requests at
+once. Each answer must be the one that ``model.generate`` gave to the single question. Some requests are streamed, some
+clients disconnect, malformed requests must get their 4xx, and requests beyond the limit must get 429. At the same time
+`soak_idle.py` holds idle connections and requests `/health` every second.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from serving_case import MARGIN, Question, questions, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {"--max-batch": 8, "--max-queue": 8, "--max-new-tokens": 64, "--max-prompt-tokens": 1024}
-CLIENTS = 24  # 16 have a place, so some are always turned away
-WARM_UP = 180.0  # seconds before memory is fitted
+CLIENTS = 24  # there are 16 places, so some are always refused
+WARM_UP = 180.0  # seconds before the fit of memory starts
 PATIENCE = 60.0  # seconds without an answer after which a request counts as lost
 BAD = (
     (b"{", 400),
@@ -65,7 +65,7 @@ class Tally:
 
 
 class ServerProcess:
-    """`layalign serve` as a process, on one port that a restart keeps."""
+    """`layalign serve` in a separate process, on a port that a restart keeps."""
 
     def __init__(self, checkpoint: Path, log: Path) -> None:
         with socket.socket() as probe:
@@ -124,7 +124,7 @@ class Load:
             except httpx.TimeoutException as error:
                 counts["lost"] += 1
                 counts[f"lost in {kind.__name__}: {type(error).__name__}"] += 1
-            except httpx.TransportError:  # refused or cut: the server was killed, or counts as an error below
+            except httpx.TransportError:  # refused or closed, since the server was killed
                 counts["connection errors"] += 1
                 await asyncio.sleep(0.2)
             else:
@@ -216,7 +216,7 @@ class Load:
 
 
 async def watch(server: ServerProcess, tally: Tally, until: float) -> None:
-    """Memory every five seconds."""
+    """Record memory every five seconds."""
     begin = time.monotonic()
     while time.monotonic() < until:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -225,7 +225,7 @@ async def watch(server: ServerProcess, tally: Tally, until: float) -> None:
 
 
 async def phase(server: ServerProcess, pool: list[Question], seconds: float, kill_every: float | None) -> Tally:
-    """Load for some time; with SIGKILL and a restart every so often, if asked for."""
+    """Load the server for some time; with `kill_every`, kill (SIGKILL) and restart it in that interval."""
     tally, begin = Tally(), time.monotonic()
     load = Load(server, pool, tally, begin + seconds)
     await server.ready(load.client)
@@ -255,20 +255,20 @@ async def phase(server: ServerProcess, pool: list[Question], seconds: float, kil
 
 
 def _tree() -> str:
-    """Git's name of the server's source, which a rebase does not change."""
-    command = ["git", "rev-parse", "HEAD:layalign/serve"]
+    """Git's tree hash of the server's source, which a rebase does not change."""
+    command = ["git", "rev-parse", "HEAD:layalign/serving/http"]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
 
 
 def _alike(pool: list[Question]) -> float:
-    """How often two different questions have the same answer: a crossed answer would go unseen then."""
+    """Share of question pairs with the same answer, for which swapped answers would go unnoticed."""
     counts = Counter((question.text, question.reason) for question in pool)
     pairs = len(pool) * (len(pool) - 1)
     return sum(count * (count - 1) for count in counts.values()) / pairs
 
 
 def summary(tally: Tally) -> dict[str, Any]:
-    """The figures of a phase."""
+    """The numbers of a phase."""
     times = [(t, m) for t, m in tally.memory if t >= min(WARM_UP, tally.elapsed / 3)]
     slope = float(np.polyfit(*np.array(times).T, 1)[0] * 3600) if len(times) > 2 else None
     quantiles = {f"p{q}": round(float(np.percentile(tally.seconds, q)), 4) for q in (50, 90, 99)}
@@ -293,7 +293,7 @@ def summary(tally: Tally) -> dict[str, Any]:
 
 
 async def soak(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Both phases."""
+    """Run both phases."""
     parts = write_checkpoint(folder / "checkpoint")
     made = questions(*parts, arguments.questions)
     pool = [question for question in made if question.margin >= MARGIN]

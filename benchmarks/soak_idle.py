@@ -1,7 +1,7 @@
-"""Beside a soak: connections that ask for nothing, and a question after the server's health every second.
+"""Part of a soak test: idle connections, and a request for the server's health every second.
 
-``python benchmarks/soak_idle.py PORT SECONDS`` prints what it has seen as JSON. A process of its own, so that its times
-are the server's and not those of the clients that ask for answers.
+``python benchmarks/soak_idle.py PORT SECONDS`` prints its results as JSON. It is a separate process, so that its times
+are those of the server and not of the busy clients.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ASK = b"GET /health HTTP/1.1\r\nHost: server\r\n"
 
 
 class Idle:
-    """Connections of each kind, opened again when the server has closed them."""
+    """Connections of each kind, reopened when the server closes them."""
 
     def __init__(self, port: int) -> None:
         self.port, self.counts = port, Counter[str]()
@@ -36,12 +36,12 @@ class Idle:
         self.missing = [KINDS[number % len(KINDS)] for number in range(COUNT)]
 
     def second(self, most: int = 110) -> None:
-        """Open what is missing, in ten seconds or so; send a byte; then look for a second at what was closed."""
+        """Open up to `most` missing connections, send a byte, then watch for closed ones for the rest of a second."""
         begin = time.monotonic()
         for kind in self.missing[:most]:
             try:
                 connection = socket.create_connection(("127.0.0.1", self.port), 1.0)
-            except OSError:  # killed, or too busy: again in the next second
+            except OSError:  # killed or too busy; retried in the next second
                 break
             self.missing.remove(kind)
             self.counts["opened"] += 1
@@ -69,7 +69,7 @@ class Idle:
 
 
 def health(port: int) -> str:
-    """Status over a connection of its own."""
+    """Status of `/health`, over a new connection."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         connection.request("GET", "/health")
@@ -99,7 +99,7 @@ def main() -> None:
         idle.second()
         lying.append(len(idle.open))
     asking.join()
-    lying = lying[10:]  # by then all have been opened
+    lying = lying[10:]  # all have been opened by then
     result = {
         "health": {
             "answers": dict(sorted(answers.items())),

@@ -1,4 +1,4 @@
-"""The table of a soak, from its result file: ``python benchmarks/soak_report.py soak.json docs/serving.md``."""
+"""The table of a soak test, from its result file: ``python benchmarks/soak_report.py soak.json docs/serving.md``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BEGIN, END = "<!-- soak -->", "<!-- end of soak -->"
 
 
 def _slope(samples: list[list[float]], seconds: float) -> float:
-    """MiB an hour over the last `seconds`."""
+    """MiB per hour over the last `seconds`."""
     times, sizes = np.array([sample for sample in samples if sample[0] >= samples[-1][0] - seconds]).T
     return float(np.polyfit(times, sizes, 1)[0] * 3600)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The figures of both phases."""
+    """The numbers of both phases."""
     phases = [result["saturation"], result["kills"]]
     counts = [phase["counts"] for phase in phases]
     memory, versions, facts = phases[0]["memory MiB"], result["facts"]["versions"], result["facts"]
@@ -50,24 +50,24 @@ def markdown(result: dict[str, Any]) -> str:
         line("refused with 429", *each("429")),
         line("malformed requests, each with its 4xx", *each("4xx")),
         line("malformed requests let through", *each("4xx missing")),
-        line("clients that left: in a stream", *each("left in the middle")),
-        line("clients that left: while waiting", *each("left while waiting")),
+        line("clients that disconnected: in a stream", *each("left in the middle")),
+        line("clients that disconnected: while waiting", *each("left while waiting")),
         line("places still taken afterwards", *left),
         line("SIGKILL", *each("kills")),
         line(
-            "connections refused or cut, streams included",
+            "connections refused or closed, including streams",
             *map(sum, zip(each("connection errors"), each("streams cut"), strict=True)),
         ),
         line(
-            "idle connections beside it, a third each: silent, a byte of a header a second, kept alive",
+            "idle connections at the same time, a third each: silent, a header byte per second, kept alive",
             *(found["wanted"] for found in lying),
         ),
         line("of them open, mean", *(f"{found['open']['mean']:.0f}" for found in lying)),
         line(
-            "closed by the server, and opened again",
+            "closed by the server and reopened",
             *(sum(value for key, value in found["counts"].items() if key.startswith("closed")) for found in lying),
         ),
-        line("`/health` asked, once a second", *(sum(found.values()) for found in asked)),
+        line("`/health` requested, once per second", *(sum(found.values()) for found in asked)),
         line("**answered with 200**", *(found.get("200", 0) for found in asked)),
         line(
             "seconds to `/health`, p50 / p90 / p99 / longest",
@@ -85,15 +85,15 @@ def markdown(result: dict[str, Any]) -> str:
         f"layalign/serve as of git tree {result['tree of layalign/serve'][:7]}; {result['clients']} clients, "
         f"`--max-batch {result['limits']['--max-batch']}`, "
         f"`--max-queue {result['limits']['--max-queue']}`; {result['questions']} questions. "
-        f"{result['cores']} cores, which other work used too: load average {result['load average']:.1f} over "
+        f"{result['cores']} cores, shared with other work: load average {result['load average']:.1f} over "
         "the last 15 minutes of saturation.\n\n"
     )
     text = (
         f"\nMemory of the server: {memory['after warm-up']:.0f} MiB after three minutes, {memory['last']:.0f} at the "
-        f"end, {memory['largest']:.0f} at most; the line through the samples after the first three minutes rises by "
-        f"{memory['MiB per hour']:.1f} MiB an hour, the one through the last ten minutes by "
+        f"end, {memory['largest']:.0f} at most. A line fitted after the first three minutes rises by "
+        f"{memory['MiB per hour']:.1f} MiB per hour, one fitted to the last ten minutes by "
         f"{_slope(memory['samples'], 600):.1f}. From a kill to the next right answer: "
-        f"{min(recovery):.0f} to {max(recovery):.0f} s, the start of the process included. Errors in the server's log: "
+        f"{min(recovery):.0f} to {max(recovery):.0f} s, including its start. Errors in the server's log: "
         f"{result['errors in the log']}. SIGTERM at the end: exit code {result['SIGTERM']['exit code']} after "
         f"{result['SIGTERM']['seconds']:.1f} s.\n"
     )

@@ -1,8 +1,8 @@
-"""The measured tables of the documentation, from a committed result file alone.
+"""The measured tables of the documentation, made from a committed result file only.
 
-``python benchmarks/tables.py benchmarks/results/cpu docs/benchmarks.md docs/backends.md`` rewrites what stands between
+``python benchmarks/tables.py benchmarks/results/cpu docs/benchmarks.md docs/backends.md`` replaces the text between
 ``<!-- measured: NAME -->`` and ``<!-- end -->`` in the pages; a name is a key of :data:`TABLES`. ``NAME, FOLDER`` takes
-the results from another folder beside the one given.
+the results from a sibling of the given folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def print_or_fill(kind: str, tables: Mapping[str, Callable[[], str]]) -> None:
 
 
 def provenance(results: Results) -> str:
-    """Where and with what the rows were measured, in a line."""
+    """A line with device, versions, commit and ceilings of the measurements."""
     data = results.data
     versions = data["facts"]["versions"]
     names = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
@@ -92,7 +92,7 @@ TABLES: dict[str, Callable[[Results], str]] = {"targets": targets, "models": mod
 
 
 def written_into(page: str, results: Results) -> str:
-    """``page`` with every measured section written anew."""
+    """``page`` with every measured section replaced."""
 
     def section(match: re.Match[str]) -> str:
         source = results if match["folder"] is None else load(results.path.parent.parent / match["folder"])

@@ -1,5 +1,7 @@
-"""The whole model against the bare LLM, the published data flow, reference.py and peft's adaption_prompt; and the
-published data flow with `layalign.accelerate`'s one line against what it was."""
+"""The whole model against the bare LLM, the published data flow, reference.py and peft's adaption_prompt.
+
+Also the published data flow with `layalign.accelerate` against itself without it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ SLOW = (FEW_LOGITS, PUBLISHED, PROMPT, REFERENCE)
 
 @pytest.fixture(scope="module", params=SHAPES.sizes, ids=lambda size: size.name)
 def models(request: pytest.FixtureRequest, shapes: Shapes) -> Iterator[Models]:
-    """The models of one size; their memory is given back before the next."""
+    """The models of one size; their memory is freed before the next."""
     found = Models(request.param, shapes)
     yield found
     del found
@@ -66,8 +68,8 @@ def labels_of(models: Models, work: Work) -> dict[str, Any]:
     }
 
 
-# What still counts as the same through a whole model, relative. The narrower types' are two to ten times what is seen
-# in bfloat16; one layer of twelve without its cross-attention is off by twice the bound of the gradients.
+# Relative differences that a whole model may show. Those of narrower types are two to ten times what is seen in
+# bfloat16. One layer of twelve without its cross-attention is off by twice the bound of the gradients.
 BOUNDS = {
     True: {"loss": 1e-3, "gradient": 1e-2, "logits": 1e-3, "states": 1e-3},
     False: {"loss": 1e-3, "gradient": 1e-1, "logits": 3e-2, "states": 2e-2},
@@ -81,7 +83,7 @@ def require_same(what: str, found: torch.Tensor, expected: torch.Tensor, allowed
 
 @pytest.fixture(scope="module")
 def right(models: Models, shapes: Shapes) -> None:
-    """All that compute LayAlign agree: loss, gradients, and a decoding step. Nothing is timed otherwise."""
+    """Require that all implementations agree in loss, gradients and a decoding step, before anything is timed."""
     work, losses, grads = shapes.train[-1], {}, {}  # without padding, which published attends to
     bound = BOUNDS[shapes.dtype == torch.float32]
     calls = workloads.loss_calls(models, work, "forward and backward")
@@ -98,7 +100,7 @@ def right(models: Models, shapes: Shapes) -> None:
         for name, grad in grads[OURS].items():
             require_same(f"gradient of {name} against {other}", grad, grads[other][name], bound["gradient"])
         require_same(f"decoding step against {other}", steps[OURS], steps[other], bound["logits"])
-    whole_steps = workloads.loss_calls(models, work, "training step")  # which may fold otherwise
+    whole_steps = workloads.loss_calls(models, work, "training step")  # may fold differently
     require_same("loss of a training step", whole_steps[OURS](), losses[REFERENCE], bound["loss"])
     for padded in (work for work in shapes.forward if work.padded):  # the published data flow attends to padding
         both = workloads.loss_calls(models, padded, "forward")
@@ -108,7 +110,7 @@ def right(models: Models, shapes: Shapes) -> None:
 
 
 def affordable(calls: dict[str, Any], shapes: Shapes, models: Models, work: Work, rows: Any) -> dict[str, Any]:
-    """On a CPU, peft and reference.py are measured with one model and the smallest work only; few logits with B 1."""
+    """Drop the calls that take too long on a CPU: peft and reference.py for most models, few logits above B 1."""
     leave = {ACCELERATED}  # has rows of its own
     if shapes.name == "cpu" and (models.size.name, work.batch) != ("mha", 1):
         leave |= {PROMPT, REFERENCE}
@@ -126,7 +128,7 @@ def test_generate(models: Models, right: None, work: Work, rows: Any, benchmark:
         new = {name: calls[name]() for name in (OURS, PUBLISHED)}
         assert new[OURS].shape == new[PUBLISHED].shape == (work.batch, work.length)
         if shapes.dtype == torch.float32:
-            # The logits were compared; where two are as good as equal, all that follows in that row may differ.
+            # The logits were compared. If two are nearly equal, all later tokens of that row may differ.
             same = (new[OURS][:, 0] == new[PUBLISHED][:, 0]).all()
             assert bool(same), "first new ids differ from published; not timed"
     labels, seconds = labels_of(models, work), shapes.patience
@@ -142,7 +144,7 @@ def test_decode_step(models: Models, right: None, work: Work, rows: Any, benchma
 
 @works("train")
 def test_training_step(models: Models, right: None, work: Work, rows: Any, benchmark: Any, shapes: Shapes) -> None:
-    """With the optimizer's step wherever something trains: folded weights are folded anew each time."""
+    """Including the optimizer's step wherever something trains, so that weights are folded again each time."""
     calls = affordable(workloads.loss_calls(models, work, "training step"), shapes, models, work, rows)
     labels, seconds = labels_of(models, work), shapes.patience
     rows.time("training step", name_of(models, work), calls, labels, few=SLOW, target=TRAIN_TARGET, seconds=seconds)
@@ -151,7 +153,7 @@ def test_training_step(models: Models, right: None, work: Work, rows: Any, bench
 @works("forward")
 @pytest.mark.parametrize("mode", ["forward", "forward and backward"], ids=lambda mode: mode.replace(" ", "-"))
 def test_loss(models: Models, right: None, work: Work, mode: str, rows: Any, benchmark: Any, shapes: Shapes) -> None:
-    """The loss alone, and with gradients (unchanged weights, as within gradient accumulation)."""
+    """The loss, without and with gradients (with unchanged weights, as within gradient accumulation)."""
     if work.padded and mode != "forward" and shapes.name == "cpu":
         pytest.skip("padded, with gradients: left to the GPU shapes, to stay under ten minutes on a CPU")
     calls = affordable(workloads.loss_calls(models, work, mode), shapes, models, work, rows)
@@ -160,17 +162,17 @@ def test_loss(models: Models, right: None, work: Work, mode: str, rows: Any, ben
 
 @works("decode")
 def test_source_states(models: Models, right: None, work: Work, rows: Any, benchmark: Any, shapes: Shapes) -> None:
-    """The aligner to keys and values, as inference runs it."""
+    """From the encoder's states to keys and values, as in inference."""
     size, calls = models.size, workloads.source_calls(models, work)
     n, slots = work.batch * work.source, 2 * size.layers
     out = size.width // size.heads * size.groups
-    # The folded form's, zeros of the relu among them: where these are left out, the ceiling can be exceeded.
+    # Of the folded form, including zeros of the ReLU. Kernels that skip them can exceed the ceiling.
     flop = 2 * n * slots * size.encoder_width * out
     states, weights = n * size.encoder_layers * size.encoder_width, slots * size.encoder_width * out
     moved = models.bare.dtype.itemsize * (states + weights + n * slots * out)
     target = SOURCE_TARGETS.get(size.name)
     labels = {**labels_of(models, work), "form": models.ours.key_values.last}
-    labels["zeros of the relu"] = round(workloads.zeros(models, work), 3)  # kernels may leave their arithmetic out
+    labels["zeros of the relu"] = round(workloads.zeros(models, work), 3)  # kernels may skip them
     about = {"moved": moved, "flop": flop, "target": target, "seconds": shapes.patience / 3}
     rows.time("aligner to keys and values", name_of(models, work), calls, labels, **about)
 
@@ -184,7 +186,7 @@ ONE_LINE = {
 
 @pytest.mark.parametrize("what", ONE_LINE, ids=lambda what: what.replace(" ", "-"))
 def test_one_line(models: Models, right: None, what: str, rows: Any, benchmark: Any, shapes: Shapes) -> None:
-    """What a script on the published code gets from `layalign.accelerate` alone."""
+    """The speed-up of a script on the published code from `layalign.accelerate`."""
     if shapes.name == "cpu" and what == "generate" and models.size.name != "mha":
         pytest.skip("generate with one line added, 4 key/value heads: left to the GPU shapes")
     field, make = ONE_LINE[what]
@@ -196,17 +198,17 @@ def test_one_line(models: Models, right: None, what: str, rows: Any, benchmark: 
 
 @works("train")
 def test_training_memory(models: Models, right: None, work: Work, rows: Any, shapes: Shapes) -> None:
-    """Peak memory of a training step; "extra" is what lies above the bare LLM's with the same few logits."""
+    """Peak memory of a training step; "extra" is the part above that of the bare LLM with the same few logits."""
     names = [OURS, FEW_LOGITS, REFERENCE]
     if shapes.name != "cpu" or (models.size.name == "mha" and work == shapes.train[-1]):
         names += [BARE, PUBLISHED]
     peaks = {}
     calls = workloads.loss_calls(models, work, "training step")
-    calls[OURS]()  # folding goes by the calls between the last two optimizer steps: not by those of earlier tests
+    calls[OURS]()  # folding depends on the calls between two optimizer steps; without this, on those of earlier tests
     for name, call in calls.items():
         if name in names:
             forget = {OURS: models.ours.key_values.forget, PUBLISHED: models.published.forget}.get(name)
-            warm = name not in (OURS, PUBLISHED)  # their optimizers' state comes with a first step
+            warm = name not in (OURS, PUBLISHED)  # their first step creates the optimizer's state
             peaks[name] = measure.peak_memory(call, shapes.device, forget, warm)
     for kind, floor in (("whole", 0), ("extra", peaks[FEW_LOGITS])):
         found = {name: max(peak - floor, 0) for name, peak in peaks.items()}

@@ -1,4 +1,4 @@
-"""The operations: every backend that serves here, against reference.py, torch's own attentions, and the ceilings."""
+"""The operations with every usable backend, against reference.py, torch's attentions and the ceilings."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from layalign.ops import backends
 pytestmark = pytest.mark.timeout(600)
 
 SHAPES = chosen()
-IMPLS = [name for name in backends.names() if name != "torch"]  # that one is the baseline reference.py
+IMPLS = [name for name in backends.names() if name != "torch"]  # "torch" is the baseline reference.py
 
 
 def serving(operation: str, impl: str, device: str) -> None:
-    """Skip with the reason where the backend does not serve, or only to be debugged."""
+    """Skip, with the reason, if the backend cannot run here or only in a debug mode."""
     if device == "cpu" and impl in ("triton", "cuda"):
         pytest.skip(f"{impl}: needs a GPU (interpreted or emulated it is not worth timing)")
     usable, reason = backends.serves(operation, impl, device)
@@ -31,23 +31,23 @@ def serving(operation: str, impl: str, device: str) -> None:
 
 
 def require_right(operation: Operation, impl: str, shapes: Shapes) -> None:
-    """The result, with and without gradients wanted, and every gradient; a wrong backend is not timed.
+    """Check the result, with and without gradients enabled, and every gradient; a wrong backend is not timed.
 
-    In float32 they agree with reference.py. In narrower types, with reference.py in float32 on the same numbers, to
-    three times the error that reference.py itself makes in that type.
+    In float32 they must agree with reference.py. In narrower types they must agree with reference.py in float32 on the
+    same numbers, within three times the error of reference.py in that type.
     """
     exact = [leaf.detach().float().requires_grad_() for leaf in operation.leaves]
     grad = torch.randn_like(operation.plain(*exact)).to(shapes.dtype)
 
     def outcome(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-        with torch.no_grad():  # other kernels serve where nobody wants gradients
+        with torch.no_grad():  # other kernels run without gradients
             alone = call()
         result = call()
         return [alone, result, *torch.autograd.grad(result, leaves, grad.to(result.dtype))]
 
     right = outcome(lambda: operation.plain(*exact), exact)
     plain = outcome(lambda: operation.plain(*operation.leaves), operation.leaves)
-    # Of the results, and of the gradients: the gate's is one sum, in which much cancels.
+    # Of results, and of gradients: that of the gate is one sum with much cancellation.
     floors = (1e-4, 3e-4) if shapes.dtype == torch.float32 else (2**-8, 3e-2)
     errors = [measure.difference(one, other) for one, other in zip(plain, right, strict=True)]
     allowed = [max(floors[place > 1], 3 * error) for place, error in enumerate(errors)]
@@ -64,7 +64,7 @@ def require_right(operation: Operation, impl: str, shapes: Shapes) -> None:
 
 
 def timed(operation: Operation, impl: str, backward: bool, rows: Any, shapes: Shapes, group: str, name: str) -> None:
-    """Check, then time."""
+    """Check an operation, then time it."""
     require_right(operation, impl, shapes)
     with torch.set_grad_enabled(backward):
         labels = {**operation.labels, "impl": impl, "auto": operation.auto()}
@@ -86,7 +86,7 @@ def test_layers(
     timed(operation, impl, backward, rows, shapes, group, f"B{shape[0]} S{shape[1]}")
 
 
-# One query a sequence (T 1) is a decoding step, which has no backward.
+# One query per sequence (T 1) is a decoding step, which has no backward.
 PASSES = [(shape, backward) for shape in SHAPES.attention for backward in ((False, True) if shape[1] > 1 else (False,))]
 
 
@@ -109,7 +109,7 @@ def test_attention(
     if shapes.device == "cuda":
         try:
             operation.baselines[FLEX] = operations.flex(operation)
-        except Exception as error:  # a baseline that torch cannot compile here is not our failure
+        except Exception as error:  # a baseline that torch cannot compile here is not a failure
             rows.note(FLEX, f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
     else:
         rows.note(FLEX, "not compared on a CPU: torch compiles it for a GPU")

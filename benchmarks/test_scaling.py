@@ -1,6 +1,6 @@
-"""Time and peak memory over S, T, B, E and L: the exponent p of size ** p, by steps of two, for ours and reference.py.
+"""Time and peak memory over S, T, B, E and L: the exponent p of size ** p, for ours and reference.py.
 
-"At most linear" is what the design says of every one of them; memory, which is counted, must keep to it.
+By design all of them are at most linear. The test requires it of memory, which is counted and not timed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def build(name: str, sizes: dict[str, int], shapes: Shapes) -> Operation:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize(("name", "dimension"), CASES)
 def test_scaling(name: str, dimension: str, backward: bool, rows: Any, benchmark: Any, shapes: Shapes) -> None:
-    """The headline is ours at the largest size."""
+    """The row's own time is ours at the largest size."""
     sizes = [factor * shapes.scaling_sizes[dimension] for factor in shapes.scaling]
     points: dict[str, dict[str, list[float]]] = {"layalign": {"s": [], "bytes": []}, REFERENCE: {"s": [], "bytes": []}}
     for size in sizes:

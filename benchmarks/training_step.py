@@ -1,9 +1,10 @@
 """One training step of LayAlign on real weights against the bare LLM's forward and backward on the same tokens.
 
-``python benchmarks/training_step.py FOLDER``: a folder with ``encoder`` and ``llm``, as ``layalign weights`` writes
-them. The step is the translation stage's, over all encoder states, with the optimizer; the bare LLM goes back to its
-input embeddings, with logits where the labels are; the encoder's forward, which the bare LLM has no part of, has a row
-of its own. The calls take turns. Times are processor time of one thread; times and ratios are medians over the rounds.
+``python benchmarks/training_step.py FOLDER`` takes a folder with ``encoder`` and ``llm``, as ``layalign weights``
+writes it. The step is one of the translation stage, over all encoder states, including the optimizer. The bare LLM's
+backward goes to its input embeddings, with logits only where labels are. The encoder's forward has a separate row,
+since the bare LLM does not need it. The calls take turns. Times are CPU time of one thread; times and ratios are
+medians over the rounds.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ def batch_of(model: LayAlignForCausalLM, weights: Path) -> dict[str, torch.Tenso
 
 
 def calls(model: LayAlignForCausalLM, batch: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
+    """The calls to time, by name."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
     mask, source = batch["attention_mask"], batch["encoder_attention_mask"]
-    with torch.no_grad():  # the numbers do not matter, their places do
+    with torch.no_grad():  # only the shapes matter
         embeds = model.get_input_embeddings()(batch["input_ids"])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX).flatten()

@@ -1,8 +1,8 @@
-"""The numerics watch: golden cases and every test that depends on transformers' or torch's numbers, counted.
+"""The numerics watch: runs the golden cases and all tests that depend on the numerics of transformers or torch.
 
-``python benchmarks/watch.py benchmarks/results/watch/versions.json`` runs :data:`NUMERICS` with the versions installed
-and puts one row into the file, in the place of an earlier row of the same versions. `make watch` does it for a grid of
-versions (noxfile.py); ``python benchmarks/watch.py --page FILE docs/versions.md`` writes the rows into a page.
+``python benchmarks/watch.py benchmarks/results/watch/versions.json`` runs :data:`NUMERICS` with the installed versions
+and writes a row into the file, which replaces an earlier row of the same versions. `make watch` does this for a grid of
+versions (noxfile.py). ``python benchmarks/watch.py RESULTS --page docs/versions.md`` writes the rows into a page.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NUMERICS = [
     "tests/modeling/test_compiled_decoding.py::test_a_step_is_one_graph_with_the_eager_logits",
     "tests/modeling/test_compiled_decoding.py::test_generate_with_a_compiled_forward",
 ]
-CORE = 4  # so many of them make the short set: golden cases, architectures, model, generation
+CORE = 4  # the first four are the short set: golden cases, architectures, model, generation
 PACKAGES = ("transformers", "torch", "triton", "tokenizers", "huggingface_hub", "accelerate", "peft")
 SECTION = re.compile(r"(<!-- watched -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -62,7 +62,7 @@ class Counts:
 
 
 def golden() -> dict[str, dict[str, float | bool]]:
-    """Per golden case the relative differences from the published code: loss, worst gradient; and the generated ids."""
+    """Relative differences from the published code for each golden case: loss, worst gradient; and equality of ids."""
     import test_compat
     import torch
 
@@ -84,7 +84,7 @@ def golden() -> dict[str, dict[str, float | bool]]:
 
 
 def versions() -> dict[str, str]:
-    """What is installed."""
+    """The installed versions."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -125,7 +125,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def merged(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """``rows`` with ``new`` in the place of a row of the same transformers, torch and Python."""
+    """``rows`` with ``new``, which replaces a row of the same transformers, torch and Python."""
     return sorted([row for row in rows if _key(row) != _key(new)] + [new], key=_key)
 
 
@@ -148,7 +148,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Run and record, or write the page; 1 when a test failed."""
+    """Run and record, or update the page; returns 1 if a test failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--core", action="store_true", help="the short set of tests")
@@ -161,7 +161,7 @@ def main() -> int:
         options.page.write_text(written, encoding="utf-8")
         return 0
     row = run(options.core)
-    # Read again: another environment may have written meanwhile.
+    # Read again, since another environment may have written in the meantime.
     rows = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else []
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(json.dumps(merged(rows, row), indent=1) + "\n", encoding="utf-8")

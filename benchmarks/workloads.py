@@ -1,4 +1,4 @@
-"""What the models are asked to do: the same work as a call without arguments, for each model by name."""
+"""The workloads: the same work as a call without arguments, for each model by name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Data:
 
 
 def reference_of(models: Models, call: Call) -> Call:
-    """``call`` of ours with every operation by reference.py."""
+    """``call`` of ours with all operations computed by reference.py."""
 
     def run() -> Any:
         with models.as_reference():
@@ -61,7 +61,7 @@ def reference_of(models: Models, call: Call) -> Call:
 
 
 def encoded(models: Models, data: Data) -> Any:
-    """The encoder's forward, as both sides of a comparison pay it."""
+    """The encoder's forward, which both sides of a comparison include."""
     with torch.no_grad():
         return models.encoder(input_ids=data.source, attention_mask=data.mask, output_hidden_states=True)
 
@@ -96,9 +96,9 @@ def generate_calls(models: Models, work: Work) -> dict[str, Call]:
 
 
 def decode_calls(models: Models, work: Work) -> dict[str, Call]:
-    """One decoding step behind [bos][source][boundary] and ``work.length`` tokens; the cache is cut back each time.
+    """One decoding step after [bos][source][boundary] and ``work.length`` tokens; the cache is cropped again each time.
 
-    Each returns the logits (B, 1, vocabulary). The encoder has no part in it.
+    Each call returns the logits (B, 1, vocabulary). The encoder does not run.
     """
     data = Data(models, work, labels=False)
     new = data.target[:, :1]
@@ -134,25 +134,25 @@ def decode_calls(models: Models, work: Work) -> dict[str, Call]:
     if prompted is not None:
         others[PROMPT] = prompted
     calls = {name: step(model, filled(model)) for name, model in others.items()}
-    # Each has its cache: what a step of ours leaves there for the next is not for other backends.
+    # Separate caches, because a step of ours stores data for its backend there.
     ours, plain = (step(models.ours, filled_with_source().past_key_values) for _ in range(2))
     return {OURS: ours, **calls, REFERENCE: reference_of(models, plain)}
 
 
 def trained(model: Any) -> list[Tensor]:
-    """The parameters that train."""
+    """The trained parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def optimizer_of(model: Any) -> Any:
-    """AdamW as transformers' Trainer runs it; it changes nothing (rate 0), costs and invalidates folds as any other."""
+    """AdamW as in transformers' Trainer, with rate 0: it changes no weight, but takes time and invalidates folds."""
     return torch.optim.AdamW(trained(model), lr=0.0, weight_decay=0.0, fused=True)
 
 
 def passes(loss: Call, parameters: list[Tensor], mode: str, optimizer: Any = None) -> Call:
-    """``loss`` as "forward" (no gradient wanted), "forward and backward", or "training step" (and the optimizer's).
+    """``loss`` as "forward" (without gradients), "forward and backward", or "training step" (and the optimizer's).
 
-    A training step leaves no gradients behind, as a loop that sets them to None.
+    A training step sets the gradients to None at its end.
     """
 
     def forward() -> Tensor:
@@ -175,7 +175,7 @@ def passes(loss: Call, parameters: list[Tensor], mode: str, optimizer: Any = Non
 
 
 def bare_losses(models: Models, data: Data) -> tuple[Tensor, dict[str, Call]]:
-    """The leaf that stands for the LLM's input, and the bare LLM's loss with all logits and with the labelled ones."""
+    """The leaf for the LLM's input, and the bare LLM's loss with all logits and with only the labelled ones."""
     leaf = data.embeds.clone().requires_grad_()
     labels = data.packed["labels"]
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -195,7 +195,7 @@ def bare_losses(models: Models, data: Data) -> tuple[Tensor, dict[str, Call]]:
 
 
 def loss_calls(models: Models, work: Work, mode: str) -> dict[str, Call]:
-    """The loss over T labels by every model, as :func:`passes` runs it; each returns the loss."""
+    """The loss over T labels of every model, as :func:`passes` runs it; each call returns the loss."""
     data = Data(models, work, labels=True)
     labels = data.packed["labels"]
     prompted = models.prompted(work.source)
@@ -224,14 +224,14 @@ def loss_calls(models: Models, work: Work, mode: str) -> dict[str, Call]:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """Gradients of aligner and adapter by name, as the last backward left them."""
+    """Gradients of aligner and adapter after the last backward, by name."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: grad.clone() for name, grad in found.items() if name.startswith(("mapping", "encoder_aligner"))}
 
 
 @torch.no_grad()
 def zeros(models: Models, work: Work) -> float:
-    """The share of zeros in what the aligner's relu gives."""
+    """The share of zeros in the output of the aligner's ReLU."""
     hidden = encoded(models, Data(models, work, labels=False)).hidden_states
     layers = [hidden[layer] for layer in models.ours.config.encoder_layers]
     mix = models.ours.encoder_aligner.projector.fc1
@@ -239,10 +239,10 @@ def zeros(models: Models, work: Work) -> float:
 
 
 def source_calls(models: Models, work: Work) -> dict[str, Call]:
-    """From the encoder's states to the keys and values of all layers: each returns keys and values, stacked.
+    """From the encoder's states to keys and values: each call returns (keys, values) of all layers.
 
-    Ours is what ``encode_source`` calls, with whatever folding it decided on (the folded weights are kept while the
-    weights do not change, as in inference); reference.py's is its projection, then the LLM's own key and value modules.
+    Ours is what ``encode_source`` calls, with the folding that it chooses; folded weights are kept while the weights do
+    not change, as in inference. That of reference.py is its projection, then the LLM's key and value modules.
     """
     data = Data(models, work, labels=False)
     hidden = encoded(models, data).hidden_states

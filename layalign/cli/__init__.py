@@ -10,14 +10,14 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 INTERRUPTED = 130
-STOPPED = 143  # what a shell reports of a program that SIGTERM ended
+STOPPED = 143  # what a shell reports after SIGTERM
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0, 1 after an unforeseen error, 2 after one the user can mend, 130 after Ctrl-C,
-    143 after SIGTERM in training.
+    """Run the command line and exit.
 
-    Errors are one line on stderr; `--debug`, anywhere on the line, adds the traceback.
+    Exit codes: 0; 1 after an unexpected error; 2 after an error that the user can fix; 130 after Ctrl-C; 143 after
+    SIGTERM in training. Errors are one line on stderr; `--debug`, anywhere on the line, adds the traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         code = _run_command(arguments, debug)
-    except KeyboardInterrupt:  # while typer is imported or an error told, too
+    except KeyboardInterrupt:  # also while typer is imported or an error is printed
         code = INTERRUPTED
-    # Some releases of typer turn Ctrl-C into this code themselves.
+    # Some releases of typer return this code on Ctrl-C.
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return code
@@ -49,7 +49,7 @@ def _run_command(arguments: list[str], debug: bool) -> int:
     except typer.Abort:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output left; a second complaint at interpreter exit would only be noise.
+        # The reader of the pipe is gone. Python would print a second error when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -67,13 +67,13 @@ def describe(error: Exception) -> tuple[str, int]:
     from layalign.utils.versions import note_if_untested
 
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-        # A usage error of the command line parser, whichever copy of click it comes from.
+        # A usage error of click; typer may bundle its own copy, so the class cannot be compared.
         context = getattr(error, "ctx", None)
         where = f" (see {context.command_path} --help)" if context is not None else ""
         return _one_line(error.format_message()).rstrip(".") + where, 2
     if isinstance(error, StoppedError):
         return _one_line(str(error)), STOPPED
-    if isinstance(error, LayAlignError):  # which may name many differences
+    if isinstance(error, LayAlignError):  # may list many differences
         return _one_line(str(error), 750), 2
     if isinstance(error, OSError) or type(error).__module__.startswith("yaml"):
         return _one_line(str(error)) or type(error).__name__, 2
@@ -83,6 +83,6 @@ def describe(error: Exception) -> tuple[str, int]:
 
 
 def _one_line(text: str, longest: int = 600) -> str:
-    # Half of a surrogate pair, as from a name of a file that is no text, cannot be printed everywhere.
+    # Not every terminal can print a lone surrogate, as in a file name that is not UTF-8.
     line = " ".join(text.encode("utf-8", errors="backslashreplace").decode().split())
     return line if len(line) <= longest else line[: longest - 3] + "..."

@@ -13,29 +13,29 @@ Checkpoint = Annotated[str, typer.Argument(help="Folder or hub name of a trained
 PairFiles = Annotated[
     list[str],
     typer.Option(
-        "--pairs", "-p", help="NAME=FILE of lines source<TAB>english, or a folder of *.tsv named so; may be repeated."
+        "--pairs", "-p", help="LANGUAGE=FILE of lines source<TAB>english, or a folder of LANGUAGE.tsv; may be repeated."
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, analysis.json and PNG files.")]
 Languages = Annotated[
-    str | None, typer.Option("--languages", "-l", help="Names or codes with commas between. Default: all there are.")
+    str | None, typer.Option("--languages", "-l", help="Names or codes, separated by commas. Default: all in --pairs.")
 ]
-Limit = Annotated[int, typer.Option("--limit", help="Most sentences per language.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Sentences read together.")]
-MaxLength = Annotated[int, typer.Option("--max-length", min=1, help="Longest sentence in tokens.")]
+Limit = Annotated[int, typer.Option("--limit", help="Maximum number of sentences per language.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Sentences per batch.")]
+MaxLength = Annotated[int, typer.Option("--max-length", min=1, help="Maximum length of a sentence in tokens.")]
 Before = Annotated[
     str | None,
     typer.Option(
-        "--before", help="Compare with another checkpoint too, or with this model 'untrained' (fresh weights)."
+        "--before", help="Also compare with another checkpoint, or with 'untrained': this model with new weights."
     ),
 ]
 Layer = Annotated[int | None, typer.Option("--layer", help="Hidden state for PCA and t-SNE. Default: the middle one.")]
-Sentence = Annotated[str, typer.Option("--sentence", help="Whose attention is shown: N, from 1, or LANGUAGE:N.")]
+Sentence = Annotated[str, typer.Option("--sentence", help="Sentence to show attention for: N, from 1, or LANGUAGE:N.")]
 Generate = Annotated[
     int,
-    typer.Option("--generate", min=0, help="Show attention of the model's answer, of so many tokens; 0: of English."),
+    typer.Option("--generate", min=0, help="Show attention for a generated answer of N tokens; 0: for the English."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of the t-SNE, of shuffled pairs and of fresh weights.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of t-SNE, shuffled pairs and untrained weights.")]
 
 
 def analyze(
@@ -54,7 +54,7 @@ def analyze(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Show what a model has learned: mix weights, gates, attention, and how alike X and English are inside the LLM.
+    """Show what a model has learned: mix weights, gates, attention, and how similar X and English are inside the LLM.
 
     Example: layalign analyze outputs/math/task -p sw=dev/sw.tsv -p de=dev/de.tsv -o results/analysis
     """
@@ -65,7 +65,7 @@ def analyze(
 
     names = listed(languages)
     language, number = _sentence(sentence)
-    read_pairs(pairs, languages=names, limit=limit)  # a mistake in them shows before a large model is loaded
+    read_pairs(pairs, languages=names, limit=limit)  # fails before a large model is loaded
     console = Console()
     from layalign.modeling.loading import load_model
 
@@ -94,7 +94,7 @@ def analyze(
 
 
 def _sentence(text: str) -> tuple[str | None, int]:
-    """(language or None, number) of "N" or "LANGUAGE:N"."""
+    """Split "N" or "LANGUAGE:N" into (language or None, number)."""
     from layalign.utils.errors import ArgumentError
 
     language, _, number = text.rpartition(":")
@@ -104,13 +104,13 @@ def _sentence(text: str) -> tuple[str | None, int]:
 
 
 def _before(before: str | None, device: str | None, dtype: str) -> Any:
-    """What to compare with, loaded."""
+    """Load what `--before` names."""
     from layalign.utils.errors import ArgumentError
 
     if before is None or before == "untrained":
         return before
     if not Path(before).exists() and before.count("/") != 1:
-        raise ArgumentError(f"before: expected 'untrained' or a checkpoint, no such folder: {before}")
+        raise ArgumentError(f"before: expected 'untrained' or a checkpoint, got {before}, which is no folder")
     from layalign.modeling.loading import load_model
 
     return load_model(before, device, dtype)[0]

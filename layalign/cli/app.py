@@ -22,7 +22,7 @@ from layalign.cli import (
 
 app = typer.Typer(
     name="layalign",
-    help="LayAlign: join a frozen multilingual encoder to a frozen language model, train what joins them, measure it.",
+    help="LayAlign: connect a frozen multilingual encoder to a frozen LLM, train the connection and evaluate it.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -48,7 +48,7 @@ app.command("bench")(bench.bench)
     "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def _lm_eval(context: typer.Context) -> None:
-    """Run EleutherAI's lm-evaluation-harness, with LayAlign models as --model layalign and its own arguments.
+    """Run EleutherAI's lm-evaluation-harness with its own arguments; --model layalign loads a LayAlign model.
 
     Example: layalign lm-eval --model layalign --model_args checkpoint=outputs/xnli/task --tasks xnli_sw
     """
@@ -69,7 +69,7 @@ def _version(wanted: bool) -> None:
 def _top(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; may stand anywhere."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; accepted anywhere."),
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

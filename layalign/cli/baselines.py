@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def baselines() -> None:
-    """List what LayAlign can be compared with: methods and ablations, each as settings of the one model."""
+    """List the methods and ablations that LayAlign can be compared with; each is a set of settings of the model."""
     from rich.console import Console
     from rich.table import Table
 

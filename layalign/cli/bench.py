@@ -9,18 +9,18 @@ import typer
 
 Compare = Annotated[
     tuple[Path, Path] | None,
-    typer.Option("--compare", metavar="A B", help="Two result files (or their folders): is B slower than A?"),
+    typer.Option("--compare", metavar="A B", help="Compare two result files (or their folders): is B slower than A?"),
 ]
-Threshold = Annotated[float, typer.Option("--threshold", help="The ratio of B to A beyond which a change counts.")]
+Threshold = Annotated[float, typer.Option("--threshold", help="Ratio of B to A above which a change is reported.")]
 Report = Annotated[
-    Path | None, typer.Option("--report", metavar="DIR", help="Write plots and report.html from DIR's result files.")
+    Path | None, typer.Option("--report", metavar="DIR", help="Write plots and report.html for the results in DIR.")
 ]
 
 
 def bench(compare: Compare = None, threshold: Threshold = 1.1, report: Report = None) -> None:
-    """Read benchmark results: compare two files (exit code 1 if anything regressed or failed), or write a report.
+    """Compare two benchmark results (exit code 1 if anything regressed or failed), or write a report.
 
-    `pytest benchmarks/ --results DIR`, in a clone, writes them.
+    `pytest benchmarks/ --results DIR`, in a clone of the repository, writes the results.
     """
     from layalign.utils.errors import ArgumentError
 
@@ -35,7 +35,7 @@ def bench(compare: Compare = None, threshold: Threshold = 1.1, report: Report = 
 
 
 def _regressed(first: Path, second: Path, threshold: float) -> bool:
-    """Print the table; whether anything regressed, or failed in the second file."""
+    """Print the table; return whether anything regressed, or failed in the second file."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

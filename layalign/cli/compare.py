@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-RunA = Annotated[Path, typer.Argument(metavar="RUN_A", help="Output folder of an evaluation: the baseline.")]
+RunA = Annotated[Path, typer.Argument(metavar="RUN_A", help="Output folder of the baseline's evaluation.")]
 RunB = Annotated[Path, typer.Argument(metavar="RUN_B", help="Output folder of another evaluation of the same data.")]
-By = Annotated[str, typer.Option("--by", help="language, or level: resource levels.")]
-Grouping = Annotated[str, typer.Option("--grouping", help="Of the levels: joshi, or paper (MGSM and MSVAMP only).")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write, with all that was computed.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")]
+By = Annotated[str, typer.Option("--by", help="Rows of the table: language, or level (resource level).")]
+Grouping = Annotated[str, typer.Option("--grouping", help="Levels to use: joshi, or paper (MGSM and MSVAMP only).")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write all results to.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")]
 
 
 def compare(
@@ -20,7 +20,7 @@ def compare(
 ) -> None:
     """Compare two evaluations answer by answer: exact McNemar tests and bootstrap intervals of the difference.
 
-    Translations are compared by each measure that both have, with a paired bootstrap over sentences.
+    Translations are compared by each metric that both runs have, with a paired bootstrap over sentences.
 
     Example: layalign compare results/baseline results/layalign --by level
 

@@ -9,16 +9,16 @@ import typer
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the page and its numbers.")]
 Weights = Annotated[
-    Path, typer.Option("--weights", help="Folder with encoder/ and llm/; fetched first where it is not there.")
+    Path, typer.Option("--weights", help="Folder with encoder/ and llm/; downloaded if it does not exist.")
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", help="A LayAlign model over these two instead of the shipped one.")
+    Path | None, typer.Option("--checkpoint", help="LayAlign model for these two, instead of the shipped one.")
 ]
-Sentences = Annotated[int | None, typer.Option("--sentences", help="Asked in each language: 2 to 12, by default 4.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Of the short training run, by default 12; 0: none.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the training run; with --made-up of data and models too.")]
+Sentences = Annotated[int | None, typer.Option("--sentences", help="Sentences per language: 2 to 12, by default 4.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Steps of the short training run, by default 12; 0: none.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the training run; with --made-up also of data and models.")]
 MadeUp = Annotated[
-    bool, typer.Option("--made-up", help="Instead: models and text all made up, trained from nothing. Takes minutes.")
+    bool, typer.Option("--made-up", help="Use made-up models and text instead, trained from scratch. Takes minutes.")
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="With --made-up: tiny sizes; the numbers mean nothing.")]
 
@@ -33,7 +33,7 @@ def demo(
     made_up: MadeUp = False,
     fast: Fast = False,
 ) -> None:
-    """LayAlign on real models, in minutes: ask it and the LLM alone in 21 languages, train briefly, write one page.
+    """Try LayAlign on real models, in minutes: compare it with the LLM alone in 21 languages, train it briefly.
 
     Example: layalign demo, then open demo-output/demo.html
     """
@@ -43,9 +43,9 @@ def demo(
     real = {"checkpoint": checkpoint, "sentences": sentences, "steps": steps}
     for name, value in real.items():
         if made_up and value is not None:
-            raise ArgumentError(f"{name}: expected only without --made-up")
+            raise ArgumentError(f"{name}: expected only without --made-up, got both")
     if fast and not made_up:
-        raise ArgumentError("fast: expected with --made-up; for fewer sentences and steps give --sentences and --steps")
+        raise ArgumentError("fast: expected only with --made-up; for a shorter demo give --sentences and --steps")
     quiet_transformers()
     if made_up:
         from layalign.experiments.made_up import run_demo as run_made_up

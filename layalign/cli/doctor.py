@@ -8,7 +8,7 @@ import typer
 def doctor(
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables."),
 ) -> None:
-    """Show versions, devices, each backend with the reason when it is off, and what was compiled."""
+    """Show versions, devices, the compiled extension, and each backend with the reason if it is off."""
     import json
 
     from layalign.cli.environment import examine

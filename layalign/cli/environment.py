@@ -1,4 +1,4 @@
-"""What is installed here and what of it layalign can use."""
+"""What is installed on this machine and what of it layalign can use."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`examine` found.
+    """Result of :func:`examine`.
 
-    Versions by package (None: not installed), the tested ones, devices by name, one dict per backend (name, available,
-    reason), and what the installation compiled of the extension, by backend.
+    Attributes:
+        versions: version by package; None if it is not installed.
+        tested: range of tested versions by package.
+        devices: description by device name.
+        backends: one dict per backend: name, available, reason.
+        extension: what the installation compiled of the extension, by backend.
     """
 
     versions: dict[str, str | None]
@@ -44,7 +48,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at this machine. Imports torch and asks each backend; changes nothing."""
+    """Examine this machine. Imports torch and asks each backend; changes nothing."""
     from layalign.ops import backends
 
     versions: dict[str, str | None] = {"layalign": package_version(), "python": platform.python_version()}

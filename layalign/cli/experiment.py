@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 Config = Annotated[
     str, typer.Option("--config", "--preset", "-c", help="A .yaml file, or a preset: controlled, larger, smoke, real.")
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything; a rerun goes on with it.")]
-Only = Annotated[str | None, typer.Option("--only", help="Some of the systems, with commas between.")]
-Seeds = Annotated[str | None, typer.Option("--seeds", help="Some of the seeds, with commas between.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time; each gets its share of the cores.")]
-ReportOnly = Annotated[bool, typer.Option("--report", help="Train nothing: write the report of what is done.")]
-Stage = Annotated[str | None, typer.Option("--stage", help="real: translation or task alone.")]
-Weights = Annotated[Path | None, typer.Option("--weights", help="real: the folder that `layalign weights` wrote.")]
-Data = Annotated[Path | None, typer.Option("--data", help="real: the folder with the text; docs/evidence.md.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything; a rerun resumes it.")]
+Only = Annotated[str | None, typer.Option("--only", help="Run only these systems, separated by commas.")]
+Seeds = Annotated[str | None, typer.Option("--seeds", help="Run only these seeds, separated by commas.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs in parallel; they share the CPU cores.")]
+ReportOnly = Annotated[bool, typer.Option("--report", help="Only write the report of the finished runs.")]
+Stage = Annotated[str | None, typer.Option("--stage", help="With --preset real: only translation, or only task.")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="With --preset real: the folder of layalign weights.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="With --preset real: the folder with the text (docs/evidence.md).")
+]
 
 
 def experiment(
@@ -56,10 +58,10 @@ def experiment(
     else:
         for name, value in (("weights", weights), ("data", data), ("stage", stage)):
             if value is not None:
-                raise ArgumentError(f"{name}: expected none with {config}, it is for the preset real")
+                raise ArgumentError(f"{name}: expected none with {config}, it is only for the preset real")
         failed = _controlled(console, config, output, listed(only), numbers, jobs, report)
     if failed:
-        raise ArgumentError(f"{len(failed)} runs failed ({failed[0]}, ...); {output / 'log.jsonl'} says why")
+        raise ArgumentError(f"{len(failed)} runs failed ({failed[0]}, ...); see {output / 'log.jsonl'}")
 
 
 def _controlled(
@@ -143,5 +145,5 @@ def _seed(text: str) -> int:
     from layalign.utils.errors import ArgumentError
 
     if not text.strip().isdigit():
-        raise ArgumentError(f"seeds: expected whole numbers with commas between, got {text.strip()!r}")
+        raise ArgumentError(f"seeds: expected whole numbers separated by commas, got {text.strip()!r}")
     return int(text)

@@ -21,26 +21,26 @@ Source = Annotated[
     typer.Option("--source", "-s", help="Text for the encoder; may be repeated. Default: each line of stdin."),
 ]
 Language = Annotated[
-    str, typer.Option("--language", "-l", help="Language of the source, name or code (M2M and NLLB need it).")
+    str, typer.Option("--language", "-l", help="Language of the source, as a name or code (M2M and NLLB need it).")
 ]
 Prompt = Annotated[
     str | None,
-    typer.Option("--prompt", help="Text for the LLM behind the source; {source} in it stands for the source."),
+    typer.Option("--prompt", help="Text for the LLM, after the soft tokens; {source} is replaced by the source."),
 ]
 Task = Annotated[
-    str | None, typer.Option("--task", help="math: the published prompt; source: the source itself is the prompt.")
+    str | None, typer.Option("--task", help="Prompt to use: math (the published one) or source (the source itself).")
 ]
-Stream = Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Print tokens as they are generated.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer in tokens.")]
 Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Beam search with this many beams.")]
-Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
+Sample = Annotated[bool, typer.Option("--sample", help="Sample tokens instead of taking the most likely one.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=1e-6, help="With --sample.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="With --sample.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="With --sample; 0 is no limit.")]
 Returned = Annotated[int, typer.Option("--num-return-sequences", min=1, help="Answers per source.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="With --sample: makes it repeatable.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per answer: source, answer.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sources answered together.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="With --sample: seed, for repeatable answers.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per answer: source, answer.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sources per batch.")]
 
 
 def generate(
@@ -63,7 +63,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Answer a source text, or each line of stdin."""
+    """Generate an answer for each source text, or for each line of stdin."""
     import json
 
     from layalign.utils.errors import ArgumentError
@@ -71,9 +71,9 @@ def generate(
     if prompt is not None and task is not None:
         raise ArgumentError("prompt: give either --prompt or --task, not both")
     if stream and (num_beams > 1 or num_return_sequences > 1 or as_json):
-        raise ArgumentError("stream: prints one answer as it grows; not with beams, several answers or --json")
+        raise ArgumentError("stream: expected one greedy or sampled answer, got beams, several answers or --json")
     if num_return_sequences > 1 and not sample and num_return_sequences > num_beams:
-        raise ArgumentError("num_return_sequences: needs --sample, or at least as many --num-beams")
+        raise ArgumentError("num_return_sequences: expected --sample, or at least as many --num-beams")
     examples = _examples(source, language, prompt, task)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": sample}
     options["num_return_sequences"] = num_return_sequences
@@ -115,10 +115,10 @@ def _examples(source: list[str] | None, language: str, prompt: str | None, task:
                 if source is not None:
                     raise ArgumentError("source: expected a text, got an empty one")
                 continue
-            behind = Prompt.fill(prompt, text) if prompt is not None else ""
+            filled = Prompt.fill(prompt, text) if prompt is not None else ""
             if task is not None:
-                behind = math_prompt(text) if task == "math" else text
-            yield Example(source=text, target="", language=name, prompt=behind)
+                filled = math_prompt(text) if task == "math" else text
+            yield Example(source=text, target="", language=name, prompt=filled)
 
     return build()
 
@@ -138,7 +138,7 @@ class _Run:
         from layalign.nn.inspection import device_of
 
         stage = "task" if batch[0].prompt else "translation"
-        if stage not in self.collators:  # one of each: what it has to say of texts that are cut, it says once
+        if stage not in self.collators:  # one per stage, since each warns of truncated texts once
             self.collators[stage] = LayAlignCollator.from_model(
                 self.model, self.encoder_tokenizer, self.llm_tokenizer, stage=stage, with_targets=False
             )

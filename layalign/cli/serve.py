@@ -11,24 +11,24 @@ from layalign.cli.common import Device, Dtype
 from layalign.cli.generate import Checkpoint
 
 KEY = "LAYALIGN_API_KEY"
-Host = Annotated[str, typer.Option("--host", help="Address to listen on; the default is this machine alone.")]
-Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one and prints it.")]
-Name = Annotated[str, typer.Option("--model-name", help="What requests call the model.")]
-Task = Annotated[str, typer.Option("--task", help="Prompt of requests that name none: none, math or source.")]
-Language = Annotated[str, typer.Option("--language", "-l", help="Language of requests that name none.")]
-Rows = Annotated[int, typer.Option("--max-batch", min=1, help="Most sequences decoded together.")]
-Cache = Annotated[int, typer.Option("--max-batch-tokens", min=1, help="Most cache entries of the batch.")]
-Queue = Annotated[int, typer.Option("--max-queue", min=0, help="Most requests that wait; one more gets 429.")]
-Characters = Annotated[int, typer.Option("--max-characters", min=1, help="Longest text of a request.")]
-Source = Annotated[int, typer.Option("--max-source-tokens", min=1, help="Longest text in encoder tokens.")]
-Prompt = Annotated[int, typer.Option("--max-prompt-tokens", min=1, help="Longest prompt in LLM tokens.")]
-New = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
-Default = Annotated[int, typer.Option("--default-new-tokens", min=1, help="Longest answer unless a request says.")]
-Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds for a whole answer.")]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on. The default accepts this machine only.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one and prints it.")]
+Name = Annotated[str, typer.Option("--model-name", help="Name of the model in requests.")]
+Task = Annotated[str, typer.Option("--task", help="Default prompt of requests: none, math or source.")]
+Language = Annotated[str, typer.Option("--language", "-l", help="Default language of requests.")]
+Rows = Annotated[int, typer.Option("--max-batch", min=1, help="Maximum number of sequences in a batch.")]
+Cache = Annotated[int, typer.Option("--max-batch-tokens", min=1, help="Maximum number of cache entries of a batch.")]
+Queue = Annotated[int, typer.Option("--max-queue", min=0, help="Maximum number of waiting requests; others get 429.")]
+Characters = Annotated[int, typer.Option("--max-characters", min=1, help="Maximum length of a text in a request.")]
+Source = Annotated[int, typer.Option("--max-source-tokens", min=1, help="Maximum length of a text in encoder tokens.")]
+Prompt = Annotated[int, typer.Option("--max-prompt-tokens", min=1, help="Maximum length of a prompt in LLM tokens.")]
+New = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer in tokens.")]
+Default = Annotated[int, typer.Option("--default-new-tokens", min=1, help="Default length limit of an answer.")]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds until an answer must be complete.")]
 Step = Annotated[float, typer.Option("--step-timeout", min=0.001, help="Seconds after which a step counts as hung.")]
-Idle = Annotated[int, typer.Option("--max-idle", min=1, help="Most connections that wait for their client.")]
-Body = Annotated[int, typer.Option("--max-body-bytes", min=1, help="Longest body of a request.")]
-Grace = Annotated[float, typer.Option("--grace", min=0.001, help="Seconds running requests have after SIGTERM.")]
+Idle = Annotated[int, typer.Option("--max-idle", min=1, help="Maximum number of connections waiting for a client.")]
+Body = Annotated[int, typer.Option("--max-body-bytes", min=1, help="Maximum size of a request body.")]
+Grace = Annotated[float, typer.Option("--grace", min=0.001, help="Seconds for running requests after SIGTERM.")]
 
 
 def serve(
@@ -54,9 +54,9 @@ def serve(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Answer requests over HTTP, as OpenAI's completions endpoints do. Needs layalign[serve].
+    """Serve a model over HTTP with OpenAI's completions endpoints. Needs the extra "serve".
 
-    Where the environment variable LAYALIGN_API_KEY is set, requests must carry it (Authorization: Bearer).
+    If the environment variable LAYALIGN_API_KEY is set, requests must carry it (Authorization: Bearer).
     """
     from layalign.serving.http import ServeSettings
     from layalign.serving.http.settings import checked_key

@@ -18,10 +18,10 @@ Preset = Annotated[str | None, typer.Option("--preset", "-p", help="math, x-csqa
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with the keys of TrainConfig.")]
 Stage = Annotated[
     str | None,
-    typer.Option("--stage", "-s", help="translation, task or all. Default: all stages the configuration has."),
+    typer.Option("--stage", "-s", help="translation, task or all. Default: all stages of the configuration."),
 ]
 BaselineName = Annotated[
-    str | None, typer.Option("--baseline", "-b", help="A method to compare with: see layalign baselines.")
+    str | None, typer.Option("--baseline", "-b", help="Train a baseline instead; layalign baselines lists them.")
 ]
 Data = Annotated[
     str | None,
@@ -29,19 +29,19 @@ Data = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Output folder; with two stages each gets a folder of its name in it."),
+    typer.Option("--output", "-o", help="Output folder; with two stages, each writes to a subfolder of its name."),
 ]
 Start = Annotated[str | None, typer.Option("--init-checkpoint", help="Start from the trained parts in this folder.")]
 Resume = Annotated[str | None, typer.Option("--resume", help="auto (default), false to start over, or a checkpoint.")]
 AllowChanged = Annotated[
     list[str] | None,
-    typer.Option("--allow-changed", metavar="KEY", help="A key in which a resumed run may differ; may be repeated."),
+    typer.Option("--allow-changed", metavar="KEY", help="Let a resumed run differ in this key; may be repeated."),
 ]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")
 ]
 PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Check the configuration, print it in full and stop.")
+    bool, typer.Option("--print-config", help="Check the configuration, print it in full and exit.")
 ]
 
 
@@ -58,7 +58,7 @@ def train(
     assignments: Assignments = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Train the aligner, the adapter and the gates: one stage, or both in turn.
+    """Train the aligner, the adapter and the gates: one stage, or both in sequence.
 
     Example: layalign train --preset math --data datas --set batch_size=64
     """
@@ -86,8 +86,8 @@ def train(
         configs.append(load_train_config(config, preset=preset, stage=name, overrides=overrides))
     if len({each.output_dir for each in configs}) < len(configs):
         raise ArgumentError(
-            f"output_dir: both stages would write to {configs[0].output_dir}; give --output, below which each gets a "
-            "folder of its own, or an output_dir under each of stages"
+            f"output_dir: expected one for each stage, got {configs[0].output_dir} for both; give --output, which adds "
+            "a subfolder for each, or set output_dir under each of stages"
         )
     if print_config:
         _print(configs)
@@ -115,11 +115,11 @@ def _train_all(configs: list[TrainConfig]) -> None:
 
     try:
         with ExitStack() as folders:
-            if is_main_process():  # it says where it writes, and in what precision
+            if is_main_process():  # logs where it writes, and in which precision
                 said = logging.getLogger("layalign.training")
                 folders.callback(said.setLevel, said.level)
                 said.setLevel(logging.INFO)
-            for config in configs:  # also those of later stages: who comes second is told before the first one
+            for config in configs:  # those of later stages too: a conflict is found before the first stage trains
                 folders.enter_context(alone_in(config.output_dir))
             summaries = [(config.stage, train(config)) for config in configs]
     except StoppedError:  # all processes stop in the same step

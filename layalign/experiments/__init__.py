@@ -1,1 +1,1 @@
-"""What is run to find something out: whole programs over the library, none of which it needs."""
+"""Experiments: programs that use the library. The library does not depend on them."""

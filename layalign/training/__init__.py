@@ -37,5 +37,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'layalign.training' has no attribute {name!r}")
     module = "runs" if name == "is_main_process" else "run"
-    with importing_peft():  # transformers' Trainer does
+    with importing_peft():  # transformers' Trainer imports peft
         return getattr(importlib.import_module(f"layalign.training.{module}"), name)

@@ -1,4 +1,4 @@
-"""A word about runs that cannot get anywhere, before they begin."""
+"""A warning at the start of a run that is too short for its gates to leave zero."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from layalign.training.gates import gate_values
 
 logger = logging.getLogger("layalign.training")
 
-# The published translation stages have 0.42 to 0.7 (4e-5, cosine, 21,024 to 35,088 steps). With SmolLM2-135M and
-# multilingual-e5-small gates of 0.05 on the mean were reached after 0.27; they get no further than this sum.
+# The published translation stages sum to 0.42 to 0.7 (4e-5, cosine, 21,024 to 35,088 steps). With SmolLM2-135M and
+# multilingual-e5-small the mean gate reached 0.05 after a sum of 0.27. No gate can grow beyond the sum.
 LEAST_SUM = 0.05
 
 
 def summed_rates(scheduler: Any, steps: int) -> float:
-    """Sum of the learning rate over a run's steps from its beginning: about the most that Adam moves a parameter.
+    """Sum of the learning rate over all steps of a run: about the farthest that Adam can move a parameter.
 
     Each step of Adam moves a parameter by about the learning rate at most (Kingma and Ba, 2015, section 2.1).
 
     Args:
-        scheduler: of torch, or accelerate's around it. One that is no `LambdaLR` counts with its first rate throughout.
-        steps: of the run.
+        scheduler: a torch scheduler, or accelerate's wrapper of one. For one other than `LambdaLR` the initial rate is
+            assumed at every step.
+        steps: number of steps of the run.
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)
     first: float = max(scheduler.base_lrs)
@@ -35,7 +36,7 @@ def summed_rates(scheduler: Any, steps: int) -> float:
 
 
 class SmallRun(TrainerCallback):
-    """Warns when gates that start at zero cannot leave it, by the steps, the schedule and the learning rate."""
+    """Warns when the gates start at zero and the schedule is too short or too small to move them."""
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **kwargs: Any
@@ -48,8 +49,8 @@ class SmallRun(TrainerCallback):
         reach = summed_rates(lr_scheduler, state.max_steps)
         if reach < LEAST_SUM:
             logger.warning(
-                "learning_rate: over %d steps the rates of this schedule sum to %.2g, which is about the most that "
-                "Adam moves a weight, so the gates hardly leave zero (published translation stages: 0.4 and more); "
-                "raise learning_rate (1e-3 was good for 800 steps of batch 32 with an LLM of 135M) or train longer",
-                state.max_steps, reach,
+                "learning_rate: the rates of this schedule sum to %.2g over %d steps. Adam moves a weight by about "
+                "that much at most, so the gates stay close to zero (published translation stages: 0.4 and more); "
+                "raise learning_rate (1e-3 worked for 800 steps of batch 32 with a 135M LLM) or train longer",
+                reach, state.max_steps,
             )  # fmt: skip

@@ -1,6 +1,6 @@
-"""What LayAlign is compared with: each method and each ablation as settings of the one model, no code of its own.
+"""What LayAlign is compared with. Each method and each ablation is a set of settings of the same model.
 
-Used by ``layalign train --baseline NAME`` and by ``layalign experiment``; `layalign baselines` prints the table.
+``layalign train --baseline NAME`` and ``layalign experiment`` use them; ``layalign baselines`` prints the table.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Baseline:
     """A method to compare with.
 
     Attributes:
-        name: what to call it on the command line.
+        name: its name on the command line.
         label: its name in tables.
-        what: what it is, in a sentence.
+        what: one sentence that describes it.
         source: where it comes from.
-        settings: keys of :class:`layalign.training.TrainConfig` (and of ``LayAlignConfig``) that make it.
-        stages: the training stages that it goes through, in order; none for the LLM alone.
+        settings: keys of :class:`layalign.training.TrainConfig` that define it.
+        stages: its training stages, in order; empty for the LLM alone.
     """
 
     name: str
@@ -41,43 +41,44 @@ class Baseline:
 
 
 _LAYALIGN = "LayAlign (Ruan et al., 2025)"
-_FUSED = "Puranegedara et al. (2025); theirs has one linear map behind the sum, and English task data only"
+_FUSED = "Puranegedara et al. (2025); theirs has one linear map after the sum, and English task data only"
 _METHODS = (
     Baseline(
-        "llm", "LLM alone", "The frozen LLM reads the prompt as text. Nothing trains.", "every paper named here",
+        "llm", "LLM alone", "The frozen LLM reads the prompt as text. Nothing is trained.", "every paper named here",
         {"use_adapter": False, "language_layers": []}, (),
     ),
     Baseline(
-        "lora", "LoRA on the LLM", "The LLM reads the prompt as text; LoRA on its attention maps trains on the task.",
+        "lora", "LoRA on the LLM",
+        "The LLM reads the prompt as text; LoRA on its attention projections is trained on the task.",
         "LoRA (Hu et al., 2022)", {"use_adapter": False, "language_layers": [], "lora": _LORA}, ("task",),
     ),
     Baseline(
         "langbridge", "LangBridge-style",
-        "The adapter's soft tokens, from the encoder's last layer, stand in place of the prompt; trained in both "
-        "stages, as LayAlign's authors trained it for their comparison. LangBridge itself has one linear map, English "
-        "task data only and no translation stage.",
+        "The adapter's soft tokens, from the encoder's last layer, replace the prompt. Trained in both stages, as "
+        "LayAlign's authors trained it for their comparison. LangBridge itself has one linear map, English task data "
+        "only and no translation stage.",
         "LangBridge (Yoon et al., 2024); LayAlign, section 4.1", {"language_layers": [], "use_prompt": False},
     ),
     Baseline(
         "mindmerger-soft", "MindMerger-Soft",
-        "The adapter's soft tokens, from the encoder's last layer, stand before the prompt. The same as LayAlign "
+        "The adapter's soft tokens, from the encoder's last layer, come before the prompt. The same as LayAlign "
         "without its aligner and gates.",
         "MindMerger (Huang et al., 2024); LayAlign, table 4", {"language_layers": []},
     ),
     Baseline(
         "mindmerger-matched", "MindMerger-Soft, as many parameters",
-        "MindMerger-Soft whose adapter is as wide as it takes to train as many parameters as LayAlign does.",
-        "ours: what parameters are worth", {"language_layers": [], "adapter_size": "match"},
+        "MindMerger-Soft with a wider adapter, so that it trains as many parameters as LayAlign.",
+        "ours: what more parameters are worth", {"language_layers": [], "adapter_size": "match"},
     ),
     Baseline(
         "fused-softmax", "layers fused, one weight each",
-        "The adapter's soft tokens, from all encoder layers in a sum with learned softmax weights, stand before the "
+        "The adapter's soft tokens, from a sum of all encoder layers with learned softmax weights, come before the "
         "prompt.",
         _FUSED, {"language_layers": [], "adapter_fusion": "softmax"},
     ),
     Baseline(
         "fused-token-softmax", "layers fused, weights by token",
-        "The same with weights of its own for each source token, which a small transformer layer computes.",
+        "The same, but a small transformer layer computes separate weights for each source token.",
         _FUSED, {"language_layers": [], "adapter_fusion": "token-softmax"},
     ),
     Baseline(
@@ -88,12 +89,12 @@ _METHODS = (
     ),
     Baseline(
         "layalign-fused-softmax", "LayAlign, layers fused",
-        "LayAlign whose soft tokens are those of fused-softmax.", "ours: the two together",
+        "LayAlign with the soft tokens of fused-softmax.", "ours: the two together",
         {"adapter_fusion": "softmax"},
     ),
     Baseline(
         "layalign-fused-token-softmax", "LayAlign, layers fused by token",
-        "LayAlign whose soft tokens are those of fused-token-softmax.", "ours: the two together",
+        "LayAlign with the soft tokens of fused-token-softmax.", "ours: the two together",
         {"adapter_fusion": "token-softmax"},
     ),
 )  # fmt: skip
@@ -104,10 +105,10 @@ _ABLATIONS = (
     ),
     Baseline(
         "shared-mix", "one shared mix", "One mix for the keys and one for the values of all LLM layers.",
-        "ours: what layer-wise is worth", {"mix": "shared"},
+        "ours: what layer-wise mixes are worth", {"mix": "shared"},
     ),
     Baseline(
-        "no-prompt", "no prompt", "The encoder's soft tokens stand in place of the prompt.", f"{_LAYALIGN}, table 4",
+        "no-prompt", "no prompt", "The encoder's soft tokens replace the prompt.", f"{_LAYALIGN}, table 4",
         {"use_prompt": False},
     ),
     Baseline(
@@ -127,42 +128,42 @@ _ABLATIONS = (
         f"{_LAYALIGN}, tables 7, 11", {"encoder_layers": "last-third"},
     ),
     Baseline(
-        "all-layers", "all encoder layers", "Aligner over every layer, the embeddings and the last one included.",
+        "all-layers", "all encoder layers", "Aligner over every layer, including the embeddings and the last one.",
         "ours", {"encoder_layers": "all"},
     ),
     Baseline(
-        "fixed-gate", "gates fixed at 1", "The attended term is added as it is; no gate is learned.",
+        "fixed-gate", "gates fixed at 1", "The cross-attention term is added unscaled; no gate is learned.",
         f"{_LAYALIGN}, section 4.3: without gates its training loss did not fall", {"fixed_gate": 1.0},
     ),
     Baseline(
-        "mlp", "MLP aligner", "A relu and a second linear map behind the aligner's projection.",
+        "mlp", "MLP aligner", "A ReLU and a second linear map after the aligner's projection.",
         f"{_LAYALIGN}, published code", {"structure": "MLP"},
     ),
-    Baseline("no-translation", "no translation stage", "The task stage alone.", f"{_LAYALIGN}, table 4", {}, ("task",)),
-    Baseline("no-task", "no task stage", "The translation stage alone.", f"{_LAYALIGN}, table 4", {}, ("translation",)),
+    Baseline("no-translation", "no translation stage", "Only the task stage.", f"{_LAYALIGN}, table 4", {}, ("task",)),
+    Baseline("no-task", "no task stage", "Only the translation stage.", f"{_LAYALIGN}, table 4", {}, ("translation",)),
 )  # fmt: skip
 BASELINES: dict[str, Baseline] = {entry.name: entry for entry in (*_METHODS, *_ABLATIONS)}
 
 
 def baseline(name: str) -> Baseline:
-    """The baseline of a name.
+    """The baseline with this name.
 
     Raises:
-        ArgumentError: there is none of that name.
+        ArgumentError: there is no such baseline.
     """
     one_of("baseline", name, BASELINES)
     return BASELINES[name]
 
 
 def with_baseline(values: Mapping[str, Any], name: str, stage: str, *, own_folders: bool = False) -> dict[str, Any]:
-    """Settings of a training stage with those of a baseline put over them.
+    """Settings of a training stage, overridden by those of a baseline.
 
     Args:
         values: keys of :class:`layalign.training.TrainConfig`.
-        name: of the baseline.
+        name: name of the baseline.
         stage: "translation" or "task".
-        own_folders: whether `output_dir` and `init_checkpoint` become folders of the baseline's own: a/b/stage becomes
-            a/b/NAME/stage. For folders that nobody has chosen, such as a preset's.
+        own_folders: whether to insert the baseline's name into `output_dir` and `init_checkpoint`: a/b/stage becomes
+            a/b/NAME/stage. Meant for folders that the user did not choose, such as a preset's.
 
     Raises:
         ArgumentError: the baseline is unknown, or has no such stage.
@@ -172,7 +173,7 @@ def with_baseline(values: Mapping[str, Any], name: str, stage: str, *, own_folde
         refuse("values", "a mapping of keys to values", values)
     one_of("stage", stage, BOTH)
     if stage not in chosen.stages:
-        has = f"only the {chosen.stages[0]} stage" if chosen.stages else "no stage: nothing of it trains"
+        has = f"only the {chosen.stages[0]} stage" if chosen.stages else "no stage, since nothing of it is trained"
         raise ArgumentError(f"baseline: {name} has {has}, got {stage}")
     merged = {**values, **chosen.settings, "baseline": name}
     for key in ("output_dir", "init_checkpoint") if own_folders else ():
@@ -208,7 +209,7 @@ def markdown() -> str:
 
 
 def written_into(page: str) -> str:
-    """``page`` with the table between its two marks replaced by today's."""
+    """``page`` with the table between its two markers replaced."""
     return replaced(page, BEGIN, END, markdown())
 
 

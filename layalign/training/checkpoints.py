@@ -1,8 +1,7 @@
-"""Training checkpoints that are whole or not there: written aside, summed up, renamed.
+"""Atomic training checkpoints: a folder `checkpoint-N` is complete, or it does not exist.
 
-A checkpoint is written into the folder `.unfinished` of the run. When all of it is on the disk, `manifest.json` is
-added with the size and the SHA-256 of every file, and the folder gets its name `checkpoint-N` in one step. Whoever
-reads one compares it with its manifest first.
+A checkpoint is written into the run's folder `.unfinished`. When all files are on the disk, `manifest.json` is added
+with the size and the SHA-256 of each, and the folder is renamed to `checkpoint-N`. Readers verify the manifest first.
 """
 
 from __future__ import annotations
@@ -30,42 +29,42 @@ logger = logging.getLogger("layalign")
 MANIFEST = "manifest.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _VERSION = 1
-NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", CONFIG)  # and weights and a state of random numbers
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", CONFIG)  # besides weights and random number states
 _RANDOM = re.compile(r"rng_state(_\d+)?\.pth")
 _IS_READ = re.compile(r".*\.(safetensors|index\.json|pt|pth|bin)|(generation_config|run)\.json")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The whole training checkpoints in a folder, oldest first; a damaged one is left out, with a warning."""
+    """The complete training checkpoints in a folder, oldest first; damaged ones are skipped with a warning."""
     found = []
     for path in _named(folder):
         wrong = problem(path)
         if wrong is None:
             found.append(path)
         else:
-            logger.warning("%s: not a whole checkpoint, left out: %s", path, wrong)
+            logger.warning("%s: not a complete checkpoint, skipped: %s", path, wrong)
     return found
 
 
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: the first file that is missing or is not what the manifest says; None if whole.
+    """What is wrong with a checkpoint, or None.
 
-    Whole is one with all that going on needs. Every byte is read.
+    Reports the first file that is missing, differs from the manifest, or cannot be resumed from. Reads every byte.
     """
     try:
         files = _manifest(folder)
         for name, (size, digest) in files.items():
             path = confined(folder, name, MANIFEST)
             if not path.resolve().is_relative_to(folder.resolve()):
-                return f"{name}: expected a file in the checkpoint, got a link out of it"
+                return f"{name}: expected a file in the checkpoint, got a link to outside"
             if (found := require_regular(path, name).st_size) != size:
                 return f"{name}: expected {size} bytes, got {found}"
             if sha256(path) != digest:
-                return f"{name}: its content is not what was written (SHA-256)"
+                return f"{name}: its content is not what was written (SHA-256 differs)"
         return _missing(folder, files) or _unnamed(folder, files) or _state_problem(folder)
     except CheckpointError as error:
         return str(error)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a link to itself, in earlier Pythons
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a link to itself, in older Pythons
         return f"{name}: {getattr(error, 'strerror', None) or error}"
 
 
@@ -88,7 +87,7 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def _missing(folder: Path, files: Collection[str]) -> str | None:
-    """What a run cannot go on without: transformers would begin with fresh moments, and not say so."""
+    """A file that resuming needs and the manifest lacks: transformers would silently start with fresh moments."""
     for name in NEEDED:
         if name not in files:
             return f"{MANIFEST}: names no {name}"
@@ -108,20 +107,20 @@ def _missing(folder: Path, files: Collection[str]) -> str | None:
 
 
 def _state_problem(folder: Path) -> str | None:
-    """What transformers would stumble over, or start anew without a word."""
+    """A `trainer_state.json` that makes transformers fail, or silently start from step 0."""
     name = "trainer_state.json"
     step = content.get("global_step") if isinstance(content := read_json(folder / name, where=name), dict) else None
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         return f"{name}: expected a global_step, got {shown(step)}"
     try:
         TrainerState.load_from_json(str(folder / name))
-    except Exception as error:  # fields that this release does not have, values of another kind
+    except Exception as error:  # fields that this release does not know, values of another type
         return f"{name}: transformers cannot read it: {first_line(error)}"
     return None
 
 
 def _unnamed(folder: Path, files: Collection[str]) -> str | None:
-    """A file that loading would read, and that was not written with the others."""
+    """A file that loading would read although the manifest does not name it."""
     for path in sorted(folder.iterdir()):
         if _IS_READ.fullmatch(path.name) and path.name not in files:
             return f"{path.name}: the manifest does not name it"
@@ -129,10 +128,10 @@ def _unnamed(folder: Path, files: Collection[str]) -> str | None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Bring a checkpoint to the disk, write its manifest and give it its name, in that order.
+    """Sync a checkpoint to the disk, write its manifest and rename it, in that order.
 
     Raises:
-        OSError: the disk did not take it.
+        OSError: the disk refuses.
     """
     files = {}
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
@@ -149,9 +148,9 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def rotate(folder: Path, newest: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints until `limit` are left; `newest`, what was just written, and the best one stay."""
+    """Remove the oldest checkpoints until `limit` are left; `newest` (just written) and `best` are always kept."""
     named = _named(folder)
-    # What bears a later step is damaged (else the run had gone on from it), and no reason to remove a whole one.
+    # A checkpoint of a later step is damaged, or the run would have resumed from it. It does not count towards `limit`.
     present = named[: named.index(newest) + 1]
     keep = {newest} | {path for path in present if best is not None and path.name == Path(best).name}
     for path in present:
@@ -163,7 +162,7 @@ def rotate(folder: Path, newest: Path, limit: int | None, best: str | None) -> N
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint in one step: it loses its name first, so that no half of it keeps one."""
+    """Remove a checkpoint atomically: it is renamed first, so that no partial folder keeps the name."""
     if not folder.exists():
         return
     aside = folder.parent / UNFINISHED / f"removed-{folder.name}"
@@ -174,7 +173,7 @@ def remove(folder: Path) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed run had begun to write."""
+    """Remove what a killed run left half-written."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
@@ -188,17 +187,17 @@ def sha256(path: Path) -> str:
 
 
 def _named(folder: str | Path) -> list[Path]:
-    """Folders that bear a checkpoint's name, oldest first."""
+    """Folders named `checkpoint-N`, oldest first."""
     root = Path(folder)
     matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in root.iterdir()] if root.is_dir() else []
     return [path for _, path in sorted((int(match.group(1)), path) for match, path in matches if match)]
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder and write one byte into it, before hours of work rely on it.
+    """Create the folder and write one byte into it, so that a run fails now rather than at its first checkpoint.
 
     Raises:
-        OSError: it cannot be made or written to.
+        OSError: it cannot be created or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f"{UNFINISHED}.{os.getpid()}"

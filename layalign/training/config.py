@@ -1,6 +1,6 @@
-"""The training configuration: one dataclass, checked so that every error names the key.
+"""The training configuration: one dataclass whose errors name the key.
 
-The defaults are the published ones (those of the training scripts).
+The defaults are those of the published training scripts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TASKS = ("math", "x-csqa", "xnli")
 LEARNING_RATES = {"translation": 4e-5, "task": 3e-5}
 MAX_MICRO_BATCH = 8
 LARGEST = 2**62  # of any number
-SEEDS = 2**32  # what numpy takes
+SEEDS = 2**32  # numpy's limit
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "stage": STAGES,
@@ -78,11 +78,11 @@ _FLAGS = (
     "keep_best",
     "use_cpu",
 )
-# Keys that are true, false or this word.
+# Keys that take true, false or this word.
 _FLAGS_OR = {"bf16": "auto", "progress": "quiet"}
 _LISTS = {"encoder_layers": int, "language_layers": int, "languages": str, "report_to": str, "allow_changed": str}
-# What may be changed on purpose when a run goes on. Never: what the model is and computes, and the dev examples, of
-# which some would have been trained on.
+# Keys that a resumed run may change on request. Never those that define the model, nor the dev examples: some of the
+# new ones may have been trained on.
 ALLOWED_CHANGES = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "baseline", "batch_size", "bf16", "data", "dev_overlap",
     "encoder_dropout", "fixed_gate", "frozen_dtype", "gradient_checkpointing", "group_by_length", "init_checkpoint",
@@ -96,14 +96,14 @@ _LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0,
 
 @dataclass
 class TrainConfig:
-    """All settings of one stage. A key left at None takes the published value of its stage and task.
+    """All settings of one stage. None is the published value for the stage and task, unless noted otherwise.
 
     Raises:
-        ArgumentError: on construction, for a value of the wrong type or out of its range; the text starts with the key.
+        ArgumentError: on construction, for a value of the wrong type or out of range; the text starts with the key.
     """
 
-    # What is joined, and how. Folder or hub name each, for the LLM also a GGUF file; `gguf_file` is one in the LLM's
-    # folder or hub repository, and becomes part of its name. `baseline` only tells where the settings are from.
+    # Model. `encoder` and `llm` are folders or hub names; `llm` may also be a GGUF file. `gguf_file` names a file in
+    # the LLM's folder or hub repository and is merged into `llm`. `baseline` records where the settings come from.
     encoder: str | None = None
     llm: str | None = None
     gguf_file: str | None = None
@@ -113,41 +113,41 @@ class TrainConfig:
     structure: str = "Linear"
     mix: str = "layer-wise"
     use_adapter: bool = True
-    adapter_size: int | str | None = None  # "match": as many trained parameters as LayAlign, without its aligner
+    adapter_size: int | str | None = None  # "match": train as many parameters as LayAlign with its aligner does
     adapter_fusion: str | None = None
     use_prompt: bool = True
     fixed_gate: float | None = None
     mask_encoder_padding: bool = True
-    # None: as the LLM's tokenizer begins its texts; false: no first token; a number: that one.
+    # First token of the LLM's input. None: the one that its tokenizer adds; false: none; a number: this token.
     llm_bos_token_id: int | bool | None = None
-    # auto: bfloat16 where bf16 is in force, else as stored.
+    # auto: bfloat16 if `bf16` is on, else the dtype of the checkpoint on disk ("stored").
     frozen_dtype: str = "auto"
-    # Of the frozen encoder in training: true, as its own configuration says; false, none; or a rate. None: as the model
-    # has it, and true, as published, for a new one.
+    # Dropout of the frozen encoder in training. true: as in its own configuration; false: none; a number: this rate.
+    # None: as the checkpoint was trained, or true (as published) for a new model.
     encoder_dropout: bool | float | None = None
     lora: dict[str, Any] | None = None
     init_checkpoint: str | None = None
 
-    # What it learns from.
+    # Data.
     stage: str = "translation"
     task: str = "math"
     data: Any = "datas"
     languages: list[str] | None = None
     limit: int | None = None
-    # Examples of the dev split: cut from `data`, or the most that are taken of `dev_data`.
+    # Size of the dev split: examples cut from `data`, or the most used of `dev_data`.
     dev_size: int = 3000
     dev_data: Any = None
-    # How dev is cut from `data`: by sentence, so that no English sentence of it stays in training, or by position, as
-    # published. None: by sentence; a run that goes on keeps the cut it began with.
+    # How dev is cut from `data`. sentence: no English sentence of dev stays in training. position: the first `dev_size`
+    # examples, as published. None: sentence; a resumed run keeps its cut.
     dev_cut: str | None = None
-    # What becomes of training examples whose English sentence is one of `dev_data`: told, or left out.
+    # Training examples whose English sentence is also in `dev_data`. warn: keep them and warn; drop: skip them.
     dev_overlap: str = "warn"
     skip_bad: bool = False
     max_source_length: int | None = None
     max_prompt_length: int | None = None
     max_target_length: int | None = None
 
-    # How it learns.
+    # Optimization.
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 128
@@ -161,22 +161,23 @@ class TrainConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    # A step with a NaN stops the run, or is left out, this often at most; so is one whose loss is a spike: more than
-    # spike_factor times the median of the last hundred steps (0: no spike is looked for).
+    # How many steps with a NaN or a loss spike may be skipped. After that a NaN stops the run, a spike only warns.
     max_skipped_steps: int = 0
+    # A loss above this times the median of the last hundred steps is a spike. 0: spikes are not looked for.
     spike_factor: float = 4.0
-    bf16: bool | str = "auto"  # auto: where the processor has it
+    bf16: bool | str = "auto"  # auto: if the processor computes in bf16
     gradient_checkpointing: bool = False
     group_by_length: bool = False
     seed: int = 0
     use_cpu: bool = False
     num_workers: int = 0
-    sharding: str | None = None  # None: as the launcher says, DDP by torchrun
+    sharding: str | None = None  # None: as the launcher configures it (torchrun: DDP)
 
-    # What it leaves behind. eval_steps and save_steps: None is once per epoch, 0 is never.
+    # Output. eval_steps and save_steps: None is once per epoch, 0 is never.
     output_dir: str = "outputs"
+    # auto: resume from the newest complete checkpoint in `output_dir`; false: start over; or a checkpoint folder.
     resume: str | bool = "auto"
-    # Keys in which a run that goes on may differ from what its checkpoint was made with.
+    # Keys in which a resumed run may differ from its checkpoint.
     allow_changed: list[str] = field(default_factory=list)
     logging_steps: int = 10
     eval_steps: int | None = None
@@ -184,7 +185,7 @@ class TrainConfig:
     save_total_limit: int | None = 2
     keep_best: bool = False
     report_to: list[str] = field(default_factory=list)
-    # true: a bar; false: a plain line for each logged step and evaluation; quiet: neither.
+    # true: a progress bar; false: a plain line for each logged step and evaluation; quiet: neither.
     progress: bool | str = True
 
     def __post_init__(self) -> None:
@@ -192,7 +193,7 @@ class TrainConfig:
         _check_ranges(self)
         if self.gguf_file is not None:
             if self.llm is None:
-                raise ArgumentError("gguf_file: expected llm, the folder or hub name that it is in, with it")
+                raise ArgumentError("gguf_file: expected llm, the folder or hub name that contains it, to be set too")
             self.llm, self.gguf_file = with_gguf(self.llm, self.gguf_file), None
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.stage]
@@ -202,10 +203,10 @@ class TrainConfig:
                 setattr(self, name, longest)
 
     def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
-        """Split `batch_size` over processes: (micro batch of one process, accumulation steps).
+        """Split `batch_size` over processes: (micro batch of one process, gradient accumulation steps).
 
         Raises:
-            ArgumentError: `batch_size` cannot be divided that way.
+            ArgumentError: `batch_size` is not divisible that way.
         """
         if self.batch_size % world_size:
             raise ArgumentError(
@@ -223,7 +224,7 @@ class TrainConfig:
         return micro, share // micro
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for YAML."""
+        """Plain values for YAML or JSON."""
         return asdict(self)
 
     def to_yaml(self) -> str:
@@ -240,13 +241,13 @@ class TrainConfig:
 
 
 def require_config(config: Any) -> None:
-    """What the functions of a training run take."""
+    """Raise an ArgumentError unless `config` is a TrainConfig."""
     if not isinstance(config, TrainConfig):
         refuse("config", "a TrainConfig; see load_train_config", config)
 
 
 def _coerce(config: TrainConfig) -> None:
-    """Check every value's type; numbers written as text (YAML reads 4e-5 as text) become numbers."""
+    """Check the type of every value and turn numbers in text into numbers (YAML reads 4e-5 as text)."""
     optional = {entry.name for entry in fields(TrainConfig) if "None" in str(entry.type)}
     for entry in fields(TrainConfig):
         name, value = entry.name, getattr(config, entry.name)
@@ -299,7 +300,7 @@ def _number(name: str, value: Any, *, whole: bool, expected: str = "") -> Any:
         raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
     try:
         number = float(value)
-        if whole and not isinstance(value, float):  # a large whole number is not rounded through a float
+        if whole and not isinstance(value, float):  # a float would round a large integer
             number = int(value)
     except (ValueError, OverflowError):
         pass  # a text such as 1e3 may still be a whole number
@@ -357,21 +358,23 @@ def _check_ranges(config: TrainConfig) -> None:
     if rate is not None and not isinstance(rate, bool) and not 0 <= rate < 1:
         raise ArgumentError(f"encoder_dropout: expected true, false or a rate below 1, got {rate:g}")
     if 0 < config.spike_factor <= 1:
-        raise ArgumentError(f"spike_factor: expected more than 1, or 0 for no look-out, got {config.spike_factor:g}")
+        raise ArgumentError(f"spike_factor: expected more than 1, or 0 to disable it, got {config.spike_factor:g}")
     for name in ("encoder_layers", "language_layers"):
         layers = getattr(config, name)
         if isinstance(layers, str):
-            named_layers(layers, 100)  # raises for a name that there is not
+            named_layers(layers, 100)  # raises for an unknown name
         elif layers is not None and (len(set(layers)) != len(layers) or any(layer < 0 for layer in layers)):
-            raise ArgumentError(f"{name}: expected different numbers from 0 up, got {layers}")
+            raise ArgumentError(f"{name}: expected distinct numbers from 0 up, got {layers}")
     for key in config.allow_changed:
         if key not in ALLOWED_CHANGES:
             raise ArgumentError(f"allow_changed: expected some of {', '.join(ALLOWED_CHANGES)}, got {shown(key)}")
     if config.keep_best and (config.eval_steps == 0 or config.dev_size == 0):
         raise ArgumentError(
-            "keep_best: needs a dev split and evaluation during training (dev_size and eval_steps not 0)"
+            "keep_best: expected a dev split and evaluation during training, got dev_size or eval_steps 0"
         )
     if config.dev_data is not None and config.dev_size == 0:
-        raise ArgumentError("dev_size: expected at least 1 with dev_data, the most that are taken of it, got 0")
+        raise ArgumentError("dev_size: expected at least 1 with dev_data (how many of its examples are used), got 0")
     if config.keep_best and config.save_steps not in (None, config.eval_steps):
-        raise ArgumentError("keep_best: saves where it evaluates; leave save_steps out or set it to eval_steps")
+        raise ArgumentError(
+            f"save_steps: expected that of eval_steps ({config.eval_steps}) with keep_best, got {config.save_steps}"
+        )

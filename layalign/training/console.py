@@ -1,4 +1,4 @@
-"""Plain lines about a run for consoles and log files, where no progress bar is wanted."""
+"""Progress of a run as plain lines, for log files and consoles without a progress bar."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class ConsoleLines(TrainerCallback):
         step 25/800: loss 3.412, learning rate 0.000998, gates 0.0042, 10.3 examples/s, 1:12:05 left
         step 25/800: dev loss 3.2914
 
-    "gates" is the mean of their absolute values, where they are at hand. The rate counts the time within
-    steps; the time left is that of the steps to come at the pace so far, evaluations and checkpoints included.
+    "gates" is the mean absolute gate, left out if this process does not hold the gates. "examples/s" counts the time
+    within steps only. The time left assumes the pace so far, including evaluations and checkpoints.
 
     Args:
-        trainer: counts the examples.
-        has_dev: whether evaluations are of a dev split; else they are of a part of the training examples.
+        trainer: the trainer, which counts the examples.
+        has_dev: whether evaluations use a dev split; otherwise they use some of the training examples.
     """
 
     def __init__(self, trainer: LayAlignTrainer, has_dev: bool) -> None:
@@ -61,7 +61,7 @@ class ConsoleLines(TrainerCallback):
             print(f"{at}: {', '.join(parts)}", flush=True)
         elif "eval_loss" in logs:
             line = f"{at}: {self._what} {logs['eval_loss']:.4f}"
-            if line != self._evaluated:  # the run's end evaluates once more
+            if line != self._evaluated:  # training ends with one more evaluation
                 print(line, flush=True)
             self._evaluated = line
 

@@ -1,9 +1,9 @@
-"""Training in several processes: the same steps for any number of them, and checkpoints that fit any of them.
+"""Training in several processes: the steps and the checkpoints do not depend on how many there are.
 
-A step is the mean over its micro batches, as published. Which examples form a micro batch and which micro batches form
-a step depends on `batch_size` and `micro_batch_size` alone: the processes deal the micro batches of a step out among
-themselves. So DDP, FSDP2 and ZeRO give the losses and weights of one process, and a run can go on with another number
-of processes, or with another engine.
+The loss of a step is the mean over its micro batches, as published. `batch_size` and `micro_batch_size` alone decide
+which examples form a micro batch and which micro batches form a step; the processes share the micro batches of a step.
+So DDP, FSDP2 and ZeRO give the losses and weights of a single process, and a run can be resumed with another number of
+processes or another engine.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 class EvenShares(BatchSamplerShard):
     """Process r of W gets the batches r, r + W, ... of the inner sampler, unchanged.
 
-    accelerate's own would fill a short batch with examples from the epoch's start. Here a process without a batch in
-    the last round gets that round's first one again, so that all take part in every collective call; it counts nothing
-    (:func:`weights_of_step`).
+    accelerate's own class would fill a short batch with examples from the start of the epoch. Here, a process without a
+    batch in the last round repeats the first batch of that round with weight 0 (:func:`weights_of_step`), so that every
+    process takes part in every collective call.
     """
 
     def __len__(self) -> int:
@@ -56,17 +56,17 @@ class EvenShares(BatchSamplerShard):
 
 
 def weights_of_step(batches: int, step: int, rounds: int, rank: int, world: int) -> list[float]:
-    """What each micro batch of a process counts in a step, so that the step is the mean over its real micro batches.
+    """Weight of each micro batch of a process in a step, so that the step is the mean over its real micro batches.
 
     Args:
-        batches: micro batches of an epoch, of all processes together.
-        step: number of the step in its epoch.
-        rounds: micro batches of one process in a full step.
-        rank, world: this process, and how many there are.
+        batches: micro batches of an epoch, over all processes.
+        step: index of the step in its epoch.
+        rounds: micro batches of one process in a full step (gradient accumulation steps).
+        rank, world: rank of this process, and the number of processes.
 
     Returns:
-        One number per micro batch of this process; the engine averages over processes and accumulation steps. 1 each,
-        but in the last step of an epoch.
+        One weight per micro batch of this process; the engine averages over processes and accumulation steps. All are 1
+        except in the last step of an epoch.
     """
     real = min(rounds * world, batches - step * rounds * world)
     own = math.ceil(real / world)
@@ -74,16 +74,16 @@ def weights_of_step(batches: int, step: int, rounds: int, rank: int, world: int)
 
 
 class DistributedTrainer(Trainer):
-    """transformers' Trainer with steps, dev losses and checkpoints that do not depend on the number of processes."""
+    """transformers' Trainer, but steps, dev losses and checkpoints do not depend on the number of processes."""
 
     is_fsdp_enabled: bool
     control: Any
-    keeps_hyperparameters = True  # those of the checkpoint it goes on from; else it goes on with its own
+    keeps_hyperparameters = True  # whether a resumed run takes the checkpoint's learning rate, betas, ...
     _weights: list[float] | None = None
 
     @property
     def sharding(self) -> str | None:
-        """The engine that shards weights, gradients or optimizer: "FSDP2", "FSDP1", "ZeRO-n"; None without one."""
+        """The engine that shards weights, gradients or optimizer state: "FSDP2", "FSDP1", "ZeRO-n" or None."""
         if self.is_deepspeed_enabled:
             return f"ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
         if self.is_fsdp_enabled:
@@ -91,7 +91,7 @@ class DistributedTrainer(Trainer):
         return None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """accelerate takes FSDP for GPUs only; torch's runs on CPUs too, which is how it is tested."""
+        """Enable FSDP on CPUs too: accelerate allows it on GPUs only, and the tests run it on CPUs."""
         super().create_accelerator_and_postprocess()
         wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if not wanted or self.is_fsdp_enabled or self.args.device.type != "cpu" or self.args.world_size == 1:
@@ -106,7 +106,7 @@ class DistributedTrainer(Trainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)
         if type(loader.batch_sampler) is BatchSamplerShard:
-            loader.batch_sampler.__class__ = EvenShares  # the same fields; a loader's sampler cannot be replaced
+            loader.batch_sampler.__class__ = EvenShares  # same fields; torch does not allow assigning another sampler
         return loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,11 +135,11 @@ class DistributedTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The dev loss: the mean of the batches' losses, each counted by its examples, over all processes."""
+        """The dev loss: the mean of the batches' losses over all processes, weighted by their number of examples."""
         if self.sharding is not None and not self.accelerator._models:
             raise ArgumentError(f"sharding: {self.sharding} shards the model when training begins, not before")
-        # Not prepared by accelerate for this: a model prepared without DDP would then train without it, every process
-        # on gradients of its own.
+        # Not prepared by accelerate here: a model prepared without DDP would later train without it, each process on
+        # its own gradients.
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
@@ -165,7 +165,7 @@ class DistributedTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.sharding == "FSDP1":
             raise ArgumentError("sharding: FSDP1 is not supported, expected fsdp_version: 2")
-        if resume_from_checkpoint is not None:  # while the weights are whole
+        if resume_from_checkpoint is not None:  # before the weights are sharded
             self._load_from_checkpoint(resume_from_checkpoint, self.model)
         checkpoint.prepare(self.model)
         if self.sharding == "FSDP2":
@@ -178,7 +178,7 @@ class DistributedTrainer(Trainer):
         if self.sharding == "FSDP2":
             places = dict(self.model.named_parameters())
             for group, wanted in zip(self.optimizer.param_groups, order, strict=True):
-                # accelerate finds them by address, and a process may hold several empty shards.
+                # accelerate finds parameters by address, which is the same for all empty shards of a process.
                 group["params"] = [places[name] for name in wanted]
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -186,14 +186,14 @@ class DistributedTrainer(Trainer):
         return found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model; of a sharded one, only what is written is gathered."""
+        """Save the model. From a sharded one, only the weights to be saved are gathered."""
         if self.sharding is None:
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, state_dict=self.whole_state())
 
     def whole_state(self) -> dict[str, Tensor]:
-        """The weights that a checkpoint holds, whole and on the CPU; all processes call this together."""
+        """The weights that a checkpoint holds, gathered on the CPU. Collective: all processes must call it."""
         model = self.accelerator.unwrap_model(self.model)
         names = model.saved_names()
         found = {}
@@ -246,10 +246,10 @@ class DistributedTrainer(Trainer):
             put_optimizer_state(self.optimizer.optimizer, state)
         self.lr_scheduler.load_state_dict(for_groups(schedule, len(self.lr_scheduler.optimizer.param_groups)))
 
-    # ZeRO keeps its optimizer's state in flat partitions; its own functions read and write one parameter's share.
+    # ZeRO keeps the optimizer's state in flat partitions; DeepSpeed's functions read and write the part of a parameter.
 
     def _zero_parts(self) -> tuple[Any, Any, list[Any]]:
-        """(its functions, its optimizer, the trained parameters in the order that the optimizer had before it)."""
+        """(DeepSpeed's functions, its optimizer, the trained parameters in the order of the original optimizer)."""
         from deepspeed import utils as functions
 
         places = dict(self.accelerator.unwrap_model(self.model).named_parameters())
@@ -284,11 +284,11 @@ class DistributedTrainer(Trainer):
         steps = torch.as_tensor(float(state["state"][0]["step"]))
         partitions = getattr(zero, "fp32_partitioned_groups_flat", None)  # ZeRO-3
         for flat in zero.single_partition_of_fp32_groups if partitions is None else partitions:
-            # As the first step would make them.
+            # As the first step would create it.
             zero.optimizer.state[flat] = {"step": steps.clone(), **{key: torch.zeros_like(flat) for key in _MOMENTS}}
         if partitions is None:
             zero._lazy_init_hp_params_optimizer_state()
-        for group in zero.optimizer.param_groups:  # the scheduler sets it behind the next step only
+        for group in zero.optimizer.param_groups:  # the scheduler sets it only after the next step
             group["lr"] = state["param_groups"][0]["lr"]
         for parameter, (_, entry) in zip(parameters, sorted(state["state"].items()), strict=True):
             for key in _MOMENTS:
@@ -296,7 +296,7 @@ class DistributedTrainer(Trainer):
                 if partitions is None:
                     functions.safe_set_full_optimizer_state(parameter, value, key)
                     continue
-                size, rank = parameter.ds_tensor.ds_numel, self.args.process_index  # with what fills up the last share
+                size, rank = parameter.ds_tensor.ds_numel, self.args.process_index  # size includes the padding
                 filled = nn.functional.pad(value.flatten(), (0, size * self.args.world_size - value.numel()))
                 functions.safe_set_local_optimizer_state(parameter, filled[size * rank : size * (rank + 1)], key)
 
@@ -305,17 +305,17 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def shard_first(model: Any, accelerator: Any) -> None:
-    """Make each layer's key and value maps, and the encoder's embeddings, FSDP2 units of their own.
+    """Make the key and value projections of each layer, and the encoder's embeddings, separate FSDP2 units.
 
-    The source's keys and values are made by these maps before their layer runs, when the layer's other weights are
-    still spread; FSDP2 gathers a unit when its modules are called, wherever that is. The embeddings would otherwise
-    stay whole for all of a step.
+    The source's keys and values are computed with these projections before their layer runs, when the layer's other
+    weights are still sharded. FSDP2 gathers a unit when its modules are called. The embeddings would otherwise stay
+    gathered for the whole step.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
     if plugin.cpu_ram_efficient_loading:
-        raise ArgumentError("fsdp_cpu_ram_efficient_loading: expected false, every process loads the whole model")
+        raise ArgumentError("fsdp_cpu_ram_efficient_loading: expected false (every process loads the model), got true")
     options: dict[str, Any] = {"mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy()}
     if plugin.cpu_offload:
         options["offload_policy"] = plugin.cpu_offload
@@ -329,14 +329,14 @@ def shard_first(model: Any, accelerator: Any) -> None:
 
 
 def for_groups(schedule: dict[str, Any], groups: int) -> dict[str, Any]:
-    """A scheduler's state for another number of parameter groups: ZeRO drops empty ones; all have one learning rate."""
+    """A scheduler's state for another number of parameter groups (ZeRO drops empty ones); all share one rate."""
     return {key: (value * groups)[:groups] if isinstance(value, list) else value for key, value in schedule.items()}
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` as one process has it; all processes call this together."""
+    """`optimizer.state_dict()` with all shards gathered. Collective: all processes must call it."""
     state = optimizer.state_dict()
-    whole = {  # new dicts: these are the optimizer's own
+    whole = {  # new dicts, since state_dict() returns the optimizer's own
         number: {
             key: value.full_tensor().cpu() if sharding.is_dtensor(value) else value for key, value in entry.items()
         }
@@ -346,7 +346,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def put_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what :func:`whole_optimizer_state` gave, spread as the parameters are."""
+    """Load what :func:`whole_optimizer_state` returned, sharded like the parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     if len(parameters) != len(numbers):

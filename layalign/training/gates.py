@@ -1,4 +1,4 @@
-"""The gates while they train: one line of `gates.jsonl` per logged step."""
+"""History of the gates in training: one line of `gates.jsonl` per logged step."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FILE = "gates.jsonl"
 
 
 def read_gates(folder: str | Path) -> list[dict[str, Any]]:
-    """The recorded steps of a training folder, `{"step": int, "gates": [float, ...]}` each; none without a record.
+    """The recorded steps of a training folder, each `{"step": int, "gates": [float, ...]}`; empty without a record.
 
-    A folder `checkpoint-N` has the record of the folder it lies in, up to step N. A line cut off by the end of its
-    process is left out; other damaged lines too, with a warning, for nothing but plots depends on them.
+    For a folder `checkpoint-N` it is the record of the parent folder up to step N. A last line that was cut off when
+    the process died is skipped. Other damaged lines are skipped with a warning, since only plots depend on them.
     """
     folder = Path(folder)
     name, number = folder.resolve().name.partition("checkpoint-")[::2]
@@ -42,22 +42,21 @@ def read_gates(folder: str | Path) -> list[dict[str, Any]]:
             if last is None or step <= last:
                 found.append({"step": step, "gates": gates})
     except (OSError, DataError) as error:
-        logger.warning("%s: cannot be read behind line %d: %s", folder / FILE, read, first_line(error))
+        logger.warning("%s: cannot be read after line %d: %s", folder / FILE, read, first_line(error))
     if damaged and damaged != [read]:
-        logger.warning("%s: line %d and %d more are damaged, left out", folder / FILE, damaged[0], len(damaged) - 1)
+        logger.warning("%s: line %d and %d more are damaged, skipped", folder / FILE, damaged[0], len(damaged) - 1)
     return found
 
 
 class GateHistory(TrainerCallback):
-    """Appends `{"step": n, "gates": [...]}` to `gates.jsonl` in the run's folder at every log, step 0 included.
+    """Appends `{"step": n, "gates": [...]}` to `gates.jsonl` in the run's folder at every log, including step 0.
 
-    Gates have six digits there. Only the main process writes. A run that starts anew starts the file anew; a resumed
-    one drops the lines behind the step it resumes from. Nothing is written for a model without gates, or where a
-    sharded gate cannot be read.
+    Gates are written with six digits, by the main process only. A new run replaces the file; a resumed one drops the
+    lines after the step it resumes from. Nothing is written for a model without gates or with sharded gates.
     """
 
     def __init__(self) -> None:
-        self._step: int | None = None  # the last one written; None outside training
+        self._step: int | None = None  # last step written; None outside training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         gates = gate_values(model)
@@ -70,7 +69,7 @@ class GateHistory(TrainerCallback):
         self._append(folder, state.global_step, gates)
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        # Several logs fall on one step (loss, evaluation, the summary): its gates are written once.
+        # One step may be logged several times (loss, evaluation, summary).
         if self._step is None or state.global_step <= self._step:
             return
         self._append(Path(args.output_dir), state.global_step, gate_values(model))
@@ -82,7 +81,7 @@ class GateHistory(TrainerCallback):
 
 
 def gate_values(model: Any) -> list[float]:
-    """The gates in one transfer; none where there are none or where one process does not hold them whole."""
+    """The gates as numbers, copied in one transfer; empty without gates, or if they are sharded."""
     gates = [module.adaption_gate for module in getattr(model, "cross_attention", None) or ()]
     if not gates or any(gate.numel() != 1 or hasattr(gate, "full_tensor") or hasattr(gate, "ds_id") for gate in gates):
         return []

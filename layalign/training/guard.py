@@ -1,7 +1,7 @@
-"""Watches every step for NaN, infinity and loss spikes: names step and tensor, and stops or leaves the step out.
+"""Checks every step for NaN, infinity and loss spikes; names the step and the tensor; stops or skips the step.
 
-The check comes between the backward pass and clipping (clipping by a NaN norm would spread it to every gradient). It
-costs one norm over the trained gradients and one number from each process.
+The check runs between the backward pass and gradient clipping, because clipping by a NaN norm would spread the NaN to
+every gradient. It costs one norm over the trained gradients and one number from each process.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _SEEN_AT_LEAST = 20  # a median of fewer losses says little
 
 
 class StepGuard(TrainerCallback, ExportableState):
-    """Looks at each optimizer step before it is taken.
+    """Checks each optimizer step before it is taken.
 
     Args:
-        max_skipped: steps that may be left out in the whole run, resumed parts included. A step left out changes no
-            weight and no state of the optimizer; the learning rate goes on.
-        spike_factor: a loss above this times the median of the last `WINDOW` steps' losses is a spike; 0: none is.
+        max_skipped: how many steps may be skipped in the whole run, including the parts before it was resumed. A
+            skipped step changes neither weights nor optimizer state; the learning rate schedule advances.
+        spike_factor: a loss above this times the median of the last `WINDOW` losses is a spike; 0 disables the check.
 
     Attributes:
-        skipped: the steps left out so far.
-        spikes: the steps whose loss was a spike.
-        losses: the losses of the last steps taken.
+        skipped: steps skipped so far.
+        spikes: steps whose loss was a spike.
+        losses: losses of the last `WINDOW` steps taken.
     """
 
     def __init__(self, max_skipped: int = 0, spike_factor: float = 0.0) -> None:
@@ -49,10 +49,10 @@ class StepGuard(TrainerCallback, ExportableState):
         self._parts: list[Tensor] = []
         self._suspect: Mapping[str, Any] | None = None
 
-    # What a checkpoint keeps, so that a resumed run decides as the uninterrupted one.
+    # Saved in checkpoints, so that a resumed run decides like an uninterrupted one.
 
     def state(self) -> dict[str, Any]:
-        """As transformers saves it in `trainer_state.json`."""
+        """The state in the form that transformers saves in `trainer_state.json`."""
         return {"args": {}, "attributes": {"skipped": self.skipped, "spikes": self.spikes, "losses": [*self.losses]}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -65,7 +65,7 @@ class StepGuard(TrainerCallback, ExportableState):
     # One step
 
     def saw(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Note the loss of a micro batch; `inputs` is kept until the step's end where it is not finite."""
+        """Record the loss of a micro batch; if it is not finite, keep `inputs` until the end of the step."""
         self._parts.append(loss)
         if self._suspect is None and not math.isfinite(loss.item()):
             self._suspect = inputs
@@ -77,20 +77,20 @@ class StepGuard(TrainerCallback, ExportableState):
         mean: Callable[[Tensor], Tensor],
         rerun: Callable[[Mapping[str, Any]], Any] | None,
     ) -> None:
-        """Judge the step whose gradients are there; drop them where it is to be left out.
+        """Check the step whose gradients have been computed, and drop the gradients if it has to be skipped.
 
         Args:
             step: its number, from 1.
-            model: whose gradients.
-            mean: mean of a number over all processes.
-            rerun: a forward pass of a micro batch, to find where a NaN comes from; None where there cannot be one.
+            model: the model that holds the gradients.
+            mean: returns the mean of a number over all processes.
+            rerun: runs the forward pass of a micro batch again, to find where a NaN comes from; None if it cannot.
 
         Raises:
-            NonFiniteError: NaN or infinity, and no step may be left out (any more).
+            NonFiniteError: NaN or infinity, and no more steps may be skipped.
         """
         loss = float(mean(torch.stack(self._parts).sum()))
         suspect, self._parts, self._suspect = self._suspect, [], None
-        # Only where a gradient is: DeepSpeed keeps them to itself, and its own overflow check sees them.
+        # DeepSpeed does not expose its gradients; its own overflow check covers them.
         norm = gradient_norm(model)
         if math.isfinite(loss) and math.isfinite(norm):
             median = self._median()
@@ -110,12 +110,12 @@ class StepGuard(TrainerCallback, ExportableState):
             found = f"step {step}: {self._origin(loss, norm, model, suspect, rerun)}"
             if len(self.skipped) >= self.max_skipped:
                 raise NonFiniteError(
-                    f"{found}; {len(self.skipped)} steps were left out before (max_skipped_steps {self.max_skipped}). "
-                    "The last checkpoint is from before this step: resume from it with a smaller learning_rate or "
-                    "another dtype (see allow_changed), or a larger max_skipped_steps"
+                    f"{found}; {len(self.skipped)} steps were skipped before (max_skipped_steps {self.max_skipped}). "
+                    "The last checkpoint is from before this step: resume from it with a smaller learning_rate, "
+                    "another dtype (see allow_changed) or a larger max_skipped_steps"
                 )
         self.skipped.append(step)
-        logger.warning("%s; the step is left out, %d of at most %d", found, len(self.skipped), self.max_skipped)
+        logger.warning("%s; the step is skipped, %d of at most %d", found, len(self.skipped), self.max_skipped)
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -128,22 +128,20 @@ class StepGuard(TrainerCallback, ExportableState):
     ) -> str:
         bad = [name for name, parameter in model.named_parameters() if _broken(parameter.detach())]
         if bad:
-            return f"the loss is {loss:g}; {_some(bad)} of the weights not finite"
+            return f"the loss is {loss:g}; weights not finite: {_some(bad)}"
         if not math.isfinite(loss):
             if suspect is None:
-                return f"the loss is {loss:g}, of a batch of another process"
+                return f"the loss is {loss:g}, from a batch of another process"
             if rerun is None:
-                return (
-                    f"the loss is {loss:g} of a batch of this process; where from is not looked for in a sharded model"
-                )
+                return f"the loss is {loss:g}, from a batch of this process; not traced further in a sharded model"
             return f"the loss is {loss:g}; first not finite: {first_broken(model, lambda: rerun(suspect))}"
         bad = [name for name, parameter in model.named_parameters() if _broken(parameter.grad)]
-        what = f"{_some(bad)} of the gradients not finite" if bad else f"the norm of the gradients is {norm:g}"
+        what = f"gradients not finite: {_some(bad)}" if bad else f"the norm of the gradients is {norm:g}"
         return f"the loss is {loss:.4g}; {what}"
 
 
 def gradient_norm(model: nn.Module) -> float:
-    """Norm of all gradients, in float64 where it is added up; 0 without any. Whole also where they are sharded."""
+    """Norm of all gradients, including all shards; 0 without gradients. The groups are summed in float64."""
     total = 0.0
     for group in _gradients(model):
         norm = torch.nn.utils.get_total_norm(group)
@@ -153,7 +151,7 @@ def gradient_norm(model: nn.Module) -> float:
 
 
 def _gradients(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Gradients, those sharded apart from the others: their norms cannot be stacked."""
+    """Unsharded gradients, then sharded ones: torch cannot stack the norms of both kinds."""
     found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     for sharded in (False, True):
         group = [gradient for gradient in found if hasattr(gradient, "full_tensor") == sharded]
@@ -170,13 +168,13 @@ def largest_gradient(model: nn.Module) -> str:
         for norm in (parameter.grad.norm(),)
     ]
     if not norms:
-        return "none at hand"
+        return "not available"
     norm, name = max(norms)
     return f"{name} ({norm:.3g})"
 
 
 def first_broken(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """The first tensor of a forward pass that is not finite: an input, or the output of a module, by its name."""
+    """Name of the first module in a forward pass whose output is not finite."""
     found: list[str] = []
 
     def look(name: str, values: Any) -> None:
@@ -195,7 +193,7 @@ def _hooks(model: nn.Module, look: Callable[[str, Any], None]) -> Iterator[None]
     def hook(name: str) -> Callable[..., None]:
         return lambda module, arguments, output: look(f"output of {name}", output)
 
-    # The outermost module's output is the loss itself, which says nothing.
+    # Not of the outermost module: its output is the loss itself.
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
     try:
         yield
@@ -216,7 +214,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _broken(tensor: Tensor | None) -> bool:
-    """Whether a tensor holds a NaN or an infinity, in the part of it that this process has."""
+    """Whether a tensor, or the shard of it on this process, holds a NaN or an infinity."""
     if tensor is None or not tensor.is_floating_point():
         return False
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor

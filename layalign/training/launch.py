@@ -1,4 +1,4 @@
-"""What a run in several processes needs beside its trainer: engine settings, the first loss, the same micro batches."""
+"""What a run in several processes needs besides its trainer: engine settings, the first loss, equal micro batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def preset_file(kind: str, name: str) -> Path:
 
 
 def sharding_arguments(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The Trainer's arguments of `config.sharding`; none where it is left to the launcher.
+    """The Trainer's arguments for `config.sharding`; empty if that is left to the launcher.
 
     Raises:
         ArgumentError: the run has one process, or DeepSpeed is not installed.
@@ -58,7 +58,7 @@ def sharding_arguments(config: TrainConfig, world_size: int) -> dict[str, Any]:
 
 
 def leave_engine(trainer: LayAlignTrainer) -> None:
-    """ZeRO-3 stays switched on for models that are loaded later, while anything refers to the run's settings."""
+    """Switch ZeRO-3 off: transformers applies it to models loaded later while anything refers to the run's settings."""
     if trainer.is_deepspeed_enabled:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -66,11 +66,12 @@ def leave_engine(trainer: LayAlignTrainer) -> None:
 
 
 def with_kept_micro_batch(config: TrainConfig, run: dict[str, Any], world_size: int) -> TrainConfig:
-    """The configuration of a resumed run with the micro batch it began with: another would be another mean, so losses.
+    """The configuration of a resumed run with the micro batch of its start, since another one changes the losses.
 
     Args:
-        config: stays as it is, so that the run's file keeps a micro batch that was left open.
-        run: what `runs.read_run` found.
+        config: not modified, so that the saved configuration keeps `micro_batch_size: null`.
+        run: what `runs.read_run` returned.
+        world_size: number of processes.
     """
     known = run.get("micro_batch")
     if config.micro_batch_size is not None or not isinstance(known, int):
@@ -79,7 +80,7 @@ def with_kept_micro_batch(config: TrainConfig, run: dict[str, Any], world_size: 
         return replace(config, micro_batch_size=known)
     logger.warning(
         "micro_batch_size: the run had %d, which does not fit %d processes: from here on its losses differ from "
-        "those of the uninterrupted run",
+        "those of an uninterrupted run",
         known,
         world_size,
     )
@@ -87,12 +88,12 @@ def with_kept_micro_batch(config: TrainConfig, run: dict[str, Any], world_size: 
 
 
 class LossBefore(TrainerCallback):
-    """Measures the loss of the untrained start, and writes the run's first record; a resumed run takes it from there.
+    """Measures the loss before training and writes the run's first `training.json`; a resumed run reads it from there.
 
-    A model that is sharded can be run only once training has begun, any other is measured before.
+    A sharded model can run only after training has begun and is measured then; any other is measured at once.
 
     Attributes:
-        value: the loss; NaN where a resumed, sharded run has lost it.
+        value: the loss; NaN if a resumed, sharded run cannot read it any more.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class LossBefore(TrainerCallback):
             return
         if resume_from is not None:
             logger.warning(
-                "%s: no loss_before known; measured now, before the checkpoint is loaded", resume_from.parent
+                "%s: loss_before is not recorded; measured now, before the checkpoint is loaded", resume_from.parent
             )
         if trainer.sharding is None:
             metrics = trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")

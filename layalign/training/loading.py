@@ -1,4 +1,4 @@
-"""Reading a training configuration: YAML, a preset, a baseline, one stage of it, and `key=value` overrides."""
+"""Loading a training configuration from YAML, a preset, a baseline and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -23,10 +23,17 @@ def load_train_config(
     stage: str | None = None,
     overrides: Sequence[str] = (),
 ) -> TrainConfig:
-    """Build a configuration from a YAML file (or a mapping, or a preset), one stage of it, and `key=value` overrides.
+    """Build the configuration of one stage from a YAML file, a mapping or a preset, and `key=value` overrides.
 
-    The YAML holds the keys of `TrainConfig`; those under `stages: {translation: ..., task: ...}` are of one stage. A
-    baseline has its name put into the folders of a preset; those that a file, a mapping or an override names stay.
+    The YAML holds the keys of `TrainConfig`. Keys under `stages: {translation: ..., task: ...}` apply to one stage.
+    With a baseline, the folders of a preset get the baseline's name; folders that a file, a mapping or an override
+    names stay as they are.
+
+    Args:
+        source: YAML file or mapping; not together with `preset`.
+        preset: name of a preset that ships with the package.
+        stage: "translation" or "task". Default: the `stage` of the source, or "translation".
+        overrides: `key=value` texts, the values in YAML; applied last, in order.
 
     Raises:
         ArgumentError: unknown key, wrong value, unreadable YAML or unknown preset; the text names which.
@@ -51,7 +58,7 @@ def load_train_config(
 
 
 def baseline_of(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> str | None:
-    """The baseline that settings and overrides name, the last word first; None for none."""
+    """The baseline that the overrides (the last one wins) or the settings name, or None."""
     words = [item.partition("=")[2] for item in overrides if item.partition("=")[0].strip() == "baseline"]
     name = words[-1] if words else values.get("baseline")
     return None if name in (None, "", "null", "~") else str(name)
@@ -60,9 +67,9 @@ def baseline_of(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> str
 def configured_stages(
     source: str | Path | None = None, *, preset: str | None = None, overrides: Sequence[str] = ()
 ) -> list[str]:
-    """The stages that a file or preset configures, in training order, of those that its baseline has.
+    """The stages that a file or preset configures, in training order, limited to those of its baseline.
 
-    A file without `stages` has the one it names.
+    A file without `stages` configures the one stage that it names.
     """
     values = _source_values(source, preset)
     of_baseline = baseline_of(values, overrides)
@@ -80,7 +87,7 @@ def _stages(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def preset_names() -> list[str]:
-    """The presets that ship with the package: the paper's three set-ups."""
+    """Names of the presets that ship with the package: the paper's three set-ups."""
     folder = resources.files("layalign.training") / "presets"
     return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
@@ -105,7 +112,7 @@ def _source_values(source: str | Path | Mapping[str, Any] | None, preset: str | 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or has a null byte in it
+    except (OSError, ValueError):  # a name that is too long or contains a null byte
         return False
 
 
@@ -124,7 +131,7 @@ def _mapping(values: Any, where: str) -> dict[str, Any]:
 
 
 def _apply_override(values: dict[str, Any], item: str) -> None:
-    """`key=value`, the value in YAML; `lora.r=4` reaches into a mapping."""
+    """Apply `key=value`, the value in YAML; `lora.r=4` sets a key of a nested mapping."""
     if not isinstance(item, str):
         refuse("set", "key=value", item)
     key, equals, text = item.partition("=")

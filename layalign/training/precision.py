@@ -1,4 +1,4 @@
-"""Which precision a run computes in, where its configuration leaves it to the processor."""
+"""The precision of a run whose configuration says "auto": it depends on the processor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ logger = logging.getLogger("layalign.training")
 
 
 def native_bf16(use_cpu: bool = False) -> tuple[bool, str]:
-    """Whether the processor that would train computes in bf16, and what it is.
+    """Whether the processor that would train has native bf16, and a description of the processor.
 
-    Native are CUDA GPUs from compute capability 8.0 (and AMD's), and CPUs with AVX512_BF16 or AMX. Other processors may
-    take bf16 all the same and are slower with it than in float32. Those that are neither count as not native.
+    CUDA GPUs from compute capability 8.0, AMD's GPUs, and CPUs with AVX512_BF16 or AMX have it. Others may accept bf16
+    but emulate it, slower than float32. Devices of other types count as not native.
     """
     if not use_cpu and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name()
@@ -30,36 +30,36 @@ def native_bf16(use_cpu: bool = False) -> tuple[bool, str]:
 
 
 def uses_bf16(config: TrainConfig) -> bool:
-    """What `bf16` means here."""
+    """Whether `config` trains in bf16 on this machine."""
     return native_bf16(config.use_cpu)[0] if isinstance(config.bf16, str) else config.bf16
 
 
 def frozen_dtype(config: TrainConfig) -> str:
-    """What `frozen_dtype` means here: "stored" or the name of a dtype.
+    """The dtype of the frozen parts on this machine: "stored" or the name of a dtype.
 
-    Autocast casts a frozen float32 weight again in every call, so with bf16 in force the frozen parts are held in it.
+    With bf16 the frozen parts are kept in bfloat16, because autocast would cast a float32 weight again in every call.
     """
     if config.frozen_dtype != "auto":
         return config.frozen_dtype
     return "bfloat16" if uses_bf16(config) else "stored"
 
 
-def tell(asked: TrainConfig, settled: TrainConfig, going_on: bool) -> None:
-    """A line of what was chosen, and a warning where it will be slow.
+def tell(asked: TrainConfig, settled: TrainConfig, resumed: bool) -> None:
+    """Log the chosen precision, with a warning if it will be slow.
 
     Args:
         asked: the configuration as it was given.
-        settled: without "auto".
-        going_on: from a checkpoint.
+        settled: the same with every "auto" resolved.
+        resumed: whether the run is resumed from a checkpoint.
     """
     native, processor = native_bf16(settled.use_cpu)
     if settled.bf16 and not native:
-        began = "the run began with it and goes on with it; " if going_on and asked.bf16 == "auto" else ""
+        began = "the run began with it and keeps it; " if resumed and asked.bf16 == "auto" else ""
         logger.warning(
-            "bf16: %sthis is %s, where it may be slower than float32; bf16=false%s is float32",
-            began, processor, " with allow_changed=bf16" if going_on else "",
+            "bf16: %sthis is %s, where it may be slower than float32; bf16=false%s trains in float32",
+            began, processor, " with allow_changed=bf16" if resumed else "",
         )  # fmt: skip
     elif "auto" in (asked.bf16, asked.frozen_dtype):
         frozen = "as stored" if settled.frozen_dtype == "stored" else f"in {settled.frozen_dtype}"
-        why = "as the run began" if going_on else processor
+        why = "as the run began" if resumed else processor
         logger.info("bf16: %s (%s); frozen parts %s", str(settled.bf16).lower(), why, frozen)

@@ -1,7 +1,7 @@
-"""What a run depends on: written into each of its checkpoints, and compared by the run that goes on from one.
+"""What a run depends on. It is written into each checkpoint, and a resumed run compares itself with it.
 
-`run.json` holds the settings, hashes of the examples as they were read and of the weights that `init_checkpoint` gave,
-the versions and the number of processes. The frozen parts' fingerprints stand in the checkpoint's `config.json`.
+`run.json` holds the settings, hashes of the examples as they were read and of the weights from `init_checkpoint`, the
+versions and the number of processes. The fingerprints of the frozen parts are in the checkpoint's `config.json`.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ logger = logging.getLogger("layalign.training")
 
 FILE, SETTINGS = "run.json", "train_config.yaml"
 _VERSION = 1
-# What a resumed run may change: it alters neither the data nor the steps already taken.
+# What any resumed run may change: it affects neither the data nor the steps already taken.
 _FREE_KEYS = {
     "output_dir", "resume", "epochs", "max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "keep_best", "report_to", "progress", "num_workers", "eval_batch_size", "use_cpu", "max_skipped_steps",
     "spike_factor", "sharding", "allow_changed",
 }  # fmt: skip
-# Names of things, whose content is compared where it is known: a folder may be moved, or hold something else.
+# Paths. Their content is compared, if it is recorded: a folder may have been moved, or hold something else now.
 _NAMES = ("encoder", "llm", "data", "dev_data", "init_checkpoint")
-_OPEN = {"dev_cut": None, "encoder_dropout": None, "bf16": "auto"}  # what leaves it to the run
-# What runs did before there was a key for it.
+_OPEN = {"dev_cut": None, "encoder_dropout": None, "bf16": "auto"}  # values that leave the choice to the run
+# What runs did before the key existed.
 _BEFORE_THE_KEY = {
     "dev_data": None, "dev_cut": "position", "dev_overlap": "warn", "encoder_dropout": True, "bf16": False,
 }  # fmt: skip
-# What decides what a model computes, beside its weights.
+# What decides what a model computes, besides its weights.
 _OF_THE_MODEL = (
     "encoder_layers", "language_layers", "structure", "mix", "use_adapter", "adapter_size", "adapter_fusion",
     "use_prompt", "mask_encoder_padding",
@@ -61,14 +61,14 @@ _OF_THE_MODEL = (
 
 
 class Difference(NamedTuple):
-    """A key, and what the earlier run has: a text that goes on behind "the run in FOLDER"."""
+    """A key, and how the earlier run differs: a text that continues "the run in FOLDER"."""
 
     key: str
     text: str
 
 
 class Earlier(NamedTuple):
-    """What is known of the run that a folder's content is of."""
+    """What is known about the run that wrote a folder."""
 
     folder: Path
     record: dict[str, Any]
@@ -76,17 +76,17 @@ class Earlier(NamedTuple):
 
     @property
     def changes(self) -> list[Any]:
-        """What was changed on purpose before."""
+        """What was changed on request when it was resumed before."""
         found = self.record.get("changes")
         return found if isinstance(found, list) else []
 
     def knows(self, key: str) -> bool:
-        """Whether the run's value of a setting is known: it is written down, or was the only one there was."""
+        """Whether the run's value of a setting is known: recorded, or the only one that existed at that time."""
         written = bool(self.settings) and (key in self.settings or key in _BEFORE_THE_KEY)
         return written and not (key in _OPEN and self.setting(key) == _OPEN[key])
 
     def setting(self, key: str) -> Any:
-        """The value of a setting, also in a run from before its key was there."""
+        """The value of a setting, also for a run from before the key existed."""
         found = self.settings.get(key, _BEFORE_THE_KEY.get(key))
         return "stored" if key == "frozen_dtype" and found in (None, "auto") else found
 
@@ -95,11 +95,12 @@ class Earlier(NamedTuple):
 
 
 def settled(config: TrainConfig, before: Earlier | None, model: Any = None) -> TrainConfig:
-    """The configuration with what it leaves open as the earlier run began, or as a new one decides here.
+    """The configuration with every open setting resolved: as in the earlier run, or as a new run on this machine.
 
     Args:
-        before: the run that goes on, or whose model is trained again.
-        model: given in memory, whose frozen parts stay in the dtype they have.
+        config: the configuration as it was given.
+        before: the run that is resumed, or whose model is trained again; None for a new run.
+        model: a model given in memory, whose frozen parts keep their dtype.
     """
     chosen: dict[str, Any] = {}
     if config.dev_cut is None:
@@ -124,12 +125,15 @@ def make(
     start: str,
     processes: dict[str, int],
 ) -> dict[str, Any]:
-    """What `run.json` holds.
+    """The content of `run.json`.
 
     Args:
-        config: of :func:`settled`.
-        start: of :func:`start_of`.
-        processes: their number and the micro batch of one.
+        config: the result of :func:`settled`.
+        model: the model to be trained.
+        tokenizers: of the encoder and of the LLM.
+        train_set, dev_set: the examples as they were read and split.
+        start: the result of :func:`start_of`.
+        processes: the number of processes and the micro batch of one.
     """
     settings = {**config.to_dict(), "encoder_dropout": model.config.encoder_dropout}
     return {
@@ -149,7 +153,7 @@ def make(
 
 
 def hash_of(examples: Iterable[Example]) -> dict[str, Any]:
-    """The number of examples, and a hash of all that is learned from them, in their order. 1 s for a million."""
+    """The number of examples and an order-dependent hash of their texts. Takes 1 s for a million."""
     found, count = hashlib.sha256(), 0
     for each in examples:
         parts = (each.source, each.target, each.language, each.prompt, *each.choices)
@@ -159,11 +163,12 @@ def hash_of(examples: Iterable[Example]) -> dict[str, Any]:
 
 
 def start_of(config: TrainConfig, model: nn.Module | None, loaded: nn.Module) -> str:
-    """A hash of the trained weights that `init_checkpoint` gave; "fresh" without one, "given" for a model in memory.
+    """A hash of the trained weights from `init_checkpoint`; "fresh" without one, "given" for a model in memory.
 
     Args:
-        model: that was given in memory, or None.
-        loaded: the model as it begins, whole or not.
+        config: the configuration of the run.
+        model: the model that was given in memory, or None.
+        loaded: the model before the first step; if it is sharded, the result is "given".
     """
     weights = {name: weight for name, weight in loaded.named_parameters() if weight.requires_grad}
     if model is not None or any(reason_whole_is_not_here(weight) for weight in weights.values()):
@@ -178,7 +183,7 @@ def start_of(config: TrainConfig, model: nn.Module | None, loaded: nn.Module) ->
 
 
 def write(folder: Path, record: dict[str, Any]) -> None:
-    """Put a record into a folder."""
+    """Write a record into a folder."""
     write_whole(folder / FILE, json.dumps(record, indent=1) + "\n")
 
 
@@ -186,10 +191,10 @@ def write(folder: Path, record: dict[str, Any]) -> None:
 
 
 def overwritten(config: TrainConfig, resume_from: Path | None) -> Earlier | None:
-    """The run whose model or checkpoints in the folder are going to be overwritten by another one; None without any.
+    """The run whose model or checkpoints in `output_dir` this run would overwrite, or None.
 
     Raises:
-        ArgumentError: nothing says of which run they are, or its settings cannot be read.
+        ArgumentError: the folder does not say which run wrote them, or that run's settings cannot be read.
         CheckpointError: the record cannot be read.
     """
     output = Path(config.output_dir)
@@ -200,14 +205,14 @@ def overwritten(config: TrainConfig, resume_from: Path | None) -> Earlier | None
 
 
 def earlier(folder: Path, file: Path) -> Earlier:
-    """The run of a checkpoint, or of the model in a run's folder.
+    """The run that wrote a checkpoint, or the model in a run's folder.
 
     Args:
-        folder: that has its record.
-        file: with its settings, where it has none.
+        folder: folder with the record `run.json`.
+        file: YAML file with the run's settings, used if there is no record.
 
     Raises:
-        ArgumentError: the folder holds a model and nothing that says of which run, or settings that cannot be read.
+        ArgumentError: the folder holds a model but does not say which run wrote it, or the settings cannot be read.
         CheckpointError: the record cannot be read.
     """
     if os.path.lexists(folder / FILE):
@@ -223,13 +228,13 @@ def earlier(folder: Path, file: Path) -> Earlier:
         return Earlier(folder, {}, with_new_names(values, warn=False))
     if file.parent == folder:
         raise ArgumentError(
-            f"output_dir: {folder} holds a model, and neither {FILE} nor {SETTINGS} says of which run; {_ADVICE}"
+            f"output_dir: {folder} holds a model but no {FILE} or {SETTINGS} that says which run wrote it; {_ADVICE}"
         )
     return Earlier(folder, {}, {})
 
 
 def micro_batch(before: Earlier) -> dict[str, Any]:
-    """The micro batch of a checkpoint's run, as `training.json` has it; nothing where it is not known."""
+    """The micro batch of a checkpoint's run, in the form of `training.json`; empty if it is not known."""
     known = _at(before.record, "processes", "micro_batch")
     return {"micro_batch": known} if type(known) is int and known > 0 else {}
 
@@ -250,28 +255,28 @@ def _at(found: Any, *keys: str) -> Any:
 # Comparing
 
 
-def compare(config: TrainConfig, before: Earlier, here: dict[str, Any], model: Any, going_on: bool) -> list[str]:
-    """Refuse to go on with another run's checkpoint, or to overwrite another run's finished model.
+def compare(config: TrainConfig, before: Earlier, here: dict[str, Any], model: Any, resumed: bool) -> list[str]:
+    """Refuse to resume from another run's checkpoint, or to overwrite another run's finished model.
 
     Args:
-        config: of this run; `allow_changed` names what may differ all the same, where it goes on.
-        before: of :func:`earlier` or :func:`overwritten`.
-        here: what :func:`make` gave.
-        model: before any step.
-        going_on: from a checkpoint; else a finished model would be overwritten.
+        config: configuration of this run; its `allow_changed` names what may differ if `resumed`.
+        before: the result of :func:`earlier` or :func:`overwritten`.
+        here: the result of :func:`make`.
+        model: the model before the first step.
+        resumed: whether this run resumes from a checkpoint; otherwise it would overwrite a finished model.
 
     Returns:
         The differences that were allowed.
 
     Raises:
-        ArgumentError: what differs and may not.
+        ArgumentError: something differs that may not.
         CheckpointError: the checkpoint's configuration cannot be read.
     """
     unknown: list[str] = []
     found: dict[str, Difference] = {}
     for each in _differences(before, here, model, unknown):
         found.setdefault(each.key, each)
-    allowed = [each for key, each in found.items() if going_on and key in config.allow_changed]
+    allowed = [each for key, each in found.items() if resumed and key in config.allow_changed]
     refused = [each for each in found.values() if each not in allowed]
     if unknown:
         logger.warning("%s: could not be compared with this run: %s", before.folder, ", ".join(unknown))
@@ -280,8 +285,8 @@ def compare(config: TrainConfig, before: Earlier, here: dict[str, Any], model: A
         texts = [f"{first.key}: the run in {before.folder} {first.text}"]
         texts += [f"{each.key}: it {each.text}" for each in others]
         keys = [each.key for each in refused]
-        may = going_on and set(keys) <= set(ALLOWED_CHANGES)
-        hint = f"allow_changed={','.join(keys)} goes on all the same; " if may else ""
+        may = resumed and set(keys) <= set(ALLOWED_CHANGES)
+        hint = f"set allow_changed={','.join(keys)} to resume anyway; " if may else ""
         raise ArgumentError(f"{'; '.join(texts)}; {hint}{_ADVICE}")
     for key, text in allowed:
         logger.warning("allow_changed: %s: the run in %s %s", key, before.folder, text)
@@ -295,7 +300,7 @@ def compare(config: TrainConfig, before: Earlier, here: dict[str, Any], model: A
 
 
 def _differences(before: Earlier, here: dict[str, Any], model: Any, unknown: list[str]) -> Iterator[Difference]:
-    """Every difference, the names of what cannot be compared put into ``unknown``."""
+    """Yield every difference; append to ``unknown`` what cannot be compared."""
     if not before.settings:
         unknown.append("the settings")
     for key, now in here["settings"].items():
@@ -310,7 +315,7 @@ def _changed(key: str, then: Any, now: Any) -> Difference:
 
 
 def _named(key: str, before: Earlier, here: dict[str, Any], unknown: list[str]) -> Iterator[Difference]:
-    """What is known by its name alone."""
+    """Compare a path whose content was not recorded."""
     unknown.append(f"the content of {key}")
     if key in before.settings and before.settings[key] != here["settings"][key]:
         yield _changed(key, before.settings[key], here["settings"][key])
@@ -339,11 +344,11 @@ def _content(before: Earlier, here: dict[str, Any], unknown: list[str]) -> Itera
         yield Difference("init_checkpoint", f"has {what}{same}, this one begins with {shown(names[1])}")
     then = before.record.get("tokenizers")
     if then is not None and then != here["tokenizers"]:
-        yield Difference("tokenizers", "has other ones, by their vocabularies or by what they make of a text")
+        yield Difference("tokenizers", "has other ones, with other vocabularies or other tokens for a text")
 
 
 def _model(before: Earlier, here: dict[str, Any], model: Any, unknown: list[str]) -> Iterator[Difference]:
-    if not os.path.lexists(before.folder / CONFIG):  # a run that has not come to its end
+    if not os.path.lexists(before.folder / CONFIG):  # the folder of a run that is not finished
         for part in PARTS:
             yield from _named(part, before, here, unknown)
         return
@@ -365,7 +370,7 @@ def _model(before: Earlier, here: dict[str, Any], model: Any, unknown: list[str]
             continue
         with reading(str(before.folder), f"{CONFIG}: frozen_fingerprints"):
             problems = fingerprint.differences(entries, module, same_version)
-        if same_version:  # another release may read the same configuration otherwise
+        if same_version:  # another release may read the same configuration differently
             problems = fingerprint.settings_that_differ(getattr(stored, f"{part}_config"), module.config) + problems
         if problems:
             name = "LLM" if part == "llm" else part

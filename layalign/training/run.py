@@ -1,6 +1,6 @@
 """Two-stage training on transformers' Trainer: translation (X -> English), then the task.
 
-Source: LayAlign, its two training stages; the defaults (`layalign.training.config`) are those of its scripts.
+Source: the two training stages of LayAlign; the defaults (`layalign.training.config`) are those of its scripts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
 logger = logging.getLogger("layalign.training")
 
 MEASURED = 200
-# What a checkpoint brings along: the model's shape.
+# The keys that an init_checkpoint decides.
 _SHAPE = (
     "encoder_layers", "language_layers", "structure", "mix", "use_adapter", "adapter_size", "adapter_fusion",
     "use_prompt", "fixed_gate",
@@ -65,10 +65,10 @@ _SHAPE = (
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a stage did. Losses are means per target token of the dev split, or of a fixed part of the training set.
+    """Result of a stage. Losses are means per target token on the dev split, or on a fixed part of the training set.
 
-    `cut` counts what was read over all epochs and evaluations: "examples", and how many of them had their "source",
-    "prompt" or "target" cut, or were longer than the LLM's positions ("context").
+    `cut` counts, over all epochs and evaluations, the "examples" read, those whose "source", "prompt" or "target" was
+    truncated, and those that exceeded the LLM's positions ("context").
     """
 
     loss_before: float
@@ -102,22 +102,22 @@ def train(
 
     Args:
         config: all settings.
-        model, encoder_tokenizer, llm_tokenizer: already in memory, instead of loading what `config` names. The model is
+        model, encoder_tokenizer, llm_tokenizer: objects to use instead of loading what `config` names. The model is
             trained in place.
-        examples: training examples instead of `config.data`; without `dev_examples` and `config.dev_data` the dev split
-            is cut off from them.
-        dev_examples: dev split of its own; `config.dev_data` and `config.dev_size` are not used then.
-        lengths: for `group_by_length`, one number per training example; without it the tokens that the LLM reads.
+        examples: training examples to use instead of `config.data`. Without `dev_examples` and `config.dev_data` the
+            dev split is cut from them.
+        dev_examples: dev split to use instead of `config.dev_data`; `config.dev_size` is ignored then.
+        lengths: one number per training example for `group_by_length`. Default: the number of its tokens for the LLM.
         callbacks: transformers TrainerCallbacks.
 
     Raises:
-        ArgumentError: the configuration does not fit itself, the data or an earlier run in the same folder, or another
-            run writes into that folder.
+        ArgumentError: the configuration contradicts itself, the data or an earlier run in the same folder; or another
+            run is writing into that folder.
         DataError: the data cannot be read.
-        CheckpointError: `init_checkpoint` or a checkpoint to resume from cannot be used.
-        NonFiniteError: a loss or gradient is NaN or infinite and `max_skipped_steps` are used up.
-        OutputError: the disk is full, or something cannot be written for another reason; checkpoints stay whole.
-        StoppedError: SIGTERM came; the step was finished and a checkpoint written.
+        CheckpointError: `init_checkpoint` or the checkpoint to resume from cannot be used.
+        NonFiniteError: a loss or gradient is NaN or infinite, and `max_skipped_steps` steps have been skipped.
+        OutputError: the disk is full, or a file cannot be written for another reason; existing checkpoints stay intact.
+        StoppedError: SIGTERM was received; the step was finished and a checkpoint was written.
     """
     require_config(config)
     with runs.alone_in(config.output_dir):
@@ -160,9 +160,9 @@ def _stage(
         model.set_encoder_dropout(config.encoder_dropout)
     start = record.start_of(config, given, model)
     if encoder_tokenizer is None or llm_tokenizer is None:
-        loaded = _tokenizers(config, model)
+        loaded = load_tokenizers(config.init_checkpoint, encoder=config.encoder, llm=config.llm, config=model.config)
         encoder_tokenizer, llm_tokenizer = encoder_tokenizer or loaded[0], llm_tokenizer or loaded[1]
-    if resume_from is not None and config.llm_bos_token_id is None:  # a run goes on with what it began with
+    if resume_from is not None and config.llm_bos_token_id is None:  # a resumed run keeps its first token
         model.config.llm_bos_token_id = LayAlignConfig.from_pretrained(resume_from).llm_bos_token_id
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -171,17 +171,17 @@ def _stage(
     here = record.make(config, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, start, plan)
     changed: list[str] = []
     if overwritten is not None:
-        record.compare(config, overwritten, here, model, going_on=False)
-        logger.warning("%s: holds this run's model already, which is trained again", config.output_dir)
+        record.compare(config, overwritten, here, model, resumed=False)
+        logger.warning("%s: holds a finished model of the same run, which is trained again", config.output_dir)
     if earlier is not None:
-        changed = record.compare(config, earlier, here, model, going_on=True)
+        changed = record.compare(config, earlier, here, model, resumed=True)
         here["changes"] = [*earlier.changes, *changed]
 
     runs.start_over(config)
     here["grouped_by"], lengths = _grouping(config, train_set, lengths, earlier)
     if is_main_process():
         logger.info("%s: writes to %s", config.stage, config.output_dir)
-        precision.tell(asked, config, going_on=earlier is not None)
+        precision.tell(asked, config, resumed=earlier is not None)
     _tell_first_token(config, model, llm_tokenizer)
     trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, lengths, world_size)
     trainer.record, trainer.keeps_hyperparameters = here, not changed
@@ -194,7 +194,7 @@ def _stage(
     _train(trainer, resume_from)
     loss_before = before.value
     loss_after = trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")["eval_loss"]
-    with writing(f"output_dir: {config.output_dir}", "the checkpoints in it are whole"):
+    with writing(f"output_dir: {config.output_dir}", "the checkpoints in it are intact"):
         trainer.save_model(config.output_dir)
 
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -215,7 +215,7 @@ def _stage(
         log_history=[{"step": 0, "epoch": 0.0, "eval_loss": loss_before}, *trainer.state.log_history],
     )
     runs.save_run(asked, {**asdict(summary), "micro_batch": trainer.args.per_device_train_batch_size})
-    trainer.accelerator.wait_for_everyone()  # the next stage of another process reads what this one's main has written
+    trainer.accelerator.wait_for_everyone()  # the next stage of every process reads what the main process wrote
     leave_engine(trainer)
     return summary
 
@@ -223,18 +223,18 @@ def _stage(
 def _grouping(
     config: TrainConfig, train_set: Sequence[Example], lengths: Sequence[int] | None, earlier: record.Earlier | None
 ) -> tuple[str | None, Sequence[int] | None]:
-    """By what `group_by_length` sorts, and the numbers; None for the tokens, which the collator counts."""
+    """What `group_by_length` sorts by, and the lengths; None if the collator has to count tokens."""
     if not config.group_by_length:
         return None, None
     goes_on = earlier is not None and earlier.settings.get("group_by_length")
     if earlier is not None and goes_on and earlier.record.get("grouped_by") in (None, "letters"):
-        # It was begun when letters were counted.
+        # Runs began with counted letters before tokens were counted.
         return "letters", [len(each.source) + len(each.prompt) + len(each.target) for each in train_set]
     return ("tokens" if lengths is None else "given"), lengths
 
 
 def _cut(trainer: LayAlignTrainer) -> dict[str, int]:
-    """What the collators of all processes have cut; said when it is anything."""
+    """How many texts the collators of all processes have truncated; logged if there are any."""
     counts: Counter[str] = sum(gather_object([trainer.data_collator.cuts]), Counter())
     found = {kind: count for kind, count in counts.items() if kind != "examples"}
     if found and is_main_process():
@@ -251,8 +251,8 @@ def _train(trainer: LayAlignTrainer, resume_from: Path | None) -> None:
     step = trainer.state.global_step
     if trainer.stop.agreed and step < trainer.state.max_steps:
         raise StoppedError(
-            f"stopped by SIGTERM after step {step}; {trainer.args.output_dir}/checkpoint-{step} is whole, and the same "
-            "command goes on from it"
+            f"stopped by SIGTERM after step {step}; {trainer.args.output_dir}/checkpoint-{step} is complete, and the "
+            "same command resumes from it"
         )
 
 
@@ -260,7 +260,12 @@ def _train(trainer: LayAlignTrainer, resume_from: Path | None) -> None:
 
 
 def read_examples(config: TrainConfig) -> list[Example]:
-    """The stage's examples, shuffled with `config.seed`; malformed lines left out under `skip_bad` are logged."""
+    """Read the stage's examples, shuffled with `config.seed`. With `skip_bad`, skipped malformed lines are logged.
+
+    Raises:
+        ArgumentError: there is no example.
+        DataError: the data cannot be read.
+    """
     require_config(config)
     examples = _read(config, config.data, languages=config.languages, limit=config.limit)
     if not examples:
@@ -269,9 +274,13 @@ def read_examples(config: TrainConfig) -> list[Example]:
 
 
 def read_dev_examples(config: TrainConfig) -> list[Example]:
-    """Of `config.dev_data` at most `config.dev_size` examples, drawn with `config.seed`.
+    """Read at most `config.dev_size` examples of `config.dev_data`, drawn with `config.seed`.
 
-    `languages` and `limit` are of the training data; a mapping in `dev_data` has its own.
+    `config.languages` and `config.limit` apply to the training data only; a mapping in `dev_data` has its own.
+
+    Raises:
+        ArgumentError: `dev_data` is None, or holds no example.
+        DataError: the data cannot be read.
     """
     require_config(config)
     if config.dev_data is None:
@@ -286,7 +295,7 @@ def read_dev_examples(config: TrainConfig) -> list[Example]:
 
 def _read(config: TrainConfig, data: Any, **options: Any) -> list[Example]:
     default = _translation_format(data) if config.stage == "translation" else config.task
-    # A path that names no format is read in the stage's own.
+    # A path without FORMAT: is read in the format of the stage.
     named = isinstance(data, str) and data.partition(":")[0] in FORMATS
     examples, report = load_examples(
         data, format=None if named else default, skip_bad=config.skip_bad, seed=config.seed, **options
@@ -297,7 +306,7 @@ def _read(config: TrainConfig, data: Any, **options: Any) -> list[Example]:
 
 
 def _translation_format(data: Any) -> str:
-    """Published layout (folders en-XX) or plain pairs."""
+    """The format of a translation folder: the published layout (folders en-XX) or plain pairs."""
     if isinstance(data, str):
         root = Path(data)
         if root.name.startswith("en-") or (root / "bilingual_pairs").is_dir() or any(root.glob("en-*")):
@@ -316,26 +325,26 @@ def _split(
     else:
         examples, dev, neither = cut_by_sentence(examples, config.dev_size, translation=translation)
         if neither and is_main_process():
-            logger.info("dev_cut: %d example(s) with the English of the last dev sentence are left out", neither)
+            logger.info("dev_cut: %d example(s) with the English of the last dev sentence are skipped", neither)
     if not examples:
         raise ArgumentError(f"dev_size: {config.dev_size} leaves nothing to train on, there are {count} examples")
     return examples, list(dev)
 
 
 def _apart(config: TrainConfig, examples: list[Example], dev: list[Example]) -> list[Example]:
-    """The training examples beside a dev split of its own."""
+    """The training examples that may be used with a separate dev split (`dev_overlap`)."""
     rest, shared = apart_from(examples, dev, translation=config.stage == "translation")
     if not shared:
         return examples
     drop = config.dev_overlap == "drop"
     if is_main_process():
         logger.warning(
-            "dev_data: the English of %d of %d dev examples is that of %d training examples too, which are %s",
+            "dev_data: %d of %d dev examples share their English with %d training examples, which are %s",
             shared, len(dev), len(examples) - len(rest),
-            "left out" if drop else "trained on: the dev loss is too good (dev_overlap=drop leaves them out)",
+            "skipped" if drop else "trained on: the dev loss will be too low (dev_overlap=drop skips them)",
         )  # fmt: skip
     if drop and not rest:
-        raise ArgumentError("dev_overlap: drop leaves nothing to train on, all of data stands in dev_data too")
+        raise ArgumentError("dev_overlap: drop leaves nothing to train on, all of data is in dev_data too")
     return rest if drop else examples
 
 
@@ -343,12 +352,12 @@ def _apart(config: TrainConfig, examples: list[Example], dev: list[Example]) -> 
 
 
 def build_model(config: TrainConfig) -> LayAlignForCausalLM:
-    """The model of a stage: fresh over `encoder` and `llm`, or from `init_checkpoint`; LoRA added when asked for.
+    """The model of a stage: new on top of `encoder` and `llm`, or from `init_checkpoint`; with LoRA if configured.
 
-    Seeds the random generators with `config.seed`, so that the fresh parts are always the same.
+    Seeds the random generators with `config.seed`, so that new parts are always initialized the same.
 
     Raises:
-        ArgumentError: neither a checkpoint nor both frozen parts are named.
+        ArgumentError: neither a checkpoint nor both frozen parts are named, or the checkpoint has other settings.
         CheckpointError: the checkpoint cannot be used.
     """
     require_config(config)
@@ -380,26 +389,26 @@ def build_model(config: TrainConfig) -> LayAlignForCausalLM:
     if config.lora is not None and model.config.lora is None:
         try:
             model.add_lora({key: value for key, value in config.lora.items() if value is not None})
-        except ValueError as error:  # peft's own words for an LLM it does not know, or modules that are not there
+        except ValueError as error:  # peft's error for an unknown LLM or missing modules
             raise ArgumentError(f"lora: {error}") from error
     return model
 
 
 def _first_token(config: TrainConfig) -> int | str | bool:
-    """What stands first in the LLM's input: as asked for, else as its tokenizer begins its texts, if it can be read."""
+    """The first token of the LLM's input: as configured, or else the one that the LLM's tokenizer adds."""
     if config.llm_bos_token_id is not None:
         return config.llm_bos_token_id
     try:
         found = first_token(load_tokenizer("llm", config.llm))
-    except CheckpointError:  # the tokenizers may come from elsewhere
+    except CheckpointError:  # no tokenizer there: the caller may have given one in memory
         return "own"
-    if found is None:  # without the source's slots, something has to stand before the first label
+    if found is None:  # without soft tokens, something has to come before the first label
         return False if config.use_adapter else "own"
     return found
 
 
 def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
-    """A checkpoint brings its own shape; a configuration that asks for another one is a mistake."""
+    """Raise an ArgumentError if the configuration asks for another model than its `init_checkpoint` is."""
     defaults = TrainConfig()
     for key in _SHAPE:
         asked, has = getattr(config, key), getattr(model.config, key)
@@ -422,7 +431,7 @@ def _check_start(config: TrainConfig, model: LayAlignForCausalLM) -> None:
 
 
 def _check_trained(model: nn.Module) -> None:
-    """Only the aligner, the adapter, the gates and LoRA train, as published; and something does."""
+    """Raise an ArgumentError unless something trains, and nothing but aligner, adapter, gates and LoRA does."""
     wrong = [
         name
         for name, parameter in model.named_parameters()
@@ -435,27 +444,24 @@ def _check_trained(model: nn.Module) -> None:
 
 
 def _tell_first_token(config: TrainConfig, model: LayAlignForCausalLM, llm_tokenizer: Any) -> None:
-    """A line where the LLM's input and its tokenizer's texts begin differently, and nobody asked for it."""
+    """Warn if the LLM's input and its tokenizer's texts begin differently and the configuration does not ask for it."""
     has, adds = model.config.llm_bos_token_id, first_token(llm_tokenizer)
     own = model.llm.config.get_text_config(decoder=True).bos_token_id
     if config.llm_bos_token_id is not None or (has == adds and not (has is None and own is not None)):
         return
     if has is None:
         logger.warning(
-            "llm_bos_token_id: no first token, as the LLM's tokenizer adds none. All positions of many LLMs attend to "
-            "the first one, and training can break down where that is a soft token (docs/evidence.md): give a token's "
-            "number, the LLM's configuration has %s, or false",
+            "llm_bos_token_id: no first token, as the LLM's tokenizer adds none. In many LLMs all positions attend to "
+            "the first one, and training can fail if that is a soft token (docs/evidence.md). Set it to a token's "
+            "number (%s in the LLM's configuration), or to false to keep none",
             own,
         )
     else:
         logger.warning(
-            "llm_bos_token_id: the LLM reads %d first, but its tokenizer adds %s; false is none, a number that token",
+            "llm_bos_token_id: the LLM's input begins with %d, but its tokenizer adds %s; set it to choose: false is "
+            "none, a number is that token",
             has, "none" if adds is None else adds,
         )  # fmt: skip
-
-
-def _tokenizers(config: TrainConfig, model: LayAlignForCausalLM) -> tuple[Any, Any]:
-    return load_tokenizers(config.init_checkpoint, encoder=config.encoder, llm=config.llm, config=model.config)
 
 
 # Trainer
@@ -500,19 +506,28 @@ def _trainer(
             f"max_skipped_steps: expected 0 with DeepSpeed, which takes its step inside the backward pass, got "
             f"{config.max_skipped_steps}"
         )
-    trainer.remove_callback(PrinterCallback)  # where there is no bar; ours are the plain lines
+    trainer.remove_callback(PrinterCallback)  # ConsoleLines replaces it
     if config.progress is False:
         trainer.add_callback(ConsoleLines(trainer, has_dev=bool(dev_set)))
     trainer.add_callback(SmallRun())
     for callback in trainer.callback_handler.callbacks:
-        # The loss before training is logged before transformers would set this, and would land in the working folder.
+        # The loss before training is logged before transformers sets this, and would go to the working directory.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(Path(config.output_dir) / "runs")
     return trainer
 
 
 def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: bool = True) -> TrainingArguments:
-    """The Trainer's arguments that follow from a configuration."""
+    """The Trainer's arguments for a configuration.
+
+    Args:
+        config: the configuration of a stage.
+        world_size: number of processes.
+        has_dev: whether there is a dev split; without one nothing is evaluated during training.
+
+    Raises:
+        ArgumentError: `batch_size` does not fit `world_size`, or transformers refuses a value.
+    """
     require_config(config)
     micro, accumulation = config.batch_plan(world_size)
     evaluate = _when("eval", config.eval_steps if has_dev else 0)
@@ -536,7 +551,7 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
         "bf16": bf16,
         "seed": config.seed,
         "data_seed": config.seed,
-        # transformers takes bf16 on a CPU only where the CPU is asked for.
+        # transformers accepts bf16 on a CPU only with use_cpu.
         "use_cpu": config.use_cpu or (bf16 and not torch.accelerator.is_available()),
         "dataloader_num_workers": config.num_workers,
         "dataloader_pin_memory": torch.cuda.is_available() and not config.use_cpu,
@@ -547,7 +562,7 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
         "save_total_limit": config.save_total_limit,
         "report_to": config.report_to or "none",
         "disable_tqdm": config.progress is not True,
-        "ddp_find_unused_parameters": False,  # all that trains takes part in every step
+        "ddp_find_unused_parameters": False,  # every trained parameter gets a gradient in every step
         "ddp_broadcast_buffers": False,
         **evaluate,
         **save,
@@ -555,7 +570,7 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
     }
     if config.keep_best:
         arguments.update(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
-    # Later releases take a share of all steps as warmup_steps, earlier ones as warmup_ratio.
+    # Newer releases of transformers take the warm-up's share of all steps as warmup_steps, older ones as warmup_ratio.
     names = inspect.signature(TrainingArguments.__init__).parameters
     arguments["warmup_ratio" if "warmup_ratio" in names else "warmup_steps"] = config.warmup_ratio
     try:
@@ -563,7 +578,7 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
     except (ValueError, ImportError) as error:
         raise ArgumentError(f"configuration: transformers refuses it: {error}") from error
     if result.n_gpu > 1:
-        # DataParallel would replicate the frozen parts at every step; torchrun gives each GPU a process.
+        # DataParallel would replicate the frozen parts at every step.
         logger.warning("one process uses one GPU; start with torchrun to use all %d", result.n_gpu)
         result._n_gpu = 1
     return result

@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder, and how a later one goes on from it."""
+"""The folder of a training run: locking it, finding the checkpoint to resume from, `training.json`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ RUN_FILE = "training.json"
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this process prints and writes: rank 0."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
 def alone_in(folder: str | Path) -> Iterator[None]:
-    """Within the block the run's main process holds its folder (`layalign.utils.lock.held`).
+    """Lock the run's folder for the duration of the block, in the main process (`layalign.utils.lock.held`).
 
-    Where the processes of the run are joined already, all raise what the main one does. Else it ends, and its launcher
-    ends the others (torchrun and accelerate do) before any of them has written.
+    If the process group is already initialized, all processes raise what the main one raises. Otherwise the main one
+    exits, and the launcher (torchrun and accelerate do) ends the others before any of them has written.
     """
     processes = Processes()
     with ExitStack() as stack:
@@ -46,7 +46,7 @@ def alone_in(folder: str | Path) -> Iterator[None]:
 
 
 def find_resume(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, or None.
+    """The checkpoint to resume from, or None.
 
     Raises:
         ArgumentError: there is no such checkpoint, or it is damaged.
@@ -67,15 +67,15 @@ def find_resume(config: TrainConfig) -> Path | None:
         if not chosen.is_dir():
             raise ArgumentError(f"resume: expected auto, false or a checkpoint-N folder of a run, got {chosen}")
         if (wrong := problem(chosen)) is not None:
-            raise ArgumentError(f"resume: {chosen} is not a whole checkpoint: {wrong}")
+            raise ArgumentError(f"resume: {chosen} is not a complete checkpoint: {wrong}")
     return chosen
 
 
 def start_over(config: TrainConfig) -> None:
-    """Remove the folder's checkpoints where `resume` is false; when all else of the run is known to be right."""
+    """Remove the folder's checkpoints if `resume` is false. Call it after everything else has been checked."""
     if config.resume is False and is_main_process():
         for path in checkpoints(config.output_dir):
-            logger.warning("resume: false, so %s is removed", path)
+            logger.warning("resume: is false, so %s is removed", path)
             remove(path)
 
 
@@ -91,9 +91,9 @@ def save_run(config: TrainConfig, content: dict[str, Any]) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What `save_run` wrote; empty when there is nothing to read.
+    """What `save_run` wrote; empty if there is nothing to read.
 
-    What is damaged is left out with a warning: a run can go on without it, with other micro batches perhaps.
+    Damaged entries are skipped with a warning: a run can be resumed without them, perhaps with another micro batch.
     """
     file = folder / RUN_FILE
     if not os.path.lexists(file):
@@ -103,7 +103,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise CheckpointError(f"{file}: expected a mapping, got {shown(content)}")
     except CheckpointError as error:
-        logger.warning("%s; the run goes on without its loss before training and its micro batch", error)
+        logger.warning("%s; resuming without the loss before training and the micro batch", error)
         return {}
     micro, loss = content.get("micro_batch"), content.get("loss_before")
     good = {
@@ -111,5 +111,5 @@ def read_run(folder: Path) -> dict[str, Any]:
         "loss_before": loss is None or (isinstance(loss, int | float) and not isinstance(loss, bool)),
     }
     for key in (key for key, fine in good.items() if not fine):
-        logger.warning("%s: %s: expected a number above 0, got %s; left out", file, key, shown(content.pop(key)))
+        logger.warning("%s: %s: expected a number above 0, got %s; ignored", file, key, shown(content.pop(key)))
     return content

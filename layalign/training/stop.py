@@ -1,4 +1,4 @@
-"""SIGTERM, which clusters send before they take a machine back: the step ends, is saved, and the run stops."""
+"""SIGTERM, which clusters send before they reclaim a machine: the run finishes its step, saves it and stops."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ logger = logging.getLogger("layalign")
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training after the step in which a process of the run gets SIGTERM, with a checkpoint of that step.
+    """Stops training after the step in which any process gets SIGTERM, with a checkpoint of that step.
 
     Attributes:
         requested: this process got the signal.
-        agreed: some process did, as all of them know; set once per optimizer step by the trainer.
+        agreed: some process got it, and all of them know; set by the trainer once per optimizer step.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.requested = self.agreed = False
-        # Only a program's main thread may set handlers; elsewhere the program's own stays.
+        # Only the main thread may set signal handlers.
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._receive)
 
@@ -39,7 +39,7 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        """Give the signal back to whoever had it."""
+        """Restore the previous signal handler."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None

@@ -1,4 +1,4 @@
-"""transformers' Trainer where LayAlign differs: what decays, what is saved, and how batches are drawn."""
+"""transformers' Trainer with LayAlign's weight decay, checkpoints, batch order and step guard."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _BATCHES_PER_POOL = 50
 
 
 class LengthBucketSampler(Sampler[int]):
-    """Random order in which neighbours have similar lengths, so that batches carry little padding.
+    """Random order in which neighbours have similar lengths, so that batches need little padding.
 
-    The order depends on the seed and the epoch alone: a resumed run draws what the uninterrupted one draws.
+    The order depends on the seed and the epoch only, so a resumed run draws the same batches as an uninterrupted one.
 
     Args:
         lengths: one number per example.
-        batch_size: examples of one optimiser step.
-        seed: of the shuffles.
+        batch_size: examples per optimizer step.
+        seed: seed of the shuffles.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class LengthBucketSampler(Sampler[int]):
         for start in range(0, len(order), pool):
             drawn = sorted(order[start : start + pool], key=self.lengths.__getitem__, reverse=True)
             batches += [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
-        # A short batch stays last, else every batch behind it would straddle two lengths.
+        # A short batch stays last; otherwise every batch after it would mix two buckets.
         tail = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         return iter([index for batch in shuffled + tail for index in batch])
@@ -66,15 +66,19 @@ class LengthBucketSampler(Sampler[int]):
 class LayAlignTrainer(DistributedTrainer):
     """Trainer of a `LayAlignForCausalLM`.
 
-    Weight decay covers every trained parameter, as published; the loss of a step is the mean over its micro batches, as
-    published; checkpoints hold the trained weights only, the tokenizers beside them, and appear whole or not at all
-    (`layalign.training.checkpoints`); a step with a NaN is not taken (`layalign.training.guard`).
+    It differs from transformers' Trainer as follows.
+
+    - Weight decay applies to every trained parameter, as published.
+    - The loss of a step is the mean over its micro batches, as published.
+    - Checkpoints hold the trained weights and the tokenizers. They are written atomically
+      (`layalign.training.checkpoints`).
+    - A step with a NaN is not taken (`layalign.training.guard`).
 
     Args:
         tokenizers: (encoder tokenizer, LLM tokenizer), saved with every checkpoint.
         lengths: one number per training example to bucket by, or None for a plain shuffle.
-        guard: what looks at each step; by default one that stops at a NaN.
-        **kwargs: as transformers' Trainer; no metrics, for evaluation makes no logits.
+        guard: checks each step. Default: a guard that stops at a NaN.
+        **kwargs: as for transformers' Trainer, except metrics: evaluation computes no logits.
 
     Raises:
         ArgumentError: metrics are asked for.
@@ -94,17 +98,17 @@ class LayAlignTrainer(DistributedTrainer):
                     name, "None (the dev loss is all that this trainer measures; transformers' Trainer takes it)", name
                 )
         self.guard, self.stop = StepGuard() if guard is None else guard, StopOnSignal()
-        # With the other callbacks from the start, so that the Trainer's state knows it.
+        # Passed at construction, so that the Trainer saves the guard's state.
         super().__init__(**{**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), self.guard, self.stop]})
         self.tokenizers = tokenizers
         self.lengths = lengths
         self.model_accepts_loss_kwargs = False
-        self.record: dict[str, Any] | None = None  # what each checkpoint says of its run
+        self.record: dict[str, Any] | None = None  # written into each checkpoint as run.json
         self._staging: Path | None = None
-        self.examples_seen = 0  # trained on, by all processes
+        self.examples_seen = 0  # in training, over all processes
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All of them; transformers would leave out biases and norms."""
+        """All parameters; transformers would exclude biases and norms."""
         return [name for name, _ in model.named_parameters()]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -114,30 +118,30 @@ class LayAlignTrainer(DistributedTrainer):
         return LengthBucketSampler(self.lengths, batch, self.args.seed)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; no batch for a run that is over.
+        """As the Trainer's, but no batch if no step is left.
 
-        A run that was killed between its last checkpoint and its end goes on from there with no step left, and the
-        Trainer asks itself only behind a step whether it was the last.
+        A run that was killed between its last checkpoint and its end resumes with no step left. The Trainer would take
+        another one, because it checks for the end only after a step.
         """
         if self.state.global_step < self.state.max_steps:
             return super().get_batch_samples(*args, **kwargs)
         self.control.should_training_stop = True
-        # The checkpoint remembers its own saving, and what it says is still to do was done.
+        # The checkpoint's control state still asks for saving, evaluating and logging, which have been done.
         self.control.should_save = self.control.should_evaluate = self.control.should_log = False
         return [], None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the Trainer's; the guard looks at the gradients before they are clipped."""
+        """As the Trainer's; the guard checks the gradients before they are clipped."""
         self.examples_seen += (find_batch_size(inputs) or 0) * self.args.world_size
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.guard.saw(loss, inputs)
         if self.accelerator.sync_gradients:
             step = self.state.global_step + 1
-            # One process alone cannot run a model that is spread over several.
+            # A single process cannot run a sharded model.
             rerun = None if self.sharding else lambda batch: model(**self._prepare_inputs(batch))
             self.guard.check(step, model, self._mean_over_processes, rerun)
             self.stop.agreed = self.stop.requested
-            if self.args.world_size > 1:  # one process alone need not wait for its device to know
+            if self.args.world_size > 1:  # a single process need not synchronize with its device
                 asked = torch.tensor(float(self.stop.requested), device=loss.device)
                 self.stop.agreed = bool(self._mean_over_processes(asked) > 0)
         return loss
@@ -149,11 +153,11 @@ class LayAlignTrainer(DistributedTrainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, but aside; the checkpoint gets its name when all of it is on the disk."""
+        """As the Trainer's, but in a staging folder that is renamed once everything is on the disk."""
         run, main = Path(super()._get_output_dir(trial)), self.args.should_save
         name = f"checkpoint-{self.state.global_step}"
         staged, final = run / UNFINISHED / name, run / name
-        with writing(str(final), "the checkpoints before it are whole, and the run can go on from the last of them"):
+        with writing(str(final), "the checkpoints before it are intact, and the run can resume from the last one"):
             try:
                 if main:
                     clear_unfinished(run)
@@ -174,7 +178,7 @@ class LayAlignTrainer(DistributedTrainer):
                 self._staging = None
                 if main:
                     clear_unfinished(run)
-        self.accelerator.wait_for_everyone()  # nobody may need the checkpoint before it has its name
+        self.accelerator.wait_for_everyone()  # no process may look for the checkpoint before it is renamed
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -203,7 +207,7 @@ def _reading(folder: str | None, what: str) -> AbstractContextManager[None]:
 
 
 def load_trained(model: nn.Module, folder: str | Path) -> None:
-    """Put the trained weights of a checkpoint folder into a model that already has its frozen parts.
+    """Load the trained weights of a checkpoint folder into a model that already has its frozen parts.
 
     Raises:
         CheckpointError: the folder has no readable weights, or they do not fit.
@@ -222,5 +226,5 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
                 raise CheckpointError(
                     f"{folder}: {name}: expected {tuple(full_shape(places[name]))}, got {tuple(weights[name].shape)}"
                 )
-            # In place: the optimiser and any wrapper keep the parameter they have.
+            # In place, since the optimizer and wrappers refer to the existing parameter.
             put(places[name], weights[name])

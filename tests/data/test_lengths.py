@@ -194,7 +194,7 @@ def test_the_server_refuses_what_it_would_have_to_cut(caplog: pytest.LogCaptureF
     with pytest.raises(ApiError, match="prompt: expected at most 20 LLM tokens"):
         prepared(model, "x" * 21, task="source")
     assert not caplog.records  # nothing was cut
-    with pytest.raises(ApiError, match="max_tokens: 64 of 128 positions are taken, 65 do not fit"):
+    with pytest.raises(ApiError, match=r"max_tokens: expected at most 64 \(the prompt takes 64 of 128 .*, got 65"):
         prepared(model, "x" * 61, new_tokens=65)
 
 

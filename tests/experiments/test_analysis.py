@@ -493,8 +493,8 @@ def test_pairs_by_name_file_or_folder(folder: Path) -> None:
         (["-p", "Klingon={}/de.tsv"], "pairs: expected the name or code of a known language, got 'Klingon'"),
         (["-p", "English={}/de.tsv"], "pairs: expected languages other than English, got "),
         (["-p", "{}", "-p", "de={}/bn.tsv"], "pairs: expected one file for German, got "),
-        (["-p", "de={}/none.tsv"], "pairs: expected a file for German, there is no "),
-        (["-p", "{}/none"], "pairs: expected NAME=FILE, a TSV file or a folder of them, there is no "),
+        (["-p", "de={}/none.tsv"], "pairs: expected a file for German, got "),
+        (["-p", "{}/none"], "pairs: expected NAME=FILE, a TSV file or a folder of them, got "),
         (["-p", "{}", "-l", "de,fr"], "languages: expected some of Bengali, German, Chinese, got French"),
         (["-p", "{}", "-l", "Klingon"], "languages: expected the name or code of a known language, got 'Klingon'"),
         (["-p", "{}", "--limit", "1"], "limit: expected a number >= 2, got 1"),
@@ -540,7 +540,7 @@ def test_errors_of_files_and_arguments(
     with pytest.raises(ArgumentError, match="model: expected a LayAlign model, got Linear"):
         analyze(torch.nn.Linear(1, 1), None, None, str(folder))
     assert run("analyze", checkpoint, "-p", folder, "--before", "nowhere", "-o", tmp_path / "x", "--device", "cpu") == 2
-    assert capsys.readouterr().err.startswith("error: before: expected 'untrained' or a checkpoint, no such folder")
+    assert capsys.readouterr().err.startswith("error: before: expected 'untrained' or a checkpoint, got")
 
 
 def test_importing_loads_neither_sklearn_nor_matplotlib() -> None:

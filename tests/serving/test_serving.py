@@ -172,7 +172,7 @@ def test_a_repetition_penalty_of_the_model_is_kept(parts: Parts) -> None:
 
         run(parts, test)
         config.no_repeat_ngram_size = 2
-        with pytest.raises(ArgumentError, match="generation_config: no_repeat_ngram_size=2"):
+        with pytest.raises(ArgumentError, match="generation_config: expected no_repeat_ngram_size=0, got 2"):
             Service(*parts, SETTINGS)
     finally:
         config.repetition_penalty, config.no_repeat_ngram_size = 1.0, 0

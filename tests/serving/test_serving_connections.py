@@ -171,7 +171,7 @@ def test_a_line_comes_seldom_from_one_place(monkeypatch: pytest.MonkeyPatch, cap
     for now in [float(second) for second in range(70)]:
         lines.warning("again %d", now)
     assert [record.getMessage() for record in caplog.records if record.name == "test.seldom"] == [
-        "again 0", "again 1", "again 60 (58 more were left out)", "again 61",
+        "again 0", "again 1", "again 60 (58 more were suppressed)", "again 61",
     ]  # fmt: skip
 
 

@@ -200,5 +200,5 @@ def test_a_generation_configuration_that_asks_for_nothing_is_taken() -> None:
     empty = {"bad_words_ids": [], "suppress_tokens": [], "sequence_bias": {}, "min_new_tokens": 0, "min_length": None}
     assert repetition_penalty(SimpleNamespace(**empty, repetition_penalty=1.3)) == 1.3
     for name, value in {"bad_words_ids": [[5]], "min_new_tokens": 2, "forced_bos_token_id": 0}.items():
-        with pytest.raises(ArgumentError, match=f"generation_config: {name}="):
+        with pytest.raises(ArgumentError, match=f"generation_config: expected {name}="):
             repetition_penalty(SimpleNamespace(**{name: value}))

@@ -273,7 +273,7 @@ def test_two_stages_do_not_share_a_folder(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as stop:
         main(["train", "--config", str(tmp_path / "c.yaml")])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: output_dir: both stages would write to mine; give --output")
+    assert capsys.readouterr().err.startswith("error: output_dir: expected one for each stage, got mine for both")
 
 
 @pytest.mark.parametrize("save_steps", [0, 1])

@@ -220,14 +220,12 @@ def test_sentences_of_dev_files_that_are_trained_on(
     assert {example.language for example in same} == {"German", "Swahili"}
     found, dev = _split(config, examples, read_dev_examples(config))
     assert (len(found), len(dev)) == (48, 2)
-    text = (
-        f"dev_data: the English of 1 of 2 dev examples is that of {len(same)} training examples too, which are trained"
-    )
+    text = f"dev_data: 1 of 2 dev examples share their English with {len(same)} training examples, which are trained"
     assert text in caplog.text
     caplog.clear()
     found, dev = _split(replace(config, dev_overlap="drop"), examples, read_dev_examples(config))
     assert found == [example for example in examples if example not in same] and len(dev) == 2
-    assert "which are left out" in caplog.text
+    assert "which are skipped" in caplog.text
     with pytest.raises(ArgumentError, match="^dev_overlap: drop leaves nothing to train on"):
         _split(replace(config, dev_overlap="drop"), same, read_dev_examples(config))
 

@@ -140,7 +140,7 @@ def trouble_of(parts: TinyParts, folder: Path, engine: str | None) -> list[dict[
 
 def check_trouble(found: dict[str, Any], folder: Path, engine: str) -> None:
     """All processes leave the same step out, and all stop behind the same one."""
-    assert "checkpoint-2 is whole" in found[f"sigterm-{engine}"]["stopped"]
+    assert "checkpoint-2 is complete" in found[f"sigterm-{engine}"]["stopped"]
     assert [path.name for path in checkpoints(folder / f"sigterm-{engine}")] == ["checkpoint-2"]
     if f"nan-{engine}" in found:
         assert found[f"nan-{engine}"]["skipped"] == [3]

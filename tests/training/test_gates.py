@@ -102,7 +102,7 @@ def test_a_damaged_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         (tmp_path / FILE).write_bytes(line + b"\n" + good)
         caplog.clear()
         assert read_gates(tmp_path) == [{"step": 1, "gates": [0.5]}]
-        assert "gates.jsonl: line 1 and 0 more are damaged, left out" in caplog.text
+        assert "gates.jsonl: line 1 and 0 more are damaged, skipped" in caplog.text
     (tmp_path / FILE).write_bytes(b"\x1f\x8b" + good)
     assert read_gates(tmp_path) == []
     assert "gates.jsonl: cannot be read" in caplog.text

@@ -70,7 +70,7 @@ def test_sigterm_ends_the_step_saves_and_stops(
 ) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     config = make_config(parts, tmp_path, save_steps=4, save_total_limit=None)
-    with pytest.raises(StoppedError, match="^stopped by SIGTERM after step 3; .*checkpoint-3 is whole") as error:
+    with pytest.raises(StoppedError, match="^stopped by SIGTERM after step 3; .*checkpoint-3 is complete") as error:
         train(config, callbacks=[From(2, lambda: signal.raise_signal(signal.SIGTERM))])
     assert signal.getsignal(signal.SIGTERM) is handler
     assert describe(error.value)[1] == 143
@@ -212,21 +212,21 @@ def test_a_damaged_checkpoint_is_never_picked_up(
     act(run / "checkpoint-6")
     config = make_config(parts, run, save_steps=2, save_total_limit=None)
     assert find_resume(config) == run / "checkpoint-4"
-    assert "checkpoint-6: not a whole checkpoint, left out" in caplog.text
-    with pytest.raises(ArgumentError, match=f"^resume: .*checkpoint-6 is not a whole checkpoint: {reason}"):
+    assert "checkpoint-6: not a complete checkpoint, skipped" in caplog.text
+    with pytest.raises(ArgumentError, match=f"^resume: .*checkpoint-6 is not a complete checkpoint: {reason}"):
         find_resume(make_config(parts, run, save_steps=2, save_total_limit=None, resume=str(run / "checkpoint-6")))
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b'{"micro_batch": 0}', "micro_batch: expected a number above 0, got 0; left out"),
-        (b'{"micro_batch": -2, "loss_before": []}', "loss_before: expected a number above 0, got []; left out"),
+        (b'{"micro_batch": 0}', "micro_batch: expected a number above 0, got 0; ignored"),
+        (b'{"micro_batch": -2, "loss_before": []}', "loss_before: expected a number above 0, got []; ignored"),
         (b'{"micro_batch": true}', "micro_batch: expected a number above 0, got True"),
         (b'{"micro_batch": [4]}', "micro_batch: expected a number above 0, got [4]"),
         (b'{"micro_batch": 4.0}', "micro_batch: expected a number above 0, got 4.0"),
-        (b"[]", "expected a mapping, got []; the run goes on without"), (b"0", "expected a mapping, got 0"),
-        (b"\xff", "training.json:1 is not UTF-8; the run goes on without"), (b"", "is not JSON: line 1"),
+        (b"[]", "expected a mapping, got []; resuming without"), (b"0", "expected a mapping, got 0"),
+        (b"\xff", "training.json:1 is not UTF-8; resuming without"), (b"", "is not JSON: line 1"),
         (b"[" * 100_000, "expected at most 64"), (b'{"micro_batch": 1%s}' % (b"0" * 5000), "JSON: Exceeds"),
     ],
 )  # fmt: skip
@@ -352,7 +352,7 @@ def test_no_room_for_a_checkpoint(
 ) -> None:
     size = (whole[0] / "checkpoint-6" / too_large).stat().st_size - 1
     config = make_config(parts, tmp_path, save_steps=2, save_total_limit=None)
-    with limits_restored(), pytest.raises(OutputError, match="checkpoint-4: cannot be written: .*are whole") as error:
+    with limits_restored(), pytest.raises(OutputError, match="checkpoint-4: cannot be written: .*are intact") as error:
         train(config, callbacks=[From(3, lambda: largest_file_below(size))])
     assert describe(error.value)[1] == 2
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
@@ -376,7 +376,7 @@ def test_a_disk_that_is_really_full(parts: TinyParts, whole: tuple[Path, TrainSu
         pytest.skip("a small disk needs the right to mount one")
     try:
         config = make_config(parts, disk / "run", save_steps=2, save_total_limit=None)
-        with pytest.raises(OutputError, match="checkpoint-4: cannot be written: .*are whole"):
+        with pytest.raises(OutputError, match="checkpoint-4: cannot be written: .*are intact"):
             train(config)
         assert [path.name for path in checkpoints(disk / "run")] == ["checkpoint-2"]
         subprocess.run(["mount", "-o", f"remount,size={one * 8}", str(disk)], check=True)

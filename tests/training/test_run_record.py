@@ -99,7 +99,7 @@ def change_tokenizer(parts: TinyParts) -> None:
         (change_encoder, "encoder: the run in {run}/checkpoint-3 has another encoder than this one: "),
         (
             change_tokenizer,
-            "tokenizers: the run in {run}/checkpoint-3 has other ones, by their vocabularies or",
+            "tokenizers: the run in {run}/checkpoint-3 has other ones, with other vocabularies or",
         ),
     ],
 )
@@ -130,7 +130,7 @@ def test_data_that_has_changed_under_the_same_path(made: tuple[TinyParts, Path],
         assert "allow_changed" not in text
         return
     assert text.startswith(f"data: the run in {run}/checkpoint-4 has other train examples, 48 of them, this one 48")
-    assert "; allow_changed=data goes on all the same; set resume=false to start over" in text
+    assert "; set allow_changed=data to resume anyway; set resume=false to start over" in text
     assert go_on(moved, run, max_steps=6, allow_changed=["data"], **changes).resumed_from == f"{run}/checkpoint-4"
     (note,) = json.loads((run / "checkpoint-6" / FILE).read_text())["changes"]
     assert note.startswith("data: has other train examples")
@@ -169,7 +169,7 @@ def test_other_settings_may_be_allowed_and_then_hold(copied: tuple[TinyParts, Pa
     parts, run = copied
     changes = {"learning_rate": 1e-3, "weight_decay": 0.1, "adam_beta1": 0.5, "adam_epsilon": 1e-5}
     text = refused(parts, run, lr_scheduler="constant", **changes)
-    assert "allow_changed=learning_rate,lr_scheduler,weight_decay,adam_beta1,adam_epsilon goes on all the same" in text
+    assert "allow_changed=learning_rate,lr_scheduler,weight_decay,adam_beta1,adam_epsilon to resume anyway" in text
     seen, allowed = Seen(), ["lr_scheduler", *changes]
     config = make_config(
         parts, run, **COMMON | {"max_steps": 4}, lr_scheduler="constant", **changes, allow_changed=allowed
@@ -256,7 +256,7 @@ def test_a_finished_model_without_checkpoints_is_not_overwritten(made: tuple[Tin
     assert not all(torch.equal(other[name], weight) for name, weight in weights.items())
     for name in (FILE, "train_config.yaml"):
         (run / name).unlink()
-    assert f"output_dir: {run} holds a model, and neither run.json nor" in refused(parts, run, **changes)
+    assert f"output_dir: {run} holds a model but no run.json or" in refused(parts, run, **changes)
     (run / FILE).write_text("[]")
     with pytest.raises(CheckpointError, match=r"run.json: expected what layalign writes there"):
         go_on(parts, run, **changes)
@@ -277,7 +277,7 @@ def test_the_start_counts_by_its_content(made: tuple[TinyParts, Path], tmp_path:
     model.save_pretrained(tmp_path / "moved")
     text = refused(parts, tmp_path / "task", **changes)
     assert text.startswith("init_checkpoint: the run in ") and "has other trained weights from it, " in text
-    assert "allow_changed=init_checkpoint goes on all the same" in text
+    assert "allow_changed=init_checkpoint to resume anyway" in text
     assert refused(parts, tmp_path / "task", **{**changes, "init_checkpoint": None}).startswith("init_checkpoint: ")
     go_on(parts, tmp_path / "task", allow_changed=["init_checkpoint"], **changes)
 

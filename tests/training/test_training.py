@@ -304,7 +304,7 @@ def test_length_buckets(seed: int) -> None:
         ("dev_overlap=keep", "dev_overlap: expected one of warn, drop, got 'keep'"),
         ("use_cpu=1", "use_cpu: expected true or false, got 1"),
         ("languages=[1]", "languages: expected a list of names, got [1]"),
-        ("encoder_layers=[1, 1]", "encoder_layers: expected different numbers from 0 up, got [1, 1]"),
+        ("encoder_layers=[1, 1]", "encoder_layers: expected distinct numbers from 0 up, got [1, 1]"),
         ("lora.r=0", "lora.r: expected at least 1, got 0"),
         ("lora.rank=2", "lora.rank: expected one of r, lora_alpha, lora_dropout, target_modules"),
         ("lora=yes please", "lora: expected a mapping such as {r: 8, lora_alpha: 16}, got 'yes please'"),
@@ -325,9 +325,9 @@ def test_configuration_errors_name_the_key(override: str, message: str | None) -
 
 
 def test_keep_best_needs_evaluation() -> None:
-    with pytest.raises(ArgumentError, match="^keep_best: needs a dev split"):
+    with pytest.raises(ArgumentError, match="^keep_best: expected a dev split"):
         load_train_config({"keep_best": True, "dev_size": 0})
-    with pytest.raises(ArgumentError, match="^keep_best: saves where it evaluates"):
+    with pytest.raises(ArgumentError, match="^save_steps: expected that of eval_steps"):
         load_train_config({"keep_best": True, "eval_steps": 10, "save_steps": 20})
 
 

@@ -151,7 +151,7 @@ def test_a_warning_where_the_gates_cannot_open(
 
 def test_a_run_is_warned(parts: TinyParts, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(make_config(parts, tmp_path / "small", max_steps=2, learning_rate=4e-5))
-    assert "learning_rate: over 2 steps the rates of this schedule sum to 4e-05" in caplog.text
+    assert "learning_rate: the rates of this schedule sum to 4e-05 over 2 steps" in caplog.text
     caplog.clear()
     train(make_config(parts, tmp_path / "large", max_steps=4, learning_rate=2 * LEAST_SUM))
     assert "learning_rate" not in caplog.text

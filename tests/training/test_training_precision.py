@@ -152,10 +152,10 @@ def test_a_run_goes_on_with_the_precision_that_it_began_with(
     with caplog.at_level(logging.INFO, "layalign"):
         assert train(config, callbacks=[Seen(seen)]).resumed_from == str(tmp_path / "checkpoint-1")
     assert seen["bf16"] == began == settings(tmp_path)["bf16"]
-    slow = "bf16: the run began with it and goes on with it; this is a processor of the tests, where it may be slower"
+    slow = "bf16: the run began with it and keeps it; this is a processor of the tests, where it may be slower"
     assert (slow in caplog.text) == began
     assert ("bf16: false (as the run began); frozen parts as stored" in caplog.text) == (not began)
-    with pytest.raises(ArgumentError, match="^bf16: the run in .* allow_changed=bf16 goes on all the same"):
+    with pytest.raises(ArgumentError, match="^bf16: the run in .* allow_changed=bf16 to resume anyway"):
         train(replace(config, bf16=not began, max_steps=3))
     changed = train(replace(config, bf16=not began, max_steps=3, allow_changed=["bf16"]), callbacks=[Seen(seen)])
     assert changed.resumed_from == str(tmp_path / "checkpoint-2") and seen["bf16"] is not began

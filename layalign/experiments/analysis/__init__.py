@@ -1,4 +1,4 @@
-"""Analysis: what a LayAlign model has learned, in pictures and numbers. Importing this loads no heavy package."""
+"""Analysis of what a LayAlign model has learned, in plots and numbers. Importing this loads no heavy package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention maps as inline SVG: the browser draws the tokens, so every script it has a font for can be read."""
+"""Attention maps as inline SVG. The browser draws the tokens, so any script for which it has a font is readable."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 from layalign.experiments.analysis.result import AttentionMap
 
 CELL = 16
-_LABEL = 96  # room for a token's label
+_LABEL = 96  # space for a token's label
 _LONGEST = 12  # characters of a label
 _COLOURS = "Blues"
 
 
 def map_svg(shown: AttentionMap, slot: int) -> str:
-    """One layer's map as an `<svg>` element: rows are LLM tokens, columns source tokens, dark is much.
+    """The map of one layer as an `<svg>` element. Rows are LLM tokens, columns source tokens; darker is more.
 
     Args:
         shown: the maps.
-        slot: which of its layers.
+        slot: index of the layer in them.
     """
     weights = np.array(shown.weights[slot], dtype=np.float64)
     width, height = CELL * weights.shape[1], CELL * weights.shape[0]
-    # Room on the right too: the last label leans over.
+    # Space on the right too, for the last rotated label.
     size = f'width="{_LABEL + width + _LABEL // 2}" height="{_LABEL + height + 1}"'
     parts = [
         f'<svg {size} role="img" aria-label="attention of LLM tokens to source tokens">',
@@ -43,7 +43,7 @@ def map_svg(shown: AttentionMap, slot: int) -> str:
 
 
 def _pixels(weights: np.ndarray) -> str:
-    """One pixel per weight, as a base64 PNG; the map's largest weight is the darkest."""
+    """One pixel per weight, as a base64 PNG; the largest weight of the map is the darkest."""
     from matplotlib.image import imsave
 
     buffer = io.BytesIO()
@@ -57,8 +57,8 @@ def _text(label: str) -> str:
 
 
 def caption(shown: AttentionMap, slot: int, layer: int, gates: Sequence[float] | None) -> str:
-    """What stands above a map."""
+    """The caption above a map."""
     weights = shown.weights[slot]
     largest, uniform = max(max(row) for row in weights), 1 / len(shown.columns)
     gate = "" if gates is None else f"gate {gates[slot]:+.3f}, "
-    return f"LLM layer {layer}: {gate}largest weight {largest:.2f} (darkest; an even spread would be {uniform:.3f})"
+    return f"LLM layer {layer}: {gate}largest weight {largest:.2f} (darkest; uniform attention would be {uniform:.3f})"

@@ -1,4 +1,4 @@
-"""What each layer of an encoder is like: how well it puts translations side by side, how far it tells words apart."""
+"""Properties of each encoder layer: how well it aligns translations, and how similar the tokens of a sentence are."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from layalign.nn.inspection import device_of
 
 @torch.no_grad()
 def encoder_retrieval(encoder: Any, tokenizer: Any, data: Data) -> dict[str, list[float]]:
-    """By language the accuracy (0..1) of finding each sentence's English among the language's, for every encoder layer.
+    """Accuracy (0..1) of retrieving each sentence's English translation, by language and encoder layer.
 
-    A sentence's vector is the mean of its tokens' states, less the mean of all vectors of its language.
+    The vector of a sentence is the mean of its tokens' states minus the mean vector of its language.
 
     Args:
-        encoder: in eval mode, of N layers.
+        encoder: an encoder of N layers, in eval mode.
         tokenizer: its tokenizer.
-        data: examples by language, whose targets are the English.
+        data: examples by language; their targets are English.
 
     Returns:
-        Lists of N + 1 numbers; the first is of the embeddings.
+        A list of N + 1 numbers per language; the first one is for the embeddings.
     """
     known: dict[tuple[str, ...], Tensor] = {}
 
@@ -49,16 +49,16 @@ def encoder_retrieval(encoder: Any, tokenizer: Any, data: Data) -> dict[str, lis
 
 @torch.no_grad()
 def token_likeness(encoder: Any, tokenizer: Any, data: Data) -> dict[str, list[float]]:
-    """By language how alike the tokens of one source are, for every encoder layer.
+    """How similar the tokens of one source are, by language and encoder layer.
 
-    It is the mean cosine of two different tokens of a sentence, less the mean state of all tokens of the language, over
-    all such pairs: 0 where a sentence leaves no trace in its tokens, 1 where they say nothing but their sentence.
+    It is the mean cosine over all pairs of different tokens of a sentence, after subtracting the mean state of all
+    tokens of the language. It is 0 if the tokens carry nothing of their sentence, and 1 if they carry nothing else.
 
     Args:
         encoder, tokenizer, data: as for `encoder_retrieval`.
 
     Returns:
-        Lists of N + 1 numbers; the first is of the embeddings.
+        A list of N + 1 numbers per language; the first one is for the embeddings.
     """
     found: dict[str, list[float]] = {}
     for language, examples in data.items():
@@ -74,14 +74,14 @@ def token_likeness(encoder: Any, tokenizer: Any, data: Data) -> dict[str, list[f
 
 
 def _means(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """(texts, N + 1, D): each text's mean state of every layer."""
+    """Mean state of each text in every layer, (texts, N + 1, D)."""
     states, mask = _states(encoder, tokenizer, texts)
     inside = mask[:, None, :, None]
     return ((states * inside).sum(dim=2) / inside.sum(dim=2)).cpu()
 
 
 def _states(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Each text's states of every layer, (texts, N + 1, S, D) float32, and the mask (texts, S)."""
+    """States of each text in every layer, (texts, N + 1, S, D) float32, and the mask (texts, S)."""
     rows = [text.ids for text in encode_texts(tokenizer, list(texts), special=True)]
     width, pad = max(map(len, rows)), tokenizer.pad_token_id
     device = device_of(encoder.get_input_embeddings())

@@ -1,4 +1,4 @@
-"""Inside the aligner and the gates: mix weights, contribution norms, and attention to the source."""
+"""Measurements of the aligner and the gates: mix weights, contribution norms, and attention to the source."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Seen = Callable[[int, Any, dict[str, Any]], None]
 
 
 def mix_weights(model: Any) -> tuple[Tensor, Tensor] | None:
-    """The layer mix's weights for keys and for values, each (L, E) float32 on the CPU; None without an aligner.
+    """Weights of the layer mix for keys and for values, each (L, E) float32 on the CPU; None without an aligner.
 
-    A mix that all language layers share is repeated for each of them. Columns follow ``config.encoder_layers``.
+    A shared mix is repeated for each language layer. Columns are in the order of ``config.encoder_layers``.
     """
     if model.encoder_aligner is None:
         return None
@@ -56,16 +56,16 @@ def contribution_norms(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """||gate * softmax(q k') v|| / ||self-attention output|| before the output projection, all heads together.
 
     Args:
-        batch: what the model's forward takes, B rows with T positions.
+        batch: arguments of the model's forward, B rows with T positions.
 
     Returns:
-        (L, B, T) float32 on the CPU (float64 of a float64 model), in the order of ``config.language_layers``. Positions
-        of padding hold whatever the LLM computes there.
+        (L, B, T) float32 on the CPU (float64 for a float64 model), in the order of ``config.language_layers``. Values
+        at padding positions are meaningless.
     """
     ratios: dict[int, Tensor] = {}
 
     def seen(slot: int, module: Any, arguments: dict[str, Any]) -> None:
-        # The module itself without a base, past its hooks: the term alone, exact where a difference would round.
+        # Without a base the module returns the term alone; a difference would round. `forward` skips the hooks.
         added = module.forward(**{**arguments, "base": None})
         ratios[slot] = (_norm(added) / _norm(arguments["base"]).clamp(min=torch.finfo(torch.float32).tiny)).cpu()
 
@@ -83,13 +83,13 @@ def _norm(states: Tensor) -> Tensor:
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """softmax(q k' * scale + mask), mean over heads.
 
-    The weight of source token s is what attention gives for values that are 1 at s and 0 elsewhere, so the reference
-    computes it.
+    The weight of source token s is the output of attention for values that are 1 at s and 0 elsewhere, so the reference
+    operation can compute it.
 
     Args:
         query, key: (B, H, T, d) and (B, G, S, d).
-        mask: (B, S) bool, true where a source token may be attended; None for all.
-        scale: of the scores; None is 1 / sqrt(d).
+        mask: (B, S) bool, true where a source token may be attended to; None for all.
+        scale: scale of the scores; None is 1 / sqrt(d).
 
     Returns:
         (B, T, S) float32 (float64 for float64).
@@ -111,7 +111,7 @@ def attention_maps(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Attention of every LLM position to every source token, mean over heads.
 
     Args:
-        batch: what the model's forward takes: B rows, T positions, S source tokens.
+        batch: arguments of the model's forward: B rows, T positions, S source tokens.
 
     Returns:
         (L, B, T, S) on the CPU, in the order of ``config.language_layers``. Rows sum to 1 over the real source tokens;

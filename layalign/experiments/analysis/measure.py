@@ -1,4 +1,4 @@
-"""What is measured on parallel text: similarity by view, contribution norms, one sentence's attention."""
+"""Measurements on parallel text: similarity by view, contribution norms, and the attention of one sentence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Read = Callable[[Sequence[Example]], Tensor]
 
 
 def views(reader: Reader, before: Any, seed: int) -> Iterator[tuple[str, Read, AbstractContextManager[None]]]:
-    """(name, how sentences are read, what must hold meanwhile) of each way to read them."""
+    """Each way to read sentences: (name, function that reads them, context manager to call it in)."""
     yield LLM_ALONE, lambda examples: reader.llm_alone([example.source for example in examples]), nullcontext()
     if isinstance(before, str):
         yield UNTRAINED, reader.through_encoder, untrained(reader.model, seed)
@@ -36,12 +36,12 @@ def views(reader: Reader, before: Any, seed: int) -> Iterator[tuple[str, Read, A
 
 
 def english_of(data: Data) -> list[Example]:
-    """Every English sentence once."""
+    """All distinct English sentences."""
     return [Example(text, "", ENGLISH) for text in dict.fromkeys(e.target for rows in data.values() for e in rows)]
 
 
 def read_view(read: Read, data: Data, layer: int, seed: int) -> tuple[dict[str, Similarity], Projection]:
-    """Similarity of every language to English, and the projection of one layer, of one view."""
+    """Similarity of every language to English in one view, and the projection of one layer."""
     english = english_of(data)
     rows = {example.source: row for row, example in enumerate(english)}
     states_of_english = read(english)
@@ -51,7 +51,7 @@ def read_view(read: Read, data: Data, layer: int, seed: int) -> tuple[dict[str, 
         others = states_of_english[[rows[example.target] for example in examples]]
         similar[language] = similarity(states, others, seed)
         shown[language] = states[:, layer]
-        # One language's translations are enough: they are mostly the same.
+        # The translations of the first language are enough, since most languages share them.
         shown.setdefault(ENGLISH, others[:, layer])
     shown[ENGLISH] = shown.pop(ENGLISH)  # drawn last, above the others
     return similar, project(shown, seed)
@@ -61,8 +61,8 @@ def similarity(states: Tensor, english: Tensor, seed: int) -> Similarity:
     """All metrics of every layer.
 
     Args:
-        states, english: (N, layers + 1, D), row by row translations.
-        seed: of the shuffled pairing.
+        states, english: (N, layers + 1, D); row i of one is the translation of row i of the other.
+        seed: seed of the shuffled pairing.
     """
     order = torch.randperm(len(states), generator=torch.Generator().manual_seed(seed))
     shuffled = torch.empty_like(order)
@@ -79,7 +79,7 @@ def similarity(states: Tensor, english: Tensor, seed: int) -> Similarity:
 
 
 def contributions(reader: Reader, data: Data) -> dict[str, list[float]] | None:
-    """Mean contribution norm per language layer over the English text's positions: of all ("mean"), by language."""
+    """Mean contribution norm per language layer over the positions of the English text, by language and as "mean"."""
     if reader.model.encoder_aligner is None:
         return None
     sums, counts = {}, {}
@@ -115,7 +115,7 @@ def attention(reader: Reader, example: Example, generate: int) -> AttentionMap |
 
 
 def _generated(reader: Reader, batch: dict[str, Tensor], most: int) -> tuple[dict[str, Tensor], Tensor]:
-    """The batch with the model's own greedy answer behind it, and where that stands, (1, T) bool."""
+    """The batch extended by the model's greedy answer, and the positions of the answer, (1, T) bool."""
     end = reader.llm_tokenizer.eos_token_id
     options = {} if end is None else {"eos_token_id": end}
     ids = reader.model.generate(**batch, max_new_tokens=most, do_sample=False, num_beams=1, **options)

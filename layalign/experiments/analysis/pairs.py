@@ -17,19 +17,19 @@ FEWEST = 2
 def read_pairs(
     pairs: Pairs, *, languages: Sequence[str] | None = None, limit: int | None = None
 ) -> dict[str, list[Example]]:
-    """Sentences of every language with their English translations.
+    """Read the sentences of every language with their English translations.
 
     Args:
         pairs: "NAME=FILE", a TSV file or a folder of TSV files named after their languages, or several of these; or a
             mapping of language names to files. NAME is a language's name or code.
         languages: names or codes to keep, in this order; None keeps all.
-        limit: most sentences per language, from the start of the file.
+        limit: maximum number of sentences per language, from the start of the file.
 
     Returns:
-        By the language's English name, its examples in file order.
+        The examples in file order, by the English name of their language.
 
     Raises:
-        ArgumentError: a language is unknown, named twice, English or not there, or has fewer than two sentences.
+        ArgumentError: a language is unknown, named twice, English or missing, or has fewer than two sentences.
         DataError: a file is missing or has a malformed line ("file:line: what, expected what").
     """
     if limit is not None and whole_number("limit", limit) < FEWEST:
@@ -78,7 +78,7 @@ def _files(pairs: Pairs) -> dict[str, Path]:
         if name == "English":
             raise ArgumentError(f"pairs: expected languages other than English, got {file}")
         if not file.is_file():
-            raise ArgumentError(f"pairs: expected a file for {name}, there is no {file}")
+            raise ArgumentError(f"pairs: expected a file for {name}, got {file}, which does not exist")
         by_name[name] = file
     if not by_name:
         raise ArgumentError("pairs: expected NAME=FILE or a folder of TSV files, got none")
@@ -94,7 +94,7 @@ def _named(part: str) -> list[tuple[str, Path]]:
     if path.is_dir() and not paths:
         raise ArgumentError(f"pairs: expected a folder with TSV files, got {path} without any")
     if not path.exists():
-        raise ArgumentError(f"pairs: expected NAME=FILE, a TSV file or a folder of them, there is no {path}")
+        raise ArgumentError(f"pairs: expected NAME=FILE, a TSV file or a folder of them, got {path} (does not exist)")
     named = []
     for each in paths:
         language = language_of_path(each)

@@ -1,4 +1,4 @@
-"""The pictures, as PNG bytes. Labels are layer numbers and English names, which matplotlib's own font has."""
+"""The plots, as PNG bytes. Labels are layer numbers and English names, which matplotlib's default font covers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from layalign.experiments.analysis.result import METRICS, AnalysisResult
 
 _MARKERS = "ovsDP^<>Xp"
 _ENGLISH = "English"
-_FEW = 12  # layers that a legend, or marks side by side, can tell apart
-_CELLS = 130  # a heat map with at most so many cells has their numbers in it
+_FEW = 12  # most layers for a legend, or for markers side by side
+_CELLS = 130  # most cells of a heat map for numbers in them
 _WIDE = "LLM hidden state (0: embeddings)"
 
 
@@ -28,7 +28,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _ticks(labels: Sequence[Any], most: int = 18) -> tuple[list[int], list[str]]:
-    """Places and texts of axis labels, thinned out where they would touch."""
+    """Positions and texts of axis labels, thinned out so that they do not overlap."""
     step = max(1, math.ceil(len(labels) / most))
     return list(range(0, len(labels), step)), [str(label) for label in labels[::step]]
 
@@ -54,7 +54,7 @@ def _heat(
 
 
 def mix_picture(result: AnalysisResult) -> bytes:
-    """Mix weights, keys and values apart, on one colour scale centred on 0."""
+    """Mix weights of keys and of values, on one colour scale centred on 0."""
     assert result.mix is not None
     limit = max((abs(w) for rows in result.mix.values() for row in rows for w in row), default=0.0) or 1.0
     layers, columns = result.language_layers, result.encoder_layers
@@ -88,7 +88,7 @@ def gate_picture(result: AnalysisResult) -> bytes:
 
 
 def _gate_lines(axis: Any, layers: Sequence[int], history: Sequence[Mapping[str, Any]]) -> None:
-    """A line per layer, from dark (first) to light; many layers are told apart by a colour bar alone."""
+    """A line per layer, from dark (first) to light, with a legend or, for many layers, a colour bar."""
     colors = colormaps["viridis"]
     for slot, layer in enumerate(layers):
         steps, values = [entry["step"] for entry in history], [entry["gates"][slot] for entry in history]
@@ -104,7 +104,7 @@ def _gate_lines(axis: Any, layers: Sequence[int], history: Sequence[Mapping[str,
 
 
 def contribution_picture(result: AnalysisResult) -> bytes:
-    """Mean contribution norms per layer as bars; each language a mark, or, of a deep model, a row of a heat map."""
+    """Mean contribution norms per layer as bars; languages as markers, or for a deep model as rows of a heat map."""
     assert result.contribution is not None
     deep = len(result.language_layers) > _FEW
     languages, places = list(result.sentences), range(len(result.language_layers))
@@ -123,8 +123,8 @@ def contribution_picture(result: AnalysisResult) -> bytes:
         figure.colorbar(image, ax=axes[1], label="contribution norm")
         return _png(figure)
     for i, (language, style) in enumerate(_styles(languages).items()):
-        beside = (i + 0.5) / len(languages) - 0.5  # side by side: equal numbers would hide each other
-        shifted = [place + 0.7 * beside for place in places]
+        offset = (i + 0.5) / len(languages) - 0.5  # side by side, so that equal numbers do not hide each other
+        shifted = [place + 0.7 * offset for place in places]
         axes[0].scatter(shifted, result.contribution[language], s=22, label=language, zorder=3, **style)
     axes[0].set_xticks(*_ticks(result.language_layers))
     _legend_outside(axes[0], len(languages) + 1)
@@ -132,7 +132,7 @@ def contribution_picture(result: AnalysisResult) -> bytes:
 
 
 def similarity_picture(result: AnalysisResult) -> bytes:
-    """Each metric per layer: the mean over languages of every view, and the range of the languages."""
+    """Each metric per layer and view: the mean over the languages, and their range."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flat
     for axis, (metric, title) in zip(panels, METRICS.items(), strict=True):
@@ -147,7 +147,7 @@ def similarity_picture(result: AnalysisResult) -> bytes:
             chance = sum(1 / count for count in result.sentences.values()) / len(result.sentences)
             axis.axhline(chance, color="gray", linestyle=":")
         axis.axhline(0, color="black", linewidth=0.6)
-        # Not always up to 1: a weak model's numbers would lie flat on the axis.
+        # Not always up to 1: the numbers of a weak model would not be visible.
         axis.set(title=title, ylim=(None, min(1.05, max(0.1, axis.get_ylim()[1]))))
         axis.set_xticks(*_ticks(range(len(rows))))
         axis.grid(alpha=0.3)
@@ -177,7 +177,7 @@ def language_picture(result: AnalysisResult, metric: str) -> bytes:
 
 
 def projection_picture(result: AnalysisResult, kind: str) -> bytes:
-    """ "pca" or "tsne": one panel per view, English in black above the others."""
+    """The projection `kind`, "pca" or "tsne": one panel per view, English in black on top."""
     views = result.projections
     figure = Figure(figsize=(1.5 + 4.6 * len(views), 4.6), layout="constrained")
     axes = figure.subplots(1, len(views), squeeze=False)[0]
@@ -200,7 +200,7 @@ def projection_picture(result: AnalysisResult, kind: str) -> bytes:
 
 
 def _styles(languages: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each language; no pair of them comes twice among a hundred."""
+    """Colour and marker of each language; unique for up to a hundred languages."""
     return {
         language: {"color": f"C{i % 10}", "marker": _MARKERS[(i + i // 10) % len(_MARKERS)]}
         for i, language in enumerate(languages)

@@ -10,15 +10,15 @@ from torch import Tensor
 from layalign.experiments.analysis.result import Projection
 
 MOST_PERPLEXITY = 30.0  # scikit-learn's default
-_SIZE_BEFORE = 50  # as van der Maaten and Hinton did: PCA first, for speed and against noise
+_SIZE_BEFORE = 50  # PCA before t-SNE, for speed and against noise, as van der Maaten and Hinton did
 
 
 def project(states: Mapping[str, Tensor], seed: int) -> Projection:
-    """PCA and t-SNE of all languages' sentence vectors together.
+    """PCA and t-SNE of the sentence vectors of all languages together.
 
     Args:
-        states: (N, D) floating point per language, three or more rows in all.
-        seed: of the t-SNE.
+        states: (N, D) floating point per language, at least three rows in total.
+        seed: seed of the t-SNE.
 
     Source: t-SNE: van der Maaten and Hinton, JMLR 2008; scikit-learn's implementation.
     """
@@ -27,7 +27,7 @@ def project(states: Mapping[str, Tensor], seed: int) -> Projection:
 
     points = np.concatenate([rows.double().numpy() for rows in states.values()])
     points = points - points.mean(axis=0)
-    # Its scale is arbitrary, and tiny numbers would lose their digits below.
+    # The scale is arbitrary, and the steps below lose the digits of tiny numbers.
     points = points / max(float(np.abs(points).max()), 1e-300)
     count = min(_SIZE_BEFORE, *points.shape)
     pca = PCA(n_components=count, svd_solver="full").fit(points)
@@ -41,7 +41,7 @@ def project(states: Mapping[str, Tensor], seed: int) -> Projection:
 
 
 def _split(points: np.ndarray, states: Mapping[str, Tensor]) -> dict[str, list[list[float]]]:
-    """The points by language again."""
+    """Split the points by language again."""
     found, start = {}, 0
     for name, rows in states.items():
         found[name] = [[float(x), float(y)] for x, y in points[start : start + len(rows)]]

@@ -1,4 +1,4 @@
-"""A model reads sentences: the hidden states of its LLM, one vector per sentence and layer."""
+"""Hidden states of a model's LLM for sentences: one vector per sentence and layer."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Reader:
     Attributes:
         model: a LayAlign model in eval mode.
         encoder_tokenizer, llm_tokenizer: its tokenizers.
-        batch_size: sentences read together.
-        max_length: longest sentence in tokens; what is longer is cut.
+        batch_size: sentences per batch.
+        max_length: maximum length of a sentence in tokens; longer ones are truncated.
         advance: called with the number of sentences read.
-        cut: (what, text) of every text that was cut: "source", "prompt" or "target" of a batch, "text" for the LLM.
+        cut: (what, text) of every truncated text: "source", "prompt" or "target" of a batch, "text" for the LLM alone.
     """
 
     model: Any
@@ -40,7 +40,7 @@ class Reader:
     cut: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        # [bos] [source] [boundary] [target] must fit the LLM's positions, the source alone the encoder's.
+        # [bos] [source] [boundary] [target] must fit into the LLM's positions, the source into the encoder's.
         llm, encoder = self.model.config.get_text_config(), self.model.config.encoder_config
         positions = getattr(llm, "max_position_embeddings", None) or getattr(llm, "n_positions", None)
         limits = [self.max_length, (positions - 2) // 2 if isinstance(positions, int) else self.max_length]
@@ -49,14 +49,14 @@ class Reader:
 
     @property
     def device(self) -> torch.device:
-        """Where the LLM's input goes."""
+        """Device of the LLM's input."""
         return device_of(self.model.get_input_embeddings())
 
     def collator(self, *, targets: bool) -> LayAlignCollator:
-        """[source] and, with targets, [English], as in the translation stage.
+        """A collator for [source] and, with targets, [English], as in the translation stage.
 
-        A model without an adapter has no source in its LLM's input; the LLM reads the text itself there, as in the task
-        stage, except where a target can stand alone behind a first token.
+        Without an adapter the LLM's input has no soft tokens. The LLM then reads the text itself, as in the task stage,
+        unless a target can follow the first token directly.
         """
         soft = self.model.mapping is not None
         alone = targets and self.model.config.llm_bos_token_id is not None
@@ -73,7 +73,7 @@ class Reader:
     def batches(
         self, examples: Sequence[Example], *, targets: bool
     ) -> Iterator[tuple[list[int], dict[str, Tensor], dict[str, Tensor]]]:
-        """(places of the examples, batch for the model, the same with labels) in batches of similar length."""
+        """Batches of similar length: (indices of the examples, batch for the model, the same with labels)."""
         collate = self.collator(targets=targets)
         for places in self._places([len(example.source) + len(example.target) for example in examples]):
             chosen = [replace(examples[i], prompt=examples[i].source) for i in places]
@@ -92,7 +92,7 @@ class Reader:
         """The LLM's states while the model reads each source through encoder, adapter and aligner.
 
         Returns:
-            (N, layers + 1, D_l) float32 on the CPU: means over the soft tokens; without an adapter over the text.
+            (N, layers + 1, D_l) float32 on the CPU: means over the soft tokens, or over the text without an adapter.
         """
         found: list[Tensor] = [torch.empty(0)] * len(examples)
         config, soft = self.model.config, self.model.mapping is not None
@@ -119,7 +119,7 @@ class Reader:
                 self.cut |= {("text", texts[i]) for i, text in zip(places, read, strict=True) if text.cut}
                 rows = [([] if first is None else [first]) + text.ids for text in read]
                 width = max(map(len, rows))
-                # On the right: a causal LLM does not see this padding, and needs no position ids.
+                # Padded on the right: a causal LLM does not attend to it and needs no position ids.
                 batch = {
                     "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in rows]),
                     "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
@@ -140,8 +140,8 @@ def source_positions(attention_mask: Tensor, has_first: bool, lengths: Tensor | 
 
     Args:
         attention_mask: (B, T), 1 where a token is real; padding on either side.
-        has_first: whether a first token (bos) stands before them.
-        lengths: (B,) numbers of soft tokens; None: all real positions but the first token.
+        has_first: whether a first token (bos) comes before them.
+        lengths: (B,) numbers of soft tokens; None for all real positions except the first token.
 
     Returns:
         (B, T) bool.
@@ -153,7 +153,7 @@ def source_positions(attention_mask: Tensor, has_first: bool, lengths: Tensor | 
 
 
 def _pooled(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Layers' states (B, T, D) and a mask (B, T) -> their means (B, layers, D), float32 on the CPU."""
+    """Means of each layer's states (B, T, D) over a mask (B, T): (B, layers, D), float32 on the CPU."""
     counts = mask.sum(dim=1, keepdim=True).clamp(min=1)
     means = []
     for states in hidden:
@@ -165,13 +165,13 @@ def _pooled(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 @contextmanager
 def without_lora(model: Any) -> Iterator[None]:
-    """The LLM as it was before its LoRA, for a while."""
+    """Disable the LLM's LoRA within the block."""
     if model.config.lora is None:
         yield
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # Not by the LLM's own methods: transformers 5.24 wants a peft for them that is not out.
+    # Not with the LLM's own methods: transformers 5.24 requires an unreleased peft for them.
     layers = [module for module in model.llm.modules() if isinstance(module, BaseTunerLayer)]
     flags = {name: parameter.requires_grad for name, parameter in model.llm.named_parameters()}
     for layer in layers:
@@ -187,7 +187,7 @@ def without_lora(model: Any) -> Iterator[None]:
 
 @contextmanager
 def untrained(model: Any, seed: int) -> Iterator[None]:
-    """The model as it is before any training, for a while: fresh adapter and aligner, gates at their start, no LoRA."""
+    """Reset the model to its untrained state within the block: new adapter and aligner, initial gates, no LoRA."""
     own = [part for part in (model.mapping, model.encoder_aligner, model.cross_attention) if part is not None]
     kept = [(parameter, parameter.detach().clone()) for part in own for parameter in part.parameters()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []

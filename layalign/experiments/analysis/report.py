@@ -1,4 +1,4 @@
-"""The report of an analysis: one page with its pictures inside, the numbers as JSON, the pictures as PNG."""
+"""The report of an analysis: a page with embedded plots, the numbers as JSON, and the plots as PNG."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _summary(result: AnalysisResult, pictures: Pictures) -> str:
         "adapter (soft tokens)": "yes" if settings["adapter"] else "no",
         "LoRA on the LLM": "yes" if settings["lora"] else "no",
         "sentences": ", ".join(f"{name} {count}" for name, count in result.sentences.items()),
-        "longest sentence": f"{settings['max_length']} tokens; what is longer is cut ({cut or 'nothing was'})",
+        "maximum sentence length": f"{settings['max_length']} tokens; truncated: {cut or 'none'}",
         "seed": str(settings["seed"]),
         "versions": ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
     }
@@ -116,32 +116,30 @@ def _fusion(result: AnalysisResult, pictures: Pictures) -> str:
         "<h2>Mix weights</h2>",
         _text(
             "How much of every encoder layer (columns) goes into the key state and the value state of every LLM layer "
-            "(rows): the learned weights themselves, before the relu. One colour scale, white at 0, for both maps."
+            "(rows): the learned weights, before the ReLU. Both maps have the same colour scale, white at 0."
         ),
         _image(pictures, "mix", "Mix weights: LLM layer by encoder layer"),
         "<h2>Gates</h2>",
         _text(
-            "The factor of each LLM layer's attention to the source: learned from 0, unless it is fixed. Its "
-            "sign says little: the value states can change theirs too."
+            "The factor of each LLM layer's attention to the source. It is learned from 0, unless it is fixed. Its "
+            "sign says little, because the value states can change their sign too."
         ),
     ]
     if not result.gate_history:
-        note = (
-            "Gates over training: the checkpoint's folder has no gates.jsonl, which training writes, so none are shown."
-        )
+        note = "Gates over training are not shown: the checkpoint's folder has no gates.jsonl, which training writes."
         parts.append(_text(note, kind="note"))
     parts += [
         _image(pictures, "gates", "Gates" + (" now, and at every logged step" if result.gate_history else "")),
         "<h2>Contribution</h2>",
         _text(
-            "How large the source's share is in each layer: ||gate * softmax(q k) v|| / ||self-attention output||, all "
-            "heads together, before the output projection; the mean over the English translation's positions, while "
-            "the model reads [source -> translation]."
+            "The size of the source's contribution in each layer: ||gate * softmax(q k) v|| / ||self-attention "
+            "output||, over all heads, before the output projection. It is the mean over the positions of the English "
+            "translation while the model reads [source -> translation]."
         ),
         _image(
             pictures,
             "contribution",
-            "Contribution norm per LLM layer; bars: mean over the positions of all languages, the rest by language",
+            "Contribution norm per LLM layer. Bars: mean over the positions of all languages; the rest: by language",
         ),
     ]
     return "".join(parts)
@@ -150,7 +148,7 @@ def _fusion(result: AnalysisResult, pictures: Pictures) -> str:
 def _views(result: AnalysisResult) -> str:
     words = {
         "LLM alone": "LLM alone: the LLM reads the text itself, without encoder, aligner and LoRA.",
-        "untrained": "untrained: the text goes through encoder, adapter and aligner with fresh weights.",
+        "untrained": "untrained: the text goes through encoder, adapter and aligner with new, untrained weights.",
         "before": "before: the text goes through encoder, adapter and aligner of the other checkpoint.",
         "LayAlign": "LayAlign: the text goes through encoder, adapter and aligner of this model.",
     }
@@ -172,8 +170,8 @@ def _similarity(result: AnalysisResult, pictures: Pictures) -> str:
     parts = [
         "<h2>Similarity of X and English inside the LLM</h2>",
         _text(
-            "Each sentence and its English translation are read separately, English the same way as X. A sentence's "
-            f"vector is the mean of a layer's hidden states over {where}; for the LLM alone over the text's tokens."
+            "Each sentence and its English translation are read separately, in the same way. The vector of a sentence "
+            f"is the mean of a layer's hidden states over {where}; for the LLM alone, over the text's tokens."
         ),
         _views(result),
         _text(
@@ -198,10 +196,10 @@ def _projections(result: AnalysisResult, pictures: Pictures) -> str:
         [
             f"<h2>Sentences in two dimensions: hidden state {result.layer}</h2>",
             _text(
-                "The same sentence vectors, one point per sentence, coloured by language, each view fitted on its own. "
-                "PCA shows the two directions of most variance. t-SNE (van der Maaten and Hinton 2008; perplexity "
-                f"{perplexity:g}, seed {result.settings['seed']}) shows who is whose neighbour: its distances between "
-                "clusters and their sizes mean nothing."
+                "The same sentence vectors, one point per sentence, coloured by language. Each view is fitted "
+                "separately. PCA shows the two directions of most variance. t-SNE (van der Maaten and Hinton 2008; "
+                f"perplexity {perplexity:g}, seed {result.settings['seed']}) shows which sentences are neighbours; "
+                "distances between clusters and sizes of clusters mean nothing."
             ),
             _image(pictures, "pca", "PCA"),
             _image(pictures, "tsne", "t-SNE"),
@@ -218,8 +216,8 @@ def _attention(result: AnalysisResult, pictures: Pictures) -> str:
         "<h2>Attention to the source</h2>",
         _text(
             f"From the tokens of {answer} (rows, read by the LLM) to the source's tokens (columns): softmax(q k), mean "
-            "over heads, one map per LLM layer, each with its own colour scale. Each row sums to 1. A dot goes on with "
-            "the character before it.",
+            "over heads, one map per LLM layer, each with its own colour scale. Each row sums to 1. A dot marks a "
+            "token that continues the character before it.",
             f"{shown.language}: {shown.source}",
             f"{'Answer' if shown.generated else 'English'}: {shown.answer}",
         ),

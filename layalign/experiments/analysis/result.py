@@ -1,4 +1,4 @@
-"""What an analysis found."""
+"""Results of an analysis."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Similarity:
         cka: :func:`layalign.experiments.analysis.linear_cka`.
         to_english, from_english: :func:`layalign.experiments.analysis.retrieval_accuracy` in both directions; chance is
             1 / N.
-        shuffled_cka: linear CKA when the sentences are paired at random, its value without any alignment.
+        shuffled_cka: linear CKA of sentences paired at random, which is its value without alignment.
     """
 
     cosine: list[float]
@@ -40,8 +40,8 @@ class Projection:
 
     Attributes:
         pca, tsne: per language (and English) its N points (x, y).
-        explained: shares of the variance on the two PCA axes.
-        perplexity: of the t-SNE.
+        explained: share of the variance on each of the two PCA axes.
+        perplexity: perplexity of the t-SNE.
     """
 
     pca: dict[str, list[list[float]]]
@@ -55,7 +55,9 @@ class AttentionMap:
     """Attention from the LLM's tokens to one sentence's source tokens.
 
     Attributes:
-        language, source, answer, generated: the sentence, the text the LLM reads after it, and whether it wrote it.
+        language, source: the sentence and its language.
+        answer: the text that the LLM reads after it.
+        generated: whether the LLM generated that text.
         rows, columns: T labels of LLM tokens, S labels of source tokens.
         weights: (L, T, S), mean over heads; rows sum to 1.
     """
@@ -71,20 +73,21 @@ class AttentionMap:
 
 @dataclass
 class AnalysisResult:
-    """Everything that was measured.
+    """All measurements.
 
     Attributes:
-        sentences: sentences per language.
-        settings: what the model is and how it was measured.
-        language_layers, encoder_layers: LLM layers that attend, encoder layers they mix; in the order of the numbers.
+        sentences: number of sentences per language.
+        settings: the model's settings and those of the analysis.
+        language_layers: the L LLM layers that attend to the source, in the order of the numbers below.
+        encoder_layers: the E encoder layers that are mixed, in the order of the numbers below.
         mix: weights (L, E) under "keys" and "values"; None without an aligner.
         gates: L numbers; None without an aligner.
-        gate_history: {"step", "gates"} of each logged training step; None where the checkpoint has no such record.
-        contribution: under "mean" and under each language L mean contribution norms; None without an aligner.
+        gate_history: {"step", "gates"} of each logged training step; None if the checkpoint has no such record.
+        contribution: L mean contribution norms under "mean" and under each language; None without an aligner.
         similarity: by view ("LLM alone", "LayAlign", ...) and language.
         layer: the hidden state that the projections show.
         projections: by view.
-        attention: one sentence's maps; None without an aligner.
+        attention: the maps of one sentence; None without an aligner.
         output_dir: where the report was written, or None.
     """
 
@@ -110,7 +113,7 @@ class AnalysisResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AnalysisResult:
-        """What `to_dict` made; without attention where that was left out."""
+        """The inverse of `to_dict`; "attention" may be missing."""
         made = dict(values)
         made["similarity"] = {
             view: {language: Similarity(**each) for language, each in found.items()}
@@ -122,12 +125,12 @@ class AnalysisResult:
         return cls(**made)
 
     def averages(self, view: str, metric: str) -> list[float]:
-        """A metric of `METRICS` per layer, mean over the languages."""
+        """A metric of `METRICS` per layer, averaged over the languages."""
         rows = [getattr(found, metric) for found in self.similarity[view].values()]
         return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
     def table(self) -> Any:
-        """A `rich` table for the terminal: each language's similarity to English at the chosen layer, by view."""
+        """A `rich` table for the terminal: similarity to English at the chosen layer, by language and view."""
         from rich.table import Table
 
         views = list(self.similarity)

@@ -1,4 +1,4 @@
-"""The analysis: everything measured on parallel text, then written as a report."""
+"""The analysis: measures everything on parallel text, then writes a report."""
 
 from __future__ import annotations
 
@@ -53,27 +53,27 @@ def analyze(
         model: a `LayAlignForCausalLM`, with or without an aligner.
         encoder_tokenizer, llm_tokenizer: its tokenizers.
         pairs: files of lines `source<TAB>english`; see :func:`layalign.experiments.analysis.read_pairs`.
-        output_dir: gets `report.html`, `analysis.json` and the pictures as PNG; None writes nothing.
-        languages: names or codes of the languages to look at; None is all.
-        limit: most sentences per language; None is all.
-        batch_size: sentences read together.
-        max_length: longest sentence in tokens; less where the model's positions do not suffice.
-        before: a second LayAlign model with the same tokenizers to compare with, or "untrained" for this one with fresh
-            weights; the LLM alone is always compared with.
-        layer: hidden state for the PCA and t-SNE, 0 being the embeddings; None is the middle one.
+        output_dir: folder for `report.html`, `analysis.json` and the plots as PNG; None writes nothing.
+        languages: names or codes of the languages to use; None is all.
+        limit: maximum number of sentences per language; None is all.
+        batch_size: sentences per batch.
+        max_length: maximum length of a sentence in tokens; reduced if the model has too few positions.
+        before: a second LayAlign model with the same tokenizers to compare with, or "untrained" for this model with new
+            weights. The LLM alone is always compared with.
+        layer: hidden state for PCA and t-SNE, 0 being the embeddings; None is the middle one.
         sentence: number, from 1, of the sentence whose attention is shown.
         sentence_language: its language; None is the first.
-        generate: show the attention of an answer that the model writes, of at most so many tokens; 0 shows that of the
-            English translation.
+        generate: show the attention of a generated answer of at most so many tokens; 0 shows that of the English
+            translation.
         checkpoint: the model's folder, for the gates over training.
-        seed: of the t-SNE, of the shuffled pairs and of fresh weights.
+        seed: seed of t-SNE, of the shuffled pairs and of untrained weights.
         progress: show a progress bar.
 
     Returns:
-        All numbers.
+        All measurements.
 
     Raises:
-        ArgumentError: an argument is none of those expected, or another run writes into `output_dir`.
+        ArgumentError: an argument is invalid, or another run is writing into `output_dir`.
         DataError: a file of `pairs` has a malformed line.
     """
     _check(model, before, batch_size, max_length, generate)
@@ -161,7 +161,7 @@ def _example(data: dict[str, list[Example]], sentence: int, language: str | None
 
 
 def _history(model: Any, checkpoint: str | Path | None) -> list[dict[str, Any]] | None:
-    """The record of the checkpoint's folder, as far as it is of these layers."""
+    """The recorded gates of the checkpoint's folder, without entries for another number of layers."""
     found = [] if checkpoint is None else read_gates(checkpoint)
     return [entry for entry in found if len(entry["gates"]) == len(model.cross_attention)] or None
 
@@ -186,7 +186,7 @@ def _settings(model: Any, reader: Reader, before: Any, seed: int, checkpoint: st
 
 
 def _amount(model: Any, data: dict[str, list[Example]], before: Any) -> int:
-    """Sentences to read in all."""
+    """Number of sentences to read in total."""
     sources = sum(len(rows) for rows in data.values())
     with_aligner = sources + 1 if model.encoder_aligner is not None else 0
     return (2 if before is None else 3) * (sources + len(measure.english_of(data))) + with_aligner

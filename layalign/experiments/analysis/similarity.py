@@ -1,4 +1,4 @@
-"""How alike two sets of sentence vectors are, row i of the one being the translation of row i of the other."""
+"""Similarity of two sets of sentence vectors; row i of one set is the translation of row i of the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TIE = 1e-12  # cosines of equal vectors differ by rounding
 
 
 def _checked(first: Tensor, second: Tensor, same_size: bool) -> tuple[Tensor, Tensor]:
-    """Both in float64 on the CPU."""
+    """Check both and move them to the CPU, in float64."""
     for name, states in (("first", first), ("second", second)):
         if not is_floating(states) or states.dim() != 2 or len(states) < 2 or states.is_meta:
             raise ArgumentError(f"{name}: expected floating-point states (N, D) with N >= 2, got {describe(states)}")
@@ -35,19 +35,19 @@ def _unit(states: Tensor) -> Tensor:
 def centred_cosine(first: Tensor, second: Tensor) -> float:
     """Mean cosine of the pairs (first[i], second[i]), each set with its own mean subtracted.
 
-    Without the subtraction the direction that all states of a language model share makes every cosine nearly 1, and a
-    language's own offset hides what its sentences have in common with their translations.
+    Without the subtraction, the direction that all states of a language model share makes every cosine nearly 1, and
+    the offset of a language hides what its sentences have in common with their translations.
 
     Args:
         first, second: (N, D), any floating-point dtype; computed in float64.
 
     Returns:
-        -1..1; a vector that equals its set's mean counts as 0.
+        -1..1; a vector that equals the mean of its set counts as 0.
 
     Raises:
         ArgumentError: shapes that differ, fewer than two rows, no floating-point numbers, or infinite ones.
 
-    Source: the offset of a language as its mean: Libovický, Rosa and Fraser, Findings of EMNLP 2020.
+    Source: Libovický, Rosa and Fraser, Findings of EMNLP 2020, for the mean as the offset of a language.
     """
     first, second = _checked(first, second, same_size=True)
     return float((_unit(_centred(first)) * _unit(_centred(second))).sum(dim=1).mean())
@@ -56,17 +56,17 @@ def centred_cosine(first: Tensor, second: Tensor) -> float:
 def linear_cka(first: Tensor, second: Tensor) -> float:
     """Linear centred kernel alignment, ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) with centred X and Y.
 
-    It does not change under rotation and uniform scaling of either set: it compares structure, not coordinates. It is
-    biased towards 1 where there are few rows for the size of the vectors: compare with the value of shuffled rows.
+    It is invariant to rotation and uniform scaling of either set. With few rows for the size of the vectors it is
+    biased towards 1; compare it with the value of shuffled rows.
 
     Args:
         first, second: (N, D) and (N, D'), any floating-point dtype; computed in float64.
 
     Returns:
-        0..1; 0 where all rows of a set are the same.
+        0..1; 0 if all rows of a set are equal.
 
     Raises:
-        ArgumentError: another number of rows, fewer than two, no floating-point numbers, or infinite ones.
+        ArgumentError: different numbers of rows, fewer than two, no floating-point numbers, or infinite ones.
 
     Source: Kornblith, Norouzi, Lee and Hinton, ICML 2019.
     """
@@ -89,7 +89,7 @@ def retrieval_accuracy(queries: Tensor, candidates: Tensor) -> float:
         queries, candidates: (N, D), any floating-point dtype; computed in float64.
 
     Returns:
-        0..1, chance being 1 / N. A tie of k candidates that has the right one among them counts 1 / k.
+        0..1; chance is 1 / N. A tie of k candidates that includes the right one counts 1 / k.
 
     Raises:
         ArgumentError: shapes that differ, fewer than two rows, no floating-point numbers, or infinite ones.

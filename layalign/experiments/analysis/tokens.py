@@ -1,24 +1,24 @@
-"""Labels of tokens that a person can read, in any script."""
+"""Human-readable labels of tokens, in any script."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-CONTINUED = "·"  # a token that only goes on with the character before it
+CONTINUED = "·"  # a token that only continues the character before it
 SPACE = "␣"
 _BROKEN = "\ufffd"
-_LONGEST = 8  # tokens of one character, at most
+_LONGEST = 8  # maximum number of tokens of one character
 
 
 def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """A label for each token.
 
-    Bytes of one character are decoded together: the character stands at the first of them, a dot at the others.
+    The bytes of one character are decoded together: the first token gets the character, the others a dot.
 
     Args:
-        tokenizer: of transformers.
-        ids: token ids, special ones included.
+        tokenizer: a transformers tokenizer.
+        ids: token ids, including special ones.
     """
     special = set(getattr(tokenizer, "all_special_ids", ()))
     labels: list[str] = []
@@ -35,7 +35,7 @@ def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _whole(tokenizer: Any, ids: Sequence[int]) -> tuple[str | None, int]:
-    """The shortest start of ``ids`` that decodes to whole characters, and its number of tokens; else (None, 1)."""
+    """The shortest prefix of ``ids`` that decodes to complete characters: (text, number of tokens), or (None, 1)."""
     for count in range(1, len(ids) + 1):
         text = tokenizer.decode(list(ids[:count]), clean_up_tokenization_spaces=False)
         if _BROKEN not in text:

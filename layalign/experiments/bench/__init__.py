@@ -1,1 +1,1 @@
-"""Result files of the benchmarks: reading, comparing, plotting."""
+"""Reading, comparing and plotting the result files of the benchmarks."""

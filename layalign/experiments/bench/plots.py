@@ -1,4 +1,4 @@
-"""The plots of a result file: bars against every baseline, the roofline, the scaling curves."""
+"""The plots of a result file: bars for every baseline, the roofline, the scaling curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPERATIONS = ("layer_mix", "layer_projection", "gated_cross_attention")
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write what the file has rows for; the PNG files, the whole model's first."""
+    """Write the plots for which the file has rows; returns the PNG files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,7 +53,7 @@ def _is_operation(row: dict[str, Any]) -> bool:
 
 
 def _bars(rows: Sequence[dict[str, Any]]) -> Any:
-    """ours / baseline: a panel per group in two columns, a bar per baseline, the targets as lines."""
+    """Ratios ours / baseline: a panel per group in two columns, a bar per baseline, targets as lines."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row.get("against") and "slopes" not in row:
@@ -81,7 +81,7 @@ def _bars(rows: Sequence[dict[str, Any]]) -> Any:
     handles = [axes[0].barh([0], [0], color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
     figure.suptitle(
-        "ours / baseline: below 1, ours takes less (black line: must, dotted: aim; ≈: fewer than three rounds)",
+        "ours / baseline: below 1 is better (black line: required, dotted: goal; ≈: fewer than three rounds)",
         fontsize=9,
     )
     return figure
@@ -105,7 +105,7 @@ def _bar_panel(axis: Any, group: str, rows: Sequence[dict[str, Any]], colours: d
         labels.append(row["name"])
         place += 1
     axis.axvline(1, color="#888888", linewidth=0.8)
-    axis.margins(x=0.1)  # for the numbers beside the longest bars
+    axis.margins(x=0.1)  # for the numbers next to the longest bars
     axis.set_yticks(ticks, labels, fontsize=7)
     axis.tick_params(axis="x", labelsize=7)
     axis.invert_yaxis()
@@ -113,7 +113,7 @@ def _bar_panel(axis: Any, group: str, rows: Sequence[dict[str, Any]], colours: d
 
 
 def _roofline(results: Results, rows: Sequence[dict[str, Any]]) -> Any:
-    """TFLOP/s over operations per byte, under the two ceilings measured in the same run."""
+    """TFLOP/s over operations per byte, with the two ceilings measured in the same run."""
     ceilings = results.data.get("ceilings", {})
     points = [row for row in rows if row.get("flop per byte") and row.get("TFLOP/s")]
     if not points or not {"copy GB/s", "matmul TFLOP/s"} <= ceilings.keys():
@@ -137,7 +137,7 @@ def _roofline(results: Results, rows: Sequence[dict[str, Any]]) -> Any:
         )
     axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
     axis.set_title(
-        "Roofline (points above it: from caches, zeros left out, or a faster moment than the line was measured in)",
+        "Roofline (points above it: data in caches, zeros skipped, or a faster clock than when the line was measured)",
         fontsize=9,
         loc="left",
     )

@@ -1,4 +1,4 @@
-"""Plots (PNG) and one page (report.html, images inside) from the result files of a folder, and from nothing else."""
+"""Plots (PNG) and one page (report.html, with embedded images) from the result files of a folder."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def write_report(folder: Path) -> Path:
 
 
 def _scope(found: Sequence[Results]) -> str:
-    """What the page does not tell."""
+    """Warnings about the limits of the results."""
     lines = []
     if not any(results.gpu for results in found):
-        lines.append("No GPU result: nothing on this page was measured on a GPU, or says anything about one.")
+        lines.append("No GPU results: nothing on this page was measured on a GPU or says anything about one.")
     if any(results.data["shapes"] == "quick" for results in found):
-        lines.append("The quick shapes are a smoke run: their figures mean nothing.")
+        lines.append("The quick shapes are a smoke test: their numbers mean nothing.")
     for results in found:
         if results.data["facts"].get("changed files"):
             lines.append(f"{results.path.name}: measured with uncommitted changes.")
@@ -60,14 +60,14 @@ def _scope(found: Sequence[Results]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
+    """An HTML table; the cells are HTML already."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _section(results: Results, images: Sequence[Path]) -> str:
-    """All of one file."""
+    """The section of one result file."""
     parts = [f"<h2>{html.escape(results.device)}</h2>", _facts(results), _targets(results)]
     for image in images:
         data = base64.b64encode(image.read_bytes()).decode("ascii")
@@ -99,7 +99,7 @@ def _facts(results: Results) -> str:
 
 
 def _targets(results: Results) -> str:
-    """Ratios that must be reached, and whether they are."""
+    """A table of the ratios that are required, and whether they are reached."""
     rows = []
     for row in results.rows.values():
         target = row.get("target")
@@ -120,13 +120,13 @@ def _targets(results: Results) -> str:
 
 
 def _ratio(found: dict[str, Any]) -> str:
-    """With its quartiles, where it has some."""
+    """The ratio, with its quartiles if there are any."""
     spread = [found[key] for key in ("ratio q1", "ratio q3") if key in found]
     return ratio_text(found) + (f" ({spread[0]:.3f} to {spread[1]:.3f})" if len(spread) == 2 else "")
 
 
 def _group(rows: Sequence[dict[str, Any]]) -> str:
-    """One table: a line per row, a column per baseline."""
+    """The table of a group: a line per row, a column per baseline."""
     names = list(dict.fromkeys(name for row in rows for name in row.get("against", {})))
     rates = [key for key in RATES if any(key in row for row in rows)]
     slopes = any("slopes" in row for row in rows)

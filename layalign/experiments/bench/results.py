@@ -16,8 +16,8 @@ RATES = ("GB/s", "TFLOP/s", "percent of ceiling")
 NEEDED = ("id", "group", "name", "unit", "labels", "median", "q1", "q3")
 UNITS = ("s", "bytes")
 OPTIONAL = ("ratio q1", "ratio q3", "ratio low", "ratio high", "rounds")  # of each baseline
-FEW_ROUNDS = 3  # with fewer, a ratio is a rough one
-_VARIES = {"auto", "form", "zeros of the relu"}  # labels that say what happened, not what was asked for
+FEW_ROUNDS = 3  # with fewer, a ratio counts as rough
+_VARIES = {"auto", "form", "zeros of the relu"}  # labels that record an outcome, not a setting
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Results:
     """One result file.
 
     Attributes:
-        path: where it was read.
-        data: the whole file: facts, shapes, dtype, ceilings, left out, failed, rows.
-        rows: the rows by their id.
+        path: the file.
+        data: its content: facts, shapes, dtype, ceilings, left out, failed, rows.
+        rows: the rows by id.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Results:
 
     @property
     def gpu(self) -> bool:
-        """Whether it was measured on a GPU: the shapes that were run, not what else the machine has."""
+        """Whether it was measured on a GPU, judged by the shapes: a machine with a GPU may measure on its CPU."""
         return bool(self.data["shapes"] == "gpu")
 
     @property
@@ -53,7 +53,7 @@ class Results:
 
     @property
     def commit(self) -> str:
-        """Short, marked where files were changed."""
+        """The short commit, with a mark if there were uncommitted changes."""
         facts = self.data["facts"]
         return str(facts.get("commit", "unknown"))[:12] + (" (with changes)" if facts.get("changed files") else "")
 
@@ -77,7 +77,7 @@ def load(path: Path) -> Results:
             raise ArgumentError(f"results: {file} lacks {key!r}")
     device = data["facts"].get("device") if isinstance(data["facts"], dict) else None
     if not isinstance(device, dict) or not {"type", "name"} <= device.keys():
-        raise ArgumentError(f"results: {file} does not say the device, expected facts with its type and name")
+        raise ArgumentError(f"results: {file} names no device, expected facts with its type and name")
     _check_parts(file, data)
     rows: dict[str, dict[str, Any]] = {}
     for index, row in enumerate(data["rows"]):
@@ -95,7 +95,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_parts(file: Path, data: dict[str, Any]) -> None:
-    """What the report reads beside the rows."""
+    """Check what the report reads besides the rows."""
     ceilings, facts = data.get("ceilings", {}), data["facts"]
     if not isinstance(ceilings, dict) or not all(_is_number(value) and value > 0 for value in ceilings.values()):
         raise ArgumentError(f"results: {file}: ceilings: expected numbers above 0, got {shown(ceilings)}")
@@ -136,7 +136,7 @@ def _problem(row: Any) -> str | None:
 
 
 def _problem_of_slopes(row: dict[str, Any]) -> str | None:
-    """The same for what a scaling row has beside the others'."""
+    """What is wrong with the extra fields of a scaling row, or None."""
     if "slopes" not in row:
         return None
     slopes, points, sizes = row["slopes"], row.get("points"), row["labels"].get("sizes")
@@ -154,10 +154,10 @@ def _problem_of_slopes(row: dict[str, Any]) -> str | None:
 
 
 def load_folder(folder: Path) -> list[Results]:
-    """Every result file of a folder (other JSON files are passed over), by name.
+    """Read every result file of a folder, in order of their names. Other JSON files are ignored.
 
     Raises:
-        ArgumentError: there is none, or one that cannot be read.
+        ArgumentError: there is none, or one of them cannot be read.
     """
     if not folder.is_dir():
         raise ArgumentError(f"results: no such folder: {folder}")
@@ -173,12 +173,12 @@ def load_folder(folder: Path) -> list[Results]:
 
 @dataclass(frozen=True)
 class Change:
-    """One row in both files.
+    """A row that both files have.
 
     Attributes:
         first, second: the medians.
-        by: what the row is judged by: a baseline, or None for its own medians.
-        ratio: second / first of what it is judged by: above one is slower, or more memory.
+        by: the baseline whose ratios are compared, or None if the medians themselves are.
+        ratio: second / first of what is compared; above 1 is slower or uses more memory.
     """
 
     id: str
@@ -192,16 +192,21 @@ class Change:
 
 
 def compare(first: Results, second: Results, threshold: float = 1.1) -> list[Change]:
-    """The rows that both files have, in the order of the first.
+    """Compare the rows that both files have, in the order of the first.
 
-    A time is judged by its ratio to a baseline that took turns with it, as machines are not equally fast at all times:
-    the target's baseline, else the one with the most rounds, at least three in both files. What has none, and memory,
-    is judged by its own median. A regression is more than ``threshold`` times the other, with quartile ranges that do
-    not touch (the first quartile of the worse above the third of the better); an improvement is the same the other way
-    round.
+    Times are compared by their ratio to a baseline that was measured in turns with them, since the speed of a machine
+    varies. It is the baseline of the target, or else the one with the most rounds, at least three in both files.
+    Without such a baseline, and for memory, the medians themselves are compared.
+
+    A regression is a ratio above ``threshold`` with disjoint quartile ranges: the first quartile of the worse result is
+    above the third of the better one. An improvement is the reverse.
+
+    Args:
+        first, second: the result files.
+        threshold: factor of at least 1.
 
     Raises:
-        ArgumentError: the files are of different devices or shapes, or have no row in common.
+        ArgumentError: the files are from different devices or shapes, or have no row in common.
     """
     if not math.isfinite(threshold) or threshold < 1:
         raise ArgumentError(f"threshold: expected a factor of at least 1, got {threshold}")
@@ -226,7 +231,7 @@ def compare(first: Results, second: Results, threshold: float = 1.1) -> list[Cha
 
 
 def _judge(row: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The baseline that two times are judged by."""
+    """The baseline whose ratios are compared, or None (see :func:`compare`)."""
     rounds = {
         name: min(found.get("rounds", 0), other.get("against", {}).get(name, {}).get("rounds", 0))
         for name, found in row.get("against", {}).items()
@@ -239,7 +244,7 @@ def _judge(row: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 
 def _spread(row: dict[str, Any], by: str | None) -> tuple[float, float, float]:
-    """First quartile, median and third quartile of what a row is judged by."""
+    """First quartile, median and third quartile of what is compared in a row."""
     if by is None:
         return row["q1"], row["median"], row["q3"]
     found = row["against"][by]
@@ -256,7 +261,7 @@ def _change(name: str, row: dict[str, Any], other: dict[str, Any], threshold: fl
 
 
 def rough(found: dict[str, Any]) -> str:
-    """ "≈" before a ratio of fewer than three rounds. Memory is counted, not timed."""
+    """The mark "≈" for a ratio of fewer than three rounds, else "". Memory has no rounds."""
     return "≈" if found.get("rounds", FEW_ROUNDS) < FEW_ROUNDS else ""
 
 
@@ -266,13 +271,13 @@ def ratio_text(found: dict[str, Any]) -> str:
 
 
 def interval_text(found: dict[str, Any]) -> str:
-    """The 95 % interval of the ratio to one baseline; empty where there were too few rounds for one."""
+    """The 95 % interval of the ratio to one baseline; empty if there were too few rounds."""
     ends = [f"{found[key]:.3f}" for key in ("ratio low", "ratio high") if key in found]
     return " to ".join(ends) if len(ends) == 2 else ""
 
 
 def quantity(value: float, unit: str) -> str:
-    """1.23 ms, 45.6 MiB."""
+    """A value with its unit, such as "1.23 ms" or "45.60 MiB"."""
     if unit == "bytes":
         return f"{value / 2**20:.2f} MiB"
     for factor, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):

@@ -1,4 +1,4 @@
-"""The experiment's tables and pictures, from `results.json` alone."""
+"""The experiment's tables and plots, made from `results.json` only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMNS = ("all", "high", "medium", "low", "trained", "unseen", "English")
 
 
 def _pm(cell: dict[str, Any]) -> str:
-    """mean ± half, or the mean alone of a single seed."""
+    """Mean ± half of its interval, or only the mean for a single seed."""
     return f"{cell['mean']:.1f}" + (f" ± {cell['half']:.1f}" if cell["half"] is not None else "")
 
 
@@ -26,7 +26,7 @@ def _first(found: dict[str, Any]) -> str:
 
 
 def accuracy_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Header, then a row per system: mean accuracy and its interval over groups of languages."""
+    """Header, then a row per system: mean accuracy and its interval, by group of languages."""
     groups = [group for group in _COLUMNS if found["groups"][group]]
     rows = [["system", "seeds", *groups]]
     for system in found["systems"].values():
@@ -36,7 +36,7 @@ def accuracy_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def test_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Header, then a row per system but the first: difference to the first, its interval, corrected p-value."""
+    """Header, then a row per system except the first: difference to the first, its interval, corrected p-value."""
     first = _first(found)
     groups = [group for group in ("all", "low", "trained", "unseen") if found["groups"][group]]
     rows = [["system", *(part for group in groups for part in (f"{group}: difference", "p"))]]
@@ -57,7 +57,7 @@ def _p(value: float) -> str:
 
 
 def cost_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Header, then a row per system: what it trained, for how long."""
+    """Header, then a row per system: trained parameters, steps and seconds."""
     rows = [["system", "trained parameters", "steps: translation", "steps: task", "training seconds"]]
     for system in found["systems"].values():
         steps = [str(system["train_steps"].get(stage, 0)) for stage in ("translation", "task")]
@@ -79,21 +79,22 @@ def language_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """Rows, the first of them the header, as a Markdown table."""
+    """Rows as a Markdown table; the first row is the header."""
     left = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], left, *lines[1:]]) + "\n"
 
 
 def notes(found: dict[str, Any]) -> list[str]:
-    """What the numbers are, a statement each."""
+    """Sentences that explain the numbers."""
     settings = found["settings"]
     shares = ", ".join(f"{level} {share:g}" for level, share in settings["encoder_share"].items())
     lines = [
         f"{settings['questions']} {settings['split']} questions per language; means over seeds with 95% intervals "
-        "(Student's t). Every seed has its own data, its own LLM and encoder, and its own training.",
+        "(Student's t). Each seed has its own data, LLM, encoder and training.",
         "; ".join(f"{name}: {what}" for name, what in GROUPS.items() if found["groups"][name]) + ".",
-        f"How much the encoder read of a language: {shares}. Unseen: {', '.join(settings['unseen']) or 'none'}.",
+        f"Share of a language in the encoder's pre-training: {shares}. "
+        f"Unseen: {', '.join(settings['unseen']) or 'none'}.",
         f"Tests: paired over seeds against {found['systems'].get(_first(found), {}).get('label', _first(found))}, "
         "two-sided t, p-values corrected over the systems by Holm's method.",
     ]
@@ -111,7 +112,7 @@ TABLES = {
 
 
 def picture(found: dict[str, Any]) -> bytes:
-    """PNG: mean accuracy of each system, over all languages and by level, with intervals."""
+    """PNG with the mean accuracy of each system, over all languages and by level, with intervals."""
     import io
 
     from matplotlib.figure import Figure
@@ -153,7 +154,7 @@ def _html_table(rows: list[list[str]]) -> str:
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
-    """`report.html` (self-contained), `report.md` and `accuracy.png` in a folder."""
+    """Write `report.html` (self-contained), `report.md` and `accuracy.png` into a folder."""
     image = picture(found)
     write_whole(folder / "accuracy.png", image)
     items = "".join(f"<li>{html.escape(line)}</li>" for line in notes(found))
@@ -179,7 +180,7 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
 
 
 def written_into(page: str, found: dict[str, Any]) -> str:
-    """``page`` with each table between its marks (`<!-- experiment: NAME -->`, `<!-- end -->`) replaced."""
+    """``page`` with each table between its markers (`<!-- experiment: NAME -->`, `<!-- end -->`) replaced."""
     for name, (_, rows) in TABLES.items():
         begin = f"<!-- experiment: {name} -->"
         if begin in page:

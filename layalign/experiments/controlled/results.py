@@ -1,4 +1,4 @@
-"""What the finished runs of an experiment say: means over seeds, intervals, paired tests against the first system."""
+"""Results of the finished runs: means over seeds, intervals, and paired tests against the first system."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from scipy import stats
 from layalign.evaluation.intervals import holm
 from layalign.experiments.controlled.runs import PREPARED, RESULT, read_done, run_folder, seed_folder
 from layalign.experiments.controlled.settings import LEVELS, ExperimentSettings
+from layalign.utils.files import write_whole
 
 CONFIDENCE = 0.95
-# What the accuracies are averaged over: name, and what it means.
+# Groups of languages over which accuracies are averaged: name and description.
 GROUPS = {
     "all": "every language",
     "high": "high-resource",
@@ -41,7 +42,7 @@ def members(settings: ExperimentSettings, group: str) -> list[str]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, half of its 95% interval) by Student's t over seeds; None for the half with a single value."""
+    """Mean and half of its 95% interval, by Student's t over seeds; the half is None for a single value."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None
@@ -63,7 +64,7 @@ def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, float 
 
 
 def corrected(values: Sequence[float | None]) -> list[float | None]:
-    """p-values corrected for their number by Holm's method, in the order given; None stays None."""
+    """p-values corrected for multiple tests by Holm's method, in the given order; None stays None."""
     known = iter(holm([p for p in values if p is not None]))
     return [None if p is None else next(known) for p in values]
 
@@ -116,7 +117,7 @@ def _system(settings: ExperimentSettings, name: str, runs: dict[int, dict[str, A
 
 
 def _tests(systems: dict[str, Any], first: str) -> None:
-    """Put the comparison with the first system into each other one's groups; corrected over the systems of a group."""
+    """Add the comparison with the first system to the groups of the others; corrected over the systems of a group."""
     others = [name for name in systems if name != first]
     for group in systems[first]["groups"] if first in systems else ():
         tests = []
@@ -131,7 +132,7 @@ def _tests(systems: dict[str, Any], first: str) -> None:
 
 
 def summarise(settings: ExperimentSettings, folder: Path) -> dict[str, Any]:
-    """Everything the report tells, as JSON values."""
+    """Everything that the report needs, as JSON values."""
     runs = collect(settings, folder)
     systems = {name: _system(settings, name, of_system) for name, of_system in runs.items()}
     _tests(systems, settings.systems[0].name)
@@ -156,9 +157,7 @@ def summarise(settings: ExperimentSettings, folder: Path) -> dict[str, Any]:
 
 
 def write_results(settings: ExperimentSettings, folder: Path) -> dict[str, Any]:
-    """`results.json` in the experiment's folder, from the runs that are finished."""
-    from layalign.utils.files import write_whole
-
+    """Write `results.json` into the experiment's folder, from the finished runs."""
     found = summarise(settings, folder)
     write_whole(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found

@@ -1,6 +1,6 @@
-"""One seed's pre-training, and one run: a system trained and evaluated with that seed.
+"""The pre-training of a seed, and a run: one system, trained and evaluated with one seed.
 
-A run leaves `result.json` behind, written last; what has one is not done again. A run that was cut off starts over.
+A run writes `result.json` last. A run that has one is not repeated; an interrupted run starts over.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _FILES = {"translation": TRANSLATION, "task": MATH}
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
-    """Where a seed's data, encoder and LLM are."""
+    """Folder of a seed's encoder and LLM."""
     return folder / "parts" / f"seed-{seed}"
 
 
 def run_folder(folder: Path, system: str, seed: int) -> Path:
-    """Where a run's checkpoints, predictions and result are."""
+    """Folder of a run's data, checkpoints, predictions and result."""
     return folder / "runs" / system / f"seed-{seed}"
 
 
@@ -52,22 +52,22 @@ def read_done(path: Path, fingerprint: str) -> dict[str, Any] | None:
     """What a finished step wrote, or None.
 
     Raises:
-        ArgumentError: it was done with other settings.
+        ArgumentError: the step was done with other settings, or the file cannot be read.
     """
     if not path.is_file():
         return None
     found = read_json(path, where=f"output: {path}", error=ArgumentError)
     if not isinstance(found, dict):
-        raise ArgumentError(f"output: {path}: not what a step of an experiment writes, remove it to do the step again")
+        raise ArgumentError(f"output: {path}: expected the result of a step; remove the file to repeat the step")
     if found.get("fingerprint") != fingerprint:
         raise ArgumentError(
-            f"output: {path.parent} was made with other settings; expected another folder, or that one removed"
+            f"output: {path.parent} was made with other settings; use another folder or remove that one"
         )
     return found
 
 
 def _empty(place: Path) -> None:
-    """Remove what a run that was cut off has left in its folder; whoever holds the folder keeps it."""
+    """Remove what an interrupted run left in its folder, except the lock file."""
     for path in place.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -76,7 +76,7 @@ def _empty(place: Path) -> None:
 
 
 def log(folder: Path, event: str, **content: Any) -> None:
-    """Append a line to the log of all runs; lines of several processes do not mix."""
+    """Append a line to the log of all runs, in one write so that lines of several processes do not mix."""
     entry = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **content}
     with writing(f"output: {folder / LOG}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def log(folder: Path, event: str, **content: Any) -> None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + where its code was changed; None outside a checkout."""
+    """The checkout's commit, with a + if its code has uncommitted changes; None outside a checkout."""
     root = Path(__file__).resolve().parents[3]
 
     def git(*words: str) -> str:
@@ -98,7 +98,7 @@ def _commit() -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """What the numbers depend on beside the settings."""
+    """What the numbers depend on besides the settings."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return {
         "commit": _commit(),
@@ -110,9 +110,10 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _done(path: Path, fingerprint: str, found: dict[str, Any]) -> dict[str, Any]:
+def write_done(path: Path, fingerprint: str, found: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
+    """Write the result of a step with its fingerprint and versions; returns the whole content."""
     content = {"fingerprint": fingerprint, **found, "versions": versions()}
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
     return content
 
 
@@ -128,7 +129,7 @@ def _every(losses: list[tuple[int, float]], interval: int) -> Callable[[int, int
 
 
 def prepare(settings: ExperimentSettings, folder: Path, seed: int) -> dict[str, Any]:
-    """Data, tokenizers, LLM and encoder of a seed, from scratch."""
+    """Train tokenizers, LLM and encoder of a seed from scratch, unless that has been done."""
     place, mark = seed_folder(folder, seed), settings.fingerprint()
     with held(place, "output"):
         return read_done(place / PREPARED, mark) or _prepare(settings, place, seed, mark)
@@ -159,11 +160,11 @@ def _prepare(settings: ExperimentSettings, place: Path, seed: int, mark: str) ->
         model.save_pretrained(place / name)
         give_usual_modes(place / name)
         tokenizer.save_pretrained(place / name)
-    return _done(place / PREPARED, mark, {"seed": seed, "seconds": seconds, "losses": losses})
+    return write_done(place / PREPARED, mark, {"seed": seed, "seconds": seconds, "losses": losses})
 
 
 def _write_data(settings: ExperimentSettings, place: Path, seed: int) -> None:
-    """The texts of both stages and the test questions, new for every run: files of a cut-off run may be half."""
+    """Write the texts of both stages and the test questions, again for every run: old files may be incomplete."""
     count = {name: getattr(settings, name).steps * getattr(settings, name).batch for name in ("translation", "task")}
     write_files(
         place,
@@ -178,7 +179,7 @@ def _write_data(settings: ExperimentSettings, place: Path, seed: int) -> None:
 
 
 class _Watch(TrainerCallback):
-    """Times the steps alone, without loading and evaluation, and keeps the losses."""
+    """Times the steps, without loading and evaluation, and keeps the losses."""
 
     def __init__(self) -> None:
         self.seconds, self.losses = 0.0, []  # type: ignore[var-annotated]
@@ -204,7 +205,7 @@ def _stage(
     seed: int,
     before: Any,
 ) -> dict[str, Any]:
-    """Train one stage; returns what it took."""
+    """Train one stage; returns its steps, seconds and losses."""
     budget: Steps = getattr(settings, stage)
     steps = max(1, round(budget.steps * system.steps_factor))
     start: dict[str, Any] = {"init_checkpoint": before}
@@ -229,7 +230,7 @@ def _stage(
 
 
 def _model(system: System, parts: Path, place: Path, last: str | None) -> LayAlignForCausalLM:
-    """What is evaluated: the last stage's checkpoint, or the untrained start."""
+    """The model to evaluate: the checkpoint of the last stage, or the untrained model."""
     if last is not None:
         return LayAlignForCausalLM.from_pretrained(place / last).eval()
     fields = {**baseline(system.baseline).settings, **system.settings}
@@ -237,7 +238,7 @@ def _model(system: System, parts: Path, place: Path, last: str | None) -> LayAli
 
 
 def run(settings: ExperimentSettings, folder: Path, system_name: str, seed: int) -> dict[str, Any]:
-    """Train and evaluate a system with a seed, whose parts are there; returns what `result.json` holds."""
+    """Train and evaluate a system with a seed that has been prepared; returns the content of `result.json`."""
     system = settings.system(system_name)
     place, mark = run_folder(folder, system.name, seed), settings.fingerprint(system)
     with held(place, "output"):
@@ -274,4 +275,4 @@ def _run(
         "scores": {name: {"correct": s.correct, "count": s.count} for name, s in result.scores.items()},
         "gates": [round(gate.item(), 4) for name, gate in model.named_parameters() if name.endswith("adaption_gate")],
     }
-    return _done(place / RESULT, mark, found)
+    return write_done(place / RESULT, mark, found)

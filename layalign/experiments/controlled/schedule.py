@@ -1,4 +1,4 @@
-"""All runs of an experiment, several at a time in processes of their own; what is done already is not done again."""
+"""Runs the unfinished runs of an experiment, several at a time, each in its own process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from layalign.experiments.controlled.settings import ExperimentSettings
 from layalign.utils.errors import ArgumentError, StoppedError
 
-# Called with a finished task, its seconds, and what went wrong (None: nothing).
+# Called with a finished task, its seconds, and its error (None: none).
 Tell = Callable[["Task", float, str | None], None]
 
 
 @dataclass(frozen=True, order=True)
 class Task:
-    """A seed's pre-training (no system), or a run. Sorted as they are done: seeds first, then system by system."""
+    """The pre-training of a seed (no system), or a run. Sorted in order of execution: seeds, then system by system."""
 
     place: int
     seed: int
@@ -28,12 +28,12 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For the log."""
+        """Name for the log."""
         return f"{self.system or 'pre-training'}, seed {self.seed}"
 
 
 def tasks(settings: ExperimentSettings, only: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Task]:
-    """What there is to do, in order.
+    """All tasks, in order of execution.
 
     Raises:
         ArgumentError: a system or seed is not in the settings.
@@ -49,8 +49,8 @@ def tasks(settings: ExperimentSettings, only: Sequence[str] | None, seeds: Seque
     )
 
 
-def _start(threads: int) -> None:
-    """A worker's beginning: as many threads as are its share."""
+def start_worker(threads: int) -> None:
+    """Initialize a worker process with its share of the threads."""
     import torch
 
     from layalign.utils.quiet import quiet_transformers
@@ -90,27 +90,30 @@ def run_all(
     jobs: int = 1,
     tell: Tell = lambda task, seconds, problem: None,
 ) -> list[Task]:
-    """Do what is not done yet; returns the tasks that failed (and the runs of a seed whose pre-training did).
+    """Run all unfinished tasks.
 
     Args:
-        settings: of the experiment.
-        folder: for everything; one that holds another experiment's runs is refused.
-        only, seeds: some of the systems and seeds.
-        jobs: how many at a time. Each gets its share of the cores.
-        tell: called for each task that was done.
+        settings: settings of the experiment.
+        folder: folder for everything; it must not hold runs of another experiment.
+        only, seeds: limit the tasks to these systems and seeds.
+        jobs: number of tasks at a time; they share the cores.
+        tell: called after each task.
+
+    Returns:
+        The failed tasks, including the runs of a seed whose pre-training failed.
 
     Raises:
         ArgumentError: a system or seed is not in the settings, or the folder holds runs of other settings.
-        StoppedError: SIGTERM came to a run that trained; no other is begun.
+        StoppedError: a training run received SIGTERM; no further task is started.
     """
     if jobs < 1:
-        raise ArgumentError(f"jobs: expected a number from 1, got {jobs}")
+        raise ArgumentError(f"jobs: expected at least 1, got {jobs}")
     waiting = [task for task in tasks(settings, only, seeds) if not _is_done(settings, folder, task)]
     pending: dict[Future[float], Task] = {}
     failed: list[Task] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(threads,)) as pool:
         while waiting or pending:
             unready = {task.seed for task in (*waiting, *pending.values()) if task.system is None}
             dead = {task.seed for task in failed if task.system is None}

@@ -1,4 +1,4 @@
-"""What an experiment does, read from YAML and checked so that every error names the key."""
+"""Settings of an experiment, read from YAML; every error names the key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WHOLE = (
 
 @dataclass(frozen=True)
 class Steps(Budget):
-    """A budget of pre-training or of a stage, checked."""
+    """The budget of a pre-training or a stage, with checks."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
@@ -40,14 +40,14 @@ class Steps(Budget):
 
 @dataclass(frozen=True)
 class System:
-    """One column of the result: a baseline, perhaps with changes.
+    """One system to compare: a baseline, possibly with changes.
 
     Attributes:
-        name: of its folder and column.
+        name: name of its folder and on the command line.
         baseline: one of :data:`layalign.training.baselines.BASELINES`.
         settings: further keys of ``TrainConfig``, such as adapter_size.
-        steps_factor: times the steps of each stage, to take as long as another system.
-        label: for tables; the baseline's by default.
+        steps_factor: factor for the steps of each stage, to train as long as another system.
+        label: name in tables; the baseline's by default.
     """
 
     name: str
@@ -57,7 +57,7 @@ class System:
     label: str = ""
 
     def __post_init__(self) -> None:
-        # It names a folder: not "." and not "..".
+        # It becomes the name of a folder: "." and ".." are not allowed.
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             refuse("systems", "names of letters, digits and - _ ., with a letter or digit first", self.name)
         factor, where = self.steps_factor, f"systems.{self.name}"
@@ -73,20 +73,20 @@ class System:
 
 @dataclass(frozen=True)
 class ExperimentSettings:
-    """All of an experiment.
+    """All settings of an experiment.
 
     Attributes:
-        languages: by resource level; the levels are high, medium and low.
-        encoder_share: by level, how often the encoder reads a language in pre-training, against 1.
-        unseen: languages that neither stage of LayAlign trains on. English, too, is in neither.
-        llm_size, llm_layers, encoder_size, encoder_layers, encoder_vocabulary: shapes of the two models.
-        llm, encoder: their pre-training.
-        translation, task: the two stages, the same for every system (but see `System.steps_factor`).
+        languages: languages by resource level: high, medium and low.
+        encoder_share: relative frequency of a language in the encoder's pre-training, by level.
+        unseen: languages that neither stage of LayAlign trains on. English is not in either stage.
+        llm_size, llm_layers, encoder_size, encoder_layers, encoder_vocabulary: sizes of the two models.
+        llm, encoder: budgets of their pre-training.
+        translation, task: budgets of the two stages, the same for every system (but see `System.steps_factor`).
         questions: test questions per language.
-        split: "test", or "dev" to choose settings on.
-        max_new_tokens: longest answer.
-        seeds: each makes its own data, LLM, encoder and training.
-        systems: what is compared. The first is what the others are tested against.
+        split: "test", or "dev" for choosing settings.
+        max_new_tokens: maximum length of an answer in tokens.
+        seeds: each seed has its own data, LLM, encoder and training.
+        systems: the systems to compare; the others are tested against the first.
     """
 
     languages: dict[str, list[str]]
@@ -127,13 +127,13 @@ class ExperimentSettings:
 
     @property
     def all_languages(self) -> list[str]:
-        """Every language, English first, then by level."""
+        """All languages, English first, then by level."""
         named = [language for level in LEVELS for language in self.languages.get(level, [])]
         return ["English", *(language for language in named if language != "English")]
 
     @property
     def trained_languages(self) -> list[str]:
-        """Those of both stages."""
+        """The languages of both stages."""
         return [language for language in self.all_languages if language not in ("English", *self.unseen)]
 
     def level(self, language: str) -> str:
@@ -145,18 +145,18 @@ class ExperimentSettings:
         return {language: self.encoder_share[self.level(language)] for language in self.all_languages}
 
     def system(self, name: str) -> System:
-        """The system of a name; raises ArgumentError where there is none."""
+        """The system with this name; raises ArgumentError if there is none."""
         for system in self.systems:
             if system.name == name:
                 return system
         raise ArgumentError(f"only: expected some of {', '.join(s.name for s in self.systems)}, got {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON or YAML."""
+        """Plain values for JSON or YAML."""
         return asdict(self)
 
     def fingerprint(self, system: System | None = None) -> str:
-        """Changes with everything that a run of `system` (or the pre-training) depends on."""
+        """A hash of everything that a run of `system` depends on; without a system, that the pre-training does."""
         values = self.to_dict()
         for key in ("systems", "seeds"):
             values.pop(key)
@@ -164,7 +164,7 @@ class ExperimentSettings:
             for key in ("translation", "task", "questions", "split", "max_new_tokens", "unseen"):
                 values.pop(key)
         else:
-            # A label is for tables; what the baseline's name means is part of the run.
+            # The label does not affect the run; the settings behind the baseline's name do.
             chosen = baseline(system.baseline)
             of_system = {"settings": with_old_names(chosen.settings), "stages": chosen.stages, **asdict(system)}
             values["system"] = {key: value for key, value in of_system.items() if key != "label"}
@@ -178,10 +178,10 @@ def preset_names() -> list[str]:
 
 
 def load_settings(source: str | Path = "controlled") -> ExperimentSettings:
-    """Settings from a YAML file, or of a preset.
+    """Load settings from a YAML file or a preset.
 
     Raises:
-        ArgumentError: no such file or preset, or a key is unknown, missing or wrong; the text names it.
+        ArgumentError: there is no such file or preset, or a key is unknown, missing or wrong; the text names it.
     """
     if not isinstance(source, str | Path):
         refuse("config", "a .yaml file or the name of a preset", source)

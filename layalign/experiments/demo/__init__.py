@@ -1,4 +1,4 @@
-"""`layalign demo`: real pretrained models, a LayAlign checkpoint that ships with the package, sentences of our own."""
+"""`layalign demo`: pretrained models, a LayAlign checkpoint that ships with the package, and our own sentences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["DemoOptions", "run_demo"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the demo only when it is asked for: its sentences need no transformers."""
+    """Import the demo lazily, since `sentences` needs no transformers."""
     if name in __all__:
         from layalign.experiments.demo import run
 

@@ -1,4 +1,4 @@
-"""Both systems are asked the same sentences: what they write, and how likely the reference is for them."""
+"""Both systems translate the same sentences: their answers, and how likely the references are for them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _ROWS = 64  # questions in a batch
 
 @dataclass(frozen=True)
 class Answer:
-    """What a system makes of one sentence.
+    """The result of a system for one sentence.
 
     Attributes:
         text: its translation, by greedy search.
-        log_prob: sum of the log-probabilities of the reference's tokens, its end included, in nats.
-        tokens: how many these are.
+        log_prob: sum of the log-probabilities of the reference's tokens, including its end, in nats.
+        tokens: number of these tokens.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one system in one language: chrF (0..100) of its answers, nats a token of the references."""
+    """Score of one system in one language: chrF (0..100) of its answers, nats per token of the references."""
 
     chrf: float
     nats: float
@@ -43,13 +43,13 @@ def layalign_answers(
     longest_answer: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, list[Answer]]:
-    """Answers of a LayAlign model that was trained to translate, and how likely their targets are.
+    """Answers of a LayAlign model that was trained to translate, and how likely the references are.
 
     Args:
         joined: the model.
-        questions: by language.
-        longest_answer: in tokens.
-        advance: called with the number of questions that were answered.
+        questions: sentences and their references, by language.
+        longest_answer: maximum length of an answer in tokens.
+        advance: called with the number of questions answered.
     """
     tokenizers = joined.encoder_tokenizer, joined.llm_tokenizer
     with_targets, without = (
@@ -71,10 +71,10 @@ def layalign_answers(
 def llm_answers(
     alone: LlmAnswers, questions: Mapping[str, Sequence[Example]], advance: Callable[[int], None] = lambda count: None
 ) -> dict[str, list[Answer]]:
-    """Answers of an LLM with examples in its prompt, language by language, so that these are read once.
+    """Answers of an LLM with examples in its prompt, one language at a time, so that the examples are read once.
 
     Args:
-        alone: what `llm_alone` returns.
+        alone: the result of `llm_alone`.
         questions, advance: as for `layalign_answers`.
     """
     found = {}

@@ -1,4 +1,4 @@
-"""Charts as inline SVG in the page's own colours, so that they follow its dark mode and need no font but its own."""
+"""Charts as inline SVG that use the page's colours and fonts, and so follow its dark mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 40
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its name, its points (x, y), its colour's class (`c1` to `c4`), dashed or not."""
+    """A curve: its name, its points (x, y), the CSS class of its colour (`c1` to `c4`), dashed or not."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -22,7 +22,7 @@ class Line:
 
 
 def legend(entries: Sequence[tuple[str, str, bool]]) -> str:
-    """(name, colour's class, dashed) of each entry."""
+    """A legend; each entry is (name, CSS class of the colour, dashed)."""
     items = (
         f'<li><svg width="26" height="10"><line x1="1" y1="5" x2="25" y2="5" class="line {colour}'
         f'{" dashed" if dashed else ""}"/></svg>{html.escape(name)}</li>'
@@ -35,9 +35,9 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, low: float 
     """Curves over one pair of axes, with a legend above.
 
     Args:
-        lines: at least one point in all.
-        x_label, y_label: of the axes.
-        low: where the y axis begins; None is below the lowest point.
+        lines: the curves; at least one point in total.
+        x_label, y_label: labels of the axes.
+        low: start of the y axis; None is below the lowest point.
     """
     points = [point for line in lines for point in line.points]
     xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -107,15 +107,15 @@ def heat_map(
     names: tuple[str, str] | None = None,
     slanted: bool = False,
 ) -> str:
-    """A cell for each number: how full its colour is tells its size, the colour its sign.
+    """A cell for each number. The opacity shows its size, the colour its sign.
 
     Args:
-        rows: numbers.
-        row_labels, column_labels: of each row and column.
+        rows: the numbers.
+        row_labels, column_labels: labels of the rows and columns.
         cell: width and height of a cell.
-        limit: the size with the full colour.
-        names: of the columns' and of the rows' axis.
-        slanted: column labels lean over, for words instead of numbers.
+        limit: the size with full opacity.
+        names: names of the columns' and of the rows' axis.
+        slanted: whether column labels are rotated, for words instead of numbers.
     """
     wide, high = cell
     left = 12 + (18 if names else 0) + round(6.6 * max(len(label) for label in row_labels))
@@ -169,7 +169,7 @@ def _at(value: float, span: tuple[float, float], start: float, end: float) -> fl
 
 
 def _ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from below ``low`` to ``high``, at most ``most`` + 1 of them."""
+    """Round numbers from at most ``low`` up to ``high``, about ``most`` of them."""
     size = (high - low) or 1.0
     raw = size / most
     power = 10.0 ** math.floor(math.log10(raw))

@@ -1,4 +1,4 @@
-"""A short training run from nothing: LayAlign over all encoder layers, and over the last one alone, side by side."""
+"""A short training run from scratch: LayAlign over all encoder layers, and over only the last one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Show = Callable[[int, int, dict[str, float]], None]
 
 @dataclass
 class Curves:
-    """Losses in nats a target token, by system (the keys of `SYSTEMS`).
+    """Losses in nats per target token, by system (the keys of `SYSTEMS`).
 
     Attributes:
-        batches: of each step's batch, before the step.
-        held_out: (steps done, loss) on pairs that no step reads.
-        pairs, read: training pairs there are, and pairs that were read, repetitions counted.
-        trained: parameters of each system that train.
+        batches: loss of each step's batch, before the step.
+        held_out: (steps done, loss) on pairs that are not trained on.
+        pairs: number of training pairs.
+        read: number of pairs that were read, including repetitions.
+        trained: number of trained parameters of each system.
     """
 
     batches: dict[str, list[float]] = field(default_factory=dict)
@@ -49,18 +50,18 @@ def train_live(
     seed: int,
     show: Show = lambda step, steps, losses: None,
 ) -> Curves:
-    """Train both systems on the same batches, from the same fresh adapter.
+    """Train both systems on the same batches, from the same initial adapter.
 
     Args:
-        encoder, llm: the frozen parts; the LLM is not attached, and is given back as it was.
-        tokenizers: of encoder and LLM.
-        pairs: training text.
-        held_out: pairs for the curve beside it.
-        steps, batch_size: how long; each pair is read once before any is read again.
-        seed: of the fresh weights and of the order.
+        encoder, llm: the frozen parts. The LLM must not be attached; it is restored at the end.
+        tokenizers: tokenizers of encoder and LLM.
+        pairs: training pairs.
+        held_out: pairs for the held-out loss.
+        steps, batch_size: number and size of the batches; each pair is read once before any is repeated.
+        seed: seed of the initial weights and of the order.
         show: called after each step with (step, steps, loss by system).
     """
-    # The second LLM has modules of its own and the same weights: no memory but for activations.
+    # The second LLM has its own modules but shares the weights, so it takes no memory except for activations.
     llms = [llm, copy.deepcopy(llm, {id(parameter): parameter for parameter in llm.parameters()})]
     models: dict[str, Any] = {}
     curves = Curves(pairs=len(pairs))
@@ -97,7 +98,7 @@ def _optimizer(model: Any) -> torch.optim.Optimizer:
 
 
 def _train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], step: int) -> float:
-    """One step, of which the first few are smaller; the loss before it."""
+    """Take one step, with linear warm-up; returns the loss before it."""
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE * min(1.0, step / WARM_UP)
     loss = model(**batch).loss
@@ -116,7 +117,7 @@ def _hold_out(models: dict[str, Any], collate: Any, examples: Sequence[Example],
 
 
 def _batches(pairs: Sequence[Example], size: int, steps: int, seed: int) -> Iterator[list[Example]]:
-    """All pairs in a drawn order, then in another one, ..."""
+    """Batches of all pairs in a random order, then in another one, and so on."""
     draw, left = random.Random(seed), list[Example]()
     for _ in range(steps):
         if len(left) < size:

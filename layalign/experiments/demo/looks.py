@@ -1,4 +1,4 @@
-"""What the page shows of the checkpoint's inside."""
+"""What the page shows of the checkpoint: gates, mix, retrieval and attention."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def inside(
     Args:
         joined: the model.
         checkpoint: its folder, for the gates over training.
-        parallel: sentences by language, row i of each a translation of the same English.
-        shown: the sentence whose answer's attention is shown.
+        parallel: sentences by language; row i of each language translates the same English.
+        shown: the sentence to show attention for.
     """
     mix = fusion.mix_weights(joined.model)
     reader = Reader(joined.model, joined.encoder_tokenizer, joined.llm_tokenizer)

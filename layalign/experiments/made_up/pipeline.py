@@ -1,4 +1,4 @@
-"""`layalign demo`: data, two pre-trainings, two LayAlign stages for two systems, evaluation of three, report."""
+"""`layalign demo --made-up`: data, two pre-trainings, both stages for two systems, evaluation of three, report."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from layalign.training import TrainConfig, train
 from layalign.utils.files import give_usual_modes, write_whole
 from layalign.utils.lock import held
 
-# What is compared, and its name in tables. The adapter alone has no aligner and no gates.
+# The systems and their names in tables. The adapter alone has no aligner and no gates.
 SYSTEMS = {"llm": "LLM alone", "adapter": "last-layer adapter alone", "layalign": "LayAlign"}
 _MAX_NEW_TOKENS = 48
 
 
 @dataclass
 class Demo:
-    """State of a run: settings, where it writes, and what it has found so far."""
+    """State of a run: settings, output folder, and results so far."""
 
     folder: Path
     settings: DemoSettings
@@ -59,20 +59,20 @@ def run_demo(
     settings: DemoSettings | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run the whole demo and write models, data, predictions, `results.json`, `report.html` and `report.md`.
+    """Run the demo and write models, data, predictions, `results.json`, `report.html` and `report.md`.
 
     Args:
-        output_dir: folder for everything; made if needed, and what an earlier run left there is replaced.
-        seed: of data, models and training.
-        fast: tiny sizes, to see it run.
-        settings: sizes of one's own, instead of `fast`.
-        progress: show bars and the table.
+        output_dir: folder for everything; created if needed. Files of an earlier run are replaced.
+        seed: seed of data, models and training.
+        fast: use tiny sizes, only to see it run.
+        settings: other sizes; overrides `fast`.
+        progress: show progress bars and the table.
 
     Returns:
-        What `results.json` holds.
+        The content of `results.json`.
 
     Raises:
-        ArgumentError: another run writes into `output_dir`.
+        ArgumentError: another run is writing into `output_dir`.
     """
     chosen = settings or (DemoSettings.fast() if fast else DemoSettings())
     with held(output_dir):
@@ -95,7 +95,7 @@ def _run(demo: Demo) -> dict[str, Any]:
     if demo.phases.shown:
         demo.phases.console.print(result_table(found))
         total = sum(demo.phases.seconds.values())
-        demo.phases.console.print(f"{total:.0f} s in all; report: {demo.folder / 'report.html'}")
+        demo.phases.console.print(f"{total:.0f} s in total; report: {demo.folder / 'report.html'}")
     return found
 
 
@@ -103,7 +103,7 @@ def _run(demo: Demo) -> dict[str, Any]:
 
 
 def recorder(losses: list[tuple[int, float]], show: Progress) -> Progress:
-    """Show a step and keep its loss."""
+    """A callback that shows a step and records its loss."""
 
     def record(step: int, steps: int, loss: float) -> None:
         losses.append((step, loss))
@@ -113,7 +113,7 @@ def recorder(losses: list[tuple[int, float]], show: Progress) -> Progress:
 
 
 def _pretrain(demo: Demo) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """Tokenizers and both models from scratch, saved to `llm/` and `encoder/`; returns (LLM's, encoder's) tokenizer."""
+    """Train tokenizers and models, saved to `llm/` and `encoder/`; returns the tokenizers of (LLM, encoder)."""
     settings, seed = demo.settings, demo.seed
     with demo.phases.phase("tokenizers"):
         llm_tokenizer = train_llm_tokenizer(tokenizer_texts("English", 2000, seed, answers=True))
@@ -139,7 +139,7 @@ def _pretrain(demo: Demo) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerB
 
 
 def _train(demo: Demo, system: str) -> LayAlignForCausalLM:
-    """Both stages of a system, each from the files and with the library's own training."""
+    """Train both stages of a system with the library's `train`, from the files."""
     checkpoint = None
     stages = (("translation", TRANSLATION, demo.settings.translation), ("task", MATH, demo.settings.task))
     for stage, files, budget in stages:
@@ -187,7 +187,7 @@ def _evaluate_all(
 
 
 def _found(demo: Demo, counts: dict[str, int], model: LayAlignForCausalLM) -> dict[str, Any]:
-    """Everything the report tells, as JSON values."""
+    """Everything that the report needs, as JSON values."""
     scores = {name: result.to_dict()["languages"] for name, result in demo.results.items()}
     layers = model.config.encoder_layers or []
     return {
@@ -230,7 +230,7 @@ def averages(scores: dict[str, dict[str, Any]], task_languages: tuple[str, ...])
 
 
 def result_table(found: dict[str, Any]) -> Table:
-    """The table for the terminal: languages and averages down, systems across."""
+    """The table for the terminal: a row per language and average, a column per system."""
     count = found["settings"]["problems_per_language"]
     table = Table(title=f"accuracy %, {count} {found['settings']['split']} problems per language, seed {found['seed']}")
     table.add_column("language")

@@ -1,4 +1,4 @@
-"""The demo's pictures, as PNG bytes."""
+"""The demo's plots, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _smoothed(points: list[Any]) -> tuple[list[int], list[float]]:
 
 
 def loss_curves(losses: dict[str, list[Any]]) -> bytes:
-    """One panel for pre-training, one for each LayAlign stage with both systems in it."""
+    """One panel for pre-training, and one with both systems for each LayAlign stage."""
     panels: dict[str, list[str]] = {"pre-training": [], "translation": [], "task": []}
     for name in losses:
         panels[next((panel for panel in panels if name.endswith(panel)), "pre-training")].append(name)
@@ -59,7 +59,7 @@ def gate_picture(gates: list[float]) -> bytes:
 
 
 def mix_picture(weights: list[list[float]], encoder_layers: list[int]) -> bytes:
-    """The aligner's mix: how much of every encoder layer (columns) each LLM layer (rows) gets, for keys and values."""
+    """The aligner's mix weights for keys and values: a row per LLM layer, a column per encoder layer."""
     limit = max(abs(weight) for row in weights for weight in row) or 1.0
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2))
     image = None

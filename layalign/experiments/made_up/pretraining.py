@@ -1,15 +1,15 @@
 """Pre-training of the demo's tiny LLM (English only) and tiny multilingual encoder, from scratch, on generated text.
 
-The LLM is a Llama. It reads worked problems in the math prompt, arithmetic drills, and two kinds of text that give so
-small a model what a large one gets from the web: problems and sentences stated twice (the habit to repeat what stands
-before), and problems stated in English before a prompt of random letters (to answer from what is readable). It never
-reads another language.
+The LLM is a Llama. It reads worked problems in the math prompt, arithmetic drills, and two kinds of text that teach a
+small model what a large one learns from the web: problems and sentences stated twice (to copy earlier text), and
+problems in English followed by a prompt of random letters (to answer from the readable part). It never reads another
+language.
 
 The encoder is the encoder half of an M2M100 that is trained to translate every language into English, with span
-corruption mixed in. Masked language modelling alone (XLM-R) aligns languages slowly; a translation target puts them in
-one space within a minute or two, and stands for the parallel web text that makes the real NLLB or mT5 multilingual.
-An mT5 with span corruption was tried first and had learnt templates but no names or numbers after 700 steps. That trial
-also had a smaller initialisation and no short sentences first, so it does not tell which of the three was to blame.
+corruption mixed in. Masked language modelling alone (XLM-R) aligns languages slowly; translation aligns them within a
+minute or two. It stands for the parallel web text that makes the real NLLB or mT5 multilingual. An mT5 with span
+corruption was tried first; after 700 steps it had learnt templates but no names or numbers. That trial also had a
+smaller initialization and no short sentences first, so it does not show which of the three was the cause.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def drill(rng: random.Random) -> str:
 
 
 def garble(text: str, rng: random.Random) -> str:
-    """The text with every word replaced by random letters of one script; numbers stay. No language in it."""
+    """The text with every word replaced by random letters of one script, and some dropped; numbers stay."""
     low, high = rng.choice(_LETTERS)
     words = []
     for word in text.split():
@@ -99,7 +99,7 @@ def llm_documents(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> 
 
 
 def _by_length(count: int, batch: int, length: Callable[[int], int], rng: random.Random) -> Iterator[list[int]]:
-    """Batches of indices of similar length, in random order: little padding, and no curriculum."""
+    """Batches of indices of similar length, in random order: little padding and no curriculum."""
     order = list(range(count))
     rng.shuffle(order)
     pool = batch * 4
@@ -113,13 +113,13 @@ def _by_length(count: int, batch: int, length: Callable[[int], int], rng: random
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """(B, longest) int64, filled up on the right."""
+    """Pad rows on the right: (B, longest), int64."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
 def fit(model: nn.Module, batches: Iterator[Batch], budget: Budget, progress: Progress) -> None:
-    """Train on `budget.steps` batches with AdamW, a short warm-up and a cosine."""
+    """Train on `budget.steps` batches with AdamW, a short warm-up and cosine decay."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     other = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.02}, {"params": other, "weight_decay": 0.0}]
@@ -145,7 +145,7 @@ def fit(model: nn.Module, batches: Iterator[Batch], budget: Budget, progress: Pr
 
 
 def llm_config(tokenizer: PreTrainedTokenizerFast, size: int = 144, layers: int = 4) -> LlamaConfig:
-    """The tiny LLM: a Llama with grouped-query attention, as its large relatives have."""
+    """The tiny LLM: a Llama with grouped-query attention, like large ones."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size,
@@ -185,7 +185,7 @@ def pretrain_llm(
 
 
 def encoder_config(tokenizer: PreTrainedTokenizerFast, size: int = 128, layers: int = 4) -> M2M100Config:
-    """The tiny M2M100: its encoder is kept, its shallow decoder only teaches it."""
+    """The tiny M2M100: its encoder is used, its shallow decoder only serves to train it."""
     return M2M100Config(
         vocab_size=len(tokenizer),
         d_model=size,
@@ -210,7 +210,7 @@ def encoder_config(tokenizer: PreTrainedTokenizerFast, size: int = 128, layers: 
 
 
 def demo_weights(low_resource_share: float) -> dict[str, float]:
-    """How often the encoder reads each of the demo's languages, against 1 for those that are not low-resource."""
+    """Relative frequency of each of the demo's languages in the encoder's pre-training; 1 unless low-resource."""
     return {language: low_resource_share if language in LOW_RESOURCE else 1.0 for language in LANGUAGES}
 
 
@@ -218,10 +218,10 @@ def encoder_pairs(count: int, seed: int, weights: Mapping[str, float], *, short:
     """`count` pairs (text in any language, its English original).
 
     Args:
-        count: how many.
-        seed: of the draws.
-        weights: how often each language is drawn, relative to the others.
-        short: one short sentence each; otherwise problems, and for a fifth two short sentences.
+        count: number of pairs.
+        seed: seed of the draws.
+        weights: relative frequency of each language.
+        short: one short sentence per pair; otherwise four fifths are problems and one fifth are two short sentences.
     """
     rng = random.Random(f"pairs {seed} {short}")
     drawn = rng.choices(list(weights), list(weights.values()), k=count)
@@ -243,7 +243,7 @@ def encoder_pairs(count: int, seed: int, weights: Mapping[str, float], *, short:
 
 
 def corrupt(tokens: list[int], sentinels: list[int], end: int, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Span corruption as T5 does it: (text with spans replaced by sentinels, the spans behind their sentinels)."""
+    """Span corruption as in T5: (text with spans replaced by sentinels, the sentinels each followed by its span)."""
     source: list[int] = []
     target: list[int] = []
     used, i = 0, 0
@@ -268,9 +268,10 @@ def pretrain_encoder(
     denoising: float = 0.15,
     config: M2M100Config | None = None,
 ) -> M2M100ForConditionalGeneration:
-    """An M2M100 trained to translate the languages of `weights` into English, or for a share of them to fill in spans.
+    """An M2M100 trained to translate the languages of `weights` into English.
 
-    It reads short sentences for the first 40% of its steps: which word stands for which is easy to see there.
+    A share `denoising` of its examples are span corruption instead. It reads short sentences for the first 40% of its
+    steps, because words are easy to align in them.
     """
     torch.manual_seed(seed + 1)
     model = M2M100ForConditionalGeneration(config or encoder_config(tokenizer))

@@ -3,9 +3,9 @@
 One JSON table per language (`templates/*.json`) holds names, nouns, problem templates and short sentences. A template
 names its slots: ``{n}`` and ``{m}`` are people (``{n:gen}`` in a case), ``{a}`` a bare number, ``{a:obj}`` a counted
 noun ("5 mangoes"), ``{obj}`` the bare plural (``{obj:poss}`` in a case) and ``{how:obj}`` the question ("how many
-mangoes"). Wording and number ranges are chosen so that no language needs gender agreement or a singular; Russian alone
-has a second counted form (2, 3, 4). Where nouns take no plural behind a number or in general (Chinese, Japanese,
-Indonesian, Turkish), that one form stands for it; a Japanese count is the number with its counter alone.
+mangoes"). Wording and number ranges are chosen so that no language needs gender agreement or a singular; only Russian
+has a second counted form (2, 3, 4). Where nouns take no plural after a number or in general (Chinese, Japanese,
+Indonesian, Turkish), all forms are the same; a Japanese count is only the number with its counter.
 
 The demo runs on `LANGUAGES`; the tables of `MORE_LANGUAGES` are for experiments that need more of them.
 """
@@ -37,7 +37,7 @@ _SENTENCE_START = re.compile(r"(^[¿¡]?|[.?!] [¿¡]?)(\w)")
 
 @dataclass(frozen=True)
 class Slots:
-    """What fills a template: two people (English names), a noun, three numbers (0 where unused)."""
+    """Values for a template: two people (English names), a noun, three numbers (0 if unused)."""
 
     n: str
     m: str
@@ -61,7 +61,7 @@ class Problem:
 
     @property
     def key(self) -> tuple[str, tuple[int, int, int], tuple[str, str]]:
-        """What the splits keep apart: template, numbers and names."""
+        """Template, numbers and names; no key occurs in two splits."""
         return self.template, (self.slots.a, self.slots.b, self.slots.c), (self.slots.n, self.slots.m)
 
 
@@ -171,7 +171,7 @@ def table(language: str) -> dict[str, Any]:
 
 
 def _counted(noun: dict[str, str], number: int) -> str:
-    """The noun behind a number: Russian takes `few` after 2, 3, 4 (but not 12, 13, 14)."""
+    """The noun after a number: Russian takes `few` after 2, 3, 4 (but not 12, 13, 14)."""
     few = number % 10 in (2, 3, 4) and number % 100 not in (12, 13, 14)
     return noun["few" if few and "few" in noun else "count"].format(number)
 

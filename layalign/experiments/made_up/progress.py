@@ -1,4 +1,4 @@
-"""What the demo shows while it runs: one bar per phase, and one line with its time when it is done."""
+"""Progress display of the demo: a bar per phase, and a line with its time when it is done."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Phases:
     """Times the phases of a run and shows them.
 
     Attributes:
+        console: where to print.
+        shown: whether anything is printed.
         seconds: wall time by phase, in order.
-        steps: called with (step, steps, loss) by whatever trains within the phase.
     """
 
     def __init__(self, console: Console | None = None, shown: bool = True) -> None:
@@ -26,7 +27,7 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[..., None]]:
-        """Time a block; it gets a function to report steps with: (step, steps, loss), the loss being optional."""
+        """Time a block. It yields a function to report progress: (step, steps, loss), where the loss is optional."""
         started = time.perf_counter()
         columns = (
             TextColumn("{task.description}"),
@@ -52,7 +53,7 @@ class Phases:
 
     @contextmanager
     def counting(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Time a block that goes through ``total`` things; it gets a function to say how many more are done."""
+        """Time a block that processes ``total`` items. It yields a function to report how many more are done."""
         with self.phase(name) as steps:
             done = 0
 
@@ -65,7 +66,7 @@ class Phases:
 
 
 class StepCallback(TrainerCallback):
-    """Hands the Trainer's steps and losses to a phase."""
+    """Reports the Trainer's steps and losses to a phase."""
 
     def __init__(self, steps: Callable[[int, int, float], None]) -> None:
         self.steps = steps

@@ -1,4 +1,4 @@
-"""The demo's report: `report.html` (self-contained) and `report.md` (pictures beside it)."""
+"""The demo's report: `report.html` (self-contained) and `report.md` (with PNG files)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ img { max-width: 100% }"""
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
-    """Write both files, and the pictures as PNG files for the Markdown one.
+    """Write both files, and the plots as PNG files for the Markdown one.
 
     Args:
         folder: the demo's folder.
-        found: what `results.json` holds.
+        found: the content of `results.json`.
     """
     pictures = {
         "losses": ("Loss curves", loss_curves(found["losses"])),
@@ -37,7 +37,7 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
 
 
 def _setting_lines(found: dict[str, Any]) -> list[str]:
-    """What was done, one statement each."""
+    """Sentences that describe the run."""
     settings = found["settings"]
     llm, encoder = settings["llm"], settings["encoder"]
     steps = {stage: settings[stage]["steps"] for stage in ("translation", "task")}
@@ -47,13 +47,14 @@ def _setting_lines(found: dict[str, Any]) -> list[str]:
         f"{llm['steps']} steps of {llm['batch']} texts.",
         f"Encoder: M2M100, {settings['encoder_layers']} layers x {settings['encoder_size']}, all languages, "
         f"{encoder['steps']} steps of {encoder['batch']} texts; a low-resource language {share} times as often.",
-        f"LayAlign trains {found['trained_parameters']:,} parameters over {found['frozen_parameters']:,} frozen ones; "
-        f"both trained systems take {steps['translation']} translation and {steps['task']} task steps of "
-        f"{settings['translation']['batch']} and {settings['task']['batch']}.",
+        f"LayAlign trains {found['trained_parameters']:,} parameters; {found['frozen_parameters']:,} are frozen. "
+        f"Both trained systems take {steps['translation']} translation steps of {settings['translation']['batch']} "
+        f"examples and {steps['task']} task steps of {settings['task']['batch']}.",
         "Translation stage: every language but English, equal shares. Task stage: "
         f"{', '.join(settings['task_languages'])}. Held out of the task stage: {', '.join(found['held_out_of_task'])}.",
-        f"Evaluated: {settings['problems_per_language']} {settings['split']} problems per language, the same in each; "
-        "no (template, numbers, names) of theirs is in any training text. Right means: the last number is right.",
+        f"Evaluated: {settings['problems_per_language']} {settings['split']} problems per language, the same in each. "
+        "None of their combinations of template, numbers and names is in any training text. An answer is right if its "
+        "last number is.",
         f"Seed {found['seed']}; Python {found['versions']['python']}, torch {found['versions']['torch']}, "
         f"transformers {found['versions']['transformers']}.",
     ]

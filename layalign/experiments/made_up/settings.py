@@ -1,8 +1,8 @@
-"""How large the demo is: models, data, steps.
+"""Sizes of the demo: models, data, steps.
 
-The defaults were chosen on the dev split (24 problems per language), seed 0. One choice followed a look at test scores:
-a full run with 800 LLM steps of 24 texts got 76% of the English test problems, so the LLM went back to 900 steps of
-32, which had 99.6% of the English dev problems.
+The defaults were chosen on the dev split (24 problems per language), seed 0. One choice used test scores: a full run
+with 800 LLM steps of 24 texts solved 76% of the English test problems, so the LLM was set back to 900 steps of 32,
+which solved 99.6% of the English dev problems.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from layalign.experiments.made_up.pretraining import Budget
 from layalign.experiments.made_up.problems import LANGUAGES
 
-# The published task data has no English either; Russian and Haitian Creole are ours to hold out.
+# The published task data has no English either. Russian and Haitian Creole are held out to test transfer.
 HELD_OUT = ("English", "Russian", "Haitian Creole")
 
 
@@ -24,11 +24,11 @@ class DemoSettings:
     Attributes:
         llm_size, llm_layers, encoder_size, encoder_layers: width and depth of the two models.
         llm, encoder: pre-training budgets.
-        low_resource_share: how often the encoder reads a low-resource language, against 1 for the others.
+        low_resource_share: relative frequency of a low-resource language in the encoder's pre-training (others: 1).
         translation, task: budgets of the two LayAlign stages, the same for both systems.
-        problems_per_language: test questions.
-        split: what is evaluated: "test", or "dev" for choosing settings.
-        task_languages: languages of the task stage. The translation stage has all but English.
+        problems_per_language: number of test questions.
+        split: split to evaluate: "test", or "dev" for choosing settings.
+        task_languages: languages of the task stage. The translation stage has all except English.
     """
 
     llm_size: int = 128
@@ -46,7 +46,7 @@ class DemoSettings:
 
     @classmethod
     def fast(cls) -> DemoSettings:
-        """A few steps of everything: it shows that the pipeline runs, and nothing else."""
+        """A few steps of everything, only to check that the pipeline runs."""
         return cls(
             llm_size=64,
             llm_layers=2,

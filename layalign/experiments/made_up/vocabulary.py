@@ -1,7 +1,7 @@
-"""The demo's two tokenizers, trained on the spot with `tokenizers` and saved as ordinary Hugging Face folders.
+"""The demo's two tokenizers, trained with `tokenizers` and saved as ordinary Hugging Face folders.
 
-Both keep a run of digits apart from everything else and hold every number up to 99 as one token, so that arithmetic
-is a matter of single tokens. Both fall back to bytes: no script is unknown to either of them.
+Both separate runs of digits from everything else and have a token for every number up to 99, which makes arithmetic
+easier. Both fall back to bytes, so no script is unknown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from layalign.data.prompts import math_prompt
 
 _NUMBERS = [str(number) for number in range(100)]
-# Numbers are fed this often to the BPE trainer, so that all of them win their merge.
+# The BPE trainer reads each number this often, so that all of them become tokens.
 _NUMBER_COPIES = 2000
 
 
@@ -69,7 +69,7 @@ def train_llm_tokenizer(texts: Iterable[str], vocab_size: int = 700) -> PreTrain
 
 
 def train_encoder_tokenizer(texts: Iterable[str], vocab_size: int = 1600) -> PreTrainedTokenizerFast:
-    """The encoder's tokenizer, from text in all languages; `</s>` closes every text, as M2M100's does."""
+    """The encoder's tokenizer, from text in all languages; `</s>` ends every text, as in M2M100."""
     sentinels = [f"<extra_id_{i}>" for i in range(8)]
     tokenizer = _byte_level_bpe(texts, vocab_size, ["<pad>", "</s>", *sentinels])
     end = tokenizer.token_to_id("</s>")

@@ -1,4 +1,4 @@
-"""LayAlign and its relatives on real models and real text: `layalign experiment --preset real`."""
+"""LayAlign and its baselines on real models and real text: `layalign experiment --preset real`."""
 
 from layalign.experiments.real.settings import RealSettings, RealSystem, load_settings
 

@@ -1,4 +1,4 @@
-"""What a trained run loses when a part of it is taken away, without training again."""
+"""How much worse a trained run gets when a part of it is removed, without training again."""
 
 from __future__ import annotations
 
@@ -36,17 +36,20 @@ SETS = {
 
 
 def ablate_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
-    """Nats a token with every part in its place, and without each.
+    """Nats per token of the complete model, and without each of its parts.
 
-    Without the encoder layer e: its weights in the aligner's mix are 0, for keys and values of all LLM layers; the same
-    for sets of layers that leave some. Without the LLM layer i: its gate is 0. Without gates: all are. Without soft
-    tokens: the adapter gives zeros.
+    Parts are removed as follows.
+
+    - An encoder layer, or a set of them: its weights in the aligner's mix are 0, for keys and values of all LLM layers.
+      Only sets that leave at least one layer are tried.
+    - An LLM layer: its gate is 0. "no gates": all gates are 0.
+    - Soft tokens: the adapter returns zeros.
 
     Returns:
-        Under "whole", "no gates", "no soft tokens", by name under "layer sets" and by number under "encoder layers" and
-        "LLM layers", the nats a token of the references of the first sentences of every test language, all tokens
-        together; a part that the system has not is left out. Under "gates" the gates, and under "encoder layer
-        weights" the mean of the mix's absolute weights, keys and values apart.
+        Nats per token of the references, over all tokens of the first sentences of every test language: under "whole",
+        "no gates" and "no soft tokens", by name under "layer sets", and by number under "encoder layers" and "LLM
+        layers". Parts that the system does not have are omitted. Also the gates under "gates", and the mean absolute
+        weights of the mix, for keys and for values, under "encoder layer weights".
     """
 
     def ablated(checkpoint: Path) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def ablate(model: Any, collator: Any, pairs: Sequence[Example]) -> dict[str, Any
 
 @contextmanager
 def _zero(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Tensors, or parts of them, that are 0 within the block."""
+    """Set tensors, or views of them, to 0 within the block."""
     before = [tensor.clone() for tensor in tensors]
     for tensor in tensors:
         tensor.zero_()

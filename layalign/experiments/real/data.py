@@ -1,4 +1,4 @@
-"""Which sentences are trained on, which are dev and which are test: by their English side, in all languages."""
+"""Splits the text into train, dev and test, by the English side and across all languages."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class RealData:
     """The text of the experiment.
 
     Attributes:
-        train: pairs of all languages but the unseen ones. No English sentence of dev or test is among them.
-        dev: pairs of the tested languages that are seen.
-        test: pairs by file name of Tatoeba.
-        other_domain: pairs by file name of NTREX; empty without its folder.
-        shots: by file name of Tatoeba, pairs of the language that are neither dev nor test.
-        facts: counts, and checksums of what was read.
+        train: pairs of all languages except the unseen ones, without the English sentences of dev and test.
+        dev: pairs of the tested languages that are seen in training.
+        test: pairs by Tatoeba file name.
+        other_domain: pairs by NTREX file name; empty without that folder.
+        shots: five pairs by Tatoeba file name, neither in dev nor in test.
+        facts: counts, and checksums of the files.
     """
 
     train: list[Example]
@@ -42,7 +42,7 @@ class RealData:
 
     @property
     def mark(self) -> str:
-        """Changes with what is trained on."""
+        """A fingerprint of train and dev."""
         return f"{self.facts['train']['of']} {self.facts['dev']['of']}"
 
     def to_json(self) -> str:
@@ -51,7 +51,7 @@ class RealData:
 
     @property
     def test_mark(self) -> str:
-        """Changes with all of the text."""
+        """A fingerprint of all of the text."""
         return mark_of(self.facts)
 
 
@@ -61,16 +61,16 @@ def mark_of(facts: Any) -> str:
 
 
 def read_data(settings: RealSettings) -> RealData:
-    """Read and split the text; the same for every system and seed.
+    """Read and split the text, in the same way for every system and seed.
 
     Raises:
-        ArgumentError: a folder or the file of a tested language is not there, or has too few sentences.
+        ArgumentError: a folder or the file of a tested language is missing, or has too few sentences.
         DataError: a malformed line.
     """
     root = Path(settings.data)
     files = sorted((root / "tatoeba").glob("*.tsv"))
     if missing := [code for code in settings.tested if not (root / "tatoeba" / f"{code}.tsv").is_file()]:
-        raise ArgumentError(f"data: expected {root / 'tatoeba' / (missing[0] + '.tsv')}, there is no such file")
+        raise ArgumentError(f"data: expected {root / 'tatoeba' / (missing[0] + '.tsv')}, which does not exist")
     pairs = {path.stem: _pairs(path) for path in files if find_language(path.stem) is not None}
     test, dev, held_out, rest = {}, [], set(), {}
     for code in settings.tested:
@@ -79,7 +79,7 @@ def read_data(settings: RealSettings) -> RealData:
         fitting = _first_of_each_english(order, settings.english_words)
         wanted = settings.test_per_language + (0 if code in settings.unseen else settings.dev_per_language)
         if len(fitting) < wanted:
-            raise ArgumentError(f"data: expected {wanted} sentences of {code} to test on, found {len(fitting)}")
+            raise ArgumentError(f"data: expected {wanted} sentences of {code} for dev and test, got {len(fitting)}")
         test[code], of_dev = fitting[: settings.test_per_language], fitting[settings.test_per_language : wanted]
         dev += of_dev
         held_out |= {sentence_key(pair.target) for pair in (*test[code], *of_dev)}
@@ -110,7 +110,7 @@ def _pairs(path: Path) -> list[Example]:
 
 
 def _first_of_each_english(pairs: Iterable[Example], words: Sequence[int]) -> list[Example]:
-    """Pairs whose English is of a length between two, each English sentence once."""
+    """Pairs whose English has `words[0]` to `words[1]` words; only the first pair of each English sentence."""
     found: dict[str, Example] = {}
     for pair in pairs:
         if words[0] <= len(pair.target.split()) <= words[1]:
@@ -134,10 +134,9 @@ def _digest(pairs: Iterable[Example]) -> str:
 
 
 def as_text(pairs: Sequence[Example], shots: Sequence[Example] = ()) -> list[Example]:
-    """The pairs as an LLM reads them that has no encoder: the sentence stands in the prompt.
+    """The pairs for an LLM without an encoder: the sentence is in the prompt, after `shots` if there are any.
 
-    Without `shots` the prompt is the sentence and a line that asks for English. Lengths then differ from the pairs' by
-    one number, so that a trainer that sorts by length makes the same batches.
+    Without `shots` the prompt is the sentence and a line that asks for English.
     """
     before = "".join(f"{pair.language}: {pair.source}\nEnglish: {pair.target}\n\n" for pair in shots)
     start = f"{shots[0].language}: " if shots else ""

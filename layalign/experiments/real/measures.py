@@ -1,4 +1,4 @@
-"""What a trained system does on the test sentences: how likely it finds the references, and what it writes."""
+"""Measures of a trained system on the test sentences: the likelihood of the references, and its translations."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ from layalign.evaluation.likelihood import LogProb, choice_log_probs, right_ones
 from layalign.evaluation.translation import translation_scores
 from layalign.experiments.real.settings import RealSettings
 
-BATCH = 16  # of likelihoods: sentences of much the same length, so that little is padded
+BATCH = 16  # for likelihoods
 WRITTEN_BATCH = 50
 
 
 def measure(
     settings: RealSettings, answers: ModelAnswers | LlmAnswers, collator: Any, pairs: Sequence[Example], closely: bool
 ) -> dict[str, Any]:
-    """Everything that is measured of one language's test sentences.
+    """All measures of one language's test sentences.
 
     Args:
-        answers: what writes translations, and whose model is asked for likelihoods.
-        collator: of the likelihoods.
+        settings: settings of the experiment.
+        answers: writes the translations; its model also gives the likelihoods.
+        collator: collator for the likelihoods.
         pairs: the sentences, as the system reads them.
-        closely: whether the first ``written_per_language`` of them are also answered, and compared with one another.
+        closely: whether the first ``written_per_language`` sentences are also translated and compared within groups of
+            ``right_one_of``. A remainder joins the last group.
 
     Returns:
-        Lists with an entry per sentence: under "nats" the log-probability of the reference given its source, summed
-        over its tokens, with the sign turned; under "tokens" the number of tokens. Of those that are looked at closely,
-        under "nats_other" the first given the source of the group's next sentence; under "right" whether its source
-        finds it among its group's (`layalign.evaluation.likelihood.right_ones`); under "written" and "chrf" the
-        translations and their chrF statistics. Groups are of ``right_one_of`` sentences in the order given; what is
-        left at the end joins the last.
+        Lists with an entry per sentence.
+
+        - "nats": minus the log-probability of the reference given its source, summed over its tokens.
+        - "tokens": the number of these tokens.
+        - "nats_other", if `closely`: the same as "nats", given the source of the next sentence in the group.
+        - "right", if `closely`: whether the source finds its reference among those of its group
+          (`layalign.evaluation.likelihood.right_ones`).
+        - "written" and "chrf", if `closely`: the translations and their chrF statistics.
     """
     model = answers.model if isinstance(answers, ModelAnswers) else answers.llm
     chosen = list(pairs[: settings.written_per_language]) if closely else []
@@ -66,7 +70,7 @@ def _groups(pairs: Sequence[Example], size: int) -> list[list[Example]]:
 
 
 def collators(model: Any, tokenizers: tuple[Any, Any], stage: str, longest: int = 256) -> tuple[Any, Any]:
-    """(for likelihoods, for writing) of a LayAlign model; nothing of a test sentence is cut before `longest` tokens."""
+    """Collators of a LayAlign model, (for likelihoods, for writing); texts are truncated after `longest` tokens."""
     lengths = {"max_source_length": longest, "max_prompt_length": longest, "max_target_length": longest}
     made = [
         LayAlignCollator.from_model(model, *tokenizers, stage=stage, with_targets=t, **lengths) for t in (True, False)

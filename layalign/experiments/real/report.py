@@ -1,4 +1,4 @@
-"""The page's tables and pictures, from `results.json` alone."""
+"""The page's tables and plots, made from `results.json` only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _digits(measure: str) -> int:
 
 def main_rows(found: dict[str, Any]) -> list[list[str]]:
     """Header, then a row per system: the measures over all test languages of Tatoeba."""
-    rows = [["system", "seeds", "nats a token", "with another's source", "right one of N, %", "chrF"]]
+    rows = [["system", "seeds", "nats per token", "with another's source", "right one of N, %", "chrF"]]
     for system in found["systems"].values():
         cells = system["tatoeba"]["all"]
         names = ("nats", "nats_other", "right", "chrf")
@@ -52,7 +52,7 @@ def _group_rows(found: dict[str, Any], domain: str, measure: str) -> list[list[s
 
 
 def nats_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Nats a token by group of languages."""
+    """Nats per token by group of languages."""
     return _group_rows(found, "tatoeba", "nats")
 
 
@@ -62,12 +62,12 @@ def chrf_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def domain_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Nats a token on news, out of the domain of training."""
+    """Nats per token on news, a domain that is not in training."""
     return _group_rows(found, "ntrex", "nats")
 
 
 def difference_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Header, then a row per system but the first: its difference to the first."""
+    """Header, then a row per system except the first: its difference to the first."""
     first = found["settings"]["systems"][0]["name"]
     columns = [("all", "nats"), ("seen", "nats"), ("unseen", "nats"), ("all", "right"), ("all", "chrf")]
     rows = [["system", *(f"{group}: {measure}" for group, measure in columns)]]
@@ -98,7 +98,7 @@ def _xnli(found: dict[str, Any], group: str) -> list[str]:
 
 
 def language_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Header, then a row per language: nats a token and chrF of each system."""
+    """Header, then a row per language: nats per token and chrF of each system."""
     systems = list(found["systems"].values())
     unseen = set(found["groups"]["tatoeba"].get("unseen", ()))
     rows = [["language", *(f"{system['label']}: nats / chrF" for system in systems)]]
@@ -112,7 +112,7 @@ def language_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def training_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Header, then a row per system that trains: its parameters, its learning rate and what it was chosen from."""
+    """Header, then a row per trained system: its parameters, the dev loss of each learning rate, and the choice."""
     rates = [f"{rate:g}" for rate in found["settings"]["learning_rates"]]
     after = found["settings"]["choice_steps"]
     rows = [
@@ -137,7 +137,7 @@ def training_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def part_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Header, then a row per system whose parts were taken away: nats a token without each, less those with all."""
+    """Header, then a row per ablated system: nats per token of the whole, and the increase without each part."""
     rows = [["system", "with all", "no gates", "no soft tokens", *(f"encoder layers: no {name}" for name in SETS)]]
     for label, of in _ablated(found).items():
         values = [of.get("no gates"), of.get("no soft tokens"), *(of.get("layer sets", {}).get(name) for name in SETS)]
@@ -147,7 +147,7 @@ def part_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def representation_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Header, then a row per system that was looked into: X and English in the LLM's middle state, by view."""
+    """Header, then a row per analyzed system: similarity of X and English in the LLM's middle state, by view."""
     analyses = {system["label"]: _analysis(system) for system in found["systems"].values() if "looks" in system}
     rows = [["system", "measure", *(next(iter(analyses.values())).similarity if analyses else ())]]
     for label, result in analyses.items():
@@ -181,8 +181,8 @@ TABLES = {
 
 PICTURES = {
     "curves": "Dev loss of every run",
-    "parts": "Gates, and what each LLM layer's gated term is worth",
-    "layers": "Encoder layers: which align, which are listened to, which are missed",
+    "parts": "Gates, and the loss without each LLM layer's gated term",
+    "layers": "Encoder layers: retrieval, token similarity, mix weight, and the loss without each",
     "mix": "The aligner's mix",
     "gates": "Gates over training",
     "similarity": "X and English inside the LLM, layer by layer",
@@ -191,7 +191,7 @@ PICTURES = {
 
 
 def state(found: dict[str, Any]) -> str:
-    """What was run, and what was not."""
+    """Sentences about the finished and the missing runs, and about the data."""
     done = sum(len(system["seeds"]) for system in found["systems"].values())
     lines = [f"{done} runs are done."]
     if found["missing"]:
@@ -222,14 +222,14 @@ def curves(found: dict[str, Any]) -> bytes:
         for i, run in enumerate(system["training"].values()):
             steps, losses = zip(*[(step, loss) for step, loss in run["dev_losses"] if step], strict=True)
             axis.plot(steps, losses, color=colour, label=system["label"] if i == 0 else None, linewidth=1.4)
-    axis.set(xlabel="step", ylabel="dev loss, nats a token")
+    axis.set(xlabel="step", ylabel="dev loss, nats per token")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     return _png(figure)
 
 
 def parts(ablated: dict[str, dict[str, Any]]) -> bytes:
-    """Gates, and what each LLM layer's gated term is worth, of each system that was looked at."""
+    """Gates, and the loss without each LLM layer's gated term, for each ablated system."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.6 * len(ablated)))
@@ -238,13 +238,13 @@ def parts(ablated: dict[str, dict[str, Any]]) -> bytes:
         row[0].bar(layers, of["gates"])
         row[1].bar(layers, [value - of["whole"] for value in of["LLM layers"].values()])
         row[0].set(title=label, xlabel="LLM layer", ylabel="gate")
-        row[1].set(title="without this layer's gated term", xlabel="LLM layer", ylabel="nats a token lost")
+        row[1].set(title="without this layer's gated term", xlabel="LLM layer", ylabel="increase of nats per token")
     figure.tight_layout()
     return _png(figure)
 
 
 def layers(system: dict[str, Any]) -> bytes:
-    """By encoder layer: retrieval of English, how alike a sentence's tokens are, mix weight, nats lost without it."""
+    """By encoder layer: retrieval of English, similarity of a sentence's tokens, mix weight, and loss without it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3), layout="constrained")
@@ -253,16 +253,16 @@ def layers(system: dict[str, Any]) -> bytes:
         rows = list(system["looks"][name].values())
         means = [factor * sum(column) / len(rows) for column in zip(*rows, strict=True)]
         axis.plot(means, marker="o", markersize=3)
-    zero.set(title="finds its English", ylabel="% of sentences", ylim=(0, 100))
-    one.set(title="its tokens are alike", ylabel="cosine within a sentence", ylim=(None, 1))
+    zero.set(title="retrieval of English", ylabel="% of sentences", ylim=(0, 100))
+    one.set(title="similarity of tokens", ylabel="cosine within a sentence", ylim=(None, 1))
     lost = system["ablation"]["encoder layers"]
     numbers = [int(layer) for layer in lost]
     for name, values in system["ablation"]["encoder layer weights"].items():
         two.plot(numbers, values, marker="o", markersize=3, label=name)
-    two.set(title="is listened to", ylabel="mean |weight| in the mix", ylim=(0, None))
+    two.set(title="mix weight", ylabel="mean |weight| in the mix", ylim=(0, None))
     two.legend()
     three.bar(numbers, [value - system["ablation"]["whole"] for value in lost.values()])
-    three.set(title="is missed", ylabel="nats a token lost without")
+    three.set(title="without this layer", ylabel="increase of nats per token")
     for axis in (zero, one, two, three):
         axis.set(xlabel="encoder layer (0: embeddings)")
         axis.grid(alpha=0.3)
@@ -276,7 +276,7 @@ def _png(figure: Any) -> bytes:
 
 
 def pictures(found: dict[str, Any]) -> dict[str, Callable[[], bytes]]:
-    """By name what draws it; those that there is something to show of."""
+    """Functions that draw the plots, by name; only plots with data."""
     made: dict[str, Callable[[], bytes]] = {"curves": lambda: curves(found)}
     if ablated := {label: of for label, of in _ablated(found).items() if of.get("LLM layers")}:
         made["parts"] = lambda: parts(ablated)
@@ -295,7 +295,7 @@ def pictures(found: dict[str, Any]) -> dict[str, Callable[[], bytes]]:
 
 
 def written_into(page: str, found: dict[str, Any]) -> str:
-    """``page`` with its tables replaced by those of a result."""
+    """``page`` with the tables and plots between its markers replaced by those of a result."""
     for name, rows in TABLES.items():
         begin, end = f"<!-- evidence: {name} -->", f"<!-- end of {name} -->"
         if begin in page:
@@ -308,14 +308,14 @@ def written_into(page: str, found: dict[str, Any]) -> str:
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
-    """`report.md` and the pictures in the experiment's folder."""
+    """Write `report.md` and the plots into the experiment's folder."""
     tables = [f"## {name}\n\n{markdown_table(rows(found))}" for name, rows in TABLES.items()]
     write_whole(folder / "report.md", "\n".join(["# Evidence\n", state(found), *tables]))
     for name, draw in pictures(found).items():
         write_whole(folder / f"{name}.png", draw())
 
 
-if __name__ == "__main__":  # RESULTS PAGE: the tables of the documentation, and its picture
+if __name__ == "__main__":  # RESULTS PAGE: update the tables and plots of a page of the documentation
     result, page = Path(sys.argv[1]), Path(sys.argv[2])
     content = read_json(result)
     page.write_text(written_into(page.read_text(encoding="utf-8"), content), encoding="utf-8")

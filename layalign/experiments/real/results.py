@@ -1,7 +1,7 @@
-"""What the finished runs say: each measure by groups of languages, with intervals, and against the first system.
+"""Results of the finished runs: each measure by group of languages, with intervals, and against the first system.
 
-Intervals are percentile bootstraps. A resample draws sentences in every language and, where a system has several,
-seeds. Every system and seed has the same sentences, and a resample draws the same ones for all of them: a difference of
+Intervals are percentile bootstraps. A resample draws sentences in every language and, if a system has several, seeds.
+All systems and seeds have the same sentences, and a resample draws the same ones for all of them. So the difference of
 two systems is paired, over sentences and over the seeds that both have.
 """
 
@@ -35,7 +35,7 @@ _OF_TRAINING = ("dtype", "learning_rate", "losses", "dev_losses", "trained_param
 
 
 def groups_of(settings: RealSettings, codes: Sequence[str]) -> dict[str, list[str]]:
-    """The languages of each group that has some: all, by resource level, seen and unseen."""
+    """The languages of each group: all, by resource level, seen and unseen. Empty groups are omitted."""
     unseen = {language_name(code) for code in settings.unseen}
     found: dict[str, list[str]] = {"all": list(codes)}
     for level in ("high", "medium", "low"):
@@ -49,7 +49,7 @@ def collect(settings: RealSettings, folder: Path) -> dict[str, dict[int, dict[st
     """The results of all finished runs, by system and seed.
 
     Raises:
-        ArgumentError: a run was made with other settings or on other text; or there is none.
+        ArgumentError: a run was made with other settings or other text, or there is no run.
     """
     facts = read_json(folder / DATA, where=f"output: {folder / DATA}", error=ArgumentError)
     mark = mark_of(facts)
@@ -66,13 +66,13 @@ def collect(settings: RealSettings, folder: Path) -> dict[str, dict[int, dict[st
 
 
 class _Scores:
-    """One run's measures of one language: its value, and that of each resample."""
+    """The measures of one run in one language: for each, its value followed by that of every resample."""
 
     def __init__(self, values: Mapping[str, Any], draws: Any) -> None:
-        # draws (R, n): how often each sentence is drawn; the row before the first is every sentence once.
+        # draws (R, n): how often each sentence is drawn. A first row with every sentence once gives the value itself.
         weights = np.vstack([np.ones_like(draws[:1]), draws])
 
-        def sums(of: Any) -> Any:  # of the first sentences, where not all were looked at
+        def sums(of: Any) -> Any:  # some measures exist only for the first sentences
             return weights[:, : len(of)] @ np.asarray(of, dtype=np.float64)
 
         self.found = {}
@@ -87,13 +87,16 @@ class _Scores:
 
 
 def _counts(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Test sentences of a language that were looked at closely, and the others."""
+    """Numbers of a language's test sentences: (measured closely, others)."""
     close = len(values.get("right", ()))
     return close, len(values.get("nats", values.get("right"))) - close
 
 
 def _draws(runs: Mapping[str, Mapping[int, Any]], domain: str) -> dict[str, Any]:
-    """By language (R, n): how often a resample draws each of the n sentences, of either kind as many as there are."""
+    """How often each resample draws each of the n sentences, (R, n) by language.
+
+    Sentences that were measured closely, and the others, are resampled separately.
+    """
     counts: dict[str, tuple[int, int]] = {}
     for of_system in runs.values():
         for run in of_system.values():
@@ -105,15 +108,15 @@ def _draws(runs: Mapping[str, Mapping[int, Any]], domain: str) -> dict[str, Any]
     def drawn(n: int) -> Any:
         return generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
 
-    if domain == "xnli":  # the same sentences in every language, which are drawn together
+    if domain == "xnli":  # every language has the same sentences, so they are drawn together
         if len(set(counts.values())) != 1:
-            raise ArgumentError(f"output: runs have different numbers of test sentences in the languages, {counts}")
+            raise ArgumentError(f"output: expected as many test sentences in every language, got {counts}")
         return dict.fromkeys(sorted(counts), drawn(sum(next(iter(counts.values())))))
     return {code: np.hstack([drawn(n) for n in of_language if n]) for code, of_language in sorted(counts.items())}
 
 
 def _seed_weights(seeds: Sequence[int], generator: np.random.Generator) -> Any:
-    """(1 + R, seeds), rows of sum 1: all alike, then a resample each."""
+    """Weights of the seeds, (1 + R, seeds), with rows that sum to 1: equal ones, then one row per resample."""
     n = len(seeds)
     return np.vstack([np.full(n, 1 / n), generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n])
 
@@ -124,7 +127,7 @@ def _cell(values: Any) -> dict[str, float]:
 
 
 def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
-    """Everything the page tells, as JSON values."""
+    """Everything that the page needs, as JSON values."""
     runs = collect(settings, folder)
     systems: dict[str, Any] = {
         name: {"label": settings.system(name).label, "seeds": sorted(of_system)} for name, of_system in runs.items()
@@ -170,7 +173,7 @@ def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
 def _add(
     systems: dict[str, Any], runs: Mapping[str, Mapping[int, Any]], domain: str, settings: RealSettings, first: str
 ) -> dict[str, list[str]]:
-    """Put a domain's cells into each system's entry; returns the groups of languages."""
+    """Add the results of a domain to the entry of each system; returns the groups of languages."""
     draws = _draws(runs, domain)
     scores = {
         name: {
@@ -188,7 +191,7 @@ def _add(
 def collect_task(settings: RealSettings, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """The results of the task stage's finished runs, by system and seed.
 
-    They are not compared with the settings, which need the text: a run compares them when it goes on.
+    They are not compared with the settings, because that needs the text. Rerunning the experiment compares them.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for _, name, seed in settings.runs(stage="task"):
@@ -201,7 +204,7 @@ def collect_task(settings: RealSettings, folder: Path) -> dict[str, dict[int, di
 def _of_domain(
     of_system: Mapping[int, Mapping[str, Any]], groups: Mapping[str, Sequence[str]], of_first: Any
 ) -> dict[str, Any]:
-    """By group and measure: value, interval, values by seed, and the difference to the first system."""
+    """Value, interval, values by seed and difference to the first system, by group and measure."""
     seeds = sorted(of_system)
     found: dict[str, Any] = {}
     languages = {code: [code] for code in of_system[seeds[0]]}
@@ -233,7 +236,7 @@ def _read(path: Path) -> Any:
 
 
 def write_results(settings: RealSettings, folder: Path) -> dict[str, Any]:
-    """`results.json` in the experiment's folder, from the runs that are finished."""
+    """Write `results.json` into the experiment's folder, from the finished runs."""
     found = summarise(settings, folder)
     write_whole(folder / "results.json", json.dumps(found, ensure_ascii=False) + "\n")
     return found

@@ -1,12 +1,11 @@
-"""One run on the real pair: a learning rate chosen, a system trained with a seed, and what it then does on test text.
+"""One run on the real pair: choose a learning rate, train a system with a seed, and test it.
 
-What a run leaves that others need are two small files and its trained weights: ``trained.json`` after training,
-``result.json`` after the test. What has one is not done again; a run that was cut off goes on from its last checkpoint.
+A run writes ``trained.json`` after training and ``result.json`` after the test. A step whose file exists is not
+repeated. An interrupted run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from layalign.data import Example
 from layalign.evaluation.answering import LlmAnswers, ModelAnswers, llm_alone
-from layalign.experiments.controlled.runs import log, read_done, versions
+from layalign.experiments.controlled.runs import log, read_done, write_done
 from layalign.experiments.real.data import RealData, as_text
 from layalign.experiments.real.measures import collators, measure
 from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
@@ -30,22 +29,21 @@ from layalign.training.gates import FILE as GATES
 from layalign.training.record import FILE as RECORD
 from layalign.training.runs import RUN_FILE
 from layalign.utils.errors import ArgumentError
-from layalign.utils.files import write_whole
 from layalign.utils.lock import held
 from layalign.utils.reading import read_json
 
 CHOICE, TRAINED, RESULT = "choice.json", "trained.json", "result.json"
 SAVE_STEPS = 50
-LONGEST_PROMPT = 2048  # tokens: five examples in a script that the LLM's tokenizer cuts into bytes
+LONGEST_PROMPT = 2048  # tokens; enough for five examples in a script that the LLM's tokenizer splits into bytes
 
 
 def run_folder(folder: Path, system: str, seed: int) -> Path:
-    """Where a run's small files are."""
+    """Folder of a run's small files."""
     return folder / "runs" / system / f"seed-{seed}"
 
 
 def work_folder(folder: Path, system: str, seed: int, rate: float, suffix: str = "") -> Path:
-    """Where a run's checkpoints are."""
+    """Folder of a run's checkpoints."""
     return folder / "work" / system / f"seed-{seed}" / f"lr-{rate:g}{suffix}"
 
 
@@ -56,18 +54,18 @@ def named(file: str, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of training of one system.
+    """A training stage of one system.
 
     Attributes:
-        suffix: of its files' names; "" in the translation stage.
-        system: which system.
+        suffix: suffix of its files' names; "" in the translation stage.
+        system: the system.
         steps, choice_steps, rates: see the settings.
-        seeds: of its runs.
+        seeds: seeds of its runs.
         train, dev: the examples, as the system reads them.
-        lengths: by which the batches are grouped, one per training example; the same for all systems.
-        config: the training configuration of a seed, a learning rate, a folder and a dtype.
-        dtype: of a run that has not begun.
-        start: with a seed, what ``train`` goes on with: a model and its tokenizers, or nothing.
+        lengths: one number per training example to group batches by; the same for all systems.
+        config: returns the training configuration for (seed, learning rate, folder, dtype).
+        dtype: dtype of new runs.
+        start: returns, for a seed, further arguments of ``train``: a model and its tokenizers, or none.
         mark: the fingerprint.
     """
 
@@ -98,7 +96,7 @@ def translation(settings: RealSettings, system: RealSystem, data: RealData) -> S
 
 
 class _PauseAt(TrainerCallback):
-    """Ends training after a step, with a checkpoint from which it goes on as if it had not ended."""
+    """Stops training after a step, with a checkpoint from which it can be resumed."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -109,7 +107,7 @@ class _PauseAt(TrainerCallback):
 
 
 class _Seconds(TrainerCallback):
-    """Counts the seconds of the steps alone, without loading and evaluation."""
+    """Counts the CPU seconds of the steps, without loading and evaluation."""
 
     def __init__(self) -> None:
         self.steps, self.seconds = 0, 0.0
@@ -122,14 +120,14 @@ class _Seconds(TrainerCallback):
 
 
 def steps_of(settings: RealSettings | TaskSettings, system: RealSystem) -> int:
-    """Steps of a system in a stage."""
+    """Number of steps of a system in a stage."""
     return max(1, round(settings.steps * system.steps_factor))
 
 
 def train_config(
     settings: RealSettings, system: RealSystem, seed: int, rate: float, output: Path, dtype: str
 ) -> TrainConfig:
-    """The training configuration of a run; what is not named here is as published."""
+    """The training configuration of a run; everything else is as published."""
     weights = Path(settings.weights)
     return TrainConfig(
         encoder=str(weights / "encoder"), llm=str(weights / "llm"), output_dir=str(output),
@@ -143,23 +141,23 @@ def train_config(
 
 
 def in_dtype(dtype: str) -> dict[str, Any]:
-    """Keys of ``TrainConfig``: frozen weights and arithmetic in a dtype."""
+    """Keys of ``TrainConfig`` that set the dtype of frozen weights and arithmetic."""
     return {"frozen_dtype": dtype, "bf16": dtype == "bfloat16", "use_cpu": not torch.cuda.is_available()}
 
 
 def dtype_of(output: Path) -> str:
-    """What the run of a folder computes in."""
+    """The dtype of the run in a folder."""
     record = read_json(output / RECORD, error=ArgumentError)
     return "bfloat16" if record["settings"]["bf16"] else "float32"
 
 
 def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int, dtype: str | None = None) -> dict[str, Any]:
-    """Train up to a step of the schedule, from where the run's folder stands; what it did up to there.
+    """Start or resume a run and train up to step `until`; returns its losses and settings up to there.
 
-    A run that has not begun is in `dtype`, the stage's by default.
+    A new run uses `dtype`, by default the stage's.
 
     Raises:
-        ArgumentError: the folder is beyond that step, and its dev loss there is not known.
+        ArgumentError: the run is beyond that step, and its dev loss there is not known.
     """
     output = work_folder(folder, stage.system.name, seed, rate, stage.suffix)
     done = read_json(output / RUN_FILE, error=ArgumentError) if (output / RUN_FILE).is_file() else {}
@@ -185,13 +183,13 @@ def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int, dtype
             cpu_seconds=round(watch.seconds),
         )
     losses = {
-        # By step: the end of a run is measured twice.
+        # A dict by step, because the end of a run is measured twice.
         key: [[step, loss] for step, loss in by_step.items() if step <= until]
         for key in ("loss", "eval_loss")
         for by_step in [{e["step"]: round(e[key], 5) for e in done["log_history"] if key in e}]
     }
     if losses["eval_loss"][-1][0] != until:
-        raise ArgumentError(f"output: {output} is at step {done['steps']}, its dev loss at step {until} is not known")
+        raise ArgumentError(f"output: {output} is at step {done['steps']}; its dev loss at step {until} is not known")
     return {
         "learning_rate": rate,
         "dtype": dtype,
@@ -205,7 +203,7 @@ def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int, dtype
 
 
 def token_counts(settings: RealSettings, pairs: Sequence[Example], longest: int) -> list[int]:
-    """Tokens of encoder and LLM of each pair, the same numbers for every system, so that all make the same batches."""
+    """Encoder and LLM tokens of each pair. All systems use the same numbers, and so the same batches."""
     counts = [0] * len(pairs)
     texts = [pair.source for pair in pairs], [pair.target for pair in pairs]
     for tokenizer, of in zip(tokenizers_of(settings), texts, strict=True):
@@ -215,18 +213,21 @@ def token_counts(settings: RealSettings, pairs: Sequence[Example], longest: int)
 
 
 def tokenizers_of(settings: RealSettings) -> tuple[Any, Any]:
-    """Of the encoder and of the LLM."""
+    """The tokenizers of the encoder and of the LLM."""
     weights = Path(settings.weights)
     return load_tokenizers(None, encoder=str(weights / "encoder"), llm=str(weights / "llm"))
 
 
 def read_by(system: RealSystem, pairs: Sequence[Example]) -> list[Example]:
-    """The pairs as a system that trains reads them."""
+    """The pairs as a trained system reads them."""
     return as_text(pairs) if system.reads_text else list(pairs)
 
 
 def choose_rate(stage: Stage, folder: Path) -> dict[str, Any]:
-    """The learning rate with the lowest dev loss after ``choice_steps``; with the first seed, whose run goes on."""
+    """Choose the learning rate with the lowest dev loss after ``choice_steps``.
+
+    The runs use the first seed, and the run with the chosen rate is later resumed.
+    """
     path = folder / "runs" / stage.system.name / named(CHOICE, stage.suffix)
     with held(path.parent, "output"):
         if (done := read_done(path, stage.mark)) is not None:
@@ -257,29 +258,29 @@ def train_run(stage: Stage, folder: Path, seed: int) -> dict[str, Any]:
 
 
 def trained_folder(stage: Stage, folder: Path, seed: int) -> Path:
-    """Where a run's trained weights are; trained again where its small files alone are there, as in a clone."""
+    """Folder of a run's trained weights; trained again if only its small files exist, as in a clone."""
     done = train_run(stage, folder, seed)
     rate = done["learning_rate"]
     with held(run_folder(folder, stage.system.name, seed), "output"):
-        _train(stage, folder, seed, rate, stage.steps, done["dtype"])  # nothing, where the weights are there
+        _train(stage, folder, seed, rate, stage.steps, done["dtype"])  # does nothing if the weights exist
     return work_folder(folder, stage.system.name, seed, rate, stage.suffix)
 
 
 def load_run(checkpoint: Path, dtype: str | None = None, **config: Any) -> LayAlignForCausalLM:
-    """The model of a trained run, by default in its own dtype, with fields of its configuration changed."""
+    """The model of a trained run, by default in the run's dtype. `config` overrides fields of its configuration."""
     kwargs = {"dtype": dtype or dtype_of(checkpoint)}
     model = LayAlignForCausalLM.from_pretrained(checkpoint, encoder_kwargs=kwargs, llm_kwargs=kwargs, **config)
     return model.eval()
 
 
 def load_llm_alone(settings: RealSettings, system: RealSystem) -> Any:
-    """The LLM of a system that does not train."""
+    """The LLM of a system without training."""
     place = Path(settings.weights) / "llm"
     return AutoModelForCausalLM.from_pretrained(place, dtype=settings.dtype_of(system)).eval()
 
 
 def test_run(settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int) -> dict[str, Any]:
-    """What a system does on the test sentences, trained before where it trains; every sentence's values."""
+    """Test a system, after training it if necessary; returns the values of every sentence."""
 
     def tested(checkpoint: Path | None) -> dict[str, Any]:
         started = time.process_time()
@@ -302,9 +303,14 @@ def after_training(
     settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int, file: str, event: str,
     work: Callable[[Any], dict[str, Any]], indent: int | None = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a run's ``file`` holds; where it is not there, ``work`` finds it in the folder of the trained weights.
+    """The content of a run's ``file``; if it does not exist, ``work`` computes it.
 
-    ``work`` gets None for a system that does not train. ``event`` is the line in the log.
+    Args:
+        settings, system, data, folder, seed: the run.
+        file: name of the file.
+        event: name of the event in the log.
+        work: gets the folder of the trained weights, or None for a system without training.
+        indent: indentation of the JSON.
     """
     mark, place = settings.test_fingerprint(system, data.test_mark), run_folder(folder, system.name, seed)
     if (done := read_done(place / file, mark)) is not None:
@@ -318,7 +324,7 @@ def after_training(
 def asked(
     settings: RealSettings, system: RealSystem, data: RealData, checkpoint: Path | None
 ) -> tuple[ModelAnswers | LlmAnswers, Any]:
-    """(what writes, the collator of likelihoods); the LLM alone where there is no checkpoint."""
+    """(what writes translations, the collator for likelihoods); the LLM alone if there is no checkpoint."""
     tokenizers = tokenizers_of(settings)
     if checkpoint is None:
         llm = load_llm_alone(settings, system)
@@ -330,10 +336,3 @@ def asked(
     model = load_run(checkpoint)
     likely, writes = collators(model, tokenizers, "task" if system.reads_text else "translation")
     return ModelAnswers(model, writes, settings.max_new_tokens), likely
-
-
-def write_done(path: Path, mark: str, found: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
-    """Write what a step found, with its fingerprint and what made it; returns all of it."""
-    content = {"fingerprint": mark, **found, "versions": versions()}
-    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
-    return content

@@ -1,4 +1,4 @@
-"""All runs of the experiment, a few at a time; what is done is not done again, what was cut off goes on."""
+"""Runs the unfinished runs of the experiment, several at a time; interrupted ones are resumed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from layalign.experiments.controlled.schedule import _start as start_worker
+from layalign.experiments.controlled.schedule import start_worker
 from layalign.experiments.real.data import read_data
 from layalign.experiments.real.settings import RealSettings
 from layalign.utils.errors import StoppedError, first_line, whole_number
@@ -29,19 +29,22 @@ def run_all(
     jobs: int = 1,
     tell: Tell = lambda run, problem: None,
 ) -> list[Run]:
-    """Choose, train and test; returns the runs that failed.
+    """Choose learning rates, train and test.
 
     Args:
-        settings: of the experiment.
-        folder: for everything.
-        only, seeds, stage: some of the systems and seeds, and one of the stages.
-        jobs: runs at a time; more than one have a process each, with its share of the cores.
-        tell: called for each run that ended, with the problem it ended with or None.
+        settings: settings of the experiment.
+        folder: folder for everything.
+        only, seeds, stage: limit the runs to these systems and seeds, and to one stage.
+        jobs: number of runs at a time. If more than one, each has its own process and a share of the cores.
+        tell: called after each run, with its error or None.
+
+    Returns:
+        The failed runs.
 
     Raises:
-        ArgumentError: a system or seed is not in the settings, or there is no text.
+        ArgumentError: a system or seed is not in the settings, or the text is missing.
         DataError: the text cannot be read.
-        StoppedError: SIGTERM came while a run trained; no other run is begun.
+        StoppedError: a training run received SIGTERM; no further run is started.
     """
     whole_number("jobs", jobs, least=1)
     waiting: list[Run] = settings.runs(only, seeds, stage)
@@ -61,7 +64,7 @@ def run_all(
                 _run(settings, folder, *run)
             except StoppedError:
                 raise
-            except Exception as error:  # told, and the other runs go on
+            except Exception as error:  # reported; the other runs continue
                 ended(run, error)
             else:
                 ended(run, None)
@@ -93,6 +96,6 @@ def _run(settings: RealSettings, folder: Path, stage: str, system: str, seed: in
             ablation.ablate_run(settings, each, data, folder, seed)
             looks.look_run(settings, each, data, folder, seed)
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}".replace(f"{folder}/", "")  # the log says nothing of the machine
+        problem = f"{type(error).__name__}: {error}".replace(f"{folder}/", "")  # no local paths in the log
         runs.log(folder, "failed", stage=stage, system=system, seed=seed, problem=problem)
         raise

@@ -1,4 +1,4 @@
-"""What the experiment on real models does, read from YAML and checked so that every error names the key."""
+"""Settings of the experiment on real models, read from YAML; every error names the key."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from layalign.utils.moved import with_old_names
 from layalign.utils.yaml_files import read_file, read_text
 
 DTYPES = ("auto", "float32", "bfloat16")
-# What training depends on beside its text; and the test, beside that.
+# What training depends on besides its text; and what the test depends on in addition.
 _OF_TRAINING = ("steps", "batch", "max_length", "eval_steps", "llm_bos_token_id", "learning_rates", "choice_steps")
 _OF_THE_TEST = ("max_new_tokens", "right_one_of", "written_per_language")
 
 
 @dataclass(frozen=True)
 class RealSystem:
-    """One row of the tables: a baseline, perhaps with changes.
+    """One system to compare: a baseline, possibly with changes.
 
     Attributes:
-        name: of its folder.
+        name: name of its folder and on the command line.
         baseline: one of :data:`layalign.training.baselines.BASELINES`.
-        label: for tables; the baseline's by default.
+        label: name in tables; the baseline's by default.
         settings: further keys of ``TrainConfig``, such as adapter_size.
-        reads_text: the LLM reads the sentence as text, after its language's name, and the encoder is not used.
-        shots: examples of the same language before the sentence, for an LLM that is not trained.
-        seeds: instead of the experiment's.
-        steps_factor: times the steps of the stage.
-        learning_rates: instead of the stage's.
-        dtype: instead of the experiment's.
-        after: in the task stage, the system of the translation stage whose runs are gone on with; None begins anew.
+        reads_text: whether the LLM reads the sentence as text in its prompt, without the encoder.
+        shots: number of examples of the same language before the sentence, for an LLM that is not trained.
+        seeds: seeds; by default the experiment's.
+        steps_factor: factor for the steps of the stage.
+        learning_rates: learning rates to choose from; by default the stage's.
+        dtype: dtype; by default the experiment's.
+        after: in the task stage, the system of the translation stage to start from; None starts without it.
     """
 
     name: str
@@ -71,12 +71,12 @@ class RealSystem:
 
     @property
     def trains(self) -> bool:
-        """False for the LLM alone."""
+        """Whether the system is trained; false for the LLM alone."""
         return bool(baseline(self.baseline).stages)
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """Keys of ``TrainConfig`` that make the system."""
+        """Keys of ``TrainConfig`` that define the system."""
         return {**baseline(self.baseline).settings, **self.settings}
 
 
@@ -85,13 +85,13 @@ class TaskSettings:
     """The task stage: XNLI, English only in training.
 
     Attributes:
-        systems: what is compared.
-        train: examples of English that are trained on, from the start of the file.
-        dev: English examples after those, for the choice of the learning rate.
-        test_per_language: of each language, from the start of its file.
+        systems: the systems to compare.
+        train: number of English training examples, from the start of the file.
+        dev: number of English examples after those, for choosing the learning rate.
+        test_per_language: test examples per language, from the start of its file.
         steps, batch, eval_steps, learning_rates, choice_steps: as in the translation stage.
-        max_length: of source and prompt in tokens, in training.
-        seeds: of those of the translation stage.
+        max_length: maximum length of source and prompt in tokens, in training.
+        seeds: seeds, out of those of the translation stage.
     """
 
     systems: list[RealSystem]
@@ -118,32 +118,33 @@ class TaskSettings:
 
 @dataclass(frozen=True)
 class RealSettings:
-    """All of the experiment.
+    """All settings of the experiment.
 
     Attributes:
         weights: folder with ``encoder`` and ``llm`` (``layalign weights``).
-        data: folder with ``tatoeba/XXX.tsv`` and perhaps ``ntrex/XXX.tsv``, lines of sentence, tab, English.
-        tested: names of the files that are tested.
-        unseen: those of them that are in no training text.
-        test_per_language, dev_per_language: sentences per language, whose English is in no training text, in any
+        data: folder with ``tatoeba/XXX.tsv`` and optionally ``ntrex/XXX.tsv``, lines of sentence, tab, English.
+        tested: codes of the tested languages (names of the files).
+        unseen: tested languages that are not in the training text.
+        test_per_language, dev_per_language: sentences per language. Their English is not in the training text of any
             language. Dev has the tested languages that are seen.
-        english_words: least and most English words of a dev or test sentence.
+        english_words: minimum and maximum number of English words of a dev or test sentence.
         other_domain_per_language, other_domain_words: the same for the test sentences of ``ntrex``.
-        steps, batch: of training.
-        max_length: of source and target in tokens, in training.
+        steps, batch: steps and batch size of training.
+        max_length: maximum length of source and target in tokens, in training.
         eval_steps: steps between two dev losses.
-        llm_bos_token_id: stands before the soft tokens; false is nothing, null what the LLM's tokenizer puts there.
-        dtype: of frozen weights and of arithmetic; "auto" is bfloat16 where the processor computes in it. A run that
-            has begun goes on in its own, and its files say which.
-        learning_rates: to choose from for each system, by dev loss after `choice_steps` with the first seed.
-        written_per_language: test sentences of a language, from the first, that the model answers, for chrF, and
-            tells from one another.
-        max_new_tokens: longest answer.
-        right_one_of: sentences of a group in which the right one is to be found.
-        seeds: of the parts that train and of the order of the batches. The data are the same for all.
-        ablated: systems of which parts are taken away after training, with the first seed.
-        systems: what is compared. The first is what the others are tested against.
-        task: the stage after; None is none.
+        llm_bos_token_id: first token of the LLM's input; false is none, null the one that the LLM's tokenizer adds.
+        dtype: dtype of frozen weights and arithmetic; "auto" is bfloat16 if the processor computes in it. A resumed run
+            keeps its dtype, which its files record.
+        learning_rates: learning rates to choose from for each system, by dev loss after `choice_steps` with the first
+            seed.
+        written_per_language: number of test sentences per language, from the first, that are translated for chrF and
+            compared in groups.
+        max_new_tokens: maximum length of a translation in tokens.
+        right_one_of: size of a group in which the right sentence has to be found.
+        seeds: seeds of the trained parts and of the order of the batches. The data are the same for all.
+        ablated: systems to ablate and analyze after training, with the first seed.
+        systems: the systems to compare; the others are tested against the first.
+        task: settings of the task stage; None for none.
     """
 
     systems: list[RealSystem]
@@ -184,7 +185,7 @@ class RealSettings:
         for name in ("english_words", "other_domain_words"):
             words = getattr(self, name)
             if not isinstance(words, list) or len(words) != 2 or not all(isinstance(n, int) for n in words):
-                refuse(name, "two whole numbers, the least and the most", words)
+                refuse(name, "two whole numbers, the minimum and the maximum", words)
         _codes("tested", self.tested)
         _codes("unseen", self.unseen)
         if strange := [code for code in self.unseen if code not in self.tested]:
@@ -205,14 +206,14 @@ class RealSettings:
                 refuse(f"task.systems.{system.name}.after", "one of the systems", system.after)
 
     def dtype_of(self, system: RealSystem) -> str:
-        """Of a system's runs that begin here: "float32" or "bfloat16"."""
+        """The dtype of a system's new runs on this machine: "float32" or "bfloat16"."""
         asked = system.dtype or self.dtype
         if asked != "auto":
             return asked
         return "bfloat16" if native_bf16(use_cpu=not torch.cuda.is_available())[0] else "float32"
 
     def system(self, name: str) -> RealSystem:
-        """The system of a name; raises ArgumentError where there is none."""
+        """The system with this name; raises ArgumentError if there is none."""
         for system in self.systems:
             if system.name == name:
                 return system
@@ -227,7 +228,7 @@ class RealSettings:
     def runs(
         self, only: Sequence[str] | None = None, seeds: Sequence[int] | None = None, stage: str | None = None
     ) -> list[tuple[str, str, int]]:
-        """(stage, system, seed) of every run, seed by seed, so that what is finished first can be compared.
+        """(stage, system, seed) of every run, ordered by seed, so that the first finished runs can be compared.
 
         Raises:
             ArgumentError: a system, a seed or a stage is not in the settings.
@@ -254,15 +255,15 @@ class RealSettings:
         return [(name, system.name, seed) for name, _, system, seed in chosen]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON or YAML."""
+        """Plain values for JSON or YAML."""
         return asdict(self)
 
     def fingerprint(self, system: RealSystem, data: str) -> str:
-        """Changes with everything that the training of `system` depends on; `data` is that of the text."""
+        """A hash of everything that the training of `system` depends on; `data` is the fingerprint of the text."""
         return self._mark(_OF_TRAINING, system, data)
 
     def test_fingerprint(self, system: RealSystem, data: str) -> str:
-        """Changes with everything that the test of a trained `system` depends on beside its weights."""
+        """A hash of everything that the test of a trained `system` depends on, besides its weights."""
         return self._mark((*_OF_TRAINING, *_OF_THE_TEST), system, data)
 
     def _mark(self, keys: Sequence[str], system: RealSystem, data: str) -> str:
@@ -272,12 +273,12 @@ class RealSettings:
         values["system"] = {key: value for key, value in of_system.items() if key not in ("label", "seeds", "after")}
         for key in ("learning_rates", "dtype"):
             if values["system"][key] is None:
-                del values["system"][key]  # what was made before a system could have its own stays valid
+                del values["system"][key]  # keeps the hashes of runs from before these keys existed
         return hashlib.sha256(json.dumps([values, data], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_real(source: str | Path) -> bool:
-    """Whether a preset, or a file by its keys, is of this experiment and not of the controlled one."""
+    """Whether a preset, or a file judged by its keys, belongs to this experiment, not to the controlled one."""
     path = Path(source)
     if str(source) == "real" or path.suffix not in (".yaml", ".yml") or not path.is_file():
         return str(source) == "real"
@@ -286,10 +287,10 @@ def is_real(source: str | Path) -> bool:
 
 
 def load_settings(source: str | Path = "real", changes: Mapping[str, Any] | None = None) -> RealSettings:
-    """Settings from a YAML file, or the preset ``real``; `changes` replace top keys.
+    """Load settings from a YAML file, or the preset ``real``; `changes` override top-level keys.
 
     Raises:
-        ArgumentError: no such file, or a key is unknown, missing or wrong; the text names it.
+        ArgumentError: there is no such file, or a key is unknown, missing or wrong; the text names it.
     """
     if str(source) == "real":
         text = (resources.files("layalign.experiments.real") / "real.yaml").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The task stage: XNLI, with English alone in training, after the translation stage and without it."""
+"""The task stage: XNLI, trained on English only, with or without the translation stage before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layalign.data import Example
 from layalign.data.readers import load_examples
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.likelihood import best_label, choice_log_probs
-from layalign.experiments.controlled.runs import log, read_done
+from layalign.experiments.controlled.runs import log, read_done, write_done
 from layalign.experiments.real.data import RealData
 from layalign.experiments.real.measures import BATCH, collators
 from layalign.experiments.real.runs import (
@@ -29,7 +29,6 @@ from layalign.experiments.real.runs import (
     tokenizers_of,
     trained_folder,
     translation,
-    write_done,
 )
 from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
 from layalign.training import TrainConfig
@@ -44,9 +43,9 @@ class TaskData:
     """Premises and hypotheses.
 
     Attributes:
-        train, dev: English.
-        test: by the language's name.
-        mark: changes with all of it.
+        train, dev: English examples.
+        test: examples by the name of their language.
+        mark: a fingerprint of all of them.
     """
 
     train: list[Example]
@@ -59,13 +58,13 @@ def read_task(settings: RealSettings) -> TaskData:
     """Read ``xnli/dev/en.tsv`` for training and ``xnli/test/*.tsv``: premise, hypothesis, label.
 
     Raises:
-        ArgumentError: there is no such file, or it is too short.
+        ArgumentError: a file is missing or too short.
         DataError: a malformed line.
     """
     task, root = _task(settings), Path(settings.data) / "xnli"
     english, files = root / "dev" / "en.tsv", sorted((root / "test").glob("*.tsv"))
     if not english.is_file() or not files:
-        raise ArgumentError(f"data: expected {english} and {root / 'test'}, there are no such files")
+        raise ArgumentError(f"data: expected {english} and {root / 'test'}/*.tsv, which do not exist")
     examples = _read(english)
     if len(examples) < task.train + task.dev:
         raise ArgumentError(f"data: expected {task.train + task.dev} lines in {english}, got {len(examples)}")
@@ -86,12 +85,12 @@ def _read(file: Path) -> list[Example]:
 
 def _task(settings: RealSettings) -> TaskSettings:
     if settings.task is None:
-        raise ArgumentError("task: expected the settings of a task stage, there are none")
+        raise ArgumentError("task: expected the settings of a task stage, got none")
     return settings.task
 
 
 def system_of(settings: RealSettings, name: str) -> RealSystem:
-    """The task stage's system of a name; raises ArgumentError where there is none."""
+    """The task stage's system with this name; raises ArgumentError if there is none."""
     for system in _task(settings).systems:
         if system.name == name:
             return system
@@ -99,18 +98,20 @@ def system_of(settings: RealSettings, name: str) -> RealSystem:
 
 
 def _read_by(system: RealSystem, examples: Sequence[Example]) -> list[Example]:
-    """Without an encoder the prompt is all there is."""
+    """The examples as a system reads them: without an encoder, only the prompt."""
     if not system.reads_text:
         return list(examples)
     return [Example("", e.target, e.language, e.prompt, e.id, e.choices) for e in examples]
 
 
 def stage(settings: RealSettings, system: RealSystem, data: RealData, text: TaskData, folder: Path) -> Stage:
-    """The task stage of a system; the translation stage before it is trained where it is not yet.
+    """The task stage of a system. Its `start` trains the translation stage before it, if necessary.
 
     Args:
-        data, text: of the two stages.
-        folder: of the experiment.
+        settings: settings of the experiment.
+        system: the system of the task stage.
+        data, text: data of the translation stage and of the task stage.
+        folder: folder of the experiment.
     """
     task = _task(settings)
     before = None if system.after is None else translation(settings, settings.system(system.after), data)
@@ -142,7 +143,7 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
 
 
 def _changes(system: RealSystem) -> dict[str, Any]:
-    """What a system makes otherwise than the checkpoint that it goes on with: whether the LLM gets the prompt."""
+    """Configuration fields in which a system may differ from the checkpoint that it starts from: only `use_prompt`."""
     return {key: value for key, value in system.model_settings.items() if key == "use_prompt"}
 
 
@@ -163,10 +164,10 @@ def _config(
 def task_run(
     settings: RealSettings, system: RealSystem, data: RealData, text: TaskData, folder: Path, seed: int
 ) -> dict[str, Any]:
-    """Train a system on the task and ask it for the labels of the test sentences, each by its likelihood.
+    """Train a system on the task and predict the labels of the test sentences by their likelihood.
 
     Returns:
-        Under "xnli" by language lists with an entry per sentence: "label", the likeliest one (None where two were), and
+        Under "xnli", by language, lists with an entry per sentence: "label", the most likely one (None for a tie), and
         "right".
     """
     place, own = run_folder(folder, system.name, seed), stage(settings, system, data, text, folder)

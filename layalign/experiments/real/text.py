@@ -1,4 +1,4 @@
-"""The text of the experiment, from clones of the repositories that publish it.
+"""Extracts the text of the experiment from clones of the repositories that publish it.
 
 `python -m layalign.experiments.real.text data --laser LASER --ntrex NTREX`
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 from layalign.experiments.real.settings import load_settings
 from layalign.utils.errors import ArgumentError
 
-_BREAKS = re.compile("[\t\v\f\r\x1c-\x1e\x85\u2028\u2029]")  # a tab, and what some readers end a line at
-PAIRS_OF_THE_OTHERS = 120  # of each language that is not tested
+_BREAKS = re.compile("[\t\v\f\r\x1c-\x1e\x85\u2028\u2029]")  # tabs, and what some readers take for line breaks
+PAIRS_OF_THE_OTHERS = 120  # per language that is not tested
 NEWS_LINES = 150
 NEWS = (
     "amh", "arb", "ben", "bul", "deu", "ell", "fra", "hau", "hin", "ibo", "ita", "jpn", "khm", "lao", "mya", "nld",
@@ -23,15 +23,18 @@ NEWS = (
 
 
 def write_text(output: Path, laser: Path, ntrex: Path, tested: Sequence[str]) -> dict[str, int]:
-    """Write ``tatoeba/XXX.tsv`` and ``ntrex/XXX.tsv``: sentence, tab, English; returns the lines of each folder.
+    """Write ``tatoeba/XXX.tsv`` and ``ntrex/XXX.tsv``, lines of sentence, tab, English.
 
     Args:
         output: the folder.
         laser, ntrex: clones of facebookresearch/LASER and MicrosoftTranslator/NTREX.
-        tested: the languages of Tatoeba that are taken whole.
+        tested: languages of Tatoeba of which all pairs are written.
+
+    Returns:
+        The number of lines in each folder.
 
     Raises:
-        ArgumentError: a clone has not the files.
+        ArgumentError: a clone lacks the files.
     """
     folder, news = laser / "data" / "tatoeba" / "v1", ntrex / "NTREX-128"
     sources = sorted(path for path in folder.glob("tatoeba.*-eng.*") if path.suffix != ".eng")
@@ -39,7 +42,7 @@ def write_text(output: Path, laser: Path, ntrex: Path, tested: Sequence[str]) ->
         raise ArgumentError(f"laser: expected a clone of facebookresearch/LASER with {folder}, got {laser}")
     for path in (news / "newstest2019-src.eng.txt", *(news / f"newstest2019-ref.{code}.txt" for code in NEWS)):
         if not path.is_file():
-            raise ArgumentError(f"ntrex: expected a clone of MicrosoftTranslator/NTREX with {path}, there is none")
+            raise ArgumentError(f"ntrex: expected a clone of MicrosoftTranslator/NTREX with {path}, got {ntrex}")
     written = {"tatoeba": 0, "ntrex": 0}
     for path in sources:
         code = path.suffix[1:]
@@ -53,7 +56,7 @@ def write_text(output: Path, laser: Path, ntrex: Path, tested: Sequence[str]) ->
 
 
 def _pairs(source: Path, english: Path) -> list[tuple[str, str]]:
-    """Both files line by line; without the lines of which one side is empty."""
+    """The lines of both files as pairs, without those with an empty side."""
     columns = [
         [_BREAKS.sub(" ", line).strip() for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
         for path in (source, english)
@@ -68,7 +71,7 @@ def _write(path: Path, pairs: Sequence[tuple[str, str]]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="the folder to write")
     parser.add_argument("--laser", type=Path, required=True, help="a clone of facebookresearch/LASER")

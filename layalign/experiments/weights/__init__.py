@@ -1,4 +1,4 @@
-"""The real pair of models: multilingual-e5-small and SmolLM2-135M-Instruct as plain transformers folders."""
+"""`layalign weights`: multilingual-e5-small and SmolLM2-135M-Instruct as transformers folders."""
 
 from layalign.experiments.weights.fetch import check_weights, fetch_weights
 

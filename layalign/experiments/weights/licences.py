@@ -1,4 +1,4 @@
-"""Where the models come from and what may be done with them: a README in each folder."""
+"""Origin and licence of the models: a README in each folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ express or implied.
 
 @dataclass(frozen=True)
 class Model:
-    """Name, authors and licence (its SPDX name and text) of a model, and what is said of its 4-bit form."""
+    """Name, authors and licence (SPDX name and text) of a model, and a note on its 4-bit form."""
 
     name: str
     authors: str
@@ -63,7 +63,7 @@ MODELS = {
 
 
 def write(part: str, folder: Path, source: str) -> None:
-    """Write the README of a part, which replaces what a tokenizer or model may have left."""
+    """Write the README of a part; it replaces one that a tokenizer or model may have saved."""
     model, of_hub = MODELS[part], hub.MODELS[part]
     origin = model.packed
     if source == "hub":

@@ -1,4 +1,4 @@
-"""A file beside a model that says where it came from, what was measured, and the checksum of each file."""
+"""The manifest of a model folder: origin, measurements, and the checksum of each file."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def checksum(path: Path) -> str:
 
 
 def write(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder, over all files that are in it."""
+    """Write the manifest of a folder, with all of its files."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
     entries = {path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in files}
     write_whole(folder / NAME, json.dumps({"format": FORMAT, **about, "files": entries}, indent=2) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder; None where it has none.
+    """The manifest of a folder, or None.
 
     Raises:
-        CheckpointError: it is damaged, or of a later version of this library.
+        CheckpointError: it is damaged, or from a later version of this library.
     """
     path = folder / NAME
     if not path.exists():
@@ -44,17 +44,17 @@ def read(folder: Path) -> dict[str, Any] | None:
     found = read_json(path)
     texts = isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("source", "dtype"))
     if not texts or found.get("format") != FORMAT or not isinstance(found.get("files"), dict) or not found["files"]:
-        raise CheckpointError(f"{path}: expected a manifest of format {FORMAT}; remove {folder} and make it again")
+        raise CheckpointError(f"{path}: expected a manifest of format {FORMAT}; remove {folder} and create it again")
     return dict(found)
 
 
 def require_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """The files of a folder are those that were written.
+    """Check that the files of a folder are unchanged.
 
     Raises:
-        CheckpointError: one is missing or another; the text names it.
+        CheckpointError: one is missing or changed; the text names it.
     """
-    again = f"; remove {folder} and make it again"
+    again = f"; remove {folder} and create it again"
     for name, entry in manifest["files"].items():
         path = confined(folder, name, str(folder / NAME))
         try:

@@ -1,4 +1,4 @@
-"""The data files in packages of the index that hold the two models: downloaded, taken out, compared; never imported."""
+"""The data files with the two models, in packages of the package index: download, extract and verify, never import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from layalign.utils.errors import DataError, first_line
 from layalign.utils.files import writing
 
-# The data files are the same on every platform, but one wheel is only there for this one.
+# The data files are the same on every platform, but one wheel exists only for this one.
 PLATFORM = "manylinux2014_x86_64"
 _PIECE = 1 << 20
 
@@ -24,10 +24,10 @@ class DataFile:
     """A file in a wheel.
 
     Attributes:
-        package, version: of the wheel.
-        member: the file's name in it.
-        size: bytes.
-        sha256: of its content, in hexadecimal.
+        package, version: package and version of the wheel.
+        member: name of the file in it.
+        size: size in bytes.
+        sha256: SHA-256 of its content, in hexadecimal.
     """
 
     package: str
@@ -38,7 +38,7 @@ class DataFile:
 
     @property
     def requirement(self) -> str:
-        """The package as pip takes it."""
+        """The package as a requirement for pip."""
         return f"{self.package}=={self.version}"
 
     def record(self) -> dict[str, str | int]:
@@ -61,10 +61,10 @@ E5_TOKENIZER = DataFile(
 
 
 def download(files: Sequence[DataFile], folder: Path) -> None:
-    """Have pip download the wheels of ``files`` into a folder, without installing or running anything of them.
+    """Download the wheels of ``files`` into a folder with pip, without installing or running anything in them.
 
     Raises:
-        DataError: pip cannot; the text has its last error, and what to do without an index.
+        DataError: pip failed; the text has its last error, and what to do without an index.
     """
     wanted = sorted({file.requirement for file in files})
     command = [
@@ -75,16 +75,16 @@ def download(files: Sequence[DataFile], folder: Path) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         raise DataError(
-            f"packages: pip cannot download {', '.join(wanted)}: {(lines or ['no reason given'])[-1]}; where it can, "
-            f"pip download --no-deps --platform {PLATFORM} --only-binary=:all: makes a folder for --from"
+            f"packages: pip cannot download {', '.join(wanted)}: {(lines or ['no reason given'])[-1]}; on another "
+            f"machine, pip download --no-deps --platform {PLATFORM} --only-binary=:all: makes a folder for --from"
         )
 
 
 def find_wheel(file: DataFile, folder: Path) -> Path:
-    """The wheel of a file in a folder.
+    """Find the wheel of a file in a folder.
 
     Raises:
-        DataError: it is not there.
+        DataError: it is missing.
     """
     start = f"{file.package.replace('-', '_')}-{file.version}-"
     found = sorted(path for path in folder.glob("*.whl") if path.name.startswith(start))
@@ -94,23 +94,23 @@ def find_wheel(file: DataFile, folder: Path) -> Path:
 
 
 def extract(file: DataFile, wheel: Path, target: Path) -> Path:
-    """Take one file out of a wheel, and compare its size and checksum before anybody reads it.
+    """Extract one file from a wheel, and verify its size and checksum.
 
     Raises:
-        DataError: the wheel is damaged or has no such file, or the file is not the one that is known.
+        DataError: the wheel is damaged or lacks the file, or the file has another size or checksum.
     """
     where = f"{wheel}: {file.member}"
     found, size = hashlib.sha256(), 0
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, target.open("wb") as copy:
-            # No more than is expected, whatever the archive says of its sizes.
+            # Read no more than expected, whatever the archive says about its sizes.
             while piece := source.read(min(_PIECE, file.size + 1 - size)):
                 found.update(piece)
                 size += len(piece)
                 with writing(str(target)):
                     copy.write(piece)
     except KeyError:
-        raise DataError(f"{where}: there is no such file in it") from None
+        raise DataError(f"{where}: no such file in the wheel") from None
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise DataError(f"{where}: cannot be read: {first_line(error)}") from error
     if size != file.size:

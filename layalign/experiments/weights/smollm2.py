@@ -1,7 +1,6 @@
-"""SmolLM2-135M-Instruct from its 4-bit GGUF file: the tensors unpacked by the package gguf, to a LlamaForCausalLM.
+"""Reads SmolLM2-135M-Instruct from its 4-bit GGUF file into a LlamaForCausalLM, with the package gguf.
 
-transformers reads the same file to the same numbers (:func:`layalign.modeling.encoders.load_llm`), in five times the
-time.
+transformers reads the same file with the same result (:func:`layalign.modeling.encoders.load_llm`), five times slower.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ _PARTS = {
 
 
 def model_and_tokenizer(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The LLM of a GGUF file of the Llama architecture with tied embeddings, and its tokenizer.
+    """The LLM of a GGUF file (Llama with tied embeddings), and its tokenizer.
 
     Raises:
-        CheckpointError: the file is damaged, or of another architecture; the text names it.
+        CheckpointError: the file is damaged or has another architecture; the text names it.
         ArgumentError: the package gguf is not installed.
     """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -37,24 +36,24 @@ def model_and_tokenizer(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     gguf_files.require_package("weights")
     head = gguf_files.read_head(path)
     config = LlamaConfig(**_settings(path, head))
-    with torch.device("meta"):  # the weights come at once, drawing some first would take seconds
+    with torch.device("meta"):  # initializing weights would take seconds, and they are replaced below
         model = LlamaForCausalLM(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     state = dict(_tensors(path, head, config, wanted, dtype))
-    model.load_state_dict(state, assign=True, strict=False)  # the head is the embedding, which stands there once
+    model.load_state_dict(state, assign=True, strict=False)  # the head is tied to the embedding, stored once
     model.tie_weights()
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the tokenizers' own errors are of any class
+    except Exception as error:  # tokenizers raises errors of any class
         raise CheckpointError(f"{path}: its tokenizer cannot be read: {first_line(error)}") from error
     return model, gguf_files.amend_tokenizer(tokenizer, path)
 
 
 def _settings(path: Path, head: gguf_files.Head) -> dict[str, Any]:
-    """The configuration as the file gives it."""
+    """The configuration in the file."""
     of_model = {
         "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "vocab_size": "vocab_size",
         "intermediate_size": "feed_forward_length", "max_position_embeddings": "context_length",
@@ -77,7 +76,7 @@ def _settings(path: Path, head: gguf_files.Head) -> dict[str, Any]:
 def _tensors(
     path: Path, head: gguf_files.Head, config: Any, wanted: dict[str, tuple[int, ...]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and numbers of each of the model's parameters."""
+    """Yield name and values of each parameter of the model."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -96,19 +95,19 @@ def _tensors(
         try:
             kind = GGMLQuantizationType(place.kind)
         except ValueError:
-            raise CheckpointError(f"{path}: {name}: packed in a way that gguf does not know: {place.kind}") from None
+            raise CheckpointError(f"{path}: {name}: expected a kind that gguf can unpack, got {place.kind}") from None
         block, size = GGML_QUANT_SIZES[kind]
         if place.shape[-1] % block:
             raise CheckpointError(f"{path}: {name}: expected rows of whole blocks of {block}, got {place.shape[-1]}")
         end = place.start + prod(place.shape) // block * size
         if end > len(content):
-            raise CheckpointError(f"{path}: {name}: reaches behind the end of the file: it is cut off")
+            raise CheckpointError(f"{path}: {name}: reaches past the end of the file, which is truncated")
         rows = content[place.start : end].reshape(*place.shape[:-1], place.shape[-1] // block * size)
         numbers = torch.from_numpy(dequantize(rows, kind).astype(np.float32).reshape(place.shape))
         if not numbers.isfinite().all():
             raise CheckpointError(f"{path}: {name}: expected finite numbers, got NaN or infinity")
         if ".attn_q." in name or ".attn_k." in name:
             heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
-            # llama.cpp rotates neighbours, transformers the two halves of a head.
+            # RoPE: llama.cpp rotates pairs of neighbours, transformers the two halves of a head.
             numbers = numbers.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         yield own, numbers.to(dtype, copy=True).contiguous()

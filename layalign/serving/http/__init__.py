@@ -1,4 +1,4 @@
-"""`layalign serve`: one model behind OpenAI-compatible endpoints. Needs the optional packages of `layalign[serve]`."""
+"""`layalign serve`: one model with OpenAI-compatible endpoints. Needs the optional packages of `layalign[serve]`."""
 
 from layalign.serving.http.settings import ServeSettings
 

@@ -28,11 +28,11 @@ from layalign.serving.http.service import Call, ClientGone, Service
 
 
 def create_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The application around a service, which starts and stops with it.
+    """The application for a service, which it starts and stops.
 
     Args:
-        service: who answers; also found as `app.state.service`.
-        api_key: what requests must carry; None asks for nothing.
+        service: answers the requests; also available as `app.state.service`.
+        api_key: key that requests must carry; None requires no key.
     """
 
     @asynccontextmanager
@@ -103,7 +103,7 @@ async def _answer(service: Service, request: Request, body: CompletionRequest | 
     handed_over = False
     try:
         events = call.events()
-        first = await anext(events)  # what fails before it has a status of its own
+        first = await anext(events)  # until then, an error can still set the status
         if body.stream:
             handed_over = True
             return _EventStream(call, shape, first, events)
@@ -113,14 +113,14 @@ async def _answer(service: Service, request: Request, body: CompletionRequest | 
         service.health.answered()
         return response
     except ClientGone:
-        return Response(status_code=499)  # nobody reads it; the metrics count it
+        return Response(status_code=499)  # only for the metrics
     finally:
         if not handed_over:
             call.end()
 
 
 class _EventStream(Response):
-    """An answer as server-sent events. Starlette's own streaming would watch for the client's leaving a second time."""
+    """An answer as server-sent events. Starlette's StreamingResponse would wait for the disconnect a second time."""
 
     def __init__(self, call: Call, shape: Shape, first: Any, events: AsyncIterator[Any]) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -133,7 +133,7 @@ class _EventStream(Response):
             message = {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True}
             try:
                 await asyncio.wait_for(send(message), self.call.left + 1.0)
-            except asyncio.TimeoutError:  # a client that does not read must not keep its place
+            except asyncio.TimeoutError:  # a client that does not read must not block its place
                 self.call.too_late()
                 raise ClientGone from None
 
@@ -141,12 +141,12 @@ class _EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 await self._write_events(write)
-            except ApiError as error:  # too late for a status
+            except ApiError as error:  # the status has been sent already
                 await write(error_body(error))
             else:
                 self.call.service.health.answered()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except (ClientGone, OSError):  # servers may raise OSError when they write to a closed connection
+        except (ClientGone, OSError):  # servers may raise OSError on a closed connection
             pass
         finally:
             self.call.end()
@@ -167,7 +167,7 @@ def _state(problem: str, good: str) -> Response:
 
 
 async def _http_error(request: Request, error: Any) -> Response:
-    if error.status_code in (404, 405) and not isinstance(error, ApiError):  # the router's own
+    if error.status_code in (404, 405) and not isinstance(error, ApiError):  # raised by the router
         error.detail = f"{error.detail}: this server has {', '.join(PATHS)}"
     return JSONResponse(error_body(error), error.status_code, headers=error.headers)
 

@@ -1,4 +1,4 @@
-"""Connections that wait for their client: how long each may, how many there may be, and how much is logged of them."""
+"""Connections waiting for their client: limits on their time and number, and on the log lines they cause."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from layalign.serving.http.metrics import Metrics
 from layalign.serving.http.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
-SPARE_FILES = 256  # descriptors for all that is no connection of a client
+SPARE_FILES = 256  # file descriptors for everything else
 HEADER = 16 * 1024  # bytes; h11's own limit
 _END = re.compile(rb"\n\r?\n")
-BACKLOG = 512  # connections that are taken from the system at once
+BACKLOG = 512  # connections that the event loop accepts at once
 
 
 class Waiting:
-    """The connections that wait for their client, those that have waited longest first.
+    """The connections that wait for their client, longest wait first.
 
     Args:
-        most: how many there may be.
-        settings: how long they may wait.
-        metrics: where they are counted.
+        most: maximum number of them.
+        settings: timeouts.
+        metrics: counts them.
     """
 
     def __init__(self, most: int, settings: ServeSettings, metrics: Metrics) -> None:
@@ -37,21 +37,21 @@ class Waiting:
         metrics.waiting_connections.set_function(lambda: len(self.connections))
 
     def add(self, connection: Connection) -> None:
-        """Take one in; another one is closed for it where there is no place."""
+        """Add a connection; if there are too many, close the one that has waited longest."""
         self.connections[connection] = None
         if len(self.connections) > self.most:
             next(iter(self.connections)).drop("crowded")
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection that does not wait for its client for ever.
+    """uvicorn's connection, with a limit on how long it waits for its client.
 
-    It waits while the next request is not there (header and body), and while an answer is not read. A request that is
-    whole never waits: what then takes its time is the server, which bounds that elsewhere.
+    It waits for the header and the body of the next request, and for the client to read an answer. After a complete
+    request it waits for the server, whose time is limited elsewhere.
 
     Args:
-        waiting: the connections of this server that do.
-        kwargs: uvicorn's.
+        waiting: the waiting connections of this server.
+        **kwargs: arguments of uvicorn's protocol.
     """
 
     def __init__(self, waiting: Waiting, **kwargs: Any) -> None:
@@ -72,7 +72,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        # h11 looks only at the length of what is not whole.
+        # h11 limits only an incomplete header.
         if self.conn.their_state is h11.IDLE and len(data) > HEADER and not _END.search(data, 0, HEADER):
             self.send_400_response("Header too long.")
             return
@@ -92,18 +92,18 @@ class Connection(H11Protocol):
         self._look()
 
     def send_400_response(self, msg: str) -> None:
-        """The answer to what is no HTTP; none in the middle of another answer or behind one."""
+        """Answer invalid HTTP with 400, unless another answer has been started or sent; then close the connection."""
         self._waiting.metrics.malformed.inc()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
             self.transport.abort()
-        if self.cycle is not None and not self.cycle.response_complete:  # uvicorn would answer a second time
+        if self.cycle is not None and not self.cycle.response_complete:  # otherwise uvicorn would answer twice
             self.cycle.disconnected = True
             self.cycle.message_event.set()
 
     def drop(self, reason: str) -> None:
-        """End it at once."""
+        """Close the connection at once."""
         self._waiting.metrics.closed.labels(reason).inc()
         self._wait_for("")
         self.transport.abort()
@@ -125,7 +125,7 @@ class Connection(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
         settings = self._waiting.settings
-        # The time of a body is the guard's, who answers 408.
+        # The guard limits the time of a body and answers 408.
         seconds = {"header": settings.header_timeout, "reading": settings.timeout}.get(what)
         self._timer = None if seconds is None else self.loop.call_later(seconds, self.drop, what)
         self._waiting.connections.pop(self, None)
@@ -134,31 +134,31 @@ class Connection(H11Protocol):
 
 
 class Seldom(logging.Filter):
-    """Lets few lines a minute through from each place in the code; the next one tells how many were left out.
+    """Limits the log lines per minute from each place in the code; the next line says how many were suppressed.
 
     Args:
-        lines: so many.
+        lines: maximum per minute and place.
     """
 
     def __init__(self, lines: int = 5) -> None:
         super().__init__()
         self.lines = lines
-        self._seen: dict[tuple[str, int], tuple[float, int]] = {}  # place: begin of its minute, lines in it
+        self._seen: dict[tuple[str, int], tuple[float, int]] = {}  # place: start of its minute, lines in it
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is let through."""
+        """Whether to log the record."""
         now, place = time.monotonic(), (record.pathname, record.lineno)
         since, count = self._seen.get(place, (-math.inf, 0))
         if now - since >= 60:
             if count > self.lines:
-                record.msg, record.args = f"{record.getMessage()} ({count - self.lines} more were left out)", None
+                record.msg, record.args = f"{record.getMessage()} ({count - self.lines} more were suppressed)", None
             since, count = now, 0
         self._seen[place] = since, count + 1
         return count < self.lines
 
 
 def room(settings: ServeSettings) -> int:
-    """How many connections may wait: `max_idle`, or as many as the process may have open files for."""
+    """How many connections may wait: `max_idle`, or fewer if the process cannot open that many files."""
     try:
         import resource
     except ImportError:  # not a Unix
@@ -172,5 +172,5 @@ def room(settings: ServeSettings) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
     most = max(allowed - others, 16)
     if most < settings.max_idle:
-        logger.warning("max_idle: %d connections may wait, because the process may open %d files", most, allowed)
+        logger.warning("max_idle: reduced to %d connections, because the process may open only %d files", most, allowed)
     return min(most, settings.max_idle)

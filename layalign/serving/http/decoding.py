@@ -1,9 +1,9 @@
-"""Continuous batching: sequences that are decoded together, and may join and leave between any two steps.
+"""Continuous batching: sequences are decoded together and may join or leave between any two steps.
 
-The batch is padded on the left, as `layalign.modeling.llm_inputs` pads; positions count real tokens, and padding is
-masked, so a row's numbers do not depend on its neighbours (beyond the rounding of another matrix shape). A joining
-sequence is prefilled by itself and its cache put beside the others; a leaving one is cut out, and so is padding no row
-needs any more.
+The batch is padded on the left, like `layalign.modeling.llm_inputs`. Positions count real tokens and padding is masked,
+so the result of a row does not depend on the other rows (except for rounding in another matrix shape). A joining
+sequence is prefilled separately, then its cache is concatenated with the others. When a sequence leaves, its row and
+the padding that no other row needs are removed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from layalign.utils.versions import cache_of
 
 @dataclass(frozen=True)
 class Inputs:
-    """One sequence as the collator lays it out, without padding.
+    """One sequence in the collator's layout, without padding.
 
     Attributes:
         source: encoder token ids.
@@ -38,13 +38,13 @@ class Inputs:
 
 @dataclass
 class State:
-    """What the model knows of B sequences.
+    """The model's state for B sequences.
 
     Attributes:
-        lengths: B numbers of real tokens in the cache.
-        sources: B numbers of real source tokens.
-        cache: holds (B, G, max(lengths), d) per layer, padded on the left, and the source's states, padded on the
-            right.
+        lengths: number of real tokens in the cache, for each of the B sequences.
+        sources: number of real source tokens, for each of the B sequences.
+        cache: keys and values (B, G, max(lengths), d) per layer, padded on the left, and those of the source, padded on
+            the right.
     """
 
     lengths: list[int]
@@ -58,25 +58,25 @@ class State:
 
 
 class Decoder:
-    """Steps of a LayAlign model over a changing batch; not thread-safe.
+    """Runs steps of a LayAlign model on a changing batch; not thread-safe.
 
     Args:
         model: a `LayAlignForCausalLM` in eval mode.
-        encoder_pad: id that fills encoder padding.
+        encoder_pad: the encoder's padding token id.
     """
 
     def __init__(self, model: Any, encoder_pad: int) -> None:
         self.model, self.encoder_pad = model, encoder_pad
         self.device = device_of(model.get_input_embeddings())
-        # As published, padding is attended to: then only a source without any gives the single request's answer.
+        # A model that attends to padding (as published) gives the answer of a single request only without padding.
         self.together = bool(model.config.mask_encoder_padding)
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Inputs]) -> tuple[State, Tensor]:
-        """Encode the sources of new sequences and read their prompts.
+        """Encode the sources of new sequences and prefill their prompts.
 
         Returns:
-            The state of these B sequences alone, and the logits (B, V), float32, of their first tokens.
+            The state of these B sequences only, and the logits (B, V), float32, of their first tokens.
         """
         if len(rows) > 1 and not self.together:
             parts = [self.prefill([row]) for row in rows]
@@ -88,8 +88,8 @@ class Decoder:
             **self._padded("encoder_input_ids", "encoder_attention_mask", [row.source for row in rows], left=False),
             **self._padded("input_ids", "attention_mask", [row.packed for row in rows], left=True),
         }
-        # Without a configuration every layer keeps all keys, sliding windows too: the mask alone makes the window, and
-        # rows of any age can be put side by side.
+        # Without a configuration, layers with sliding windows keep all keys too. The mask alone makes the window, so
+        # rows of any length can be concatenated.
         cache = DynamicCache()
         output = self.model(
             **batch,
@@ -103,9 +103,9 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, state: State, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each of the B sequences; the logits (B, V), float32, of the next ones.
+        """Append one token to each of the B sequences; returns the logits (B, V), float32, of the next ones.
 
-        The state's cache and lengths change in place.
+        Modifies the state's cache and lengths in place.
         """
         width = state.width + 1
         positions = torch.tensor(state.lengths, device=self.device)[:, None]
@@ -127,25 +127,25 @@ class Decoder:
         filled, real = [], []
         for row in rows:
             padding = width - len(row)
-            before, behind = (padding, 0) if left else (0, padding)
-            filled.append([fill] * before + list(row) + [fill] * behind)
-            real.append([0] * before + [1] * len(row) + [0] * behind)
+            before, after = (padding, 0) if left else (0, padding)
+            filled.append([fill] * before + list(row) + [fill] * after)
+            real.append([0] * before + [1] * len(row) + [0] * after)
         return {ids: torch.tensor(filled, device=self.device), mask: torch.tensor(real, device=self.device)}
 
 
 def merged(first: State, second: State) -> State:
-    """Both states' sequences side by side, those of `first` before those of `second`."""
+    """Concatenate two states, the sequences of `first` before those of `second`."""
     width = max(first.width, second.width)
     layers = [
         tuple(torch.cat([_to_width(one, width), _to_width(two, width)]) for one, two in zip(mine, other, strict=True))
         for mine, other in zip(_layers(first.cache), _layers(second.cache), strict=True)
     ]
-    source = _beside(get_source(first.cache), get_source(second.cache), first.sources, second.sources)
+    source = _merged_source(get_source(first.cache), get_source(second.cache), first.sources, second.sources)
     return State(first.lengths + second.lengths, first.sources + second.sources, _cache(layers, source))
 
 
 def kept(state: State, rows: Sequence[int]) -> State:
-    """The state of some of the sequences, in the given order; padding that none of them needs is cut off."""
+    """The state of some of the sequences, in the given order; padding that none of them needs is removed."""
     lengths, sources = [state.lengths[row] for row in rows], [state.sources[row] for row in rows]
     width, size = max(lengths), max(sources)
     index = torch.tensor(rows)
@@ -174,7 +174,7 @@ def _to_width(tensor: Tensor, width: int) -> Tensor:
     return F.pad(tensor, (0, 0, width - tensor.shape[2], 0))
 
 
-def _beside(
+def _merged_source(
     first: SourceKeyValues | None, second: SourceKeyValues | None, sizes: Sequence[int], others: Sequence[int]
 ) -> SourceKeyValues:
     assert first is not None and second is not None
@@ -184,7 +184,7 @@ def _beside(
         return torch.cat([F.pad(tensor, (0, 0, 0, size - tensor.shape[2])) for tensor in (one, two)])
 
     mask = None
-    if first.keys:  # also where padding was attended to: these rows had none, and now get some
+    if first.keys:  # needed even if the model attends to padding: these rows had none and get some now
         device = first.keys[0].device
         mask = torch.arange(size, device=device) < torch.tensor([*sizes, *others], device=device)[:, None]
     return SourceKeyValues(

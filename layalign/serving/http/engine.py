@@ -1,7 +1,7 @@
-"""The thread that owns the model: takes waiting requests into the batch, steps, hands out text.
+"""The thread that owns the model. It admits waiting requests to the batch, runs steps and emits text.
 
-Everything of torch happens in this one thread. Other threads submit a `Job`, may cancel it, and get its events through
-the job's `emit`, which is called in the engine's thread and must not block.
+All torch work happens in this thread. Other threads submit a `Job`, may cancel it, and receive its events through the
+job's `emit`, which is called in the engine's thread and must not block.
 """
 
 from __future__ import annotations
@@ -29,14 +29,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Piece:
-    """More text of an answer that is streamed."""
+    """More text of a streamed answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Done:
-    """An answer has ended: "stop" (end token or stop text) or "length". `text` is all of it, `tokens` their number."""
+    """The end of an answer.
+
+    Attributes:
+        reason: "stop" (end token or stop text) or "length".
+        text: the whole answer.
+        tokens: number of generated tokens.
+    """
 
     reason: str
     text: str
@@ -45,7 +51,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """An answer cannot be given; the text says why, without anything of the request's contents."""
+    """An answer that failed. `reason` contains nothing of the request's content."""
 
     reason: str
 
@@ -59,11 +65,16 @@ class Job:
     """One request inside the engine.
 
     Attributes:
-        inputs, chooser, text: what the model reads, how tokens are chosen, what makes text of them.
-        max_new_tokens: longest answer.
-        emit: gets every event, the last one a `Done` or `Failed`; none after `cancel`.
-        streamed: whether pieces are wanted.
+        inputs: what the model reads.
+        chooser: selects the tokens.
+        text: turns tokens into text.
+        max_new_tokens: maximum length of the answer.
+        emit: receives every event, the last one a `Done` or `Failed`; none after `cancel`.
+        streamed: whether to emit a `Piece` for new text.
         cancelled: nobody waits for the answer any more; the engine drops the job before its next step.
+        tokens: number of tokens generated so far.
+        last: the last generated token, or -1.
+        arrived: time of arrival (`time.monotonic`).
     """
 
     inputs: Inputs
@@ -84,12 +95,12 @@ class Job:
         return len(self.inputs.packed) + self.max_new_tokens
 
     def send(self, event: Event) -> None:
-        """Emit an event, unless nobody listens."""
+        """Emit an event, unless the job is cancelled."""
         if not self.cancelled:
             self.emit(event)
 
     def take(self, token: int, ends: frozenset[int]) -> bool:
-        """Add a token; whether the answer goes on. Emits what became certain."""
+        """Add a token and emit the text that it completes; returns whether the answer continues."""
         self.tokens, self.last = self.tokens + 1, token
         ended = token in ends
         new = self.text.finish() if ended else self.text.push(token)
@@ -110,11 +121,12 @@ class Engine:
     """A model and its thread.
 
     Args:
-        decoder: the model's steps.
+        decoder: runs the model.
         ends: token ids that end an answer.
-        max_batch, max_batch_tokens: most rows, and most rows times the cache entries of the longest.
-        metrics: where steps and tokens are counted.
-        health: is told of failures and of the step in progress.
+        max_batch: maximum number of rows.
+        max_batch_tokens: maximum of rows times the cache entries of the longest row.
+        metrics: counts steps and tokens.
+        health: records failures and the step in progress.
     """
 
     def __init__(
@@ -133,25 +145,25 @@ class Engine:
     # From other threads
 
     def start(self) -> None:
-        """Start the thread, if it does not run yet."""
+        """Start the thread, unless it is running."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="layalign-engine", daemon=True)
             self._thread.start()
 
     def close(self, timeout: float = 10.0) -> None:
-        """Fail what has not ended and stop the thread; waits so long for the step in progress, the first time."""
+        """Stop the thread and fail unfinished jobs. The first call waits up to `timeout` s for the step in progress."""
         with self._changed:
             again, self._closed = self._closed, True
             self._changed.notify()
         if self._thread is not None:
             self._thread.join(0.1 if again else timeout)
-            if self._thread.is_alive():  # in a step that does not end
+            if self._thread.is_alive():  # the step hangs
                 for job in [*self._waiting, *self._active]:
                     job.send(_ENDED)
 
     @property
     def problem(self) -> str:
-        """Why the server is to be restarted; empty where it works."""
+        """Why the server should be restarted; empty if it works."""
         if self._closed or self._thread is None or not self._thread.is_alive():
             return "the model's thread does not run"
         return self.health.problem
@@ -163,12 +175,12 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Jobs that have no place in the batch yet."""
+        """Number of jobs that wait for a place in the batch."""
         return len(self._waiting)
 
     @property
     def active(self) -> int:
-        """Jobs in the batch."""
+        """Number of jobs in the batch."""
         return len(self._active)
 
     def submit(self, job: Job) -> None:
@@ -181,7 +193,7 @@ class Engine:
         job.send(_ENDED)
 
     def cancel(self, job: Job) -> None:
-        """Forget a job: at once where it waits, before the next step where it runs."""
+        """Drop a job: at once if it waits, before the next step if it runs."""
         job.cancelled = True
         with self._changed:
             if job in self._waiting:
@@ -198,9 +210,9 @@ class Engine:
                     if self._closed:
                         break
                 self._turn()
-        except BaseException as error:  # a bug here, or the interpreter's end
+        except BaseException as error:  # a bug here, or interpreter shutdown
             log_error("the engine's thread has ended", error)
-        finally:  # nobody may wait for ever
+        finally:  # no caller may wait forever
             with self._changed:
                 self._closed = True
                 left = [*self._waiting, *self._active]
@@ -210,7 +222,7 @@ class Engine:
                 job.send(_ENDED)
 
     def _turn(self) -> None:
-        """One step: cancelled rows leave, waiting ones join, everyone gets a token."""
+        """Run one step for the batch, then admit and prefill waiting jobs."""
         if self._active:
             self._step()
         joining = self._admitted()
@@ -218,7 +230,7 @@ class Engine:
             self._prefill(joining)
 
     def _admitted(self) -> list[Job]:
-        """Waiting jobs for which there is a place, first come, first served."""
+        """Take the waiting jobs that fit into the batch, first come, first served."""
         taken: list[Job] = []
         longest = max((job.longest for job in self._active), default=0)
         with self._changed:
@@ -238,7 +250,7 @@ class Engine:
             with self.health.working("a step"):
                 state, logits = self.decoder.prefill([job.inputs for job in jobs])
         except Exception as error:
-            if len(jobs) > 1:  # one of them may be to blame, the others are not
+            if len(jobs) > 1:  # perhaps only one of them fails
                 for job in jobs:
                     self._prefill([job])
                 return
@@ -252,7 +264,7 @@ class Engine:
                     state = state if len(rows) == len(jobs) else kept(state, rows)
                     self._state = state if self._state is None else merged(self._state, state)
                     self._active += [jobs[row] for row in rows]
-        except Exception as error:  # out of memory, say: those that ran before go on
+        except Exception as error:  # out of memory, for example; the jobs already in the batch continue
             self._failed(jobs, error)
             return
         self.metrics.step_rows.observe(len(jobs))
@@ -263,7 +275,7 @@ class Engine:
             self._keep([not job.cancelled for job in jobs])
             if self._state is None:
                 return
-            with self.health.working("a step"):  # a GPU's ends where its tokens are read
+            with self.health.working("a step"):  # includes _deal: a GPU's step ends when its tokens are read
                 logits = self.decoder.step(self._state, [job.last for job in self._active])
                 self.metrics.step_rows.observe(len(self._active))
                 self._keep(self._deal(self._active, logits))
@@ -272,11 +284,11 @@ class Engine:
             self._failed(jobs, error)
 
     def _deal(self, jobs: list[Job], logits: Tensor) -> list[bool]:
-        """Give each job its next token; whether each goes on."""
+        """Give each job its next token; returns whether each continues."""
         going = []
         tokens = choose(logits, [job.chooser for job in jobs])
         lost = tokens.count(None)
-        if lost:  # before anybody is answered: who is may ask for the health at once
+        if lost:  # before any answer, since a client may check the health right after it
             self.health.failed(lost)
         for job, token in zip(jobs, tokens, strict=True):
             if job.cancelled:
@@ -292,13 +304,13 @@ class Engine:
             self.metrics.generated.inc()
             try:
                 going.append(job.take(token, self.ends))
-            except Exception as error:  # its own text's, which is nobody else's
+            except Exception as error:  # in this job's text only; the others continue
                 self._failed([job], error)
                 going.append(False)
         return going
 
     def _keep(self, going: list[bool]) -> None:
-        """Only those of the active jobs that go on stay in the batch."""
+        """Remove the jobs that do not continue from the batch."""
         if all(going) or self._state is None:
             return
         rows = [row for row, goes in enumerate(going) if goes]
@@ -314,12 +326,12 @@ class Engine:
 
 
 def log_error(what: str, error: BaseException) -> None:
-    """Log an exception's type and where it came from, not its text: that may hold what a user asked."""
+    """Log an exception's type and stack, but not its text, which may contain a user's input."""
     frames: list[str] = []
     trace: Any = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
         frames.append(f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}")
         trace = trace.tb_next
-    # Of the caller, which is what `layalign.serving.http.connections.Seldom` goes by.
+    # stacklevel: `layalign.serving.http.connections.Seldom` counts by the caller's line.
     logger.error("%s: %s\n  %s", what, type(error).__name__, "\n  ".join(frames), stacklevel=2)

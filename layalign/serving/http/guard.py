@@ -1,4 +1,4 @@
-"""What every request passes before the application: key, kind, size and time of the body; and what is counted."""
+"""Middleware before the application: checks the key, the type, size and time of the body; counts requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from layalign.serving.http.messages import ApiError, error_body
 from layalign.serving.http.metrics import Metrics
 from layalign.serving.http.settings import ServeSettings, checked_key
 
-OPEN_PATHS = ("/health", "/ready")  # without a key: whoever watches the process has none
+OPEN_PATHS = ("/health", "/ready")  # without a key, for health probes
 PATHS = (*OPEN_PATHS, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
@@ -27,9 +27,9 @@ class Guard:
     Args:
         app: the application.
         settings: limits of the body.
-        metrics: where requests are counted.
-        health: is told of errors in the server.
-        api_key: what `Authorization: Bearer` must carry; None asks for nothing.
+        metrics: counts requests.
+        health: records errors in the server.
+        api_key: key that `Authorization: Bearer` must carry; None requires no key.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Guard:
             await self.app(scope, self._limited(receive, scope), counted)
         except ApiError as error:
             await _respond(error, scope, receive, counted)
-        except Exception as error:  # not handed on: a server's own log would print its text, with whatever is in it
+        except Exception as error:  # not re-raised: uvicorn would log its text, which may contain a user's input
             log_error(f"request {request_id} failed", error)
             self.health.failed()
             if not status:
@@ -80,7 +80,7 @@ class Guard:
         if scope["method"] != "POST":
             return
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if kind != b"application/json":  # a page of another site can post any other kind unasked
+        if kind != b"application/json":  # browsers let any site post other types without a CORS preflight
             raise ApiError(415, "content-type: expected application/json")
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise ApiError(415, "content-encoding: expected a body that is not compressed")
@@ -92,7 +92,7 @@ class Guard:
         return ApiError(413, f"body: expected at most {self.settings.max_body_bytes} bytes", code="too_large")
 
     def _limited(self, receive: Receive, scope: Scope) -> Receive:
-        """`receive` that ends a body which is too long or too slow, whatever its headers say."""
+        """`receive` that raises if the body is too long or too slow, whatever its headers say."""
         seen, whole = 0, scope["method"] != "POST"
         until = time.monotonic() + self.settings.body_timeout
 

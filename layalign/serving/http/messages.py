@@ -1,4 +1,4 @@
-"""The requests' fields, OpenAI's and ours, and the shapes of answers and errors."""
+"""Fields of requests (OpenAI's and ours), and the JSON of answers and errors."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def _well_formed(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError("Input holds half of a surrogate pair, expected valid text") from None
+        raise ValueError("expected valid text, got a lone surrogate") from None
     return text
 
 
 def _one_prompt(value: Any) -> Any:
-    """The text of a list with one text."""
+    """Unpack a list with one text."""
     if not isinstance(value, list):
         return value
     if not all(isinstance(text, str) for text in value):
-        raise ValueError("expected a text; token ids are not served")
+        raise ValueError("expected a text; token ids are not supported")
     if len(value) != 1:
         raise ValueError(f"expected one text in a request, got {len(value)}")
     return value[0]
@@ -54,13 +54,13 @@ Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_well_
 Label = Annotated[str, Field(max_length=256)]
 
 
-@dataclass(frozen=True, eq=False)  # `Annotated` takes equal metadata for the same, and 0 == False
+@dataclass(frozen=True, eq=False)  # `Annotated` caches by equal metadata, and 0 == False
 class NotServed:
-    """Validates a field that is taken only with a value that asks for nothing.
+    """Validates an OpenAI field that is not supported: it accepts only values that have no effect.
 
     Args:
-        neutral: those values, besides null.
-        why: any other is refused.
+        neutral: the accepted values, besides null.
+        why: reason for refusing any other value, for the error.
     """
 
     neutral: tuple[Any, ...]
@@ -78,14 +78,14 @@ def _only(*neutral: Any, why: str) -> AfterValidator:
 
 
 class ApiError(HTTPException):
-    """An error that the client is told of.
+    """An error response.
 
     Args:
-        status: of the response.
-        message: what was found and what was expected.
-        param: the field to blame, if one is.
-        code: a word for programs.
-        retry_after: seconds for the header of that name.
+        status: HTTP status.
+        message: what was expected and what was found.
+        param: the field that caused it, if any.
+        code: machine-readable code.
+        retry_after: seconds for the header Retry-After.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class ApiError(HTTPException):
 
 
 def error_body(error: HTTPException) -> dict[str, Any]:
-    """OpenAI's shape of an error."""
+    """An error as OpenAI's API returns it."""
     kind = STATUS_TYPES.get(error.status_code, "invalid_request_error")
     param, code = getattr(error, "param", None), getattr(error, "code", None)
     return {"error": {"message": str(error.detail), "type": kind, "param": param, "code": code}}
 
 
 class Fields(BaseModel):
-    """An object of a request. Null is a field that is not given."""
+    """An object of a request. A field that is null counts as absent."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -129,8 +129,8 @@ _PENALTIES = "the model's own penalty is applied, and no other"
 _TOOLS = "the model calls no tools"
 _STORED = "nothing is stored"
 _TEXT = "answers are text"
-_CACHED = "nothing is kept of a prompt"
-_FREE = "Any text of at most 256 characters; not looked at."
+_CACHED = "prompts are not cached"
+_FREE = "Any text of at most 256 characters; ignored."
 
 
 class Common(Fields):
@@ -146,21 +146,21 @@ class Common(Fields):
     stream_options: StreamOptions = StreamOptions()
     user: Label | None = Field(None, description=_FREE)
     n: Annotated[Any, _only(1, why=_ONE)] = None
-    logprobs: Annotated[Any, _only(False, why="log probabilities are not given")] = None
-    logit_bias: Annotated[Any, _only({}, why="no token's logit can be changed")] = None
+    logprobs: Annotated[Any, _only(False, why="log probabilities are not returned")] = None
+    logit_bias: Annotated[Any, _only({}, why="logits cannot be changed")] = None
     presence_penalty: Annotated[Any, _only(0, why=_PENALTIES)] = None
     frequency_penalty: Annotated[Any, _only(0, why=_PENALTIES)] = None
     # Ours
     task: str | None = Field(None, max_length=64, description="The prompt for the LLM: none, math or source.")
     language: str | None = Field(None, max_length=64, description="Of the text: an English name or a code.")
     llm_prompt: Text | None = Field(
-        None, description="Instead of a task: the prompt for the LLM; {source} in it stands for the text."
+        None, description="Instead of a task: the prompt for the LLM; {source} in it is replaced by the text."
     )
-    timeout: float | None = Field(None, gt=0.0, allow_inf_nan=False, description="Seconds; the server's at most.")
+    timeout: float | None = Field(None, gt=0.0, allow_inf_nan=False, description="Seconds; at most the server's.")
 
     @property
     def longest(self) -> tuple[int | None, str]:
-        """The longest answer in tokens that was asked for, and the field that says so."""
+        """The requested maximum length of the answer in tokens, and the name of the field that sets it."""
         return self.max_tokens, "max_tokens"
 
 
@@ -170,7 +170,7 @@ class CompletionRequest(Common):
     prompt: Annotated[Text, BeforeValidator(_one_prompt)]
     best_of: Annotated[Any, _only(1, why=_ONE)] = None
     echo: Annotated[Any, _only(False, why="the prompt is not repeated")] = None
-    suffix: Annotated[Any, _only("", why="nothing is filled in between two texts")] = None
+    suffix: Annotated[Any, _only("", why="text cannot be inserted before a suffix")] = None
 
     @property
     def text(self) -> str:
@@ -192,7 +192,7 @@ class Message(Fields):
     role: Literal["user", "system", "developer", "assistant"]
     content: Annotated[list[Part], BeforeValidator(_as_parts)] = Field(default_factory=list)
     name: Label | None = Field(None, description=_FREE)
-    refusal: Annotated[Any, _only("", why="earlier answers are not served")] = None
+    refusal: Annotated[Any, _only("", why="earlier answers are not supported")] = None
     audio: Annotated[Any, _only(why=_TEXT)] = None
     tool_calls: Annotated[Any, _only([], why=_TOOLS)] = None
     function_call: Annotated[Any, _only(why=_TOOLS)] = None
@@ -204,13 +204,13 @@ class Message(Fields):
 
 
 class ChatRequest(Common):
-    """Body of `/v1/chat/completions`: one message of the user; there is no memory of earlier ones."""
+    """Body of `/v1/chat/completions`: one user message. Earlier turns are not supported."""
 
     messages: list[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
     safety_identifier: Label | None = Field(None, description=_FREE)
     prompt_cache_key: Label | None = Field(None, description=_FREE)
-    top_logprobs: Annotated[Any, _only(0, why="log probabilities are not given")] = None
+    top_logprobs: Annotated[Any, _only(0, why="log probabilities are not returned")] = None
     tools: Annotated[Any, _only([], why=_TOOLS)] = None
     tool_choice: Annotated[Any, _only("none", "auto", why=_TOOLS)] = None
     parallel_tool_calls: Annotated[Any, _only(True, False, why=_TOOLS)] = None
@@ -223,8 +223,8 @@ class ChatRequest(Common):
     metadata: Annotated[Any, _only({}, why=_STORED)] = None
     service_tier: Annotated[Any, _only("auto", "default", why="all requests have the same tier")] = None
     reasoning_effort: Annotated[Any, _only("none", why="the model does not reason before it answers")] = None
-    verbosity: Annotated[Any, _only("medium", why="only max_tokens bounds an answer")] = None
-    prediction: Annotated[Any, _only(why="predicted outputs are not served")] = None
+    verbosity: Annotated[Any, _only("medium", why="only max_tokens limits an answer")] = None
+    prediction: Annotated[Any, _only(why="predicted outputs are not supported")] = None
     prompt_cache_retention: Annotated[Any, _only("in_memory", why=_CACHED)] = None
     prompt_cache_options: Annotated[Any, _only({}, why=_CACHED)] = None
     moderation: Annotated[Any, _only(why="nothing is moderated")] = None
@@ -235,7 +235,7 @@ class ChatRequest(Common):
     def _one_question(cls, messages: list[Message]) -> list[Message]:
         said = [message for message in messages if message.text.strip()]
         if [message.role for message in said] != ["user"]:
-            raise ValueError("expected one message with a text, of the role user; no system prompt, no earlier turns")
+            raise ValueError("expected one message with text, of the role user; no system prompt, no earlier turns")
         return said
 
     @field_validator("max_completion_tokens")
@@ -252,14 +252,14 @@ class ChatRequest(Common):
 
     @property
     def longest(self) -> tuple[int | None, str]:
-        """As of both endpoints."""
+        """As for `Common`, but `max_completion_tokens` comes first."""
         if self.max_completion_tokens is None:
             return super().longest
         return self.max_completion_tokens, "max_completion_tokens"
 
 
 def first_problem(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """(message, field) of a failed validation; nothing of the input is repeated."""
+    """(message, field) for a failed validation. The message repeats nothing of the input."""
     problem = errors[0]
     if problem.get("type") == "json_invalid":
         return "the body is not valid JSON", None
@@ -271,17 +271,18 @@ def first_problem(errors: Sequence[Any]) -> tuple[str, str | None]:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
     message = str(problem.get("msg")).removeprefix("Value error, ")
     if problem.get("type") == "extra_forbidden":
-        message = "a field that is not served"
+        message = "unknown field, or one that is not supported"
     return f"{path or 'body'}: {message}", str(where[0]) if where else None
 
 
 class Shape:
-    """The objects that one answer is sent as.
+    """Builds the JSON objects of one answer.
 
     Args:
-        chat: those of the chat endpoint.
-        model: its name.
-        prompt_tokens, source_tokens: of the LLM's input, of the source.
+        chat: whether it is for the chat endpoint.
+        model: name of the model.
+        prompt_tokens: number of tokens of the LLM's input.
+        source_tokens: number of tokens of the source.
         with_usage: whether a stream ends with the usage.
     """
 
@@ -295,7 +296,7 @@ class Shape:
         }
 
     def usage(self, tokens: int) -> dict[str, Any]:
-        """OpenAI's usage. `prompt_tokens` is the LLM's input, slots of the source included."""
+        """OpenAI's usage. `prompt_tokens` counts the LLM's input, including the source's slots."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": tokens,
@@ -304,7 +305,7 @@ class Shape:
         }
 
     def whole(self, text: str, reason: str, tokens: int) -> dict[str, Any]:
-        """An answer in one piece."""
+        """A complete answer."""
         content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
         kind = "chat.completion" if self.chat else "text_completion"
@@ -317,7 +318,7 @@ class Shape:
         return self._chunk([{"index": 0, **content, "logprobs": None, "finish_reason": reason}])
 
     def last(self, tokens: int) -> dict[str, Any]:
-        """The chunk with the usage, for those who asked for it."""
+        """The final chunk of a stream, with the usage."""
         return {**self._chunk([]), "usage": self.usage(tokens)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -326,13 +327,13 @@ class Shape:
         return {**self.head, "object": kind, "choices": choices, **usage}
 
 
-# The page's table of the fields that are not served
+# The table of unsupported fields in docs/serving.md
 
 BEGIN, END = "<!-- fields -->", "<!-- end of fields -->"
 
 
 def markdown() -> str:
-    """Which values ask for nothing, and why others are refused."""
+    """The unsupported fields: values that are accepted, and why others are refused."""
     models: list[tuple[str, type[Fields]]] = [
         ("", CompletionRequest), ("", ChatRequest), ("stream_options.", StreamOptions), ("messages[].", Message),
         ("messages[].content[].", Part),
@@ -345,11 +346,11 @@ def markdown() -> str:
                     texts = [f"`{prefix}{name}: {json.dumps(value)}`" for value in check.neutral or (None,)]
                     taken.setdefault(check.why, {}).update(dict.fromkeys(texts))
     rows = [f"| {', '.join(fields)} | {why} |" for why, fields in taken.items()]
-    return "\n".join(["| taken (null always) | why no other value is |", "|---|---|", *rows]) + "\n"
+    return "\n".join(["| accepted (null always is) | why other values are refused |", "|---|---|", *rows]) + "\n"
 
 
 def written_into(page: str) -> str:
-    """The page with the table as it is now."""
+    """``page`` with the table between its two markers replaced."""
     return replaced(page, BEGIN, END, markdown())
 
 

@@ -1,4 +1,4 @@
-"""From a request's text to what the model reads, with the limits checked on the way."""
+"""Turns a request's text into model inputs, and checks the limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layalign.utils.errors import ArgumentError
 
 
 class Preparer:
-    """Tokenises requests. Not thread-safe, as tokenizers are not.
+    """Tokenizes requests. Not thread-safe, since tokenizers are not.
 
     Args:
         model: a `LayAlignForCausalLM`.
@@ -31,12 +31,12 @@ class Preparer:
             stage: LayAlignCollator.from_model(
                 model, encoder_tokenizer, llm_tokenizer, stage=stage, with_targets=False,
                 max_source_length=settings.max_source_tokens, max_prompt_length=settings.max_prompt_tokens,
-                llm_positions=None,  # looked at here, with the new tokens
+                llm_positions=None,  # checked below, together with the new tokens
             )
             for stage in ("translation", "task")
         }  # fmt: skip
         for collator in self.collators.values():
-            collator.quiet = True  # what is too long is refused
+            collator.quiet = True  # texts that are too long are refused, so it need not warn
 
     def __call__(
         self,
@@ -49,15 +49,17 @@ class Preparer:
         new_tokens: int,
         limit: str,
     ) -> Inputs:
-        """What the model reads for one text.
+        """The model inputs for one text.
 
         Args:
-            text: for the encoder. `field` is its name in the request, for errors.
-            language, task, llm_prompt: as in the request; None for the server's own.
-            new_tokens: longest answer, which must fit behind the prompt. `limit` is its field's name, for errors.
+            text: text for the encoder.
+            field: name of the text's field in the request, for errors.
+            language, task, llm_prompt: as in the request; None for the server's default.
+            new_tokens: maximum length of the answer, which must fit after the prompt.
+            limit: name of the field that sets `new_tokens`, for errors.
 
         Raises:
-            ApiError: 400, naming the field.
+            ApiError: 400; it names the field.
         """
         source, name = self._text(text, field), self._language(language)
         prompt = self._prompt(source, task, llm_prompt)
@@ -70,7 +72,7 @@ class Preparer:
             message = str(error).removeprefix("language: ") if blamed == "language" else "no tokens in this text"
             raise ApiError(400, f"{blamed}: {message}", blamed) from None
         inputs = Inputs(tuple(batch["encoder_input_ids"][0].tolist()), tuple(batch["input_ids"][0].tolist()))
-        # Nothing is cut silently.
+        # Texts that are too long are refused, never truncated.
         if "source" in collator.last_cut[0]:
             most = collator.max_source_length
             raise ApiError(400, f"{field}: expected at most {most} encoder tokens", field, "too_long")
@@ -79,12 +81,14 @@ class Preparer:
             most = self.settings.max_prompt_tokens
             raise ApiError(400, f"{blamed}: expected at most {most} LLM tokens", blamed, "too_long")
         if len(inputs.packed) + new_tokens > self.context:
-            message = f"{limit}: {len(inputs.packed)} of {self.context} positions are taken, {new_tokens} do not fit"
+            taken = len(inputs.packed)
+            room = f"{max(self.context - taken, 0)} (the prompt takes {taken} of {self.context} positions)"
+            message = f"{limit}: expected at most {room}, got {new_tokens}"
             raise ApiError(400, message, limit, "context_length_exceeded")
         return inputs
 
     def text(self, inputs: Inputs) -> list[int]:
-        """The LLM's input without the source's slots and the boundary: what a penalty counts."""
+        """The LLM's input without the source's slots and the boundary; the repetition penalty counts these tokens."""
         start = int(self.collators["task"].bos_token_id is not None)
         return [*inputs.packed[:start], *inputs.packed[self._head(inputs) :]]
 
@@ -117,9 +121,9 @@ class Preparer:
             return PROMPTS[task](source)
         if task is not None:
             raise ApiError(400, "llm_prompt: give either task or llm_prompt, not both", "llm_prompt")
-        size = len(llm_prompt) + llm_prompt.count("{source}") * len(source)  # before it is made: it may be huge
+        size = len(llm_prompt) + llm_prompt.count("{source}") * len(source)  # may be too large to build
         most = 2 * self.settings.max_characters
         if not llm_prompt.strip() or size > most:
-            message = f"llm_prompt: expected 1 to {most} characters, the text in it included"
+            message = f"llm_prompt: expected 1 to {most} characters, including the text that replaces {{source}}"
             raise ApiError(400, message, "llm_prompt")
         return Prompt.fill(llm_prompt, source)

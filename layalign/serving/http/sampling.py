@@ -1,4 +1,4 @@
-"""The next token of each row: greedy, or drawn with the row's own temperature, top-p and random numbers."""
+"""The next token of each row: greedy, or sampled with the row's own temperature, top-p and random generator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import (
 
 from layalign.utils.errors import ArgumentError
 
-# Fields of a generation configuration that change greedy answers and that are not served, with the value that does not.
+# Unsupported fields of a generation configuration that change greedy answers, with the value that has no effect.
 _NEUTRAL = {
     "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_length": 0,
     "min_new_tokens": 0, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
@@ -26,32 +26,32 @@ _NEUTRAL = {
     "watermarking_config": None,
 }  # fmt: skip
 
-COLDEST = 1e-6  # logits divided by less are infinite, and nothing can be drawn from them
+COLDEST = 1e-6  # dividing logits by less overflows
 
 
 def repetition_penalty(generation_config: Any) -> float:
-    """The model's own repetition penalty (1.0: none).
+    """The repetition penalty of the model's generation configuration (1.0: none).
 
     Raises:
-        ArgumentError: the model's generation configuration asks for something that is not served.
+        ArgumentError: the generation configuration asks for something that is not supported.
     """
     for name, neutral in _NEUTRAL.items():
         value = getattr(generation_config, name, neutral)
         if value not in (None, neutral, [], {}):
-            raise ArgumentError(f"generation_config: {name}={value!r} is not served, expected {neutral!r}")
+            raise ArgumentError(f"generation_config: expected {name}={neutral!r}, got {value!r} (not supported)")
     return float(getattr(generation_config, "repetition_penalty", None) or 1.0)
 
 
 @dataclass
 class Chooser:
-    """How one request's tokens are chosen.
+    """Selects the tokens of one request.
 
     Args:
-        temperature: 0 (and what is below 1e-6) takes the likeliest token.
-        top_p: draw from the likeliest tokens that together have this probability.
-        seed: of this request's own random numbers; None for unpredictable ones.
+        temperature: 0 (and anything below 1e-6) takes the most likely token.
+        top_p: sample from the most likely tokens whose probabilities sum to this.
+        seed: seed of this request's random generator; None for a random seed.
         penalty: repetition penalty of the model's generation configuration.
-        ids: the LLM's prompt without the source's slots, which the penalty counts too; grows by every token.
+        ids: tokens that the penalty counts: the LLM's prompt without the source's slots, and each new token.
     """
 
     temperature: float = 0.0
@@ -76,7 +76,7 @@ class Chooser:
 
     @property
     def plain(self) -> bool:
-        """Whether the token is simply the likeliest one."""
+        """Whether the token is the most likely one."""
         return not self._processors
 
     def __call__(self, logits: Tensor) -> int:
@@ -84,7 +84,7 @@ class Chooser:
         scores = self._processors(torch.tensor([self.ids], dtype=torch.long, device=logits.device), logits)
         if self._generator is None:
             return int(scores.argmax(-1))
-        # On the CPU, so that a seed gives the same numbers wherever the model is.
+        # On the CPU, so that a seed gives the same random numbers on every device.
         return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self._generator))
 
 
@@ -93,11 +93,11 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
 
     Args:
         logits: (B, V), float32.
-        choosers: B of them.
+        choosers: one per row.
     """
     best, ids = logits.max(-1)
     tokens: list[int | None] = ids.tolist()
-    finite = best.isfinite().tolist()  # a NaN anywhere in a row is its maximum
+    finite = best.isfinite().tolist()  # max returns NaN if the row contains one
     for row, chooser in enumerate(choosers):
         if not finite[row]:
             tokens[row] = None

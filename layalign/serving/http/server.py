@@ -1,4 +1,4 @@
-"""The process: uvicorn, signals, and the end of its life."""
+"""The server process: uvicorn, signals and shutdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server that answers 503 to new requests after the first signal, until the running ones have ended."""
+    """uvicorn's server, but after the first signal it answers 503 to new requests until the running ones have ended."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -30,7 +30,7 @@ class Server(uvicorn.Server):
         self._drain: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Any = None) -> None:
-        """As uvicorn's; then says where the server listens."""
+        """As uvicorn's; then prints the address."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         if self.started:
@@ -39,7 +39,10 @@ class Server(uvicorn.Server):
             print(f"layalign serve: listening on http://{host}:{port}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. Second: stop now. The process ends with code 0: uvicorn would raise the signal again."""
+        """Drain on the first signal, stop at once on the second.
+
+        The signal is not recorded, because uvicorn would raise it again and the exit code would not be 0.
+        """
         if self.service.draining or self._loop is None:
             self.should_exit = self.force_exit = True
             return
@@ -54,13 +57,13 @@ class Server(uvicorn.Server):
         while self.service.open and time.monotonic() < until:
             await asyncio.sleep(0.05)
         if self.service.open:
-            logger.warning("%d requests did not end in the grace time and fail", self.service.open)
-            await asyncio.to_thread(self.service.engine.close)  # each of them gets its error
+            logger.warning("%d requests did not finish within the grace time and are aborted", self.service.open)
+            await asyncio.to_thread(self.service.engine.close)  # each of them gets an error
         self.should_exit = True
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host to bind to is this machine alone."""
+    """Whether only this machine can connect to a host."""
     if host == "localhost":
         return True
     try:
@@ -70,7 +73,7 @@ def is_loopback(host: str) -> bool:
 
 
 def make_server(service: Service, host: str, port: int, api_key: str | None = None) -> Server:
-    """The server that `run` runs, with its arguments."""
+    """Create the server that `run` runs; same arguments."""
     settings = service.settings
     waiting = Waiting(room(settings), settings, service.metrics)
     config = uvicorn.Config(
@@ -91,18 +94,18 @@ def make_server(service: Service, host: str, port: int, api_key: str | None = No
 
 
 def run(service: Service, host: str, port: int, api_key: str | None = None) -> None:
-    """Serve until a signal ends it.
+    """Serve until a signal arrives.
 
     Args:
-        service: who answers.
-        host, port: where to listen; port 0 takes a free one, and the line on stdout says which.
-        api_key: what requests must carry; None asks for nothing, with a warning where others can reach the server.
+        service: answers the requests.
+        host, port: address to listen on; port 0 takes a free one, which is printed.
+        api_key: key that requests must carry. None requires no key and warns if other machines can connect.
 
     Raises:
-        ArgumentError: the key is empty or cannot stand in a header.
+        ArgumentError: the key is empty or not valid in a header.
     """
     if api_key is None and not is_loopback(host):
-        logger.warning("%s is reachable from other machines, and no key is asked for (set LAYALIGN_API_KEY)", host)
+        logger.warning("%s is reachable from other machines without a key; set LAYALIGN_API_KEY", host)
     for name in ("uvicorn.error", "asyncio", "layalign.serving.http.engine"):
         logging.getLogger(name).addFilter(Seldom())
     make_server(service, host, port, api_key).run()

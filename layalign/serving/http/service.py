@@ -1,4 +1,4 @@
-"""One model as a service: admission, the engine, and one call's life from text to last event."""
+"""One model as a service: admission, the engine, and the life of a call from its text to its last event."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from layalign.serving.http.text import TextStream
 
 
 class ClientGone(Exception):
-    """The client closed the connection before its answer was whole."""
+    """The client closed the connection before its answer was complete."""
 
 
 class Service:
-    """A model with its limits. Its methods run in the event loop; the model's work is the engine's.
+    """A model with its limits. The methods run in the event loop; the model runs in the engine's thread.
 
     Args:
-        model: a `LayAlignForCausalLM`; is put into eval mode.
+        model: a `LayAlignForCausalLM`, which is set to eval mode.
         encoder_tokenizer, llm_tokenizer: its tokenizers.
         settings: the limits.
 
     Attributes:
-        health: what came of the last minute's requests.
-        open: requests between admission and the end of their answer.
-        draining: no new ones are taken.
+        health: state of the server, judged by the last minute's requests.
+        open: number of requests between admission and the end of their answer.
+        draining: whether new requests are refused.
 
     Raises:
-        ArgumentError: the model's generation configuration asks for something that is not served.
+        ArgumentError: the model's generation configuration asks for something that is not supported.
     """
 
     def __init__(self, model: Any, encoder_tokenizer: Any, llm_tokenizer: Any, settings: ServeSettings) -> None:
         self.settings, self.metrics, self.health = settings, Metrics(), Health(settings.step_timeout)
         self.penalty = repetition_penalty(model.generation_config)
         self.preparer = Preparer(model, encoder_tokenizer, llm_tokenizer, settings)
-        # One thread, because tokenizers are not thread-safe; and for the engine's thread a tokenizer of its own.
+        # Tokenizers are not thread-safe: one thread tokenizes, and the engine's thread has its own copy.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="layalign-tokenize")
         self.tokenizer = copy.deepcopy(llm_tokenizer)
         decoder = Decoder(model.eval(), pad_id(encoder_tokenizer))
@@ -61,20 +61,20 @@ class Service:
         self.metrics.healthy.set_function(lambda: self.engine.healthy)
         self.metrics.busy_seconds.set_function(lambda: self.health.running[0])
         self.open, self.draining = 0, False
-        self._seconds = 1.0  # a running mean of how long an answer takes
+        self._seconds = 1.0  # running mean of the time per answer
 
     def start(self) -> None:
         """Start the engine."""
         self.engine.start()
 
     def close(self) -> None:
-        """Stop the engine; answers that are not whole fail."""
+        """Stop the engine; unfinished answers fail."""
         self.draining = True
         self.engine.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     def admit(self) -> None:
-        """Take a place; `release` gives it back.
+        """Take a place; `release` frees it.
 
         Raises:
             ApiError: 429 when all places are taken, 503 while the server shuts down.
@@ -84,29 +84,33 @@ class Service:
         if self.open >= self.settings.max_open:
             rounds = (self.engine.waiting + 1) / self.settings.max_batch
             seconds = min(max(math.ceil(rounds * self._seconds), 1), 60)
-            raise ApiError(429, "too many requests wait already", code="queue_full", retry_after=seconds)
+            raise ApiError(429, "too many requests are waiting", code="queue_full", retry_after=seconds)
         self.open += 1
 
     def release(self, seconds: float | None) -> None:
-        """Give a place back; `seconds` is how long a whole answer took."""
+        """Free a place; `seconds` is the time of a complete answer, or None."""
         self.open -= 1
         if seconds is not None:
             self._seconds += 0.1 * (seconds - self._seconds)
 
     def check_model(self, name: str | None) -> None:
-        """See that a request means this server's model.
+        """Check that a request names this server's model.
 
         Raises:
-            ApiError: 404 for another one.
+            ApiError: 404 for another model.
         """
         if name not in (None, self.settings.model_name):
             raise ApiError(404, f"model: this server has {self.settings.model_name!r}", "model", "model_not_found")
 
     async def prepare(self, body: CompletionRequest | ChatRequest, emit: Any) -> Job:
-        """Check a request and make the engine's job of it.
+        """Check a request and create the engine's job.
+
+        Args:
+            body: the parsed body.
+            emit: receives the job's events, in the engine's thread.
 
         Raises:
-            ApiError: 400 naming the field, 404 for another model.
+            ApiError: 400, which names the field; 404 for another model.
         """
         settings = self.settings
         self.check_model(body.model)
@@ -137,11 +141,11 @@ class Service:
 
 
 class Call:
-    """One admitted request; use it as an asynchronous context manager, which gives everything back at its end.
+    """One request. Call `end` after `begin`, whatever happens in between; it frees the place and cancels the job.
 
     Args:
-        service: who answers.
-        request: where the client's leaving is noticed; its body must have been read.
+        service: answers the request.
+        request: used to notice that the client disconnects; its body must have been read.
         body: the parsed body.
     """
 
@@ -158,7 +162,8 @@ class Call:
         """Take a place and start the work.
 
         Raises:
-            ApiError: 429, 503, 504 when time is up, or what `Service.prepare` raises.
+            ApiError: 429 or 503 (see `Service.admit`), 504 if time is up, or what `Service.prepare` raises. The call
+                has been ended then.
         """
         self.service.admit()
         try:
@@ -180,7 +185,7 @@ class Call:
             raise
 
     def end(self) -> None:
-        """Give the place back; an answer that is not whole is given up, wherever it stands."""
+        """Free the place, and cancel the answer if it is not complete."""
         if self._gone is not None:
             self._gone.cancel()
         if self.job is not None and not self._whole:
@@ -188,11 +193,11 @@ class Call:
         self.service.release(time.monotonic() - self._started if self._whole else None)
 
     async def events(self) -> AsyncIterator[Piece | Done]:
-        """The answer, the last event a `Done`.
+        """The events of the answer; the last one is a `Done`.
 
         Raises:
-            ApiError: 500 when the model failed, 503 at the end of the server's life, 504 when time is up.
-            ClientGone: nobody reads the answer.
+            ApiError: 500 if the model failed, 503 if the server is shutting down, 504 if time is up.
+            ClientGone: the client disconnected.
         """
         while True:
             event = await self._next()
@@ -207,7 +212,7 @@ class Call:
 
     @property
     def left(self) -> float:
-        """Seconds until time is up."""
+        """Seconds until the timeout."""
         return max(self._until - time.monotonic(), 0.0)
 
     async def _next(self) -> Event:
@@ -228,7 +233,7 @@ class Call:
             get.cancel()
 
     def too_late(self) -> ApiError:
-        """The error of a request whose time is up, counted."""
+        """Count a timeout and return its error."""
         self.service.metrics.cancelled.labels("timeout").inc()
         return ApiError(504, "the answer took too long", code="timeout")
 

@@ -1,4 +1,4 @@
-"""What a server allows, and what it is called."""
+"""Settings of a server: its limits and its model's name."""
 
 from __future__ import annotations
 
@@ -17,40 +17,42 @@ _SECONDS = ("timeout", "step_timeout", "header_timeout", "body_timeout", "grace"
 
 
 def checked_key(name: str, key: str) -> str:
-    """An API key without the line's end that files and secrets have.
+    """Strip an API key, since files and secrets often end with a newline, and check it.
 
     Raises:
-        ArgumentError: what is left is empty or cannot stand in a header. The text does not show it.
+        ArgumentError: the key is empty or not valid in a header. The text does not show the key.
     """
     key = key.strip()
     if not (key and key.isascii() and key.isprintable()) or " " in key:
         raise ArgumentError(
             f"{name}: expected a key of printable ASCII characters without spaces, got {len(key)} characters"
-            + (", not all of them such" if key else "")
+            + (", some of them others" if key else "")
         )
     return key
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Limits of a server. What is over a limit is refused, never cut.
+    """Settings of a server. A request that exceeds a limit is refused; nothing is truncated.
 
     Attributes:
-        model_name: what `/v1/models` says, and what `model` in a request must be.
-        task: prompt of a request that names none: a key of `layalign.data.records.PROMPTS` ("none", "math", "source").
-        language: language of a request that names none.
-        max_batch: most sequences decoded together.
-        max_batch_tokens: most cache entries: sequences times the longest prompt and answer among them.
-        max_queue: most requests that wait for a place; one more is answered 429.
-        max_characters: longest text of a request.
-        max_source_tokens, max_prompt_tokens: longest source (encoder tokens) and prompt (LLM tokens).
-        max_new_tokens, default_new_tokens: longest answer in tokens, and the one for a request that does not say.
-        timeout: seconds from a request's arrival to its whole answer.
-        step_timeout: seconds after which a step of the model that still runs counts as one that never ends.
-        header_timeout: seconds in which the whole header of a connection's next request must have come.
-        body_timeout: seconds in which a request's body must have come.
-        max_body_bytes: longest body.
-        max_idle: most connections that wait for their client; the one that has waited longest is closed for another.
+        model_name: name of the model in `/v1/models` and in the field `model` of requests.
+        task: default prompt of requests: a key of `layalign.data.records.PROMPTS` ("none", "math", "source").
+        language: default language of requests.
+        max_batch: maximum number of sequences in a batch.
+        max_batch_tokens: maximum number of cache entries: sequences times the longest prompt and answer among them.
+        max_queue: maximum number of requests that wait for a place; others are answered 429.
+        max_characters: maximum length of a text in a request.
+        max_source_tokens, max_prompt_tokens: maximum length of a source (encoder tokens) and of a prompt (LLM tokens).
+        max_new_tokens: maximum length of an answer in tokens.
+        default_new_tokens: the same, for a request that sets none.
+        timeout: seconds from the arrival of a request until its answer must be complete.
+        step_timeout: seconds after which a running step of the model counts as hung.
+        header_timeout: seconds until the header of a connection's next request must be complete.
+        body_timeout: seconds until the body of a request must be complete.
+        max_body_bytes: maximum size of a body.
+        max_idle: maximum number of connections that wait for their client. Beyond it, the one that has waited longest
+            is closed.
         grace: seconds that running requests have after SIGTERM.
 
     Raises:
@@ -96,5 +98,5 @@ class ServeSettings:
 
     @property
     def max_open(self) -> int:
-        """Most requests between admission and answer."""
+        """Maximum number of requests between admission and the end of their answer."""
         return self.max_batch + self.max_queue

@@ -1,4 +1,4 @@
-"""From tokens to text while they come: whole characters only, and nothing behind a stop text."""
+"""Incremental detokenization: complete characters only, and nothing after a stop text."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """The text of a growing row of tokens, in pieces that are never taken back.
+    """The text of a growing sequence of tokens, in pieces that are never revised.
 
-    The pieces put together are the whole row's text (cut before the first stop text). A piece ends where a character
-    ends: tokens may hold parts of one. Only where an answer breaks off inside a character is there a difference for
-    tokenizers with byte fallback (Llama 2): what came before it stays, and is not replaced as well. tokenizers' own
-    `DecodeStream` would do, but raises on bytes that never become a character, does not give its rest at the end, and
-    needs a fast tokenizer.
+    The concatenated pieces equal the text of the whole sequence, up to the first stop text. A piece ends at the end of
+    a character, since a token may hold only a part of one. One exception: with byte fallback (Llama 2), an answer that
+    ends inside a character keeps the characters before it, where decoding the whole sequence may replace them too.
+
+    `DecodeStream` of the package tokenizers was not used: it raises on bytes that never become a character, does not
+    return the rest at the end, and needs a fast tokenizer.
 
     Args:
-        tokenizer: the LLM's; special tokens are left out of the text.
-        stops: texts before which the answer ends.
+        tokenizer: the LLM's tokenizer; special tokens are omitted from the text.
+        stops: texts at which the answer ends, before the text itself.
 
     Attributes:
-        stopped: whether a stop text was met; later tokens have no effect.
+        stopped: whether a stop text was found; later tokens have no effect.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.stopped = False
         self._ids: list[int] = []
-        self._start = self._read = 0  # tokens before `_read` are text already; those from `_start` are their context
-        self._held = ""  # may be the beginning of a stop text
+        self._start = self._read = 0  # tokens before `_read` have been decoded; those from `_start` are kept as context
+        self._held = ""  # text that may be the beginning of a stop text
 
     def push(self, token: int) -> str:
-        """The text that is certain with one more token; often "" ."""
+        """Add a token; returns the text that it completes, which may be empty."""
         if self.stopped:
             return ""
         self._ids.append(token)
         return self._released(self._new_text(last=False), last=False)
 
     def finish(self) -> str:
-        """The rest, once no token follows."""
+        """The remaining text, when no more tokens follow."""
         return "" if self.stopped else self._released(self._new_text(last=True), last=True)
 
     def _new_text(self, last: bool) -> str:
@@ -65,5 +66,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins (and does not end)."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-size:])), 0)
