@@ -1,5 +1,5 @@
 """The whole model against the bare LLM, the published data flow, reference.py and peft's adaption_prompt; and the
-published data flow with `layalign.accelerate`'s one line against what it was."""
+published data flow with `layalign.swap_modules`'s one line against what it was."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ ONE_LINE = {
 
 @pytest.mark.parametrize("what", ONE_LINE, ids=lambda what: what.replace(" ", "-"))
 def test_one_line(models: Models, right: None, what: str, rows: Any, benchmark: Any, shapes: Shapes) -> None:
-    """What a script on the published code gets from `layalign.accelerate` alone."""
+    """What a script on the published code gets from `layalign.swap_modules` alone."""
     if shapes.name == "cpu" and what == "generate" and models.size.name != "mha":
         pytest.skip("generate with one line added, 4 key/value heads: left to the GPU shapes")
     field, make = ONE_LINE[what]

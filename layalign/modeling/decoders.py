@@ -79,7 +79,7 @@ def register_decoder(
     """Make names of a decoder's modules known, beside those that are.
 
     A decoder needs ``key_value`` to be used at all. The others save the last layer's positions that nobody reads, and
-    :func:`layalign.accelerate` needs ``output``.
+    :func:`layalign.swap_modules` needs ``output``.
 
     Args:
         key_value: how its self-attention makes keys and values.

@@ -82,7 +82,7 @@ def through(y: Tensor | Sequence[Tensor], outer: Sequence[Map], size: int) -> Se
     """y, (2L, B, S, D_l) or so many (B, S, D_l), by frozen maps, as heads (B, D_out / d, S, d).
 
     One node for autograd instead of a linear map, a view and a transposition for each slot: the model's way on a GPU
-    where it trains, and :func:`layalign.accelerate`'s, layer by layer.
+    where it trains, and :func:`layalign.swap_modules`'s, layer by layer.
     """
     return list(_Outer.apply(_Call("auto", None, None, outer, size), *((y,) if isinstance(y, Tensor) else y)))
 

@@ -1,8 +1,8 @@
 """The one-line swap: published-style modules anywhere in a module tree, made fast in place and put back again.
 
-    report = layalign.accelerate(model)   # same parameters, same state dict, same numbers
+    report = layalign.swap_modules(model)  # same parameters, same state dict, same numbers
     print(report)
-    layalign.restore(model)               # the exact classes and config objects from before
+    layalign.restore_modules(model)        # the exact classes and config objects from before
 
 Nothing is imported from the user's code and nothing global is patched: single instances get a subclass of their own
 class (:mod:`layalign.published.swapped_modules`), after their ``forward`` was compared with the published formula on a
@@ -26,6 +26,7 @@ from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProje
 from layalign.ops import backends
 from layalign.published import match, swapped_modules
 from layalign.utils.errors import ArgumentError, one_of
+from layalign.utils.moved import renamed
 
 logger = logging.getLogger("layalign")
 
@@ -38,7 +39,7 @@ _SETTINGS = "layalign_settings"  # on our own modules: name and value of what wa
 
 @dataclass
 class SwapReport:
-    """What :func:`accelerate` or :func:`restore` did.
+    """What :func:`swap_modules` or :func:`restore_modules` did.
 
     Attributes:
         swapped: (module name, what is different now); the name of the tree's root is empty.
@@ -63,7 +64,7 @@ class SwapReport:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> SwapReport:
+def swap_modules(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> SwapReport:
     """Make the published-style modules of a tree fast: same parameters, same state dict, same results.
 
     - An aligner or a bare projector reads the encoder's layers in place, in one operation. Format and shapes are those
@@ -109,12 +110,12 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
     if not report.swapped and not report.left:
         raise ArgumentError(f"model: {type(model).__name__} has nothing to swap; looked for {LOOKED_FOR}")
     _finish(model, report)
-    logger.log(logging.INFO if report.swapped else logging.WARNING, "layalign.accelerate: %s", report)
+    logger.log(logging.INFO if report.swapped else logging.WARNING, "layalign.swap_modules: %s", report)
     return report
 
 
-def restore(model: nn.Module) -> SwapReport:
-    """Undo :func:`accelerate`: every module gets its class, its config object and its settings back.
+def restore_modules(model: nn.Module) -> SwapReport:
+    """Undo :func:`swap_modules`: every module gets its class, its config object and its settings back.
 
     A forward that was wrapped on an instance after the swap (by a timer, ``torch.compile(module.forward)``) stays, and
     calls the module's own through the one it took hold of; the report has a note on it.
@@ -145,7 +146,7 @@ def restore(model: nn.Module) -> SwapReport:
     if failed is not None:
         raise failed
     if not report.swapped:
-        raise ArgumentError(f"model: nothing in this {type(model).__name__} is swapped; call accelerate first")
+        raise ArgumentError(f"model: nothing in this {type(model).__name__} is swapped; call swap_modules first")
     _finish(model, report)
     return report
 
@@ -233,3 +234,7 @@ def _finish(model: nn.Module, report: SwapReport) -> None:
     torch.compiler.reset()  # also for a compiled module above this tree, which cannot be seen from here
     if compiled:
         report.notes.append("torch.compile: the graphs compiled so far were dropped; the next call compiles anew")
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name, {"accelerate": "swap_modules", "restore": "restore_modules"})

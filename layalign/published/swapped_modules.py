@@ -1,4 +1,4 @@
-"""The classes that :func:`layalign.accelerate` gives to published-style modules, and what an instance keeps.
+"""The classes that :func:`layalign.swap_modules` gives to published-style modules, and what an instance keeps.
 
 Each is a subclass of the module's own class with another ``forward``: parameters, state-dict keys, hooks and
 ``isinstance`` stay, and copies and pickles carry the change with them.
@@ -58,7 +58,7 @@ def original_class(cls: type) -> type | None:
 def own_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``module`` does without the swap.
 
-    Also after :func:`layalign.restore`, for whoever took hold of our ``forward`` before: a wrapper put around it.
+    This is called after :func:`layalign.restore_modules` too, by a wrapper that was put around our ``forward`` before.
     """
     if isinstance(module, Swapped):
         return super(Swapped, module).forward(*args, **kwargs)  # type: ignore[misc]
@@ -281,6 +281,8 @@ class SwappedAttention(Swapped):
         term = _Term(self, attention)
         out = attention(*args, layalign_source=term, **kwargs)
         if not term.attended:
-            name = type(attention).__name__
-            raise ArgumentError(f"model: {name} did not hand the source to its attention function; use restore(model)")
+            raise ArgumentError(
+                f"model: {type(attention).__name__} does not hand its keywords to transformers' attention interface; "
+                "call restore_modules(model)"
+            )
         return out

@@ -1,4 +1,4 @@
-"""Modules that have moved: the old import path gives what the new one has, and a warning names that."""
+"""Modules that have moved and names that have changed: the old one gives what the new one has, a warning names that."""
 
 from __future__ import annotations
 
@@ -51,3 +51,11 @@ def keep_old_paths() -> None:
     """Let the old paths be imported."""
     if not any(type(finder) is _OldPaths for finder in sys.meta_path):
         sys.meta_path.insert(0, _OldPaths())
+
+
+def renamed(module: str, name: str, names: dict[str, str]) -> Any:
+    """For the ``__getattr__`` of a module: what an old name stands for, by `names`, old to new."""
+    if name not in names:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(f"{module}.{name} is now {module}.{names[name]}", FutureWarning, stacklevel=3)
+    return getattr(sys.modules[module], names[name])

@@ -121,7 +121,7 @@ def wrapped_as(kind: type) -> nn.Module:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_wrapper_that_may_know_a_mask_of_the_source_is_left(form: type) -> None:
     model, twin = wrapped_as(form), wrapped_as(form)
-    left = dict(layalign.accelerate(model).left)
+    left = dict(layalign.swap_modules(model).left)
     assert "the published one knows no mask" in left["model_llm.model.model.layers.1.self_attn"]
     for one in (model, twin):
         wrappers(one)[0].source_mask = data()["attention_mask_mt"].bool()
@@ -139,9 +139,9 @@ def test_what_cannot_be_looked_through_is_left_and_the_llms_own_mask_is_none_of_
             kwargs.setdefault("attention_mask", attention_mask)
             return super().forward(hidden_states=hidden_states, **kwargs)
 
-    left = dict(layalign.accelerate(wrapped_as(Partial)).left)
+    left = dict(layalign.swap_modules(wrapped_as(Partial)).left)
     assert "it cannot be looked through" in left["model_llm.model.model.layers.1.self_attn"]
-    assert len(layalign.accelerate(wrapped_as(Named)).swapped) == 2
+    assert len(layalign.swap_modules(wrapped_as(Named)).swapped) == 2
 
 
 # Projectors
@@ -171,7 +171,7 @@ def test_projectors_that_look_published_only_now_are_left(change: str, within: b
             aligner.to(torch.bfloat16)
         aligner.eval()
         weights = {name: id(p) for name, p in aligner.named_parameters()}
-        report = layalign.accelerate(aligner if within else aligner.projector)
+        report = layalign.swap_modules(aligner if within else aligner.projector)
         assert bool(report.swapped) == (kind is published.WeightedLinearProjector)
         assert bool(report.left) == (kind is not published.WeightedLinearProjector)
         assert {name: id(p) for name, p in aligner.named_parameters()} == weights
