@@ -6,7 +6,6 @@ formula on a small random input, so that a look-alike with other mathematics is 
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 from layalign.modeling.attention_interface import PREFIX
 from layalign.modeling.decoders import head_size, key_value_maps
 from layalign.nn.aligner import STRUCTURES
-from layalign.nn.inspection import has_hooks, readable
+from layalign.nn.inspection import has_hooks
 from layalign.published import swapped_modules
-from layalign.utils.errors import ArgumentError
 from layalign.utils.versions import CACHE_NAMES
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative to the largest number; half precision: 5e-2
@@ -250,69 +248,13 @@ def _try_attention(wrapper: Any, attention: Any, gate: Tensor) -> str | None:
     original = type(wrapper)
 
     def swapped() -> Tensor:
-        with swapped_in(wrapper, swapped_modules.SwappedAttention, attention_state(wrapper, child, "torch")):
+        state = swapped_modules.attention_state(wrapper, child, "torch")
+        with swapped_modules.swapped_within(wrapper, swapped_modules.SwappedAttention, state):
             return wrapper.forward(**arguments)[0]  # type: ignore[no-any-return]
 
     with _set(wrapper, "adapter_states", pair), _open(wrapper, gate):
         bound = max(_tolerance(like.dtype), 1e-6)  # the published softmax is in float32, whatever the weights are
         return _compare(lambda: original.forward(wrapper, **arguments)[0], swapped, like, bound)
-
-
-def attention_state(wrapper: Any, child: str, impl: str) -> swapped_modules.AttentionSwap:
-    """The state of a wrapper that is to be swapped."""
-    config = getattr(wrapper, child).config
-    # A copy that shares everything but the attention's name: other modules use the same object.
-    return swapped_modules.AttentionSwap(impl, child, config, copy.copy(config))
-
-
-def put_in(module: Any, mixin: type, state: Any) -> None:
-    """Swap one module.
-
-    Raises:
-        ArgumentError: its class cannot have this subclass.
-    """
-    original: Any = type(module)
-    try:
-        module.__class__ = swapped_modules.swapped_class(mixin, original)
-    except Exception as error:  # __init_subclass__, metaclasses, slots: whatever a stranger's class may raise
-        raise ArgumentError(f"its class cannot be extended: {type(error).__name__}: {error}") from error
-    for part in (original, type(getattr(state, "projector", None))):
-        if issubclass(part, nn.Module):
-            readable(part)  # the forward that it has now is what was compared
-    module.__dict__["layalign_swap"] = state
-    if isinstance(state, swapped_modules.AttentionSwap):
-        getattr(module, state.child).config = state.own
-        state.follow()
-
-
-def take_out(module: Any) -> None:
-    """Undo :func:`put_in`.
-
-    Raises:
-        ArgumentError: the module's class was changed once more since then.
-    """
-    original = swapped_modules.original_class(type(module))
-    if original is None:
-        name = type(module).__name__
-        raise ArgumentError(
-            f"model: a {name} got another class after it was swapped (FSDP does so); restore before that"
-        )
-    state = module.__dict__.pop("layalign_swap")
-    module.__class__ = original
-    if isinstance(state, swapped_modules.AttentionSwap):
-        attention: Any = getattr(module, state.child, None)
-        if getattr(attention, "config", None) is state.own:  # not one put in since
-            attention.config = state.config
-
-
-@contextmanager
-def swapped_in(module: nn.Module, mixin: type, state: Any) -> Iterator[None]:
-    """Swapped within the block only."""
-    put_in(module, mixin, state)
-    try:
-        yield
-    finally:
-        take_out(module)
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def restore_modules(model: nn.Module) -> SwapReport:
     for name, module in list(model.named_modules()):
         if isinstance(module, swapped_modules.Swapped):
             try:
-                match.take_out(module)
+                swapped_modules.restore_one(module)
             except ArgumentError as error:
                 failed = failed or error
                 continue
@@ -196,11 +196,11 @@ def _try(name: str, module: nn.Module, against: Any, mixin: type, impl: str, tex
     state: Any = swapped_modules.ProjectionSwap(impl, module._modules.get("projector"))
     if mixin is swapped_modules.SwappedAttention:
         child = str(match.wrapped_attention(module))
-        state = match.attention_state(module, child, impl)
+        state = swapped_modules.attention_state(module, child, impl)
         if not match.can_be_tried(getattr(module, child)):
             text += " (not tried on a small input: its weights are sharded or on the meta device)"
     try:
-        match.put_in(module, mixin, state)
+        swapped_modules.swap_one(module, mixin, state)
     except ArgumentError as error:
         report.left.append((name, str(error)))
     else:

@@ -6,9 +6,11 @@ Each is a subclass of the module's own class with another ``forward``: parameter
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -286,3 +288,63 @@ class SwappedAttention(Swapped):
                 "call restore_modules(model)"
             )
         return out
+
+
+# Swapping one module
+
+
+def attention_state(wrapper: Any, child: str, impl: str) -> AttentionSwap:
+    """What a wrapper that is to be swapped will keep."""
+    config = getattr(wrapper, child).config
+    # A copy that shares everything but the attention's name: other modules use the same object.
+    return AttentionSwap(impl, child, config, copy.copy(config))
+
+
+def swap_one(module: Any, mixin: type, state: Any) -> None:
+    """Swap one module.
+
+    Raises:
+        ArgumentError: its class cannot have this subclass.
+    """
+    original: Any = type(module)
+    try:
+        module.__class__ = swapped_class(mixin, original)
+    except Exception as error:  # __init_subclass__, metaclasses, slots: whatever a stranger's class may raise
+        raise ArgumentError(f"its class cannot be extended: {type(error).__name__}: {error}") from error
+    for part in (original, type(getattr(state, "projector", None))):
+        if issubclass(part, nn.Module):
+            readable(part)  # the forward that it has now is what was compared
+    module.__dict__["layalign_swap"] = state
+    if isinstance(state, AttentionSwap):
+        getattr(module, state.child).config = state.own
+        state.follow()
+
+
+def restore_one(module: Any) -> None:
+    """Undo :func:`swap_one`.
+
+    Raises:
+        ArgumentError: the module's class was changed once more since then.
+    """
+    original = original_class(type(module))
+    if original is None:
+        name = type(module).__name__
+        raise ArgumentError(
+            f"model: a {name} got another class after it was swapped (FSDP does so); restore before that"
+        )
+    state = module.__dict__.pop("layalign_swap")
+    module.__class__ = original
+    if isinstance(state, AttentionSwap):
+        attention: Any = getattr(module, state.child, None)
+        if getattr(attention, "config", None) is state.own:  # not one put in since
+            attention.config = state.config
+
+
+@contextmanager
+def swapped_within(module: nn.Module, mixin: type, state: Any) -> Iterator[None]:
+    """Swap one module within the block only."""
+    swap_one(module, mixin, state)
+    try:
+        yield
+    finally:
+        restore_one(module)
