@@ -11,9 +11,10 @@ small random input (:mod:`layalign.published.match`).
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from layalign.modeling.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector
 from layalign.ops import backends
 from layalign.published import match, swapped_modules
-from layalign.utils.errors import ArgumentError, one_of
+from layalign.utils.errors import ArgumentError, one_of, refuse
 from layalign.utils.moved import renamed
 
 logger = logging.getLogger("layalign")
@@ -64,7 +65,9 @@ class SwapReport:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-def swap_modules(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> SwapReport:
+def swap_modules(
+    model: nn.Module, *, impl: str = "auto", fold: str = "auto", allow: Sequence[str | type] = ()
+) -> SwapReport:
     """Make the published-style modules of a tree fast: same parameters, same state dict, same results.
 
     - An aligner or a bare projector reads the encoder's layers in place, in one operation. Format and shapes are those
@@ -92,6 +95,8 @@ def swap_modules(model: nn.Module, *, impl: str = "auto", fold: str = "auto") ->
         impl: backend of the operations, "auto" or a name from :func:`layalign.ops.backends.names`.
         fold: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.key_values`);
             published-style modules keep aligner and attention apart, so there is nothing to fold.
+        allow: classes of attention wrappers, or their names, to swap although an instance holds more than the
+            published one. What it holds is then taken to be no mask of the source. The trial is made all the same.
 
     Returns:
         What was swapped and what was left, with the reasons. Calling again only changes ``impl`` and ``fold``.
@@ -104,9 +109,11 @@ def swap_modules(model: nn.Module, *, impl: str = "auto", fold: str = "auto") ->
     _check(model)
     backends.check_impl(impl)
     one_of("fold", fold, CHOICES)
+    if not isinstance(allow, list | tuple) or not all(isinstance(each, str | type) for each in allow):
+        refuse("allow", "a list of classes or their names", allow)
     report = SwapReport()
     for name, module in _candidates(model):
-        _swap(name, module, impl, fold, report)
+        _swap(name, module, impl, fold, allow, report)
     if not report.swapped and not report.left:
         raise ArgumentError(f"model: {type(model).__name__} has nothing to swap; looked for {LOOKED_FOR}")
     _finish(model, report)
@@ -168,7 +175,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside.update(id(part) for part in module.modules())
 
 
-def _swap(name: str, module: nn.Module, impl: str, fold: str, report: SwapReport) -> None:
+def _swap(name: str, module: nn.Module, impl: str, fold: str, allow: Sequence[str | type], report: SwapReport) -> None:
     """Deal with one module."""
     if isinstance(module, swapped_modules.Swapped):
         module.layalign_swap.impl = impl
@@ -183,7 +190,8 @@ def _swap(name: str, module: nn.Module, impl: str, fold: str, report: SwapReport
         _try(name, module, match.reason_against_bare_projector, swapped_modules.SwappedProjector, impl, text, report)
     elif match.is_gated_attention(module):
         text = "the gated term is added inside the one attention; keys and values of the source are kept"
-        _try(name, module, match.reason_against_attention, swapped_modules.SwappedAttention, impl, text, report)
+        against = functools.partial(match.reason_against_attention, allow=allow)
+        _try(name, module, against, swapped_modules.SwappedAttention, impl, text, report)
     elif match.is_mapping(module):
         report.left.append((name, "two plain linear maps, nothing to fuse"))
 

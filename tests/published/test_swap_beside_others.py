@@ -54,7 +54,8 @@ class Custom(nn.Module):
 
     def __init__(self, inner: nn.Module, config) -> None:
         super().__init__()
-        self.k_proj, self.v_proj, self.config, self.layer_idx = inner.k_proj, inner.v_proj, config, 0
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = inner.q_proj, inner.k_proj, inner.v_proj, inner.o_proj
+        self.config, self.layer_idx, self.head_dim = config, 0, inner.head_dim
 
     def forward(self, **kwargs):
         return kwargs["hidden_states"], None
@@ -92,7 +93,7 @@ def test_look_alikes_are_left_with_the_reason() -> None:
         "twofold": "num_transformer_submodules is 2",
         "contradiction": "structure is 'Linear'",
         "squashed": "differs from the published formula",
-        "masked": "its forward uses source_mask",
+        "masked": "it has source_mask beyond the published one",
         "stateless": "no adapter_states",
         "custom": "does not hand its keywords",
         "bare": "has no config._attn_implementation",

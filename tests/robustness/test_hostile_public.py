@@ -116,7 +116,9 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.LayAlignForCausalLM.from_pretrained": (
         lambda folder: layalign.LayAlignForCausalLM.from_pretrained(folder), dict(folder="no/such/folder/at/all"),
     ),
-    "layalign.swap_modules": (layalign.swap_modules, dict(model=tiny_model(seed=5), impl="auto", fold="auto")),
+    "layalign.swap_modules": (
+        layalign.swap_modules, dict(model=tiny_model(seed=5), impl="auto", fold="auto", allow=["AdaptedAttention"]),
+    ),
     "layalign.restore_modules": (layalign.restore_modules, dict(model=nn.Linear(1, 1))),
     "layalign.attach": (lambda **k: layalign.detach(k["llm"]) if layalign.attach(**k) else 0, dict(llm=tiny_llm(),
     layers=[0])),
