@@ -109,9 +109,9 @@ class Models:
 
     @functools.cached_property
     def accelerated(self) -> published.PublishedLayAlign:
-        """The published data flow with the same weights, after :func:`layalign.accelerate`."""
+        """The published data flow with the same weights, after :func:`layalign.swap_modules`."""
         model = published_from(self.ours, shared(self.encoder), shared(self.bare))
-        layalign.accelerate(model)
+        layalign.swap_modules(model)
         return model
 
     def prompted(self, length: int) -> Any:

@@ -1,6 +1,6 @@
 """The whole model against the bare LLM, the published data flow, reference.py and peft's adaption_prompt.
 
-Also the published data flow with `layalign.accelerate` against itself without it.
+Also the published data flow with `layalign.swap_modules` against itself without it.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ ONE_LINE = {
 
 @pytest.mark.parametrize("what", ONE_LINE, ids=lambda what: what.replace(" ", "-"))
 def test_one_line(models: Models, right: None, what: str, rows: Any, benchmark: Any, shapes: Shapes) -> None:
-    """The speed-up of a script on the published code from `layalign.accelerate`."""
+    """The speed-up of a script on the published code from `layalign.swap_modules`."""
     if shapes.name == "cpu" and what == "generate" and models.size.name != "mha":
         pytest.skip("generate with one line added, 4 key/value heads: left to the GPU shapes")
     field, make = ONE_LINE[what]

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from layalign.utils.errors import ArgumentError, BackendError, CheckpointError, DataError, LayAlignError
-from layalign.utils.moved import keep_old_paths
+from layalign.utils.moved import keep_old_paths, renamed
 from layalign.utils.versions import importing
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from layalign.modeling.llm_inputs import build_inputs
     from layalign.modeling.model import LayAlignForCausalLM
     from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
-    from layalign.published.swap import accelerate, restore
+    from layalign.published.swap import restore_modules, swap_modules
 
 __version__ = "0.1.0"
 
@@ -30,11 +30,11 @@ _LAZY = {
     "GatedCrossAttention": "layalign.nn",
     "LayAlignConfig": "layalign.modeling.configuration",
     "LayAlignForCausalLM": "layalign.modeling.model",
-    "accelerate": "layalign.published.swap",
     "attach": "layalign.modeling.attention_interface",
     "detach": "layalign.modeling.attention_interface",
     "build_inputs": "layalign.modeling.llm_inputs",
-    "restore": "layalign.published.swap",
+    "restore_modules": "layalign.published.swap",
+    "swap_modules": "layalign.published.swap",
 }
 
 __all__ = [
@@ -49,17 +49,19 @@ __all__ = [
     "LayAlignError",
     "LayAlignForCausalLM",
     "__version__",
-    "accelerate",
     "attach",
     "build_inputs",
     "detach",
-    "restore",
+    "restore_modules",
+    "swap_modules",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module 'layalign' has no attribute {name!r}")
+        return renamed(
+            __name__, name, {"accelerate": "swap_modules", "pack": "build_inputs", "restore": "restore_modules"}
+        )
     with importing():
         value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value

@@ -80,7 +80,7 @@ def register_decoder(
     """Register the names of a decoder's modules, in addition to the known ones.
 
     A decoder needs ``key_value`` to be used at all. The others save the last layer's positions that nobody reads, and
-    :func:`layalign.accelerate` needs ``output``.
+    :func:`layalign.swap_modules` needs ``output``.
 
     Args:
         key_value: how its self-attention computes keys and values.

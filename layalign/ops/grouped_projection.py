@@ -82,7 +82,7 @@ def through(y: Tensor | Sequence[Tensor], outer: Sequence[Map], size: int) -> Se
     """y, (2L, B, S, D_l) or 2L tensors (B, S, D_l), through frozen maps, as heads (B, D_out / d, S, d).
 
     It is one autograd node instead of a linear map, a view and a transposition for each slot. The model uses it in
-    training on a GPU, and :func:`layalign.accelerate` for each layer.
+    training on a GPU, and :func:`layalign.swap_modules` for each layer.
     """
     return list(_Outer.apply(_Call("auto", None, None, outer, size), *((y,) if isinstance(y, Tensor) else y)))
 

@@ -1,4 +1,4 @@
-"""Keys and values of a source that :func:`layalign.accelerate`'s attention keeps, and what they were made from."""
+"""Keys and values of a source that :func:`layalign.swap_modules`'s attention keeps, and what they were made from."""
 
 from __future__ import annotations
 

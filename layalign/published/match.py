@@ -6,11 +6,9 @@ formula on a small random input, so that a look-alike with other mathematics is 
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -19,9 +17,9 @@ from torch import Tensor, nn
 from layalign.modeling.attention_interface import PREFIX
 from layalign.modeling.decoders import head_size, key_value_maps
 from layalign.nn.aligner import STRUCTURES
-from layalign.nn.inspection import has_hooks, readable
+from layalign.nn.inspection import has_hooks
 from layalign.published import swapped_modules
-from layalign.utils.errors import ArgumentError
+from layalign.utils.errors import first_line
 from layalign.utils.versions import CACHE_NAMES
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative to the largest number; half precision: 5e-2
@@ -65,6 +63,8 @@ def _patched(module: nn.Module) -> str | None:
         return "it is a ScriptModule"
     if "forward" in module.__dict__:
         return "its forward is patched on the instance, which would hide ours"
+    if type(module).forward is not type(module).forward:
+        return "its forward is made anew at each look (a partialmethod): a change of it would not be noticed"
     if nn.utils.parametrize.is_parametrized(module):
         return "it has parametrizations"
     return None
@@ -145,8 +145,12 @@ def wrapped_attention(wrapper: nn.Module) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def reason_against_attention(wrapper: Any) -> str | None:
-    """Why a gated attention wrapper is left as it is; None if it can be swapped."""
+def reason_against_attention(wrapper: Any, allow: Sequence[str | type] = ()) -> str | None:
+    """Why a gated attention wrapper is left as it is; None if it can be swapped.
+
+    Args:
+        allow: classes, or their names, whose state beyond the published one is known to be no mask of the source.
+    """
     gate, child = wrapper._parameters.get("adaption_gate"), wrapped_attention(wrapper)
     if gate is None or gate.numel() != 1:
         return "adaption_gate: expected a Parameter with one number (not sharded)"
@@ -155,51 +159,25 @@ def reason_against_attention(wrapper: Any) -> str | None:
     if not hasattr(wrapper, "adapter_states"):
         return "it has no adapter_states: what it attends to is not set from outside"
     problem = _patched(wrapper) or _parts(wrapper, {child}, {"adaption_gate"})
-    if problem is not None:
-        return problem
-    problem = _reason_against_masks(type(wrapper)) or _reason_against_interface(getattr(wrapper, child))
-    problem = problem or swapped_modules.reason_against_output(getattr(wrapper, child))
-    return problem or _try_attention(wrapper, getattr(wrapper, child), gate)
+    attention = getattr(wrapper, child)
+    problem = problem or _reason_against_interface(attention) or swapped_modules.reason_against_output(attention)
+    if problem is None and type(wrapper) not in allow and type(wrapper).__name__ not in allow:
+        problem = _reason_against_state(wrapper, attention)
+    return problem or _try_attention(wrapper, attention, gate)
 
 
-def _reason_against_masks(cls: type) -> str | None:
-    """Why ``forward`` may know which tokens of the source are padding: the trial has no mask, and would not tell.
-
-    Looked through are ``forward`` and what it names of its classes and its file, decorators and inner functions.
-    """
-    own = [vars(base) for base in cls.__mro__ if base not in (nn.Module, object)]
-    waiting: list[Any] = [names["forward"] for names in own if "forward" in names][:1]
-    seen: set[int] = set()
-    while waiting:
-        function = waiting.pop()
-        code = function if isinstance(function, CodeType) else getattr(function, "__code__", None)
-        if code is None:
-            return f"{cls.__name__}.forward is not a plain function: it cannot be looked through for masks"
-        if id(code) in seen:
-            continue
-        seen.add(id(code))
-        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        texts = [text for text in code.co_consts if isinstance(text, str) and text.isidentifier()]
-        for name in (*code.co_names, *(name for name in (*arguments, *texts) if name != "attention_mask")):
-            if "mask" in name:
-                return f"its forward uses {name}: the published one knows no mask of the source"
-        waiting += [const for const in code.co_consts if isinstance(const, CodeType)]
-        if function is not code:
-            waiting += _named(function, code, own)
-    return None
-
-
-def _named(function: Any, code: CodeType, own: list[Any]) -> Iterator[FunctionType]:
-    """The functions that ``function`` may call: what it is wrapped around, those of its classes and of its file."""
-    found = [getattr(function, "__wrapped__", None)]
-    found += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # not an empty one
-    found += [names[name] for names in own for name in code.co_names if name in names]
-    beside = [function.__globals__.get(name) for name in code.co_names]
-    found += [each for each in beside if getattr(each, "__module__", None) == function.__globals__.get("__name__")]
-    for each in found:
-        each = getattr(each, "fget", None) or getattr(each, "__func__", each)  # of a property; of a static method
-        if isinstance(each, FunctionType):
-            yield each
+def _reason_against_state(wrapper: Any, attention: Any) -> str | None:
+    """Why ``forward`` may know which tokens of the source are padding: where a mask is not set yet, no trial tells."""
+    _, *arguments = inspect.signature(type(wrapper).forward).parameters.values()
+    named = {one.name for one in arguments if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    keywords = swapped_modules.known_keywords(attention.__class__)
+    more = swapped_modules.unknown_state(wrapper, attention) | (named - keywords)
+    if not more:
+        return None
+    return (
+        f"it has {', '.join(sorted(more))} beyond the published one, which knows no mask of the source; "
+        f"if that is no mask, allow=[{type(wrapper).__name__!r}] has it swapped"
+    )
 
 
 def _reason_against_interface(attention: Any) -> str | None:
@@ -209,9 +187,6 @@ def _reason_against_interface(attention: Any) -> str | None:
         return f"{name} has no config._attn_implementation: it does not go through transformers' attention interface"
     if not isinstance(getattr(attention, "layer_idx", None), int):
         return f"{name} has no layer_idx"
-    code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
-    if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names or not code.co_flags & inspect.CO_VARKEYWORDS:
-        return f"{name}.forward does not hand its keywords to transformers' attention interface"
     if (config._attn_implementation or "").startswith(PREFIX):
         return f"{name} already goes through layalign's attention function"
     return None
@@ -226,7 +201,10 @@ def can_be_tried(attention: nn.Module) -> bool:
 
 
 def _try_attention(wrapper: Any, attention: Any, gate: Tensor) -> str | None:
-    """Compare with an open gate, on states of random numbers."""
+    """Compare with an open gate, on two rows: padded tokens, and random states of which the last is zero.
+
+    A forward that takes either for padding of the source gives another result.
+    """
     if not can_be_tried(attention):
         return None
     weights = list(attention.parameters())
@@ -237,95 +215,41 @@ def _try_attention(wrapper: Any, attention: Any, gate: Tensor) -> str | None:
     angles = 3 * _random((1, tokens, int(head_size(attention) * rope.get("partial_rotary_factor", 1.0)) // 2), like)
     angles = torch.cat([angles, angles], dim=-1)
     arguments = dict(
-        hidden_states=_random((1, tokens, config.hidden_size), like),
-        attention_mask=None,
+        hidden_states=_random((2, tokens, config.hidden_size), like),
+        attention_mask=_causal(tokens, like) if config._attn_implementation in (None, "sdpa", "eager") else None,
         position_ids=torch.arange(tokens, device=like.device)[None],
         use_cache=False,
         position_embeddings=(angles.cos(), angles.sin()),
         **dict.fromkeys(CACHE_NAMES & inspect.signature(type(wrapper).forward).parameters.keys()),
     )
-    pair = tuple(_random((1, 3, config.hidden_size), like, seed) for seed in (1, 2))
+    pair = tuple(_random((2, 3, config.hidden_size), like, seed) for seed in (1, 2))
+    for state in pair:
+        state[:, -1] = 0
     child = wrapped_attention(wrapper)
     assert child is not None
     original = type(wrapper)
 
     def swapped() -> Tensor:
-        with swapped_in(wrapper, swapped_modules.SwappedAttention, attention_state(wrapper, child, "torch")):
-            return wrapper.forward(**arguments)[0]  # type: ignore[no-any-return]
+        state = swapped_modules.attention_state(wrapper, child, "torch")
+        with swapped_modules.swapped_within(wrapper, swapped_modules.SwappedAttention, state):
+            return swapped_modules.attend(wrapper, attention, **arguments)[0]  # type: ignore[no-any-return]
 
-    with _set(wrapper, "adapter_states", pair), _open(wrapper, gate):
+    gate = nn.Parameter(torch.full_like(gate, 0.7), requires_grad=False)  # at zero every formula would look alike
+    with _set(vars(wrapper), "adapter_states", pair), _set(wrapper._parameters, "adaption_gate", gate):
         bound = max(_tolerance(like.dtype), 1e-6)  # the published softmax is in float32, whatever the weights are
         return _compare(lambda: original.forward(wrapper, **arguments)[0], swapped, like, bound)
 
 
-def attention_state(wrapper: Any, child: str, impl: str) -> swapped_modules.AttentionSwap:
-    """The state of a wrapper that is to be swapped."""
-    config = getattr(wrapper, child).config
-    # A copy that shares everything but the attention's name: other modules use the same object.
-    return swapped_modules.AttentionSwap(impl, child, config, copy.copy(config))
-
-
-def put_in(module: Any, mixin: type, state: Any) -> None:
-    """Swap one module.
-
-    Raises:
-        ArgumentError: its class cannot have this subclass.
-    """
-    original: Any = type(module)
-    try:
-        module.__class__ = swapped_modules.swapped_class(mixin, original)
-    except Exception as error:  # __init_subclass__, metaclasses, slots: whatever a stranger's class may raise
-        raise ArgumentError(f"its class cannot be extended: {type(error).__name__}: {error}") from error
-    for part in (original, type(getattr(state, "projector", None))):
-        if issubclass(part, nn.Module):
-            readable(part)  # the forward that it has now is what was compared
-    module.__dict__["layalign_swap"] = state
-    if isinstance(state, swapped_modules.AttentionSwap):
-        getattr(module, state.child).config = state.own
-        state.follow()
-
-
-def take_out(module: Any) -> None:
-    """Undo :func:`put_in`.
-
-    Raises:
-        ArgumentError: the module's class was changed once more since then.
-    """
-    original = swapped_modules.original_class(type(module))
-    if original is None:
-        name = type(module).__name__
-        raise ArgumentError(
-            f"model: a {name} got another class after it was swapped (FSDP does so); restore before that"
-        )
-    state = module.__dict__.pop("layalign_swap")
-    module.__class__ = original
-    if isinstance(state, swapped_modules.AttentionSwap):
-        attention: Any = getattr(module, state.child, None)
-        if getattr(attention, "config", None) is state.own:  # not one put in since
-            attention.config = state.config
-
-
 @contextmanager
-def swapped_in(module: nn.Module, mixin: type, state: Any) -> Iterator[None]:
-    """Swapped within the block only."""
-    put_in(module, mixin, state)
+def _set(entries: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Another value within the block; what was there is not touched."""
+    before = dict(entries)
+    entries[name] = value
     try:
         yield
     finally:
-        take_out(module)
-
-
-@contextmanager
-def _set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    had, before = name in module.__dict__, module.__dict__.get(name)
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            module.__dict__[name] = before
-        else:
-            del module.__dict__[name]
+        del entries[name]
+        entries.update(before)
 
 
 @contextmanager
@@ -350,19 +274,17 @@ def _telling(module: nn.Module) -> Iterator[None]:
             part._parameters.update(own)
 
 
-@contextmanager
-def _open(wrapper: nn.Module, gate: Any) -> Iterator[None]:
-    """A gate of 0.7 within the block: at zero every formula would look alike. The Parameter itself is not touched."""
-    wrapper._parameters["adaption_gate"] = nn.Parameter(torch.full_like(gate, 0.7), requires_grad=False)
-    try:
-        yield
-    finally:
-        wrapper._parameters["adaption_gate"] = gate
-
-
 def _random(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, device="cpu").to(dtype=like.dtype, device=like.device)
+
+
+def _causal(tokens: int, like: Tensor) -> Tensor:
+    """An additive mask (2, 1, T, T); the second row's first token is padding."""
+    smallest = torch.finfo(like.dtype).min
+    mask = torch.full((2, 1, tokens, tokens), smallest, dtype=like.dtype, device=like.device).triu(1)
+    mask[1, :, 1:, 0] = smallest
+    return mask
 
 
 def _hidden(projector: Any) -> list[Tensor]:
@@ -385,8 +307,7 @@ def _compare(
             torch.random.set_rng_state(state)  # the same dropout for both
             found = ours()
     except Exception as error:  # whatever a stranger's forward may raise
-        text = (str(error).strip().splitlines() or [""])[0][:120]
-        return f"it could not be tried on a small input: {type(error).__name__}: {text}"
+        return f"it could not be tried on a small input: {type(error).__name__}: {first_line(error, 200)}"
     if not isinstance(expected, Tensor) or expected.shape != found.shape or expected.dtype != found.dtype:
         return "its result has another format than the published one"
     largest = expected.abs().max().clamp(min=1e-6)

@@ -1,8 +1,8 @@
 """The one-line swap: published-style modules anywhere in a module tree, made fast in place and put back again.
 
-    report = layalign.accelerate(model)   # same parameters, same state dict, same numbers
+    report = layalign.swap_modules(model)  # same parameters, same state dict, same numbers
     print(report)
-    layalign.restore(model)               # the exact classes and config objects from before
+    layalign.restore_modules(model)        # the exact classes and config objects from before
 
 Nothing is imported from the user's code and nothing global is patched: single instances get a subclass of their own
 class (:mod:`layalign.published.swapped_modules`), after their ``forward`` was compared with the published formula on a
@@ -11,9 +11,10 @@ small random input (:mod:`layalign.published.match`).
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,8 @@ from layalign.modeling.model import LayAlignForCausalLM
 from layalign.nn import EncoderAligner, GatedCrossAttention, WeightedLinearProjector
 from layalign.ops import backends
 from layalign.published import match, swapped_modules
-from layalign.utils.errors import ArgumentError, one_of
+from layalign.utils.errors import ArgumentError, one_of, refuse
+from layalign.utils.moved import renamed
 
 logger = logging.getLogger("layalign")
 
@@ -38,7 +40,7 @@ _SETTINGS = "layalign_settings"  # on our own modules: name and value of what wa
 
 @dataclass
 class SwapReport:
-    """What :func:`accelerate` or :func:`restore` did.
+    """What :func:`swap_modules` or :func:`restore_modules` did.
 
     Attributes:
         swapped: (module name, what is different now); the name of the tree's root is empty.
@@ -63,7 +65,9 @@ class SwapReport:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> SwapReport:
+def swap_modules(
+    model: nn.Module, *, impl: str = "auto", fold_projections: str = "auto", allow: Sequence[str | type] = ()
+) -> SwapReport:
     """Make the published-style modules of a tree fast: same parameters, same state dict, same results.
 
     - An aligner or a bare projector reads the encoder's layers in place, in one operation. Format and shapes are those
@@ -76,7 +80,7 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
       mode. Three changes cannot be seen: writing through ``.data`` (``p.data.mul_(2)``), in-place changes of states
       made in inference mode, and all in-place changes in compiled calls, which use what others have kept
       (``generate`` compiles decoding only). Set the adapter states anew after those, as other tensor objects.
-    - layalign's own models get ``impl`` and ``fold``.
+    - layalign's own models get ``impl`` and ``fold_projections``.
 
     A module is swapped only if its ``forward`` agrees with the published formula on a small random input; dtypes are
     the module's own. Weights that can no longer be read (wrapped by LoRA or sharded later on), and output projections
@@ -89,11 +93,14 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
     Args:
         model: any tree of torch modules: a model, its wrapper (DDP, torch.compile, peft), or a single module.
         impl: backend of the operations, "auto" or a name from :func:`layalign.ops.backends.names`.
-        fold: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.key_values`);
+        fold_projections: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.key_values`);
             published-style modules keep aligner and attention apart, so there is nothing to fold.
+        allow: classes of attention wrappers, or their names, to swap although an instance holds more than the
+            published one. What it holds is then taken to be no mask of the source. The trial is made all the same.
 
     Returns:
-        What was swapped and what was left, with the reasons. Calling again only changes ``impl`` and ``fold``.
+        What was swapped and what was left, with the reasons. Calling again only changes ``impl`` and
+        ``fold_projections``.
 
     Raises:
         ArgumentError: an argument has a wrong value, or the tree has none of the modules looked for.
@@ -102,19 +109,21 @@ def accelerate(model: nn.Module, *, impl: str = "auto", fold: str = "auto") -> S
     """
     _check(model)
     backends.check_impl(impl)
-    one_of("fold", fold, CHOICES)
+    one_of("fold_projections", fold_projections, CHOICES)
+    if not isinstance(allow, list | tuple) or not all(isinstance(each, str | type) for each in allow):
+        refuse("allow", "a list of classes or their names", allow)
     report = SwapReport()
     for name, module in _candidates(model):
-        _swap(name, module, impl, fold, report)
+        _swap(name, module, impl, fold_projections, allow, report)
     if not report.swapped and not report.left:
         raise ArgumentError(f"model: {type(model).__name__} has nothing to swap; looked for {LOOKED_FOR}")
     _finish(model, report)
-    logger.log(logging.INFO if report.swapped else logging.WARNING, "layalign.accelerate: %s", report)
+    logger.log(logging.INFO if report.swapped else logging.WARNING, "layalign.swap_modules: %s", report)
     return report
 
 
-def restore(model: nn.Module) -> SwapReport:
-    """Undo :func:`accelerate`: every module gets its class, its config object and its settings back.
+def restore_modules(model: nn.Module) -> SwapReport:
+    """Undo :func:`swap_modules`: every module gets its class, its config object and its settings back.
 
     A forward that was wrapped on an instance after the swap (by a timer, ``torch.compile(module.forward)``) stays, and
     calls the module's own through the one it took hold of; the report has a note on it.
@@ -131,7 +140,7 @@ def restore(model: nn.Module) -> SwapReport:
     for name, module in list(model.named_modules()):
         if isinstance(module, swapped_modules.Swapped):
             try:
-                match.take_out(module)
+                swapped_modules.restore_one(module)
             except ArgumentError as error:
                 failed = failed or error
                 continue
@@ -145,7 +154,7 @@ def restore(model: nn.Module) -> SwapReport:
     if failed is not None:
         raise failed
     if not report.swapped:
-        raise ArgumentError(f"model: nothing in this {type(model).__name__} is swapped; call accelerate first")
+        raise ArgumentError(f"model: nothing in this {type(model).__name__} is swapped; call swap_modules first")
     _finish(model, report)
     return report
 
@@ -167,13 +176,15 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside.update(id(part) for part in module.modules())
 
 
-def _swap(name: str, module: nn.Module, impl: str, fold: str, report: SwapReport) -> None:
+def _swap(
+    name: str, module: nn.Module, impl: str, fold_projections: str, allow: Sequence[str | type], report: SwapReport
+) -> None:
     """Deal with one module."""
     if isinstance(module, swapped_modules.Swapped):
         module.layalign_swap.impl = impl
         report.swapped.append((name, f"already swapped (impl {impl!r})"))
     elif isinstance(module, LayAlignForCausalLM | EncoderAligner | WeightedLinearProjector | GatedCrossAttention):
-        report.swapped.append((name, _set_own(module, impl, fold)))
+        report.swapped.append((name, _set_own(module, impl, fold_projections)))
     elif match.has_projector(module):
         text = "the encoder's layers are read in place, by layalign.ops.layer_projection"
         _try(name, module, match.reason_against_aligner, swapped_modules.SwappedAligner, impl, text, report)
@@ -182,7 +193,8 @@ def _swap(name: str, module: nn.Module, impl: str, fold: str, report: SwapReport
         _try(name, module, match.reason_against_bare_projector, swapped_modules.SwappedProjector, impl, text, report)
     elif match.is_gated_attention(module):
         text = "the gated term is added inside the one attention; keys and values of the source are kept"
-        _try(name, module, match.reason_against_attention, swapped_modules.SwappedAttention, impl, text, report)
+        against = functools.partial(match.reason_against_attention, allow=allow)
+        _try(name, module, against, swapped_modules.SwappedAttention, impl, text, report)
     elif match.is_mapping(module):
         report.left.append((name, "two plain linear maps, nothing to fuse"))
 
@@ -195,11 +207,11 @@ def _try(name: str, module: nn.Module, against: Any, mixin: type, impl: str, tex
     state: Any = swapped_modules.ProjectionSwap(impl, module._modules.get("projector"))
     if mixin is swapped_modules.SwappedAttention:
         child = str(match.wrapped_attention(module))
-        state = match.attention_state(module, child, impl)
+        state = swapped_modules.attention_state(module, child, impl)
         if not match.can_be_tried(getattr(module, child)):
             text += " (not tried on a small input: its weights are sharded or on the meta device)"
     try:
-        match.put_in(module, mixin, state)
+        swapped_modules.swap_one(module, mixin, state)
     except ArgumentError as error:
         report.left.append((name, str(error)))
     else:
@@ -213,15 +225,15 @@ def _settings_of(module: nn.Module) -> Any:
     return module if isinstance(module, WeightedLinearProjector | GatedCrossAttention) else None
 
 
-def _set_own(module: nn.Module, impl: str, fold: str) -> str:
-    """``impl`` and ``fold`` for one of our modules and the parts of it; each remembers what it had at first."""
+def _set_own(module: nn.Module, impl: str, fold_projections: str) -> str:
+    """Both settings for one of our modules and the parts of it; each remembers what it had at first."""
     for part in module.modules():
         target = _settings_of(part)
         if target is not None:
-            attribute, value = ("choice", fold) if isinstance(part, LayAlignForCausalLM) else ("impl", impl)
+            attribute, value = ("choice", fold_projections) if isinstance(part, LayAlignForCausalLM) else ("impl", impl)
             part.__dict__.setdefault(_SETTINGS, {attribute: getattr(target, attribute)})
             setattr(target, attribute, value)
-    folding = f", fold {fold!r}" if isinstance(module, LayAlignForCausalLM) else ""
+    folding = f", fold_projections {fold_projections!r}" if isinstance(module, LayAlignForCausalLM) else ""
     return f"already layalign's: now impl {impl!r}{folding}"
 
 
@@ -233,3 +245,7 @@ def _finish(model: nn.Module, report: SwapReport) -> None:
     torch.compiler.reset()  # also for a compiled module above this tree, which cannot be seen from here
     if compiled:
         report.notes.append("torch.compile: the graphs compiled so far were dropped; the next call compiles anew")
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name, {"accelerate": "swap_modules", "restore": "restore_modules"})

@@ -1,4 +1,4 @@
-"""The classes that :func:`layalign.accelerate` gives to published-style modules, and what an instance keeps.
+"""The classes that :func:`layalign.swap_modules` gives to published-style modules, and what an instance keeps.
 
 Each is a subclass of the module's own class with another ``forward``: parameters, state-dict keys, hooks and
 ``isinstance`` stay, and copies and pickles carry the change with them.
@@ -6,9 +6,12 @@ Each is a subclass of the module's own class with another ``forward``: parameter
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +28,10 @@ from layalign.ops.cached_launch import CachedDecode, Ready, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 from layalign.published.kept import KeptStates
 from layalign.utils.errors import ArgumentError
+from layalign.utils.versions import CACHE_NAMES, importing
+
+with importing():
+    from transformers.utils.generic import TransformersKwargs
 
 
 class Swapped:
@@ -58,7 +65,7 @@ def original_class(cls: type) -> type | None:
 def own_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``module`` does without the swap.
 
-    Also after :func:`layalign.restore`, for whoever took hold of our ``forward`` before: a wrapper put around it.
+    This is called after :func:`layalign.restore_modules` too, by a wrapper that was put around our ``forward`` before.
     """
     if isinstance(module, Swapped):
         return super(Swapped, module).forward(*args, **kwargs)  # type: ignore[misc]
@@ -165,6 +172,9 @@ class AttentionSwap:
         child: name of the wrapped attention module.
         config: the config object that module had: the LLM's.
         own: the copy of it that the module has now, which names another attention function.
+        keywords: names that the attention may be called with.
+        state: what the wrapper held beyond the published one when it was swapped.
+        size: how many entries wrapper and attention held when that was last looked at.
         kept: keys and values of the last source.
         again: what a decoding step with them left for the next.
     """
@@ -173,6 +183,9 @@ class AttentionSwap:
     child: str
     config: Any
     own: Any
+    keywords: frozenset[str]
+    state: frozenset[str] = frozenset()
+    size: int = -1
     kept: KeptStates | None = None
     again: CachedDecode | None = None
 
@@ -250,6 +263,41 @@ def reason_against_output(attention: nn.Module) -> str | None:
     return None
 
 
+_KEYWORDS = {
+    "hidden_states", "attention_mask", "position_embeddings", "use_cache", "cache_position", "past_key_value",
+    *CACHE_NAMES, *TransformersKwargs.__annotations__,
+}  # fmt: skip
+_PUBLISHED = {"adapter_states", "adaption_gate", *dir(nn.Module), *vars(nn.Module())}
+_OTHERS = {"layalign_swap", "layalign_original", "_hf_hook", "_old_forward", "_abc_impl"}  # ours, accelerate's, abc's
+_SETTINGS = (int, float, str, torch.dtype, torch.device)
+
+
+@functools.cache
+def known_keywords(kind: Any) -> frozenset[str]:
+    """What an attention of this class may be called with: what it names, and what transformers' decoders pass on."""
+    return frozenset({*inspect.signature(kind.forward).parameters, *_KEYWORDS})
+
+
+def unknown_state(wrapper: Any, attention: Any) -> frozenset[str]:
+    """Names of what a wrapper holds beyond the published one: each may be a mask of the source, or become one.
+
+    Left out are methods, settings that are neither zero nor empty, and whatever the attention has too. Of the attention
+    itself, tensors count that are neither parameters nor buffers.
+    """
+    own = [base for base in reversed(type(wrapper).__mro__) if base not in nn.Module.__mro__]
+    held = {n: v for base in own for n, v in vars(base).items() if not callable(v) and not hasattr(v, "__func__")}
+    held |= {**vars(wrapper), **wrapper._buffers, **wrapper._parameters}
+    more = {
+        n for n, v in held.items() if not ((type(v) in _SETTINGS and v) or n.startswith("__") or hasattr(attention, n))
+    }
+    tensors = {n for n, v in vars(attention).items() if isinstance(v, Tensor)}
+    return frozenset(more - _PUBLISHED - _OTHERS | tensors)
+
+
+def _size(wrapper: nn.Module, attention: nn.Module) -> int:
+    return len(wrapper.__dict__) + len(wrapper._buffers) + len(attention.__dict__)
+
+
 class _Term:
     """Stands for the source in one call of the attention function: see :mod:`layalign.modeling.attention_interface`."""
 
@@ -266,6 +314,36 @@ class _Term:
         return swap.attend(query, key, value, self.wrapper.adaption_gate.to(query.device), base, overwrite)
 
 
+def attend(wrapper: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the wrapped attention returns, with the gated term in it.
+
+    Raises:
+        ArgumentError: the attention did not pass the source on.
+    """
+    term = _Term(wrapper, attention)
+    out = attention(*args, layalign_source=term, **kwargs)
+    if not term.attended:
+        raise ArgumentError(
+            f"model: {type(attention).__name__} does not hand its keywords to transformers' attention interface; "
+            "call restore_modules(model)"
+        )
+    return out
+
+
+def _is_unknown(wrapper: Any, swap: AttentionSwap, attention: Any, given: dict[str, Any]) -> bool:
+    """Whether this call has what the trial had not: a keyword, a third state, an attribute set since the swap."""
+    if any(name not in swap.keywords and given[name] is not None for name in given):
+        return True
+    states: Any = wrapper.adapter_states
+    if isinstance(states, list | tuple) and len(states) != 2:
+        return True
+    size = _size(wrapper, attention)
+    if size != swap.size and unknown_state(wrapper, attention) - swap.state:
+        return True
+    swap.size = size
+    return False
+
+
 class SwappedAttention(Swapped):
     """The wrapped attention runs once, the gated term inside it, before its one output projection."""
 
@@ -274,13 +352,71 @@ class SwappedAttention(Swapped):
         if swap is None or is_repatched(self.layalign_original):
             return own_forward(self, *args, **kwargs)
         attention: Any = self._modules.get(swap.child)  # type: ignore[attr-defined]
-        # An attention put in after the swap has another config, which is not ours to write.
-        if getattr(attention, "config", None) is not swap.own or reason_against_output(attention):
-            return own_forward(self, *args, **kwargs)
+        if getattr(attention, "config", None) is not swap.own:
+            return own_forward(self, *args, **kwargs)  # an attention put in after the swap: its config is not ours
         swap.follow()
-        term = _Term(self, attention)
-        out = attention(*args, layalign_source=term, **kwargs)
-        if not term.attended:
-            name = type(attention).__name__
-            raise ArgumentError(f"model: {name} did not hand the source to its attention function; use restore(model)")
-        return out
+        if reason_against_output(attention) or _is_unknown(self, swap, attention, kwargs):
+            return own_forward(self, *args, **kwargs)
+        return attend(self, attention, *args, **kwargs)
+
+
+# Swapping one module
+
+
+def attention_state(wrapper: Any, child: str, impl: str) -> AttentionSwap:
+    """What a wrapper that is to be swapped will keep."""
+    config = getattr(wrapper, child).config
+    # A copy that shares everything but the attention's name: other modules use the same object.
+    return AttentionSwap(impl, child, config, copy.copy(config), known_keywords(getattr(wrapper, child).__class__))
+
+
+def swap_one(module: Any, mixin: type, state: Any) -> None:
+    """Swap one module.
+
+    Raises:
+        ArgumentError: its class cannot have this subclass.
+    """
+    original: Any = type(module)
+    try:
+        module.__class__ = swapped_class(mixin, original)
+    except Exception as error:  # __init_subclass__, metaclasses, slots: whatever a stranger's class may raise
+        raise ArgumentError(f"its class cannot be extended: {type(error).__name__}: {error}") from error
+    for part in (original, type(getattr(state, "projector", None))):
+        if issubclass(part, nn.Module):
+            readable(part)  # the forward that it has now is what was compared
+    module.__dict__["layalign_swap"] = state
+    if isinstance(state, AttentionSwap):
+        attention = getattr(module, state.child)
+        attention.config = state.own
+        state.state, state.size = unknown_state(module, attention), _size(module, attention)
+        state.follow()
+
+
+def restore_one(module: Any) -> None:
+    """Undo :func:`swap_one`.
+
+    Raises:
+        ArgumentError: the module's class was changed once more since then.
+    """
+    original = original_class(type(module))
+    if original is None:
+        name = type(module).__name__
+        raise ArgumentError(
+            f"model: a {name} got another class after it was swapped (FSDP does so); restore before that"
+        )
+    state = module.__dict__.pop("layalign_swap")
+    module.__class__ = original
+    if isinstance(state, AttentionSwap):
+        attention: Any = getattr(module, state.child, None)
+        if getattr(attention, "config", None) is state.own:  # not one put in since
+            attention.config = state.config
+
+
+@contextmanager
+def swapped_within(module: nn.Module, mixin: type, state: Any) -> Iterator[None]:
+    """Swap one module within the block only."""
+    swap_one(module, mixin, state)
+    try:
+        yield
+    finally:
+        restore_one(module)

@@ -1,4 +1,4 @@
-"""Old names: of modules that have moved, and of settings. They still work, and a warning gives the new name."""
+"""Old names: of modules, functions and settings. They still work, and a warning gives the new name."""
 
 from __future__ import annotations
 
@@ -107,3 +107,11 @@ def with_new_names(values: Mapping[Any, Any], warn: bool = True) -> dict[Any, An
             key = warn_of_setting(key) if warn else RENAMED[key]
         renamed[key] = value
     return renamed
+
+
+def renamed(module: str, name: str, names: dict[str, str]) -> Any:
+    """For the ``__getattr__`` of a module: what an old name stands for, by `names`, old to new."""
+    if name not in names:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(f"{module}.{name} is now {module}.{names[name]}", FutureWarning, stacklevel=3)
+    return getattr(sys.modules[module], names[name])

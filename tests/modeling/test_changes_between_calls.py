@@ -630,7 +630,7 @@ PUBLISHED = {
 )  # fmt: skip
 def a_swapped_model(build: Any, steps: list[Any]) -> None:
     with same_world_afterwards():
-        case = Case(build, layalign.accelerate, bring_states)
+        case = Case(build, layalign.swap_modules, bring_states)
         answered(lambda: published_logits(case.model, 0))
         for change, name, which, modes in steps:
             if change is not None:

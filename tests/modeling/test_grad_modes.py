@@ -90,7 +90,7 @@ def test_swapped_attention_with_the_same_source_in_other_modes(made: str, mode: 
     for swap in (True, False):
         model = published_model()
         if swap:
-            assert layalign.accelerate(model).swapped
+            assert layalign.swap_modules(model).swapped
         generator = torch.Generator().manual_seed(0)
         with MODES[made]():
             pairs = [tuple(torch.randn(1, 5, 32, generator=generator) for _ in "kv") for _ in range(3)]
@@ -110,7 +110,7 @@ def test_swapped_attention_with_the_same_source_in_other_modes(made: str, mode: 
 @pytest.mark.parametrize("mode", MODES)
 def test_swapped_models_train_after_evaluation(mode: str) -> None:
     model, fresh = published_model(), published_model()
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     expected = gradients(fresh, fresh(**data()))
     for _ in range(2):
         with MODES[mode]():

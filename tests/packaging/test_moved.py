@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
+import layalign
 from layalign import LayAlignConfig, LayAlignForCausalLM
 from layalign.training import load_train_config
 from layalign.utils.errors import ArgumentError, CheckpointError
@@ -68,6 +69,11 @@ def test_a_checkpoint_with_old_settings_loads(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**old, "fold_projections": "auto"}))
     with pytest.raises(CheckpointError, match="fold: expected fold_projections alone"):
         LayAlignForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_old_name_of_build_inputs() -> None:
+    with pytest.warns(FutureWarning, match=r"layalign.pack is now layalign.build_inputs"):
+        assert layalign.pack is layalign.build_inputs
 
 
 def test_old_names_of_a_model() -> None:

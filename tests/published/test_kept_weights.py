@@ -154,7 +154,7 @@ def test_lora_on_and_off_leaves_no_old_weights() -> None:
 def test_the_memory_of_weights_that_are_gone_is_free() -> None:
     """Offloading gives the weights other memory: the old one is not kept for a comparison."""
     model, swapped = tiny_model(fold_projections="always"), published_model()
-    layalign.accelerate(swapped)
+    layalign.swap_modules(swapped)
     logits(model)
     with torch.no_grad():
         swapped.model_llm.set_states([(torch.ones(1, 5, 32), torch.ones(1, 5, 32)) for _ in range(3)])
@@ -215,7 +215,7 @@ def shorter(wrapper) -> None:
 @pytest.mark.parametrize("change", [turned, written, shorter])
 def test_kept_keys_and_values_follow_their_weights_and_states(change: Callable[[nn.Module], None]) -> None:
     models = published_model(), published_model()
-    layalign.accelerate(models[0])
+    layalign.swap_modules(models[0])
     found = []
     with torch.no_grad():
         for model in models:

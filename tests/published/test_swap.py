@@ -1,4 +1,4 @@
-"""accelerate and restore on the published data flow: the same numbers, and that the fast way is really taken."""
+"""The swap and its undoing on the published data flow: the same numbers, and that the fast way is really taken."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import layalign
+import layalign.published.swap
 from layalign import ArgumentError, ops
 from layalign.modeling.key_values import through
 from layalign.ops import backends, cached_launch
@@ -48,7 +49,7 @@ def test_the_same_loss_and_gradients(llm, structure, layers, attention, train, c
     model.encoder_mt.eval()  # its dropout would draw other numbers
     expected = loss_and_gradients(model, data())
     assert calls == {"layer_projection": 0, "gated_cross_attention": 0}
-    report = layalign.accelerate(model)
+    report = layalign.swap_modules(model)
     assert len(report.swapped) == 1 + len(layers)
     calls.update(layer_projection=0, gated_cross_attention=0)
     assert_same(expected, loss_and_gradients(model, data()))
@@ -59,7 +60,7 @@ def test_the_same_loss_and_gradients(llm, structure, layers, attention, train, c
 def test_the_same_generation(llm, structure, layers, attention, calls) -> None:
     model = published_model(llm, structure, layers, attention)
     expected = model(**data(labels=False))
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     calls.update(layer_projection=0, gated_cross_attention=0)
     assert torch.equal(model(**data(labels=False)), expected) and expected.shape == (3, 6)
     assert calls == {"layer_projection": 1, "gated_cross_attention": 6 * len(layers)}
@@ -76,7 +77,7 @@ def test_the_same_parameters_and_names_and_restore() -> None:
     configs = [getattr(module, "config", None) for module in model.modules()]
     with torch.no_grad():
         expected = model(**data())
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     assert {name: id(p) for name, p in model.named_parameters()} == before
     assert list(model.state_dict()) == keys
     assert own_classes(model) != classes
@@ -87,7 +88,7 @@ def test_the_same_parameters_and_names_and_restore() -> None:
         assert (getattr(module, "config", None) is config) == (id(module) not in attended)
     assert model.model_llm.model.config._attn_implementation == "sdpa"
 
-    report = layalign.restore(model)
+    report = layalign.restore_modules(model)
     assert [name for name, _ in report.swapped] == [
         *(f"model_llm.model.model.layers.{layer}.self_attn" for layer in range(3)), "encoder_aligner",
     ]  # fmt: skip
@@ -97,13 +98,13 @@ def test_the_same_parameters_and_names_and_restore() -> None:
     with torch.no_grad():
         assert torch.equal(model(**data()), expected)
     with pytest.raises(ArgumentError, match="nothing in this PublishedLayAlign is swapped"):
-        layalign.restore(model)
+        layalign.restore_modules(model)
 
 
 def curve(swap: bool) -> list[float]:
     model = published_model("mistral")
     if swap:
-        layalign.accelerate(model)
+        layalign.swap_modules(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for step in range(20):
@@ -122,10 +123,10 @@ def test_twenty_steps_have_the_same_curve() -> None:
 
 
 def test_the_report_names_what_was_done_and_what_was_left() -> None:
-    report = layalign.accelerate(published_model(layers=(1,)))
+    report = layalign.swap_modules(published_model(layers=(1,)))
     assert dict(report.swapped).keys() == {"model_llm.model.model.layers.1.self_attn", "encoder_aligner"}
     assert report.left == [("mapping", "two plain linear maps, nothing to fuse")]
-    many = layalign.accelerate(published_model())
+    many = layalign.swap_modules(published_model())
     row = (
         "  model_llm.model.model.layers.0.self_attn ... model_llm.model.model.layers.2.self_attn (3 modules): the gated"
     )
@@ -137,32 +138,42 @@ def test_the_report_names_what_was_done_and_what_was_left() -> None:
 def test_twice_is_harmless_and_takes_the_new_backend() -> None:
     model = published_model()
     expected = loss_and_gradients(model, data())
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     classes = own_classes(model)
-    report = layalign.accelerate(model, impl="torch")
+    report = layalign.swap_modules(model, impl="torch")
     assert [text for _, text in report.swapped] == ["already swapped (impl 'torch')"] * 4
     assert own_classes(model) == classes
     assert model.encoder_aligner.layalign_swap.impl == "torch"
     assert_same(expected, loss_and_gradients(model, data()))
-    layalign.restore(model)
+    layalign.restore_modules(model)
     assert type(model.encoder_aligner) is published.EncoderAligner
 
 
 def test_wrong_arguments_are_named() -> None:
     model = published_model()
     with pytest.raises(ArgumentError, match=r"model: Sequential has nothing to swap; looked for an aligner .*fc1"):
-        layalign.accelerate(nn.Sequential(nn.Linear(2, 2)))
+        layalign.swap_modules(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="implementation"):
-        layalign.accelerate(model, implementation="torch")
+        layalign.swap_modules(model, implementation="torch")
     with pytest.raises(ArgumentError, match="impl: expected 'auto' or one of triton.*got 'fast'"):
-        layalign.accelerate(model, impl="fast")
-    with pytest.raises(ArgumentError, match="fold: expected one of auto, always, never, got True"):
-        layalign.accelerate(model, fold=True)
+        layalign.swap_modules(model, impl="fast")
+    with pytest.raises(ArgumentError, match="fold_projections: expected one of auto, always, never, got True"):
+        layalign.swap_modules(model, fold_projections=True)
     with pytest.raises(ArgumentError, match="model: expected a torch module, got dict"):
-        layalign.accelerate({})
+        layalign.swap_modules({})
     with pytest.raises(ArgumentError, match="model: expected a torch module, got NoneType"):
-        layalign.restore(None)
+        layalign.restore_modules(None)
     assert type(model.encoder_aligner) is published.EncoderAligner
+
+
+@pytest.mark.parametrize("module", [layalign, layalign.published.swap])
+@pytest.mark.parametrize(("old", "new"), [("accelerate", "swap_modules"), ("restore", "restore_modules")])
+def test_old_names_work_and_name_the_new_ones(module: Any, old: str, new: str) -> None:
+    with pytest.warns(FutureWarning, match=rf"^{module.__name__}\.{old} is now {module.__name__}\.{new}$") as caught:
+        assert getattr(module, old) is getattr(module, new)
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match=f"'{module.__name__}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
 
 
 def test_keys_and_values_are_made_once_per_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +196,7 @@ def test_keys_and_values_are_made_once_per_sequence(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         model(**data(labels=False))
         assert seen == [width] * 36  # two maps, three layers, six tokens: at every call
-        layalign.accelerate(model)
+        layalign.swap_modules(model)
         seen.clear()
         model(**data(labels=False))
         assert len(seen) == 6
@@ -201,7 +212,7 @@ def test_keys_and_values_are_made_once_per_sequence(monkeypatch: pytest.MonkeyPa
 def test_maps_are_called_where_somebody_looks_or_they_train(somebody: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, passed, seen = published_model(), [], []
     monkeypatch.setattr(swapped_modules, "through", lambda *a: (passed.append(1), through(*a))[1])
-    layalign.accelerate(model, impl="torch" if somebody == "torch" else "auto")
+    layalign.swap_modules(model, impl="torch" if somebody == "torch" else "auto")
     first = wrappers(model)[0]
     linear = getattr(first, first.layalign_swap.child).k_proj
     if somebody == "hook":
@@ -210,7 +221,7 @@ def test_maps_are_called_where_somebody_looks_or_they_train(somebody: str, monke
         linear.weight.requires_grad_(True)
     found = loss_and_gradients(model, data())
     assert len(passed) == {"nobody": 3, "hook": 2, "trains": 2, "torch": 0}[somebody]
-    layalign.restore(model)
+    layalign.restore_modules(model)
     assert_same(loss_and_gradients(model, data()), found)
     assert len(seen) == (2 + 2 if somebody == "hook" else 0)  # for the tokens and for the source, in each
 
@@ -218,7 +229,7 @@ def test_maps_are_called_where_somebody_looks_or_they_train(somebody: str, monke
 def test_what_is_kept_is_noticed_to_be_stale() -> None:
     model = published_model(layers=(0, 2))
     twin = copy.deepcopy(model)
-    layalign.accelerate(model, impl="torch")
+    layalign.swap_modules(model, impl="torch")
     step = dict(inputs_embeds=torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0)))
 
     def check() -> torch.Tensor:
@@ -262,7 +273,7 @@ def full_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def test_decoding_steps_repeat_with_states_laid_out_for_them(full_calls: list[torch.Tensor]) -> None:
     model = published_model()
     twin = copy.deepcopy(model)
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     expected = twin(**data(labels=False))
     full_calls.clear()  # of the trials
     with torch.no_grad():
@@ -295,7 +306,7 @@ def test_decoding_steps_repeat_with_states_laid_out_for_them(full_calls: list[to
         check(0)
         pickled = pickle.loads(pickle.dumps(swaps[0]))
         assert swaps[0].again is not None and pickled.again is None and pickled.kept is None
-        layalign.accelerate(model, impl="torch")
+        layalign.swap_modules(model, impl="torch")
         check(3)
 
 
@@ -303,7 +314,7 @@ def test_decoding_steps_repeat_with_states_laid_out_for_them(full_calls: list[to
 def test_training_steps_repeat(full_calls: list[torch.Tensor]) -> None:
     model = published_model()
     expected = loss_and_gradients(model, data())
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     full_calls.clear()  # of the trials
     assert_same(expected, loss_and_gradients(model, data()))
     assert len(full_calls) == 1  # the layers are of one kind
@@ -314,13 +325,13 @@ def test_training_steps_repeat(full_calls: list[torch.Tensor]) -> None:
             gate.mul_(2)
     found = loss_and_gradients(model, data())
     assert len(full_calls) == 1
-    layalign.restore(model)
+    layalign.restore_modules(model)
     assert_same(loss_and_gradients(model, data()), found)
 
 
 def test_a_result_is_never_written_over_what_others_hold() -> None:
     model = published_model(attention="eager")
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def attention(*args, **kwargs):
@@ -337,7 +348,7 @@ def test_a_result_is_never_written_over_what_others_hold() -> None:
 
 def test_the_attention_function_may_change_afterwards() -> None:
     model = published_model()
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     model.model_llm.model.set_attn_implementation("eager")
     expected = published_model(attention="eager")
     assert_same(loss_and_gradients(expected, data()), loss_and_gradients(model, data()))
@@ -350,7 +361,7 @@ def test_copies_stay_swapped_and_go_their_own_way() -> None:
     expected = loss_and_gradients(model, data())
     for wrapper in wrappers(model):
         wrapper.adapter_states = None  # tensors with a graph cannot be copied, with or without the swap
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     with torch.no_grad():
         model(**data())
     assert all(wrapper.layalign_swap.kept is not None for wrapper in wrappers(model))
@@ -358,7 +369,7 @@ def test_copies_stay_swapped_and_go_their_own_way() -> None:
     assert own_classes(twin) == own_classes(model)
     assert all(wrapper.layalign_swap.kept is None for wrapper in wrappers(twin))
     assert_same(expected, loss_and_gradients(twin, data()))
-    layalign.restore(twin)
+    layalign.restore_modules(twin)
     assert all(wrapper.model.config is twin.model_llm.model.config for wrapper in wrappers(twin))
     assert_same(expected, loss_and_gradients(twin, data()))
     assert_same(expected, loss_and_gradients(model, data()))
@@ -367,12 +378,12 @@ def test_copies_stay_swapped_and_go_their_own_way() -> None:
 def test_pickles_stay_swapped() -> None:
     model = published_model()
     parts = nn.ModuleList([model.encoder_aligner, *wrappers(model)])
-    layalign.accelerate(parts)
+    layalign.swap_modules(parts)
     again = pickle.loads(pickle.dumps(parts))
     assert own_classes(again) == own_classes(parts) and again[1] is not parts[1]
     hidden = [torch.randn(2, 5, 24) for _ in range(3)]
     torch.testing.assert_close(again[0](hidden), parts[0](hidden))
-    layalign.restore(again)
+    layalign.restore_modules(again)
     assert type(again[0]) is published.EncoderAligner and type(again[1]) is published.AdaptedAttention
     assert again[1].model.config._attn_implementation == "sdpa"
 
@@ -383,7 +394,7 @@ def test_two_aligners_and_one_used_twice() -> None:
     tree["c"] = tree["a"]
     hidden = [torch.randn(2, 5, 24) for _ in range(3)]
     expected = [tree[name](hidden) for name in "abc"]
-    report = layalign.accelerate(tree)
+    report = layalign.swap_modules(tree)
     assert [name for name, _ in report.swapped] == ["a", "b"]
     for name, pairs in zip("abc", expected, strict=True):
         for argument in (hidden, torch.stack(hidden, dim=1)):
@@ -399,7 +410,7 @@ def test_a_bare_projector_keeps_its_format_and_hooks(structure: str, calls) -> N
     projector.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     hidden = torch.randn(2, 3, 5, 24)
     expected = projector(hidden)
-    report = layalign.accelerate(projector)
+    report = layalign.swap_modules(projector)
     assert [name for name, _ in report.swapped] == [""] and "(the model itself)" in str(report)
     calls.update(layer_projection=0)
     torch.testing.assert_close(projector(hidden), expected, rtol=1e-5, atol=1e-6)
@@ -411,13 +422,13 @@ def test_our_own_model_gets_settings_and_has_them_back(calls) -> None:
     inputs = batch(model=model)
     with torch.no_grad():
         expected = model(**inputs).loss
-    report = layalign.accelerate(nn.ModuleList([model]), impl="torch", fold="always")
+    report = layalign.swap_modules(nn.ModuleList([model]), impl="torch", fold_projections="always")
     assert report.swapped == [("0", "already layalign's: now impl 'torch', fold 'always'")] and not report.left
     assert model.encoder_aligner.projector.impl == "torch" and model.key_values.choice == "always"
     assert all(module.impl == "torch" for module in model.cross_attention)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).loss, expected)
     assert model.key_values.last == "folded"
-    layalign.accelerate(model)
-    layalign.restore(model)
+    layalign.swap_modules(model)
+    layalign.restore_modules(model)
     assert model.key_values.choice == "never" and model.cross_attention[0].impl == "auto"

@@ -41,7 +41,7 @@ def test_a_pickle_runs_in_another_process(attention: str, tmp_path: Path) -> Non
     embeds = torch.randn(3, 4, 32)
     llm.set_states([(torch.randn(3, 5, 32), torch.randn(3, 5, 32)) for _ in range(3)])
     expected = llm(inputs_embeds=embeds).logits.detach()
-    layalign.accelerate(llm)
+    layalign.swap_modules(llm)
     torch.save((llm, embeds, expected), tmp_path / "llm.pt")
     path = [str(Path(layalign.__file__).parents[1]), *sys.path]
     code = f"import sys; sys.path[:0] = {path!r}; import published_tiny" + RUN_A_PICKLE
@@ -51,7 +51,7 @@ def test_a_pickle_runs_in_another_process(attention: str, tmp_path: Path) -> Non
 
 def test_an_attention_put_in_later_runs_as_published_and_keeps_its_config() -> None:
     model, twin = published_model(), published_model()
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     for one in (model, twin):
         wrapper = wrappers(one)[0]
         wrapper.model = copy.deepcopy(wrapper.model)
@@ -62,7 +62,7 @@ def test_an_attention_put_in_later_runs_as_published_and_keeps_its_config() -> N
     assert_same(expected, loss_and_gradients(model, data()))
     config = model.model_llm.model.config
     assert config._attn_implementation == "sdpa"
-    layalign.restore(model)
+    layalign.restore_modules(model)
     assert wrappers(model)[0].model.config is config
     assert_same(expected, loss_and_gradients(model, data()))
 
@@ -82,13 +82,13 @@ def biased(linear: nn.Module) -> None:
 @pytest.mark.parametrize("change", [halved, patched, biased])
 def test_an_output_projection_that_is_not_linear_any_more_runs_as_published(change) -> None:
     model, before, twin = published_model(), published_model(), published_model()
-    assert len(layalign.accelerate(model).swapped) == 4
+    assert len(layalign.swap_modules(model).swapped) == 4
     for one in (model, before, twin):
         for wrapper in wrappers(one):
             change(wrapper.model.o_proj)
     expected = loss_and_gradients(twin, data())
     assert_same(expected, loss_and_gradients(model, data()))
-    report = layalign.accelerate(before)
+    report = layalign.swap_modules(before)
     assert [name for name, _ in report.swapped] == ["encoder_aligner"]
     assert all("its output projection has" in text for name, text in report.left if name != "mapping")
     assert_same(expected, loss_and_gradients(before, data()))
@@ -99,7 +99,7 @@ def test_a_bias_of_zero_counts_as_a_bias_and_lora_without_one_does_not(calls) ->
     with torch.no_grad():
         for wrapper in wrappers(model):
             wrapper.model.o_proj.bias.zero_()
-    assert [name for name, _ in layalign.accelerate(model).swapped] == ["encoder_aligner"]
+    assert [name for name, _ in layalign.swap_modules(model).swapped] == ["encoder_aligner"]
     peft = pytest.importorskip("peft")
     model = published_model()
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def test_a_bias_of_zero_counts_as_a_bias_and_lora_without_one_does_not(calls) ->
     for wrapper in wrappers(model):
         wrapper.adaption_gate.requires_grad_(True)
     expected = loss_and_gradients(model.eval(), data())
-    assert [name for name, _ in layalign.accelerate(model).left] == [
+    assert [name for name, _ in layalign.swap_modules(model).left] == [
         "model_llm.model.model.layers.0.self_attn", "mapping",
     ]  # fmt: skip
     calls.update(gated_cross_attention=0)
@@ -124,7 +124,7 @@ def test_hooks_of_accelerate_only_move_weights() -> None:
     for wrapper in wrappers(model):
         for linear in (wrapper.model.k_proj, wrapper.model.o_proj):
             hooks.add_hook_to_module(linear, hooks.AlignDevicesHook(io_same_device=True))
-    assert len(layalign.accelerate(model).swapped) == 4
+    assert len(layalign.swap_modules(model).swapped) == 4
     assert_same(expected, loss_and_gradients(model, data()))
     with torch.no_grad():
         model(**data())
@@ -165,7 +165,7 @@ def test_changes_inside_an_aligner_are_followed(change) -> None:
     aligner = published.EncoderAligner(settings().encoder_aligner_config)
     twin = copy.deepcopy(aligner)
     hidden = [torch.randn(2, 5, 24) for _ in range(3)]
-    assert layalign.accelerate(aligner).swapped
+    assert layalign.swap_modules(aligner).swapped
     before = aligner(hidden)[0][0]
     change(aligner), change(twin)
     found, expected = aligner(hidden)[0][0], twin(hidden)[0][0]
@@ -176,7 +176,7 @@ def test_a_hook_on_the_relu_goes_on_seeing_it() -> None:
     aligner = published.EncoderAligner(settings().encoder_aligner_config)
     seen: list[nn.Module] = []
     aligner.projector.relu.register_forward_hook(lambda module, *_: seen.append(module))
-    report = layalign.accelerate(aligner)
+    report = layalign.swap_modules(aligner)
     assert not report.swapped and "relu: expected a ReLU without hooks" in report.left[0][1]
     seen.clear()
     aligner([torch.randn(2, 5, 24) for _ in range(3)])
@@ -187,7 +187,7 @@ def test_layers_of_several_dtypes_are_stacked_as_before() -> None:
     aligner = published.EncoderAligner(settings().encoder_aligner_config)
     hidden = [torch.randn(2, 5, 24).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float32)]
     expected = aligner(hidden)
-    layalign.accelerate(aligner)
+    layalign.swap_modules(aligner)
     torch.testing.assert_close(aligner(hidden), expected)
 
 
@@ -199,7 +199,7 @@ def test_the_argument_keeps_its_own_name() -> None:
     aligner = Named(settings().encoder_aligner_config)
     hidden = [torch.randn(2, 5, 24) for _ in range(3)]
     expected = aligner(hidden)
-    assert layalign.accelerate(aligner).swapped
+    assert layalign.swap_modules(aligner).swapped
     torch.testing.assert_close(aligner(layers=hidden), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -210,7 +210,7 @@ def test_the_argument_keeps_its_own_name() -> None:
 def test_a_forward_wrapped_after_the_swap_outlives_it(compiled: bool) -> None:
     model = published_model()
     expected = loss_and_gradients(model, data())
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     for module in (model.encoder_aligner, wrappers(model)[0]):
         forward = module.forward
         if compiled:
@@ -218,7 +218,7 @@ def test_a_forward_wrapped_after_the_swap_outlives_it(compiled: bool) -> None:
         else:
             module.forward = functools.wraps(forward)(lambda *args, forward=forward, **kwargs: forward(*args, **kwargs))
     assert_same(expected, loss_and_gradients(model, data()))
-    report = layalign.restore(model)
+    report = layalign.restore_modules(model)
     assert [note.split(":")[0] for note in report.notes[:2]] == [
         "model_llm.model.model.layers.0.self_attn", "encoder_aligner",
     ]  # fmt: skip
@@ -228,14 +228,14 @@ def test_a_forward_wrapped_after_the_swap_outlives_it(compiled: bool) -> None:
 def test_what_can_be_restored_is_before_an_error() -> None:
     model = published_model()
     classes = own_classes(model)
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     first = wrappers(model)[0]
     ours = type(first)
     first.__class__ = type("Sharded", (ours,), {})
     with pytest.raises(ArgumentError, match="a Sharded got another class"):
-        layalign.restore(model)
+        layalign.restore_modules(model)
     first.__class__ = ours
-    report = layalign.restore(model)
+    report = layalign.restore_modules(model)
     assert [name for name, _ in report.swapped] == ["model_llm.model.model.layers.0.self_attn"]
     assert own_classes(model) == classes
 
@@ -245,8 +245,8 @@ def test_settings_of_our_own_parts_come_back_in_any_order(inner_first: bool) -> 
     model = tiny_model()
     parts = [model, model.encoder_aligner]
     for part in reversed(parts) if inner_first else parts:
-        layalign.accelerate(part, impl="torch")
-    layalign.restore(model)
+        layalign.swap_modules(part, impl="torch")
+    layalign.restore_modules(model)
     assert model.encoder_aligner.projector.impl == "auto" and model.cross_attention[0].impl == "auto"
 
 
@@ -257,7 +257,7 @@ def test_a_class_that_cannot_be_extended_is_left() -> None:
 
     config = settings().encoder_aligner_config
     tree = nn.ModuleList([published.EncoderAligner(config), Final(config), published.EncoderAligner(config)])
-    report = layalign.accelerate(tree)
+    report = layalign.swap_modules(tree)
     assert [name for name, _ in report.swapped] == ["0", "1.projector", "2"]
     assert dict(report.left)["1"] == "its class cannot be extended: TypeError: final" and type(tree[1]) is Final
 
@@ -265,7 +265,7 @@ def test_a_class_that_cannot_be_extended_is_left() -> None:
 @pytest.mark.parametrize("protocol", [0, 1, 2, pickle.HIGHEST_PROTOCOL])
 def test_all_protocols_of_pickle(protocol: int) -> None:
     aligner = published.EncoderAligner(settings().encoder_aligner_config)
-    layalign.accelerate(aligner)
+    layalign.swap_modules(aligner)
     assert type(pickle.loads(pickle.dumps(aligner, protocol=protocol))) is type(aligner)
 
 
@@ -273,13 +273,13 @@ def test_a_float64_model_is_swapped_under_any_default_device() -> None:
     model = published_model("qwen2").double()
     expected = loss_and_gradients(model, data())
     with torch.device("meta"):
-        assert len(layalign.accelerate(model).swapped) == 4
+        assert len(layalign.swap_modules(model).swapped) == 4
     assert_same(expected, loss_and_gradients(model, data()))
 
 
 def test_a_compiled_aligner_is_one_row_of_the_report() -> None:
     model = published_model()
     model.encoder_aligner = torch.compile(model.encoder_aligner, backend="eager")
-    report = layalign.accelerate(model)
+    report = layalign.swap_modules(model)
     assert [name for name, _ in report.left] == ["mapping"]
     assert "encoder_aligner._orig_mod" in dict(report.swapped)

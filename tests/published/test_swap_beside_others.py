@@ -1,4 +1,4 @@
-"""accelerate beside look-alikes, sharded and hooked weights, peft, gradient checkpointing, DDP and torch.compile."""
+"""swap_modules beside look-alikes, sharded and hooked weights, peft, gradient checkpointing, DDP and torch.compile."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Custom(nn.Module):
 
     def __init__(self, inner: nn.Module, config) -> None:
         super().__init__()
-        self.k_proj, self.v_proj, self.config, self.layer_idx = inner.k_proj, inner.v_proj, config, 0
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = inner.q_proj, inner.k_proj, inner.v_proj, inner.o_proj
+        self.config, self.layer_idx, self.head_dim = config, 0, inner.head_dim
 
     def forward(self, **kwargs):
         return kwargs["hidden_states"], None
@@ -83,7 +84,7 @@ def test_look_alikes_are_left_with_the_reason() -> None:
         )
     )  # fmt: skip
     classes = own_classes(tree)
-    report = layalign.accelerate(tree)
+    report = layalign.swap_modules(tree)
     left = dict(report.left)
     for name, words in {
         "softer": "differs from the published formula",
@@ -92,7 +93,7 @@ def test_look_alikes_are_left_with_the_reason() -> None:
         "twofold": "num_transformer_submodules is 2",
         "contradiction": "structure is 'Linear'",
         "squashed": "differs from the published formula",
-        "masked": "its forward uses source_mask",
+        "masked": "it has source_mask beyond the published one",
         "stateless": "no adapter_states",
         "custom": "does not hand its keywords",
         "bare": "has no config._attn_implementation",
@@ -101,7 +102,7 @@ def test_look_alikes_are_left_with_the_reason() -> None:
         assert words in left[name], (name, left[name])
     # A good projector inside an aligner of another format is swapped by itself.
     assert {name for name, _ in report.swapped} == {"patched.projector", "twofold.projector"}
-    layalign.restore(tree)
+    layalign.restore_modules(tree)
     assert own_classes(tree) == classes
     assert inner.config._attn_implementation == "sdpa"
 
@@ -128,9 +129,9 @@ def test_weights_that_must_not_be_read_are_not(name: str, change, calls) -> None
     aligner = published.EncoderAligner(settings().encoder_aligner_config)
     later = copy.deepcopy(aligner)
     change(getattr(aligner.projector, name))
-    report = layalign.accelerate(aligner)
+    report = layalign.swap_modules(aligner)
     assert not report.swapped and report.left[0][1].startswith(f"{name}: ")
-    assert layalign.accelerate(later).swapped  # and when it happens after the swap, the original runs again
+    assert layalign.swap_modules(later).swapped  # and when it happens after the swap, the original runs again
     calls.update(layer_projection=0)
     change(getattr(later.projector, name))
     hidden = [torch.randn(2, 5, 24) for _ in range(3)]
@@ -156,7 +157,7 @@ def test_peft_lora_on_the_llm() -> None:
     expected = loss_and_gradients(model, data())
     assert any("v_proj.lora_A" in name for name in expected)
     new = model(**data(labels=False))
-    assert len(layalign.accelerate(model).swapped) == 4
+    assert len(layalign.swap_modules(model).swapped) == 4
     assert_same(expected, loss_and_gradients(model, data()))
     assert torch.equal(model(**data(labels=False)), new)
 
@@ -168,7 +169,7 @@ def test_gradient_checkpointing_as_without_the_swap(reentrant: bool) -> None:
         model = published_model().train()
         model.encoder_mt.eval()
         if swap:
-            layalign.accelerate(model)
+            layalign.swap_modules(model)
         model.model_llm.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.model_llm.model.enable_input_require_grads()
         if reentrant:
@@ -191,11 +192,11 @@ def test_torch_compile(when: str, calls, monkeypatch: pytest.MonkeyPatch) -> Non
         compiled = torch.compile(model, backend="eager")
         assert_same(expected, loss_and_gradients(model, data()))
         compiled(**data())
-        report = layalign.accelerate(compiled if when == "before" else model)
+        report = layalign.swap_modules(compiled if when == "before" else model)
         assert bool(report.notes) == (when == "before") and resets == [1]
         assert report.swapped[0][0].startswith("_orig_mod.") == (when == "before")
     else:
-        layalign.accelerate(model)
+        layalign.swap_modules(model)
         compiled = torch.compile(model, backend="eager")
     calls.update(layer_projection=0, gated_cross_attention=0)
     model.zero_grad()
@@ -204,7 +205,7 @@ def test_torch_compile(when: str, calls, monkeypatch: pytest.MonkeyPatch) -> Non
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert_same(expected, {"loss": loss.detach(), **found})
     assert calls == {"layer_projection": 1, "gated_cross_attention": 2}
-    layalign.restore(compiled)
+    layalign.restore_modules(compiled)
     calls.update(layer_projection=0, gated_cross_attention=0)
     torch.testing.assert_close(compiled(**data()), expected["loss"])
     assert calls == {"layer_projection": 0, "gated_cross_attention": 0}
@@ -216,7 +217,7 @@ def test_compiled_whole_without_a_graph_break(train: bool) -> None:
     model = published_model("mistral")
     embeds = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
     expected = loss_and_gradients(model, data())
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     model.model_llm.train(train)
     aligner = torch.compile(model.encoder_aligner, backend="aot_eager", fullgraph=True)
     llm = torch.compile(model.model_llm.model.model, backend="aot_eager", fullgraph=True)
@@ -238,7 +239,7 @@ def test_a_compiled_llm_reads_what_was_kept_before_and_notices_new_states(monkey
     torch.compiler.reset()
     model = published_model(layers=(0, 2))
     expected = published_model(layers=(0, 2))
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     compiled = torch.compile(model.model_llm.model.model, backend="eager", fullgraph=True)
     counted: list[int] = []
     maps = [wrapper.model.k_proj for wrapper in wrappers(model)]
@@ -277,7 +278,7 @@ def test_inside_ddp(tmp_path) -> None:
         model = published_model()
         expected = loss_and_gradients(model, data())
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        report = layalign.accelerate(parallel)
+        report = layalign.swap_modules(parallel)
         assert {name.split(".")[0] for name, _ in report.swapped} == {"module"} and len(report.swapped) == 4
         loss_and_gradients(parallel, data())
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -288,18 +289,18 @@ def test_inside_ddp(tmp_path) -> None:
 
 def test_a_class_put_over_ours_is_not_lost() -> None:
     aligner = published.EncoderAligner(settings().encoder_aligner_config)
-    layalign.accelerate(aligner)
+    layalign.swap_modules(aligner)
     ours = type(aligner)
     aligner.__class__ = type("Sharded", (ours,), {})
     with pytest.raises(ArgumentError, match="a Sharded got another class after it was swapped"):
-        layalign.restore(aligner)
+        layalign.restore_modules(aligner)
     aligner.__class__ = ours
-    layalign.restore(aligner)
+    layalign.restore_modules(aligner)
     assert type(aligner) is published.EncoderAligner
 
 
 def test_weights_that_cannot_run_now_are_swapped_untried_and_the_report_says_so() -> None:
     model = published_model(layers=(1,))
     model.model_llm.model.model.layers[1].self_attn.model.to("meta")
-    report = dict(layalign.accelerate(model).swapped)
+    report = dict(layalign.swap_modules(model).swapped)
     assert "not tried on a small input" in report["model_llm.model.model.layers.1.self_attn"]

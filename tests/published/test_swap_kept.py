@@ -67,7 +67,7 @@ CHANGES = [other_data, there_and_back, new_parameters, new_bias, new_map, hooked
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_maps_are_noticed_under_the_same_states(change, mode, made) -> None:
     model, twin = published_model(), published_model()
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     with mode():
         model(**data()), twin(**data())
         before = step(model)
@@ -114,7 +114,7 @@ LORA = [
 
 def test_changed_adapters_are_noticed_under_the_same_states(made) -> None:
     model, twin = with_lora(published_model()), with_lora(published_model())
-    assert len(layalign.accelerate(model).swapped) == 4
+    assert len(layalign.swap_modules(model).swapped) == 4
     with torch.no_grad():
         model(**data()), twin(**data())
         seen = [step(model)]
@@ -135,7 +135,7 @@ def test_changed_adapters_are_noticed_under_the_same_states(made) -> None:
 @pytest.mark.parametrize("lora", [False, True])
 def test_generation_makes_them_once(lora: bool, made) -> None:
     model = with_lora(published_model()) if lora else published_model()
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     made.clear()
     with torch.no_grad():
         model(**data(labels=False))
@@ -157,7 +157,7 @@ def generated(model: nn.Module, **options) -> torch.Tensor:
 def test_one_source_serves_all_rows(options, made) -> None:
     model = published_model()
     expected = generated(model, **options)
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     made.clear()
     assert torch.equal(generated(model, **options), expected)
     assert len(made) == 3
@@ -166,7 +166,7 @@ def test_one_source_serves_all_rows(options, made) -> None:
 def test_one_source_for_several_rows_has_the_same_gradients() -> None:
     model = published_model()
     twin = copy.deepcopy(model)
-    layalign.accelerate(model)
+    layalign.swap_modules(model)
     found = []
     for one in (model, twin):
         generator = torch.Generator().manual_seed(0)
@@ -182,7 +182,7 @@ def test_one_source_for_several_rows_has_the_same_gradients() -> None:
 def test_maps_made_in_inference_mode_have_no_versions_and_nothing_is_kept() -> None:
     with torch.inference_mode():
         model, twin = published_model(), published_model()
-        layalign.accelerate(model)
+        layalign.swap_modules(model)
         model(**data()), twin(**data())
         assert all(wrapper.layalign_swap.kept is None for wrapper in wrappers(model))
         for wrapper in (*wrappers(model), *wrappers(twin)):

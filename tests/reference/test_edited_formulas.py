@@ -276,7 +276,7 @@ def test_a_compiled_aligner_calls_maps_of_another_class(name: str) -> None:
 @pytest.mark.parametrize("name", ["EncoderAligner", "WeightedLinearProjector", "AdaptedAttention"])
 def test_an_edit_of_a_swapped_modules_own_class_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, plain, swapped = data(), published_model(), published_model()
-    layalign.accelerate(swapped)
+    layalign.swap_modules(swapped)
     before = swapped(**inputs)
     cls = getattr(published, name)
     forward = cls.forward

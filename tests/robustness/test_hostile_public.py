@@ -131,8 +131,11 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.LayAlignForCausalLM.from_pretrained": (
         lambda folder: layalign.LayAlignForCausalLM.from_pretrained(folder), dict(folder="no/such/folder/at/all"),
     ),
-    "layalign.accelerate": (layalign.accelerate, dict(model=tiny_model(seed=5), impl="auto", fold_projections="auto")),
-    "layalign.restore": (layalign.restore, dict(model=nn.Linear(1, 1))),
+    "layalign.swap_modules": (
+        layalign.swap_modules,
+        dict(model=tiny_model(seed=5), impl="auto", fold_projections="auto", allow=["AdaptedAttention"]),
+    ),
+    "layalign.restore_modules": (layalign.restore_modules, dict(model=nn.Linear(1, 1))),
     "layalign.attach": (lambda **k: layalign.detach(k["llm"]) if layalign.attach(**k) else 0, dict(llm=tiny_llm(),
     layers=[0])),
     "layalign.detach": (layalign.detach, dict(llm=tiny_llm())),
