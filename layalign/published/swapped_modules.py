@@ -332,8 +332,9 @@ def attend(wrapper: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _is_unknown(wrapper: Any, swap: AttentionSwap, attention: Any, given: dict[str, Any]) -> bool:
     """Whether this call has what the trial had not: a keyword, a third state, an attribute set since the swap."""
-    if any(name not in swap.keywords and given[name] is not None for name in given):
-        return True
+    for name in given:
+        if name not in swap.keywords and given[name] is not None:
+            return True
     states: Any = wrapper.adapter_states
     if isinstance(states, list | tuple) and len(states) != 2:
         return True
