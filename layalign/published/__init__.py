@@ -1,1 +1,1 @@
-"""The authors' code: its classes over our modules, its parameter names, and swapping its modules for ours."""
+"""The authors' code: its classes on top of our modules, its parameter names, and the swap of its modules for ours."""

@@ -1,6 +1,6 @@
-"""The published code's classes, same names and signatures, over this library's modules.
+"""The published code's classes, with the same names and signatures, on top of this library's modules.
 
-A published training or evaluation script runs with its import lines changed and nothing else::
+A published training or evaluation script needs only its import lines changed::
 
     from layalign.published.classes import LayAlign, LayAlignConfig
 
@@ -36,7 +36,7 @@ class LayAlignConfig(LlamaConfig):
         llm_bos_token_id, llm_pad_token_id: token ids of the LLM.
         encoder_aligner_config: any object with the published fields (a ``SimpleNamespace`` in the published scripts):
             encoder_layers, language_layers, structure, ...
-        augmentation: whether the task stage is run (with prompts).
+        augmentation: whether this is the task stage, which has prompts.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class LayAlignConfig(LlamaConfig):
 class LayAlign(nn.Module):
     """The published model class: the loss with labels, the generated ids without.
 
-    ``state_dict`` and ``load_state_dict`` speak the published names, so checkpoints pass both ways.
+    ``state_dict`` and ``load_state_dict`` use the published names. Checkpoints load in both directions.
 
     Args:
         config: :class:`LayAlignConfig`.
-        freeze: with ``config.augmentation`` and False, the LLM's own weights train too.
-        encoder_freeze: False lets the encoder train.
+        freeze: False trains the LLM's own weights too, if ``config.augmentation`` is set.
+        encoder_freeze: False trains the encoder too.
     """
 
     def __init__(self, config: LayAlignConfig, freeze: bool = True, encoder_freeze: bool = True) -> None:
@@ -127,7 +127,7 @@ class LayAlign(nn.Module):
         return self.model.encoder_aligner
 
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(published name, parameter) for all that trains."""
+        """(published name, parameter) for every parameter that trains."""
         return published.published_parameters(self.model)
 
     def forward(

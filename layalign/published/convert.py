@@ -1,4 +1,4 @@
-"""Published checkpoints to our format and back."""
+"""Converts published checkpoints to our format and back."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from layalign.utils.lock import held
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion found.
+    """What a conversion read and wrote.
 
     Attributes:
-        output: what was written.
-        encoder_layers, language_layers, structure: of the aligner.
-        frozen_saved: whether encoder and LLM were written too, because the checkpoint's differ from the named ones.
+        output: the folder or file that was written.
+        encoder_layers, language_layers, structure: those of the aligner.
+        frozen_saved: whether encoder and LLM were written too. They are if they differ from the named ones.
         weights: number of tensors written.
     """
 
@@ -52,13 +52,13 @@ def convert_published(
         checkpoint: the published file; read with ``weights_only=True``.
         encoder, llm: names or folders of the frozen parts it was trained with.
         output_dir: where to write.
-        encoder_layers: indices into the encoder's hidden states. The file does not say them; default 0..E-1, as in
-            every published preset.
-        language_layers: LLM layers; the file says them, give them only to have them checked.
+        encoder_layers: indices into the encoder's hidden states. The file does not contain them. The default 0..E-1 is
+            that of every published preset.
+        language_layers: LLM layers. The file contains them; what is given here is compared with it.
         **config: further fields of ``layalign.LayAlignConfig`` (``mask_encoder_padding`` is False as published).
 
     Raises:
-        ArgumentError: a run writes into `output_dir`.
+        ArgumentError: another run is writing into `output_dir`.
         CheckpointError: the file is damaged, or does not fit the frozen parts.
     """
     state = published.load_bin(checkpoint)
@@ -90,7 +90,7 @@ def convert_to_published(model_dir: str | Path, output_file: str | Path) -> Conv
     """Turn a checkpoint of ours into a whole published ``pytorch_model.bin``.
 
     Raises:
-        CheckpointError: the folder is not a checkpoint of ours, or has no aligner to publish.
+        CheckpointError: the folder is not a checkpoint of ours, or the published format cannot hold it.
     """
     model = LayAlignForCausalLM.from_pretrained(str(model_dir))
     config = model.config
@@ -117,7 +117,7 @@ def _read_aligner(checkpoint: Any, state: dict[str, Tensor]) -> tuple[list[int],
     layers = [int(match[1]) for match in map(gate.match, state) if match]
     mix = state.get("encoder_aligner.projector.fc1.weight")
     if mix is None or not layers:
-        raise CheckpointError(f"{checkpoint}: no published LayAlign checkpoint: no aligner or no gates in it")
+        raise CheckpointError(f"{checkpoint}: not a published LayAlign checkpoint: it has no aligner or no gates")
     if mix.dim() != 2 or mix.shape[0] != 2 * len(layers):
         raise CheckpointError(
             f"{checkpoint}: expected fc1 with {2 * len(layers)} rows for {len(layers)} gates, got {tuple(mix.shape)}"
@@ -127,7 +127,7 @@ def _read_aligner(checkpoint: Any, state: dict[str, Tensor]) -> tuple[list[int],
 
 
 def _put(checkpoint: Any, model: LayAlignForCausalLM, weights: dict[str, Tensor]) -> bool:
-    """Load all weights; true when the frozen ones differ from those of the named parts (they were trained too)."""
+    """Load all weights. True if the frozen parts differ from the named ones: they were trained too."""
     own = model.state_dict()
     missing, foreign = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     if missing or foreign:

@@ -1,4 +1,4 @@
-"""Keys and values of a source that :func:`layalign.swap_modules`'s attention keeps, and what they were made from."""
+"""The source's keys and values that swapped attention keeps, and what they were computed from."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from layalign.ops import checks
 
 @dataclass(frozen=True)
 class KeptStates:
-    """Keys and values (B, G, S, d), and what they were made from: the states, and the weights.
+    """Keys and values (B, G, S, d), and what they were computed from: states and weights.
 
-    The weights' memory is not held: whoever moves the LLM to another device gets it back.
+    The weights' memory is not held. Moving the LLM to another device frees it.
     """
 
     key: Tensor
@@ -35,7 +35,7 @@ class KeptStates:
     def of(
         attention: nn.Module, states: tuple[Tensor, ...], key: Tensor, value: Tensor, query: Tensor
     ) -> KeptStates | None:
-        """To be kept, or None where a change of what they hang on could go unnoticed, or a gradient is wanted."""
+        """None if a change of what they depend on could go unnoticed, or if a gradient is wanted."""
         made_with = None if attention.training else _made_with(attention)
         if made_with is None or key.requires_grad or value.requires_grad:
             return None
@@ -49,19 +49,19 @@ class KeptStates:
         return KeptStates(key, value, states, Identity(tensors), values, settings, _modes(query))
 
     def hold(self, attention: nn.Module, states: tuple[Tensor, ...], query: Tensor) -> bool:
-        """Whether they are still what would be computed now."""
+        """Whether computing them again would give the same."""
         if attention.training or self.modes != _modes(query):
             return False
         made_with = _made_with(attention)
         if made_with is None or made_with[1] != self.settings:
             return False
-        if torch.compiler.is_compiling():  # contents are not seen here: whoever changes them sets the states anew
+        if torch.compiler.is_compiling():  # contents cannot be compared here: after a change, set other states
             return _same(self.states, states) and not torch.is_grad_enabled()
         tensors = states + made_with[0]
         if not self.tensors.of(tensors):
             return False
         if query.shape[2] > 1 and not unwritten(self.values, map(sample, tensors)):
-            return False  # not asked in every step of a generation
+            return False  # too slow for every step of a generation
         # A tensor made in inference mode cannot be saved for the gate's backward.
         return not torch.is_grad_enabled() or not (
             self.key.is_inference() or any(tensor.requires_grad for tensor in tensors)
@@ -73,10 +73,9 @@ def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
 
 
 def _made_with(attention: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]] | None:
-    """All tensors and settings that keys and values hang on beside the states; None where there may be others.
+    """All tensors and settings besides the states that keys and values depend on; None if there may be others.
 
-    Known are plain linear maps, and peft's LoRA around one. The short way first: this runs at every step of
-    ``generate``.
+    Plain linear maps are known, and peft's LoRA around one. This runs at every step of ``generate``.
     """
     modules = attention._modules
     maps = modules.get("k_proj"), modules.get("v_proj")
@@ -105,5 +104,5 @@ def _is_lora(linear: Any) -> bool:
 
 
 def _modes(query: Tensor) -> tuple[Any, ...]:
-    """What keys and values depend on beside tensors and modules."""
+    """What keys and values depend on besides tensors and modules."""
     return query.device, checks.autocast_dtype(query), query.shape[0]

@@ -1,7 +1,8 @@
-"""Which modules are published-style, and whether another ``forward`` would give what theirs gives.
+"""Which modules are published-style, and whether ours would compute what theirs compute.
 
-Class names and structure make a module a candidate. What its ``forward`` computes is then compared with the published
-formula on a small random input, so that a look-alike with other mathematics is left alone.
+Class names and structure make a module a candidate. Its ``forward`` is then compared with the published formula on a
+small random input. A look-alike that computes something else is left alone. So is an attention wrapper that holds or
+takes more than the published one, unless the user allows it: no input shows what a mask does that is not set yet.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative to the large
 
 
 def has_projector(module: nn.Module) -> bool:
-    """Whether ``module`` is an aligner by its structure: its own children, not those a wrapper passes on."""
+    """Whether ``module`` is an aligner by its own children. Those that a wrapper passes on do not count."""
     return _has_maps(module._modules.get("projector"))
 
 
@@ -51,27 +52,27 @@ def _has_maps(module: nn.Module | None) -> bool:
 
 
 def _parts(module: nn.Module, children: set[str], parameters: set[str]) -> str | None:
-    """What ``module`` has beside the published parts."""
+    """What ``module`` has besides the published parts."""
     found = [n for n, c in module._modules.items() if n not in children and c is not None and type(c) is not nn.ReLU]
     found += [n for n, p in module._parameters.items() if n not in parameters and p is not None]
     found += [n for n, b in module._buffers.items() if b is not None]
-    return f"it has parts that the published one has not: {', '.join(found)}" if found else None
+    return f"it has parts that the published one does not have: {', '.join(found)}" if found else None
 
 
 def _patched(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a ScriptModule"
     if "forward" in module.__dict__:
-        return "its forward is patched on the instance, which would hide ours"
+        return "its forward is patched on the instance and would hide ours"
     if type(module).forward is not type(module).forward:
-        return "its forward is made anew at each look (a partialmethod): a change of it would not be noticed"
+        return "its forward is another object at each access (a partialmethod): a later patch could not be noticed"
     if nn.utils.parametrize.is_parametrized(module):
         return "it has parametrizations"
     return None
 
 
 def reason_against_projector(projector: Any) -> str | None:
-    """Why a projector's maps cannot take the place of its ``forward``."""
+    """Why a projector's ``forward`` cannot be replaced by its maps."""
     problem = _parts(projector, {"fc1", "fc2", "fc3"}, set()) or _patched(projector)
     problem = problem or swapped_modules.reason_against_maps(projector)
     if problem is not None:
@@ -95,7 +96,7 @@ def reason_against_aligner(aligner: Any) -> str | None:
     if problem is None and submodules != 1:
         problem = f"config.num_transformer_submodules is {submodules}, not 1"
     if problem is None and has_hooks(aligner.projector):
-        problem = "its projector has hooks, which want to see it called"
+        problem = "its projector has hooks, which would not run"
     problem = problem or reason_against_projector(aligner.projector)
     if problem is not None:
         return problem
@@ -126,7 +127,7 @@ def _try_projection(
     original: Callable[[list[Tensor]], Tensor],
     ours: Callable[[list[Tensor]], Tensor],
 ) -> str | None:
-    """Compare as the module is, and with weights and in a mode that hide nothing."""
+    """Compare with the module as it is, then with random float64 weights in training mode."""
 
     def compare() -> str | None:
         hidden = _hidden(projector)
@@ -193,7 +194,7 @@ def _reason_against_interface(attention: Any) -> str | None:
 
 
 def can_be_tried(attention: nn.Module) -> bool:
-    """Whether ``attention`` can run now: sharded weights cannot be tried outside a real step, meta weights never."""
+    """Whether ``attention`` can run now. Sharded weights run only in a real step, meta weights never."""
     kinds = ("ds_id", "placements")  # DeepSpeed's, and a DTensor's
     weights = attention.parameters()
     odd = (w.is_meta or w.numel() == 0 or any(hasattr(w, kind) for kind in kinds) for w in weights)
@@ -201,9 +202,9 @@ def can_be_tried(attention: nn.Module) -> bool:
 
 
 def _try_attention(wrapper: Any, attention: Any, gate: Tensor) -> str | None:
-    """Compare with an open gate, on two rows: padded tokens, and random states of which the last is zero.
+    """Compare with an open gate, on two rows with padded tokens and with source states whose last position is zero.
 
-    A forward that takes either for padding of the source gives another result.
+    A forward that takes either as padding of the source gives another result.
     """
     if not can_be_tried(attention):
         return None
@@ -242,7 +243,7 @@ def _try_attention(wrapper: Any, attention: Any, gate: Tensor) -> str | None:
 
 @contextmanager
 def _set(entries: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Another value within the block; what was there is not touched."""
+    """Replace one entry within the block. The old value itself is not changed."""
     before = dict(entries)
     entries[name] = value
     try:
@@ -254,9 +255,9 @@ def _set(entries: dict[str, Any], name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _telling(module: nn.Module) -> Iterator[None]:
-    """Random weights in float64 and training mode within the block.
+    """Random float64 weights and training mode within the block. The Parameters are not changed.
 
-    Zeros, half precision and dropout that is off would let other formulas pass. The Parameters are not touched.
+    Zeros, half precision and inactive dropout would hide a difference.
     """
     before = [(part, part.training, dict(part._parameters)) for part in module.modules()]
     for part, _, own in before:
@@ -309,7 +310,7 @@ def _compare(
     except Exception as error:  # whatever a stranger's forward may raise
         return f"it could not be tried on a small input: {type(error).__name__}: {first_line(error, 200)}"
     if not isinstance(expected, Tensor) or expected.shape != found.shape or expected.dtype != found.dtype:
-        return "its result has another format than the published one"
+        return "its result has another type, shape or dtype than the published one"
     largest = expected.abs().max().clamp(min=1e-6)
     off = float((expected - found).abs().max() / largest)
     if not off <= (_tolerance(like.dtype) if bound is None else bound):

@@ -1,12 +1,12 @@
-"""The one-line swap: published-style modules anywhere in a module tree, made fast in place and put back again.
+"""The one-line swap: makes the published-style modules of a tree fast in place, and restores them.
 
     report = layalign.swap_modules(model)  # same parameters, same state dict, same numbers
     print(report)
     layalign.restore_modules(model)        # the exact classes and config objects from before
 
-Nothing is imported from the user's code and nothing global is patched: single instances get a subclass of their own
-class (:mod:`layalign.published.swapped_modules`), after their ``forward`` was compared with the published formula on a
-small random input (:mod:`layalign.published.match`).
+Nothing is imported from the user's code, and nothing global is patched. A module's ``forward`` is compared with the
+published formula on a small random input (:mod:`layalign.published.match`). If they agree, this instance gets a
+subclass of its own class (:mod:`layalign.published.swapped_modules`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LOOKED_FOR = (
     "an aligner (a child projector with fc1 and fc2), a projector (fc1 and fc2), a gated attention wrapper "
     "(adaption_gate, adapter_states and a wrapped attention module), a Mapping, or layalign's own modules"
 )
-_SETTINGS = "layalign_settings"  # on our own modules: name and value of what was set, before the first time
+_SETTINGS = "layalign_settings"  # on our own modules: name and value of the setting before the first swap
 
 
 @dataclass
@@ -43,9 +43,9 @@ class SwapReport:
     """What :func:`swap_modules` or :func:`restore_modules` did.
 
     Attributes:
-        swapped: (module name, what is different now); the name of the tree's root is empty.
-        left: (module name, reason) of every candidate that stays as it is.
-        notes: what else there is to know.
+        swapped: (module name, what is different now). The name of the tree's root is empty.
+        left: (module name, reason) of every candidate that was left alone.
+        notes: further remarks.
     """
 
     swapped: list[tuple[str, str]] = field(default_factory=list)
@@ -72,34 +72,45 @@ def swap_modules(
 
     - An aligner or a bare projector reads the encoder's layers in place, in one operation. Format and shapes are those
       of the original: L pairs of (B, S, D_l), or (B, S, 2L, D_l).
-    - A gated attention wrapper runs the wrapped attention once, with the gated term inside it, before its one output
-      projection. It returns what the wrapped attention returns; padding is attended to, and scores are scaled by
-      1 / sqrt(d), as published. The source's keys and values are kept for as long as ``adapter_states`` and the key and
-      value maps do not change, no gradient is wanted and the module is in eval mode. They are computed at every call
-      where the maps are neither plain ``nn.Linear`` nor peft's LoRA around one, have hooks, or were made in inference
-      mode. Three changes cannot be seen: writing through ``.data`` (``p.data.mul_(2)``), in-place changes of states
-      made in inference mode, and all in-place changes in compiled calls, which use what others have kept
-      (``generate`` compiles decoding only). Set the adapter states anew after those, as other tensor objects.
+    - A gated attention wrapper runs the wrapped attention once. The gated term is added inside it, before its one
+      output projection, and what the wrapped attention returns is returned. As published, padding of the source is
+      attended to, and scores are scaled by 1 / sqrt(d).
     - layalign's own models get ``impl`` and ``fold_projections``.
 
-    A module is swapped only if its ``forward`` agrees with the published formula on a small random input; dtypes are
-    the module's own. Weights that can no longer be read (wrapped by LoRA or sharded later on), and output projections
-    that get a bias or hooks, are called through the original ``forward`` again. Hooks of swapped modules run as before;
-    those of the wrapped attention run in the trial too, and see ``layalign_source`` and the sum with the gated term.
+    A module is swapped only if its ``forward`` agrees with the published formula on a small random input, in the
+    module's own dtype. A wrapper that holds or takes more than the published one is left alone unless `allow` names its
+    class: it may be a mask of the source, which no trial shows before it is set. A mask that ``forward`` reads from a
+    global variable or from the config is not seen: do not swap such wrappers.
 
-    Gradient checkpointing: ``adapter_states`` is an attribute, not an argument. ``use_reentrant=False`` works.
-    Re-entrant checkpoints fail as they do without the swap: every layer's backward walks the aligner's graph again.
+    A swapped module runs its own ``forward`` again in a call where the swap would not be safe:
+
+    - weights can no longer be read (wrapped by LoRA, or sharded later);
+    - the attention's output projection has a bias or hooks;
+    - the wrapper is given an unknown keyword or more than two ``adapter_states``, or has got a new attribute or buffer.
+
+    Keys and values of the source are kept while ``adapter_states`` and the key and value maps do not change, no
+    gradient is wanted and the module is in eval mode. They are computed at every call if the maps are neither plain
+    ``nn.Linear`` nor peft's LoRA around one, have hooks, or were made in inference mode. Three changes cannot be seen:
+    writing through ``.data`` (``p.data.mul_(2)``), in-place changes of states made in inference mode, and all in-place
+    changes in compiled calls, which use what others have kept (``generate`` compiles decoding only). After those, set
+    ``adapter_states`` again, to other tensor objects.
+
+    Hooks of swapped modules run as before. Hooks of the wrapped attention run in the trial too; they see
+    ``layalign_source`` and the sum with the gated term.
+
+    Gradient checkpointing works with ``use_reentrant=False``. Re-entrant checkpoints fail with the swap as without it:
+    ``adapter_states`` is an attribute, so every layer's backward runs through the aligner's graph again.
 
     Args:
         model: any tree of torch modules: a model, its wrapper (DDP, torch.compile, peft), or a single module.
         impl: backend of the operations, "auto" or a name from :func:`layalign.ops.backends.names`.
-        fold_projections: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.key_values`);
-            published-style modules keep aligner and attention apart, so there is nothing to fold.
-        allow: classes of attention wrappers, or their names, to swap although an instance holds more than the
-            published one. What it holds is then taken to be no mask of the source. The trial is made all the same.
+        fold_projections: "auto", "always" or "never", for layalign's own models (:mod:`layalign.modeling.key_values`).
+            Published-style modules have nothing to fold.
+        allow: classes of attention wrappers, or their names. What they hold or take beyond the published one is no mask
+            of the source. They are compared with the formula all the same.
 
     Returns:
-        What was swapped and what was left, with the reasons. Calling again only changes ``impl`` and
+        What was swapped, and what was left alone for which reason. A second call only changes ``impl`` and
         ``fold_projections``.
 
     Raises:
@@ -125,14 +136,14 @@ def swap_modules(
 def restore_modules(model: nn.Module) -> SwapReport:
     """Undo :func:`swap_modules`: every module gets its class, its config object and its settings back.
 
-    A forward that was wrapped on an instance after the swap (by a timer, ``torch.compile(module.forward)``) stays, and
-    calls the module's own through the one it took hold of; the report has a note on it.
+    A forward that was put on an instance after the swap (by a timer, or ``torch.compile(module.forward)``) stays. It
+    then calls the module's own forward, and the report has a note.
 
     Returns:
-        The modules that were put back, under ``swapped``.
+        The restored modules, under ``swapped``.
 
     Raises:
-        ArgumentError: nothing in the tree is swapped; or a module cannot be put back, and then all others have been.
+        ArgumentError: nothing in the tree is swapped, or a module cannot be restored. All others have been by then.
     """
     _check(model)
     report = SwapReport()
@@ -165,7 +176,7 @@ def _check(model: Any) -> None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, outermost first; nothing from inside what is dealt with as a whole."""
+    """Every module once, outermost first. Modules inside one that is handled as a whole are left out."""
     inside: set[int] = set()
     for name, module in list(model.named_modules()):
         if id(module) in inside:
@@ -179,7 +190,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _swap(
     name: str, module: nn.Module, impl: str, fold_projections: str, allow: Sequence[str | type], report: SwapReport
 ) -> None:
-    """Deal with one module."""
+    """Swap one module, or report why not."""
     if isinstance(module, swapped_modules.Swapped):
         module.layalign_swap.impl = impl
         report.swapped.append((name, f"already swapped (impl {impl!r})"))
@@ -192,7 +203,7 @@ def _swap(
         text = "layalign.ops.layer_projection; its result is a view"
         _try(name, module, match.reason_against_bare_projector, swapped_modules.SwappedProjector, impl, text, report)
     elif match.is_gated_attention(module):
-        text = "the gated term is added inside the one attention; keys and values of the source are kept"
+        text = "the gated term is added inside the wrapped attention; keys and values of the source are kept"
         against = functools.partial(match.reason_against_attention, allow=allow)
         _try(name, module, against, swapped_modules.SwappedAttention, impl, text, report)
     elif match.is_mapping(module):
@@ -219,14 +230,14 @@ def _try(name: str, module: nn.Module, against: Any, mixin: type, impl: str, tex
 
 
 def _settings_of(module: nn.Module) -> Any:
-    """What :func:`_set_own` writes to for ``module``, which is layalign's own; None where there is nothing."""
+    """The object that holds ``impl`` or ``fold_projections`` of a module of ours; None if there is none."""
     if isinstance(module, LayAlignForCausalLM):
         return module.key_values
     return module if isinstance(module, WeightedLinearProjector | GatedCrossAttention) else None
 
 
 def _set_own(module: nn.Module, impl: str, fold_projections: str) -> str:
-    """Both settings for one of our modules and the parts of it; each remembers what it had at first."""
+    """Set ``impl`` and ``fold_projections`` of one of our modules and its parts. Each remembers its first setting."""
     for part in module.modules():
         target = _settings_of(part)
         if target is not None:
@@ -238,13 +249,13 @@ def _set_own(module: nn.Module, impl: str, fold_projections: str) -> str:
 
 
 def _finish(model: nn.Module, report: SwapReport) -> None:
-    """Drop compiled graphs of the old modules."""
+    """Drop the compiled graphs of the modules as they were."""
     if "torch._dynamo" not in sys.modules or not report.swapped:
         return
     compiled = [m for m in model.modules() if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)]
     torch.compiler.reset()  # also for a compiled module above this tree, which cannot be seen from here
     if compiled:
-        report.notes.append("torch.compile: the graphs compiled so far were dropped; the next call compiles anew")
+        report.notes.append("torch.compile: the graphs compiled so far were dropped; the next call compiles again")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The classes that :func:`layalign.swap_modules` gives to published-style modules, and what an instance keeps.
 
-Each is a subclass of the module's own class with another ``forward``: parameters, state-dict keys, hooks and
-``isinstance`` stay, and copies and pickles carry the change with them.
+Each is a subclass of the module's own class with another ``forward``. Parameters, state-dict keys, hooks and
+``isinstance`` stay the same. Copies and pickles are swapped too.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ with importing():
 
 
 class Swapped:
-    """Mixed in front of a module's own class; ``layalign_swap`` holds what the instance needs."""
+    """Comes before a module's own class; ``layalign_swap`` holds what the instance needs."""
 
     layalign_swap: Any
     layalign_original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(max(protocol, 2))  # one form of it: the same for all protocols
+        reduced = super().__reduce_ex__(max(protocol, 2))  # the same form for all protocols
         made_here = original_class(type(self)) is not None
         if not made_here or not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
-        mixin, original = type(self).__bases__  # a class made here cannot be found by name, these two can
+        mixin, original = type(self).__bases__  # pickle cannot find a class made here, but these two
         return (_empty, (mixin, original), *reduced[2:])
 
 
@@ -53,12 +53,12 @@ class Swapped:
 def swapped_class(mixin: type, original: type) -> type:
     """The class of ``original``'s swapped instances, under the original's name."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    readable(original)  # another forward put into it from now on is noticed
+    readable(original)  # a later patch of its forward is noticed
     return type(original.__name__, (mixin, original), {**names, "layalign_original": original})
 
 
 def original_class(cls: type) -> type | None:
-    """The class that ``cls`` was made from; None if something (FSDP does) has put another class over it since."""
+    """The class that ``cls`` was made from. None if the instance got another class since, as FSDP gives it."""
     return cls.__bases__[1] if Swapped in cls.__bases__[0].__bases__ else None
 
 
@@ -89,7 +89,7 @@ class ProjectionSwap:
 
 
 def reason_against_maps(projector: Any) -> str | None:
-    """Why fc1 and fc2 cannot be read now and their relu be left out; fc3, where there is one, is called."""
+    """Why fc1 and fc2 cannot be read now, or the relu not left out. fc3 is called if there is one."""
     for name, part in projector._modules.items():
         problem = None
         if name in ("fc1", "fc2"):
@@ -115,25 +115,25 @@ def pairs(projector: Any, hidden: Sequence[Tensor], impl: str) -> tuple[tuple[Te
 
 
 def _layers(projector: Any, hidden: Any) -> Sequence[Tensor] | None:
-    """The E tensors (B, S, D_e) of an aligner's argument; None when it is nothing we know."""
+    """The E tensors (B, S, D_e) of an aligner's argument; None if it has another format."""
     if isinstance(hidden, Tensor) and hidden.dim() == 4:
         hidden = hidden.unbind(1)
     elif not isinstance(hidden, list | tuple) or not all(isinstance(h, Tensor) and h.dim() == 3 for h in hidden):
         return None
     if len(hidden) != projector.fc1.in_features or hidden[0].shape[-1] != projector.fc2.in_features:
         return None
-    return hidden if all(h.dtype == hidden[0].dtype for h in hidden) else None  # stacking them promotes
+    return hidden if all(h.dtype == hidden[0].dtype for h in hidden) else None  # the original promotes them
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The encoder's layers, where nothing else is given; by another name than ours the original takes them."""
+    """The one argument, the encoder's layers. None if there are others, or if it has another name."""
     if len(args) + len(kwargs) != 1:
         return None
     return args[0] if args else kwargs.get("hidden_states")
 
 
 class SwappedAligner(Swapped):
-    """All layers through one operation that reads them in place; what it does not know goes to the original."""
+    """Reads all layers in place, in one operation. Calls the original for anything else."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         swap, projector = self.__dict__.get("layalign_swap"), self.projector  # type: ignore[attr-defined]
@@ -176,7 +176,7 @@ class AttentionSwap:
         state: what the wrapper held beyond the published one when it was swapped.
         size: how many entries wrapper and attention held when that was last looked at.
         kept: keys and values of the last source.
-        again: what a decoding step with them left for the next.
+        again: a decoding step with them that can be repeated.
     """
 
     impl: str
@@ -197,7 +197,7 @@ class AttentionSwap:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.__post_init__()  # it may be another process, where nothing is registered yet
+        self.__post_init__()  # another process has nothing registered yet
 
     def follow(self) -> None:
         """Use the attention function that the LLM's own config names now."""
@@ -206,14 +206,14 @@ class AttentionSwap:
             self.own._attn_implementation_internal = register(name.removeprefix(PREFIX))
 
     def states(self, attention: nn.Module, pair: Any, query: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v (B, G, S, d) of the source for a query (B, H, T, d); one source serves all B rows, as published.
+        """k and v (B, G, S, d) of the source for a query (B, H, T, d). One source serves all B rows, as published.
 
-        Made once per pair while :class:`layalign.published.kept.KeptStates` may keep them, else at every call.
+        They are computed once per pair while :class:`layalign.published.kept.KeptStates` may keep them.
         """
         if (isinstance(pair, Tensor) and pair.shape[0] != 2) or not isinstance(pair, Tensor | list | tuple):
             raise ArgumentError(f"adapter_states: expected a pair of tensors (B, S, D_l), got {type(pair).__name__}")
         whole = (pair,) if isinstance(pair, Tensor) else tuple(pair)
-        kept = self.kept  # which another thread may replace
+        kept = self.kept  # another thread may replace it
         if kept is not None and kept.hold(attention, whole, query):
             return kept.key, kept.value
         self.again = None
@@ -232,7 +232,7 @@ class AttentionSwap:
         return key, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, overwrite: bool) -> Tensor:
-        """``base`` (B, T, H, d) plus the gated term, ``base`` overwritten if that is allowed and saves time."""
+        """``base`` (B, T, H, d) plus the gated term. ``base`` may be overwritten if `overwrite` is set."""
         scale = query.shape[-1] ** -0.5  # as published, whatever the LLM's own
         compiling = torch.compiler.is_compiling()
         ready: Ready | None = None
@@ -250,7 +250,7 @@ class AttentionSwap:
 
 
 def reason_against_output(attention: nn.Module) -> str | None:
-    """Why projecting the sum of attention and gated term is not the published sum of two projections."""
+    """Why one projection of attention plus gated term differs from the published sum of two projections."""
     modules = attention._modules
     linear = next((modules[name] for name in OUTPUT_MAPS if name in modules), None)
     if linear is None:
@@ -325,15 +325,16 @@ def attend(wrapper: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
     if not term.attended:
         raise ArgumentError(
             f"model: {type(attention).__name__} does not hand its keywords to transformers' attention interface; "
-            "call restore_modules(model)"
+            "restore_modules(model) undoes the swap"
         )
     return out
 
 
 def _is_unknown(wrapper: Any, swap: AttentionSwap, attention: Any, given: dict[str, Any]) -> bool:
     """Whether this call has what the trial had not: a keyword, a third state, an attribute set since the swap."""
-    if any(name not in swap.keywords and given[name] is not None for name in given):
-        return True
+    for name in given:
+        if name not in swap.keywords and given[name] is not None:
+            return True
     states: Any = wrapper.adapter_states
     if isinstance(states, list | tuple) and len(states) != 2:
         return True
@@ -345,7 +346,7 @@ def _is_unknown(wrapper: Any, swap: AttentionSwap, attention: Any, given: dict[s
 
 
 class SwappedAttention(Swapped):
-    """The wrapped attention runs once, the gated term inside it, before its one output projection."""
+    """Runs the wrapped attention once and adds the gated term before its one output projection."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         swap = self.__dict__.get("layalign_swap")
@@ -383,7 +384,7 @@ def swap_one(module: Any, mixin: type, state: Any) -> None:
         raise ArgumentError(f"its class cannot be extended: {type(error).__name__}: {error}") from error
     for part in (original, type(getattr(state, "projector", None))):
         if issubclass(part, nn.Module):
-            readable(part)  # the forward that it has now is what was compared
+            readable(part)  # its present forward is the one that was compared
     module.__dict__["layalign_swap"] = state
     if isinstance(state, AttentionSwap):
         attention = getattr(module, state.child)
@@ -396,19 +397,19 @@ def restore_one(module: Any) -> None:
     """Undo :func:`swap_one`.
 
     Raises:
-        ArgumentError: the module's class was changed once more since then.
+        ArgumentError: the module got another class after the swap.
     """
     original = original_class(type(module))
     if original is None:
         name = type(module).__name__
         raise ArgumentError(
-            f"model: a {name} got another class after it was swapped (FSDP does so); restore before that"
+            f"model: a {name} got another class after it was swapped (FSDP does so); call restore_modules before that"
         )
     state = module.__dict__.pop("layalign_swap")
     module.__class__ = original
     if isinstance(state, AttentionSwap):
         attention: Any = getattr(module, state.child, None)
-        if getattr(attention, "config", None) is state.own:  # not one put in since
+        if getattr(attention, "config", None) is state.own:  # not of an attention put in since
             attention.config = state.config
 
 

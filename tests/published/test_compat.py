@@ -185,7 +185,7 @@ def test_convert_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="broken.bin: not a readable checkpoint"):
         convert_published(tmp_path / "broken.bin", *parts)
     torch.save({"weight": torch.zeros(2)}, tmp_path / "foreign.bin")
-    with pytest.raises(CheckpointError, match="no published LayAlign checkpoint"):
+    with pytest.raises(CheckpointError, match="not a published LayAlign checkpoint"):
         convert_published(tmp_path / "foreign.bin", *parts)
     with pytest.raises(CheckpointError, match="mixes 4 layers"):
         convert_published(folder / "pytorch_model.bin", *parts, encoder_layers=[0, 1])

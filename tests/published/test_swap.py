@@ -423,7 +423,9 @@ def test_our_own_model_gets_settings_and_has_them_back(calls) -> None:
     with torch.no_grad():
         expected = model(**inputs).loss
     report = layalign.swap_modules(nn.ModuleList([model]), impl="torch", fold_projections="always")
-    assert report.swapped == [("0", "already layalign's: now impl 'torch', fold_projections 'always'")] and not report.left
+    assert (
+        report.swapped == [("0", "already layalign's: now impl 'torch', fold_projections 'always'")] and not report.left
+    )
     assert model.encoder_aligner.projector.impl == "torch" and model.key_values.choice == "always"
     assert all(module.impl == "torch" for module in model.cross_attention)
     with torch.no_grad():

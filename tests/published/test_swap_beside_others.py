@@ -89,7 +89,7 @@ def test_look_alikes_are_left_with_the_reason() -> None:
     for name, words in {
         "softer": "differs from the published formula",
         "patched": "patched on the instance",
-        "dropout": "parts that the published one has not: dropout",
+        "dropout": "parts that the published one does not have: dropout",
         "twofold": "num_transformer_submodules is 2",
         "contradiction": "structure is 'Linear'",
         "squashed": "differs from the published formula",
