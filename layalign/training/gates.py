@@ -81,8 +81,10 @@ class GateHistory(TrainerCallback):
 
 
 def gate_values(model: Any) -> list[float]:
-    """The gates as numbers, copied in one transfer; empty without gates, or if they are sharded."""
-    gates = [module.adaption_gate for module in getattr(model, "cross_attention", None) or ()]
-    if not gates or any(gate.numel() != 1 or hasattr(gate, "full_tensor") or hasattr(gate, "ds_id") for gate in gates):
+    """The gates that the layers apply, copied in one transfer; empty without gates, or if they are sharded."""
+    modules = list(getattr(model, "cross_attention", None) or ())
+    raw = [module.adaption_gate for module in modules]
+    if not raw or any(gate.numel() != 1 or hasattr(gate, "full_tensor") or hasattr(gate, "ds_id") for gate in raw):
         return []
+    gates = [module.effective_gate() for module in modules]
     return torch.stack([gate.detach().float().squeeze().to(gates[0].device) for gate in gates]).tolist()

@@ -20,7 +20,7 @@ from layalign import LayAlignForCausalLM, reference
 from layalign.data import Example
 from layalign.data.languages import languages
 from layalign.experiments.analysis import analyze, centred_cosine, linear_cka, read_pairs, retrieval_accuracy
-from layalign.experiments.analysis.fusion import attention_maps, contribution_norms, gate_values, mix_weights
+from layalign.experiments.analysis.fusion import attention_maps, contribution_norms, mix_weights
 from layalign.experiments.analysis.measure import contributions, read_view, similarity
 from layalign.experiments.analysis.reading import Reader, source_positions, untrained
 from layalign.experiments.analysis.report import write_report
@@ -28,6 +28,7 @@ from layalign.experiments.analysis.result import AnalysisResult, Projection, Sim
 from layalign.experiments.analysis.tokens import CONTINUED, token_labels
 from layalign.modeling.cross_attention import OnePass
 from layalign.modeling.tokenization import save_tokenizers
+from layalign.training.gates import gate_values
 from layalign.utils.errors import ArgumentError, DataError
 
 SENTENCES = {

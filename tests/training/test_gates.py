@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from tiny import tiny_model
 from tiny_training import TinyParts, save_parts, training_config
 from transformers import TrainerCallback
 
+from layalign.nn import GatedCrossAttention
 from layalign.training import TrainConfig, build_model, train
-from layalign.training.gates import FILE, GateHistory, read_gates
+from layalign.training.gates import FILE, GateHistory, gate_values, read_gates
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,15 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
 
 def make_config(parts: TinyParts, output: Path, **changes: Any) -> TrainConfig:
     return training_config(parts, output, **{"logging_steps": 2, "save_steps": 3, **changes})
+
+
+def test_the_gate_that_is_recorded_is_the_one_that_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    for number, module in enumerate(model.cross_attention):
+        torch.nn.init.constant_(module.adaption_gate, number + 1.0)
+    assert gate_values(model) == pytest.approx([1.0, 2.0])
+    monkeypatch.setattr(GatedCrossAttention, "effective_gate", lambda self: self.adaption_gate.tanh())
+    assert gate_values(model) == pytest.approx([math.tanh(1.0), math.tanh(2.0)])
 
 
 class StopAfter(TrainerCallback):

@@ -26,11 +26,6 @@ def mix_weights(model: Any) -> tuple[Tensor, Tensor] | None:
     return weight[0::2], weight[1::2]
 
 
-def gate_values(model: Any) -> list[float]:
-    """The gate of every language layer."""
-    return [float(module.effective_gate().detach().float()) for module in model.cross_attention]
-
-
 @contextmanager
 def watched(model: Any, seen: Seen) -> Iterator[None]:
     """Call ``seen(slot, module, arguments)`` whenever a language layer attends to the source.

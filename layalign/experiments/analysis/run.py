@@ -20,7 +20,7 @@ from layalign.experiments.analysis.pairs import Pairs, read_pairs
 from layalign.experiments.analysis.reading import Reader
 from layalign.experiments.analysis.result import AnalysisResult
 from layalign.modeling.configuration import number_of_layers
-from layalign.training.gates import read_gates
+from layalign.training.gates import gate_values, read_gates
 from layalign.utils import lock
 from layalign.utils.errors import ArgumentError, refuse, whole_number
 
@@ -101,7 +101,7 @@ def analyze(
             language_layers=list(model.config.language_layers),
             encoder_layers=list(model.config.encoder_layers),
             mix=None if mix is None else {"keys": mix[0].tolist(), "values": mix[1].tolist()},
-            gates=fusion.gate_values(model) or None,
+            gates=gate_values(model) or None,
             gate_history=_history(model, checkpoint),
             contribution=contribution,
             similarity=similarity,

@@ -16,7 +16,7 @@ from layalign.experiments.analysis.measure import attention
 from layalign.experiments.analysis.reading import Reader
 from layalign.experiments.analysis.result import AttentionMap
 from layalign.experiments.demo.models import Joined
-from layalign.training.gates import read_gates
+from layalign.training.gates import gate_values, read_gates
 
 _LONGEST_ANSWER = 20
 _MAPS = 4  # attention maps that are shown
@@ -35,7 +35,7 @@ def inside(
     """
     mix = fusion.mix_weights(joined.model)
     reader = Reader(joined.model, joined.encoder_tokenizer, joined.llm_tokenizer)
-    gates = fusion.gate_values(joined.model)
+    gates = gate_values(joined.model)
     return {
         "encoder_layers": list(joined.model.config.encoder_layers),
         "language_layers": list(joined.model.config.language_layers),
