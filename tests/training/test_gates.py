@@ -33,9 +33,9 @@ def test_the_gate_that_is_recorded_is_the_one_that_is_applied(monkeypatch: pytes
     model = tiny_model()
     for number, module in enumerate(model.cross_attention):
         torch.nn.init.constant_(module.adaption_gate, number + 1.0)
-    assert gate_values(model) == pytest.approx([1.0, 2.0])
+    assert gate_values(model) == pytest.approx([1.0, 2.0, 3.0])
     monkeypatch.setattr(GatedCrossAttention, "effective_gate", lambda self: self.adaption_gate.tanh())
-    assert gate_values(model) == pytest.approx([math.tanh(1.0), math.tanh(2.0)])
+    assert gate_values(model) == pytest.approx([math.tanh(1.0), math.tanh(2.0), math.tanh(3.0)])
 
 
 class StopAfter(TrainerCallback):
@@ -80,9 +80,8 @@ def test_no_gates_no_file(parts: TinyParts, tmp_path: Path) -> None:
 
 
 def test_only_the_main_process_writes_and_only_while_training(tmp_path: Path) -> None:
-    import torch
 
-    model = SimpleNamespace(cross_attention=[SimpleNamespace(adaption_gate=torch.tensor([0.25]))])
+    model = SimpleNamespace(cross_attention=[GatedCrossAttention(gate=0.25)])
     arguments = SimpleNamespace(output_dir=str(tmp_path))
 
     def state(step: int, main: bool = True) -> SimpleNamespace:

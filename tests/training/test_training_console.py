@@ -14,6 +14,7 @@ from tiny_training import training_config as make_config
 from transformers import get_scheduler
 
 from layalign.cli import main
+from layalign.nn import GatedCrossAttention
 from layalign.training import train
 from layalign.training.advice import LEAST_SUM, SmallRun, summed_rates
 
@@ -138,7 +139,7 @@ def test_the_sum_bounds_what_adam_moves_a_gate() -> None:
 def test_a_warning_where_the_gates_cannot_open(
     rate: float, steps: int, gates: float | None, told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layers = [] if gates is None else [SimpleNamespace(adaption_gate=torch.nn.Parameter(torch.tensor([gates])))]
+    layers = [] if gates is None else [GatedCrossAttention(gate=gates)]
     model = SimpleNamespace(cross_attention=layers)
     state = SimpleNamespace(global_step=0, max_steps=steps, is_world_process_zero=True)
     SmallRun().on_train_begin(None, state, None, model=model, lr_scheduler=scheduler("cosine", rate, steps))
