@@ -230,7 +230,7 @@ def attach(llm: PreTrainedModel, layers: list[int] | tuple[int, ...] | None = No
     wanted = sorted(attentions) if layers is None else [whole_number("layers", layer) for layer in layers]
     missing = [layer for layer in wanted if layer not in attentions]
     if missing:
-        raise ArgumentError(f"language_layers: expected layers among {sorted(attentions)}, got {missing}")
+        raise ArgumentError(f"layers: expected layers among {sorted(attentions)}, got {missing}")
     base = _base(llm.config._attn_implementation, llm.config)
     registration = _Registration(base)
     report = AttachReport(implementation=registration.name)

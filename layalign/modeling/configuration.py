@@ -147,7 +147,7 @@ class LayAlignConfig(PretrainedConfig):
         self.adapter_fusion = adapter_fusion
         self.use_prompt = use_prompt
         self.fixed_gate = fixed_gate
-        self.mask_encoder_padding = bool(mask_encoder_padding)
+        self.mask_encoder_padding = mask_encoder_padding
         self.llm_bos_token_id: Any = llm_bos_token_id
         self.source_token_id = source_token_id
         self.encoder_dropout = encoder_dropout
@@ -242,7 +242,7 @@ class LayAlignConfig(PretrainedConfig):
         return (PARTS if saved else ()) if isinstance(saved, bool) else tuple(saved)
 
     def _check_variant(self) -> None:
-        for name in ("use_adapter", "use_prompt"):
+        for name in ("use_adapter", "use_prompt", "mask_encoder_padding"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "true or false", getattr(self, name))
         if not self.use_adapter and not self.use_prompt:

@@ -79,7 +79,10 @@ class SourceGenerationMixin(GenerationMixin):
         """
         if args:
             names = list(inspect.signature(GenerationMixin.generate).parameters)[2:]  # after self and inputs
-            kwargs.update(zip(names, args, strict=False))
+            by_position = dict(zip(names, args, strict=False))
+            if twice := by_position.keys() & kwargs.keys():
+                raise ArgumentError(f"{min(twice)}: expected once, got it by position and by name")
+            kwargs.update(by_position)
         input_ids = inputs if input_ids is None else input_ids
         cache, past = take_cache(kwargs), 0
         if cache is not None:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from layalign.modeling import names
 from layalign.modeling.claims import require_files
-from layalign.utils.errors import ArgumentError, CheckpointError, first_line
+from layalign.utils.errors import ArgumentError, CheckpointError, first_line, one_of
 from layalign.utils.files import written_aside
 
 if TYPE_CHECKING:
@@ -75,8 +75,9 @@ def encode_texts(
         side: where a text that is too long is cut, "right" or "left"; the tokens around it stay.
 
     Raises:
-        ArgumentError: the tokenizer has no way to write a special token's text as text.
+        ArgumentError: `side` is neither, or the tokenizer has no way to write a special token's text as text.
     """
+    one_of("side", side, ("right", "left"))
     if not texts:
         return []
     encoded = []

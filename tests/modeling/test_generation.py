@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import batch, row, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from layalign import ArgumentError
@@ -195,6 +195,15 @@ def test_a_user_made_static_cache_is_used() -> None:
     found = new_tokens(model, inputs, past_key_values=cache, eos_token_id=[])
     assert torch.equal(found, new_tokens(model, inputs, eos_token_id=[]))
     assert isinstance(cache, StaticCache) and get_source(cache) is not None
+
+
+def test_an_argument_given_twice_is_named() -> None:
+    model = tiny_model()
+    inputs = batch(model=model, targets=None)
+    settings = GenerationConfig(max_new_tokens=2, pad_token_id=0)
+    assert model.generate(inputs.pop("input_ids"), settings, **inputs).shape[1] > 2
+    with pytest.raises(ArgumentError, match="generation_config: expected once, got it by position and by name"):
+        model.generate(None, settings, generation_config=settings, **inputs)
 
 
 def test_missing_source_and_bad_packing_are_named() -> None:

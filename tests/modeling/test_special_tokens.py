@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from layalign.data import Example, LayAlignCollator
 from layalign.modeling.tokenization import Prompt, encode_texts
+from layalign.utils.errors import ArgumentError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz<>/_[]|0123456789 é"
 CHAT = ["<|im_start|>", "<|im_end|>", "<|eot_id|>"]
@@ -144,6 +145,8 @@ def test_a_text_is_cut_within_the_tokens_around_it(kind, tokenizer):
         (left,) = encode_texts(tokenizer, [text], special=True, longest=longest, side="left")
         assert (left.ids[-1], len(left.ids), left.cut) == (whole.ids[-1], longest, right.cut)
         assert around == 1 or left.ids[0] == whole.ids[0]
+    with pytest.raises(ArgumentError, match="side: expected one of right, left, got 'both'"):
+        encode_texts(tokenizer, [text], side="both")
 
 
 def test_tokens_that_are_not_special_stay_tokens():

@@ -303,6 +303,7 @@ def test_two_baselines_do_not_mix_in_a_folder(save_steps: int, tmp_path: Path) -
         ("gate", float("nan"), "gate: expected a finite number or None"),
         ("gate", True, "gate: expected a finite number or None"),
         ("adapter_size", 0, "adapter_size: expected a positive integer, 'match' or None"),
+        ("mask_encoder_padding", "false", "mask_encoder_padding: expected true or false, got 'false'"),
         ("encoder_layers", "lowest", "encoder_layers: expected indices or one of all, first-third, "),
     ],
 )
