@@ -54,7 +54,7 @@ ORACLE = Run("float64", dtype=torch.float64)
 PLAIN = [Run("torch" if order == 0 else f"torch, order {order}", order=order) for order in range(ORDERS)]
 OURS = [
     Run("cpp", impl="cpp"),
-    Run("cpp, folded", impl="cpp", fold="always"),
+    Run("cpp, folded", impl="cpp", fold_projections="always"),
     Run("cuda, emulated", impl="cuda", environment="LAYALIGN_EMULATE_CUDA"),
     Run("triton, interpreted", impl="triton", environment="TRITON_INTERPRET"),
 ]

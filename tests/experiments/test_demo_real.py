@@ -164,7 +164,7 @@ def test_other_frozen_parts_are_told_on_the_page(folders: tuple[Path, Path], tmp
         llm.get_input_embeddings().weight.add_(0.01)
     llm.save_pretrained(changed / "llm")
     notes = models.load(checkpoint, changed).notes
-    assert len(notes) == 1 and "the llm" in notes[0] and "is not the one that was there" in notes[0]
+    assert len(notes) == 1 and "the llm" in notes[0] and "is not the one that the checkpoint was saved with" in notes[0]
     assert models.load(checkpoint, weights).notes == []
 
 

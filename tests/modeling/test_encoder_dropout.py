@@ -157,7 +157,7 @@ def test_runs_and_what_goes_on_from_them(parts: TinyParts, tmp_path: Path, value
     assert json.loads((tmp_path / "config.json").read_text())["encoder_dropout"] == recorded
     changes["encoder_dropout"] = 0.4
     with pytest.raises(
-        ArgumentError, match="^encoder_dropout: the run in .* this one 0.4; allow_changed=encoder_dropout"
+        ArgumentError, match="^encoder_dropout: the run in .* this one 0.4; set allow_changed=encoder_dropout"
     ):
         train(make_config(parts, tmp_path, max_steps=4, **changes))
     assert train(make_config(parts, tmp_path, max_steps=4, allow_changed=["encoder_dropout"], **changes)).resumed_from
