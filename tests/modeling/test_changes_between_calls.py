@@ -265,9 +265,10 @@ LLMS = ["llama", "llama", "llama_gqa_wide_heads", "qwen2", "phi3"]
 
 
 @functools.cache
-def template(llm: str, shape: tuple[str, str], fold: str, encoder: str, impl: str) -> LayAlignForCausalLM:
+def template(llm: str, shape: tuple[str, str], fold_projections: str, encoder: str, impl: str) -> LayAlignForCausalLM:
     layers = [0, 2] if encoder == "bert" else None
-    model = tiny_model(encoder, llm, structure=shape[0], mix=shape[1], fold_projections=fold, language_layers=layers)
+    settings = dict(structure=shape[0], mix=shape[1], fold_projections=fold_projections, language_layers=layers)
+    model = tiny_model(encoder, llm, **settings)
     model.encoder_aligner.projector.impl = impl
     return model
 
