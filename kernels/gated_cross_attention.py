@@ -75,8 +75,7 @@ def gated_cross_attention_forward_kernel(
     # [BM, BD]
     b_q = load_rows(p_q, offset64(o_t, stride_qt), m_t, o_d, D, BD)
     b_out, b_lse = attend(
-        b_q, p_k, p_v, p_mask, None, None, stride_ks, stride_vs, stride_ms, 0, 0, S, scale, o_d, D, BD, BM, BN,
-        PRECISION,
+        b_q, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, 0, S, scale, o_d, D, BD, BM, BN, PRECISION
     )  # fmt: skip
     b_out *= tl.load(p_gate).to(tl.float32)
     if p_base is not None:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from layalign import ops
 from layalign.modeling.attention_interface import PREFIX, register
-from layalign.modeling.decoders import OUTPUT_MAPS, head_size, key_value_modules, key_value_states
-from layalign.modeling.key_values import can_pass, through
+from layalign.modeling.decoders import OUTPUT_MAPS, key_value_states
 from layalign.nn.inspection import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
 from layalign.ops import cached_launch
 from layalign.ops.cached_launch import CachedDecode, side_by_side
@@ -206,12 +205,7 @@ class AttentionSwap:
         self.again = None
         if attention.training:  # dropout in LoRA, checkpoints: nothing is kept
             self.kept = None
-        states: list[Tensor] = [pair[0].to(query.device), pair[1].to(query.device)]
-        maps: list[Any] = key_value_modules(attention)
-        if self.impl != "torch" and len(maps) == 2 and can_pass(states, maps):
-            key, value = through(states, maps, head_size(attention))
-        else:
-            key, value = key_value_states(attention, *states)
+        key, value = key_value_states(attention, pair[0].to(query.device), pair[1].to(query.device))
         if key.shape[0] == 1 != query.shape[0]:
             key, value = (each.expand(query.shape[0], -1, -1, -1) for each in (key, value))
         if not torch.compiler.is_compiling():
