@@ -168,66 +168,32 @@ void decode(const py::tuple& inputs, py::handle out, int splits, py::handle work
   if (call.out) RUN(at, gated_cross_attention_decode, call);
 }
 
-// A call on the CPU that is made again with other tensors of the same kind: described and checked once, after that it
+// Decoding on the CPU that is repeated with other tensors of the same kind: described and checked once, after that it
 // takes addresses alone.
-class CachedCall {
- protected:
-  explicit CachedCall(const char* operation) : operation_(operation) {}
-
-  void put(Tensor& described, uintptr_t address) const {
-    if (described && address == 0) fail(operation_, "address", "expected none of them to be null");
-    if (described) described.data = reinterpret_cast<void*>(address);
-  }
-  void need(const Tensor& base) const {
-    if (!base) fail(operation_, "base", "expected a tensor");
-  }
-  template <typename Call>
-  void run_on(int threads, const Call& call) const {
-    if (threads < 1) fail(operation_, "threads", "expected at least one");
-    run_on_cpu(call);
-  }
-
-  const char* operation_;
-};
-
-class CachedDecode : CachedCall {
+class CachedDecode {
  public:
   CachedDecode(const py::tuple& inputs, py::handle out)
-      : CachedCall("gated_cross_attention_decode"),
-        call_{attention(operation_, inputs), tensor(operation_, "out", out), 1, {}} {
+      : call_{attention(kName, inputs), tensor(kName, "out", out), 1, {}} {
     check(call_, 0);
-    need(call_.in.base);
+    if (!call_.in.base) fail(kName, "base", "expected a tensor");
   }
 
   void run(uintptr_t query, uintptr_t gate, uintptr_t base, uintptr_t out, int threads) const {
     AttentionDecode call = call_;
     put(call.in.query, query), put(call.in.gate, gate), put(call.in.base, base), put(call.out, out);
-    run_on(threads, [&] { cpu::gated_cross_attention_decode(call, threads); });
+    if (threads < 1) fail(kName, "threads", "expected at least one");
+    run_on_cpu([&] { cpu::gated_cross_attention_decode(call, threads); });
   }
 
  private:
+  static constexpr const char* kName = "gated_cross_attention_decode";
+
+  static void put(Tensor& described, uintptr_t address) {
+    if (address == 0) fail(kName, "address", "expected none of them to be null");
+    described.data = reinterpret_cast<void*>(address);
+  }
+
   AttentionDecode call_;
-};
-
-class CachedForward : CachedCall {
- public:
-  CachedForward(const py::tuple& inputs, py::handle out, py::handle lse)
-      : CachedCall("gated_cross_attention"),
-        call_{attention(operation_, inputs), tensor(operation_, "out", out), tensor(operation_, "lse", lse)} {
-    check(call_);
-    need(call_.in.base);
-  }
-
-  void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t gate, uintptr_t base, uintptr_t key_mask,
-           uintptr_t out, uintptr_t lse, int threads) const {
-    AttentionForward call = call_;
-    put(call.in.query, query), put(call.in.key, key), put(call.in.value, value), put(call.in.gate, gate);
-    put(call.in.base, base), put(call.in.key_mask, key_mask), put(call.out, out), put(call.lse, lse);
-    run_on(threads, [&] { cpu::gated_cross_attention_forward(call, threads); });
-  }
-
- private:
-  AttentionForward call_;
 };
 
 void backward(const py::tuple& inputs, py::handle grad, py::handle lse, py::handle dquery, py::handle dkey,
@@ -241,37 +207,6 @@ void backward(const py::tuple& inputs, py::handle grad, py::handle lse, py::hand
   check(call, backward_workspace(call, at.device));
   if (call.dquery || call.dkey || call.dvalue || call.dgate) RUN(at, gated_cross_attention_backward, call);
 }
-
-// Described with all four results; a call passes null for those that it does not need.
-class CachedBackward : CachedCall {
- public:
-  CachedBackward(const py::tuple& inputs, py::handle grad, py::handle lse, py::handle dquery, py::handle dkey,
-                   py::handle dvalue, py::handle dgate)
-      : CachedCall("gated_cross_attention_backward"),
-        call_{attention(operation_, inputs),         tensor(operation_, "grad", grad), tensor(operation_, "lse", lse),
-              tensor(operation_, "dquery", dquery),  tensor(operation_, "dkey", dkey),
-              tensor(operation_, "dvalue", dvalue),  tensor(operation_, "dgate", dgate), {}} {
-    check(call_, 0);
-  }
-
-  void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t gate, uintptr_t key_mask, uintptr_t grad,
-           uintptr_t lse, uintptr_t dquery, uintptr_t dkey, uintptr_t dvalue, uintptr_t dgate, int threads) const {
-    AttentionBackward call = call_;
-    put(call.in.query, query), put(call.in.key, key), put(call.in.value, value), put(call.in.gate, gate);
-    put(call.in.key_mask, key_mask), put(call.grad, grad), put(call.lse, lse);
-    Tensor* results[] = {&call.dquery, &call.dkey, &call.dvalue, &call.dgate};
-    const uintptr_t addresses[] = {dquery, dkey, dvalue, dgate};
-    for (int i = 0; i < 4; ++i) {
-      if (addresses[i] == 0) *results[i] = {};
-      put(*results[i], addresses[i]);
-    }
-    if (call.dquery || call.dkey || call.dvalue || call.dgate)
-      run_on(threads, [&] { cpu::gated_cross_attention_backward(call, threads); });
-  }
-
- private:
-  AttentionBackward call_;
-};
 
 // Elements of fp32 workspace that a call needs. Stand-ins for tensors are enough: no memory is read.
 int64_t workspace_for_mix(int64_t slots, int64_t layers, int64_t batch, int64_t source, int64_t width, int device) {
@@ -335,12 +270,6 @@ PYBIND11_MODULE(LAYALIGN_MODULE, module) {
   py::class_<CachedDecode>(module, "CachedDecode")
       .def(py::init<const py::tuple&, py::handle>())
       .def("__call__", &CachedDecode::run);
-  py::class_<CachedForward>(module, "CachedForward")
-      .def(py::init<const py::tuple&, py::handle, py::handle>())
-      .def("__call__", &CachedForward::run);
-  py::class_<CachedBackward>(module, "CachedBackward")
-      .def(py::init<const py::tuple&, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle>())
-      .def("__call__", &CachedBackward::run);
   module.def("gated_cross_attention_backward", &backward);
   module.def("layer_mix_workspace", &workspace_for_mix);
   module.def("decode_workspace", &workspace_for_decode);

@@ -26,11 +26,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def largest_offset(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Offset of a tensor's last element in elements; past 2**31 - 1 a 32-bit product would wrap."""
-    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True) if size > 0)
-
-
 def aligned16(*tensors: torch.Tensor) -> bool:
     """Whether every row of every tensor starts on 16 bytes, so that loads may be 128 bits wide."""
     return all(

@@ -18,8 +18,6 @@ The reference is ``layalign.reference.gated_cross_attention``.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -39,7 +37,6 @@ from layalign_kernels.gated_cross_attention_common import (
     strides,
     unit_last,
 )
-from layalign_kernels.launch import Launch
 
 TABLE: Table = {
     ("half", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 4, 3), (128, 64, 4, 2)),
@@ -78,8 +75,7 @@ def gated_cross_attention_forward_kernel(
     # [BM, BD]
     b_q = load_rows(p_q, offset64(o_t, stride_qt), m_t, o_d, D, BD)
     b_out, b_lse = attend(
-        b_q, p_k, p_v, p_mask, None, None, stride_ks, stride_vs, stride_ms, 0, 0, S, scale, o_d, D, BD, BM, BN,
-        PRECISION,
+        b_q, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, 0, S, scale, o_d, D, BD, BM, BN, PRECISION
     )  # fmt: skip
     b_out *= tl.load(p_gate).to(tl.float32)
     if p_base is not None:
@@ -116,46 +112,30 @@ def gated_cross_attention_forward(
         return out, lse
     query, key, value = unit_last(query), unit_last(key), unit_last(value)
     base = None if base is None else unit_last(base)
-    with torch.cuda.device_of(query):
-        forward_launch(query, key, value, gate, base, key_mask, scale, out, lse)()
-    return out, lse
-
-
-def forward_launch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor,
-    base: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    scale: float | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> Launch:
-    """The forward's launch, for inputs whose last strides are one."""
-    batch, heads, length, size = query.shape
     options = configuration(size, query.dtype, architecture(query.device))
-    arguments: dict[str, Any] = dict(
-        p_q=query,
-        p_k=key,
-        p_v=value,
-        p_gate=gate,
-        p_base=base,
-        p_mask=key_mask,
-        p_out=out,
-        p_lse=lse,
-        **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), s=(base, "bth"), m=(key_mask, "bs")),
-        T=length,
-        S=key.shape[2],
-        scale=scale_base2(scale, size),
-        H=heads,
-        REP=heads // key.shape[1],
-        D=size,
-        BD=padded_head_size(size),
-        PRECISION=dot_precision(query.dtype),
-        **options,
-    )
-    return Launch(gated_cross_attention_forward_kernel, ceil_div(length, options["BM"]) * batch * heads, arguments)
+    programs = ceil_div(length, options["BM"]) * batch * heads
+    with torch.cuda.device_of(query):
+        gated_cross_attention_forward_kernel[(programs,)](
+            p_q=query,
+            p_k=key,
+            p_v=value,
+            p_gate=gate,
+            p_base=base,
+            p_mask=key_mask,
+            p_out=out,
+            p_lse=lse,
+            **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), s=(base, "bth"), m=(key_mask, "bs")),
+            T=length,
+            S=key.shape[2],
+            scale=scale_base2(scale, size),
+            H=heads,
+            REP=heads // key.shape[1],
+            D=size,
+            BD=padded_head_size(size),
+            PRECISION=dot_precision(query.dtype),
+            **options,
+        )
+    return out, lse
 
 
 def ahead_of_time(arch: str = "sm_90") -> list[Entry]:

@@ -24,7 +24,7 @@ Source: LayAlign, adaptive fusion-enhanced attention; the recomputation from the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -48,7 +48,6 @@ from layalign_kernels.gated_cross_attention_common import (
     strides,
     unit_last,
 )
-from layalign_kernels.launch import Launch
 
 TABLES: dict[str, Table] = {
     "dq": {
@@ -258,82 +257,23 @@ def gated_cross_attention_backward(
         )
         return dq, dk, dv, torch.zeros_like(gate) if needs[3] else None
     grad, query, key, value = (unit_last(tensor) for tensor in (grad, query, key, value))
+    need_dq, need_dk, need_dv, need_dgate = needs
+    batch, heads, length, size = query.shape
+    groups, source = key.shape[1], key.shape[2]
+    dq_options, dkv_options = (
+        configuration(kernel, size, query.dtype, architecture(query.device)) for kernel in ("dq", "dkv")
+    )
+    pairs = heads // groups * ceil_div(length, dkv_options["BM"])  # of a head and a T block
+    programs = ceil_div(source, dkv_options["BN"]) * batch * groups
     if splits is None:
-        splits = splits_for(query, key)
-    memory = Memory.of(query, key, needs, splits)
-    with torch.cuda.device_of(query):
-        for launch in backward_launches(grad, query, key, value, gate, key_mask, lse, scale, memory, splits):
-            launch()
-    return memory.gradients(key, gate, needs)
-
-
-def splits_for(query: torch.Tensor, key: torch.Tensor) -> int:
-    """:func:`splits_over_rows` for a query (B, H, T, d) and keys (B, G, S, d)."""
-    batch, heads, length, size = query.shape
-    groups, source = key.shape[1], key.shape[2]
-    options = configuration("dkv", size, query.dtype, architecture(query.device))
-    programs = ceil_div(source, options["BN"]) * batch * groups
-    return splits_over_rows(programs, heads // groups * ceil_div(length, options["BM"]), multiprocessors(key.device))
-
-
-class Memory(NamedTuple):
-    """What the backward's kernels write; None for what is not needed.
-
-    Attributes:
-        dq: (B, H, T, d), in memory (B, T, H, d).
-        delta, dgate: (B, H, T), and one part a program, fp32.
-        dk, dv: (B, G, S, d), in memory (B, S, G, d); if there are several splits (splits, B, G, S, d), fp32.
-    """
-
-    dq: torch.Tensor | None
-    delta: torch.Tensor | None
-    dgate: torch.Tensor | None
-    dk: torch.Tensor | None
-    dv: torch.Tensor | None
-
-    @staticmethod
-    def of(query: torch.Tensor, key: torch.Tensor, needs: tuple[bool, bool, bool, bool], splits: int) -> Memory:
-        """New memory for a query (B, H, T, d) and keys (B, G, S, d)."""
-        need_dq, need_dk, need_dv, need_dgate = needs
-        batch, heads, length, size = query.shape
-        device, delta, dgate = query.device, None, None
-        if need_dq or need_dk or need_dgate:
-            options = configuration("dq", size, query.dtype, architecture(device))
-            delta = torch.empty((batch, heads, length), dtype=torch.float32, device=device)
-            programs = ceil_div(length, options["BM"]) * batch * heads
-            dgate = torch.empty((programs,), dtype=torch.float32, device=device)
-        dk, dv = (rows_first(key, splits) if need else None for need in (need_dk, need_dv))
-        return Memory(rows_first(query) if need_dq else None, delta, dgate, dk, dv)
-
-    def gradients(self, key: torch.Tensor, gate: torch.Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
-        """dq, dk, dv and dgate, once the kernels have written."""
-        dk, dv = (
-            x.transpose(2, 3).sum(0).to(key.dtype).transpose(1, 2) if x is not None and x.dim() == 5 else x
-            for x in (self.dk, self.dv)
-        )
-        dgate = None
-        if needs[3] and self.dgate is not None:
-            dgate = self.dgate.sum().to(gate.dtype).reshape(gate.shape)
-        return self.dq, dk, dv, dgate
-
-
-def backward_launches(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    lse: torch.Tensor,
-    scale: float | None,
-    memory: Memory,
-    splits: int,
-) -> list[Launch]:
-    """The launches for (dq, delta, dgate) and for (dk, dv), where needed; the tensors' last strides are 1."""
-    batch, heads, length, size = query.shape
-    groups, source = key.shape[1], key.shape[2]
-    arch = architecture(query.device)
+        splits = splits_over_rows(programs, pairs, multiprocessors(query.device))
     base2 = scale_base2(scale, size)
+    dq, delta, parts = rows_first(query) if need_dq else None, None, None  # parts: of dgate, one a program
+    if need_dq or need_dk or need_dgate:
+        delta = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+        parts = delta.new_empty(ceil_div(length, dq_options["BM"]) * batch * heads)
+    # (B, G, S, d), in memory (B, S, G, d); if there are several splits (splits, B, G, S, d), fp32.
+    dk, dv = (rows_first(key, splits) if need else None for need in (need_dk, need_dv))
     common: dict[str, Any] = dict(
         p_q=query,
         p_k=key,
@@ -342,7 +282,7 @@ def backward_launches(
         p_mask=key_mask,
         p_lse=lse,
         p_g=grad,
-        p_delta=memory.delta,
+        p_delta=delta,
         **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), g=(grad, "bth"), m=(key_mask, "bs")),
         T=length,
         S=source,
@@ -353,34 +293,34 @@ def backward_launches(
         BD=padded_head_size(size),
         PRECISION=dot_precision(query.dtype),
     )
-    found = []
-    if memory.dgate is not None:
-        options = configuration("dq", size, query.dtype, arch)
-        own: dict[str, Any] = dict(
-            p_dq=memory.dq,
-            p_dgate=memory.dgate,
-            dq_scale=base2 / LOG2E,
-            ONE_BLOCK=source <= options["BN"],
-            NEED_DQ=memory.dq is not None,
-        )
-        found.append(Launch(gated_cross_attention_dq_kernel, memory.dgate.shape[0], {**common, **own, **options}))
-    need_dk, need_dv = memory.dk is not None, memory.dv is not None
-    if (need_dk or need_dv) and key.numel():
-        options = configuration("dkv", size, query.dtype, arch)
-        total = heads // groups * ceil_div(length, options["BM"])
-        own = dict(
-            p_dk=memory.dk,
-            p_dv=memory.dv,
-            B=batch,
-            dk_scale=base2 / LOG2E,
-            blocks=ceil_div(total, splits),
-            splits=splits,
-            NEED_DK=need_dk,
-            NEED_DV=need_dv,
-        )
-        programs = ceil_div(source, options["BN"]) * batch * groups * splits
-        found.append(Launch(gated_cross_attention_dkv_kernel, programs, {**common, **own, **options}))
-    return found
+    with torch.cuda.device_of(query):
+        if parts is not None:
+            gated_cross_attention_dq_kernel[(len(parts),)](
+                **common,
+                p_dq=dq,
+                p_dgate=parts,
+                dq_scale=base2 / LOG2E,
+                ONE_BLOCK=source <= dq_options["BN"],
+                NEED_DQ=need_dq,
+                **dq_options,
+            )
+        if (need_dk or need_dv) and key.numel():
+            gated_cross_attention_dkv_kernel[(programs * splits,)](
+                **common,
+                p_dk=dk,
+                p_dv=dv,
+                B=batch,
+                dk_scale=base2 / LOG2E,
+                blocks=ceil_div(pairs, splits),
+                splits=splits,
+                NEED_DK=need_dk,
+                NEED_DV=need_dv,
+                **dkv_options,
+            )
+    if splits > 1:
+        dk, dv = (None if x is None else x.transpose(2, 3).sum(0).to(key.dtype).transpose(1, 2) for x in (dk, dv))
+    dgate = parts.sum().to(gate.dtype).reshape(gate.shape) if need_dgate and parts is not None else None
+    return dq, dk, dv, dgate
 
 
 def ahead_of_time(arch: str = "sm_90") -> list[Entry]:

@@ -18,7 +18,6 @@ from layalign_kernels.ahead_of_time import Entry, entry
 from layalign_kernels.common import LOG2E, next_power_of_2, offset64
 
 MASK_BLOCK = tl.constexpr(1024)
-TO_BASE2 = tl.constexpr(LOG2E)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 HALVES = (torch.float16, torch.bfloat16)
@@ -84,13 +83,10 @@ def attended_range(p_mask, stride_ms, o_first, o_end):
 
 @triton.jit
 def attend(
-    b_q, p_k, p_v, p_mask, p_bias, o_bias, stride_ks, stride_vs, stride_ms, stride_as, o_first, o_end, scale, o_d,
+    b_q, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_first, o_end, scale, o_d,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """softmax(b_q k^T * scale + bias) v over [o_first, o_end), online: ([BM, BD] fp32, log-sum-exp [BM] in base 2).
-
-    p_bias, when not None, is added to the scores (row offsets o_bias, in units of natural logarithms).
-    """
+    """softmax(b_q k^T * scale) v over [o_first, o_end), online: ([BM, BD] fp32, log-sum-exp [BM] in base 2)."""
     # [BM], [BM], [BM, BD]
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
@@ -103,16 +99,10 @@ def attend(
         b_k = load_rows(p_k, offset64(o_s, stride_ks), m_s, o_d, D, BD)
         # [BM, BN]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-        if p_bias is not None:
-            p_b = p_bias + o_bias[:, None] + offset64(o_s, stride_as)[None, :]
-            b_s += tl.load(p_b, mask=m_s[None, :], other=0.0).to(tl.float32) * TO_BASE2
         b_s = tl.where(m_s[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_ref = b_new
-        if p_bias is not None:  # only a bias can leave a row at -inf: the range starts with an attended column
-            b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.exp2(b_s - b_ref[:, None])
-        b_old = tl.exp2(b_max - b_ref)
+        b_p = tl.exp2(b_s - b_new[:, None])  # b_new is finite: the range starts with an attended column
+        b_old = tl.exp2(b_max - b_new)
         b_sum = b_sum * b_old + tl.sum(b_p, 1)
         b_v = load_rows(p_v, offset64(o_s, stride_vs), m_s, o_d, D, BD)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
@@ -156,7 +146,7 @@ def shipped_entry(
     name = TYPE_NAMES[dtype]
     known = {argument: f"*{name}" for argument in kernel.arg_names if argument.startswith("p_")}
     known |= dict.fromkeys(("p_gate", "p_lse", "p_delta", "p_dgate", "p_part"), "*fp32")
-    known |= dict.fromkeys(("p_mask", "p_key_mask", "p_cache_mask"), "*i1")
+    known["p_mask"] = "*i1"
     known |= dict.fromkeys(("scale", "dq_scale", "dk_scale"), "fp32")
     blocks = dict(config)
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}

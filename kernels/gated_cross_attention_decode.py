@@ -95,8 +95,8 @@ def gated_cross_attention_decode_kernel(
     b_q = load_rows(p_q, offset64(o_h, stride_qh) + offset64(o_t, stride_qt), m_r, o_d, D, BD)
     o_first = tl.minimum(i_split * span, S)
     b_out, b_lse = attend(
-        b_q, p_k, p_v, p_mask, None, None, stride_ks, stride_vs, stride_ms, 0, o_first, tl.minimum(o_first + span, S),
-        scale, o_d, D, BD, BM, BN, PRECISION,
+        b_q, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_first, tl.minimum(o_first + span, S), scale, o_d,
+        D, BD, BM, BN, PRECISION,
     )  # fmt: skip
     o_row = (offset64(i_b, T) + o_t) * H + o_h
     if not SPLIT:

@@ -4,10 +4,9 @@ Counted for n = B * S rows, 2L slots, E layers, D_e inputs, D_o outputs, c bytes
 
 - the product: 2 * n * 2L * D_e * D_o FLOP; the mix in the prologue adds 2 * n * 2L * E * D_e per block of BN output
   columns, that is E / BN of the product (9% at E 24, BN 256).
-- shared weight: a program holds all slots of BM rows, so it reads E tiles where two kernels would read 2L: the traffic
+- A program holds all slots of BM rows, so it reads E tiles where two kernels would read 2L: the traffic
   of the product's left side falls to E / 2L (3/8 in the paper's set-up), and x (c * n * 2L * D_e bytes) is neither
   written nor read.
-- one weight per slot (the folded form): a program has one slot, its prologue is E multiply-adds per element of x.
 
 Backward recomputes x with the layer-mix kernel and leaves the products to torch (cuBLAS).
 
@@ -72,47 +71,10 @@ def shared_projection_kernel(
     tl.store(p_y, b_acc.to(DTYPE), mask=m_y)
 
 
-@triton.jit
-def slot_projection_kernel(
-    pointers, mix_weight, mix_bias, weight, bias, out, rows, S, D, OUT, stride_b, stride_s, stride_wj, stride_bj,
-    E: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    HAS_MIX_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One program: BM rows by BN outputs of one slot, each slot with its own weight (the folded form)."""
-    i_slot = tl.program_id(2)
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_o = tl.program_id(1) * BN + tl.arange(0, BN)
-    m_m, m_o = o_m < rows, o_o < OUT
-    offset = offset64(o_m // S, stride_b) + offset64(o_m % S, stride_s)
-    p_w0 = weight + offset64(i_slot, stride_wj)
-    b_acc = tl.zeros([BM, BN], tl.float32)
-    for i_k in range(0, D, BK):
-        o_k = i_k + tl.arange(0, BK)
-        m_h = m_m[:, None] & (o_k < D)[None, :]
-        # [BM, BK]
-        b_x = tl.zeros([BM, BK], tl.float32)
-        for i_e in tl.static_range(E):
-            b_w1 = tl.load(mix_weight + i_slot * E + i_e).to(DTYPE).to(tl.float32)
-            p_h = pointers[i_e] + offset[:, None] + o_k[None, :]
-            b_x += b_w1 * tl.load(p_h, mask=m_h, other=0.0).to(tl.float32)
-        if HAS_MIX_BIAS:
-            b_x += tl.load(mix_bias + i_slot).to(tl.float32)
-        # [BK, BN]
-        p_w = p_w0 + offset64(o_o, D)[None, :] + o_k[:, None]
-        b_w = tl.load(p_w, mask=m_o[None, :] & (o_k < D)[:, None], other=0.0).to(DTYPE)
-        b_acc = tl.dot(relu(b_x).to(DTYPE), b_w, acc=b_acc, input_precision=PRECISION)
-    if HAS_BIAS:
-        b_acc += tl.load(bias + offset64(i_slot, stride_bj) + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
-    p_y = out + (offset64(i_slot, rows) + o_m)[:, None] * OUT + o_o[None, :]
-    tl.store(p_y, b_acc.to(DTYPE), mask=m_m[:, None] & m_o[None, :])
-
-
-def configuration(layers: int, slots: int, outputs: int, itemsize: int, per_slot: bool) -> dict[str, Any]:
+def configuration(layers: int, slots: int, outputs: int, itemsize: int) -> dict[str, Any]:
     """Block sizes and launch options: a pure function of the shape and the element size."""
     wide = itemsize == 4
     block_n = max(16, min(next_power_of_2(outputs), 64 if wide else 128))
-    if per_slot:
-        return dict(BM=64, BK=16 if wide else 32, BN=block_n, num_warps=8, num_stages=2)
     block_j = max(16, min(next_power_of_2(slots), 64))
     block_e = max(16, next_power_of_2(layers))
     block_m = max(1, (64 if wide else 128) // block_j)
@@ -127,31 +89,28 @@ def layer_projection_forward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """E tensors (B, S, D_e) -> (2L, B, S, D_o).
-
-    Args:
-        weight, bias: (D_o, D_e) and (D_o,), or one per slot: (2L, D_o, D_e) and (D_o,) or (2L, D_o).
-    """
+    """E tensors (B, S, D_e), (2L, E), (2L,) or None, (D_o, D_e), (D_o,) or None -> (2L, B, S, D_o)."""
     hidden = same_layout(hidden)
-    first, slots, outputs, per_slot = hidden[0], mix_weight.shape[0], weight.shape[-2], weight.dim() == 3
-    weight = weight.contiguous()
+    first, slots, outputs = hidden[0], mix_weight.shape[0], weight.shape[0]
     batch, length, width = first.shape
     rows = batch * length
     out = torch.empty((slots, batch, length, outputs), dtype=first.dtype, device=first.device)
     if out.numel() == 0:
         return out
-    options = configuration(len(hidden), slots, outputs, first.element_size(), per_slot)
-    arguments = dict(
+    options = configuration(len(hidden), slots, outputs, first.element_size())
+    grid = ceil_div(rows, options["BM"]), ceil_div(outputs, options["BN"]), ceil_div(slots, options["BJ"])
+    shared_projection_kernel[grid](
         pointers=hidden,
         mix_weight=mix_weight.contiguous(),
         mix_bias=None if mix_bias is None else mix_bias.contiguous(),
-        weight=weight,
+        weight=weight.contiguous(),
         bias=bias if bias is None else bias.contiguous(),
         out=out,
         rows=rows,
         S=length,
         D=width,
         OUT=outputs,
+        slots=slots,
         stride_b=first.stride(0),
         stride_s=first.stride(1),
         E=len(hidden),
@@ -161,22 +120,11 @@ def layer_projection_forward(
         PRECISION=dot_precision(first.dtype),
         **options,
     )
-    row_blocks, column_blocks = ceil_div(rows, options["BM"]), ceil_div(outputs, options["BN"])
-    if per_slot:
-        slot_bias = 0 if bias is None or bias.dim() == 1 else outputs
-        slot_projection_kernel[(row_blocks, column_blocks, slots)](
-            stride_wj=weight.stride(0), stride_bj=slot_bias, **arguments
-        )
-    elif bias is not None and bias.dim() == 2:
-        raise ValueError("bias: one per slot needs one weight per slot")  # the operation adds such a bias itself
-    else:
-        slot_blocks = ceil_div(slots, options["BJ"])
-        shared_projection_kernel[(row_blocks, column_blocks, slot_blocks)](slots=slots, **arguments)
     return out
 
 
 def ahead_of_time(target: str) -> list[Entry]:
-    """What ships, the same for every ``target``: 24 layers into 64 slots, and a small shape; both forms of weight."""
+    """What ships, the same for every ``target``: 24 layers into 64 slots, and a small shape."""
     found = []
     for dtype, kind in ((tl.float16, "fp16"), (tl.bfloat16, "bf16"), (tl.float32, "fp32")):
         if kind == "fp32" and target == "sm_100":
@@ -186,9 +134,8 @@ def ahead_of_time(target: str) -> list[Entry]:
             types = dict(pointers=(f"*{kind}",) * layers, out=f"*{kind}", weight=f"*{kind}", bias="*fp32")
             types |= dict(mix_weight="*fp32", mix_bias="*fp32")
             flags = dict(E=layers, DTYPE=dtype, PRECISION="ieee", HAS_MIX_BIAS=True, HAS_BIAS=True)
-            for kernel, label in ((shared_projection_kernel, "shared"), (slot_projection_kernel, "slot")):
-                blocks = configuration(layers, slots, 4096, itemsize, label == "slot")
-                options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-                name = f"layer_projection_{label} {layers}x{slots} {kind}"
-                found.append(entry(name, kernel, types, flags | blocks, options))
+            blocks = configuration(layers, slots, 4096, itemsize)
+            options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+            name = f"layer_projection_shared {layers}x{slots} {kind}"
+            found.append(entry(name, shared_projection_kernel, types, flags | blocks, options))
     return found

@@ -14,7 +14,7 @@ from layalign.modeling.cache import SourceKeyValues
 from layalign.nn.cross_attention import GatedCrossAttention, computes_the_reference
 from layalign.nn.inspection import has_hooks, is_exactly, is_repatched
 from layalign.ops import cached_launch
-from layalign.ops.cached_launch import Ready, side_by_side
+from layalign.ops.cached_launch import CachedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
 
@@ -29,33 +29,31 @@ class OnePass:
         seen: collects the LLM layers that attended, so that a dropped source is noticed. None: nothing is collected.
 
     Attributes:
-        ready: by LLM layer, the cached launch that may answer its call.
+        ready: by LLM layer, the cached launch that may answer its call; empty where gradients are recorded.
     """
 
     def __init__(
         self, source: SourceKeyValues, gated: Sequence[GatedCrossAttention], seen: set[int] | None = None
     ) -> None:
         self.source, self.gated, self.seen = source, tuple(gated), seen
-        self.ready: dict[int, Ready] = {}
+        self.ready: dict[int, CachedDecode] = {}
         self._keys, self._values, self._mask = source.keys, source.values, source.mask
-        self._grad = torch.is_grad_enabled()
 
     def prepare(self) -> None:
         """Find the cached launches of this pass. What all layers have in common is checked once, here."""
         source = self.source
-        if not (self._grad or source.launches) or self.seen is not None or not cached_launch.possible():
+        if not source.launches or self.seen is not None or not cached_launch.possible():
             return
         if is_repatched(GatedCrossAttention) or not computes_the_reference():
             return
         for index, (layer, module) in enumerate(zip(source.layers, self.gated, strict=True)):
+            if (cached := source.launches.get(layer)) is None:
+                continue
             if type(module) is not GatedCrossAttention or has_hooks(module) or "forward" in module.__dict__:
                 continue
-            gate = module.effective_gate()
-            if self._grad and getattr(gate, "grad_fn", None) is not None:
-                continue  # its graph belongs into the layer's call, which a checkpoint repeats
-            own = self._keys[index], self._values[index], gate, self._mask, module.impl
-            if (ready := cached_launch.ready(source.launches.get(layer), *own)) is not None:
-                self.ready[layer] = ready
+            own = self._keys[index], self._values[index], module.effective_gate(), self._mask, module.impl
+            if cached.prepare(*own):
+                self.ready[layer] = cached
 
     def attend(
         self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
@@ -77,16 +75,16 @@ class OnePass:
             return base
         if self.seen is not None:
             self.seen.add(layer)
-        return self._in_full(layer, query, base, scale, ready)
+        return self._in_full(layer, query, base, scale)
 
     def _holds(self) -> bool:
-        """Whether the source and the gradient mode are still those with which the pass began."""
+        """Whether the source is still the one with which the pass began, and gradients are still not recorded."""
         now = self.source
         same = now.keys is self._keys and now.values is self._values and now.mask is self._mask
-        return same and torch.is_grad_enabled() == self._grad
+        return same and not torch.is_grad_enabled()
 
-    def _in_full(self, layer: int, query: Tensor, base: Tensor, scale: float | None, tried: Ready | None) -> Tensor:
-        """Call the layer's module; ``tried`` is the cached launch that did not answer this call, if there was one."""
+    def _in_full(self, layer: int, query: Tensor, base: Tensor, scale: float | None) -> Tensor:
+        """Call the layer's module."""
         source, compiling = self.source, torch.compiler.is_compiling()
         index = source.layers.index(layer)
         module = self.gated[index]
@@ -101,7 +99,7 @@ class OnePass:
         # What a hook or another class does cannot be cached.
         if not compiling and is_exactly(module, GatedCrossAttention):
             inputs = query, key, value, module.effective_gate(), base, mask
-            source.launches[layer] = cached_launch.after(tried, inputs, scale, module.impl)
+            source.launches[layer] = CachedDecode.after(inputs, scale, module.impl)
         return result
 
 

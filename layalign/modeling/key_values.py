@@ -1,7 +1,7 @@
 """How the source's keys and values of all language layers are computed: decided once a call, and done here.
 
 k_i is the LLM's key map of layer i on the aligner's key state y[2i], v_i its value map on y[2i + 1]. Calling aligner
-and maps as modules is always correct. :class:`KeyValueProjector` knows four cheaper ways, and when they cannot be used.
+and maps as modules is always correct. :class:`KeyValueProjector` knows three cheaper ways, and when they do not serve.
 With the structure "Linear", the LLM's maps follow the aligner's projection directly, so
 
     k_i = k_proj_i(y[2i]) = x[2i] @ (Wk_i @ W2).T + (Wk_i @ b2 + bk_i)
@@ -232,11 +232,6 @@ def useful(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool
     return all(reason_against_reading(linear) is None for linear in (projector.fc1, projector.fc2))
 
 
-def _differentiated(projector: WeightedLinearProjector, hidden: Sequence[Tensor]) -> bool:
-    fc1, fc2 = projector.fc1, projector.fc2
-    return grouped_projection.differentiated((fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden))
-
-
 def by_weights(
     projector: WeightedLinearProjector,
     hidden: Sequence[Tensor],
@@ -248,27 +243,6 @@ def by_weights(
     fc1, fc2, pairs = projector.fc1, projector.fc2, [_parameters(linear) for linear in outer]
     mix, inner = (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)
     return grouped_projection.grouped_projection(hidden, mix, inner, folded, pairs, size=size, impl=projector.impl)
-
-
-def through(y: Tensor | Sequence[Tensor], outer: Sequence[nn.Linear], size: int) -> Sequence[Tensor]:
-    """:func:`layalign.ops.grouped_projection.through` of modules that :func:`can_pass` has accepted."""
-    return grouped_projection.through(y, [_parameters(linear) for linear in outer], size)
-
-
-def can_pass(y: Sequence[Tensor], outer: Sequence[Any]) -> bool:
-    """Whether :func:`through` may stand in for calls of the maps, with states that require gradients."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(state.requires_grad for state in y):
-        return False
-    if checks.transforming() or torch.is_autocast_enabled(y[0].device.type):
-        return False
-    for state, linear in zip(y, outer, strict=True):
-        if reason_against_reading(linear) is not None or state.shape != y[0].shape or state.dim() != 3:
-            return False
-        if state.shape[-1] != linear.in_features or state.device != linear.weight.device:
-            return False  # calling the module raises the error
-        if any(p is not None and (p.requires_grad or p.dtype != state.dtype) for p in linear._parameters.values()):
-            return False
-    return True
 
 
 class Way(NamedTuple):
@@ -286,10 +260,9 @@ class Way(NamedTuple):
 # From the fewest calls of modules to the most:
 FOLDED = "folded"  # x[j] @ (Wk @ W2).T
 GROUPED = "grouped"  # aligner and maps by their weights, a few mixes at a time
-ONE_NODE = "one node"  # the aligner as a module, the maps by their weights
 MAPS_CALLED = "maps called"  # the aligner by its weights, the maps as modules
 CALLED = "called"
-WAYS = (FOLDED, GROUPED, ONE_NODE, MAPS_CALLED, CALLED)
+WAYS = (FOLDED, GROUPED, MAPS_CALLED, CALLED)
 
 
 class KeyValueProjector:
@@ -353,10 +326,8 @@ class KeyValueProjector:
         maps, size = _maps(attentions), head_size(attentions[0])
         if way.name == FOLDED:
             both = self._by_folding(projector, maps, layers, size, way.passed)
-        elif way.name == GROUPED:
-            both = by_weights(projector, layers, outer=maps, size=size)
         else:
-            both = through(projector(layers), maps, size)
+            both = by_weights(projector, layers, outer=maps, size=size)
         if not torch.is_autocast_enabled(both[0].device.type):  # autocast keeps its own dtype, as in the LLM's modules
             both = [each.to(dtype) for each in both]
         return list(both[0::2]), list(both[1::2])
@@ -381,16 +352,11 @@ class KeyValueProjector:
         self.say(against)
         if against is None:
             return Way(FOLDED, passed)
-        by_groups = useful(projector, hidden)
-        otherwise = Way(MAPS_CALLED if by_groups else CALLED)
-        if reading is not None:
-            return otherwise
-        alike = _maps(attentions[:1])[0].weight.dtype == hidden[0].dtype
-        if not alike or torch.is_autocast_enabled(hidden[0].device.type):
-            return otherwise
-        if by_groups:
-            return Way(GROUPED)
-        return Way(ONE_NODE) if projector.impl != "torch" and _differentiated(projector, hidden) else otherwise
+        if not useful(projector, hidden):
+            return Way(CALLED)
+        if reading is not None or torch.is_autocast_enabled(hidden[0].device.type):
+            return Way(MAPS_CALLED)
+        return Way(GROUPED if _maps(attentions[:1])[0].weight.dtype == hidden[0].dtype else MAPS_CALLED)
 
     def _by_modules(
         self, attentions: Sequence[nn.Module], pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype
@@ -411,7 +377,7 @@ class KeyValueProjector:
     ) -> Sequence[Tensor]:
         fc1, fc2, by_groups = projector.fc1, projector.fc2, useful(projector, hidden)
         packed = by_groups and grouped_projection.packable(hidden, maps[0].out_features, projector.impl)
-        packed = packed and not _differentiated(projector, hidden)
+        packed = packed and not grouped_projection.differentiated((fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden))
         folded = self._current(fc2, maps, hidden[0], packed, passed)
         weight, bias = folded.weight, folded.bias
         if by_groups:

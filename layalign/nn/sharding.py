@@ -32,18 +32,6 @@ def reason_whole_is_not_here(parameter: Any) -> str | None:
     return None
 
 
-def _first_parameter(module: nn.Module) -> nn.Parameter | None:
-    """The first of ``module.parameters()``, without building a name for each module on the way."""
-    waiting = [module]
-    while waiting:
-        each = waiting.pop()
-        for parameter in each._parameters.values():
-            if parameter is not None:
-                return parameter
-        waiting += [part for part in reversed(each._modules.values()) if part is not None]
-    return None
-
-
 def engine_of(model: nn.Module) -> str | None:
     """The engine that shards all of ``model``: "FSDP2", "ZeRO-3", or None.
 
@@ -53,7 +41,7 @@ def engine_of(model: nn.Module) -> str | None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(model, fsdp.FSDPModule):
         return "FSDP2"
-    first = _first_parameter(model)
+    first = next(model.parameters(), None)
     if is_partitioned(first):
         return "ZeRO-3"
     return "FSDP2" if is_dtensor(first) else None

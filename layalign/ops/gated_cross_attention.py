@@ -13,7 +13,6 @@ base keep theirs. float64 is left to plain torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ torch.library.define(
 )
 
 
-def forward(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -52,11 +51,10 @@ def forward(
     scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, log-sum-exp) from a backend's kernels, without the dispatcher."""
     return backends.launcher(backend, "gated_cross_attention_forward")(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
 
 
-torch.library.impl(_FORWARD, "default", forward)
+torch.library.impl(_FORWARD, "default", _forward)
 
 
 @torch.library.register_fake(_FORWARD)
@@ -122,13 +120,8 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    keep(ctx, inputs, output)
-
-
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Save for :func:`gradients`: the forward's 8 arguments, and its result with the log-sum-exp."""
     query, key, value, gate, base, key_mask, scale, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, gate, key_mask, output[1])
     ctx.scale = scale
@@ -136,24 +129,12 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return gradients(ctx, ctx.needs_input_grad[:5], grad)
-
-
-def gradients(
-    ctx: Any, wanted: Sequence[bool], grad: Tensor | None, saved: Sequence[Tensor] | None = None
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the 8 arguments, from what :func:`keep` saved.
-
-    Args:
-        wanted: whether those of query, key, value, gate and base are needed.
-        saved: the saved tensors, where they were unpacked already: checkpoints allow that once.
-    """
     if grad is None:
         return (None,) * 8
-    *needs, need_base = wanted
+    *needs, need_base = ctx.needs_input_grad[:5]
     each: list[Tensor | None] = [None] * 4
     if any(needs):
-        query, key, value, gate, key_mask, lse = ctx.saved_tensors if saved is None else saved
+        query, key, value, gate, key_mask, lse = ctx.saved_tensors
         # The operation where gradients of gradients are needed: it refuses the second derivative.
         direct = dispatch.can_skip_dispatcher((grad, query, key, value, gate, key_mask, lse))
         found = (_backward if direct else torch.ops.layalign.gated_cross_attention_backward)(
@@ -167,14 +148,12 @@ class _Eager(torch.autograd.Function):
     """The first operation and its gradients without ``torch.library``, which costs 0.2 ms per layer and step."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = forward(*inputs)
-        keep(ctx, inputs, output)
-        return output[0]
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd(ctx, grad, None)
+    backward = staticmethod(_autograd)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -213,7 +192,7 @@ def _fused(backend: str) -> backends.Implementation:
             return found if few else found[0]  # type: ignore[no-any-return]
         training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
         if training and dispatch.can_skip_dispatcher(inputs, differentiated=True):
-            return _Eager.apply(*inputs, scale, backend)  # type: ignore[no-any-return]
+            return _Eager.apply(*inputs, scale, backend)[0]  # type: ignore[no-any-return]
         # `training` first: reading a length makes a graph guard it.
         if not training and query.shape[2] <= MAX_DECODE_ROWS:
             return torch.ops.layalign.gated_cross_attention_decode(*inputs, scale, backend)  # type: ignore[no-any-return]

@@ -26,7 +26,6 @@ from layalign.ops.packed_weight import PackedWeight
 Map = tuple[Tensor, Tensor | None]  # weight (N, K) and bias (N,) of a linear map
 
 GROUP_BYTES = 2**24  # of x in a group: fits a third-level cache
-FEW_ROWS = 256  # below this, one slot's product does not fill the cores
 
 
 def can_run(hidden: Sequence[Tensor], impl: str) -> bool:
@@ -76,15 +75,6 @@ def grouped_projection(
     inputs = *mix, *inner, *hidden
     direct = checks.can_read_memory(inputs) and not differentiated(inputs)
     return call.as_heads(_forward(call, *inputs)) if direct else list(_Grouped.apply(call, *inputs))  # type: ignore[arg-type]
-
-
-def through(y: Tensor | Sequence[Tensor], outer: Sequence[Map], size: int) -> Sequence[Tensor]:
-    """y, (2L, B, S, D_l) or 2L tensors (B, S, D_l), through frozen maps, as heads (B, D_out / d, S, d).
-
-    It is one autograd node instead of a linear map, a view and a transposition for each slot. The model uses it in
-    training on a GPU, and :func:`layalign.swap_modules` for each layer.
-    """
-    return list(_Outer.apply(_Call("auto", None, None, outer, size), *((y,) if isinstance(y, Tensor) else y)))
 
 
 def heads(states: Tensor, size: int) -> Tensor:
@@ -155,12 +145,8 @@ class _Call:
         """x (slots, B, S, D_e) of a group by the folded maps."""
         assert isinstance(self.weight, Tensor)  # a packed one is used without gradients only
         weight, bias = _as(x.dtype, self.weight[group], None if self.bias is None else self.bias[group])
-        if x[0, ..., 0].numel() >= FEW_ROWS or (self.kernel and batched_linear.serves(x, weight, bias)):
-            biases = [None] * len(x) if bias is None else bias.unbind(0)
-            return batched_linear.forward(x.unbind(0), weight.unbind(0), biases, self.kernel)
-        rows, flat = weight.mT, x.flatten(1, 2)
-        y = torch.bmm(flat, rows) if bias is None else torch.baddbmm(bias[:, None], flat, rows)
-        return list(y.unflatten(1, x.shape[1:3]).unbind(0))
+        biases = [None] * len(x) if bias is None else bias.unbind(0)
+        return batched_linear.forward(x.unbind(0), weight.unbind(0), biases, self.kernel)
 
     def maps(self, group: slice, inner: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         """W[j] of a group in the dtype of x."""
@@ -334,19 +320,3 @@ class _Grouped(torch.autograd.Function):
         pairs = zip(sums.gradients, (inner, inner_bias), strict=True)
         inner_grads = (None if grad is None else grad.to(p.dtype) for grad, p in pairs)
         return (None, *found[:2], *inner_grads, *found[2:])
-
-
-class _Outer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *y: Tensor) -> tuple[Tensor, ...]:
-        ctx.call, ctx.shape = call, y[0].shape
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*call.frozen)
-        return tuple(call.as_heads(call.through(y[0].unbind(0) if y[0].dim() == 4 else y)))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.call.frozen, (batch, source, _) = ctx.saved_tensors, ctx.shape[-3:]
-        found = ctx.call.back(ctx.call.as_rows(grads), 0, batch * source).unflatten(1, (batch, source))
-        return (None, found) if len(ctx.shape) == 4 else (None, *found.unbind(0))

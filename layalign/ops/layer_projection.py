@@ -51,7 +51,7 @@ def choose_plan(weight: Tensor) -> str:
 
     - Two steps write and read x, 2 * 2L * D_e elements per row, and multiply at the rate of torch's product.
     - The fused kernel saves that traffic and multiplies at its own rate. It repeats the mix for every FUSED_COLUMNS
-      output columns. With one weight per slot it reads the E layers once per slot and block instead of x.
+      output columns. With one weight per slot it would read the E layers once per slot and block instead of x.
 
     So it is used where the slots share a weight and one block has all outputs. This is counted, not measured.
     """
@@ -68,13 +68,10 @@ def _run(
     backend: str,
 ) -> Tensor:
     fused = backends.kernels(backend).launcher("layer_projection_forward")
-    if fused is None:
-        plan = "two_step"  # torch computes the product
     if plan == "auto":
         plan = choose_plan(weight)
-        if weight.dim() == 2 and bias is not None and bias.dim() == 2:
-            plan = "two_step"  # the fused kernel takes a bias per slot only with a weight per slot
-    if plan == "fused" and fused is not None:
+    shared = weight.dim() == 2 and (bias is None or bias.dim() == 1)  # all that a fused kernel takes
+    if plan == "fused" and fused is not None and shared:
         return fused(hidden, mix_weight, mix_bias, weight, bias)  # type: ignore[no-any-return]
     dtype = hidden[0].dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from layalign import ops
 from layalign.modeling.attention_interface import PREFIX, register
-from layalign.modeling.decoders import OUTPUT_MAPS, head_size, key_value_modules, key_value_states
-from layalign.modeling.key_values import can_pass, through
+from layalign.modeling.decoders import OUTPUT_MAPS, key_value_states
 from layalign.nn.inspection import is_altered, is_intercepted, is_repatched, parts, readable, reason_against_reading
 from layalign.ops import cached_launch
-from layalign.ops.cached_launch import CachedDecode, Ready, side_by_side
+from layalign.ops.cached_launch import CachedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 from layalign.published.kept import KeptStates
 from layalign.utils.errors import ArgumentError
@@ -219,12 +218,7 @@ class AttentionSwap:
         self.again = None
         if attention.training:  # dropout in LoRA, checkpoints: nothing is kept
             self.kept = None
-        states: list[Tensor] = [pair[0].to(query.device), pair[1].to(query.device)]
-        maps: list[Any] = key_value_modules(attention)
-        if self.impl != "torch" and len(maps) == 2 and can_pass(states, maps):
-            key, value = through(states, maps, head_size(attention))
-        else:
-            key, value = key_value_states(attention, *states)
+        key, value = key_value_states(attention, pair[0].to(query.device), pair[1].to(query.device))
         if key.shape[0] == 1 != query.shape[0]:
             key, value = (each.expand(query.shape[0], -1, -1, -1) for each in (key, value))
         if not torch.compiler.is_compiling():
@@ -234,18 +228,17 @@ class AttentionSwap:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, overwrite: bool) -> Tensor:
         """``base`` (B, T, H, d) plus the gated term. ``base`` may be overwritten if `overwrite` is set."""
         scale = query.shape[-1] ** -0.5  # as published, whatever the LLM's own
-        compiling = torch.compiler.is_compiling()
-        ready: Ready | None = None
-        if not compiling and cached_launch.possible():
-            ready = cached_launch.ready(self.again, key, value, gate, None, self.impl)
-        if ready is not None and (found := ready(query, base, scale, overwrite)) is not None:
-            return found
+        compiling, again = torch.compiler.is_compiling(), self.again
+        if again is not None and not compiling and cached_launch.possible():
+            ready = again.prepare(key, value, gate, None, self.impl)
+            if ready and (found := again(query, base, scale, overwrite)) is not None:
+                return found
         if not compiling and query.shape[2] <= MAX_DECODE_ROWS and (kept := self.kept) is not None and kept.key is key:
             key, value = side_by_side(key, value)
             self.kept = replace(kept, key=key, value=value)
         found = ops.gated_cross_attention(query, key, value, gate, base, scale=scale, impl=self.impl)
         if not compiling:
-            self.again = cached_launch.after(ready, (query, key, value, gate, base, None), scale, self.impl)
+            self.again = CachedDecode.after((query, key, value, gate, base, None), scale, self.impl)
         return found
 
 

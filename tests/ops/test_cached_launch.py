@@ -1,4 +1,4 @@
-"""Cached calls of gated cross-attention give the numbers of full calls, and only where they may answer at all."""
+"""Cached decoding calls give the numbers of full calls, and only where they may answer at all."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from layalign import ops
 from layalign.modeling.cache import SourceKeyValues
 from layalign.modeling.cross_attention import OnePass, one_pass
 from layalign.nn import GatedCrossAttention
-from layalign.ops import backends, cached_launch
-from layalign.ops.cached_launch import CachedDecode, CachedTraining
+from layalign.ops import backends
+from layalign.ops.cached_launch import CachedDecode
 
 IMPLS = [name for name in ("cpp", "cuda") if backends.capability(name, "cpu")[0]]
-needs_kernels = pytest.mark.skipif(not IMPLS, reason="no compiled kernels here")
 
 
 def decode_arguments() -> list[Any]:
@@ -263,7 +262,7 @@ def test_a_pass_follows_states_that_moved(when: str, move: str) -> None:
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_pass_follows_a_source_that_got_other_states_within_it(grad: bool, kernels: Any) -> None:
+def test_a_pass_follows_a_source_that_got_other_states_within_it(grad: bool) -> None:
     query, key, value, gate, base, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
     torch.nn.init.constant_(module.adaption_gate, 0.5)
@@ -280,7 +279,7 @@ def test_a_pass_follows_a_source_that_got_other_states_within_it(grad: bool, ker
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_gradients_switched_on_within_a_pass_are_recorded(kernels: Any) -> None:
+def test_gradients_switched_on_within_a_pass_are_recorded() -> None:
     query, key, value, _, base, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
     source = SourceKeyValues((3,), (key,), (value,), mask)
@@ -347,262 +346,18 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
         assert one.seen == {3} and len(short) == 1
 
 
-TRAINED = {
-    "as in a model": {},
-    "no mask": {"mask": None},
-    "scaled": {"scale": 0.3},
-    "grouped heads side by side": {"query": lambda: torch.randn(2, 4, 20, 16)},
-    "few rows": {"query": lambda: torch.randn(2, 3, 4, 16).transpose(1, 2), "base": lambda: torch.randn(2, 3, 4, 16)},
-    "base of another type": {"base": lambda: torch.randn(2, 20, 4, 16).half()},
-    "base in pieces": {"base": lambda: torch.randn(2, 20, 4, 32)[..., :16]},
-    "gate of half precision": {"gate": lambda: torch.tensor([0.5]).half()},
-    "gate without dimensions": {"gate": lambda: torch.tensor(0.5)},
-    "half precision": {"dtype": torch.float16},
-}
-
-
-def training_arguments(change: dict[str, Any], seed: int = 0) -> list[Any]:
-    """query, key, value, gate, base, mask, scale, impl."""
-    torch.manual_seed(seed)
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    made = {
-        "query": lambda: torch.randn(2, 20, 4, 16).transpose(1, 2),
-        "key": lambda: torch.randn(2, 5, 2, 16).transpose(1, 2),
-        "value": lambda: torch.randn(2, 5, 2, 16).transpose(1, 2),
-        "gate": lambda: torch.tensor([0.5]),
-        "base": lambda: torch.randn(2, 20, 4, 16),
-        **change,
-    }
-    tensors = [made[name]() for name in ("query", "key", "value", "gate", "base")]
-    if "dtype" in change:
-        tensors = [tensor.to(change["dtype"]) for tensor in tensors]
-    for tensor in tensors:
-        tensor.requires_grad_()
-    return [*tensors, change.get("mask", mask), change.get("scale"), "cpp"]
-
-
-def trained(arguments: list[Any]) -> Tensor | None:
-    """As SourceKeyValues calls it."""
-    query, key, value, gate, base, mask, scale, impl = arguments
-    return CachedTraining(key, value, gate, mask, impl)(query, base, scale)
-
-
-def called(arguments: list[Any]) -> Tensor:
-    query, key, value, gate, base, mask, scale, impl = arguments
-    return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl=impl)
-
-
-def leaves(arguments: list[Any]) -> list[Tensor]:
-    return [each for each in arguments if isinstance(each, Tensor) and each.requires_grad]
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
-    """The kept kernels: none yet."""
-    monkeypatch.setattr(cached_launch, "_KERNELS", found := {})
-    return found
-
-
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-@pytest.mark.parametrize("change", TRAINED.values(), ids=TRAINED)
-@pytest.mark.parametrize(
-    "frozen", [(), (0, 4), (1, 2), (3,), (0, 1, 2, 3)], ids=lambda f: "frozen-" + "-".join(map(str, f))
-)
-def test_cached_training_is_the_full_call(change: dict[str, Any], frozen: tuple[int, ...], kernels: Any) -> None:
-    first = training_arguments(change)
-    assert trained(first) is None  # no full call of the kind yet
-    CachedTraining.after(*split(first))
-    assert len(kernels) == 1
-    arguments = training_arguments(change, seed=1)
-    for place in frozen:
-        arguments[place].requires_grad_(False)
-    short, full = trained(arguments), called(arguments)
-    assert short is not None and torch.equal(short, full)
-    weight = torch.randn_like(full)
-    gradients = [torch.autograd.grad(result, leaves(arguments), weight) for result in (short, full)]
-    for one, other in zip(*gradients, strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other)
-
-
-@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_cached_training_leaves_other_calls_alone(kernels: Any) -> None:
-    arguments = training_arguments({})
-    CachedTraining.after(*split(arguments))
-    assert trained(arguments) is not None
-    query, key, value, gate, base, mask, scale, impl = arguments
-    others = [
-        [query[:, :, 1:], key, value, gate, base[:, 1:], mask, scale, impl],
-        [query.contiguous(), key, value, gate, base, mask, scale, impl],
-        [query.double(), key, value, gate, base, mask, scale, impl],
-        [query.as_subclass(Subclass), key, value, gate, base, mask, scale, impl],
-        [torch._neg_view(query), key, value, gate, base, mask, scale, impl],
-        [query.to("meta"), key, value, gate, base, mask, scale, impl],
-        [query, key.contiguous(), value, gate, base, mask, scale, impl],
-        [query, key, torch._neg_view(value), gate, base, mask, scale, impl],
-        [query, key, value, gate.to("meta"), base, mask, scale, impl],
-        [query, key, value, gate.as_subclass(Subclass), base, mask, scale, impl],
-        [query, key, value, gate.double(), base, mask, scale, impl],
-        [query, key, value, None, base, mask, scale, impl],
-        [query, key, value, gate, base.double(), mask, scale, impl],
-        [query, key, value, gate, base, None, scale, impl],
-        [query, key, value, gate, base, mask, 0.1, impl],
-        [query, key, value, gate, base, mask, scale, "auto"],
-        [each.detach() if isinstance(each, Tensor) else each for each in arguments],  # nothing asks for a gradient
-    ]
-    assert [trained(other) for other in others] == [None] * len(others)
-    count = len(kernels)
-    for refused in (
-        [query, key, value, gate, base, mask, scale, "torch"],
-        [query, key, value, gate.double(), base, mask, scale, impl],
-        [query, key, value, torch.ones(1, 1), base, mask, scale, impl],
-        [query, key, value, gate.to("meta"), base, mask, scale, impl],
-        [query, key[:, :, :1].expand(2, 2, 5, 16)[..., :0], value, gate, base, mask, scale, impl],
-        [query, torch.randn(999).as_strided((2, 2, 5, 16), (240, 80, 1, 1)), value, gate, base, mask, scale, impl],
-    ):
-        CachedTraining.after(*split(refused))
-    assert len(kernels) == count
-
-
-@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_cached_training_looks_at_its_tensors_when_it_is_called(kernels: Any) -> None:
-    arguments = training_arguments({})
-    CachedTraining.after(*split(arguments))
-    query, key, value, gate, base, mask, scale, impl = arguments
-    prepared = CachedTraining(key, value, gate, mask, impl)
-    key.data = torch.randn(2, 5, 2, 16).transpose(1, 2)
-    assert torch.equal(prepared(query, base, scale), called(arguments))
-    value.data = torch.randn(2, 2, 5, 16)  # laid out in another way
-    assert prepared(query, base, scale) is None
-
-
-@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_cached_training_answers_who_looks_in_the_backward(kernels: Any) -> None:
-    arguments = training_arguments({})
-    CachedTraining.after(*split(arguments))
-    weight = torch.randn(2, 20, 4, 16)
-    right = torch.autograd.grad(called(arguments), leaves(arguments), weight)
-
-    def same(result: Tensor | None, grad: Tensor = weight) -> None:
-        assert result is not None
-        for one, other in zip(torch.autograd.grad(result, leaves(arguments), grad), right, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-
-    same(trained(arguments))
-    same(trained(arguments), torch.empty(20, 2, 4, 16).copy_(weight.transpose(0, 1)).transpose(0, 1))  # in pieces
-    same(trained(arguments), torch._neg_view(-weight))
-    with torch.autograd.graph.save_on_cpu():  # changes their layout
-        result = trained(arguments)
-    same(result)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-        same(trained(arguments))
-    assert "layalign::gated_cross_attention_backward" in {event.key for event in profiled.key_averages()}
-    first = torch.autograd.grad(trained(arguments), leaves(arguments), weight, create_graph=True)
-    with pytest.raises(ops.backends.BackendError, match="no second derivative"):
-        first[0].sum().backward()
-    nothing = torch.autograd.grad(trained(arguments)[:0].sum(), leaves(arguments))
-    assert all(not gradient.any() for gradient in nothing)
-
-
-@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-@pytest.mark.parametrize("rows", [1, 2])
-def test_the_backward_is_short_whatever_the_base_was_like(
-    rows: int, kernels: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    change = {
-        "query": lambda: torch.randn(rows, 20, 4, 16).transpose(1, 2),
-        "key": lambda: torch.randn(rows, 5, 2, 16).transpose(1, 2),
-        "value": lambda: torch.randn(rows, 5, 2, 16).transpose(1, 2),
-        # As torch's attention leaves it: along a dimension of one the stride is any.
-        "base": lambda: torch.randn(rows, 20, 64).as_strided((rows, 20, 4, 16), (1280 if rows > 1 else 64, 64, 16, 1)),
-        "mask": None,
-    }
-    arguments = training_arguments(change)
-    CachedTraining.after(*split(arguments))
-    weight = torch.randn(rows, 20, 4, 16)
-    right = torch.autograd.grad(called(arguments), leaves(arguments), weight)
-    monkeypatch.setattr(cached_launch, "gradients", None)  # of full calls
-    result = trained(arguments)
-    assert result is not None
-    for one, other in zip(torch.autograd.grad(result, leaves(arguments), weight), right, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_autocast_is_part_of_the_kind(kernels: Any) -> None:
+def test_autocast_is_part_of_the_kind() -> None:
     """A full call casts to its dtype; where nothing is to be cast it is the same call."""
-    plain, narrow = training_arguments({}), training_arguments({"dtype": torch.bfloat16})
     step = decode_arguments()
     small = [each.bfloat16() if isinstance(each, Tensor) and each.is_floating_point() else each for each in step]
-    CachedTraining.after(*split(plain))
-    CachedTraining.after(*split(narrow))
     again = CachedDecode.after(*split(small))
-    assert again is not None and trained(plain) is not None and trained(narrow) is not None
+    assert again is not None
     with torch.autocast("cpu", torch.bfloat16):
-        assert trained(plain) is None and trained(narrow) is None and repeated(again, small) is None
-        CachedTraining.after(*split(plain))
-        assert len(kernels) == 2 and CachedDecode.after(*split(step)) is None
-        CachedTraining.after(*split(narrow))
+        assert repeated(again, small) is None and CachedDecode.after(*split(step)) is None
         again = CachedDecode.after(*split(small))
-        short, right = trained(narrow), called(narrow)
-        assert len(kernels) == 3 and short is not None and torch.equal(short, right)
         found = None if again is None else repeated(again, small)
-        assert found is not None and torch.equal(found, called(small))
-        weight = torch.randn(right.shape).bfloat16()
-        gradients = [torch.autograd.grad(result, leaves(narrow), weight) for result in (short, right)]
-        assert all(map(torch.equal, *gradients))
+        query, key, value, gate, base, mask, scale, impl = small
+        full = ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl=impl)
+        assert found is not None and torch.equal(found, full)
     assert again is not None and repeated(again, small) is None
-
-
-@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_no_more_kinds_are_kept_than_a_process_needs(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached_launch, "MOST_KINDS", 3)
-    for length in range(4, 9):
-        change = {"mask": torch.ones(2, 5, dtype=torch.bool), "scale": length / 10}
-        CachedTraining.after(*split(training_arguments(change)))
-    assert len(kernels) == 2
-
-
-@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpoints", "reentrant-checkpoints"])
-def test_a_model_trains_the_short_way_as_the_long_one(
-    checkpointing: bool | None, kernels: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model().train()
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-    inputs = batch(model=model)
-    short: list[bool] = []
-    apply = cached_launch._Cached.apply
-    monkeypatch.setattr(cached_launch._Cached, "apply", lambda *given: short.append(True) or apply(*given))
-
-    def step() -> list[Tensor]:
-        model.zero_grad()
-        torch.manual_seed(0)  # the encoder drops out
-        loss = model(**inputs).loss
-        loss.backward()
-        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-    step()  # the model's own check that the source arrives: full calls
-    assert not short
-    step()
-    layers, before = len(model.config.language_layers), len(short)
-    found = step()
-    assert len(short) == (before + layers if checkpointing is not True else before)
-    monkeypatch.setattr(CachedTraining, "__call__", lambda *_: None)
-    for one, other in zip(found, step(), strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
-def test_saved_tensors_are_unpacked_once(kernels: Any) -> None:
-    """Checkpoints refuse a second time."""
-    arguments = training_arguments({})
-    CachedTraining.after(*split(arguments))
-    unpacked: list[int] = []
-    for watching in (nullcontext(), torch.profiler.profile()):
-        unpacked.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(1) or t):
-            result = trained(arguments)
-        with watching:
-            torch.autograd.grad(result, leaves(arguments), torch.ones(2, 20, 4, 16))
-        assert len(unpacked) == 6, watching  # query, key, value, gate, mask and the log-sum-exp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -78,6 +79,45 @@ def test_a_second_derivative_raises(impl: str) -> None:
     gradients = torch.autograd.grad(ops.gated_cross_attention(*low, impl=impl).square().sum(), low, create_graph=True)
     with pytest.raises(BackendError, match="no second derivative; use impl='torch'"):
         gradients[0].sum().backward()
+
+
+def test_gradients_are_the_same_whoever_looks(impl: str) -> None:
+    leaves = [x.requires_grad_() for x in inputs(2, 4, 2, 20, 5, 16)]
+    mask = make_mask("random", 2, 5)
+
+    def called() -> Tensor:
+        return ops.gated_cross_attention(*leaves, key_mask=mask, impl=impl)
+
+    weight = torch.randn(called().shape, device=DEVICE)
+    right = torch.autograd.grad(called(), leaves, weight)
+
+    def same(result: Tensor, grad: Tensor = weight) -> None:
+        for one, other in zip(torch.autograd.grad(result, leaves, grad), right, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+    same(called(), weight.transpose(0, 1).contiguous().transpose(0, 1))  # in pieces
+    same(called(), torch._neg_view(-weight))
+    with torch.autograd.graph.save_on_cpu():  # changes their layout
+        result = called()
+    same(result)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        same(called())
+    assert "layalign::gated_cross_attention_backward" in {event.key for event in profiled.key_averages()}
+    nothing = torch.autograd.grad(called()[:0].sum(), leaves)
+    assert all(not gradient.any() for gradient in nothing)
+
+
+def test_saved_tensors_are_unpacked_once(impl: str) -> None:
+    """Checkpoints refuse a second time."""
+    leaves = [x.requires_grad_() for x in inputs(2, 4, 2, 20, 5, 16)]
+    unpacked: list[int] = []
+    for watching in (contextlib.nullcontext(), torch.profiler.profile()):
+        unpacked.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(1) or t):
+            result = ops.gated_cross_attention(*leaves, key_mask=make_mask("random", 2, 5), impl=impl)
+        with watching:
+            torch.autograd.grad(result.sum(), leaves)
+        assert len(unpacked) == 6, watching  # query, key, value, gate, mask and the log-sum-exp
 
 
 def test_autocast_takes_its_type_and_key_may_have_another_one(impl: str) -> None:

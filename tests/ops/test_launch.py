@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from layalign import ops
 from layalign.ops import cached_launch
 from layalign.ops.backends.triton import interpreting
-from layalign.ops.cached_launch import CachedDecode, CachedTraining
+from layalign.ops.cached_launch import CachedDecode
 
 pytest.importorskip("triton")
 from emulated_triton import Emulated, Launched, emulated_triton
@@ -41,14 +41,6 @@ DECODED: dict[str, dict[str, Any]] = {
     "base of another type": {"base_dtype": torch.float16},
     "half precision": {"dtype": torch.float16, "base_dtype": torch.float16},
 }
-TRAINED: dict[str, dict[str, Any]] = {
-    "as in a model": {"rows": 20},
-    "split rows": {"rows": 900},
-    "no mask": {"rows": 20, "masked": False},
-    "scaled": {"rows": 20, "scale": 0.3},
-    "half precision": {"rows": 20, "dtype": torch.float16, "base_dtype": torch.float16},
-    "heads side by side": {"rows": 20, "plain": True},
-}
 
 
 @interpreted
@@ -63,9 +55,6 @@ def test_in_a_process_whose_kernels_are_not_interpreted() -> None:
 @interpreted
 def test_interpreted_kernels_are_called_in_full() -> None:
     assert CachedDecode.after(*split(arguments())) is None
-    kinds = len(cached_launch._KERNELS)
-    CachedTraining.after(*split(arguments(rows=20)))
-    assert len(cached_launch._KERNELS) == kinds
 
 
 def arguments(
@@ -75,7 +64,6 @@ def arguments(
     scale: float | None = None,
     dtype: torch.dtype = torch.float32,
     base_dtype: torch.dtype = torch.float32,
-    plain: bool = False,
     seed: int = 0,
     device: str = "cpu",
 ) -> list[Any]:
@@ -83,9 +71,7 @@ def arguments(
     torch.manual_seed(seed)
 
     def heads(count: int, length: int) -> Tensor:
-        shape = (2, count, length, 16) if plain else (2, length, count, 16)
-        made = torch.randn(shape).to(device, dtype)
-        return made if plain else made.transpose(1, 2)
+        return torch.randn(2, length, count, 16).to(device, dtype).transpose(1, 2)
 
     base = torch.randn(2, rows, 4, 16).to(device, base_dtype)
     tensors = [heads(4, rows), heads(2, source), heads(2, source), torch.tensor([0.5], device=device), base]
@@ -107,14 +93,8 @@ def decoded(again: CachedDecode, given: Sequence[Any]) -> Tensor | None:
     return again(query, base, scale) if again.prepare(key, value, gate, mask, impl) else None
 
 
-def trained(given: Sequence[Any]) -> Tensor | None:
-    query, key, value, gate, base, mask, scale, impl = given
-    return CachedTraining(key, value, gate, mask, impl)(query, base, scale)
-
-
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
-    monkeypatch.setattr(cached_launch, "_KERNELS", {})
     with emulated_triton(monkeypatch) as found:
         yield found
 
@@ -179,52 +159,6 @@ def test_a_cached_decode_launches_the_same(
         assert splits > 1 and arguments_["p_lse"] - arguments_["p_part"] == 4 * splits * rows * 16
 
 
-@compiled
-@pytest.mark.parametrize("change", TRAINED.values(), ids=TRAINED)
-@pytest.mark.parametrize(
-    "frozen", [(), (0, 4), (1, 2), (1,), (3,), (0, 1, 3), (0, 1, 2)], ids=lambda f: "frozen-" + "-".join(map(str, f))
-)
-def test_cached_training_launches_the_same(
-    change: dict[str, Any],
-    frozen: tuple[int, ...],
-    driver: Emulated,
-    by_triton: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from layalign_kernels import gated_cross_attention_backward
-
-    monkeypatch.setattr(gated_cross_attention_backward, "multiprocessors", lambda _: 132)
-    first = arguments(**change)
-    full(first)
-    CachedTraining.after(*split(first))
-    weight = torch.randn(2, change["rows"], 4, 16).to(first[0].dtype)
-    whole = trained(first)
-    assert whole is not None
-    torch.autograd.grad(whole, first[:5], weight)  # one kind of tensors, whatever is wanted of them
-    given = arguments(**change, seed=1)
-    for place in frozen:
-        given[place].requires_grad_(False)
-    leaves = [each for each in given if isinstance(each, Tensor) and each.requires_grad]
-    results: list[Tensor] = []
-    gradients: list[tuple[Tensor, ...]] = []
-
-    def through(call: Callable[[], Tensor | None]) -> tuple[list[Launched], list[Launched]]:
-        forward = launched(driver, given, lambda: results.append(call()) or results)  # type: ignore[func-returns-value]
-        known = [*given, weight]
-        backward = launched(
-            driver, known, lambda: gradients.append(torch.autograd.grad(results[-1], leaves, weight)) or gradients
-        )
-        return forward, backward
-
-    right = through(lambda: full(given))
-    trained_once = through(lambda: trained(given))  # its backward may be compiled again
-    by_triton.clear()
-    assert right == trained_once == through(lambda: trained(given))
-    assert not by_triton
-    for one, other in zip(gradients[0], gradients[-1], strict=True):
-        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
-
-
 def moved(tensor: Tensor) -> Tensor:
     """The same numbers 4 bytes after a multiple of 16."""
     memory = torch.empty(tensor.numel() + 5, dtype=tensor.dtype)
@@ -272,37 +206,8 @@ def test_what_a_kept_decode_does_not_serve_goes_to_triton(driver: Emulated, monk
 
 
 @compiled
-def test_what_kept_training_does_not_serve_goes_to_triton(driver: Emulated, by_triton: list[str]) -> None:
-    given = arguments(rows=20)
-    full(given)
-    CachedTraining.after(*split(given))
-    weight = torch.randn(2, 20, 4, 16)
-
-    def launches(grad: Tensor = weight) -> tuple[int, int]:
-        """How many Triton made, and how many there were."""
-        by_triton.clear()
-        driver.launches.clear()
-        result = trained(given)
-        assert result is not None
-        torch.autograd.grad(result, given[:4], grad)
-        return len(by_triton), len(driver.launches)
-
-    assert launches() == (0, 3)
-    assert launches(moved(weight)) == (2, 3)
-    given[0] = moved(given[0]).requires_grad_()
-    assert launches() == (3, 3)
-    given[0] = arguments(rows=20)[0]
-    assert launches() == (0, 3)
-    with tf32():
-        assert launches() == (3, 3)
-    driver.device = 1
-    assert launches() == (3, 3)
-
-
-@compiled
 @pytest.mark.parametrize("case", ["hooks", "ROCm", "an old Triton"])
 def test_what_cannot_be_kept(case: str, driver: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layalign_kernels.gated_cross_attention import gated_cross_attention_forward_kernel
     from layalign_kernels.gated_cross_attention_decode import gated_cross_attention_decode_kernel
 
     if case == "ROCm":
@@ -310,12 +215,9 @@ def test_what_cannot_be_kept(case: str, driver: Emulated, monkeypatch: pytest.Mo
     elif case == "an old Triton":
         monkeypatch.setattr("triton.__version__", "3.3.1+git1")
     else:
-        for kernel in (gated_cross_attention_decode_kernel, gated_cross_attention_forward_kernel):
-            monkeypatch.setattr(kernel, "pre_run_hooks", [lambda *_, **__: None])
+        monkeypatch.setattr(gated_cross_attention_decode_kernel, "pre_run_hooks", [lambda *_, **__: None])
     with torch.no_grad():
         assert CachedDecode.after(*split(arguments())) is None
-    CachedTraining.after(*split(arguments(rows=20)))
-    assert not cached_launch._KERNELS
 
 
 def with_triton(model: Any) -> Any:
@@ -333,7 +235,7 @@ def test_a_model_launches_the_same_either_way(
     inputs = batch(model=model)
     layers = len(model.config.language_layers)
 
-    def counted(call: Callable[[], Any]) -> tuple[list[tuple[Any, ...]], int]:
+    def counted(call: Callable[[], None]) -> tuple[list[tuple[Any, ...]], int]:
         driver.launches.clear()
         by_triton.clear()
         call()
@@ -343,26 +245,19 @@ def test_a_model_launches_the_same_either_way(
         ]
         return numbers, len(by_triton)
 
-    def step() -> None:
-        model.zero_grad()
-        model(**inputs).loss.backward()
-
     def generate() -> None:
         source = {name: inputs[name] for name in ("encoder_input_ids", "encoder_attention_mask")}
         # The emulated driver computes nothing: the logits are what lies in the memory.
         model.generate(**source, max_new_tokens=6, remove_invalid_values=True, do_sample=False, eos_token_id=None)
 
-    for call, expected in ((step, 3 * layers), (generate, 6 * layers)):
-        call()  # the model's own check that the source arrives, and what is kept
-        call()
-        short, launches_of_triton = counted(call)
-        assert len(short) == expected
-        # A generation's first pass and its first step have another shape each time, and say what follows.
-        assert launches_of_triton == (0 if call is step else 2 * layers)
-        with monkeypatch.context() as patch:
-            patch.setattr(cached_launch, "ready", lambda *_: None)
-            long, launches_of_triton = counted(call)
-        assert long == short and launches_of_triton == expected
+    generate()  # the model's own check that the source arrives
+    short, launches_of_triton = counted(generate)
+    assert len(short) == 6 * layers
+    # A generation's first pass and its first step have another shape each time, and say what follows.
+    assert launches_of_triton == 2 * layers
+    monkeypatch.setattr(cached_launch, "possible", lambda: False)
+    long, launches_of_triton = counted(generate)
+    assert long == short and launches_of_triton == 6 * layers
 
 
 @compiled
@@ -379,20 +274,3 @@ def test_a_cached_decode_has_the_same_numbers(change: dict[str, Any]) -> None:
         given[0], given[3], given[4] = other[0], other[3] * seed, other[4]
         found = decoded(again, given)
         assert found is not None and torch.equal(found, full(given)) and found.isfinite().all()
-
-
-@compiled
-@on_gpu
-@pytest.mark.parametrize("change", TRAINED.values(), ids=TRAINED)
-def test_cached_training_has_the_same_numbers(change: dict[str, Any]) -> None:
-    first = arguments(**change, device=GPU)
-    full(first)
-    CachedTraining.after(*split(first))
-    given = arguments(**change, seed=1, device=GPU)
-    for _ in range(2):
-        short, long = trained(given), full(given)
-        assert short is not None and torch.equal(short, long)
-        weight = torch.randn_like(long)
-        gradients = [torch.autograd.grad(result, given[:5], weight) for result in (short, long)]
-        for one, other in zip(*gradients, strict=True):
-            assert torch.equal(one, other) and one.isfinite().all()

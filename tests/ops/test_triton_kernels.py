@@ -19,7 +19,7 @@ from layalign_kernels import (
     gated_cross_attention_common,
     gated_cross_attention_decode,
 )
-from layalign_kernels.common import largest_offset, next_power_of_2, offset64
+from layalign_kernels.common import next_power_of_2, offset64
 from layalign_kernels.gated_cross_attention_backward import splits_over_rows
 from layalign_kernels.gated_cross_attention_decode import splits_over_source
 
@@ -57,11 +57,6 @@ def far_offset(p_out, index, stride, BLOCK: tl.constexpr):
 
 
 def test_offsets_past_32_bits() -> None:
-    long_cache = torch.empty((64, 32, 65536, 128), device="meta", dtype=torch.float16)
-    assert largest_offset(tuple(long_cache.shape), long_cache.stride()) == long_cache.numel() - 1 > 2**31
-    view = torch.empty((2, 4, 4096, 128), device="meta").as_strided((2, 4, 4096, 128), (2**33, 128, 2**20, 1))
-    assert largest_offset(tuple(view.shape), view.stride()) == 2**33 + 3 * 128 + 4095 * 2**20 + 127
-    assert largest_offset((0, 4), (4, 1)) == 3
     out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     far_offset[(1,)](p_out=out, index=3, stride=2**30, BLOCK=4)
     assert out.tolist() == [(3 + i) * 2**30 for i in range(4)]
@@ -85,8 +80,5 @@ def test_every_stride_is_multiplied_in_64_bits() -> None:
     assert multiplied > 50
 
 
-def test_offsets_are_computed_in_64_bits() -> None:
-    huge = torch.empty((64, 16, 1024, 4096), device="meta")
-    assert largest_offset(tuple(huge.shape), huge.stride()) == huge.numel() - 1 > 2**31
-    assert largest_offset((3, 4), (0, 1)) == 3
+def test_powers_of_two() -> None:
     assert [next_power_of_2(n) for n in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]

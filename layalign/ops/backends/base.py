@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Implementation = Callable[..., torch.Tensor]
+Decode = Callable[[int, int, int, int], bool]  # addresses of query, gate, base and result -> whether it was launched
 
 
 class Backend:
@@ -54,7 +55,12 @@ class KernelBackend(Backend):
             layer_mix_forward and layer_mix_backward, which also serve layer_projection with torch's product;
             layer_projection_forward, which fuses that product; gated_cross_attention_forward,
             gated_cross_attention_backward and gated_cross_attention_decode.
+
+    Attributes:
+        decodes_in_place: whether what :meth:`cached_decode` returns may write the result to the base.
     """
+
+    decodes_in_place = False
 
     def __init__(self, name: str, launchers: Mapping[str, Callable[..., Any]] | None = None) -> None:
         super().__init__(name)
@@ -72,6 +78,16 @@ class KernelBackend(Backend):
         """(ok, reason) for the dtype in which a call computes."""
         return True, ""
 
-    def cached_launches(self) -> ModuleType | None:
-        """The module with its cached launches, see :mod:`layalign.ops.cached_launch`; None where it has none."""
+    def cached_decode(self, inputs: Sequence[Tensor | None], scale: float | None, out: Tensor) -> Decode | None:
+        """The decoding kernel for calls like this one, see :mod:`layalign.ops.cached_launch`.
+
+        Args:
+            inputs: query, key, value, gate, base and mask, with last strides of one. The caller keeps key, value and
+                mask alive.
+            scale: of the scores, or None.
+            out: memory like that for the results.
+
+        Returns:
+            A function of the addresses of query, gate, base and result; None where only full calls can be made.
+        """
         return None

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layalign.ops import extension
-from layalign.ops.backends.base import KernelBackend
+from layalign.ops.backends.base import Decode, KernelBackend
 from layalign.utils.errors import BackendError
 
 MIN_TRAINED = 2**18
@@ -21,6 +19,7 @@ class Cpp(KernelBackend):
     """The C++ kernels of ``layalign._C``."""
 
     devices = ("cpu",)
+    decodes_in_place = True
 
     def usable(self, device_type: str) -> tuple[bool, str]:
         if device_type != "cpu":
@@ -36,8 +35,15 @@ class Cpp(KernelBackend):
     def pays(self, operation: str, *args: Any, **kwargs: Any) -> bool:
         return operation == "gated_cross_attention" or _mix_pays(*args)
 
-    def cached_launches(self) -> ModuleType | None:
-        return importlib.import_module("layalign.ops.cached_launch_cpp")
+    def cached_decode(self, inputs: Sequence[Tensor | None], scale: float | None, out: Tensor) -> Decode:
+        described = *map(extension.describe, inputs), out.shape[-1] ** -0.5 if scale is None else float(scale)
+        decode = extension.module().CachedDecode(described, extension.describe(out))
+
+        def run(at_query: int, at_gate: int, at_base: int, at_out: int) -> bool:
+            decode(at_query, at_gate, at_base, at_out, torch.get_num_threads())
+            return True
+
+        return run
 
 
 def _mix_pays(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> bool:

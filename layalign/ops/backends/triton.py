@@ -6,14 +6,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from layalign.ops import checks
-from layalign.ops.backends.base import KernelBackend
+from layalign.ops.backends.base import Decode, KernelBackend
 
 FILES = {
     "layer_mix_forward": "layer_mix",
@@ -64,11 +64,11 @@ class Triton(KernelBackend):
             return False, "Triton's interpreter computes bfloat16 products wrongly"
         return True, ""
 
-    def cached_launches(self) -> ModuleType | None:
+    def cached_decode(self, inputs: Sequence[Tensor | None], scale: float | None, out: Tensor) -> Decode | None:
         if interpreting():
             return None
         found = importlib.import_module("layalign_kernels.cached_launch")
-        return found if found.can_cache_launches() else None
+        return found.cached_decode(inputs, scale, out)  # type: ignore[no-any-return]
 
 
 @functools.cache
