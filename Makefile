@@ -15,10 +15,10 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test check-csrc weights demo demo-made-up lint format docs kernels-report bench bench-tables watch newest soak clean
+.PHONY: help venv test test-fast check-csrc weights demo demo-made-up lint format docs kernels-report bench bench-tables watch newest soak clean
 
 help:
-	@echo "make venv | test | check-csrc | weights | demo | demo-made-up | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
+	@echo "make venv | test | test-fast | check-csrc | weights | demo | demo-made-up | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
 
 venv: $(STAMP)
 
@@ -37,6 +37,10 @@ $(EMULATED): $(STAMP)
 test: $(STAMP) $(EMULATED)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false LAYALIGN_EMULATE_CUDA=$(abspath $(EMULATED)) \
 	  $(BIN)/python -m pytest -n 2 -q
+
+# What a contributor runs between edits: under two minutes on two cores. CI runs all.
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -q -m "not slow"
 
 # The C++ and the emulated CUDA kernels against loops in double precision, with the address and undefined-behaviour
 # sanitizers.

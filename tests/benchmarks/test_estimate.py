@@ -67,6 +67,7 @@ def test_parameters_are_those_of_the_models(estimate: ModuleType, model: LayAlig
     assert round(size["trained"] / 1e6, 2) == 33.57  # the paper's table 10
 
 
+@pytest.mark.slow
 def test_operations_of_the_llm_are_those_torch_counts(estimate: ModuleType, model: LayAlignForCausalLM) -> None:
     tokens, llm = 64, model.llm
     embeddings = torch.zeros(1, tokens, 4096, device="meta", requires_grad=True)

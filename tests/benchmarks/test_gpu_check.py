@@ -26,6 +26,7 @@ def check(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_chosen_steps_run_in_their_order_and_leave_few_files(tmp_path: Path) -> None:
     chosen = "-k 'test_scaling and layer_mix-S-forward' -p no:xdist"
     result = check("-o", str(tmp_path), "-t", "200", "report", "bench", "facts", BENCH=chosen)
@@ -38,6 +39,7 @@ def test_chosen_steps_run_in_their_order_and_leave_few_files(tmp_path: Path) -> 
     assert (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_steps_without_time_are_named(tmp_path: Path) -> None:
     slow = tmp_path / "python"
     slow.write_text("#!/bin/sh\nexec sleep 200\n", encoding="utf-8")
@@ -56,6 +58,7 @@ def test_wrong_arguments(arguments: tuple[str, ...], message: str, tmp_path: Pat
     assert result.returncode == 2 and message in result.stderr and not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_leaves_its_rows(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", "benchmarks"]
     chosen = ["-k", "test_scaling and forward", "--results", str(tmp_path), "--patience", "100"]

@@ -19,6 +19,8 @@ import across  # noqa: E402
 import curves  # noqa: E402
 import watch  # noqa: E402
 
+pytestmark = pytest.mark.slow  # its fixtures train
+
 RESULTS = ROOT / "benchmarks" / "results" / "watch"
 ROWS = json.loads((RESULTS / "versions.json").read_text(encoding="utf-8"))
 CPP = curves.OURS[0]

@@ -75,6 +75,7 @@ def test_help_names_every_command() -> None:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
 
+@pytest.mark.slow
 def test_help_and_version_load_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom layalign.cli import main\n"
@@ -177,6 +178,7 @@ def test_print_config_chains_the_stages(capsys: pytest.CaptureFixture[str]) -> N
     assert first["batch_size"] == second["batch_size"] == 64
 
 
+@pytest.mark.slow
 def test_train_runs_both_stages(trained: Path, config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("translation", "task"):
         saved = json.loads((trained / stage / "training.json").read_text())
@@ -192,6 +194,7 @@ def test_train_runs_both_stages(trained: Path, config_file: Path, capsys: pytest
     assert "nowhere" in line
 
 
+@pytest.mark.slow
 def test_evaluate_goes_on_where_it_stopped(
     trained: Path, parts: TinyParts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +221,7 @@ def test_evaluate_reports_bad_lines(trained: Path, tmp_path: Path, capsys: pytes
     assert json.loads((tmp_path / "r" / "scores.json").read_text())["languages"]["German"]["count"] == 2
 
 
+@pytest.mark.slow
 def test_generate(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     common = ["generate", "-c", trained / "task", "-l", "German", "--max-new-tokens", "6", "--device", "cpu", "--json"]
     capsys.readouterr()

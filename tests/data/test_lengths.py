@@ -209,6 +209,7 @@ def test_the_servers_texts_have_no_special_tokens() -> None:
     assert LLM.decode(packed[packed.index(LLM.eos_token_id) + 1 :]) == "a</s>b"
 
 
+@pytest.mark.slow
 def test_the_analysis_counts_texts_that_are_cut(tmp_path: Path) -> None:
     rows = [("x" * 40, "one"), ("y", "t" * 40), ("z", "three"), ("w", "four")]
     write_lines(tmp_path / "sw.tsv", *("\t".join(row) for row in rows))
@@ -216,6 +217,7 @@ def test_the_analysis_counts_texts_that_are_cut(tmp_path: Path) -> None:
     assert found.settings["cut"] == {"source": 2, "target": 1, "text": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_counts_what_it_cuts(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
     changes = {"max_source_length": 2, "max_target_length": 2, "max_steps": 2, "num_workers": workers}

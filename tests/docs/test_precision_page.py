@@ -17,6 +17,7 @@ from layalign.modeling.cache import get_source
 PAGE = (Path(__file__).parents[2] / "docs" / "precision.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_examples_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()

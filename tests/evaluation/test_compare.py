@@ -61,6 +61,7 @@ def _covered(parallel: bool, told: bool, tries: int = 400) -> float:
     return hits / tries
 
 
+@pytest.mark.slow
 def test_intervals_cover_at_their_level() -> None:
     assert 0.91 < _covered(parallel=True, told=True) < 0.98
     assert 0.91 < _covered(parallel=False, told=False) < 0.98

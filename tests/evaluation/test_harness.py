@@ -263,6 +263,7 @@ def write_plainly(model: LayAlignForCausalLM, text: str, new: int, stop: list[st
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_generate_until_is_greedy_search_cut_at_the_stops(model: LayAlignForCausalLM, batch_size: int) -> None:
     contexts = ["moja", "mbili na tatu", "a", "mbili na tatu", "nne nne nne nne"]
@@ -387,6 +388,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_a_run_of_local_tasks(model: LayAlignForCausalLM, tmp_path: Path, batch_size: int) -> None:
@@ -406,6 +408,7 @@ def test_a_run_of_local_tasks(model: LayAlignForCausalLM, tmp_path: Path, batch_
     assert found["mgsm_like_sw"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 def test_the_command(model: LayAlignForCausalLM, tmp_path: Path) -> None:
     """`layalign lm-eval` knows the model by name, loads the checkpoint and passes the harness's arguments on."""
     write_tasks(tmp_path / "tasks", model)

@@ -51,6 +51,7 @@ def directly(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
     return sum(values), len(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["translation", "task"])
 @pytest.mark.parametrize("llm", ["llama", "mistral", "qwen2", "gemma2", "gpt2"])
 def test_targets_and_choices_are_what_the_logits_say(llm: str, stage: str) -> None:

@@ -337,6 +337,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_the_documented_file_by_the_command_and_in_two_processes(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,7 @@ def said(examples: list[Example]) -> list[str]:
     return [{"0": e.target, "1": e.target[1:] + "s", "4": ""}.get(e.id, "men of four") for e in examples]
 
 
+@pytest.mark.slow
 def test_every_measure_is_what_it_says(model: LayAlignForCausalLM, tmp_path: Path) -> None:
     result = run(model, tmp_path, measures=EVERYTHING)
     assert list(result.measures) == list(EVERYTHING)
@@ -169,6 +170,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert np.isnan(result.average) and result.scores == {}
 
 
+@pytest.mark.slow
 def test_intervals_are_a_bootstrap_over_sentences(tmp_path: Path) -> None:
     score = run(said, tmp_path, model_name="x").measures["chrf"].languages["Swahili"]
     generator = np.random.default_rng(5)
@@ -200,6 +202,7 @@ def test_languages_with_the_same_sentences_are_drawn_together() -> None:
     assert widths[1] < 0.85 * widths[0]  # by the square root of two, if the languages are drawn by themselves
 
 
+@pytest.mark.slow
 def test_a_rerun_goes_on_and_may_measure_more(model: LayAlignForCausalLM, tmp_path: Path, monkeypatch: Any) -> None:
     asked: list[tuple[str, int]] = []
     real = Likelihoods.__call__
@@ -323,6 +326,7 @@ def test_two_runs_are_compared_by_sentence(tmp_path: Path) -> None:
     assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_likelihoods_of_two_runs(model: LayAlignForCausalLM, tmp_path: Path, capsys: Any) -> None:
     measures = ("nats", "right-one-of-3")
     first = run(model, tmp_path / "a", measures=measures, model_name="a")

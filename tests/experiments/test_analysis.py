@@ -367,6 +367,7 @@ def run(*arguments: object) -> int:
     return stop.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_command_writes_a_page_that_stands_alone(
@@ -403,6 +404,7 @@ def test_the_command_writes_a_page_that_stands_alone(
     assert {"mix", "gates", "contribution", "similarity", "pca", "tsne"} <= set(pictures)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_and_the_mean_is_over_positions(parts: TinyParts, folder: Path) -> None:
     model = build(parts)
     settings: dict[str, Any] = {"before": build(parts, structure="MLP"), "limit": 4, "generate": 3, "layer": 2}
@@ -433,6 +435,7 @@ def test_the_same_seed_gives_the_same_numbers_and_the_mean_is_over_positions(par
     assert contributions(reader, {"German": [example]})["mean"] == pytest.approx(expected, 1e-4)  # type: ignore[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"language_layers": []}, {"use_adapter": False}, {"mix": "shared", "fixed_gate": 1.0}], ids=str
 )
@@ -455,6 +458,7 @@ def test_models_without_some_part(changes: dict[str, Any], parts: TinyParts, fol
         assert fused == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_pictures_of_a_deep_model_and_many_languages(tmp_path: Path) -> None:
     draw, layers, names = np.random.default_rng(0), 14, [language.name for language in languages()[:22]]
@@ -544,6 +548,7 @@ def test_errors_of_files_and_arguments(
     assert capsys.readouterr().err.startswith("error: before: expected 'untrained' or a checkpoint, got")
 
 
+@pytest.mark.slow
 def test_importing_loads_neither_sklearn_nor_matplotlib() -> None:
     code = (
         "import sys, layalign, layalign.experiments.analysis\nfrom layalign.experiments.analysis import linear_cka\n"

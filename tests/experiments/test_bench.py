@@ -214,6 +214,7 @@ def test_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         write_report(tmp_path / "empty")
 
 
+@pytest.mark.slow
 def test_the_report_needs_the_files_alone(tmp_path: Path) -> None:
     write(tmp_path / "bench.json", rich_results())
     write(tmp_path / "facts.json", {"device": "not a result file"})
@@ -239,6 +240,7 @@ def test_quantities() -> None:
     assert bench.quantity(3 * 2**20, "bytes") == "3.00 MiB"
 
 
+@pytest.mark.slow
 def test_smoke_of_the_suite(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"LAYALIGN_BENCH": "quick", "OMP_NUM_THREADS": "1"}
@@ -346,6 +348,7 @@ def test_a_ratio_comes_with_an_interval(monkeypatch: pytest.MonkeyPatch) -> None
     assert bench.interval_text(few) == "" and bench.interval_text(many) == "1.000 to 2.000"
 
 
+@pytest.mark.slow
 def test_patience_is_a_number_above_zero() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--patience", "0"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
@@ -365,6 +368,7 @@ def test_measured_tables_are_those_of_the_committed_file(page: Path, tmp_path: P
     assert copied.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), "run `make bench-tables`"
 
 
+@pytest.mark.slow
 def test_a_training_step_beside_the_bare_llm(tmp_path: Path) -> None:
     save_parts(tmp_path)
     command = [

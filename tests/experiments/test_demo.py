@@ -18,6 +18,8 @@ from layalign.experiments.made_up.pretraining import corrupt, demo_weights, enco
 from layalign.experiments.made_up.problems import LANGUAGES, LOW_RESOURCE
 from layalign.experiments.made_up.vocabulary import prompt_pieces
 
+pytestmark = pytest.mark.slow  # its fixtures train
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:

@@ -66,6 +66,7 @@ def run(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 # The whole
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_answers(run: tuple[Path, dict[str, Any]]) -> None:
     folder, found = run
     stored = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
@@ -142,6 +143,7 @@ def test_both_trained_systems_read_the_same(run: tuple[Path, dict[str, Any]]) ->
     assert curves["trained"]["all"] > curves["trained"]["last"]
 
 
+@pytest.mark.slow
 def test_without_training_and_about(folders: tuple[Path, Path], tmp_path: Path) -> None:
     weights, checkpoint = folders
     other = tmp_path / "checkpoint"
@@ -171,6 +173,7 @@ def test_other_frozen_parts_are_told_on_the_page(folders: tuple[Path, Path], tmp
 # Training
 
 
+@pytest.mark.slow
 def test_the_short_run_learns_and_leaves_the_parts_as_they_were(folders: tuple[Path, Path]) -> None:
     parts = {name: str(folders[0] / name) for name in ("encoder", "llm")}
     encoder, llm = load_encoder(parts["encoder"]), load_llm(parts["llm"])
@@ -258,6 +261,7 @@ def test_command_line_errors(arguments: list[str], start: str, capsys: pytest.Ca
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith(f"error: {start}")
 
 
+@pytest.mark.slow
 def test_the_command(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, checkpoint = folders
     arguments = ["--weights", weights, "--checkpoint", checkpoint, "--output", tmp_path, "--sentences", 2, "--steps", 0]

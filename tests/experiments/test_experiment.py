@@ -195,6 +195,7 @@ def test_the_tables_in_the_documentation_are_the_committed_results() -> None:
 # The whole thing
 
 
+@pytest.mark.slow
 def test_an_experiment_goes_on_where_it_stopped(tmp_path: Path) -> None:
     settings = two_systems()
     told: list[str] = []
@@ -237,6 +238,7 @@ def test_sigterm_to_a_run_ends_all_of_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert begun == ["pre-training, seed 0"]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_logged_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     systems = [
         {"name": "broken", "baseline": "layalign", "settings": {"language_layers": [99]}},

@@ -219,6 +219,7 @@ def test_text_from_clones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_did(done: tuple[RealSettings, Path]) -> None:
     settings, folder = done
     choice = json.loads((folder / "runs/layalign-all/choice.json").read_text())
@@ -242,6 +243,7 @@ def test_a_run_leaves_what_it_did(done: tuple[RealSettings, Path]) -> None:
     assert not (folder / "runs/llm/seed-0/trained.json").exists()
 
 
+@pytest.mark.slow
 def test_all_systems_learn_from_the_same_batches(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from layalign.training.trainer import LengthBucketSampler
 
@@ -260,6 +262,7 @@ def test_all_systems_learn_from_the_same_batches(world: Path, tmp_path: Path, mo
     assert len(orders) >= 3 and all(order == orders[0] for order in orders)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on(world: Path, tmp_path: Path, done: tuple[RealSettings, Path]) -> None:
     settings, folder = done
     data, system = read_data(settings), settings.system("mindmerger-soft")
@@ -313,6 +316,7 @@ def test_a_system_has_the_first_token_of_the_settings_or_its_own(
     assert runs.load_run(checkpoint).config.llm_bos_token_id == first
 
 
+@pytest.mark.slow
 def test_a_run_that_began_in_one_dtype_stays_in_it(
     world: Path, done: tuple[RealSettings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,6 +426,7 @@ def test_a_run_is_looked_into(world: Path, done: tuple[RealSettings, Path]) -> N
 # The task stage
 
 
+@pytest.mark.slow
 def test_task_goes_on_with_the_translation_stage(world: Path, done: tuple[RealSettings, Path]) -> None:
     settings, folder = done
     data, read = read_data(settings), task.read_task(settings)
@@ -523,6 +528,7 @@ def command(*words: str) -> Any:
     return end.value.code
 
 
+@pytest.mark.slow
 def test_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import yaml
 

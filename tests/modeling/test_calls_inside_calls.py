@@ -239,6 +239,7 @@ def test_an_error_in_any_module_leaves_nothing(error: type[BaseException], wante
         assert_same(CALLS[call](model, inputs), wanted(call, "the same inputs"), call)
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_leaves_the_next_call_right(wanted: Any) -> None:
     model = tiny_model()
     inputs = batch(model=model)

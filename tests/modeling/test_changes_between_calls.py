@@ -678,22 +678,27 @@ def taken(test: Callable[[], None], **least: int) -> None:
         assert found[path.replace("_", " ")] >= number, found
 
 
+@pytest.mark.slow
 def test_any_change_between_two_calls() -> None:
     taken(calls_and_changes, folded=10, not_folded=10, CachedDecode=20, nested=1, interrupted=1)
 
 
+@pytest.mark.slow
 def test_any_change_between_two_steps_of_a_generation() -> None:
     taken(a_generation, CachedDecode=50)
 
 
+@pytest.mark.slow
 def test_any_change_between_two_requests() -> None:
     taken(served, joined=6, CachedDecode=30)
 
 
+@pytest.mark.slow
 def test_any_change_of_a_swapped_model() -> None:
     taken(a_swapped_model, swapped=15, CachedDecode=15)
 
 
+@pytest.mark.slow
 @compiles
 def test_any_change_of_a_compiled_model() -> None:
     taken(a_compiled_model, compiled=3)

@@ -39,6 +39,7 @@ def test_only_trained_weights_are_written(parts, tmp_path: Path, structure: str)
     assert isinstance(AutoConfig.from_pretrained(tmp_path / "out"), LayAlignConfig)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["mt5", "m2m_100", "xlm-roberta", "qwen2"])
 def test_everything_on_request(tmp_path: Path, encoder: str) -> None:
     model = tiny_model(encoder=encoder)
@@ -69,6 +70,7 @@ def test_unnamed_frozen_parts_are_saved_with_a_warning(tmp_path: Path, caplog: p
     assert torch.equal(logits(LayAlignForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_saved_dtype_comes_back(parts, tmp_path: Path, dtype: torch.dtype) -> None:
     model = named_model(parts)
@@ -100,6 +102,7 @@ def test_half_precision_llm_with_float32_aligner(parts) -> None:
     assert model.generate(**batch(model=model, targets=None), max_new_tokens=3).shape[1] > 3
 
 
+@pytest.mark.slow
 def test_attention_implementation_is_passed_on(parts, tmp_path: Path) -> None:
     named_model(parts).save_pretrained(tmp_path / "out")
     again = LayAlignForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
@@ -109,6 +112,7 @@ def test_attention_implementation_is_passed_on(parts, tmp_path: Path) -> None:
     assert again.llm.config._attn_implementation == "layalign_eager"
 
 
+@pytest.mark.slow
 def test_lora_trains_saves_and_loads(parts, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     from peft import LoraConfig

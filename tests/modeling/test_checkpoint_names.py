@@ -61,6 +61,7 @@ def put_into_cache(model: PreTrainedModel, name: str, folder: Path, monkeypatch:
 SPELLINGS = ["models/{}", "./models/{}", "../tree/models/{}", "~/tree/models/{}", "{}", "models/{}/"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("by", ["name", "model"])
 def test_a_path_means_the_same_folder_from_everywhere(
@@ -169,6 +170,7 @@ def test_the_hub_is_asked_in_these_tests_where_a_name_may_be_its_own(asked: list
     assert asked
 
 
+@pytest.mark.slow
 def test_a_hub_name_is_no_folder_that_happens_to_stand_there(
     tree: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,6 +215,7 @@ def test_tokenizers_of_a_hub_name_are_those_of_the_hub(
     assert [len(each) for each in found] == [len(encoder_tokenizer), len(llm_tokenizer)]
 
 
+@pytest.mark.slow
 def test_training_checkpoints_move_with_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = save_parts(tmp_path / "tree")
     monkeypatch.chdir(tmp_path / "tree")

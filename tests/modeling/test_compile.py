@@ -78,6 +78,7 @@ def check_training(model: LayAlignForCausalLM, backend: str, shapes: list[Any]) 
     assert graphs() == min(2, len(shapes)) and not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "llm"),
     [("m2m_100", "mistral"), ("xlm-roberta", "llama_gqa_wide_heads"), ("mt5", "qwen3"), ("xlm-roberta", "qwen2")],
@@ -86,6 +87,7 @@ def test_the_training_forward_is_one_graph_for_all_shapes(encoder: str, llm: str
     check_training(small(encoder, llm), "eager", SHAPES)
 
 
+@pytest.mark.slow
 def test_the_backward_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """These shapes lie on both sides of what chooses kernels in eager calls: the size of the mix, the text length."""
     monkeypatch.setattr(cpp, "MIN_TRAINED", 24 * 2 * 20)
@@ -96,12 +98,14 @@ def test_the_backward_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     check_training(model, "aot_eager", SHAPES)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
 def test_inductor_trains_with_the_same_numbers() -> None:
     model = small(impl="torch")  # inductor then compiles the mathematics themselves, not calls of kernels
     check_training(model, "inductor", SHAPES[:1])
 
 
+@pytest.mark.slow
 def test_compiled_under_autocast() -> None:
     model = small("xlm-roberta")
     inputs = batch(model=model)
@@ -114,6 +118,7 @@ def test_compiled_under_autocast() -> None:
     assert graphs() == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("cache", [None, "static", "dynamic"])
 def test_a_first_pass_compiles_and_its_cache_carries_the_source(cache: str | None) -> None:
@@ -140,6 +145,7 @@ def test_a_first_pass_compiles_and_its_cache_carries_the_source(cache: str | Non
         torch.testing.assert_close(get_source(cache_out).keys[0], keys[[2, 0, 1]])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_from_the_first_pass_on_a_static_cache() -> None:
     """One graph for first passes, one for steps; a second batch needs none."""
@@ -165,6 +171,7 @@ def test_compiled_from_the_first_pass_on_a_static_cache() -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_first_pass_over_a_plain_cache_says_what_to_do() -> None:
     model = small()

@@ -96,6 +96,7 @@ def check_decoding(model: LayAlignForCausalLM, step: Any) -> None:
     assert graphs() == 1 and not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", LLMS)
 def test_a_step_is_one_graph_with_the_eager_logits(llm: str) -> None:
     model = built(llm)
@@ -103,6 +104,7 @@ def test_a_step_is_one_graph_with_the_eager_logits(llm: str) -> None:
         check_decoding(model, torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"impl": "torch"}, {"mask_encoder_padding": False}, {"language_layers": [2, 0]}])
 def test_every_choice_of_the_model_compiles(changes: dict) -> None:
     model = tiny_model(**changes)
@@ -118,6 +120,7 @@ def test_every_choice_of_the_model_compiles(changes: dict) -> None:
     assert graphs() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same() -> None:
     model = built()
@@ -125,6 +128,7 @@ def test_inductor_gives_the_same() -> None:
         check_decoding(model, torch.compile(model, fullgraph=True, dynamic=False))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_cache_used_again_for_another_source_needs_no_new_graph() -> None:
     model = built()
@@ -149,6 +153,7 @@ def compilations(model: Any, inputs: dict[str, torch.Tensor], config: Any, dynam
         return [graphs() for _ in decode(step, inputs, tail()[:, :3], cache)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, None])
 def test_sliding_windows_compile_as_often_as_in_the_bare_llm(dynamic: bool | None) -> None:
     model = built("mistral")
@@ -168,6 +173,7 @@ def sourced_cache(model: LayAlignForCausalLM, inputs: dict[str, torch.Tensor]) -
     return cache
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_that_runs_compiled_from_the_start_compiles_once() -> None:
     model = built()
@@ -180,6 +186,7 @@ def test_a_model_that_runs_compiled_from_the_start_compiles_once() -> None:
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_dropped_source_is_noticed_in_a_compiled_model_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built()
@@ -200,6 +207,7 @@ def settings(**more: Any) -> dict[str, Any]:
     return dict(max_new_tokens=8, do_sample=False, eos_token_id=[], pad_token_id=0, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", ["llama", "qwen2"])
 def test_generate_compiles_its_steps_by_itself(llm: str) -> None:
     """transformers does so on GPUs; here it is asked to. A second batch of no greater width needs no new graph."""
@@ -227,6 +235,7 @@ def generated(model: Any, **arguments: Any) -> tuple[torch.Tensor, list[int]]:
     return found, counts
 
 
+@pytest.mark.slow
 def test_generate_with_a_compiled_forward() -> None:
     model = built()
     inputs = batch(model=model, targets=None)
@@ -251,6 +260,7 @@ def test_the_class_says_what_the_llm_says(monkeypatch: pytest.MonkeyPatch) -> No
     assert get_source(cache) is not None and not cache.is_compileable
 
 
+@pytest.mark.slow
 def test_the_guides_example_gives_what_generate_gives() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"## Decoding with a static cache.*?```python\n(.*?)```", guide, re.DOTALL)

@@ -160,6 +160,7 @@ class Stream(nullcontext[None]):
     def wait_stream(self, other: Any) -> None: ...
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "llm"), CASES)
 def test_a_way_of_decoding_is_right_or_refused(mode: Mode, llm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # No other process and no stream is here, and real quantisation rounds: what is tried is the way through the cache.

@@ -58,6 +58,7 @@ def test_every_encoder(name: str) -> None:
     assert varies(model) == (name not in WITHOUT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_rate_takes_the_place_of_all(name: str) -> None:
     model = tiny_model(encoder=name, encoder_dropout=0.9).train()
@@ -141,6 +142,7 @@ class Varies(TrainerCallback):
         self.found.append(varies(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [None, 0.0, 0.2])
 def test_runs_and_what_goes_on_from_them(parts: TinyParts, tmp_path: Path, value: bool | float | None) -> None:
     on, recorded = value is not False and value != 0.0, {None: True, 0.0: False}.get(value, value)  # type: ignore[arg-type]
@@ -163,6 +165,7 @@ def test_runs_and_what_goes_on_from_them(parts: TinyParts, tmp_path: Path, value
     assert train(make_config(parts, tmp_path, max_steps=4, allow_changed=["encoder_dropout"], **changes)).resumed_from
 
 
+@pytest.mark.slow
 def test_a_resumed_run_without_dropout_is_the_uninterrupted_one(parts: TinyParts, tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -184,6 +187,7 @@ def test_the_next_stage_has_what_its_checkpoint_has_unless_it_says_so(parts: Tin
     assert build_model(make_config(parts, tmp_path, encoder_dropout=True, **start)).config.encoder_dropout is True
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_keeps_its_own(parts: TinyParts, tmp_path: Path) -> None:
     config = make_config(parts, tmp_path, max_steps=1)
     model = build_model(make_config(parts, tmp_path, encoder_dropout=False))

@@ -53,6 +53,7 @@ def flat(pairs: Any) -> Tensor:
     return torch.stack([state for pair in pairs for state in pair])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
@@ -94,6 +95,7 @@ class KeysAndValues(nn.Module):
         return soft, list(source.keys), list(source.values)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("encoder", ["xlm-roberta", "mt5", "m2m_100"])
 def test_encoder_adapter_aligner_and_the_llms_maps_in_one_program(encoder: str) -> None:
@@ -130,6 +132,7 @@ def attention_inputs(rows: int, length: int, source: int) -> tuple[Tensor, ...]:
     return torch.randn(rows, 4, length, 8), *states, torch.randn(rows, length, 4, 8), mask
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("length", [1, 5, 20])
@@ -157,6 +160,7 @@ print(float(sum(state.sum() for pair in program(hidden) for state in pair)), "la
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("impl", IMPLS)
 def test_what_a_process_that_loads_a_program_must_import(impl: str, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_a_fresh_model_follows_the_llms_tokenizer(parts: TinyParts, tmp_path: Pa
     assert build_model(training_config(other, tmp_path)).config.llm_bos_token_id == BOS  # the configuration's
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_it_began_with_and_says_what_differs(
     parts: TinyParts, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -162,6 +162,7 @@ def exchange_layers(model: LayAlignForCausalLM) -> None:
 CHANGES = [merge_lora, train_a_step, prune, turn_otherwise, change_encoder, exchange_layers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_part_is_written_and_comes_back(
     parts, change: Callable[[LayAlignForCausalLM], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -202,6 +203,7 @@ def test_resized_embeddings_and_other_vocabularies(parts, tmp_path: Path) -> Non
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("encoder", ["mt5", "m2m_100", "xlm-roberta", "bert", "modernbert", "qwen2"])
 def test_an_unchanged_part_is_left_to_its_name(

@@ -69,6 +69,7 @@ def test_packed_weights_are_unpacked_once_and_may_be_saved(kind: str, most: floa
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_no_code_of_the_hub_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = pytest.importorskip("transformers.integrations.gguf.kernels")
     monkeypatch.setattr(kernels, "is_kernels_available", lambda: True)
@@ -115,6 +116,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     refused(whole[:key] + struct.pack("<I", 10**6) + whole[key + 4 :], "num_layers: expected at most 4096")
 
 
+@pytest.mark.slow
 def test_bytes_that_changed_by_chance_never_bring_another_error(tmp_path: Path) -> None:
     whole, draw = write_gguf(tmp_path / "whole.gguf").read_bytes(), random.Random(0)
     head = whole.index(b"token_embd") + 2000
@@ -247,6 +249,7 @@ def test_a_file_of_a_hub_repository(place: Path, monkeypatch: pytest.MonkeyPatch
 # Checkpoints
 
 
+@pytest.mark.slow
 def test_a_checkpoint_over_a_gguf_file_loads_again(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = joined(place)
     model.save_pretrained(place / "out")
@@ -326,6 +329,7 @@ def test_a_configuration_names_the_file_in_two_ways(place: Path, monkeypatch: py
         TrainConfig(gguf_file="tiny.gguf")
 
 
+@pytest.mark.slow
 def test_training_and_what_follows_it(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_data(place / "datas")
     config = load_train_config(

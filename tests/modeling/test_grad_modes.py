@@ -134,6 +134,7 @@ def test_a_cache_is_gone_on_with_where_gradients_are_recorded(mode: str) -> None
     assert_same(found[0], found[-1])
 
 
+@pytest.mark.slow
 @compiles
 def test_compiled_training_after_evaluation() -> None:
     model, fresh = tiny_model(), tiny_model(fold_projections="never")

@@ -241,6 +241,7 @@ def test_copies_and_pickles_do_not_carry_the_folded_weights() -> None:
     assert pickle.loads(pickle.dumps(model.key_values))._folded is None
 
 
+@pytest.mark.slow
 @compiles
 def test_compiled_it_calls_the_modules() -> None:
     modules, folded = both()

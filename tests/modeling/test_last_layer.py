@@ -216,6 +216,7 @@ def test_hooks_of_engines_are_no_hindrance() -> None:
     assert " of " in model.last_layer.last
 
 
+@pytest.mark.slow
 @compiles
 def test_a_compiled_llm_is_left_alone() -> None:
     model = tiny_model()

@@ -240,6 +240,7 @@ def test_always_says_when_logits_are_asked_for_or_the_device_or_the_package_is_m
         model(**inputs)
 
 
+@pytest.mark.slow
 def test_a_compiled_call_takes_the_plain_loss_and_always_says_so(calls: list) -> None:
     model = tiny_model()
     inputs = batch(model=model)
@@ -323,6 +324,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.slow
 def test_the_package_is_not_imported_before_it_is_wanted() -> None:
     code = "import sys, layalign; from tiny import *; m = tiny_model(); m(**batch(model=m)).loss.backward();"
     done = run(code + "print('liger_kernel' in sys.modules)")
@@ -353,6 +355,7 @@ print("agree")
 """
 
 
+@pytest.mark.slow
 def test_the_real_kernels_in_tritons_interpreter() -> None:
     pytest.importorskip("triton", reason="Liger's kernels are written in Triton")
     pytest.importorskip("liger_kernel", reason="the extra layalign[liger] is not installed")

@@ -33,6 +33,7 @@ def _assert_alike(model: LayAlignForCausalLM, expected: tuple[torch.Tensor, ...]
     assert device_of(model.get_input_embeddings()) == CPU
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["llm", "encoder", "whole"])
 @pytest.mark.parametrize(
     "settings",
@@ -59,6 +60,7 @@ def _names(model: LayAlignForCausalLM) -> list[tuple[str, torch.dtype, bool]]:
     return [(name, parameter.dtype, parameter.requires_grad) for name, parameter in model.named_parameters()]
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_in_little_memory(tmp_path: Path) -> None:
     load = AutoModelForCausalLM.from_pretrained
     model = tiny_model()
@@ -86,6 +88,7 @@ def test_the_memory_is_for_both_parts_together(tmp_path: Path) -> None:
     assert any(parameter.is_meta for parameter in loaded.llm.parameters())
 
 
+@pytest.mark.slow
 def test_frozen_parts_larger_than_the_memory(tmp_path: Path) -> None:
     tiny_encoder().save_pretrained(tmp_path / "encoder")
     tiny_llm().save_pretrained(tmp_path / "llm")

@@ -47,6 +47,7 @@ def _train(model: LayAlignForCausalLM) -> None:
     model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "parts"),
     [
@@ -133,6 +134,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_another_process_reads_all_of_it(tmp_path: Path) -> None:
     model, llm, ids = tiny_model(), tiny_llm("qwen2"), torch.tensor([[5, 6, 7]])
     inputs = _inputs(model)

@@ -237,6 +237,7 @@ RELOADABLE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RELOADABLE)
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_an_adapter_added_by_hand_is_recorded(

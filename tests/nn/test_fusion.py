@@ -187,6 +187,7 @@ def test_neighbours_caches_and_checkpointing_change_nothing(fusion: str, config:
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_compiled_adapter(fusion: str) -> None:
     adapter, hidden = drawn(Adapter(6, 3, 5, fusion, 4)), states(dtype=torch.float32)
@@ -195,6 +196,7 @@ def test_a_compiled_adapter(fusion: str) -> None:
     torch.testing.assert_close(found, adapter(hidden), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @compiles
 def test_a_compiled_model_is_one_graph() -> None:
     model = model_with("softmax", language_layers=[])
@@ -218,6 +220,7 @@ def test_frozen_parts_in_bf16(fusion: str) -> None:
         assert abs(model(**inputs).loss - loss) < 0.1 * loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_saved_loaded_and_gone_on_with(fusion: str, tmp_path: Path) -> None:
     encoder, llm = tiny_folders(tmp_path)

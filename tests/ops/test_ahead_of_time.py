@@ -31,6 +31,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(OLD, reason="the configurations were chosen with the assembler that Triton 3.7 brings")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
@@ -52,6 +53,7 @@ def test_every_kernel_file_is_reported() -> None:
         assert f'"{path.stem}"' in source
 
 
+@pytest.mark.slow
 def test_a_kernel_that_spills_is_reported(tmp_path: Path) -> None:
     """The check itself: the same kernel with far too few threads for its tile."""
     code = (
@@ -68,6 +70,7 @@ def test_a_kernel_that_spills_is_reported(tmp_path: Path) -> None:
     assert done.stdout.startswith("spills "), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["layer_mix", "layer_projection"])
 def test_the_relu_of_the_kernels_keeps_nan(file: str) -> None:
     """A GPU's plain maximum turns NaN into zero; the interpreter has only numpy's, which does not."""

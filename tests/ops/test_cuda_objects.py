@@ -17,6 +17,7 @@ BUILT = "sm_" in extension.build_notes().get("cuda", "")
 pytestmark = pytest.mark.skipif(not BUILT, reason=f"CUDA kernels: {extension.build_notes().get('cuda', 'not built')}")
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_and_half_precision_uses_tensor_cores() -> None:
     try:
         cuda_report.cuobjdump()

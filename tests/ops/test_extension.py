@@ -140,6 +140,7 @@ def run_with(**environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_extension
 def test_every_instruction_set_of_this_machine_is_right() -> None:
     found = extension.module()
@@ -153,6 +154,7 @@ def test_every_instruction_set_of_this_machine_is_right() -> None:
     assert done.returncode != 0 and "LAYALIGN_CPU_ISA" in done.stderr and "mmx" in done.stderr
 
 
+@pytest.mark.slow
 @needs_extension
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads through /proc")
 def test_the_kernels_run_on_torchs_threads_and_give_the_same_bits_on_any_number() -> None:

@@ -27,6 +27,7 @@ def far_apart(tensor: Tensor, dim: int = 0) -> Tensor:
     return memory.as_strided(tensor.shape, stride).copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 20], ids=["decoding", "whole"])
 @pytest.mark.parametrize("impl", BACKENDS)
 def test_gated_cross_attention_finds_rows_2_31_elements_apart(impl: str, length: int) -> None:

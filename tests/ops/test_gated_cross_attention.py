@@ -32,6 +32,7 @@ def impl(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_operators_pass_opcheck(impl: str, masked: bool) -> None:
     low = inputs(2, 4, 2, 3, 5, 16)
@@ -53,6 +54,7 @@ def test_operators_pass_opcheck(impl: str, masked: bool) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_compiles_into_one_graph_with_gradients(impl: str, dynamic: bool) -> None:
     def both(query, key, value, gate, base, mask):
@@ -137,6 +139,7 @@ def test_autocast_takes_its_type_and_key_may_have_another_one(impl: str) -> None
     assert torch.equal(mixed, expected)
 
 
+@pytest.mark.slow
 def test_importing_the_operations_needs_neither_kernels_nor_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import torch; from layalign import ops;"
@@ -147,6 +150,7 @@ def test_importing_the_operations_needs_neither_kernels_nor_triton() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @with_torch
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -197,6 +201,7 @@ def test_scale_is_used() -> None:
     torch.testing.assert_close(ops.gated_cross_attention(query, key, value, gate, base, scale=2 * 6**-0.5), doubled)
 
 
+@pytest.mark.slow
 @with_torch
 def test_compiles_into_one_graph_with_dynamic_source_length(impl: str) -> None:
     pytest.importorskip("torch._dynamo")

@@ -77,6 +77,7 @@ def run(impl: str, low: list[Tensor], mask: Tensor | None, grad: Tensor, scale=N
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -177,6 +178,7 @@ def test_nothing_to_attend_gives_base_and_zero_gradients(impl: str, b: int, t: i
     assert all(x.grad.shape == x.shape and x.grad.abs().sum() == 0 for x in low[:4])
 
 
+@pytest.mark.slow
 @every_backend
 def test_any_strides_stay_within_the_error_budget(impl: str) -> None:
     b, h, g, t, s, d = 2, 4, 2, 18, 11, 16
@@ -204,6 +206,7 @@ def test_any_strides_stay_within_the_error_budget(impl: str) -> None:
     within_budget(found, plain[0], exact[0], torch.float32)
 
 
+@pytest.mark.slow
 @every_backend
 def test_backward_is_deterministic(impl: str) -> None:
     query, key, value, gate, base = inputs(2, 4, 2, 75, 21, 16)
@@ -225,6 +228,7 @@ def test_only_needed_gradients_are_computed(impl: str, needed: tuple[int, ...]) 
         torch.testing.assert_close(found, full[1 + i])
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [None, 1, 3, 7])
@@ -253,6 +257,7 @@ def test_decode_stays_within_the_error_budget(
     )
 
 
+@pytest.mark.slow
 @every_backend
 def test_decode_packs_more_rows_than_one_tile(impl: str) -> None:
     low = inputs(1, 10, 1, 16, 20, 16)  # 160 rows of one key/value head
@@ -288,6 +293,7 @@ def test_decode_serves_few_rows_without_gradient(impl: str, monkeypatch: pytest.
         assert found.requires_grad == training
 
 
+@pytest.mark.slow
 @every_backend
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(

@@ -43,6 +43,7 @@ DECODED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @interpreted
 def test_in_a_process_whose_kernels_are_not_interpreted() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -34,6 +34,7 @@ def launchers(impl: str):
     return tuple(backends.launcher(impl, f"layer_mix_{way}") for way in ("forward", "backward"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", serving("layer_mix"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1, 1), (5, 6, 2, 7, 11), (33, 4, 1, 63, 59), (64, 6, 2, 97, 8)])
@@ -44,6 +45,7 @@ def test_result_within_the_error_budget(impl: str, dtype: torch.dtype, shape: tu
     within_budget(ops.layer_mix(*low, impl=impl), reference.layer_mix(*low), exact, dtype)
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MIX_SHAPES)
@@ -71,6 +73,7 @@ def test_only_what_is_needed_is_computed(impl: str) -> None:
     assert weight_grad is None and bias_grad is None and hidden_grad.shape == (3, 1, 3, 8)
 
 
+@pytest.mark.slow
 @every_backend
 def test_backward_is_bit_equal_twice(impl: str) -> None:
     arguments = mix_arguments((9, 10, 2, 21, 33), torch.float32)[:3]
@@ -121,6 +124,7 @@ def test_layers_may_have_different_strides(impl: str) -> None:
             torch.testing.assert_close(found, reference.layer_mix(hidden, w1, b1))
 
 
+@pytest.mark.slow
 @every_backend
 def test_operators_pass_opcheck(impl: str) -> None:
     hidden, w1, b1, *_ = mix_arguments((3, 4, 2, 5, 16), torch.float32)

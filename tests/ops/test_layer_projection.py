@@ -34,6 +34,7 @@ every_backend = pytest.mark.parametrize("impl", [name for name in serving("layer
 OUTPUTS = 13  # those of mix_inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", serving("layer_projection"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1, 1), (5, 6, 2, 7, 11), (33, 4, 1, 63, 59), (64, 6, 2, 97, 8)])
@@ -44,6 +45,7 @@ def test_result_within_the_error_budget(impl: str, dtype: torch.dtype, shape: tu
     within_budget(ops.layer_projection(*low, impl=impl), reference.layer_projection(*low), exact, dtype)
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MIX_SHAPES)
@@ -58,6 +60,7 @@ def test_gradients_within_the_error_budget(impl: str, shape: tuple[int, ...], dt
         within_budget(ours, usual, true, dtype)
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("per_slot", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
@@ -98,6 +101,7 @@ def test_x_is_not_kept_for_the_backward(impl: str) -> None:
     assert max(torch.Size(shape).numel() for shape in kept) <= 2 * 16 * 32
 
 
+@pytest.mark.slow
 @every_backend
 @settings(max_examples=12, deadline=None)
 @given(
@@ -123,6 +127,7 @@ def test_empty_batches_and_sources_give_empty_results_and_zero_gradients(impl: s
     assert arguments[1].grad.abs().sum() == 0 and arguments[3].grad.abs().sum() == 0
 
 
+@pytest.mark.slow
 @every_backend
 def test_compiles_with_gradients_and_dynamic_length(impl: str) -> None:
     def loss(*arguments):
@@ -161,6 +166,7 @@ def test_gradients_of_plain_torch_equal_finite_differences() -> None:
     assert torch.autograd.gradcheck(function, (*hidden, weights[0], weights[1], w2))
 
 
+@pytest.mark.slow
 @every_backend
 def test_backward_is_bit_equal_twice(impl: str) -> None:
     arguments = mix_arguments((9, 10, 2, 21, 33), torch.float32)
@@ -169,6 +175,7 @@ def test_backward_is_bit_equal_twice(impl: str) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("plan", PLANS)
 def test_operators_pass_opcheck(impl: str, plan: str) -> None:
@@ -177,6 +184,7 @@ def test_operators_pass_opcheck(impl: str, plan: str) -> None:
     torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, None, w2, None, plan, impl))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", serving("layer_projection"))
 def test_compiles_into_one_graph_with_dynamic_source_length(impl: str) -> None:
     pytest.importorskip("torch._dynamo")

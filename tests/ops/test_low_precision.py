@@ -191,6 +191,7 @@ MIXED = [(BF16, BF16, F32), (F16, F16, F32), (F16, BF16, F32), (F32, BF16, F32),
 PURE = [(BF16, BF16, BF16), (F16, F16, F16), (F16, BF16, BF16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"structure": "MLP"}, {"fold_projections": "always"}, {"mix": "shared"}], ids=str
 )
@@ -210,6 +211,7 @@ def test_mixed_parts(dtypes: tuple[torch.dtype, ...], changes: dict[str, Any]) -
     assert new.shape == (3, prompt["input_ids"].shape[1] + 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["Linear", "MLP"])
 def test_masters_keep_the_updates_that_half_precision_loses(structure: str) -> None:
     """Ten updates of a 2000th of each weight: below bf16's resolution (a 256th), so only fp32 moves."""
@@ -285,6 +287,7 @@ def test_every_dtype_comes_back_bit_by_bit(saved, tmp_path: Path, dtype: torch.d
         assert_same_bits(LayAlignForCausalLM.from_pretrained(tmp_path / "out", **arguments), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_dtype_that_is_asked_for(saved, tmp_path: Path, frozen: bool) -> None:
     named(saved, F32).save_pretrained(tmp_path / "out", save_frozen=frozen)
@@ -364,6 +367,7 @@ def other_dtype(module: nn.Module) -> torch.dtype:
 KINDS = {"bitsandbytes-4": 0.02, "bitsandbytes-8": 0.05, "quanto-8": 0.01}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_llm(kind: str, parts, tmp_path: Path) -> None:
     options = configurations(kind)

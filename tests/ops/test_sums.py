@@ -46,6 +46,7 @@ def exact_gradients(tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(reference.layer_projection(wide[4:], *wide[:4]), wide, grad.double())
 
 
+@pytest.mark.slow
 @HALVES
 @pytest.mark.parametrize("lead", [(), (J,)], ids=["shared", "per slot"])
 @pytest.mark.parametrize("impl", serving("layer_projection"))
@@ -60,6 +61,7 @@ def test_layer_projection_rounds_each_sum_once(impl: str, lead: tuple[int, ...],
     assert_rounded_once(names, found, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("cpp" not in serving("layer_mix"), reason="the C++ kernels are not there")
 @HALVES
 @pytest.mark.parametrize("way", ["one step", "two steps", "folded"])

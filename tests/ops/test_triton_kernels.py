@@ -24,6 +24,7 @@ from layalign_kernels.gated_cross_attention_backward import splits_over_rows
 from layalign_kernels.gated_cross_attention_decode import splits_over_source
 
 
+@pytest.mark.slow
 def test_backward_is_deterministic_and_independent_of_the_split() -> None:
     query, key, value, gate, _ = inputs(2, 4, 2, 75, 21, 16)
     mask = make_mask("random", 2, 21)

@@ -119,6 +119,7 @@ def layers(dtype: torch.dtype, source: int = S) -> list[Tensor]:
     return [draw(B, source, D, seed=e, dtype=dtype) for e in range(E)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [S, 0])
 @pytest.mark.parametrize("impl", BACKENDS)
 def test_layer_mix_reads_every_view(impl: str, source: int) -> None:
@@ -163,6 +164,7 @@ def test_layer_projection_reads_every_view(impl: str, form: str) -> None:
         check(functools.partial(project, plan=plan), exact, tensors, kinds, states, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [S, 0])
 @pytest.mark.parametrize("impl", BACKENDS)
 def test_gated_cross_attention_reads_every_view(impl: str, source: int) -> None:

@@ -62,6 +62,7 @@ def import_from(wheel: Path, folder: Path) -> str:
     return run([sys.executable, "-S", "-c", PROBE], folder, PYTHONPATH=os.pathsep.join([str(target), *sys.path])).stdout
 
 
+@pytest.mark.slow
 def test_the_source_distribution_has_what_the_build_needs(source: Path) -> None:
     with tarfile.open(source) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
@@ -71,6 +72,7 @@ def test_the_source_distribution_has_what_the_build_needs(source: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_wheel_from_the_source_distribution_installs_and_has_the_extension(source: Path, tmp_path: Path) -> None:
     compiler = tmp_path / "c++"  # unoptimised, in less than half the time: what it computes is tested elsewhere
@@ -87,6 +89,7 @@ def test_a_wheel_from_the_source_distribution_installs_and_has_the_extension(sou
     assert str(tmp_path) in said and "C++ kernels with" in said
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_installation_works_and_says_why(source: Path, tmp_path: Path) -> None:
     wheel = wheel_of(source, tmp_path, CXX="no-such-compiler")
     with zipfile.ZipFile(wheel) as archive:
@@ -96,6 +99,7 @@ def test_without_a_compiler_the_installation_works_and_says_why(source: Path, tm
     assert "layalign._C is not installed: not built: CXX=no-such-compiler is not a program here" in said
 
 
+@pytest.mark.slow
 def test_a_demanded_part_that_cannot_be_built_is_an_error(source: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -55,6 +55,7 @@ def test_kernels_import_torch_and_triton_only() -> None:
         assert set(imports) <= sys.stdlib_module_names | {"layalign_kernels", "torch", "triton"}, file
 
 
+@pytest.mark.slow
 def test_plain_torch_is_enough_for_the_modules_and_operations() -> None:
     """Neither transformers nor triton: reference, operations and modules import and run."""
     code = (

@@ -114,6 +114,7 @@ def curve(swap: bool) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_twenty_steps_have_the_same_curve() -> None:
     plain, swapped = curve(False), curve(True)
     torch.testing.assert_close(torch.tensor(swapped), torch.tensor(plain), rtol=1e-4, atol=1e-4)

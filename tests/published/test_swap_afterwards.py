@@ -35,6 +35,7 @@ torch.testing.assert_close(model(inputs_embeds=embeds).logits, expected, rtol=1e
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_pickle_runs_in_another_process(attention: str, tmp_path: Path) -> None:
     llm = published_model(attention=attention).model_llm
@@ -206,6 +207,7 @@ def test_the_argument_keeps_its_own_name() -> None:
 # Restoring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_forward_wrapped_after_the_swap_outlives_it(compiled: bool) -> None:
     model = published_model()

@@ -181,6 +181,7 @@ def test_gradient_checkpointing_as_without_the_swap(reentrant: bool) -> None:
         assert_same(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after", "above"])
 def test_torch_compile(when: str, calls, monkeypatch: pytest.MonkeyPatch) -> None:
     reset, resets = torch.compiler.reset, []
@@ -211,6 +212,7 @@ def test_torch_compile(when: str, calls, monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == {"layer_projection": 0, "gated_cross_attention": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_compiled_whole_without_a_graph_break(train: bool) -> None:
     torch.compiler.reset()
@@ -235,6 +237,7 @@ def test_compiled_whole_without_a_graph_break(train: bool) -> None:
     assert_same(expected, loss_and_gradients(model.train(False), data()))
 
 
+@pytest.mark.slow
 def test_a_compiled_llm_reads_what_was_kept_before_and_notices_new_states(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     model = published_model(layers=(0, 2))

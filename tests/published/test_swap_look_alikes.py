@@ -190,6 +190,7 @@ def as_keyword(wrapper: nn.Module, mask: torch.Tensor) -> dict[str, torch.Tensor
 PLACES = [as_attribute, as_buffer, on_the_attention, as_third_state, as_keyword]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("put", "compiled"), [*((put, False) for put in PLACES), (as_attribute, True), (as_keyword, True)]
 )

@@ -83,6 +83,7 @@ def put_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["small", "whole"])
 def test_weights_that_do_not_fit_are_named(kind: str, work: Path) -> None:
     fresh = lambda: (shutil.rmtree(work / kind), shutil.copytree(work.parent / "keep", work / kind))  # noqa: E731
@@ -141,6 +142,7 @@ def test_files_that_are_no_safetensors(kind: str, work: Path) -> None:
         refused(work / name)
 
 
+@pytest.mark.slow
 def test_mutated_weight_files(work: Path) -> None:
     """In the header nearly every change is found; what loads has the names, sizes and dtypes of the model."""
     path, draw, outcomes = work / "small" / "model.safetensors", random.Random("weights"), [0, 0]
@@ -165,6 +167,7 @@ def test_mutated_weight_files(work: Path) -> None:
         assert "damaged" in refused(work / "small")
 
 
+@pytest.mark.slow
 def test_mutated_configurations(work: Path) -> None:
     draw, outcomes = random.Random("config"), [0, 0]
     for kind in ("small", "whole"):
@@ -259,6 +262,7 @@ def test_a_pickle_with_a_payload_is_not_run(work: Path, saved: Path) -> None:
     assert ran.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["", "y\n"])
 def test_code_that_a_checkpoint_names_is_not_run(
     work: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, asked: str
@@ -348,6 +352,7 @@ def test_mutated_tokenizers(name: str, saved: Path, tmp_path: Path) -> None:
 # Published checkpoints
 
 
+@pytest.mark.slow
 def test_mutated_published_files(saved: Path, work: Path) -> None:
     """A changed zip file of tensors: an error and no output folder, or tensors that were all read."""
     whole, draw, outcomes = (saved / "model.bin").read_bytes(), random.Random("bin"), [0, 0]
@@ -371,6 +376,7 @@ def test_mutated_published_files(saved: Path, work: Path) -> None:
     assert outcomes[0] > sum(outcomes) / 4
 
 
+@pytest.mark.slow
 def test_published_files_that_do_not_fit_leave_the_output_alone(saved: Path, work: Path) -> None:
     state = torch.load(saved / "model.bin", weights_only=True)
     fc1, gate = "encoder_aligner.projector.fc1.weight", next(name for name in state if name.endswith("adaption_gate"))

@@ -71,6 +71,7 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.yaml").write_bytes(PRESET.read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "lm-eval"])
 def test_one_wrong_word(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     right, refused, head = COMMANDS[command], 0, [command, *CHECKED.get(command, [])]
@@ -84,6 +85,7 @@ def test_one_wrong_word(command: str, capsys: pytest.CaptureFixture[str]) -> Non
         run(capsys, [*head, *right[:place]])
 
 
+@pytest.mark.slow
 def test_mutated_files_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random("commands")
     examples = [Example(f"q{i}", str(i), "Swahili", "p", str(i)) for i in range(3)]

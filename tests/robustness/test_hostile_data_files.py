@@ -81,6 +81,7 @@ def test_mutated_lines(kind: str, tmp_path: Path) -> None:
     assert outcomes["read"] > count / 8 and outcomes["left out"] > count / 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["array", "data object", "bytes"])
 def test_mutated_json_files(kind: str, tmp_path: Path) -> None:
     """A file that is one JSON value: what cannot be parsed ends it, with its line."""
@@ -174,6 +175,7 @@ def test_numbers_that_the_scorers_would_read_otherwise_are_malformed(tmp_path: P
         tried("lines of data files")
 
 
+@pytest.mark.slow
 def test_a_long_file_of_malformed_records_is_read_in_linear_time(tmp_path: Path) -> None:
     """The line of each of them is counted from the last one on: 40,000 bad records take a second, not minutes."""
     path = tmp_path / "math.json"
@@ -251,6 +253,7 @@ def test_a_line_of_many_megabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tried("data files", 8)
 
 
+@pytest.mark.slow
 def test_a_line_of_300_megabytes_takes_little_memory(tmp_path: Path) -> None:
     """As 300 kB of gzip."""
     path = tmp_path / "sw.tsv.gz"
@@ -263,6 +266,7 @@ def test_a_line_of_300_megabytes_takes_little_memory(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
 
+@pytest.mark.slow
 def test_json_and_parquet_that_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layalign.data.files.MAX_WHOLE_BYTES", 2**20)
     path = tmp_path / "sw.json"

@@ -116,6 +116,7 @@ def empty_tensors(path: Path, number: int) -> None:
     path.write_bytes(struct.pack("<Q", len(entries) + 2) + f"{{{entries}}}".encode())
 
 
+@pytest.mark.slow
 def test_a_million_empty_tensors(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused by the length of their names; what is below that, by their number."""
     for folder in ("small", "llm"):
@@ -187,6 +188,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 KERNEL = "kernels-community/flash-attn2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [KERNEL, f"{KERNEL}@main:forward", "flash_attention_2", {"": KERNEL}, ["a/b"]])
 def test_a_checkpoint_names_no_kernel(
     value: Any, work: Path, kernels: list[Any], caplog: pytest.LogCaptureFixture

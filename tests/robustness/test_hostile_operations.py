@@ -237,6 +237,7 @@ def gradients(operation: str, call: dict[str, Any], found: Tensor) -> None:
             assert (one.double() - exact).abs().max() <= budget + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("operation", list(REFERENCES))
 def test_a_bad_call_gives_the_reference_or_names_the_argument(operation: str, impl: str) -> None:

@@ -258,6 +258,7 @@ def refused_or_served(function: Callable[..., Any], arguments: dict[str, Any], n
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_wrong_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -288,6 +289,7 @@ WRONG_IDS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", FORWARD)
 def test_wrong_inputs_of_the_model(argument: str) -> None:
     """Right shapes with wrong numbers included: ids that are in no vocabulary, masks that mask nothing."""
@@ -316,6 +318,7 @@ ANALYZE = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "right"), [(evaluate, EVALUATE), (analyze, {**ANALYZE, "output_dir": None})])
 def test_wrong_arguments_of_the_long_functions(
     function: Callable[..., Any], right: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

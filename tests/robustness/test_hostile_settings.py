@@ -66,6 +66,7 @@ def settled(read: Callable[[], Any], kind: type) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["training", "experiment"])
 def test_mutated_yaml_files(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -98,6 +99,7 @@ def test_mutated_yaml_files(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "RAN").exists() and count / 20 < good < count
 
 
+@pytest.mark.slow
 def test_every_key_of_a_training_configuration_with_every_wrong_value() -> None:
     keys = list(TrainConfig.__dataclass_fields__)
     for key in [*keys, "stages", "lora.r", "nobody"]:
@@ -172,6 +174,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_mutated_run_folders(run_folder: Path, tmp_path: Path) -> None:
     """Comparing them, and going on with them, ends in a result or an error; nothing outside the folder is written."""
     draw, names, outcomes = random.Random("run"), ["settings.json", "scores.json"], [0, 0]
@@ -253,6 +256,7 @@ def test_an_id_with_half_a_surrogate_pair_and_a_file_with_a_name_that_is_no_text
     tried("run folders")
 
 
+@pytest.mark.slow
 def test_mutated_benchmark_results(tmp_path: Path) -> None:
     row = {"id": "a", "group": "g", "name": "n", "unit": "s", "labels": {}, "median": 1.0, "q1": 0.9, "q3": 1.1}
     row["against"] = {"bare": {"median": 1.0, "ratio": 1.0, "ratio q1": 0.9, "ratio q3": 1.1, "rounds": 5}}

@@ -33,6 +33,7 @@ def questions(parts: Parts) -> list[Any]:
 # Answers
 
 
+@pytest.mark.slow
 def test_many_at_once_get_what_each_gets_alone(parts: Parts, questions: list[Any]) -> None:
     async def test(service: Service, client: Client) -> None:
         async def whole(question: Any) -> tuple[str, str]:
@@ -138,6 +139,7 @@ def test_what_may_begin_a_stop_text_comes_at_the_end(parts: Parts, questions: li
     run(parts, test)
 
 
+@pytest.mark.slow
 def test_drawn_answers_follow_their_seed_in_any_company(parts: Parts) -> None:
     async def test(service: Service, client: Client) -> None:
         async def drawn(**fields: Any) -> str:

@@ -77,6 +77,7 @@ def healthy(port: int) -> bool:
     return received(connection).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.slow
 def test_who_sends_no_whole_request_is_closed() -> None:
     with listening(QUICK) as (service, port):
         begin = time.monotonic()
@@ -116,6 +117,7 @@ def test_the_idle_one_that_has_waited_longest_goes_first() -> None:
             assert service.open == 0
 
 
+@pytest.mark.slow
 def test_who_does_not_read_is_closed() -> None:
     with listening(QUICK) as (service, port):
         stalled = connect(port, (GET.replace(b"/health", b"/metrics") + b"\r\n") * 20)

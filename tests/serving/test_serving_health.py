@@ -164,6 +164,7 @@ def test_what_clients_do_wrong_says_nothing(parts: Parts, monkeypatch: pytest.Mo
     run(parts, test)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [(Decoder, "step", "a step"), (Preparer, "__call__", "tokenizing")])
 def test_work_that_does_not_end_is_told(
     where: tuple[Any, str, str], parts: Parts, monkeypatch: pytest.MonkeyPatch

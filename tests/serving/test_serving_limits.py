@@ -158,6 +158,7 @@ def test_a_body_that_is_too_long_is_not_read(parts: Parts) -> None:
     run(parts, test, replace(SETTINGS, max_body_bytes=2000, body_timeout=0.3))
 
 
+@pytest.mark.slow
 def test_a_full_server_says_when_to_come_again(
     parts: Parts, long_body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +251,7 @@ def test_who_leaves_frees_the_place(
     run(parts, test, replace(SETTINGS, max_batch=1, max_queue=1))
 
 
+@pytest.mark.slow
 def test_time_runs_out(parts: Parts, long_body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(monkeypatch)
 
@@ -265,6 +267,7 @@ def test_time_runs_out(parts: Parts, long_body: dict[str, Any], monkeypatch: pyt
     run(parts, test, replace(SETTINGS, timeout=0.6))
 
 
+@pytest.mark.slow
 def test_who_does_not_read_is_left(parts: Parts, long_body: dict[str, Any]) -> None:
     async def test(service: Service, client: Client) -> None:
         messages: list[Any] = [{"type": "http.request", "body": json.dumps({**long_body, "stream": True}).encode()}]
@@ -284,6 +287,7 @@ def test_who_does_not_read_is_left(parts: Parts, long_body: dict[str, Any]) -> N
     run(parts, test, replace(SETTINGS, timeout=0.3))
 
 
+@pytest.mark.slow
 def test_nothing_of_a_request_stays(parts: Parts) -> None:
     def living() -> Counter[str]:
         gc.collect()
@@ -392,6 +396,7 @@ def test_a_model_that_always_fails_is_reported(parts: Parts, monkeypatch: pytest
     run(parts, test)
 
 
+@pytest.mark.slow
 def test_shutting_down_refuses_the_new_and_ends_the_running(
     parts: Parts, long_body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,7 @@ def test_every_field_of_the_client_is_known(path: str) -> None:
     assert not new, f"openai {openai.__version__} has fields for {path} that neither server nor test know: {new}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_a_value_that_asks_for_nothing_changes_nothing(path: str, parts: Parts) -> None:
     async def test(api: openai.AsyncOpenAI, client: Client) -> None:

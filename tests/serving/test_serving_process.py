@@ -78,6 +78,7 @@ def send_nonsense(port: int) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 400")
 
 
+@pytest.mark.slow
 def test_from_start_to_sigterm(tmp_path: Path) -> None:
     parts = case.write_checkpoint(tmp_path, ends=False)
     questions = case.questions(*parts, 8, seed=1)

@@ -117,6 +117,7 @@ def test_in_place_of_the_prompt() -> None:
     assert lengths["mindmerger-soft"] - lengths["langbridge"] == 4  # the prompt's words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, layers",
     [
@@ -141,6 +142,7 @@ def test_thirds_of_the_published_layers() -> None:
         named_layers("first-third", 3)
 
 
+@pytest.mark.slow
 def test_a_fixed_gate_stays(tmp_path: Path) -> None:
     encoder, llm = tiny_encoder(), tiny_llm()
     for part, folder in ((encoder, "encoder"), (llm, "llm")):
@@ -193,6 +195,7 @@ def test_loss_gradients_and_answers(name: str) -> None:
         assert whole[i, -5:].tolist() == one[0, -5:].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if BASELINES[name].stages])
 def test_both_stages_from_a_configuration(name: str, tmp_path: Path) -> None:
     if "lora" in BASELINES[name].settings:
@@ -276,6 +279,7 @@ def test_two_stages_do_not_share_a_folder(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.startswith("error: output_dir: expected one for each stage, got mine for both")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_steps", [0, 1])
 def test_two_baselines_do_not_mix_in_a_folder(save_steps: int, tmp_path: Path) -> None:
     parts = save_parts(tmp_path / "parts")
@@ -318,6 +322,7 @@ def test_a_model_must_read_something() -> None:
         LayAlignConfig(use_adapter=False, use_prompt=False)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     for part, folder in ((tiny_encoder(), "encoder"), (tiny_llm(), "llm")):
         part.save_pretrained(tmp_path / folder)
@@ -340,6 +345,7 @@ def test_what_the_published_format_cannot_hold(name: str, tmp_path: Path) -> Non
     assert not (tmp_path / "theirs.bin").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["no-adapter", "shared-mix", "langbridge", "llm"])
 def test_compiled_forward_is_one_graph(name: str) -> None:
     model = built(name)

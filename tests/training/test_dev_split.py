@@ -121,6 +121,7 @@ def test_parallel_text_gives_few_sentences_in_all_languages() -> None:
     assert len(keys(dev)) == 4
 
 
+@pytest.mark.slow
 def test_the_default_is_by_sentence_and_presets_are_as_published(parts: TinyParts, tmp_path: Path) -> None:
     config = make_config(parts, tmp_path, dev_cut=None)
     examples = read_examples(config)
@@ -141,6 +142,7 @@ def test_the_default_is_by_sentence_and_presets_are_as_published(parts: TinyPart
 # A run keeps its cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", ["run.json", "train_config.yaml"])
 def test_a_run_goes_on_with_the_cut_that_it_began_with(parts: TinyParts, tmp_path: Path, old: str) -> None:
     """A run from before the key, by its record or by its settings alone, keeps its cut by position."""
@@ -169,6 +171,7 @@ def test_a_run_goes_on_with_the_cut_that_it_began_with(parts: TinyParts, tmp_pat
     assert record["settings"]["dev_cut"] == "position"
 
 
+@pytest.mark.slow
 def test_a_run_cut_by_sentence_goes_on_so(parts: TinyParts, tmp_path: Path) -> None:
     train(make_config(parts, tmp_path, dev_cut=None, max_steps=2, save_steps=2))
     with pytest.raises(ArgumentError, match="^dev_cut: the run in .* has 'sentence', this one 'position'"):
@@ -185,6 +188,7 @@ def write_dev(folder: Path, lines: list[str]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_dev_files(parts: TinyParts, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_dev(tmp_path / "dev", [f"satz {i}\tsentence {i}" for i in range(6)])
     config = make_config(parts, tmp_path / "run", dev_data=f"pairs:{folder}", max_steps=2, save_steps=2, eval_steps=1)
@@ -242,6 +246,7 @@ def test_line_numbers_of_different_files_are_no_overlap() -> None:
     assert apart_from(train_set, dev, translation=False) == (train_set[:1], 1)
 
 
+@pytest.mark.slow
 def test_dev_examples_in_memory_win(parts: TinyParts, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = make_config(parts, tmp_path, max_steps=1, dev_data="nowhere")
     examples = read_examples(config)

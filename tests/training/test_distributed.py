@@ -195,6 +195,7 @@ def _own(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("encoder", "llm", "data", "output_dir")}
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_equal_one_process(tmp_path: Path) -> None:
     sharded = hasattr(Trainer, "_prepare_for_training")  # since transformers 5.3
     found = run_engines(tmp_path, [None, "fsdp2"] if sharded else [None])

@@ -46,6 +46,7 @@ class StopAfter(TrainerCallback):
         control.should_training_stop |= state.global_step >= self.step
 
 
+@pytest.mark.slow
 def test_a_run_records_its_gates_and_a_resumed_one_goes_on(parts: TinyParts, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     model = build_model(make_config(parts, whole))
@@ -73,6 +74,7 @@ def test_a_run_records_its_gates_and_a_resumed_one_goes_on(parts: TinyParts, tmp
     assert [entry["step"] for entry in read_gates(broken)] == [0, 2]
 
 
+@pytest.mark.slow
 def test_no_gates_no_file(parts: TinyParts, tmp_path: Path) -> None:
     train(make_config(parts, tmp_path, language_layers=[], max_steps=1, save_steps=0))
     assert not (tmp_path / FILE).exists()

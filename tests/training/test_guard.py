@@ -73,6 +73,7 @@ def run(parts: TinyParts, output: Path, name: str, steps: set[int], change: Any 
     return poison, lambda: train(config, model=model, callbacks=[poison])
 
 
+@pytest.mark.slow
 def test_a_nan_stops_the_run_and_is_named(parts: TinyParts, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     poison, go = run(parts, tmp_path, "llm.model.layers.1.mlp", {5}, save_steps=2)
     with pytest.raises(
@@ -83,6 +84,7 @@ def test_a_nan_stops_the_run_and_is_named(parts: TinyParts, tmp_path: Path, capl
     assert torch.isfinite(poison._flat()).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_gradient_is_named(parts: TinyParts, tmp_path: Path, value: float) -> None:
     name = "mapping.mlp.linear1.weight"
@@ -108,6 +110,7 @@ def test_a_broken_weight_is_named(parts: TinyParts, tmp_path: Path) -> None:
         train(config, model=model, callbacks=[Break()])
 
 
+@pytest.mark.slow
 def test_steps_left_out_change_nothing_and_are_counted(
     parts: TinyParts, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,6 +130,7 @@ def test_steps_left_out_change_nothing_and_are_counted(
     assert math.isfinite(summary.loss_after)
 
 
+@pytest.mark.slow
 def test_moments_of_the_optimizer_do_not_see_a_step_left_out(parts: TinyParts, tmp_path: Path) -> None:
     """Leaving the second of two steps out gives the weights of the first alone."""
     kept = {"lr_scheduler": "constant", "warmup_ratio": 0.0, "max_skipped_steps": 3}
@@ -152,6 +156,7 @@ def test_more_than_the_allowed_steps_stop_the_run(parts: TinyParts, tmp_path: Pa
         go()
 
 
+@pytest.mark.slow
 def test_the_count_goes_on_in_a_resumed_run(parts: TinyParts, tmp_path: Path) -> None:
     _, go = run(parts, tmp_path, "mapping", {2, 5}, max_skipped_steps=1, save_steps=3)
     with pytest.raises(NonFiniteError, match="^step 5"):
@@ -164,6 +169,7 @@ def test_the_count_goes_on_in_a_resumed_run(parts: TinyParts, tmp_path: Path) ->
     assert summary.resumed_from is not None and summary.skipped_steps == [2, 5]
 
 
+@pytest.mark.slow
 def test_a_spike_is_told_and_the_step_taken_or_left_out(
     parts: TinyParts, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,6 +194,7 @@ def test_a_spike_is_told_and_the_step_taken_or_left_out(
     assert go().loss_spikes == []
 
 
+@pytest.mark.slow
 def test_guard_state_after_resume_is_that_of_the_uninterrupted_run(parts: TinyParts, tmp_path: Path) -> None:
     def guard_of(folder: Path) -> Any:
         state = json.loads((checkpoints(folder)[-1] / "trainer_state.json").read_text())
@@ -241,6 +248,7 @@ def test_deepspeed_cannot_leave_steps_out(parts: TinyParts, tmp_path: Path, monk
         train(make_config(parts, tmp_path, max_skipped_steps=1))
 
 
+@pytest.mark.slow
 def test_no_false_alarm_in_a_normal_run(parts: TinyParts, tmp_path: Path) -> None:
     config = make_config(parts, tmp_path, max_steps=40)
     assert config.spike_factor > 1

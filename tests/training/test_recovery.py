@@ -52,6 +52,7 @@ def losses(summary: TrainSummary) -> list[tuple[int, float]]:
     return [(entry["step"], entry["loss"]) for entry in summary.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_runs_and_evaluations_killed_at_random_moments(tmp_path: Path) -> None:
     here = Path(__file__).resolve().parents[1] / "helpers"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -65,6 +66,7 @@ def test_runs_and_evaluations_killed_at_random_moments(tmp_path: Path) -> None:
     assert any(kill["from step"] > 0 for kill in told["kills"])
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_step_saves_and_stops(
     parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path
 ) -> None:
@@ -81,6 +83,7 @@ def test_sigterm_ends_the_step_saves_and_stops(
     assert losses(summary) == losses(whole[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"max_steps": 5}], ids=str)
 def test_a_run_killed_behind_its_last_checkpoint_takes_no_step_more(
     parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path, changes: dict[str, Any]
@@ -202,6 +205,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_never_picked_up(
     parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
@@ -242,6 +246,7 @@ def test_a_damaged_record_of_the_run(
     assert read_run(tmp_path)["micro_batch"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_state_that_is_none_is_named(
     parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path, file: str
@@ -272,6 +277,7 @@ class Payload:
         return open, (self.path, "w")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_before_a_damaged_checkpoint_and_replaces_it(
     parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path
 ) -> None:
@@ -285,6 +291,7 @@ def test_a_run_goes_on_before_a_damaged_checkpoint_and_replaces_it(
     assert not (run / UNFINISHED).exists()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_has_its_final_name(parts: TinyParts, tmp_path: Path) -> None:
     changes = {"eval_steps": 2, "save_steps": 2, "keep_best": True, "save_total_limit": 1, "max_steps": 6}
     train(make_config(parts, tmp_path, **changes))
@@ -346,6 +353,7 @@ def largest_file_below(size: int) -> None:
 
 
 # The weights fit and the optimizer does not, or neither does: torch and safetensors report it each in their own way.
+@pytest.mark.slow
 @pytest.mark.parametrize("too_large", ["optimizer.pt", "model.safetensors"])
 def test_no_room_for_a_checkpoint(
     parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path, too_large: str
@@ -362,6 +370,7 @@ def test_no_room_for_a_checkpoint(
     assert losses(summary) == losses(whole[1])
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -410,6 +419,7 @@ def test_no_permission_is_told_before_the_work(parts: TinyParts, tmp_path: Path)
         train(make_config(parts, tmp_path / "file" / "run"), examples=())
 
 
+@pytest.mark.slow
 def test_permission_lost_on_the_way(parts: TinyParts, whole: tuple[Path, TrainSummary], tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = make_config(parts, run, save_steps=2, save_total_limit=None)

@@ -91,6 +91,7 @@ def change_tokenizer(parts: TinyParts) -> None:
     file.write_text(json.dumps(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -111,6 +112,7 @@ def test_what_has_changed_under_the_same_path(
     assert refused(parts, run).startswith(expected.format(run=run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dev_size", [0, 8])
 def test_data_that_has_changed_under_the_same_path(made: tuple[TinyParts, Path], tmp_path: Path, dev_size: int) -> None:
     parts, _ = made
@@ -136,6 +138,7 @@ def test_data_that_has_changed_under_the_same_path(made: tuple[TinyParts, Path],
     assert note.startswith("data: has other train examples")
 
 
+@pytest.mark.slow
 def test_dev_examples_are_never_others(made: tuple[TinyParts, Path], tmp_path: Path) -> None:
     parts, _ = made
     config = make_config(parts, tmp_path, **COMMON)
@@ -160,6 +163,7 @@ def test_every_difference_is_named_at_once(copied: tuple[TinyParts, Path]) -> No
     assert text.startswith("llm: ") and "learning_rate" not in text
 
 
+@pytest.mark.slow
 def test_other_settings_may_be_allowed_and_then_hold(copied: tuple[TinyParts, Path]) -> None:
     class Seen(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -191,6 +195,7 @@ def test_the_option_of_the_command(made: tuple[TinyParts, Path], capsys: pytest.
     assert yaml.safe_load(capsys.readouterr().out)["allow_changed"] == ["learning_rate", "seed"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_carries_its_settings_along(copied: tuple[TinyParts, Path], tmp_path: Path) -> None:
     parts, run = copied
     alone = tmp_path / "elsewhere" / "checkpoint-3"
@@ -214,6 +219,7 @@ def test_the_settings_in_the_folder_are_not_what_decides(copied: tuple[TinyParts
     assert go_on(parts, run).resumed_from == str(run / "checkpoint-3")
 
 
+@pytest.mark.slow
 def test_old_runs_go_on_with_a_line_of_what_nobody_can_compare(
     copied: tuple[TinyParts, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -241,6 +247,7 @@ def test_old_runs_go_on_with_a_line_of_what_nobody_can_compare(
     assert "; llm: it has another LLM than this one: " in refused(parts, run)
 
 
+@pytest.mark.slow
 def test_a_finished_model_without_checkpoints_is_not_overwritten(made: tuple[TinyParts, Path], tmp_path: Path) -> None:
     parts, _ = made
     run, changes = tmp_path / "run", {"max_steps": 2, "save_steps": 0}
@@ -262,6 +269,7 @@ def test_a_finished_model_without_checkpoints_is_not_overwritten(made: tuple[Tin
         go_on(parts, run, **changes)
 
 
+@pytest.mark.slow
 def test_the_start_counts_by_its_content(made: tuple[TinyParts, Path], tmp_path: Path) -> None:
     parts, first = made
     task = {"stage": "task", "dev_size": 4, "learning_rate": 5e-3}
@@ -282,6 +290,7 @@ def test_the_start_counts_by_its_content(made: tuple[TinyParts, Path], tmp_path:
     go_on(parts, tmp_path / "task", allow_changed=["init_checkpoint"], **changes)
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_compared_too(copied: tuple[TinyParts, Path]) -> None:
     parts, run = copied
     config = make_config(parts, run, **COMMON | {"max_steps": 4})
@@ -295,6 +304,7 @@ def test_a_model_in_memory_is_compared_too(copied: tuple[TinyParts, Path]) -> No
     assert train(config, model=build_model(config)).resumed_from == str(run / "checkpoint-3")
 
 
+@pytest.mark.slow
 def test_other_versions_and_processes_are_only_told(
     copied: tuple[TinyParts, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,6 +319,7 @@ def test_other_versions_and_processes_are_only_told(
     assert f"torch '1.0' then, {torch.__version__} now" in caplog.text and "world_size 4 then, 1 now" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_micro_batch_is_the_checkpoints(made: tuple[TinyParts, Path], tmp_path: Path) -> None:
     parts, run = made
     assert json.loads((run / "checkpoint-3" / FILE).read_text())["processes"] == {"world_size": 1, "micro_batch": 8}

@@ -88,6 +88,7 @@ def smoothed(logits: Tensor, labels: Tensor, epsilon: float) -> float:
 # The loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "subclass", "peft"])
 def test_smoothed_labels_are_shifted(tmp_path: Path, kind: str) -> None:
     model: Any = like_the_bare_llm(Renamed if kind == "subclass" else LayAlignForCausalLM)
@@ -109,6 +110,7 @@ def test_a_printed_model_has_its_own_name() -> None:
     assert repr(nn.Sequential(like_the_bare_llm(Renamed))).startswith("Sequential(\n  (0): Renamed(\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -132,6 +134,7 @@ def test_losses_are_those_of_the_bare_llm(tmp_path: Path, options: dict[str, Any
     assert ours == pytest.approx(losses(tiny_llm(), tmp_path, **options), abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [LayAlignForCausalLM, Renamed])
 def test_accumulated_unequal_batches_step_as_one_big_batch(tmp_path: Path, cls: type) -> None:
     def step(**options: Any) -> dict[str, Tensor]:
@@ -150,6 +153,7 @@ def test_accumulated_unequal_batches_step_as_one_big_batch(tmp_path: Path, cls: 
         torch.testing.assert_close(parts[name], weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_labels_that_nothing_predicts_are_not_counted(tmp_path: Path) -> None:
     def first_labelled(rows: list[Row]) -> dict[str, Tensor]:
         found = Collator(SHARED)(rows)
@@ -164,6 +168,7 @@ def test_labels_that_nothing_predicts_are_not_counted(tmp_path: Path) -> None:
     assert ours == pytest.approx(losses(tiny_llm(), tmp_path, collator=bare, **options), abs=2e-4)
 
 
+@pytest.mark.slow
 def test_a_users_own_loss_gets_logits_and_labels(tmp_path: Path) -> None:
     def twice(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
@@ -309,6 +314,7 @@ def test_tokens_are_counted_as_those_of_the_bare_llm(tmp_path: Path) -> None:
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.slow
 def test_resuming_and_the_best_model_load_the_trained_weights_quietly(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def test_published_optimiser_and_schedule(parts: TinyParts, tmp_path: Path) -> N
     assert recorder.args.num_train_epochs == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bucketed", [False, True])
 def test_resumed_run_equals_uninterrupted_run(parts: TinyParts, tmp_path: Path, bucketed: bool) -> None:
     # 40 examples in batches of 8: step 7 is in the second epoch.
@@ -122,6 +123,7 @@ def test_resumed_run_equals_uninterrupted_run(parts: TinyParts, tmp_path: Path, 
     assert second.loss_after == whole.loss_after
 
 
+@pytest.mark.slow
 def test_interrupted_checkpoint_is_passed_over(parts: TinyParts, tmp_path: Path) -> None:
     config = make_config(parts, tmp_path, max_steps=4, save_steps=2)
     train(config)
@@ -129,6 +131,7 @@ def test_interrupted_checkpoint_is_passed_over(parts: TinyParts, tmp_path: Path)
     assert train(config).resumed_from == str(tmp_path / "checkpoint-2")
 
 
+@pytest.mark.slow
 def test_resume_false_starts_over(parts: TinyParts, tmp_path: Path) -> None:
     config = make_config(parts, tmp_path, max_steps=4, save_steps=4)
     first = train(config)
@@ -141,6 +144,7 @@ def test_resume_false_starts_over(parts: TinyParts, tmp_path: Path) -> None:
     assert losses(again) == losses(first)
 
 
+@pytest.mark.slow
 def test_resume_with_other_settings_is_refused(parts: TinyParts, tmp_path: Path) -> None:
     train(make_config(parts, tmp_path, max_steps=2, save_steps=2))
     with pytest.raises(ArgumentError, match=r"^learning_rate: the run in .* resume=false"):
@@ -149,6 +153,7 @@ def test_resume_with_other_settings_is_refused(parts: TinyParts, tmp_path: Path)
         train(make_config(parts, tmp_path, resume=str(tmp_path / "checkpoint-9")))
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_gradient_of_the_published_mean(parts: TinyParts, tmp_path: Path) -> None:
     # A sum instead of a mean over the micro batches would be 8 times as large.
     config = make_config(parts, tmp_path / "whole", max_steps=1, warmup_ratio=0.0, epochs=1)
@@ -159,6 +164,7 @@ def test_accumulation_gives_the_gradient_of_the_published_mean(parts: TinyParts,
     assert losses(halves)[0] == pytest.approx(losses(whole)[0], rel=0.05)
 
 
+@pytest.mark.slow
 def test_task_stage_starts_from_translation(parts: TinyParts, tmp_path: Path) -> None:
     first = make_config(parts, tmp_path / "translation")
     train(first)
@@ -174,6 +180,7 @@ def test_task_stage_starts_from_translation(parts: TinyParts, tmp_path: Path) ->
         build_model(make_config(parts, tmp_path / "x", init_checkpoint=str(tmp_path / "task"), encoder_layers=[1]))
 
 
+@pytest.mark.slow
 def test_lora_trains_reloads_and_resumes(parts: TinyParts, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     changes = {"lora": {"r": 2}, "max_steps": 4, "save_steps": 2}
@@ -195,6 +202,7 @@ def test_lora_trains_reloads_and_resumes(parts: TinyParts, tmp_path: Path) -> No
     assert losses(train(cut)) == losses(whole)
 
 
+@pytest.mark.slow
 def test_lora_joins_in_the_task_stage(parts: TinyParts, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     build_model(make_config(parts, tmp_path)).save_pretrained(tmp_path / "start")
@@ -211,6 +219,7 @@ def test_lora_joins_in_the_task_stage(parts: TinyParts, tmp_path: Path) -> None:
         build_model(make_config(parts, tmp_path / "x", lora={"target_modules": ["nowhere"]}))
 
 
+@pytest.mark.slow
 def test_keep_best_puts_the_best_weights_back(parts: TinyParts, tmp_path: Path) -> None:
     class Spoil(TrainerCallback):
         """Makes the weights bad after step 4."""
@@ -230,12 +239,14 @@ def test_keep_best_puts_the_best_weights_back(parts: TinyParts, tmp_path: Path) 
     assert summary.loss_after == pytest.approx(during[4], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(parts: TinyParts, tmp_path: Path) -> None:
     plain = train(make_config(parts, tmp_path / "plain", max_steps=3))
     saved = train(make_config(parts, tmp_path / "saved", max_steps=3, gradient_checkpointing=True))
     assert losses(saved) == pytest.approx(losses(plain), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_trains_fp32_parts_over_bf16_parts(parts: TinyParts, tmp_path: Path) -> None:
     config = make_config(parts, tmp_path, max_steps=25, bf16=True, frozen_dtype="bfloat16")
     model = build_model(config)
@@ -245,6 +256,7 @@ def test_bf16_trains_fp32_parts_over_bf16_parts(parts: TinyParts, tmp_path: Path
     assert summary.loss_after < summary.loss_before - 0.05
 
 
+@pytest.mark.slow
 def test_adapter_alone_trains(parts: TinyParts, tmp_path: Path) -> None:
     config = make_config(parts, tmp_path, language_layers=[], dev_size=0)
     summary = train(config)

@@ -31,6 +31,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
 # Plain lines
 
 
+@pytest.mark.slow
 def test_a_line_for_each_logging_step_and_evaluation(
     parts: TinyParts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,6 +48,7 @@ def test_a_line_for_each_logging_step_and_evaluation(
     assert [float(line.split("loss ")[1].split(",")[0]) for line in losses] == pytest.approx(logged, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_without_dev_examples_and_without_gates(
     parts: TinyParts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +58,7 @@ def test_without_dev_examples_and_without_gates(
     assert last.startswith("step 6/6: loss of some training examples ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("progress", [True, "quiet"])
 def test_nothing_double_beside_the_bar_and_nothing_where_quiet(
     parts: TinyParts, tmp_path: Path, capsys: pytest.CaptureFixture[str], progress: bool | str
@@ -67,6 +70,7 @@ def test_nothing_double_beside_the_bar_and_nothing_where_quiet(
     assert (captured.out.count("'loss'") > 0) == (progress is True)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_its_own_steps(
     parts: TinyParts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +154,7 @@ def test_a_warning_where_the_gates_cannot_open(
     assert caplog.text == ""
 
 
+@pytest.mark.slow
 def test_a_run_is_warned(parts: TinyParts, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(make_config(parts, tmp_path / "small", max_steps=2, learning_rate=4e-5))
     assert "learning_rate: the rates of this schedule sum to 4e-05 over 2 steps" in caplog.text

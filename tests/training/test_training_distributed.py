@@ -22,6 +22,7 @@ from layalign.training.launch import preset_file
 from layalign.utils.lock import held
 
 
+@pytest.mark.slow
 def test_both_stages_in_two_processes(tmp_path: Path) -> None:
     parts = save_parts(tmp_path)
     common = dict(max_steps=2, batch_size=4, dev_size=4, eval_steps=0, save_steps=0, use_cpu=True, progress=False)
@@ -52,6 +53,7 @@ class Crash(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
     parts = save_parts(tmp_path)
     # 41 examples: the sixth step is the last of the first epoch, and has one of them.
@@ -83,6 +85,7 @@ def test_killed_runs_go_on_with_another_number_of_processes(tmp_path: Path) -> N
             torch.testing.assert_close(found[key], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_two_processes_is_refused_and_ends(tmp_path: Path) -> None:
     parts = save_parts(tmp_path)
     training_config(parts, tmp_path / "run").save(tmp_path / "run.yaml")

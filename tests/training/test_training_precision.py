@@ -139,6 +139,7 @@ def test_what_was_chosen_is_used_told_and_recorded(
         assert (settings(folder)["bf16"], settings(folder)["frozen_dtype"]) == (native, frozen[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("began", [True, False])
 def test_a_run_goes_on_with_the_precision_that_it_began_with(
     parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, began: bool
@@ -162,6 +163,7 @@ def test_a_run_goes_on_with_the_precision_that_it_began_with(
     assert settings(tmp_path)["frozen_dtype"] == ("bfloat16" if began else "stored")  # it stays
 
 
+@pytest.mark.slow
 def test_a_run_from_before_the_key_was_in_float32(
     parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

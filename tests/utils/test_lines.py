@@ -60,6 +60,7 @@ def _by_command(text: str) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_line_is_ours(tmp_path: Path) -> None:
     parts = save_parts(tmp_path / "parts")
     settings = {

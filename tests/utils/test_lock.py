@@ -132,6 +132,7 @@ def test_the_same_thread_may_take_it_again_and_it_ends_with_the_outermost(tmp_pa
     assert not any(thread.name == "layalign-lock" for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 def test_many_processes_that_come_and_go_are_never_two(tmp_path: Path) -> None:
     program = """
 import os, sys, time
