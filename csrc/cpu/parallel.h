@@ -21,8 +21,7 @@ static inline void parallel(int64_t count, int threads, const Function& function
 // How many of `threads` to use: one where the work takes less time than waking the others.
 int worth_threads(int threads, double microseconds);
 
-// Memory aligned to 64 bytes; throws layalign::Error where there is none.
+// Memory aligned to 64 bytes, for std::free; throws layalign::Error where there is none.
 void* allocate(int64_t bytes);
-void release(void* memory);
 
 }  // namespace layalign::cpu

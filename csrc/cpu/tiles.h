@@ -6,6 +6,8 @@
 // fixed and the same for every tile shape: a row's bits do not depend on its neighbours.
 #pragma once
 
+#include <cstdlib>
+
 #include "../layalign.h"
 #include "parallel.h"
 #include "simd.h"
@@ -20,7 +22,7 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // Floats on the heap for the length of a call.
 struct Scratch {
   explicit Scratch(int64_t count) : data(static_cast<float*>(allocate(count * 4))) {}
-  ~Scratch() { release(data); }
+  ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   float* data;

@@ -113,7 +113,7 @@ def one_pass(
     try:
         yield one
     finally:
-        one.ready.clear()  # a checkpoint that repeats a layer in the backward calls the module
+        one.ready.clear()  # whoever still holds it calls the modules
 
 
 class _ReentrantCheckpointBridge(torch.autograd.Function):
