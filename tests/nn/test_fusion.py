@@ -115,12 +115,17 @@ def test_where_they_start() -> None:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_bf16_is_as_near_as_plain_torch(fusion: str) -> None:
-    adapter, hidden = drawn(Adapter(6, 3, 5, fusion, 4).double()).fusion, states()
-    exact = adapter(hidden)
-    adapter.bfloat16()
-    half = [each.bfloat16() for each in hidden]
-    errors = [(found.double() - exact).abs().max() for found in (adapter(half), by_reference(adapter, half))]
-    assert adapter(half).dtype == torch.bfloat16 and errors[0] <= 2 * errors[1] + 1e-3 and errors[0] < 0.1
+    errors = []
+    for seed in range(20):  # one adapter alone may be lucky either way
+        torch.manual_seed(seed)
+        adapter, hidden = drawn(Adapter(6, 3, 5, fusion, 4).double()).fusion, states()
+        exact = adapter(hidden)
+        adapter.bfloat16()
+        half = [each.bfloat16() for each in hidden]
+        assert adapter(half).dtype == torch.bfloat16
+        errors.append([float((y.double() - exact).abs().max()) for y in (adapter(half), by_reference(adapter, half))])
+    ours, plain = (sum(column) for column in zip(*errors, strict=True))
+    assert ours <= 1.5 * plain and max(error for error, _ in errors) < 0.1
 
 
 # In the model
