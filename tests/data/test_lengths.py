@@ -20,9 +20,6 @@ from layalign.data import Example, LayAlignCollator
 from layalign.data.lengths import positions
 from layalign.evaluation import evaluate, llm_alone
 from layalign.experiments.analysis import analyze
-from layalign.serving.http.messages import ApiError
-from layalign.serving.http.preparing import Preparer
-from layalign.serving.http.settings import ServeSettings
 from layalign.training import train
 from layalign.utils.errors import ArgumentError
 
@@ -177,36 +174,6 @@ def test_an_llm_with_a_table_writes_up_to_its_end(tmp_path: Path) -> None:
         model, ENCODER, LLM, "tsv", examples, tmp_path, max_new_tokens=100, generation={"eos_token_id": -1}
     )
     assert result.cut == {"source": 0, "prompt": 0, "context": 0, "answer": 1}
-
-
-def prepared(model: LayAlignForCausalLM, text: str, **request: Any) -> Any:
-    settings = ServeSettings(max_prompt_tokens=20)
-    options = {"field": "prompt", "language": None, "task": None, "llm_prompt": None, "new_tokens": 2}
-    return Preparer(model, ENCODER, LLM, settings)(text, **{**options, "limit": "max_tokens", **request})
-
-
-def test_the_server_refuses_what_it_would_have_to_cut(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny("xlm-roberta")
-    assert len(prepared(model, "x" * 61).source) == 62
-    with pytest.raises(ApiError, match="prompt: expected at most 62 encoder tokens"):
-        prepared(model, "x" * 62)
-    assert prepared(model, "x" * 20, task="source")
-    with pytest.raises(ApiError, match="prompt: expected at most 20 LLM tokens"):
-        prepared(model, "x" * 21, task="source")
-    assert not caplog.records  # nothing was cut
-    with pytest.raises(ApiError, match=r"max_tokens: expected at most 64 \(the prompt takes 64 of 128 .*, got 65"):
-        prepared(model, "x" * 61, new_tokens=65)
-
-
-def test_the_servers_texts_have_no_special_tokens() -> None:
-    model = tiny("xlm-roberta")
-    asked = prepared(model, "a</s>b")
-    assert asked.source.count(ENCODER.eos_token_id) == 1
-    assert LLM.eos_token_id not in prepared(model, "a</s>b", task="source").packed
-    # The client's template may have markers, the text in it has none.
-    packed = list(prepared(model, "a</s>b", llm_prompt="</s>{source}").packed)
-    assert packed.count(LLM.eos_token_id) == 1
-    assert LLM.decode(packed[packed.index(LLM.eos_token_id) + 1 :]) == "a</s>b"
 
 
 @pytest.mark.slow
