@@ -24,6 +24,7 @@ from layalign.modeling.generation import SourceGenerationMixin
 from layalign.modeling.llm_inputs import IGNORE_INDEX, real_positions
 from layalign.modeling.tokenization import encode_texts, eos_ids, pad_id
 from layalign.utils.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
+from layalign.utils.moved import with_old_names
 from layalign.utils.versions import generation_cache_name
 
 logger = logging.getLogger(__name__)
@@ -402,7 +403,7 @@ def settings_fingerprint(model: Any) -> str:
         "llm_bos_token_id",
     )
     config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
-    values = {key.removeprefix("use_"): getattr(config, key, None) for key in keys}  # the name of "prompt" in old files
+    values = with_old_names({key: getattr(config, key, None) for key in keys})
     if generation is not None:
         values.update(generation.to_diff_dict())
         values.pop("transformers_version", None)

@@ -90,6 +90,7 @@ class LayAlignConfig(PretrainedConfig):
             training on a CUDA GPU if it is installed and applicable, "always" (an error if it is not), or "never".
         prune_last_layer: whether the LLM's last layer is computed only where its logits are needed
             (:mod:`layalign.modeling.last_layer`): "auto" if possible, "always" (an error if not possible), or "never".
+            Compiled calls compute all of it.
         scaled_soft_tokens: whether soft tokens are multiplied like a Gemma's text
             (:mod:`layalign.modeling.embedding_scale`). None: no, except for a checkpoint that lacks this field and was
             written with transformers before 5.4.

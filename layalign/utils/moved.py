@@ -100,13 +100,13 @@ def with_new_names(values: Mapping[Any, Any], warn: bool = True) -> dict[Any, An
     for old in RENAMED.keys() & values.keys():
         if RENAMED[old] in values:
             raise ArgumentError(f"{old}: expected {RENAMED[old]} alone, which is its new name; got both")
-    renamed = {}
+    now = {}
     for key, value in values.items():
         if key in RENAMED:
             value = new_value(key, value)
             key = warn_of_setting(key) if warn else RENAMED[key]
-        renamed[key] = value
-    return renamed
+        now[key] = value
+    return now
 
 
 def renamed(module: str, name: str, names: dict[str, str]) -> Any:

@@ -72,6 +72,11 @@ def mix_gradients(function, arguments, seed: int = 1) -> list[Tensor]:
     return list(torch.autograd.grad(out, mix_leaves(arguments), grad))
 
 
+def doubled(arguments):
+    """``arguments`` in float64, in the graph of the given ones."""
+    return [None if a is None else [t.double() for t in a] if isinstance(a, list) else a.double() for a in arguments]
+
+
 def same_values(arguments, dtype):
     """Copies of ``arguments`` in another dtype, all requiring gradients."""
     copies = [([t.detach().to(dtype) for t in a] if isinstance(a, list) else a.detach().to(dtype)) for a in arguments]

@@ -14,6 +14,7 @@ from op_cases import (
     DEVICE,
     DTYPES,
     MIX_SHAPES,
+    doubled,
     mix_arguments,
     mix_gradients,
     mix_inputs,
@@ -41,7 +42,7 @@ def launchers(impl: str):
 def test_result_within_the_error_budget(impl: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     skip_unserved(impl, dtype)
     low = mix_inputs(*shape, dtype=dtype)[:3]
-    exact = reference.layer_mix(*([x.double() for x in a] if isinstance(a, list) else a.double() for a in low))
+    exact = reference.layer_mix(*doubled(low))
     within_budget(ops.layer_mix(*low, impl=impl), reference.layer_mix(*low), exact, dtype)
 
 

@@ -17,6 +17,7 @@ from op_cases import (
     DEVICE,
     DTYPES,
     MIX_SHAPES,
+    doubled,
     mix_arguments,
     mix_gradients,
     mix_inputs,
@@ -41,7 +42,7 @@ OUTPUTS = 13  # those of mix_inputs
 def test_result_within_the_error_budget(impl: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     skip_unserved(impl, dtype)
     low = mix_inputs(*shape, dtype=dtype)
-    exact = reference.layer_projection(*([x.double() for x in a] if isinstance(a, list) else a.double() for a in low))
+    exact = reference.layer_projection(*doubled(low))
     within_budget(ops.layer_projection(*low, impl=impl), reference.layer_projection(*low), exact, dtype)
 
 
@@ -78,8 +79,7 @@ def test_every_plan_stays_within_the_error_budget(
         b2 = torch.randn(6, OUTPUTS, generator=torch.Generator().manual_seed(6)).to(b2).requires_grad_()
     arguments = [hidden, w1, None if bias == "none" else b1, w2, b2 if bias in ("both", "per slot") else None]
     found = ops.layer_projection(*arguments, impl=impl)
-    double = [None if a is None else [t.double() for t in a] if isinstance(a, list) else a.double() for a in arguments]
-    exact, plain = reference.layer_projection(*double), reference.layer_projection(*arguments)
+    exact, plain = reference.layer_projection(*doubled(arguments)), reference.layer_projection(*arguments)
     within_budget(found.detach(), plain.detach(), exact.detach(), dtype)
     wanted = [tensor for tensor in (*hidden, *arguments[1:]) if tensor is not None]
     for ours, usual, true in zip(

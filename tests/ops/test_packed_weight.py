@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import mix_inputs, within_budget
+from op_cases import doubled, mix_inputs, within_budget
 from tiny import batch, tiny_model
 
 from layalign import ops, reference
@@ -44,10 +44,6 @@ def case(shape: tuple[int, ...], per_slot: bool, seed: int = 0):
         weight = torch.randn((shape[1], *weight.shape), generator=generator)
         bias = torch.randn(weight.shape[:2], generator=generator)
     return hidden, mix_weight, mix_bias, weight, bias
-
-
-def doubled(arguments):
-    return [None if a is None else [t.double() for t in a] if isinstance(a, list) else a.double() for a in arguments]
 
 
 @pytest.mark.parametrize("per_slot", [False, True], ids=["shared", "per-slot"])
