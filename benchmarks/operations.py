@@ -38,7 +38,7 @@ class Operation:
     flop: tuple[float, float]
     auto: Callable[[], str]
     labels: dict[str, Any] = field(default_factory=dict)
-    base: Tensor | None = None
+    residual: Tensor | None = None
 
     def passes(self, impl: str, backward: bool) -> dict[str, Callable[[], Any]]:
         """Ours first, then the baselines: only forward, or with the gradients of all leaves."""
@@ -116,11 +116,11 @@ def layers(
 def attention(
     batch: int, length: int, source: int, heads: int, groups: int, size: int, device: str, dtype: torch.dtype
 ) -> Operation:
-    """``gated_cross_attention`` with a base and a padding mask that differs from row to row."""
+    """``gated_cross_attention`` with a residual and a padding mask that differs from row to row."""
     torch.manual_seed(0)
     query = _random(batch, length, heads, size, device=device, dtype=dtype).detach().transpose(1, 2).requires_grad_()
     key, value = (_random(batch, groups, source, size, device=device, dtype=dtype) for _ in range(2))
-    base = _random(batch, length, heads, size, device=device, dtype=dtype).detach()
+    residual = _random(batch, length, heads, size, device=device, dtype=dtype).detach()
     gate = torch.tensor([0.3], device=device, dtype=dtype, requires_grad=True)
     rows = torch.arange(batch, device=device) % max(source // 4, 1)
     mask = torch.arange(source, device=device) < source - rows[:, None]
@@ -129,13 +129,13 @@ def attention(
 
     def sdpa() -> Tensor:
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=added, enable_gqa=True)
-        return torch.addcmul(base, gate, found.transpose(1, 2))
+        return torch.addcmul(residual, gate, found.transpose(1, 2))
 
     def plain(*leaves: Tensor) -> Tensor:
-        return reference.gated_cross_attention(*leaves, base.to(leaves[0].dtype), key_mask=mask)
+        return reference.gated_cross_attention(*leaves, residual.to(leaves[0].dtype), key_mask=mask)
 
     def call(impl: str) -> Tensor:
-        return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, impl=impl)
+        return ops.gated_cross_attention(query, key, value, gate, residual, key_mask=mask, impl=impl)
 
     queries, states = batch * heads * length * size, batch * groups * source * size
     product = 2 * queries * source
@@ -148,9 +148,9 @@ def attention(
         # Backward: reads query, result's gradient, keys and values; writes gradients of query, keys and values.
         moved=_sums(query.element_size(), [3 * queries + 2 * states, 3 * queries + 4 * states]),
         flop=_sums(1, [2 * product, 4 * product]),
-        auto=lambda: backends.choose("gated_cross_attention", device, query, key, value, gate, base, key_mask=mask),
+        auto=lambda: backends.choose("gated_cross_attention", device, query, key, value, gate, residual, key_mask=mask),
         labels=dict(batch=batch, queries=length, source=source, heads=heads, groups=groups, size=size),
-        base=base,
+        residual=residual,
     )
 
 
@@ -171,12 +171,12 @@ def flex(operation: Operation) -> Callable[[], Tensor]:
 
     blocks = create_block_mask(real, batch, None, query.shape[2], source, device=str(key.device))
     compiled = torch.compile(flex_attention, dynamic=False)
-    assert operation.base is not None
-    base = operation.base
+    assert operation.residual is not None
+    residual = operation.residual
     grouped = key.shape[1] != query.shape[1]
 
     def run() -> Tensor:
-        return base + gate * compiled(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2)
+        return residual + gate * compiled(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2)
 
     run()
     return run

@@ -51,10 +51,10 @@ def attention(impl: str) -> None:
         (3, 4, 1, 1, 130, 128),
     ):
         query, key, value = draw(batch, heads, length, size), *(draw(batch, groups, source, size) for _ in range(2))
-        gate, base = draw(1), draw(batch, length, heads, size)
+        gate, residual = draw(1), draw(batch, length, heads, size)
         mask = torch.rand(batch, source, device=DEVICE) > 0.3
         mask[0] = False
-        arguments = (query, key, value, gate, base)
+        arguments = (query, key, value, gate, residual)
         expected = reference.gated_cross_attention(*arguments, key_mask=mask)
         found = ops.gated_cross_attention(*arguments, key_mask=mask, impl=impl)
         check(f"{impl}: gated_cross_attention T={length}", found, expected)

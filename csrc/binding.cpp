@@ -146,9 +146,10 @@ void batched_linear(const py::sequence& x, const py::sequence& weight, const py:
 }
 
 Attention attention(const char* name, const py::tuple& given) {
-  if (given.size() != 7) fail(name, "inputs", "expected (query, key, value, gate, base, key_mask, scale)");
+  if (given.size() != 7) fail(name, "inputs", "expected (query, key, value, gate, residual, key_mask, scale)");
   return Attention{tensor(name, "query", given[0]), tensor(name, "key", given[1]),   tensor(name, "value", given[2]),
-                   tensor(name, "gate", given[3]),  tensor(name, "base", given[4]), tensor(name, "key_mask", given[5]),
+                   tensor(name, "gate", given[3]),  tensor(name, "residual", given[4]),
+                   tensor(name, "key_mask", given[5]),
                    given[6].cast<float>()};
 }
 
@@ -175,12 +176,12 @@ class CachedDecode {
   CachedDecode(const py::tuple& inputs, py::handle out)
       : call_{attention(kName, inputs), tensor(kName, "out", out), 1, {}} {
     check(call_, 0);
-    if (!call_.in.base) fail(kName, "base", "expected a tensor");
+    if (!call_.in.residual) fail(kName, "residual", "expected a tensor");
   }
 
-  void run(uintptr_t query, uintptr_t gate, uintptr_t base, uintptr_t out, int threads) const {
+  void run(uintptr_t query, uintptr_t gate, uintptr_t residual, uintptr_t out, int threads) const {
     AttentionDecode call = call_;
-    put(call.in.query, query), put(call.in.gate, gate), put(call.in.base, base), put(call.out, out);
+    put(call.in.query, query), put(call.in.gate, gate), put(call.in.residual, residual), put(call.out, out);
     if (threads < 1) fail(kName, "threads", "expected at least one");
     run_on_cpu([&] { cpu::gated_cross_attention_decode(call, threads); });
   }

@@ -110,10 +110,10 @@ void check_inputs(const Checker& checker, const Attention& in) {
   }
   checker.unit_last_stride("query", query);
   checker.need(in.gate && floating(in.gate.dtype) && elements(in.gate) == 1, "gate", "expected one floating number");
-  if (in.base) {
-    checker.shape("base", in.base, {query.size[0], query.size[2], query.size[1], query.size[3]});
-    checker.need(floating(in.base.dtype), "base", "expected a floating tensor");
-    checker.unit_last_stride("base", in.base);
+  if (in.residual) {
+    checker.shape("residual", in.residual, {query.size[0], query.size[2], query.size[1], query.size[3]});
+    checker.need(floating(in.residual.dtype), "residual", "expected a floating tensor");
+    checker.unit_last_stride("residual", in.residual);
   }
   if (in.key_mask) {
     checker.shape("key_mask", in.key_mask, {query.size[0], in.key.size[2]});

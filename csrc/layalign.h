@@ -88,7 +88,7 @@ struct BatchedLinear {
   bool transposed;
 };
 
-// out[b, t, h] = base[b, t, h] + gate * sum_s softmax_s(query[b, h, t] . key[b, g, s] * scale) * value[b, g, s]
+// out[b, t, h] = residual[b, t, h] + gate * sum_s softmax_s(query[b, h, t] . key[b, g, s] * scale) * value[b, g, s]
 // with g = h / (H / G). A row whose key_mask is all false contributes zero. Values under a false mask, even NaN, have
 // no influence. Softmax and sums in fp32.
 struct Attention {
@@ -96,7 +96,7 @@ struct Attention {
   Tensor key;       // (B, G, S, d), query's dtype
   Tensor value;     // (B, G, S, d), query's dtype
   Tensor gate;      // one number, any floating dtype, read on the device
-  Tensor base;      // (B, T, H, d) or absent, any floating dtype
+  Tensor residual;      // (B, T, H, d) or absent, any floating dtype
   Tensor key_mask;  // (B, S) boolean, any strides, or absent
   float scale;
 };
@@ -119,7 +119,7 @@ struct AttentionDecode {
 //   dvalue = P^T g;  delta[t] = sum_s P * (g v^T);  dscore = P * (g v^T - delta);  dquery = dscore k * scale;
 //   dkey = dscore^T q * scale (both summed over the heads of a group);  dgate = sum grad * A.
 struct AttentionBackward {
-  Attention in;      // base is ignored
+  Attention in;      // residual is ignored
   Tensor grad;       // (B, T, H, d), query's dtype, any strides with a unit last one
   Tensor lse;        // the forward's
   Tensor dquery;     // (B, H, T, d), query's dtype, unit last stride, or absent

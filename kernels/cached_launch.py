@@ -20,18 +20,18 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 def cached_decode(
     inputs: Sequence[torch.Tensor | None], scale: float | None, out: torch.Tensor
 ) -> Callable[[int, int, int, int], bool] | None:
-    """The decoding kernel for query, key, value, gate, base and mask. The caller keeps key, value and mask alive.
+    """The decoding kernel for query, key, value, gate, residual and mask. The caller keeps key, value and mask alive.
 
     Returns:
-        A function of the addresses of query, gate, base and result, which returns whether it launched; None where
+        A function of the addresses of query, gate, residual and result, which returns whether it launched; None where
         Triton must launch.
     """
-    query, key, value, gate, base, mask = inputs
+    query, key, value, gate, residual, mask = inputs
     assert query is not None and key is not None and value is not None and gate is not None
     if not can_cache_launches():
         return None
     with torch.cuda.device_of(query):
-        launches = decode_launches(query, key, value, gate, base, mask, scale, out)
+        launches = decode_launches(query, key, value, gate, residual, mask, scale, out)
         kept = [one for launch in launches if (one := CachedLaunch.of(launch)) is not None]
     if len(kept) < len(launches):
         return None
@@ -40,14 +40,14 @@ def cached_decode(
     shape = None if part is None else (part.shape[0], part.shape[1], part.shape[2] + 1)  # with room for the log-sum-exp
     precision = dot_precision(dtype)
 
-    def run(at_query: int, at_gate: int, at_base: int, at_out: int) -> bool:
+    def run(at_query: int, at_gate: int, at_residual: int, at_out: int) -> bool:
         at_part = at_lse = None
         if shape is not None:
             scratch = torch.empty(shape, dtype=torch.float32, device=device)
             at_part = scratch.data_ptr()
             at_lse = at_part + 4 * shape[0] * shape[1] * (shape[2] - 1)
-        own = at_query, at_key, at_value, at_gate, at_base, at_mask, at_out, at_part, at_lse
-        calls = [own] if shape is None else [own, (at_part, at_lse, at_gate, at_base, at_out)]
+        own = at_query, at_key, at_value, at_gate, at_residual, at_mask, at_out, at_part, at_lse
+        calls = [own] if shape is None else [own, (at_part, at_lse, at_gate, at_residual, at_out)]
         pairs = list(zip(kept, calls, strict=True))
         if dot_precision(dtype) != precision or not all(one.fits(at) for one, at in pairs):
             return False

@@ -1,15 +1,15 @@
-"""Gated cross-attention, forward: out = base + gate * softmax(q k^T * scale + mask) v, and its log-sum-exp.
+"""Gated cross-attention, forward: out = residual + gate * softmax(q k^T * scale + mask) v, and its log-sum-exp.
 
 Counted for B sequences, H query heads over G key/value heads of size d, T rows, S source tokens, c bytes an element:
 
 - 4 * B * H * T * S * d FLOP (two products);
-- reads c * B * d * (2 * H * T + 2 * G * S) bytes (query and base, key and value; the latter come from L2 after the
+- reads c * B * d * (2 * H * T + 2 * G * S) bytes (query and residual, key and value; the latter come from L2 after the
   first of the T blocks), B * S of the mask; writes c * B * H * T * d + 4 * B * H * T (the log-sum-exp).
 - bf16, H = G: 2 * S * T / (3 * T + 2 * S) FLOP/byte, 42 at S 64 and T 2048 (memory-bound on an H200), 512 at S 1024
   (compute-bound).
 
 Scores and probabilities stay in registers. The gate is read on the device. Padding of the source at either end is
-skipped, and a source that is masked throughout gives ``base``. Shapes that fit one row block are faster with
+skipped, and a source that is masked throughout gives ``residual``. Shapes that fit one row block are faster with
 ``gated_cross_attention_decode``.
 
 Source: LayAlign, adaptive fusion-enhanced attention; the online softmax is FlashAttention's.
@@ -53,7 +53,7 @@ TABLE: Table = {
 
 @triton.jit(do_not_specialize=["T", "S", "stride_mb", "stride_ms"])
 def gated_cross_attention_forward_kernel(
-    p_q, p_k, p_v, p_gate, p_base, p_mask, p_out, p_lse,
+    p_q, p_k, p_v, p_gate, p_residual, p_mask, p_out, p_lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
     stride_sb, stride_st, stride_sh, stride_mb, stride_ms, T, S, scale,
     H: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -78,9 +78,9 @@ def gated_cross_attention_forward_kernel(
         b_q, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, 0, S, scale, o_d, D, BD, BM, BN, PRECISION
     )  # fmt: skip
     b_out *= tl.load(p_gate).to(tl.float32)
-    if p_base is not None:
-        p_base += offset64(i_b, stride_sb) + offset64(i_h, stride_sh)
-        b_out += load_rows(p_base, offset64(o_t, stride_st), m_t, o_d, D, BD).to(tl.float32)
+    if p_residual is not None:
+        p_residual += offset64(i_b, stride_sb) + offset64(i_h, stride_sh)
+        b_out += load_rows(p_residual, offset64(o_t, stride_st), m_t, o_d, D, BD).to(tl.float32)
     o_row = (offset64(i_b, T) + o_t) * H + i_h
     store_rows(p_out, b_out, o_row * D, m_t, o_d, D, BD)
     tl.store(p_lse + offset64(i_bh, T) + o_t, b_lse, mask=m_t)
@@ -96,14 +96,15 @@ def gated_cross_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
-    base: torch.Tensor | None,
+    residual: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, H, T, d), twice (B, G, S, d), one number, (B, T, H, d) or None, (B, S) bool or None
     -> out (B, T, H, d) contiguous in the query's type, log-sum-exp (B, H, T) fp32 in base 2.
 
-    Query, key and value have one type, base and gate any. Strides are free; a tensor whose last one is not 1 is copied.
+    Query, key and value have one type, residual and gate any. Strides are free; a tensor whose last one is not 1 is
+    copied.
     """
     batch, heads, length, size = query.shape
     out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)
@@ -111,7 +112,7 @@ def gated_cross_attention_forward(
     if out.numel() == 0:
         return out, lse
     query, key, value = unit_last(query), unit_last(key), unit_last(value)
-    base = None if base is None else unit_last(base)
+    residual = None if residual is None else unit_last(residual)
     options = configuration(size, query.dtype, architecture(query.device))
     programs = ceil_div(length, options["BM"]) * batch * heads
     with torch.cuda.device_of(query):
@@ -120,11 +121,11 @@ def gated_cross_attention_forward(
             p_k=key,
             p_v=value,
             p_gate=gate,
-            p_base=base,
+            p_residual=residual,
             p_mask=key_mask,
             p_out=out,
             p_lse=lse,
-            **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), s=(base, "bth"), m=(key_mask, "bs")),
+            **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), s=(residual, "bth"), m=(key_mask, "bs")),
             T=length,
             S=key.shape[2],
             scale=scale_base2(scale, size),
@@ -146,6 +147,6 @@ def ahead_of_time(arch: str = "sm_90") -> list[Entry]:
         config = configuration(size, dtype, arch)
         found.append(shipped_entry("forward", gated_cross_attention_forward_kernel, config, shipped, {}))
         if size == 128:
-            bare: dict[str, None] = dict(p_mask=None, p_base=None)
+            bare: dict[str, None] = dict(p_mask=None, p_residual=None)
             found.append(shipped_entry("forward bare", gated_cross_attention_forward_kernel, config, shipped, bare))
     return found

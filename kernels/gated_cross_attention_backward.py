@@ -1,11 +1,11 @@
-"""Gated cross-attention, backward: dq, dk, dv, dgate from the saved log-sum-exp (dbase is the incoming gradient).
+"""Gated cross-attention, backward: dq, dk, dv, dgate from the saved log-sum-exp (dresidual is the incoming gradient).
 
 With p = softmax(q k^T * scale), g the gradient of the output, gate a:
 
     delta_t = sum_s p_ts (g_t . v_s)      dgate = sum_t delta_t      dv_s = a sum_t p_ts g_t
     e_ts = p_ts (g_t . v_s - delta_t)     dq_t = a scale sum_s e_ts k_s     dk_s = a scale sum_t e_ts q_t
 
-delta is computed here, from p, and not from (out - base): the gate may be zero, and p @ v is not saved.
+delta is computed here, from p, and not from (out - residual): the gate may be zero, and p @ v is not saved.
 
 Counted as in ``gated_cross_attention``:
 

@@ -7,9 +7,9 @@ tile. Counted as in ``gated_cross_attention``:
 - reads c * B * d * (2 * G * S + 2 * H * T) bytes, B * G * S of the mask; writes c * B * H * T * d; each part of a split
   writes and reads 4 * B * H * T * (d + 1) bytes. Memory- and launch-bound: H * T / G FLOP/byte in bf16 at large S.
 
-It is one launch, or two where the source is split: the second combines the parts, the gate and the base. There is no
-host sync, and no allocation except the output and partial results, so that it can be captured in a CUDA graph. Padding
-at either end of a sequence's source is skipped: a short sequence costs little in a batch with long ones.
+It is one launch, or two where the source is split: the second combines the parts, the gate and the residual. There is
+no host sync, and no allocation except the output and partial results, so that it can be captured in a CUDA graph.
+Padding at either end of a sequence's source is skipped: a short sequence costs little in a batch with long ones.
 
 Source: LayAlign, adaptive fusion-enhanced attention; splitting over keys is Flash-Decoding's.
 The reference is ``layalign.reference.gated_cross_attention``.
@@ -69,7 +69,7 @@ TABLES: dict[int, Table] = {
 
 @triton.jit(do_not_specialize=["B", "T", "S", "stride_mb", "stride_ms", "splits", "span"])
 def gated_cross_attention_decode_kernel(
-    p_q, p_k, p_v, p_gate, p_base, p_mask, p_out, p_part, p_lse,
+    p_q, p_k, p_v, p_gate, p_residual, p_mask, p_out, p_part, p_lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
     stride_sb, stride_st, stride_sh, stride_mb, stride_ms, B, T, S, splits, span, scale,
     H: tl.constexpr, REP: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -101,10 +101,10 @@ def gated_cross_attention_decode_kernel(
     o_row = (offset64(i_b, T) + o_t) * H + o_h
     if not SPLIT:
         b_out *= tl.load(p_gate).to(tl.float32)
-        if p_base is not None:
-            p_base += offset64(i_b, stride_sb)
+        if p_residual is not None:
+            p_residual += offset64(i_b, stride_sb)
             o_base = offset64(o_h, stride_sh) + offset64(o_t, stride_st)
-            b_out += load_rows(p_base, o_base, m_r, o_d, D, BD).to(tl.float32)
+            b_out += load_rows(p_residual, o_base, m_r, o_d, D, BD).to(tl.float32)
         store_rows(p_out, b_out, o_row * D, m_r, o_d, D, BD)
     else:
         o_part = offset64(i_split, B) * T * H + o_row
@@ -114,10 +114,10 @@ def gated_cross_attention_decode_kernel(
 
 @triton.jit(do_not_specialize=["rows", "T", "splits"])
 def gated_cross_attention_decode_combine_kernel(
-    p_part, p_lse, p_gate, p_base, p_out, stride_sb, stride_st, stride_sh, rows, T, splits,
+    p_part, p_lse, p_gate, p_residual, p_out, stride_sb, stride_st, stride_sh, rows, T, splits,
     H: tl.constexpr, BP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One program: one of the B * T * H rows from its parts, weighted by their log-sum-exp; then gate and base."""
+    """One program: one of the B * T * H rows from its parts, weighted by their log-sum-exp; then gate and residual."""
     i_row = tl.program_id(0)
     o_d, o_p = tl.arange(0, BD), tl.arange(0, BP)
     m_p = o_p < splits
@@ -130,10 +130,10 @@ def gated_cross_attention_decode_combine_kernel(
     b_sum = tl.sum(b_w, 0)
     b_out = tl.sum(b_part * b_w[:, None], 0) / tl.where(b_sum > 0.0, b_sum, 1.0)
     b_out *= tl.load(p_gate).to(tl.float32)
-    if p_base is not None:
+    if p_residual is not None:
         i_h, i_t, i_b = i_row % H, (i_row // H) % T, i_row // H // T
         o_base = offset64(i_b, stride_sb) + offset64(i_t, stride_st) + offset64(i_h, stride_sh)
-        b_out += tl.load(p_base + o_base + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        b_out += tl.load(p_residual + o_base + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     tl.store(p_out + offset64(i_row, D) + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
 
 
@@ -156,7 +156,7 @@ def gated_cross_attention_decode(
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
-    base: torch.Tensor | None,
+    residual: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float | None,
     splits: int | None = None,
@@ -171,9 +171,9 @@ def gated_cross_attention_decode(
     if out.numel() == 0:
         return out
     query, key, value = unit_last(query), unit_last(key), unit_last(value)
-    base = None if base is None else unit_last(base)
+    residual = None if residual is None else unit_last(residual)
     with torch.cuda.device_of(query):
-        for launch in decode_launches(query, key, value, gate, base, key_mask, scale, out, splits):
+        for launch in decode_launches(query, key, value, gate, residual, key_mask, scale, out, splits):
             launch()
     return out
 
@@ -183,7 +183,7 @@ def decode_launches(
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
-    base: torch.Tensor | None,
+    residual: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float | None,
     out: torch.Tensor,
@@ -204,8 +204,8 @@ def decode_launches(
         part = torch.empty((splits, rows, size), dtype=torch.float32, device=query.device)
         lse = torch.empty((splits, rows), dtype=torch.float32, device=query.device)
     common: dict[str, Any] = dict(
-        p_gate=gate, p_base=base, p_out=out, T=length, H=heads, splits=splits, D=size, BD=padded_head_size(size),
-        p_part=part, p_lse=lse, **strides(s=(base, "bth")),
+        p_gate=gate, p_residual=residual, p_out=out, T=length, H=heads, splits=splits, D=size,
+        BD=padded_head_size(size), p_part=part, p_lse=lse, **strides(s=(residual, "bth")),
     )  # fmt: skip
     own: dict[str, Any] = dict(
         p_q=query,
@@ -241,13 +241,13 @@ def ahead_of_time(arch: str = "sm_90") -> list[Entry]:
             found.append(
                 shipped_entry(f"decode {rows} rows", gated_cross_attention_decode_kernel, config, shipped, whole)
             )
-            split = dict(SPLIT=True, p_out=None, p_base=None)
+            split = dict(SPLIT=True, p_out=None, p_residual=None)
             found.append(
                 shipped_entry(f"decode split {rows} rows", gated_cross_attention_decode_kernel, config, shipped, split)
             )
     for dtype in TYPE_NAMES:
-        types = dict(p_part="*fp32", p_lse="*fp32", p_gate="*fp32", p_base=f"*{TYPE_NAMES[dtype]}")
-        types["p_out"] = types["p_base"]
+        types = dict(p_part="*fp32", p_lse="*fp32", p_gate="*fp32", p_residual=f"*{TYPE_NAMES[dtype]}")
+        types["p_out"] = types["p_residual"]
         constants = dict(H=32, BP=16, D=128, BD=128)
         name = f"decode combine d128 {TYPE_NAMES[dtype]}"
         found.append(

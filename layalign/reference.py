@@ -138,12 +138,12 @@ def gated_cross_attention(
     key: Tensor,
     value: Tensor,
     gate: Tensor,
-    base: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """base + gate * softmax(query @ key.T * scale + mask) @ value.
+    """residual + gate * softmax(query @ key.T * scale + mask) @ value.
 
     Each key/value head serves H / G neighbouring query heads. A row whose source is fully masked contributes zero.
 
@@ -151,7 +151,7 @@ def gated_cross_attention(
         query: (B, H, T, d), as self-attention uses it (after RoPE and any q-norm).
         key, value: (B, G, S, d), no RoPE.
         gate: one number.
-        base: (B, T, H, d), the self-attention's output before its output projection, or None for zero.
+        residual: (B, T, H, d), the self-attention's output before its output projection, or None for zero.
         key_mask: (B, S) bool, true where a source token may be attended; None attends to all.
         scale: factor on the scores, 1 / sqrt(d) by default.
 
@@ -176,6 +176,6 @@ def gated_cross_attention(
         # 0 * NaN is NaN: values in the padding must not matter.
         value = value.masked_fill(~key_mask[:, None, :, None], 0.0)
     attended = torch.einsum("bgrts,bgsd->btgrd", probabilities.to(query.dtype), value.to(query.dtype))
-    # The gate is one number, whatever its shape. A wider base does not widen the result.
+    # The gate is one number, whatever its shape. A wider residual does not widen the result.
     out = gate.to(query.dtype).reshape(()) * attended.reshape(batch, length, heads, size)
-    return out if base is None else (base + out).to(query.dtype)
+    return out if residual is None else (residual + out).to(query.dtype)

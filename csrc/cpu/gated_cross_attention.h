@@ -136,24 +136,24 @@ void attend_few_rows(const Attention& in, const Tensor& out, const Tensor& lse, 
 // The general case; `lse` may be absent.
 void attend(const Attention& in, const Tensor& out, const Tensor& lse, int threads);
 
-// out row = total * factor + base, in out's type. `total` has whole registers.
+// out row = total * factor + residual, in out's type. `total` has whole registers.
 static inline void finish_row(
     const Attention& in, const Sizes& n, const Tensor& out, int64_t b, int64_t t, int64_t h, float* total,
     float factor) {
-  if (out.dtype == DType::float32 && n.size == n.width && (!in.base || in.base.dtype == DType::float32)) {
-    const float* base = in.base ? reinterpret_cast<const float*>(at(in.base, b, t, h)) : nullptr;
+  if (out.dtype == DType::float32 && n.size == n.width && (!in.residual || in.residual.dtype == DType::float32)) {
+    const float* residual = in.residual ? reinterpret_cast<const float*>(at(in.residual, b, t, h)) : nullptr;
     float* to = reinterpret_cast<float*>(at(out, b, t, h));
     for (int64_t c = 0; c < n.width; c += kLanes) {
       const Vec value = load(total + c) * factor;
-      store(to + c, base == nullptr ? value : value + load(base + c));
+      store(to + c, residual == nullptr ? value : value + load(residual + c));
     }
     return;
   }
   for (int64_t c = 0; c < n.width; c += kLanes) store(total + c, load(total + c) * factor);
-  if (in.base) {
-    float base[kMaxHeadSize];
-    widen(in.base.dtype, at(in.base, b, t, h), n.size, base);
-    for (int64_t c = 0; c < n.width; c += kLanes) store(total + c, load(total + c) + load(base + c));
+  if (in.residual) {
+    float residual[kMaxHeadSize];
+    widen(in.residual.dtype, at(in.residual, b, t, h), n.size, residual);
+    for (int64_t c = 0; c < n.width; c += kLanes) store(total + c, load(total + c) + load(residual + c));
   }
   narrow(out.dtype, total, n.size, at(out, b, t, h));
 }

@@ -1,4 +1,4 @@
-// The gradients of out = base + gate * softmax(query key^T * scale) value, from the saved log-sum-exp.
+// The gradients of out = residual + gate * softmax(query key^T * scale) value, from the saved log-sum-exp.
 //
 // With P = softmax, G = grad (without the gate, which may be 0 while dgate is not) and n <= S attended tokens:
 //   dP = V G^T;  delta[t] = sum_s P dP;  dS = P (dP - delta);  dgate = sum_t delta

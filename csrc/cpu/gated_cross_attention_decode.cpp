@@ -1,4 +1,4 @@
-// out = base + gate * softmax(query key^T * scale) value for few rows: in decoding a group has H / G * T of them.
+// out = residual + gate * softmax(query key^T * scale) value for few rows: in decoding a group has H / G * T of them.
 //
 // K and V are read where they lie, in their own type, in blocks of kKeyBlock tokens, with lanes over the head size.
 // kLanes scores at a time, (R rows) x (kLanes / R tokens), are summed over the lanes together by sum_each.

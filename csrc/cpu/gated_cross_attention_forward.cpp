@@ -1,4 +1,4 @@
-// out = base + gate * softmax(query key^T * scale) value for many rows.
+// out = residual + gate * softmax(query key^T * scale) value for many rows.
 //
 // Shapes: a task takes some blocks of kRowBlock rows of one group, (rows, d), against the n <= S attended tokens, in
 // blocks of kKeyBlock: scores^T (keys, rows) = K (keys, d) Q^T (d, rows), then out (rows, d) += P (rows, keys) V.
@@ -124,7 +124,7 @@ void Task::run(int64_t begin, int64_t rows) {
     if (i + kAhead < rows) {
       const int64_t later_h = to.head[i + kAhead], later_t = to.token[i + kAhead];
       expect(at(out, b, later_t, later_h), n.size * element_size(out.dtype), true);
-      if (in.base) expect(at(in.base, b, later_t, later_h), n.size * element_size(in.base.dtype), false);
+      if (in.residual) expect(at(in.residual, b, later_t, later_h), n.size * element_size(in.residual.dtype), false);
     }
     finish_row(in, n, out, b, t, h, x.total + i * n.width, count == 0 ? gate * 0 : gate / x.sums[i]);
     if (!lse) continue;

@@ -15,7 +15,7 @@ constexpr int kDecodeStep = 64;  // parts of the source are multiples of it
 
 constexpr int kWarpRows = 4;  // rows of a block of the combining kernel, a warp each
 
-// One row of the decode from its parts, weighted by their log-sum-exp, in order; then gate and base.
+// One row of the decode from its parts, weighted by their log-sum-exp, in order; then gate and residual.
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarpRows) combine_kernel(KERNEL_PARAMETER AttentionParameters p) {
   const int64_t row = block_index() * kWarpRows + warp_index();
@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(32 * kWarpRows) combine_kernel(KERNEL_PARAMETE
       x += exp2_fast(p.part_lse[part] - reference) * p.part[part * p.size + column];
     }
     x *= factor;
-    if (p.base) x += load_any(p.base, b * p.base_b + t * p.base_t + h * p.base_h + column, p.base_dtype);
+    const int64_t residual_at = b * p.residual_b + t * p.residual_t + h * p.residual_h + column;
+    if (p.residual) x += load_any(p.residual, residual_at, p.residual_dtype);
     from_float(static_cast<T*>(p.out) + row * p.size + column, x);
   }
 }
@@ -111,12 +112,12 @@ AttentionParameters parameters(const Attention& in, const char* name) {
   p.key = in.key.data;
   p.value = in.value.data;
   p.gate = in.gate.data;
-  p.base = in.base.data;
+  p.residual = in.residual.data;
   p.mask = static_cast<const unsigned char*>(in.key_mask.data);
   p.query_b = in.query.stride[0], p.query_h = in.query.stride[1], p.query_t = in.query.stride[2];
   p.key_b = in.key.stride[0], p.key_g = in.key.stride[1], p.key_s = in.key.stride[2];
   p.value_b = in.value.stride[0], p.value_g = in.value.stride[1], p.value_s = in.value.stride[2];
-  p.base_b = in.base.stride[0], p.base_t = in.base.stride[1], p.base_h = in.base.stride[2];
+  p.residual_b = in.residual.stride[0], p.residual_t = in.residual.stride[1], p.residual_h = in.residual.stride[2];
   p.mask_b = in.key_mask.stride[0], p.mask_s = in.key_mask.stride[1];
   p.heads = static_cast<int>(n.heads);
   p.groups = static_cast<int>(n.groups);
@@ -128,7 +129,7 @@ AttentionParameters parameters(const Attention& in, const char* name) {
   p.scale = in.scale;
   p.scale2 = in.scale * kLog2E;
   p.gate_dtype = in.gate.dtype;
-  p.base_dtype = in.base.dtype;
+  p.residual_dtype = in.residual.dtype;
   const bool chunks = n.size * bytes_of(in.query.dtype) % 16 == 0;
   p.vector_query = chunks && rows_aligned(in.query, 16);
   p.vector_source = chunks && rows_aligned(in.key, 16) && rows_aligned(in.value, 16);

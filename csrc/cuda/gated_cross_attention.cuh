@@ -13,17 +13,17 @@ struct AttentionParameters {
   const void* key;
   const void* value;
   const void* gate;
-  const void* base;
+  const void* residual;
   const void* grad;
   const unsigned char* mask;
   int64_t query_b, query_h, query_t, key_b, key_g, key_s, value_b, value_g, value_s;
-  int64_t base_b, base_t, base_h, grad_b, grad_t, grad_h, mask_b, mask_s;
+  int64_t residual_b, residual_t, residual_h, grad_b, grad_t, grad_h, mask_b, mask_s;
   int heads, groups, repeat, length, source, size;  // H, G, H / G, T, S, d
   int rows;                                         // repeat * T
   int tiles;                                        // blocks of rows of a group, or blocks of the source
   Divisor by_length, by_groups, by_tiles, by_splits;
   float scale, scale2;
-  DType gate_dtype, base_dtype;
+  DType gate_dtype, residual_dtype;
   bool vector_query, vector_source, vector_grad, vector_out, vector_part;
   int splits, span;  // parts of the source and their length, or parts of the rows and their number of tiles
   void* out;         // (B, T, H, d)

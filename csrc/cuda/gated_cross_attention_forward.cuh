@@ -1,7 +1,7 @@
-// Gated cross-attention, forward and decode: out = base + gate * softmax(q k^T * scale + mask) v, lse in base 2.
+// Gated cross-attention, forward and decode: out = residual + gate * softmax(q k^T * scale + mask) v, lse in base 2.
 //
 // Counted for B sequences, H heads over G groups of size d, T rows, S source tokens, c bytes an element:
-// 4 B H T S d FLOP; reads c B d (2 H T + 2 G S) bytes (query and base, key and value, the latter from L2 after the
+// 4 B H T S d FLOP; reads c B d (2 H T + 2 G S) bytes (query and residual, key and value, the latter from L2 after the
 // first block of rows of a group), writes c B H T d. A block has 16 ROW_WARPS packed rows of a group; with
 // SOURCE_WARPS > 1 (decode) warps have the same rows and share the tokens of each tile, and their results are merged at
 // the end.
@@ -68,7 +68,7 @@ DEVICE void online_softmax(float (&score)[N / 8][4], float (&acc)[D / 8][4], flo
   }
 }
 
-// Merges the staged results of the warps that share rows, and stores the rows: gated and with base, or as a part.
+// Merges the staged results of the warps that share rows, and stores the rows: gated and with residual, or as a part.
 template <typename T, int D, int ROW_WARPS, int SOURCE_WARPS>
 DEVICE void finish_rows(const AttentionParameters& p, int64_t b, int g, int first, int split, const float* staged,
                         const float* stats) {
@@ -106,11 +106,12 @@ DEVICE void finish_rows(const AttentionParameters& p, int64_t b, int g, int firs
       if (column == 0) p.part_lse[parts_row] = lse;
       continue;
     }
-    const int64_t base = b * p.base_b + at.t * p.base_t + at.head * p.base_h;
+    const int64_t residual_at = b * p.residual_b + at.t * p.residual_t + at.head * p.residual_h;
     LAYALIGN_UNROLL
     for (int k = 0; k < 4; ++k) {
       x.at[k] *= inverse * gate;
-      if (p.base && column + k < p.size) x.at[k] += load_any(p.base, base + column + k, p.base_dtype);
+      if (p.residual && column + k < p.size)
+        x.at[k] += load_any(p.residual, residual_at + column + k, p.residual_dtype);
     }
     store4(static_cast<T*>(p.out) + row * p.size, column, p.size, p.vector_out, x);
     if (p.lse && column == 0) p.lse[first_packed(p, b, g) + first + r] = lse;

@@ -326,8 +326,9 @@ AttentionData attention_data(const AttentionCase& n) {
   x.grad = Array(n.type, {n.batch, n.length, n.heads, n.size}, order(), below(2) * 3).fill();
   x.gate = Array(one_of({DType::float32, n.type}), {1}).fill();
   if (below(5) == 0) write(x.gate.data, x.gate.dtype, 0, 0);
-  x.based = below(2) != 0, x.masked = below(3) != 0;
-  if (x.based) x.base = Array(one_of({DType::float32, n.type}), {n.batch, n.length, n.heads, n.size}, order()).fill();
+  x.with_residual = below(2) != 0, x.masked = below(3) != 0;
+  if (x.with_residual)
+    x.residual = Array(one_of({DType::float32, n.type}), {n.batch, n.length, n.heads, n.size}, order()).fill();
   const double scale = (below(4) == 0 ? -1.5 : 1) / std::sqrt(static_cast<double>(n.size));
   x.scale = static_cast<double>(static_cast<float>(scale));
   if (!x.masked) return x;
@@ -384,7 +385,7 @@ void check_attention(const AttentionCase& n) {
       for (int64_t t = 0; t < n.length; ++t) exact_row(n, x, b, h, t, exact);
 
   const std::string group = std::string("attention ") + name_of(n.type);
-  const Attention in{x.query, x.key, x.value, x.gate, x.base, x.mask, static_cast<float>(x.scale)};
+  const Attention in{x.query, x.key, x.value, x.gate, x.residual, x.mask, static_cast<float>(x.scale)};
   Array out(n.type, {n.batch, n.length, n.heads, n.size}), lse(DType::float32, {n.batch, n.heads, n.length});
   AttentionForward call{in, out, lse};
   cpu::gated_cross_attention_forward(call, 1);

@@ -220,9 +220,10 @@ AttentionData attention_data(const AttentionCase& n) {
   x.grad = states(n.length, n.heads);
   x.gate = Array(one_of({DType::float32, DType::float16, DType::bfloat16}), {1}).fill();
   if (below(5) == 0) write(x.gate.data, x.gate.dtype, 0, 0);
-  x.based = below(2) != 0, x.masked = below(3) != 0;
-  const DType base = one_of({DType::float32, DType::bfloat16, n.type});
-  if (x.based) x.base = Array(base, {n.batch, n.length, n.heads, n.size}, order(), gap(), shift()).fill();
+  x.with_residual = below(2) != 0, x.masked = below(3) != 0;
+  const DType residual = one_of({DType::float32, DType::bfloat16, n.type});
+  if (x.with_residual)
+    x.residual = Array(residual, {n.batch, n.length, n.heads, n.size}, order(), gap(), shift()).fill();
   const double scale = (below(4) == 0 ? -1.5 : 1) / std::sqrt(static_cast<double>(n.size));
   x.scale = static_cast<double>(static_cast<float>(scale));
   if (!x.masked) return x;
@@ -303,7 +304,7 @@ void check_attention(const AttentionCase& n) {
     for (int64_t h = 0; h < n.heads; ++h)
       for (int64_t t = 0; t < n.length; ++t) exact_row(n, x, b, h, t, exact);
 
-  const Attention in{x.query, x.key, x.value, x.gate, x.base, x.mask, static_cast<float>(x.scale)};
+  const Attention in{x.query, x.key, x.value, x.gate, x.residual, x.mask, static_cast<float>(x.scale)};
   // A score's rounding is relative to `spread`, and enters twice: in the exponential and in the sum of them.
   const double units = 8 + 4 * exact.spread;
   Array out(n.type, {n.batch, n.length, n.heads, n.size}, {}, 0, below(2));

@@ -183,8 +183,8 @@ struct AttentionCase {
 };
 
 struct AttentionData {
-  Array query, key, value, gate, base, mask, grad;
-  bool masked, based;
+  Array query, key, value, gate, residual, mask, grad;
+  bool masked, with_residual;
   double scale;
 };
 
@@ -233,9 +233,9 @@ inline void exact_row(const AttentionCase& n, const AttentionData& x, int64_t b,
       const double term = p[static_cast<size_t>(s)] / sum * x.value(b, g, s, c);
       attended += term, terms += std::fabs(term);
     }
-    const double base = x.based ? x.base(b, t, h, c) : 0, grad = x.grad(b, t, h, c);
+    const double residual = x.with_residual ? x.residual(b, t, h, c) : 0, grad = x.grad(b, t, h, c);
     const size_t i = static_cast<size_t>(((b * n.length + t) * n.heads + h) * n.size + c);
-    to.out.value[i] = base + gate * attended, to.out.terms[i] = std::fabs(base) + std::fabs(gate) * terms;
+    to.out.value[i] = residual + gate * attended, to.out.terms[i] = std::fabs(residual) + std::fabs(gate) * terms;
     dgate += grad * attended, dgate_terms += std::fabs(grad) * terms;
   }
   to.dgate.value[0] += dgate, to.dgate.terms[0] += dgate_terms;

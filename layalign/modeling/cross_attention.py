@@ -56,26 +56,26 @@ class OnePass:
                 self.ready[layer] = cached
 
     def attend(
-        self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
+        self, layer: int, query: Tensor, residual: Tensor, scale: float | None, *, overwrite: bool = False
     ) -> Tensor:
-        """``base`` plus the gated attention of an LLM layer to the source.
+        """``residual`` plus the gated attention of an LLM layer to the source.
 
         Args:
-            layer: index of the LLM layer. For one that is not a language layer, ``base`` is returned.
+            layer: index of the LLM layer. For one that is not a language layer, ``residual`` is returned.
             query: (B, H, T, d), as self-attention uses it.
-            base: (B, T, H, d), the self-attention's output before its output projection.
+            residual: (B, T, H, d), the self-attention's output before its output projection.
             scale: factor on the scores; None is 1 / sqrt(d).
-            overwrite: whether the result may be written into ``base``, because nobody else holds it.
+            overwrite: whether the result may be written into ``residual``, because nobody else holds it.
         """
         # First, and short: Python is slow between the LLM's products. Compiled graphs must not guard on the launches.
         ready = None if torch.compiler.is_compiling() else self.ready.get(layer)
-        if ready is not None and self._holds() and (result := ready(query, base, scale, overwrite)) is not None:
+        if ready is not None and self._holds() and (result := ready(query, residual, scale, overwrite)) is not None:
             return result
         if layer not in self.source.layers:
-            return base
+            return residual
         if self.seen is not None:
             self.seen.add(layer)
-        return self._in_full(layer, query, base, scale)
+        return self._in_full(layer, query, residual, scale)
 
     def _holds(self) -> bool:
         """Whether the source is still the one with which the pass began, and gradients are still not recorded."""
@@ -83,7 +83,7 @@ class OnePass:
         same = now.keys is self._keys and now.values is self._values and now.mask is self._mask
         return same and not torch.is_grad_enabled()
 
-    def _in_full(self, layer: int, query: Tensor, base: Tensor, scale: float | None) -> Tensor:
+    def _in_full(self, layer: int, query: Tensor, residual: Tensor, scale: float | None) -> Tensor:
         """Call the layer's module."""
         source, compiling = self.source, torch.compiler.is_compiling()
         index = source.layers.index(layer)
@@ -95,10 +95,10 @@ class OnePass:
                 source.values = (*source.values[:index], value, *source.values[index + 1 :])
         key, value = source.keys[index].to(query.device), source.values[index].to(query.device)
         mask = None if source.mask is None else source.mask.to(query.device)
-        result = module(query, key, value, base=base, key_mask=mask, scale=scale)
+        result = module(query, key, value, residual=residual, key_mask=mask, scale=scale)
         # What a hook or another class does cannot be cached.
         if not compiling and is_exactly(module, GatedCrossAttention):
-            inputs = query, key, value, module.effective_gate(), base, mask
+            inputs = query, key, value, module.effective_gate(), residual, mask
             source.launches[layer] = CachedDecode.after(inputs, scale, module.impl)
         return result
 

@@ -14,7 +14,7 @@ from layalign.utils.errors import finite_number
 
 @readable
 class GatedCrossAttention(nn.Module):
-    """base + gate * attention(query, key, value). The gate starts at zero, so the LLM starts unchanged.
+    """residual + gate * attention(query, key, value). The gate starts at zero, so the LLM starts unchanged.
 
     To try another formula for the gate, change :meth:`effective_gate`; to try another term, change ``forward``.
 
@@ -40,13 +40,13 @@ class GatedCrossAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        base: Tensor | None = None,
+        residual: Tensor | None = None,
         key_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
         """See :func:`layalign.ops.gated_cross_attention`: (B, H, T, d), twice (B, G, S, d) -> (B, T, H, d)."""
         return ops.gated_cross_attention(
-            query, key, value, self.effective_gate(), base, key_mask=key_mask, scale=scale, impl=self.impl
+            query, key, value, self.effective_gate(), residual, key_mask=key_mask, scale=scale, impl=self.impl
         )
 
 
@@ -58,15 +58,15 @@ def computes_the_reference() -> bool:
     """
 
     def inputs() -> tuple[GatedCrossAttention, Tensor, Tensor, Tensor, Tensor]:
-        query, key, value, base = torch.arange(96.0, dtype=torch.float64).sin().view(4, 2, 2, 3, 2)
-        return GatedCrossAttention(impl="torch", gate=0.7).double(), query, key, value, base.transpose(1, 2)
+        query, key, value, residual = torch.arange(96.0, dtype=torch.float64).sin().view(4, 2, 2, 3, 2)
+        return GatedCrossAttention(impl="torch", gate=0.7).double(), query, key, value, residual.transpose(1, 2)
 
     def expected() -> list[Tensor]:
-        module, query, key, value, base = inputs()
-        return [reference.gated_cross_attention(query, key, value, module.effective_gate(), base, scale=0.5)]
+        module, query, key, value, residual = inputs()
+        return [reference.gated_cross_attention(query, key, value, module.effective_gate(), residual, scale=0.5)]
 
     def found() -> list[Tensor]:
-        module, query, key, value, base = inputs()
-        return [module(query, key, value, base=base, scale=0.5)]
+        module, query, key, value, residual = inputs()
+        return [module(query, key, value, residual=residual, scale=0.5)]
 
     return computes(expected, found)

@@ -4,7 +4,7 @@ A full call describes and checks six tensors. That takes 25 microseconds of Pyth
 LLM's products have just emptied the caches, and Triton's launch takes as much again. So :class:`CachedDecode` keeps the
 checked description of a full call, with its keys, values, mask and scale, and the layer's calls after it pass addresses
 alone. What may have changed is checked once for all layers of a pass through the LLM (:func:`possible`,
-:meth:`CachedDecode.prepare`). Query, base and all addresses are checked in each call, because a tensor's memory may
+:meth:`CachedDecode.prepare`). Query, residual and all addresses are checked in each call, because a tensor's memory may
 move in between.
 
 The backends "cpp" and "triton" support this: their ``cached_decode``.
@@ -21,7 +21,7 @@ from layalign.ops import backends, checks, dispatch, extension
 from layalign.ops.backends.base import Decode
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, gate, base, mask
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, gate, residual, mask
 
 
 def possible() -> bool:
@@ -47,32 +47,34 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _is_like_result(query: Tensor, base: Tensor) -> bool:
-    """Whether ``base`` has the result's dtype and layout."""
-    return base.dtype == query.dtype and base.is_contiguous()
+def _is_like_result(query: Tensor, residual: Tensor) -> bool:
+    """Whether ``residual`` has the result's dtype and layout."""
+    return residual.dtype == query.dtype and residual.is_contiguous()
 
 
-def _result(query: Tensor, base: Tensor) -> Tensor:
+def _result(query: Tensor, residual: Tensor) -> Tensor:
     """Memory for (B, T, H, d) in the query's dtype."""
-    if _is_like_result(query, base):
-        return torch.empty_like(base)  # microseconds faster
-    return torch.empty(base.shape, dtype=query.dtype, device=query.device)
+    if _is_like_result(query, residual):
+        return torch.empty_like(residual)  # microseconds faster
+    return torch.empty(residual.shape, dtype=query.dtype, device=query.device)
 
 
 def _backend(inputs: Inputs, impl: str) -> backends.KernelBackend | None:
     """The backend whose kernels take these tensors without a copy or a cast."""
-    query, key, value, gate, base, mask = inputs
+    query, key, value, gate, residual, mask = inputs
     device = query.device
     if impl == "auto":
-        impl = backends.choose("gated_cross_attention", device.type, query, key, value, gate, base)
+        impl = backends.choose("gated_cross_attention", device.type, query, key, value, gate, residual)
     plain = query.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
     if not plain or query.numel() == 0 or checks.autocast_dtype(query) not in (None, query.dtype):
         return None
-    if gate.numel() != 1 or any(each is not None and each.device != device for each in (key, value, gate, base, mask)):
+    if gate.numel() != 1 or any(
+        each is not None and each.device != device for each in (key, value, gate, residual, mask)
+    ):
         return None  # a sharded or offloaded gate is on the device only while its module runs
-    if gate.dim() > 1 or not {query.dtype, gate.dtype, base.dtype} <= extension.DTYPES.keys():
+    if gate.dim() > 1 or not {query.dtype, gate.dtype, residual.dtype} <= extension.DTYPES.keys():
         return None  # a full call converts them first
-    found = backends.get(impl) if query.stride(-1) == base.stride(-1) == 1 else None
+    found = backends.get(impl) if query.stride(-1) == residual.stride(-1) == 1 else None
     return found if isinstance(found, backends.KernelBackend) else None
 
 
@@ -92,25 +94,25 @@ class CachedDecode:
     """A layer's decoding kernel with keys, values, mask and scale kept from a full call. Made by :meth:`after`."""
 
     def __init__(self, inputs: Inputs, scale: float | None, impl: str, decode: Decode, in_place: bool) -> None:
-        query, key, value, gate, base, mask = inputs
+        query, key, value, gate, residual, mask = inputs
         self._kept = key, value, mask
         self._types, self._layout = (type(key), type(value), type(mask)), _layout(key, value, mask)
         self._at_key, self._at_value, self._at_mask = map(_address, self._kept)
         self._impl, self._scale, self._autocast = impl, scale, checks.autocast_dtype(query)
         self._device = query.device.type
-        self._like, self._like_gate = (_kind(query), _kind(base)), (gate.dtype, gate.device)
-        self._decode, self._in_place = decode, in_place and _is_like_result(query, base)
+        self._like, self._like_gate = (_kind(query), _kind(residual)), (gate.dtype, gate.device)
+        self._decode, self._in_place = decode, in_place and _is_like_result(query, residual)
         self._gate: Tensor | None = None  # set by `prepare`
 
     @staticmethod
     def after(inputs: Inputs, scale: float | None, impl: str) -> CachedDecode | None:
         """For the calls after a full one with these arguments, or None where they must be full calls too."""
-        query, base = inputs[0], inputs[4]
+        query, residual = inputs[0], inputs[4]
         if query.shape[2] > MAX_DECODE_ROWS or not dispatch.can_skip_dispatcher(inputs):
             return None
         if (backend := _backend(inputs, impl)) is None:
             return None
-        decode = backend.cached_decode(inputs, scale, _result(query, base))
+        decode = backend.cached_decode(inputs, scale, _result(query, residual))
         return None if decode is None else CachedDecode(inputs, scale, impl, decode, backend.decodes_in_place)
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -140,17 +142,20 @@ class CachedDecode:
         self._gate = gate
         return True
 
-    def __call__(self, query: Tensor, base: Tensor, scale: float | None, overwrite: bool = False) -> Tensor | None:
-        """(B, T, H, d), or None where this call is of another kind; ``overwrite``: it may be written to ``base``."""
-        if type(query) is not Tensor or type(base) is not Tensor or (_kind(query), _kind(base)) != self._like:
+    def __call__(self, query: Tensor, residual: Tensor, scale: float | None, overwrite: bool = False) -> Tensor | None:
+        """(B, T, H, d), or None where this call is of another kind.
+
+        ``overwrite``: the result may be written to ``residual``.
+        """
+        if type(query) is not Tensor or type(residual) is not Tensor or (_kind(query), _kind(residual)) != self._like:
             return None
         gate = self._gate
-        if gate is None or scale != self._scale or query.is_neg() or base.is_neg():
+        if gate is None or scale != self._scale or query.is_neg() or residual.is_neg():
             return None
         key, value, mask = self._kept
         if key.data_ptr() != self._at_key or value.data_ptr() != self._at_value or not (at := gate.data_ptr()):
             return None
         if mask is not None and mask.data_ptr() != self._at_mask:
             return None
-        out = base if overwrite and self._in_place else _result(query, base)
-        return out if self._decode(query.data_ptr(), at, base.data_ptr(), out.data_ptr()) else None
+        out = residual if overwrite and self._in_place else _result(query, residual)
+        return out if self._decode(query.data_ptr(), at, residual.data_ptr(), out.data_ptr()) else None

@@ -241,12 +241,12 @@ def batched_linear(
 
 
 def _inputs(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor | None, mask: Tensor | None, scale: Any
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, residual: Tensor | None, mask: Tensor | None, scale: Any
 ) -> tuple[tuple[Any, ...], list[Tensor | None]]:
     """The described inputs, and the described tensors, which must outlive the call."""
     size = query.shape[-1]
-    base = None if base is None else unit(float_like(base))
-    kept = [unit(query), unit(key), unit(value), float_like(gate), base, mask]
+    residual = None if residual is None else unit(float_like(residual))
+    kept = [unit(query), unit(key), unit(value), float_like(gate), residual, mask]
     return (*map(describe, kept), size**-0.5 if scale is None else float(scale)), kept
 
 
@@ -256,7 +256,7 @@ def gated_cross_attention_forward(
     key: Tensor,
     value: Tensor,
     gate: Tensor,
-    base: Tensor | None,
+    residual: Tensor | None,
     key_mask: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
@@ -265,7 +265,7 @@ def gated_cross_attention_forward(
     out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
     if out.numel():
-        inputs, _kept = _inputs(query, key, value, gate, base, key_mask, scale)
+        inputs, _kept = _inputs(query, key, value, gate, residual, key_mask, scale)
         at = place(backend, query.device)
         _call(backend, query.device, "gated_cross_attention_forward", inputs, describe(out), describe(lse), at)
     return out, lse
@@ -277,7 +277,7 @@ def gated_cross_attention_decode(
     key: Tensor,
     value: Tensor,
     gate: Tensor,
-    base: Tensor | None,
+    residual: Tensor | None,
     key_mask: Tensor | None,
     scale: float | None,
     splits: int | None = None,
@@ -287,7 +287,7 @@ def gated_cross_attention_decode(
     out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
-    inputs, _kept = _inputs(query, key, value, gate, base, key_mask, scale)
+    inputs, _kept = _inputs(query, key, value, gate, residual, key_mask, scale)
     at = place(backend, query.device)
     workspace = None
     if backend == "cpp":

@@ -8,7 +8,7 @@ All backends with kernels share three ``torch.library`` operations:
   group into one tile and splits the source over the device.
 
 Query, key and value are cast to one dtype first: autocast's where autocast is on, else the query's. The gate and the
-base keep theirs. float64 is left to plain torch.
+residual keep theirs. float64 is left to plain torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FORWARD = "layalign::gated_cross_attention"
 _BACKWARD = "layalign::gated_cross_attention_backward"
 _DECODE = "layalign::gated_cross_attention_decode"
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? base, Tensor? key_mask, float? scale, str backend"
+    "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? residual, Tensor? key_mask, float? scale, str backend"
 )
 
 torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor, Tensor)")
@@ -46,12 +46,14 @@ def _forward(
     key: Tensor,
     value: Tensor,
     gate: Tensor,
-    base: Tensor | None,
+    residual: Tensor | None,
     key_mask: Tensor | None,
     scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return backends.launcher(backend, "gated_cross_attention_forward")(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
+    return backends.launcher(backend, "gated_cross_attention_forward")(
+        query, key, value, gate, residual, key_mask, scale
+    )  # type: ignore[no-any-return]
 
 
 torch.library.impl(_FORWARD, "default", _forward)
@@ -70,12 +72,14 @@ def _decode(
     key: Tensor,
     value: Tensor,
     gate: Tensor,
-    base: Tensor | None,
+    residual: Tensor | None,
     key_mask: Tensor | None,
     scale: float | None,
     backend: str,
 ) -> Tensor:
-    return backends.launcher(backend, "gated_cross_attention_decode")(query, key, value, gate, base, key_mask, scale)  # type: ignore[no-any-return]
+    return backends.launcher(backend, "gated_cross_attention_decode")(
+        query, key, value, gate, residual, key_mask, scale
+    )  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake(_DECODE)
@@ -120,18 +124,18 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, gate, base, key_mask, scale, ctx.backend = inputs
+    query, key, value, gate, residual, key_mask, scale, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, gate, key_mask, output[1])
     ctx.scale = scale
-    ctx.base_dtype = None if base is None else base.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
-    *needs, need_base = ctx.needs_input_grad[:5]
+    *needs, need_residual = ctx.needs_input_grad[:5]
     each: list[Tensor | None] = [None] * 4
     if any(needs):
         query, key, value, gate, key_mask, lse = ctx.saved_tensors
@@ -141,7 +145,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
             grad, query, key, value, gate, key_mask, lse, ctx.scale, needs, ctx.backend
         )
         each = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
-    return (*each, grad.to(ctx.base_dtype) if need_base else None, None, None, None)
+    return (*each, grad.to(ctx.residual_dtype) if need_residual else None, None, None, None)
 
 
 class _Eager(torch.autograd.Function):
@@ -175,14 +179,14 @@ def _fused(backend: str) -> backends.Implementation:
         key: Tensor,
         value: Tensor,
         gate: Tensor,
-        base: Tensor | None = None,
+        residual: Tensor | None = None,
         *,
         key_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
         dtype = checks.compute_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        inputs = query, key, value, gate, base, key_mask
+        inputs = query, key, value, gate, residual, key_mask
         if dispatch.can_skip_dispatcher(inputs):
             few = query.shape[2] <= MAX_DECODE_ROWS
             launch = backends.launcher(
@@ -221,19 +225,19 @@ def gated_cross_attention(
     key: Tensor,
     value: Tensor,
     gate: Tensor,
-    base: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     key_mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """base + gate * softmax(query @ key.T * scale + mask) @ value.
+    """residual + gate * softmax(query @ key.T * scale + mask) @ value.
 
     Args:
         query: (B, H, T, d), floating.
         key, value: (B, G, S, d), floating, H a multiple of G.
         gate: a tensor with one number, on the device.
-        base: (B, T, H, d) or None.
+        residual: (B, T, H, d) or None.
         key_mask: (B, S) bool, true where attended, or None. A row that is all false contributes zero.
         scale: factor on the scores, 1 / sqrt(d) by default.
         impl: "auto" or a backend's name.
@@ -247,7 +251,7 @@ def gated_cross_attention(
 
     Source: LayAlign, adaptive fusion-enhanced attention.
     """
-    _check(query, key, value, gate, base, key_mask)
+    _check(query, key, value, gate, residual, key_mask)
     _check_scale(scale)
     if gate.dim() > 1:
         gate = gate.reshape(1)
@@ -259,14 +263,14 @@ def gated_cross_attention(
         key,
         value,
         gate,
-        base,
+        residual,
         key_mask=key_mask,
         scale=scale,
     )
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor | None, key_mask: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, residual: Tensor | None, key_mask: Tensor | None
 ) -> None:
     checks.require_tensor("query", query, 4, "(B, H, T, d)")
     checks.require_tensor("key", key, 4, "(B, G, S, d)")
@@ -285,10 +289,10 @@ def _check(
     if not checks.is_floating(gate) or gate.numel() != 1:
         raise ArgumentError(f"gate: expected a floating tensor with one number, got {checks.describe(gate)}")
     checks.require_same_device("gate", gate, "query", query)
-    if base is not None:
-        checks.require_tensor("base", base, 4, "(B, T, H, d)")
-        checks.require_shape("base", base, (batch, length, heads, size), "(B, T, H, d)")
-        checks.require_same_device("base", base, "query", query)
+    if residual is not None:
+        checks.require_tensor("residual", residual, 4, "(B, T, H, d)")
+        checks.require_shape("residual", residual, (batch, length, heads, size), "(B, T, H, d)")
+        checks.require_same_device("residual", residual, "query", query)
     if key_mask is not None:
         if not checks.is_plain(key_mask) or key_mask.dtype != torch.bool:
             raise ArgumentError(f"key_mask: expected a bool tensor (B, S), got {checks.describe(key_mask)}")

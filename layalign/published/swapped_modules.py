@@ -225,20 +225,22 @@ class AttentionSwap:
             self.kept = KeptStates.of(attention, whole, key, value, query)
         return key, value
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, overwrite: bool) -> Tensor:
-        """``base`` (B, T, H, d) plus the gated term. ``base`` may be overwritten if `overwrite` is set."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, residual: Tensor, overwrite: bool
+    ) -> Tensor:
+        """``residual`` (B, T, H, d) plus the gated term. ``residual`` may be overwritten if `overwrite` is set."""
         scale = query.shape[-1] ** -0.5  # as published, whatever the LLM's own
         compiling, again = torch.compiler.is_compiling(), self.again
         if again is not None and not compiling and cached_launch.possible():
             ready = again.prepare(key, value, gate, None, self.impl)
-            if ready and (found := again(query, base, scale, overwrite)) is not None:
+            if ready and (found := again(query, residual, scale, overwrite)) is not None:
                 return found
         if not compiling and query.shape[2] <= MAX_DECODE_ROWS and (kept := self.kept) is not None and kept.key is key:
             key, value = side_by_side(key, value)
             self.kept = replace(kept, key=key, value=value)
-        found = ops.gated_cross_attention(query, key, value, gate, base, scale=scale, impl=self.impl)
+        found = ops.gated_cross_attention(query, key, value, gate, residual, scale=scale, impl=self.impl)
         if not compiling:
-            self.again = CachedDecode.after((query, key, value, gate, base, None), scale, self.impl)
+            self.again = CachedDecode.after((query, key, value, gate, residual, None), scale, self.impl)
         return found
 
 
@@ -298,13 +300,13 @@ class _Term:
         self.wrapper, self.attention, self.attended = wrapper, attention, False
 
     def attend(
-        self, layer: int, query: Tensor, base: Tensor, scale: float | None, *, overwrite: bool = False
+        self, layer: int, query: Tensor, residual: Tensor, scale: float | None, *, overwrite: bool = False
     ) -> Tensor:
-        """``base`` (B, T, H, d) plus the gated term; see `layalign.modeling.attention_interface.register`."""
+        """``residual`` (B, T, H, d) plus the gated term; see `layalign.modeling.attention_interface.register`."""
         self.attended = True
         swap = self.wrapper.layalign_swap
         key, value = swap.states(self.attention, self.wrapper.adapter_states, query)
-        return swap.attend(query, key, value, self.wrapper.adaption_gate.to(query.device), base, overwrite)
+        return swap.attend(query, key, value, self.wrapper.adaption_gate.to(query.device), residual, overwrite)
 
 
 def attend(wrapper: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:

@@ -185,12 +185,12 @@ def recorded(model: LayAlignForCausalLM, inputs: dict[str, Any], monkeypatch: py
     found: dict[int, Any] = {}
     attend = OnePass.attend
 
-    def spy(self: OnePass, layer: int, query: Any, base: Any, scale: Any, overwrite: bool = False) -> Any:
+    def spy(self: OnePass, layer: int, query: Any, residual: Any, scale: Any, overwrite: bool = False) -> Any:
         source = self.source
         if layer in source.layers:
             slot = source.layers.index(layer)
-            found[slot] = (query, source.keys[slot], source.values[slot], source.mask, base, scale)
-        return attend(self, layer, query, base, scale)  # which leaves the base as it was
+            found[slot] = (query, source.keys[slot], source.values[slot], source.mask, residual, scale)
+        return attend(self, layer, query, residual, scale)  # which leaves the residual as it was
 
     monkeypatch.setattr(OnePass, "attend", spy)
     with torch.no_grad():
@@ -217,10 +217,10 @@ def test_contribution_norms_are_the_references(changes: dict[str, Any], monkeypa
     found = contribution_norms(model, inputs)
     assert found.shape == (len(model.config.language_layers), *inputs["input_ids"].shape)
     inside = inputs["attention_mask"].bool()
-    for slot, (query, key, value, mask, base, scale) in calls.items():
+    for slot, (query, key, value, mask, residual, scale) in calls.items():
         gate = model.cross_attention[slot].adaption_gate.detach()
         added = reference.gated_cross_attention(query, key, value, gate, key_mask=mask, scale=scale)
-        expected = added.flatten(2).norm(dim=-1) / base.flatten(2).norm(dim=-1)
+        expected = added.flatten(2).norm(dim=-1) / residual.flatten(2).norm(dim=-1)
         torch.testing.assert_close(found[slot][inside], expected[inside], rtol=1e-4, atol=1e-6)
         assert float(expected[inside].min()) > 1e-4
     assert not any(module._forward_hooks for module in model.cross_attention)

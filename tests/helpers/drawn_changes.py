@@ -613,8 +613,8 @@ def edited_class(model: Any, draw: random.Random) -> None:
     setattr(cls, name, edited if getattr(cls, name) is _ORIGINALS[cls, name] else _ORIGINALS[cls, name])
 
 
-def tanh_forward(self: Any, query: Any, key: Any, value: Any, base: Any = None, **rest: Any) -> Tensor:
-    return _ORIGINALS[GatedCrossAttention, "forward"](self, query, key, value, base, **rest).tanh()
+def tanh_forward(self: Any, query: Any, key: Any, value: Any, residual: Any = None, **rest: Any) -> Tensor:
+    return _ORIGINALS[GatedCrossAttention, "forward"](self, query, key, value, residual, **rest).tanh()
 
 
 def _larger_states(self: Any, hidden: Any) -> Tensor:

@@ -89,7 +89,7 @@ BACKENDS = [name for name in serving("gated_cross_attention") if name != "torch"
 
 
 def inputs(b, h, g, t, s, d, dtype=torch.float32, gate=0.7, seed=0) -> list[Tensor]:
-    """query, key, value, gate, base; all but the gate with the strides that transformers hands over."""
+    """query, key, value, gate, residual; all but the gate with the strides that transformers hands over."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(heads: int, rows: int) -> Tensor:

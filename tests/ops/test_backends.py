@@ -40,9 +40,11 @@ def mix_backward(
     )
 
 
-def attention_forward(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Any, mask: Any, scale: Any) -> Any:
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, residual: Any, mask: Any, scale: Any
+) -> Any:
     CALLS.append("gated_cross_attention_forward")
-    out = reference.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale)
+    out = reference.gated_cross_attention(query, key, value, gate, residual, key_mask=mask, scale=scale)
     return out.contiguous(), query.new_zeros(query.shape[:3], dtype=torch.float32)
 
 

@@ -37,14 +37,16 @@ def split(arguments: list[Any]) -> tuple[Any, ...]:
     return tuple(arguments[:6]), *arguments[6:]
 
 
-def full_call(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, mask: Any, scale: Any) -> Tensor:
-    return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl="torch")
+def full_call(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, residual: Tensor, mask: Any, scale: Any
+) -> Tensor:
+    return ops.gated_cross_attention(query, key, value, gate, residual, key_mask=mask, scale=scale, impl="torch")
 
 
 def repeated(again: CachedDecode, arguments: Sequence[Any]) -> Tensor | None:
     """As SourceKeyValues calls it: prepared, then called."""
-    query, key, value, gate, base, mask, scale, impl = arguments
-    return again(query, base, scale) if again.prepare(key, value, gate, mask, impl) else None
+    query, key, value, gate, residual, mask, scale, impl = arguments
+    return again(query, residual, scale) if again.prepare(key, value, gate, mask, impl) else None
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
@@ -68,15 +70,15 @@ def test_a_cached_decode_overwrites_a_base_that_can_hold_the_result(kind: str) -
     arguments = decode_arguments()
     bases = {"in pieces": torch.randn(2, 1, 4, 32)[..., :16], "half precision": arguments[4].half()}
     arguments[4] = bases.get(kind, arguments[4])
-    query, key, value, gate, base, mask, scale, impl = arguments
-    expected, before = full_call(query, key, value, gate, base.float(), mask, scale), base.clone()
-    again = CachedDecode.after((query, key, value, gate, base, mask), scale, impl)
+    query, key, value, gate, residual, mask, scale, impl = arguments
+    expected, before = full_call(query, key, value, gate, residual.float(), mask, scale), residual.clone()
+    again = CachedDecode.after((query, key, value, gate, residual, mask), scale, impl)
     assert again is not None and again.prepare(key, value, gate, mask, impl)
-    kept = again(query, base, scale)
-    assert kept is not None and torch.equal(base, before)  # unasked, it stays as it is
-    found = again(query, base, scale, overwrite=True)
-    assert (found is base) == (kind == "contiguous") and found is not None
-    assert torch.equal(found, kept) and (found is base or torch.equal(base, before))
+    kept = again(query, residual, scale)
+    assert kept is not None and torch.equal(residual, before)  # unasked, it stays as it is
+    found = again(query, residual, scale, overwrite=True)
+    assert (found is residual) == (kind == "contiguous") and found is not None
+    assert torch.equal(found, kept) and (found is residual or torch.equal(residual, before))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -92,11 +94,11 @@ def test_a_decoding_step_brings_the_tokens_of_a_head_together(
     torch.nn.init.constant_(module.adaption_gate, 0.5)
     other = torch.randn(2, 2, 5, 16)
     source = SourceKeyValues((1, 3), (other, key), (other, value), None)
-    query, base = torch.randn(2, 4, rows, 16), torch.randn(2, rows, 4, 16)
+    query, residual = torch.randn(2, 4, rows, 16), torch.randn(2, rows, 4, 16)
     with torch.set_grad_enabled(grads), one_pass(source, (module, module)) as one:
-        found = one.attend(3, query, base, None)
+        found = one.attend(3, query, residual, None)
     torch.testing.assert_close(
-        found, full_call(query, key, value, module.adaption_gate, base, None, None), rtol=1e-5, atol=1e-5
+        found, full_call(query, key, value, module.adaption_gate, residual, None, None), rtol=1e-5, atol=1e-5
     )
     assert source.keys[0] is source.values[0] is other
     assert torch.equal(source.keys[1], key) and torch.equal(source.values[1], value)
@@ -124,31 +126,31 @@ def test_a_cached_decode_leaves_other_calls_alone() -> None:
     arguments = decode_arguments()
     again = CachedDecode.after(*split(arguments))
     assert again is not None and repeated(again, arguments) is not None
-    query, key, value, gate, base, mask, scale, impl = arguments
+    query, key, value, gate, residual, mask, scale, impl = arguments
     others = [
-        [query[:, :, :, :8], key, value, gate, base, mask, scale, impl],
-        [query.double(), key, value, gate, base, mask, scale, impl],
-        [query.as_subclass(Subclass), key, value, gate, base, mask, scale, impl],
-        [torch.randn(2, 4, 1, 32)[..., ::2], key, value, gate, base, mask, scale, impl],
-        [query, key.clone(), value, gate, base, mask, scale, impl],
-        [query, key, value.clone(), gate, base, mask, scale, impl],
-        [query, key, value, gate, base.double(), mask, scale, impl],
-        [query, key, value, gate, torch._neg_view(base), mask, scale, impl],
-        [torch._neg_view(query), key, value, gate, base, mask, scale, impl],
-        [query, key, value, gate, base, None, scale, impl],
-        [query, key, value, gate, base, mask, 0.1, impl],
-        [query, key, value, gate, base, mask, scale, "torch"],
-        [query, key, value, gate.double(), base, mask, scale, impl],
-        [query, key, value, gate.as_subclass(Subclass), base, mask, scale, impl],
-        [query, key, value, torch._neg_view(gate), base, mask, scale, impl],
-        [query, key, value, None, base, mask, scale, impl],
+        [query[:, :, :, :8], key, value, gate, residual, mask, scale, impl],
+        [query.double(), key, value, gate, residual, mask, scale, impl],
+        [query.as_subclass(Subclass), key, value, gate, residual, mask, scale, impl],
+        [torch.randn(2, 4, 1, 32)[..., ::2], key, value, gate, residual, mask, scale, impl],
+        [query, key.clone(), value, gate, residual, mask, scale, impl],
+        [query, key, value.clone(), gate, residual, mask, scale, impl],
+        [query, key, value, gate, residual.double(), mask, scale, impl],
+        [query, key, value, gate, torch._neg_view(residual), mask, scale, impl],
+        [torch._neg_view(query), key, value, gate, residual, mask, scale, impl],
+        [query, key, value, gate, residual, None, scale, impl],
+        [query, key, value, gate, residual, mask, 0.1, impl],
+        [query, key, value, gate, residual, mask, scale, "torch"],
+        [query, key, value, gate.double(), residual, mask, scale, impl],
+        [query, key, value, gate.as_subclass(Subclass), residual, mask, scale, impl],
+        [query, key, value, torch._neg_view(gate), residual, mask, scale, impl],
+        [query, key, value, None, residual, mask, scale, impl],
     ]
     assert [repeated(again, other) for other in others] == [None] * len(others)
     assert copy.deepcopy(again) is None and pickle.loads(pickle.dumps(again)) is None
-    assert CachedDecode.after((query, key, value, gate, base, mask), scale, "torch") is None
-    for wide in ([query, key, value, gate.double(), base], [query, key, value, gate, base.double()]):
+    assert CachedDecode.after((query, key, value, gate, residual, mask), scale, "torch") is None
+    for wide in ([query, key, value, gate.double(), residual], [query, key, value, gate, residual.double()]):
         assert CachedDecode.after((*wide, mask), scale, impl) is None
-    assert CachedDecode.after((query, key, value, gate.to("meta"), base, mask), scale, impl) is None
+    assert CachedDecode.after((query, key, value, gate.to("meta"), residual, mask), scale, impl) is None
     many = torch.randn(2, 4, 17, 16)
     assert CachedDecode.after((many, key, value, gate, torch.randn(2, 17, 4, 16), mask), scale, "cpp") is None
 
@@ -202,16 +204,16 @@ def test_a_cached_decode_reads_no_memory_that_its_tensors_have_left(move: str, p
         arguments = decode_arguments()
         again = CachedDecode.after(*split(arguments))
         assert again is not None and repeated(again, arguments) is not None
-        query, key, value, gate, base, mask, scale, impl = arguments
-        at = arguments[("query", "key", "value", "gate", "base", "mask").index(place)].data_ptr()
+        query, key, value, gate, residual, mask, scale, impl = arguments
+        at = arguments[("query", "key", "value", "gate", "residual", "mask").index(place)].data_ptr()
         tensor = {"key": key, "value": value, "mask": mask}[place]
         if between:  # a hook on another layer
             assert again.prepare(key, value, gate, mask, impl)
         MOVES[move](tensor)
         if not between:
-            assert not again.prepare(key, value, gate, mask, impl) or again(query, base, scale) is None
+            assert not again.prepare(key, value, gate, mask, impl) or again(query, residual, scale) is None
         elif tensor.data_ptr() != at:
-            assert again(query, base, scale) is None
+            assert again(query, residual, scale) is None
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
@@ -219,10 +221,10 @@ def test_a_cached_decode_reads_no_memory_that_its_tensors_have_left(move: str, p
 def test_a_cached_decode_follows_its_gate(move: str) -> None:
     arguments = decode_arguments()
     again = CachedDecode.after(*split(arguments))
-    query, key, value, gate, base, mask, scale, impl = arguments
+    query, key, value, gate, residual, mask, scale, impl = arguments
     assert again is not None and again.prepare(key, value, gate, mask, impl)
     MOVES[move](gate)
-    found = again(query, base, scale)
+    found = again(query, residual, scale)
     assert found is not None
     torch.testing.assert_close(found, full_call(*arguments[:7]), rtol=1e-5, atol=1e-5)
 
@@ -238,7 +240,7 @@ def test_a_cached_decode_follows_its_gate(move: str) -> None:
     ],
 )
 def test_a_pass_follows_states_that_moved(when: str, move: str) -> None:
-    query, key, value, gate, base, _, scale, _ = decode_arguments()
+    query, key, value, gate, residual, _, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
     torch.nn.init.constant_(module.adaption_gate, 0.5)
     other, more = key.clone(), value.clone()
@@ -246,57 +248,57 @@ def test_a_pass_follows_states_that_moved(when: str, move: str) -> None:
     with torch.no_grad():
         for _ in range(2):
             with one_pass(source, (module, module)) as one:
-                one.attend(1, query, base, scale)
-                one.attend(3, query, base, scale)
+                one.attend(1, query, residual, scale)
+                one.attend(3, query, residual, scale)
         if when == "between passes":
             MOVES[move](key), MOVES[move](value)
         with one_pass(source, (module, module)) as one:
-            one.attend(1, query, base, scale)
+            one.attend(1, query, residual, scale)
             if when == "within a pass":
                 MOVES[move](key), MOVES[move](value)
-            found = one.attend(3, query, base, scale)
+            found = one.attend(3, query, residual, scale)
     plain = [each.as_subclass(Tensor).resolve_neg() for each in (key, value)]
-    wanted = full_call(query, *plain, gate, base, None, scale)
+    wanted = full_call(query, *plain, gate, residual, None, scale)
     torch.testing.assert_close(found.as_subclass(Tensor), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_pass_follows_a_source_that_got_other_states_within_it(grad: bool) -> None:
-    query, key, value, gate, base, mask, scale, _ = decode_arguments()
+    query, key, value, gate, residual, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
     torch.nn.init.constant_(module.adaption_gate, 0.5)
     source = SourceKeyValues((3,), (key,), (value,), mask)
     for _ in range(2):
         with torch.set_grad_enabled(grad), one_pass(source, (module,)) as one:
-            one.attend(3, query, base, scale)
+            one.attend(3, query, residual, scale)
     for name, states in (("keys", (key + 1,)), ("values", (value + 1,)), ("mask", mask.flip(0))):
         with torch.set_grad_enabled(grad), one_pass(source, (module,)) as one:
             setattr(source, name, states)
-            found = one.attend(3, query, base, scale)
-        wanted = full_call(query, source.keys[0], source.values[0], gate, base, source.mask, scale)
+            found = one.attend(3, query, residual, scale)
+        wanted = full_call(query, source.keys[0], source.values[0], gate, residual, source.mask, scale)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_gradients_switched_on_within_a_pass_are_recorded() -> None:
-    query, key, value, _, base, mask, scale, _ = decode_arguments()
+    query, key, value, _, residual, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
     source = SourceKeyValues((3,), (key,), (value,), mask)
     for grad in (False, False, True):
         with torch.no_grad(), one_pass(source, (module,)) as one, torch.set_grad_enabled(grad):
-            found = one.attend(3, query, base, scale)
+            found = one.attend(3, query, residual, scale)
     assert found.requires_grad
 
 
 def test_a_source_that_decoded_in_inference_mode_trains_afterwards() -> None:
     key, value = (torch.randn(2, 5, 2, 16).transpose(1, 2) for _ in range(2))
     source, module = SourceKeyValues((3,), (key,), (value,), None), GatedCrossAttention()
-    query, base = torch.randn(2, 4, 1, 16), torch.randn(2, 1, 4, 16)
+    query, residual = torch.randn(2, 4, 1, 16), torch.randn(2, 1, 4, 16)
     with torch.inference_mode():
-        OnePass(source, (module,)).attend(3, query, base, None)
+        OnePass(source, (module,)).attend(3, query, residual, None)
     assert source.keys[0].is_contiguous()
-    OnePass(source, (module,)).attend(3, query, base, None).sum().backward()
+    OnePass(source, (module,)).attend(3, query, residual, None).sum().backward()
     assert module.adaption_gate.grad.abs() > 0
 
 
@@ -316,7 +318,7 @@ def hooked(module: nn.Module) -> Iterator[None]:
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, value, gate, base, mask, scale, _ = decode_arguments()
+    query, key, value, gate, residual, mask, scale, _ = decode_arguments()
     module = GatedCrossAttention("cpp")
     torch.nn.init.constant_(module.adaption_gate, 0.5)
     source = SourceKeyValues((3,), (key,), (value,), mask)
@@ -327,9 +329,11 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
     def ran_short(within: Any, grad: bool = False) -> bool:
         short.clear()
         with torch.set_grad_enabled(grad), within, one_pass(source, (module,)) as one:
-            found = one.attend(3, query, base, scale)
-            assert one.attend(2, query, base, scale) is base  # no language layer
-        torch.testing.assert_close(found, full_call(query, key, value, gate, base, mask, scale), rtol=1e-5, atol=1e-5)
+            found = one.attend(3, query, residual, scale)
+            assert one.attend(2, query, residual, scale) is residual  # no language layer
+        torch.testing.assert_close(
+            found, full_call(query, key, value, gate, residual, mask, scale), rtol=1e-5, atol=1e-5
+        )
         return bool(short)
 
     for watched in (Watching(), Recorded(), torch.profiler.profile(), hooked(module), patched(module), nullcontext()):
@@ -339,10 +343,10 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
     assert not ran_short(nullcontext())
     assert ran_short(nullcontext())
     with torch.no_grad():
-        OnePass(source, (module,)).attend(3, query, base, scale)  # outside a pass nothing was asked
+        OnePass(source, (module,)).attend(3, query, residual, scale)  # outside a pass nothing was asked
         assert len(short) == 1
         with one_pass(source, (module,), seen=set()) as one:
-            one.attend(3, query, base, scale)
+            one.attend(3, query, residual, scale)
         assert one.seen == {3} and len(short) == 1
 
 
@@ -357,7 +361,7 @@ def test_autocast_is_part_of_the_kind() -> None:
         assert repeated(again, small) is None and CachedDecode.after(*split(step)) is None
         again = CachedDecode.after(*split(small))
         found = None if again is None else repeated(again, small)
-        query, key, value, gate, base, mask, scale, impl = small
-        full = ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl=impl)
+        query, key, value, gate, residual, mask, scale, impl = small
+        full = ops.gated_cross_attention(query, key, value, gate, residual, key_mask=mask, scale=scale, impl=impl)
         assert found is not None and torch.equal(found, full)
     assert again is not None and repeated(again, small) is None

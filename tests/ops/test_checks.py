@@ -11,7 +11,7 @@ from layalign import ArgumentError, ops
 
 def test_every_bad_argument_is_named() -> None:
     hidden, weight, bias, w2, b2 = mix_inputs()
-    query, key, value, gate, base = attention_inputs()
+    query, key, value, gate, residual = attention_inputs()
     mask = torch.ones(2, 7, dtype=torch.bool, device=DEVICE)
     mix, project, attend = ops.layer_mix, ops.layer_projection, ops.gated_cross_attention
     bad = [
@@ -35,11 +35,11 @@ def test_every_bad_argument_is_named() -> None:
         (attend, (query[:, :3], key, value, gate), r"key: expected a number of heads G that divides H = 3, got G = 2"),
         (attend, (query, key, value, torch.zeros(2)), "gate: expected a floating tensor with one number"),
         (attend, (query, key, value, 0.5), "gate: expected a floating tensor with one number, got float"),
-        (attend, (query, key, value, gate, base.transpose(1, 2)), r"base: expected shape \(B, T, H, d\)"),
+        (attend, (query, key, value, gate, residual.transpose(1, 2)), r"residual: expected shape \(B, T, H, d\)"),
     ]
     for function, arguments, message in bad:
         with pytest.raises(ArgumentError, match=message):
             function(*arguments)
     for wrong, message in ((mask.long(), "key_mask: expected a bool tensor"), (mask[:1], "key_mask: expected shape")):
         with pytest.raises(ArgumentError, match=message):
-            attend(query, key, value, gate, base, key_mask=wrong)
+            attend(query, key, value, gate, residual, key_mask=wrong)

@@ -27,9 +27,9 @@ def states(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def attention_call(**changes):
     """Inputs, out and log-sum-exp of a good forward call, with some of them exchanged."""
     given = dict(query=states(2, 4, 3, 8), key=states(2, 2, 5, 8), value=states(2, 2, 5, 8), gate=states(1))
-    given |= dict(base=None, key_mask=None, out=states(2, 3, 4, 8), lse=states(2, 4, 3)) | changes
+    given |= dict(residual=None, key_mask=None, out=states(2, 3, 4, 8), lse=states(2, 4, 3)) | changes
     described = {name: extension.describe(tensor) for name, tensor in given.items()}
-    inputs = tuple(described[name] for name in ("query", "key", "value", "gate", "base", "key_mask"))
+    inputs = tuple(described[name] for name in ("query", "key", "value", "gate", "residual", "key_mask"))
     return (*inputs, 0.5), described["out"], described["lse"], given
 
 
@@ -49,7 +49,7 @@ def test_a_wrong_call_never_reaches_a_kernel() -> None:
         r"value: expected sizes \(2, 2, 5, 8\), got \(2, 2, 4, 8\)": dict(value=states(2, 2, 4, 8)),
         r"value: expected a last stride of 1": dict(value=states(2, 2, 8, 5).mT),
         r"gate: expected one floating number": dict(gate=states(2)),
-        r"base: expected sizes \(2, 3, 4, 8\)": dict(base=states(2, 4, 3, 8)),
+        r"residual: expected sizes \(2, 3, 4, 8\)": dict(residual=states(2, 4, 3, 8)),
         r"key_mask: expected dtype code 3, got 0": dict(key_mask=states(2, 5)),
         r"out: expected sizes": dict(out=states(2, 4, 3, 8)),
         r"out: expected contiguous memory": dict(out=states(2, 3, 4, 16)[..., :8]),

@@ -32,13 +32,13 @@ def far_apart(tensor: Tensor, dim: int = 0) -> Tensor:
 @pytest.mark.parametrize("impl", BACKENDS)
 def test_gated_cross_attention_finds_rows_2_31_elements_apart(impl: str, length: int) -> None:
     torch.manual_seed(0)
-    query, key, value, base = (
+    query, key, value, residual = (
         torch.randn(2, *shape).half().requires_grad_()
         for shape in ((2, length, 16), (2, 5, 16), (2, 5, 16), (length, 2, 16))
     )
-    near = [query, key, value, torch.tensor([0.5]).requires_grad_(), base]
+    near = [query, key, value, torch.tensor([0.5]).requires_grad_(), residual]
     mask, weight = torch.tensor([[True] * 5, [True] * 3 + [False] * 2]), torch.randn(2, length, 2, 16).half()
-    far = [far_apart(query), far_apart(key, 1), far_apart(value), near[3], far_apart(base)]
+    far = [far_apart(query), far_apart(key, 1), far_apart(value), near[3], far_apart(residual)]
     found = []
     for tensors, own_mask, grad in ((near, mask, weight), (far, far_apart(mask), far_apart(weight))):
         out = ops.gated_cross_attention(*tensors, key_mask=own_mask, impl=impl)

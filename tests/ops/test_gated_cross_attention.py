@@ -38,8 +38,8 @@ def test_operators_pass_opcheck(impl: str, masked: bool) -> None:
     low = inputs(2, 4, 2, 3, 5, 16)
     mask = make_mask("random", 2, 5) if masked else None
     leaves = [x.requires_grad_() for x in low]
-    base = leaves[4] if masked else None
-    torch.library.opcheck(torch.ops.layalign.gated_cross_attention.default, (*leaves[:4], base, mask, None, impl))
+    residual = leaves[4] if masked else None
+    torch.library.opcheck(torch.ops.layalign.gated_cross_attention.default, (*leaves[:4], residual, mask, None, impl))
     detached = [x.detach() for x in low]
     few = (*detached[:4], detached[4] if masked else None, mask, 0.3, impl)
     torch.library.opcheck(torch.ops.layalign.gated_cross_attention_decode.default, few)
@@ -57,8 +57,8 @@ def test_operators_pass_opcheck(impl: str, masked: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_compiles_into_one_graph_with_gradients(impl: str, dynamic: bool) -> None:
-    def both(query, key, value, gate, base, mask):
-        return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, impl=impl) * 2
+    def both(query, key, value, gate, residual, mask):
+        return ops.gated_cross_attention(query, key, value, gate, residual, key_mask=mask, impl=impl) * 2
 
     torch._dynamo.reset()
     compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -126,16 +126,16 @@ def test_autocast_takes_its_type_and_key_may_have_another_one(impl: str) -> None
     def attend(*args) -> Tensor:
         return ops.gated_cross_attention(*args, impl=impl)
 
-    query, key, value, gate, base = (x.requires_grad_() for x in inputs(2, 4, 2, 17, 5, 16))
+    query, key, value, gate, residual = (x.requires_grad_() for x in inputs(2, 4, 2, 17, 5, 16))
     with torch.autocast(DEVICE, dtype=torch.float16):
-        out = attend(query, key, value, gate, base)
+        out = attend(query, key, value, gate, residual)
     assert out.dtype == torch.float16
     out.float().square().sum().backward()
-    assert all(x.grad.dtype == torch.float32 for x in (query, key, value, gate, base))
+    assert all(x.grad.dtype == torch.float32 for x in (query, key, value, gate, residual))
     halves = [x.detach().half() for x in (query, key, value)]
-    expected = attend(*halves, gate.detach(), base.detach())
+    expected = attend(*halves, gate.detach(), residual.detach())
     assert torch.equal(out.detach(), expected)
-    mixed = attend(halves[0], key.detach().double(), value.detach(), gate.detach(), base.detach())
+    mixed = attend(halves[0], key.detach().double(), value.detach(), gate.detach(), residual.detach())
     assert torch.equal(mixed, expected)
 
 
@@ -175,13 +175,13 @@ def test_gradients_of_plain_torch_equal_finite_differences() -> None:
 
 @with_torch
 def test_masked_tokens_are_not_read(impl: str) -> None:
-    query, key, value, gate, base = attention_inputs(dtype=torch.float32)
+    query, key, value, gate, residual = attention_inputs(dtype=torch.float32)
     mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4], device=DEVICE)
-    expected = ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask)
+    expected = ops.gated_cross_attention(query, key, value, gate, residual, key_mask=mask)
     strided = query.transpose(1, 2).contiguous().transpose(1, 2)  # as transformers hands it over
     key, value = key.clone(), value.clone()
     key[1, :, 3:], value[1, :, 3:] = torch.nan, torch.nan
-    found = ops.gated_cross_attention(strided, key, value, gate, base, key_mask=mask, impl=impl)
+    found = ops.gated_cross_attention(strided, key, value, gate, residual, key_mask=mask, impl=impl)
     torch.testing.assert_close(found, expected)
 
 
@@ -196,9 +196,9 @@ def test_a_fully_masked_source_gives_base_and_finite_gradients(impl: str) -> Non
 
 
 def test_scale_is_used() -> None:
-    query, key, value, gate, base = attention_inputs()
-    doubled = ops.gated_cross_attention(2 * query, key, value, gate, base)
-    torch.testing.assert_close(ops.gated_cross_attention(query, key, value, gate, base, scale=2 * 6**-0.5), doubled)
+    query, key, value, gate, residual = attention_inputs()
+    doubled = ops.gated_cross_attention(2 * query, key, value, gate, residual)
+    torch.testing.assert_close(ops.gated_cross_attention(query, key, value, gate, residual, scale=2 * 6**-0.5), doubled)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from layalign import BackendError, ops, reference
 from layalign.ops import backends
 
 every_backend = pytest.mark.parametrize("impl", BACKENDS)
-NAMES = ("query", "key", "value", "gate", "base")
+NAMES = ("query", "key", "value", "gate", "residual")
 real_empty = torch.empty
 
 
@@ -138,15 +138,15 @@ def test_a_zero_gate_still_has_a_gradient(impl: str) -> None:
 
 @every_backend
 def test_without_base_and_with_a_gate_and_base_of_other_types(impl: str) -> None:
-    query, key, value, gate, base = inputs(1, 4, 2, 17, 9, 32, dtype=torch.float16)
+    query, key, value, gate, residual = inputs(1, 4, 2, 17, 9, 32, dtype=torch.float16)
     exact = reference.gated_cross_attention(*(x.double() for x in (query, key, value, gate)))
     plain = reference.gated_cross_attention(query, key, value, gate)
     with torch.enable_grad():
-        leaf = base.float().requires_grad_()
+        leaf = residual.float().requires_grad_()
         out = ops.gated_cross_attention(query, key, value, gate.float(), leaf, impl=impl)
         out.sum().backward()
     assert out.dtype == torch.float16 and leaf.grad.dtype == torch.float32 and leaf.grad.eq(1).all()
-    within_budget(out.detach(), plain + base, exact + base.double(), torch.float16)
+    within_budget(out.detach(), plain + residual, exact + residual.double(), torch.float16)
     for found in (
         backends.launcher(impl, "gated_cross_attention_forward")(query, key, value, gate, None, None, None)[0],
         ops.gated_cross_attention(query[:, :, :5], key, value, gate, impl=impl),
@@ -186,11 +186,11 @@ def test_any_strides_stay_within_the_error_budget(impl: str) -> None:
     query = fused[..., : h * d].view(b, t, h, d).transpose(1, 2)
     wide = torch.randn(g, 2 * s, b, 2 * d, device=DEVICE)
     key, value = wide[:, ::2, :, :d].permute(2, 0, 1, 3), wide[:, 1::2, :, d:].permute(2, 0, 1, 3)
-    base = torch.randn(h, b, t, d + 3, device=DEVICE)[..., :d].permute(1, 2, 0, 3)
+    residual = torch.randn(h, b, t, d + 3, device=DEVICE)[..., :d].permute(1, 2, 0, 3)
     mask = (torch.rand(s, b, device=DEVICE) > 0.3).T
     gate = torch.tensor(0.7, device=DEVICE)
     grad = torch.randn(b, h, t, d, device=DEVICE).transpose(1, 2)
-    tensors = [query, key, value, gate, base]
+    tensors = [query, key, value, gate, residual]
     exact, plain = exact_and_plain(tensors, mask, grad)
     leaves = [x.detach().requires_grad_() for x in tensors]
     out = ops.gated_cross_attention(*leaves, key_mask=mask, impl=impl)
@@ -202,17 +202,17 @@ def test_any_strides_stay_within_the_error_budget(impl: str) -> None:
     check_gradients(summed, *[r[1:] for r in reversed(exact_and_plain(tensors, mask, torch.ones_like(grad)))],
                     tensors, torch.ones_like(grad), mask)  # fmt: skip
     transposed = query.transpose(2, 3).contiguous().transpose(2, 3)
-    found = backends.launcher(impl, "gated_cross_attention_decode")(transposed, key, value, gate, base, mask, None)
+    found = backends.launcher(impl, "gated_cross_attention_decode")(transposed, key, value, gate, residual, mask, None)
     within_budget(found, plain[0], exact[0], torch.float32)
 
 
 @pytest.mark.slow
 @every_backend
 def test_backward_is_deterministic(impl: str) -> None:
-    query, key, value, gate, base = inputs(2, 4, 2, 75, 21, 16)
+    query, key, value, gate, residual = inputs(2, 4, 2, 75, 21, 16)
     mask = make_mask("random", 2, 21)
     grad = torch.randn(2, 75, 4, 16, device=DEVICE)
-    first, second = (run(impl, [query, key, value, gate, base], mask, grad) for _ in range(2))
+    first, second = (run(impl, [query, key, value, gate, residual], mask, grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -244,11 +244,11 @@ def test_decode_stays_within_the_error_budget(
     low, mask = inputs(*shape, dtype=dtype), make_mask(kind, shape[0], shape[4])
     exact = reference.gated_cross_attention(*(x.double() for x in low), key_mask=mask)
     plain = reference.gated_cross_attention(*low, key_mask=mask)
-    query, key, value, gate, base = low
-    found = decode(query, poison(key, mask), poison(value, mask), gate, base, mask, None, splits=splits)
+    query, key, value, gate, residual = low
+    found = decode(query, poison(key, mask), poison(value, mask), gate, residual, mask, None, splits=splits)
     within_budget(found, plain, exact, dtype)
     if kind == "row":
-        assert torch.equal(found[0], base[0])
+        assert torch.equal(found[0], residual[0])
     within_budget(
         decode(query, key, value, gate, None, None, 0.2, splits=splits),
         reference.gated_cross_attention(*low[:4], scale=0.2),
@@ -307,9 +307,9 @@ def test_drawn_shapes_stay_within_the_error_budget(impl: str, b, g, rep, t, s, d
     exact, plain = exact_and_plain(low, mask, grad, scale)
     found = run(impl, low, mask, grad, scale)
     within_budget(found[0], plain[0], exact[0], torch.float32)
-    query, key, value, gate, base = low
+    query, key, value, gate, residual = low
     decoded = backends.launcher(impl, "gated_cross_attention_decode")(
-        query, poison(key, mask), poison(value, mask), gate, base, mask, scale, splits=1 + seed % 3
+        query, poison(key, mask), poison(value, mask), gate, residual, mask, scale, splits=1 + seed % 3
     )
     within_budget(decoded, plain[0], exact[0], torch.float32)
     assert all(torch.isfinite(gradient).all() for gradient in found)

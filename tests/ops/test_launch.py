@@ -38,8 +38,8 @@ DECODED: dict[str, dict[str, Any]] = {
     "no mask": {"masked": False},
     "scaled": {"scale": 0.3},
     "few rows": {"rows": 3},
-    "base of another type": {"base_dtype": torch.float16},
-    "half precision": {"dtype": torch.float16, "base_dtype": torch.float16},
+    "residual of another type": {"residual_dtype": torch.float16},
+    "half precision": {"dtype": torch.float16, "residual_dtype": torch.float16},
 }
 
 
@@ -64,18 +64,18 @@ def arguments(
     masked: bool = True,
     scale: float | None = None,
     dtype: torch.dtype = torch.float32,
-    base_dtype: torch.dtype = torch.float32,
+    residual_dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: str = "cpu",
 ) -> list[Any]:
-    """query, key, value, gate, base, mask, scale, impl."""
+    """query, key, value, gate, residual, mask, scale, impl."""
     torch.manual_seed(seed)
 
     def heads(count: int, length: int) -> Tensor:
         return torch.randn(2, length, count, 16).to(device, dtype).transpose(1, 2)
 
-    base = torch.randn(2, rows, 4, 16).to(device, base_dtype)
-    tensors = [heads(4, rows), heads(2, source), heads(2, source), torch.tensor([0.5], device=device), base]
+    residual = torch.randn(2, rows, 4, 16).to(device, residual_dtype)
+    tensors = [heads(4, rows), heads(2, source), heads(2, source), torch.tensor([0.5], device=device), residual]
     mask = torch.arange(source, device=device) < torch.tensor([[source], [max(source - 2, 1)]], device=device)
     return [*(tensor.requires_grad_() for tensor in tensors), mask if masked else None, scale, "triton"]
 
@@ -85,13 +85,13 @@ def split(given: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def full(given: Sequence[Any]) -> Tensor:
-    query, key, value, gate, base, mask, scale, impl = given
-    return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, scale=scale, impl=impl)
+    query, key, value, gate, residual, mask, scale, impl = given
+    return ops.gated_cross_attention(query, key, value, gate, residual, key_mask=mask, scale=scale, impl=impl)
 
 
 def decoded(again: CachedDecode, given: Sequence[Any]) -> Tensor | None:
-    query, key, value, gate, base, mask, scale, impl = given
-    return again(query, base, scale) if again.prepare(key, value, gate, mask, impl) else None
+    query, key, value, gate, residual, mask, scale, impl = given
+    return again(query, residual, scale) if again.prepare(key, value, gate, mask, impl) else None
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_cached_decode_launches_the_same(
     assert again is not None
     for seed in (1, 2):
         other = arguments(**change, seed=seed)
-        given[0], given[3], given[4] = other[0], other[3], other[4]  # query, gate and base are new at every step
+        given[0], given[3], given[4] = other[0], other[3], other[4]  # query, gate and residual are new at every step
         by_triton.clear()
         driver.stream = seed  # the current one, whatever it was
         found = launched(driver, given, lambda: decoded(again, given))

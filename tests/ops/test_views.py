@@ -168,11 +168,11 @@ def test_layer_projection_reads_every_view(impl: str, form: str) -> None:
 @pytest.mark.parametrize("source", [S, 0])
 @pytest.mark.parametrize("impl", BACKENDS)
 def test_gated_cross_attention_reads_every_view(impl: str, source: int) -> None:
-    def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, mask: Tensor) -> Tensor:
-        return ops.gated_cross_attention(query, key, value, gate, base, key_mask=mask, impl=impl)
+    def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, residual: Tensor, mask: Tensor) -> Tensor:
+        return ops.gated_cross_attention(query, key, value, gate, residual, key_mask=mask, impl=impl)
 
-    def exact(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, base: Tensor, mask: Tensor) -> Tensor:
-        return reference.gated_cross_attention(query, key, value, gate, base, key_mask=mask)
+    def exact(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, residual: Tensor, mask: Tensor) -> Tensor:
+        return reference.gated_cross_attention(query, key, value, gate, residual, key_mask=mask)
 
     for index, kinds in enumerate(FEWER if impl == "triton" else ROUNDS):
         states, own = dtypes(index)
@@ -189,7 +189,7 @@ def test_cached_calls_read_every_view() -> None:
     """The calls that :class:`SourceKeyValues` makes past the operation, in decoding and in training."""
     for kinds in ROUNDS:
         for grad in (False, True):
-            query, key, value, base = (
+            query, key, value, residual = (
                 draw(B, H, T, D, seed=1), draw(B, G, S, D, seed=2), draw(B, G, S, D, seed=3), draw(B, T, H, D, seed=5),
             )  # fmt: skip
             mask = draw(B, S, seed=6) > -1
@@ -197,7 +197,7 @@ def test_cached_calls_read_every_view() -> None:
             module = GatedCrossAttention(gate=0.75)
             states = SourceKeyValues((0,), (key.requires_grad_(grad),), (value.requires_grad_(grad),), mask)
             for step in range(3):
-                views = as_views((query + step, base + step), kinds)
+                views = as_views((query + step, residual + step), kinds)
                 with torch.set_grad_enabled(grad), one_pass(states, (module,)) as one:
                     found = one.attend(0, *views, None)
                 wide = [t.detach().resolve_neg().double() for t in (views[0], key, value, views[1])]

@@ -31,8 +31,10 @@ from layalign.serving.http.decoding import Decoder, Inputs
 Edit = Callable[[Any, pytest.MonkeyPatch], None]
 
 
-def tanh_forward(self: Any, query: Tensor, key: Tensor, value: Tensor, base: Any = None, **rest: Any) -> Tensor:
-    return ops.gated_cross_attention(query, key, value, torch.tanh(self.adaption_gate), base, **rest, impl=self.impl)
+def tanh_forward(self: Any, query: Tensor, key: Tensor, value: Tensor, residual: Any = None, **rest: Any) -> Tensor:
+    return ops.gated_cross_attention(
+        query, key, value, torch.tanh(self.adaption_gate), residual, **rest, impl=self.impl
+    )
 
 
 def tanh_gate(self: Any) -> Tensor:
@@ -54,8 +56,8 @@ class Own(nn.Module):
         super().__init__()
         self.own_gate = gate
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, base: Any = None, **rest: Any) -> Tensor:
-        return ops.gated_cross_attention(query, key, value, torch.tanh(self.own_gate), base, **rest)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, residual: Any = None, **rest: Any) -> Tensor:
+        return ops.gated_cross_attention(query, key, value, torch.tanh(self.own_gate), residual, **rest)
 
 
 class Tanh(nn.Module):
@@ -81,7 +83,10 @@ def hooked(model: Any, _: pytest.MonkeyPatch) -> None:
     for module in model.cross_attention:
 
         def hook(module: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-            return kwargs["base"] + (out - kwargs["base"]) * torch.tanh(module.adaption_gate) / module.adaption_gate
+            return (
+                kwargs["residual"]
+                + (out - kwargs["residual"]) * torch.tanh(module.adaption_gate) / module.adaption_gate
+            )
 
         module.register_forward_hook(hook, with_kwargs=True)
 
@@ -181,13 +186,13 @@ def test_a_gate_that_is_edited_between_two_calls_is_seen(
 ) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, rows, 16) for rows in (1, 9, 9))
-    base, module = torch.zeros(1, 1, 4, 16), GatedCrossAttention(gate=2.0)
+    residual, module = torch.zeros(1, 1, 4, 16), GatedCrossAttention(gate=2.0)
     states, found = SourceKeyValues((0,), (key,), (value,), None), []
     for call in range(4):
         if call == 2:
             monkeypatch.setattr(GatedCrossAttention, name, tanh_forward if name == "forward" else tanh_gate)
         with torch.set_grad_enabled(grad), passes.one_pass(states, (module,)) as one:
-            found.append(one.attend(0, query.clone().requires_grad_(grad), base.clone(), None).detach())
+            found.append(one.attend(0, query.clone().requires_grad_(grad), residual.clone(), None).detach())
     torch.testing.assert_close(found[1], found[0])
     for each in found[2:]:
         torch.testing.assert_close(each, found[0] * torch.tensor(2.0).tanh() / 2)
@@ -198,13 +203,13 @@ def test_an_edited_gate_is_seen_in_compiled_calls(edit: str, monkeypatch: pytest
     torch.compiler.reset()
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, rows, 16) for rows in (5, 9, 9))
-    base, module = torch.zeros(1, 5, 4, 16), GatedCrossAttention(gate=2.0)
+    residual, module = torch.zeros(1, 5, 4, 16), GatedCrossAttention(gate=2.0)
     states = SourceKeyValues((0,), (key,), (value,), None)
     one = passes.OnePass(states, (module,))
-    plain = one.attend(0, query, base, None)
+    plain = one.attend(0, query, residual, None)
     EDITS[edit](SimpleNamespace(cross_attention=[module]), monkeypatch)
-    attend = torch.compile(lambda query, base: one.attend(0, query, base, None), backend="eager")
-    torch.testing.assert_close(attend(query, base), plain * torch.tensor(2.0).tanh() / 2)
+    attend = torch.compile(lambda query, residual: one.attend(0, query, residual, None), backend="eager")
+    torch.testing.assert_close(attend(query, residual), plain * torch.tensor(2.0).tanh() / 2)
 
 
 def doubled(forward: Callable[..., Any]) -> Callable[..., Any]:

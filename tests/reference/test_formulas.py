@@ -18,8 +18,8 @@ def naive_mix(hidden: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def naive_attention(query, key, value, gate, base, mask=None) -> Tensor:
-    out = base.clone()
+def naive_attention(query, key, value, gate, residual, mask=None) -> Tensor:
+    out = residual.clone()
     batch, heads, length, size = query.shape
     for b in range(batch):
         keep = torch.arange(key.shape[2], device=DEVICE) if mask is None else mask[b].nonzero().flatten()
@@ -52,7 +52,7 @@ def test_layer_mix_and_its_projections() -> None:
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1), (6, 3)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gated_cross_attention(heads: int, groups: int, masked: bool) -> None:
-    query, key, value, gate, base = attention_inputs(b=3, h=heads, g=groups)
+    query, key, value, gate, residual = attention_inputs(b=3, h=heads, g=groups)
     mask = torch.tensor([[1] * 7, [1, 0, 1, 1, 0, 0, 0], [0] * 7]).bool().to(DEVICE) if masked else None
-    found = reference.gated_cross_attention(query, key, value, gate, base, key_mask=mask)
-    torch.testing.assert_close(found, naive_attention(query, key, value, gate, base, mask))
+    found = reference.gated_cross_attention(query, key, value, gate, residual, key_mask=mask)
+    torch.testing.assert_close(found, naive_attention(query, key, value, gate, residual, mask))

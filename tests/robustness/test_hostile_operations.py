@@ -59,7 +59,7 @@ def right_call(draw: st.DrawFn, operation: str) -> dict[str, Any]:
         n = sizes(draw, b=(0, 2), g=(1, 2), r=(0, 2), t=(0, 18), s=(0, 9), d=(1, 9))
         b, g, t, s, d = n["b"], n["g"], n["t"], n["s"], n["d"]
         call = dict(query=new(b, g * n["r"], t, d), key=new(b, g, s, d), value=new(b, g, s, d), gate=new(1))
-        call["base"] = new(b, t, g * n["r"], d) if draw(st.booleans()) else None
+        call["residual"] = new(b, t, g * n["r"], d) if draw(st.booleans()) else None
         call["key_mask"] = new(b, s) > 0 if draw(st.booleans()) else None
         call["scale"] = draw(st.sampled_from(SCALARS)) if draw(st.integers(0, 9)) == 0 else None
         return call
@@ -327,8 +327,8 @@ def test_the_result_has_the_dtype_of_the_query_whatever_the_base_and_the_gate() 
     states = torch.ones(1, 1, 2, 4)
     for impl in [name for name in IMPLS if served(name)]:
         for gate in (torch.ones(()), torch.ones(1), torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)):
-            base = torch.ones(1, 2, 1, 4, dtype=torch.float64)
-            found = ops.gated_cross_attention(states, states, states, gate, base, impl=impl)
+            residual = torch.ones(1, 2, 1, 4, dtype=torch.float64)
+            found = ops.gated_cross_attention(states, states, states, gate, residual, impl=impl)
             assert found.dtype == torch.float32 and torch.equal(found, torch.full((1, 2, 1, 4), 2.0))
             tried("calls of an operation")
 

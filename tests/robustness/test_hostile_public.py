@@ -120,7 +120,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "layalign.GatedCrossAttention": (layalign.GatedCrossAttention, dict(gate=0.5)),
     "layalign.GatedCrossAttention.forward": (
         runs_forward(layalign.GatedCrossAttention),
-        dict(query=states(1, 2, 3, 4), key=states(1, 2, 5, 4), value=states(1, 2, 5, 4), base=states(1, 3, 2, 4),
+        dict(query=states(1, 2, 3, 4), key=states(1, 2, 5, 4), value=states(1, 2, 5, 4), residual=states(1, 3, 2, 4),
         key_mask=None, scale=1.0),
     ),
     "layalign.LayAlignConfig": (layalign.LayAlignConfig, CONFIG),
@@ -215,7 +215,7 @@ ELSEWHERE = {
 NAMED_AS = {
     "model": ("config",), "llm": ("config", "language_layers"), "encoder": ("config",), "layers": ("language_layers",),
     "name": ("baseline",),
-    "text": ("language",), "query": ("key", "base"), "key": ("value",), "first": ("second",), "queries": ("first",
+    "text": ("language",), "query": ("key", "residual"), "key": ("value",), "first": ("second",), "queries": ("first",
     "second"),
     "candidates": ("first", "second"), "folder": ("pretrained_model_name_or_path", "no readable LayAlign checkpoint"),
     "tokenizer": ("llm",),

@@ -30,7 +30,8 @@ def mix_weights(model: Any) -> tuple[Tensor, Tensor] | None:
 def watched(model: Any, seen: Seen) -> Iterator[None]:
     """Call ``seen(slot, module, arguments)`` whenever a language layer attends to the source.
 
-    ``arguments``: query (B, H, T, d), key and value (B, G, S, d), base (B, T, H, d), key_mask (B, S) or None, scale.
+    ``arguments``: query (B, H, T, d), key and value (B, G, S, d), residual (B, T, H, d), key_mask (B, S) or None,
+    scale.
     """
     handles = []
     for slot, module in enumerate(model.cross_attention):
@@ -60,9 +61,9 @@ def contribution_norms(model: Any, batch: dict[str, Tensor]) -> Tensor:
     ratios: dict[int, Tensor] = {}
 
     def seen(slot: int, module: Any, arguments: dict[str, Any]) -> None:
-        # Without a base the module returns the term alone; a difference would round. `forward` skips the hooks.
-        added = module.forward(**{**arguments, "base": None})
-        ratios[slot] = (_norm(added) / _norm(arguments["base"]).clamp(min=torch.finfo(torch.float32).tiny)).cpu()
+        # Without a residual the module returns the term alone; a difference would round. `forward` skips the hooks.
+        added = module.forward(**{**arguments, "residual": None})
+        ratios[slot] = (_norm(added) / _norm(arguments["residual"]).clamp(min=torch.finfo(torch.float32).tiny)).cpu()
 
     with watched(model, seen):
         model(**batch, use_cache=False, logits_to_keep=1)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 Implementation = Callable[..., torch.Tensor]
-Decode = Callable[[int, int, int, int], bool]  # addresses of query, gate, base and result -> whether it was launched
+Decode = Callable[
+    [int, int, int, int], bool
+]  # addresses of query, gate, residual and result -> whether it was launched
 
 
 class Backend:
@@ -57,7 +59,7 @@ class KernelBackend(Backend):
             gated_cross_attention_backward and gated_cross_attention_decode.
 
     Attributes:
-        decodes_in_place: whether what :meth:`cached_decode` returns may write the result to the base.
+        decodes_in_place: whether what :meth:`cached_decode` returns may write the result to the residual.
     """
 
     decodes_in_place = False
@@ -82,12 +84,12 @@ class KernelBackend(Backend):
         """The decoding kernel for calls like this one, see :mod:`layalign.ops.cached_launch`.
 
         Args:
-            inputs: query, key, value, gate, base and mask, with last strides of one. The caller keeps key, value and
-                mask alive.
+            inputs: query, key, value, gate, residual and mask, with last strides of one. The caller keeps key, value
+                and mask alive.
             scale: of the scores, or None.
             out: memory like that for the results.
 
         Returns:
-            A function of the addresses of query, gate, base and result; None where only full calls can be made.
+            A function of the addresses of query, gate, residual and result; None where only full calls can be made.
         """
         return None

@@ -39,8 +39,8 @@ class Cpp(KernelBackend):
         described = *map(extension.describe, inputs), out.shape[-1] ** -0.5 if scale is None else float(scale)
         decode = extension.module().CachedDecode(described, extension.describe(out))
 
-        def run(at_query: int, at_gate: int, at_base: int, at_out: int) -> bool:
-            decode(at_query, at_gate, at_base, at_out, torch.get_num_threads())
+        def run(at_query: int, at_gate: int, at_residual: int, at_out: int) -> bool:
+            decode(at_query, at_gate, at_residual, at_out, torch.get_num_threads())
             return True
 
         return run
