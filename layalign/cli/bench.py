@@ -38,19 +38,16 @@ def _regressed(first: Path, second: Path, threshold: float) -> bool:
     """Print the table; return whether anything regressed, or failed in the second file."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from layalign.experiments.bench import results as bench
 
     one, two = bench.load(first), bench.load(second)
     changes = bench.compare(one, two, threshold)
     title = escape(f"{one.commit} against {two.commit}, {one.device}, {one.shapes}")
-    table = Table(title=title, show_edge=False)
-    table.add_column("row", overflow="fold")
-    for column in ("A", "B", "B / A"):
-        table.add_column(column, justify="right")
-    table.add_column("of", overflow="fold")
-    table.add_column("")
+    row, of = (Column(name, overflow="fold") for name in ("row", "of"))
+    numbers = (Column(name, justify="right") for name in ("A", "B", "B / A"))
+    table = Table(row, *numbers, of, "", title=title, show_edge=False)
     for change in changes:
         mark = "[red]regression[/red]" if change.regression else "[green]better[/green]" if change.improvement else ""
         values = (bench.quantity(value, change.unit) for value in (change.first, change.second))

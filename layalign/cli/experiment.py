@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def experiment(
@@ -35,37 +32,27 @@ def experiment(
     Example: layalign experiment --only layalign,mindmerger-soft --seeds 0
     Example: layalign experiment --preset real --weights weights --data data --output evidence
     """
-    from rich.console import Console
-
     from layalign.cli.common import listed
     from layalign.experiments.real.settings import is_real
     from layalign.utils.errors import ArgumentError
     from layalign.utils.quiet import quiet_transformers
 
     quiet_transformers()
-    console = Console()
     numbers = None if seeds is None else [_seed(text) for text in seeds.split(",")]
+    options: dict[str, Any] = {"only": listed(only), "seeds": numbers, "jobs": jobs}
     if is_real(config):
         changes = {name: str(value) for name, value in (("weights", weights), ("data", data)) if value is not None}
-        failed = _real(console, config, changes, output, listed(only), numbers, stage, jobs, report)
+        failed = _real(config, changes, output, report, {**options, "stage": stage})
     else:
         for name, value in (("weights", weights), ("data", data), ("stage", stage)):
             if value is not None:
                 raise ArgumentError(f"{name}: expected none with {config}, it is only for the preset real")
-        failed = _controlled(console, config, output, listed(only), numbers, jobs, report)
+        failed = _controlled(config, output, report, options)
     if failed:
         raise ArgumentError(f"{len(failed)} runs failed ({failed[0]}, ...); see {output / 'log.jsonl'}")
 
 
-def _controlled(
-    console: Console,
-    config: str,
-    output: Path,
-    only: Sequence[str] | None,
-    seeds: Sequence[int] | None,
-    jobs: int,
-    report: bool,
-) -> list[str]:
+def _controlled(config: str, output: Path, report: bool, options: dict[str, Any]) -> list[str]:
     from layalign.experiments.controlled import load_settings
     from layalign.experiments.controlled.report import accuracy_rows, write_report
     from layalign.experiments.controlled.results import write_results
@@ -75,30 +62,19 @@ def _controlled(
     settings = load_settings(config)
 
     def tell(task: Task, seconds: float, problem: str | None) -> None:
-        text = f"{seconds:.0f} s" if problem is None else f"failed: {problem}"
-        console.print(f"{task.name}: {text}", highlight=False, markup=False, soft_wrap=True)
+        typer.echo(f"{task.name}: {f'{seconds:.0f} s' if problem is None else f'failed: {problem}'}")
 
-    failed = [] if report else run_all(settings, output, only=only, seeds=seeds, jobs=jobs, tell=tell)
+    failed = [] if report else run_all(settings, output, tell=tell, **options)
     if not any((output / "runs").glob("*/*/result.json")):
         raise ArgumentError(f"output: no finished run in {output}")
     found = write_results(settings, output)
     write_report(output, found)
-    _print_table(console, "accuracy %, mean over seeds ± 95% interval", accuracy_rows(found))
-    console.print(f"report: {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    _print_table("accuracy %, mean over seeds ± 95% interval", accuracy_rows(found))
+    typer.echo(f"report: {output / 'report.html'}")
     return [task.name for task in failed]
 
 
-def _real(
-    console: Console,
-    config: str,
-    changes: dict[str, str],
-    output: Path,
-    only: Sequence[str] | None,
-    seeds: Sequence[int] | None,
-    stage: str | None,
-    jobs: int,
-    report: bool,
-) -> list[str]:
+def _real(config: str, changes: dict[str, str], output: Path, report: bool, options: dict[str, Any]) -> list[str]:
     from layalign.experiments.real.report import main_rows, write_report
     from layalign.experiments.real.results import write_results
     from layalign.experiments.real.schedule import Run, run_all
@@ -107,14 +83,13 @@ def _real(
     settings = load_settings(config, changes)
 
     def tell(run: Run, problem: str | None) -> None:
-        text = "done" if problem is None else f"failed: {problem}"
-        console.print(f"{_name(run)}: {text}", highlight=False, markup=False, soft_wrap=True)
+        typer.echo(f"{_name(run)}: {'done' if problem is None else f'failed: {problem}'}")
 
-    failed = [] if report else run_all(settings, output, only=only, seeds=seeds, stage=stage, jobs=jobs, tell=tell)
+    failed = [] if report else run_all(settings, output, tell=tell, **options)
     found = write_results(settings, output)
     write_report(output, found)
-    _print_table(console, "test sentences of Tatoeba, mean over languages and seeds [95% interval]", main_rows(found))
-    console.print(f"report: {output / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
+    _print_table("test sentences of Tatoeba, mean over languages and seeds [95% interval]", main_rows(found))
+    typer.echo(f"report: {output / 'report.md'}")
     return [_name(run) for run in failed]
 
 
@@ -122,16 +97,16 @@ def _name(run: tuple[str, str, int]) -> str:
     return f"{run[0]}, {run[1]}, seed {run[2]}"
 
 
-def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
+def _print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
 
     header, *others = rows
-    table = Table(title=title)
-    for column in header:
-        table.add_column(column, justify="left" if column == "system" else "right")
+    columns = (Column(name, justify="left" if name == "system" else "right") for name in header)
+    table = Table(*columns, title=title)
     for row in others:
         table.add_row(*row)
-    console.print(table)
+    Console().print(table)
 
 
 def _seed(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,12 +66,15 @@ def generate(
         options.update(temperature=temperature, top_p=top_p, top_k=top_k)
     from layalign.modeling.loading import load_model
 
-    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
+    model, *tokenizers = load_model(checkpoint, device, dtype)
     if seed is not None:
         from transformers import set_seed
 
         set_seed(seed)
-    run = _Run(model, encoder_tokenizer, llm_tokenizer, options)
+    from layalign.data import LayAlignCollator
+
+    stage = "task" if prompt or task else "translation"
+    run = _Run(model, LayAlignCollator.from_model(model, *tokenizers, stage=stage, with_targets=False), options)
     if stream:
         for example in examples:
             run.stream(example)
@@ -110,25 +113,17 @@ def _examples(source: list[str] | None, language: str, prompt: str | None, task:
 
 @dataclass
 class _Run:
-    """A model, its tokenizers and the options of `generate`."""
+    """A model, what makes its batches, and the options of `generate`."""
 
     model: Any
-    encoder_tokenizer: Any
-    llm_tokenizer: Any
+    collator: LayAlignCollator
     options: dict[str, Any]
-    collators: dict[str, LayAlignCollator] = field(default_factory=dict)
 
     def inputs(self, batch: list[Example]) -> dict[str, Any]:
-        from layalign.data import LayAlignCollator
         from layalign.nn.inspection import device_of
 
-        stage = "task" if batch[0].prompt else "translation"
-        if stage not in self.collators:  # one per stage, since each warns of truncated texts once
-            self.collators[stage] = LayAlignCollator.from_model(
-                self.model, self.encoder_tokenizer, self.llm_tokenizer, stage=stage, with_targets=False
-            )
         device = device_of(self.model.get_input_embeddings())
-        return {key: tensor.to(device) for key, tensor in self.collators[stage](batch).items()}
+        return {key: tensor.to(device) for key, tensor in self.collator(batch).items()}
 
     def answers(self, examples: Iterator[Example], batch_size: int) -> Iterator[tuple[Example, str]]:
         from layalign.utils.errors import NonFiniteError
@@ -140,7 +135,7 @@ class _Run:
             except NonFiniteError as error:
                 tokens, failed = error.output, error.rows
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
-            texts = self.llm_tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            texts = self.collator.llm_tokenizer.batch_decode(tokens, skip_special_tokens=True)
             copies = len(texts) // len(batch)
             for index, text in enumerate(texts):
                 if index // copies not in failed:
@@ -153,7 +148,7 @@ class _Run:
 
         from layalign.utils.errors import NonFiniteError
 
-        streamer = TextStreamer(self.llm_tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(self.collator.llm_tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             self.model.generate(**self.inputs([example]), **self.options, streamer=streamer)
         except NonFiniteError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ KEY = "LAYALIGN_API_KEY"
 
 
 def serve(
+    context: typer.Context,
     checkpoint: Checkpoint,
     host: Annotated[
         str, typer.Option(help="Address to listen on. The default accepts this machine only.")
@@ -51,24 +53,10 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ArgumentError(f"serve: {error.name} is not installed; pip install 'layalign[serve]'") from None
-    settings = ServeSettings(
-        model_name=model_name,
-        task=task,
-        language=language,
-        max_batch=max_batch,
-        max_batch_tokens=max_batch_tokens,
-        max_queue=max_queue,
-        max_characters=max_characters,
-        max_source_tokens=max_source_tokens,
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        default_new_tokens=min(default_new_tokens, max_new_tokens),
-        timeout=timeout,
-        step_timeout=step_timeout,
-        max_body_bytes=max_body_bytes,
-        max_idle=max_idle,
-        grace=grace,
-    )
+    names = [field.name for field in fields(ServeSettings)]
+    limits = {name: value for name, value in context.params.items() if name in names}
+    limits["default_new_tokens"] = min(default_new_tokens, max_new_tokens)
+    settings = ServeSettings(**limits)
     key = os.environ.get(KEY)
     if key is not None:
         key = checked_key(KEY, key)  # before the model is loaded

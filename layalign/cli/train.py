@@ -83,22 +83,15 @@ def train(
             "a subfolder for each, or set output_dir under each of stages"
         )
     if print_config:
-        _print(configs)
+        for each in configs:
+            typer.echo(f"# {each.stage}\n{each.to_yaml()}")
     else:
         _train_all(configs)
 
 
-def _print(configs: list[TrainConfig]) -> None:
-    import yaml
-
-    for config in configs:
-        typer.echo(f"# {config.stage}")
-        typer.echo(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
-
-
 def _train_all(configs: list[TrainConfig]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     quiet_transformers()
     from layalign.training import is_main_process, train
@@ -121,10 +114,8 @@ def _train_all(configs: list[TrainConfig]) -> None:
     leave()
     if not is_main_process():
         return
-    table = Table(title="Training", show_edge=False)
-    table.add_column("stage")
-    for column in ("steps", "loss before", "loss after", "seconds", "trained", "of parameters"):
-        table.add_column(column, justify="right")
+    names = ("steps", "loss before", "loss after", "seconds", "trained", "of parameters")
+    table = Table("stage", *(Column(name, justify="right") for name in names), title="Training", show_edge=False)
     for name, summary in summaries:
         table.add_row(
             name,
@@ -135,7 +126,6 @@ def _train_all(configs: list[TrainConfig]) -> None:
             f"{summary.trained_parameters:,}",
             f"{summary.total_parameters:,}",
         )
-    console = Console()
-    console.print(table)
+    Console().print(table)
     for name, summary in summaries:
-        console.print(f"{name}: saved in {summary.output_dir}", highlight=False, markup=False, soft_wrap=True)
+        typer.echo(f"{name}: saved in {summary.output_dir}")

