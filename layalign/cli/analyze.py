@@ -58,11 +58,8 @@ def analyze(
     console = Console()
     from layalign.modeling.loading import load_model
 
-    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
     result = run(
-        model,
-        encoder_tokenizer,
-        llm_tokenizer,
+        *load_model(checkpoint, device, dtype),
         pairs,
         output,
         languages=names,

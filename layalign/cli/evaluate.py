@@ -79,11 +79,8 @@ def evaluate(
     console = Console()
     from layalign.modeling.loading import load_model
 
-    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, join(device), dtype)
     result = run(
-        model,
-        encoder_tokenizer,
-        llm_tokenizer,
+        *load_model(checkpoint, join(device), dtype),
         name,
         data,
         output,

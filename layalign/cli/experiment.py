@@ -62,7 +62,8 @@ def _controlled(config: str, output: Path, report: bool, options: dict[str, Any]
     settings = load_settings(config)
 
     def tell(task: Task, seconds: float, problem: str | None) -> None:
-        typer.echo(f"{task.name}: {f'{seconds:.0f} s' if problem is None else f'failed: {problem}'}")
+        text = f"{seconds:.0f} s" if problem is None else f"failed: {problem}"
+        typer.echo(f"{task.name}: {text}")
 
     failed = [] if report else run_all(settings, output, tell=tell, **options)
     if not any((output / "runs").glob("*/*/result.json")):
@@ -83,7 +84,8 @@ def _real(config: str, changes: dict[str, str], output: Path, report: bool, opti
     settings = load_settings(config, changes)
 
     def tell(run: Run, problem: str | None) -> None:
-        typer.echo(f"{_name(run)}: {'done' if problem is None else f'failed: {problem}'}")
+        text = "done" if problem is None else f"failed: {problem}"
+        typer.echo(f"{_name(run)}: {text}")
 
     failed = [] if report else run_all(settings, output, tell=tell, **options)
     found = write_results(settings, output)
