@@ -169,11 +169,6 @@ class Engine:
         return self.health.problem
 
     @property
-    def healthy(self) -> bool:
-        """Whether there is no problem."""
-        return not self.problem
-
-    @property
     def waiting(self) -> int:
         """Number of jobs that wait for a place in the batch."""
         return len(self._waiting)
@@ -209,7 +204,11 @@ class Engine:
                         self._changed.wait()
                     if self._closed:
                         break
-                self._turn()
+                if self._active:
+                    self._step()
+                joining = self._admitted()
+                if joining:
+                    self._prefill(joining)
         except BaseException as error:  # a bug here, or interpreter shutdown
             log_error("the engine's thread has ended", error)
         finally:  # no caller may wait forever
@@ -220,14 +219,6 @@ class Engine:
             self._active, self._state = [], None
             for job in left:
                 job.send(_ENDED)
-
-    def _turn(self) -> None:
-        """Run one step for the batch, then admit and prefill waiting jobs."""
-        if self._active:
-            self._step()
-        joining = self._admitted()
-        if joining:
-            self._prefill(joining)
 
     def _admitted(self) -> list[Job]:
         """Take the waiting jobs that fit into the batch, first come, first served."""
