@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from layalign.training.config import TrainConfig
 from layalign.training.record import SETTINGS
 from layalign.utils.errors import ArgumentError, CheckpointError, shown
 from layalign.utils.files import write_whole, writing
-from layalign.utils.lock import held
 from layalign.utils.processes import Processes
 from layalign.utils.reading import read_json
 
@@ -29,20 +27,14 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-@contextmanager
-def alone_in(folder: str | Path) -> Iterator[None]:
-    """Lock the run's folder for the duration of the block, in the main process (`layalign.utils.lock.held`).
+def alone_in(folder: str | Path) -> AbstractContextManager[None]:
+    """Lock the run's folder for the duration of a block, in the main process (`layalign.utils.lock.held`).
 
     If the process group is already initialized, all processes raise what the main one raises. Otherwise the main one
     exits, and the launcher (torchrun and accelerate do) ends the others before any of them has written.
     """
     processes = Processes()
-    with ExitStack() as stack:
-        if processes.world > 1:
-            stack.enter_context(processes.all_held(folder))
-        elif is_main_process():
-            stack.enter_context(held(folder))
-        yield
+    return processes.all_held(folder) if processes.world > 1 or is_main_process() else nullcontext()
 
 
 def find_resume(config: TrainConfig) -> Path | None:
@@ -84,8 +76,6 @@ def save_run(config: TrainConfig, content: dict[str, Any]) -> None:
     if not is_main_process():
         return
     output = Path(config.output_dir)
-    with writing(f"output_dir: {output}"):
-        output.mkdir(parents=True, exist_ok=True)
     write_whole(output / SETTINGS, config.to_yaml())
     write_whole(output / RUN_FILE, json.dumps(content, indent=2))
 
