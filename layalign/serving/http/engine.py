@@ -12,7 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from traceback import walk_tb
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -318,11 +319,7 @@ class Engine:
 
 def log_error(what: str, error: BaseException) -> None:
     """Log an exception's type and stack, but not its text, which may contain a user's input."""
-    frames: list[str] = []
-    trace: Any = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        frames.append(f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}")
-        trace = trace.tb_next
+    trace = [(frame.f_code, line) for frame, line in walk_tb(error.__traceback__)]
+    frames = [f"{code.co_filename}:{line} in {code.co_name}" for code, line in trace]
     # stacklevel: `layalign.serving.http.connections.Seldom` counts by the caller's line.
     logger.error("%s: %s\n  %s", what, type(error).__name__, "\n  ".join(frames), stacklevel=2)
