@@ -23,21 +23,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(_run(arguments, debug))
-
-
-def _run(arguments: list[str], debug: bool) -> int:
     try:
-        code = _run_command(arguments, debug)
+        code = _run(arguments, debug)
     except KeyboardInterrupt:  # also while typer is imported or an error is printed
         code = INTERRUPTED
     # Some releases of typer return this code on Ctrl-C.
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
-    return code
+    sys.exit(code)
 
 
-def _run_command(arguments: list[str], debug: bool) -> int:
+def _run(arguments: list[str], debug: bool) -> int:
     import typer
 
     from layalign.cli.app import app
@@ -75,10 +71,8 @@ def describe(error: Exception) -> tuple[str, int]:
         return _one_line(str(error)), STOPPED
     if isinstance(error, LayAlignError):  # may list many differences
         return _one_line(str(error), 750), 2
-    if isinstance(error, OSError) or type(error).__module__.startswith("yaml"):
+    if isinstance(error, OSError | ImportError) or type(error).__module__.startswith("yaml"):
         return _one_line(str(error)) or type(error).__name__, 2
-    if isinstance(error, ImportError):
-        return _one_line(str(error)), 2
     return f"{type(error).__name__}: {_one_line(str(error))}{note_if_untested()}", 1
 
 

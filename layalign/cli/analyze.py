@@ -9,48 +9,37 @@ import typer
 
 from layalign.cli.common import Device, Dtype, listed
 
-Checkpoint = Annotated[str, typer.Argument(help="Folder or hub name of a trained model.")]
-PairFiles = Annotated[
-    list[str],
-    typer.Option(
-        "--pairs", "-p", help="LANGUAGE=FILE of lines source<TAB>english, or a folder of LANGUAGE.tsv; may be repeated."
-    ),
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, analysis.json and PNG files.")]
-Languages = Annotated[
-    str | None, typer.Option("--languages", "-l", help="Names or codes, separated by commas. Default: all in --pairs.")
-]
-Limit = Annotated[int, typer.Option("--limit", help="Maximum number of sentences per language.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Sentences per batch.")]
-MaxLength = Annotated[int, typer.Option("--max-length", min=1, help="Maximum length of a sentence in tokens.")]
-Before = Annotated[
-    str | None,
-    typer.Option(
-        "--before", help="Also compare with another checkpoint, or with 'untrained': this model with new weights."
-    ),
-]
-Layer = Annotated[int | None, typer.Option("--layer", help="Hidden state for PCA and t-SNE. Default: the middle one.")]
-Sentence = Annotated[str, typer.Option("--sentence", help="Sentence to show attention for: N, from 1, or LANGUAGE:N.")]
-Generate = Annotated[
-    int,
-    typer.Option("--generate", min=0, help="Show attention for a generated answer of N tokens; 0: for the English."),
-]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of t-SNE, shuffled pairs and untrained weights.")]
-
 
 def analyze(
-    checkpoint: Checkpoint,
-    pairs: PairFiles,
-    output: Output = Path("analysis"),
-    languages: Languages = None,
-    limit: Limit = 200,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 256,
-    before: Before = None,
-    layer: Layer = None,
-    sentence: Sentence = "1",
-    generate: Generate = 0,
-    seed: Seed = 0,
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub name of a trained model.")],
+    pairs: Annotated[
+        list[str],
+        typer.Option(
+            "--pairs",
+            "-p",
+            help="LANGUAGE=FILE of lines source<TAB>english, or a folder of LANGUAGE.tsv; may be repeated.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.html, analysis.json and PNG files.")
+    ] = Path("analysis"),
+    languages: Annotated[
+        str | None,
+        typer.Option("--languages", "-l", help="Names or codes, separated by commas. Default: all in --pairs."),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Maximum number of sentences per language.")] = 200,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Sentences per batch.")] = 8,
+    max_length: Annotated[int, typer.Option(min=1, help="Maximum length of a sentence in tokens.")] = 256,
+    before: Annotated[
+        str | None,
+        typer.Option(help="Also compare with another checkpoint, or with 'untrained': this model with new weights."),
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Hidden state for PCA and t-SNE. Default: the middle one.")] = None,
+    sentence: Annotated[str, typer.Option(help="Sentence to show attention for: N, from 1, or LANGUAGE:N.")] = "1",
+    generate: Annotated[
+        int, typer.Option(min=0, help="Show attention for a generated answer of N tokens; 0: for the English.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of t-SNE, shuffled pairs and untrained weights.")] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -69,11 +58,8 @@ def analyze(
     console = Console()
     from layalign.modeling.loading import load_model
 
-    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
     result = run(
-        model,
-        encoder_tokenizer,
-        llm_tokenizer,
+        *load_model(checkpoint, device, dtype),
         pairs,
         output,
         languages=names,
@@ -90,7 +76,7 @@ def analyze(
         progress=console.is_terminal,
     )
     console.print(result.table())
-    console.print(f"the report is {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    typer.echo(f"the report is {output / 'report.html'}")
 
 
 def _sentence(text: str) -> tuple[str | None, int]:

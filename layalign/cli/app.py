@@ -29,19 +29,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("demo")(demo.demo)
-app.command("baselines")(baselines.baselines)
-app.command("train")(train.train)
-app.command("experiment")(experiment.experiment)
-app.command("evaluate")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("analyze")(analyze.analyze)
-app.command("generate")(generate.generate)
-app.command("serve")(serve.serve)
-app.command("convert")(convert.convert)
-app.command("weights")(weights.weights)
-app.command("doctor")(doctor.doctor)
-app.command("bench")(bench.bench)
+# Each module holds the command of its name; the help lists them in this order.
+for _module in (
+    demo, baselines, train, experiment, evaluate, compare, analyze, generate, serve, convert, weights, doctor, bench,
+):  # fmt: skip
+    _name = _module.__name__.rpartition(".")[2]
+    app.command(_name)(getattr(_module, _name))
 
 
 @app.command(

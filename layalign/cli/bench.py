@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-Compare = Annotated[
-    tuple[Path, Path] | None,
-    typer.Option("--compare", metavar="A B", help="Compare two result files (or their folders): is B slower than A?"),
-]
-Threshold = Annotated[float, typer.Option("--threshold", help="Ratio of B to A above which a change is reported.")]
-Report = Annotated[
-    Path | None, typer.Option("--report", metavar="DIR", help="Write plots and report.html for the results in DIR.")
-]
 
-
-def bench(compare: Compare = None, threshold: Threshold = 1.1, report: Report = None) -> None:
+def bench(
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="Compare two result files (or their folders): is B slower than A?"),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Ratio of B to A above which a change is reported.")] = 1.1,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write plots and report.html for the results in DIR.")
+    ] = None,
+) -> None:
     """Compare two benchmark results (exit code 1 if anything regressed or failed), or write a report.
 
     `pytest benchmarks/ --results DIR`, in a clone of the repository, writes the results.
@@ -38,19 +38,16 @@ def _regressed(first: Path, second: Path, threshold: float) -> bool:
     """Print the table; return whether anything regressed, or failed in the second file."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from layalign.experiments.bench import results as bench
 
     one, two = bench.load(first), bench.load(second)
     changes = bench.compare(one, two, threshold)
     title = escape(f"{one.commit} against {two.commit}, {one.device}, {one.shapes}")
-    table = Table(title=title, show_edge=False)
-    table.add_column("row", overflow="fold")
-    for column in ("A", "B", "B / A"):
-        table.add_column(column, justify="right")
-    table.add_column("of", overflow="fold")
-    table.add_column("")
+    row, of = (Column(name, overflow="fold") for name in ("row", "of"))
+    numbers = (Column(name, justify="right") for name in ("A", "B", "B / A"))
+    table = Table(row, *numbers, of, "", title=title, show_edge=False)
     for change in changes:
         mark = "[red]regression[/red]" if change.regression else "[green]better[/green]" if change.improvement else ""
         values = (bench.quantity(value, change.unit) for value in (change.first, change.second))

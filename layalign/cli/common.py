@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Folder or hub name of a trained model.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU if available.")]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="Dtype of the frozen parts: auto (as stored), float32, bfloat16 or float16.")

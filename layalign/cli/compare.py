@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-RunA = Annotated[Path, typer.Argument(metavar="RUN_A", help="Output folder of the baseline's evaluation.")]
-RunB = Annotated[Path, typer.Argument(metavar="RUN_B", help="Output folder of another evaluation of the same data.")]
-By = Annotated[str, typer.Option("--by", help="Rows of the table: language, or level (resource level).")]
-Grouping = Annotated[str, typer.Option("--grouping", help="Levels to use: joshi, or paper (MGSM and MSVAMP only).")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write all results to.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")]
-
 
 def compare(
-    run_a: RunA, run_b: RunB, by: By = "language", grouping: Grouping = "joshi", output: Output = None, seed: Seed = 0
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Output folder of the baseline's evaluation.")],
+    run_b: Annotated[
+        Path, typer.Argument(metavar="RUN_B", help="Output folder of another evaluation of the same data.")
+    ],
+    by: Annotated[str, typer.Option(help="Rows of the table: language, or level (resource level).")] = "language",
+    grouping: Annotated[str, typer.Option(help="Levels to use: joshi, or paper (MGSM and MSVAMP only).")] = "joshi",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write all results to.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """Compare two evaluations answer by answer: exact McNemar tests and bootstrap intervals of the difference.
 

@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-SourcePath = Annotated[
-    Path, typer.Argument(metavar="SOURCE", help="A published pytorch_model.bin, or a folder in this library's format.")
-]
-OutputPath = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder to write (for a .bin), or .bin file to write (for a folder).")
-]
-Encoder = Annotated[str | None, typer.Option("--encoder", help="Encoder that the published file was trained with.")]
-Llm = Annotated[str | None, typer.Option("--llm", help="LLM that the published file was trained with.")]
 
-
-def convert(source: SourcePath, output: OutputPath, encoder: Encoder = None, llm: Llm = None) -> None:
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="A published pytorch_model.bin, or a folder in this library's format."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write (for a .bin), or .bin file to write (for a folder).")
+    ],
+    encoder: Annotated[str | None, typer.Option(help="Encoder that the published file was trained with.")] = None,
+    llm: Annotated[str | None, typer.Option(help="LLM that the published file was trained with.")] = None,
+) -> None:
     """Convert a published checkpoint to this library's format, or back."""
     from layalign.utils.errors import ArgumentError
     from layalign.utils.quiet import quiet_transformers

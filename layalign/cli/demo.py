@@ -7,31 +7,25 @@ from typing import Annotated
 
 import typer
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the page and its numbers.")]
-Weights = Annotated[
-    Path, typer.Option("--weights", help="Folder with encoder/ and llm/; downloaded if it does not exist.")
-]
-Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", help="LayAlign model for these two, instead of the shipped one.")
-]
-Sentences = Annotated[int | None, typer.Option("--sentences", help="Sentences per language: 2 to 12, by default 4.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Steps of the short training run, by default 12; 0: none.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the training run; with --made-up also of data and models.")]
-MadeUp = Annotated[
-    bool, typer.Option("--made-up", help="Use made-up models and text instead, trained from scratch. Takes minutes.")
-]
-Fast = Annotated[bool, typer.Option("--fast", help="With --made-up: tiny sizes; the numbers mean nothing.")]
-
 
 def demo(
-    output: Output = Path("demo-output"),
-    weights: Weights = Path("weights"),
-    checkpoint: Checkpoint = None,
-    sentences: Sentences = None,
-    steps: Steps = None,
-    seed: Seed = 0,
-    made_up: MadeUp = False,
-    fast: Fast = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page and its numbers.")] = Path(
+        "demo-output"
+    ),
+    weights: Annotated[
+        Path, typer.Option(help="Folder with encoder/ and llm/; downloaded if it does not exist.")
+    ] = Path("weights"),
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="LayAlign model for these two, instead of the shipped one.")
+    ] = None,
+    sentences: Annotated[int | None, typer.Option(help="Sentences per language: 2 to 12, by default 4.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the short training run, by default 12; 0: none.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the training run; with --made-up also of data and models.")] = 0,
+    made_up: Annotated[
+        bool,
+        typer.Option("--made-up", help="Use made-up models and text instead, trained from scratch. Takes minutes."),
+    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="With --made-up: tiny sizes; the numbers mean nothing.")] = False,
 ) -> None:
     """Try LayAlign on real models, in minutes: compare it with the LLM alone in 21 languages, train it briefly.
 

@@ -15,34 +15,27 @@ def doctor(
 
     report = examine()
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        typer.echo(json.dumps(report, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
+    missing, states = "[dim]not installed[/dim]", {True: "[green]on[/green]", False: "[yellow]off[/yellow]"}
+    versions = Table("package", "version", "tested with", title="Versions", show_edge=False)
+    for name, version in report["versions"].items():
+        versions.add_row(name, version or missing, report["tested"].get(name, ""))
+    devices = Table("device", "what", title="Devices", show_edge=False)
+    for row in report["devices"].items():
+        devices.add_row(*row)
+    columns = (Column(name, overflow="fold") for name in ("backend", "state", "reason"))
+    backends = Table(*columns, title="Backends", show_edge=False)
+    for backend in report["backends"]:
+        backends.add_row(backend["name"], states[backend["available"]], backend["reason"] or "")
+    built = Column("what the installation built", overflow="fold")
+    extension = Table("kernels", built, title="Compiled extension", show_edge=False)
+    for row in report["extension"].items():
+        extension.add_row(*row)
     console = Console()
-    versions = Table(title="Versions", show_edge=False)
-    versions.add_column("package")
-    versions.add_column("version")
-    versions.add_column("tested with")
-    for name, version in report.versions.items():
-        versions.add_row(name, version or "[dim]not installed[/dim]", report.tested.get(name, ""))
-    devices = Table(title="Devices", show_edge=False)
-    devices.add_column("device")
-    devices.add_column("what")
-    for name, what in report.devices.items():
-        devices.add_row(name, what)
-    backends = Table(title="Backends", show_edge=False)
-    for column in ("backend", "state", "reason"):
-        backends.add_column(column, overflow="fold")
-    for backend in report.backends:
-        state = "[green]on[/green]" if backend["available"] else "[yellow]off[/yellow]"
-        backends.add_row(backend["name"], state, backend["reason"] or "")
-    extension = Table(title="Compiled extension", show_edge=False)
-    extension.add_column("kernels")
-    extension.add_column("what the installation built", overflow="fold")
-    for name, note in report.extension.items():
-        extension.add_row(name, note)
     for table in (versions, devices, backends, extension):
         console.print(table)
         console.print()

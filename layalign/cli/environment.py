@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from layalign.utils.versions import TESTED, package_version, tested
@@ -24,31 +23,14 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Report:
-    """Result of :func:`examine`.
+def examine() -> dict[str, Any]:
+    """Examine this machine. Imports torch and asks each backend; changes nothing.
 
-    Attributes:
-        versions: version by package; None if it is not installed.
-        tested: range of tested versions by package.
-        devices: description by device name.
-        backends: one dict per backend: name, available, reason.
-        extension: what the installation compiled of the extension, by backend.
+    Returns:
+        Plain values, ready for JSON. `versions`: version by package, None if it is not installed; `tested`: range of
+        tested versions by package; `devices`: description by device name; `backends`: one dict per backend (name,
+        available, reason); `extension`: what the installation compiled of the extension, by backend.
     """
-
-    versions: dict[str, str | None]
-    tested: dict[str, str]
-    devices: dict[str, str]
-    backends: list[dict[str, Any]]
-    extension: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
-
-
-def examine() -> Report:
-    """Examine this machine. Imports torch and asks each backend; changes nothing."""
     from layalign.ops import backends
 
     versions: dict[str, str | None] = {"layalign": package_version(), "python": platform.python_version()}
@@ -56,8 +38,13 @@ def examine() -> Report:
     rows = [
         {"name": entry.name, "available": bool(entry.available), "reason": entry.reason} for entry in backends.report()
     ]
-    ranges = {name: tested(name) for name in TESTED}
-    return Report(versions=versions, tested=ranges, devices=_devices(), backends=rows, extension=_extension())
+    return {
+        "versions": versions,
+        "tested": {name: tested(name) for name in TESTED},
+        "devices": _devices(),
+        "backends": rows,
+        "extension": _extension(),
+    }
 
 
 def _extension() -> dict[str, str]:

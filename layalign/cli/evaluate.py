@@ -7,71 +7,57 @@ from typing import Annotated
 
 import typer
 
-from layalign.cli.common import Device, Dtype, listed
-
-Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Folder or hub name of a trained model.")]
-Task = Annotated[
-    str,
-    typer.Option(
-        "--task",
-        "-t",
-        help="mgsm, msvamp, xnli, x-csqa, xcopa, translation, ..., or a Python file (FILE.py) that registers a task of "
-        "your own. That file is run, with all your rights: read it first.",
-    ),
-]
-Data = Annotated[str, typer.Option("--data", "-d", help="Test files: a folder, a file, or FORMAT:PATH.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for predictions and scores.")]
-Languages = Annotated[
-    str | None, typer.Option("--languages", "-l", help="Names or codes with commas between. Default: all there are.")
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Questions answered together.")]
-NewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Default: the task's own.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first questions of each language.")]
-Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Beam search; the published numbers are greedy.")]
-Stage = Annotated[
-    str | None,
-    typer.Option(
-        "--stage", help="task gives the LLM the prompt, translation only the source. Default: the task's own."
-    ),
-]
-Measures = Annotated[
-    str | None,
-    typer.Option(
-        "--measures",
-        "-m",
-        help="Of translation, with commas between: chrf, bleu, nats, nats-other-source, right-one-of-N. "
-        "Default: chrf,bleu.",
-    ),
-]
-Scorer = Annotated[
-    str | None,
-    typer.Option(
-        "--scorer",
-        help="number, signed-number, label, label-likelihood, label-likelihood-mean, text or translation. "
-        "Default: the task's own.",
-    ),
-]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed lines out and count them.")]
-NoResume = Annotated[bool, typer.Option("--no-resume", help="Answer again what an earlier run has answered.")]
-LabelMatch = Annotated[str, typer.Option("--label-match", help="exact (published), or start: the answer begins so.")]
+from layalign.cli.common import Checkpoint, Device, Dtype, listed
 
 
 def evaluate(
     checkpoint: Checkpoint,
-    task: Task,
-    data: Data,
-    output: Output = Path("results"),
-    languages: Languages = None,
-    batch_size: BatchSize = 8,
-    max_new_tokens: NewTokens = None,
-    limit: Limit = None,
-    num_beams: Beams = 1,
-    measures: Measures = None,
-    scorer: Scorer = None,
-    stage: Stage = None,
-    skip_bad: SkipBad = False,
-    no_resume: NoResume = False,
-    label_match: LabelMatch = "exact",
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task",
+            "-t",
+            help="mgsm, msvamp, xnli, x-csqa, xcopa, translation, ..., or a Python file (FILE.py) that registers a "
+            "task of your own. That file is run, with all your rights: read it first.",
+        ),
+    ],
+    data: Annotated[str, typer.Option("--data", "-d", help="Test files: a folder, a file, or FORMAT:PATH.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for predictions and scores.")] = Path(
+        "results"
+    ),
+    languages: Annotated[
+        str | None,
+        typer.Option("--languages", "-l", help="Names or codes with commas between. Default: all there are."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Questions answered together.")] = 8,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the task's own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each language.")] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beam search; the published numbers are greedy.")] = 1,
+    measures: Annotated[
+        str | None,
+        typer.Option(
+            "--measures",
+            "-m",
+            help="Of translation, with commas between: chrf, bleu, nats, nats-other-source, right-one-of-N. "
+            "Default: chrf,bleu.",
+        ),
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            help="number, signed-number, label, label-likelihood, label-likelihood-mean, text or translation. "
+            "Default: the task's own."
+        ),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="task gives the LLM the prompt, translation only the source. Default: the task's own."),
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave malformed lines out and count them.")] = False,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Answer again what an earlier run has answered.")
+    ] = False,
+    label_match: Annotated[str, typer.Option(help="exact (published), or start: the answer begins so.")] = "exact",
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -93,11 +79,8 @@ def evaluate(
     console = Console()
     from layalign.modeling.loading import load_model
 
-    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, join(device), dtype)
     result = run(
-        model,
-        encoder_tokenizer,
-        llm_tokenizer,
+        *load_model(checkpoint, join(device), dtype),
         name,
         data,
         output,
@@ -121,4 +104,4 @@ def evaluate(
     if result.report.skipped:
         typer.echo(result.report.summary(), err=True)
     console.print(result.table())
-    console.print(f"predictions and scores are in {output}", highlight=False, markup=False, soft_wrap=True)
+    typer.echo(f"predictions and scores are in {output}")

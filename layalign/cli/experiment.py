@@ -4,75 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-Config = Annotated[
-    str, typer.Option("--config", "--preset", "-c", help="A .yaml file, or a preset: controlled, larger, smoke, real.")
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything; a rerun resumes it.")]
-Only = Annotated[str | None, typer.Option("--only", help="Run only these systems, separated by commas.")]
-Seeds = Annotated[str | None, typer.Option("--seeds", help="Run only these seeds, separated by commas.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs in parallel; they share the CPU cores.")]
-ReportOnly = Annotated[bool, typer.Option("--report", help="Only write the report of the finished runs.")]
-Stage = Annotated[str | None, typer.Option("--stage", help="With --preset real: only translation, or only task.")]
-Weights = Annotated[Path | None, typer.Option("--weights", help="With --preset real: the folder of layalign weights.")]
-Data = Annotated[
-    Path | None, typer.Option("--data", help="With --preset real: the folder with the text (docs/evidence.md).")
-]
-
 
 def experiment(
-    config: Config = "controlled",
-    output: Output = Path("experiment-output"),
-    only: Only = None,
-    seeds: Seeds = None,
-    jobs: Jobs = 1,
-    report: ReportOnly = False,
-    stage: Stage = None,
-    weights: Weights = None,
-    data: Data = None,
+    config: Annotated[
+        str,
+        typer.Option("--config", "--preset", "-c", help="A .yaml file, or a preset: controlled, larger, smoke, real."),
+    ] = "controlled",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything; a rerun resumes it.")] = Path(
+        "experiment-output"
+    ),
+    only: Annotated[str | None, typer.Option(help="Run only these systems, separated by commas.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Run only these seeds, separated by commas.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs in parallel; they share the CPU cores.")] = 1,
+    report: Annotated[bool, typer.Option("--report", help="Only write the report of the finished runs.")] = False,
+    stage: Annotated[str | None, typer.Option(help="With --preset real: only translation, or only task.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --preset real: the folder of layalign weights.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --preset real: the folder with the text (docs/evidence.md).")
+    ] = None,
 ) -> None:
     """Compare LayAlign with its baselines over several seeds: on generated problems, or on real models. Takes hours.
 
     Example: layalign experiment --only layalign,mindmerger-soft --seeds 0
     Example: layalign experiment --preset real --weights weights --data data --output evidence
     """
-    from rich.console import Console
-
     from layalign.cli.common import listed
     from layalign.experiments.real.settings import is_real
     from layalign.utils.errors import ArgumentError
     from layalign.utils.quiet import quiet_transformers
 
     quiet_transformers()
-    console = Console()
     numbers = None if seeds is None else [_seed(text) for text in seeds.split(",")]
+    options: dict[str, Any] = {"only": listed(only), "seeds": numbers, "jobs": jobs}
     if is_real(config):
         changes = {name: str(value) for name, value in (("weights", weights), ("data", data)) if value is not None}
-        failed = _real(console, config, changes, output, listed(only), numbers, stage, jobs, report)
+        failed = _real(config, changes, output, report, {**options, "stage": stage})
     else:
         for name, value in (("weights", weights), ("data", data), ("stage", stage)):
             if value is not None:
                 raise ArgumentError(f"{name}: expected none with {config}, it is only for the preset real")
-        failed = _controlled(console, config, output, listed(only), numbers, jobs, report)
+        failed = _controlled(config, output, report, options)
     if failed:
         raise ArgumentError(f"{len(failed)} runs failed ({failed[0]}, ...); see {output / 'log.jsonl'}")
 
 
-def _controlled(
-    console: Console,
-    config: str,
-    output: Path,
-    only: Sequence[str] | None,
-    seeds: Sequence[int] | None,
-    jobs: int,
-    report: bool,
-) -> list[str]:
+def _controlled(config: str, output: Path, report: bool, options: dict[str, Any]) -> list[str]:
     from layalign.experiments.controlled import load_settings
     from layalign.experiments.controlled.report import accuracy_rows, write_report
     from layalign.experiments.controlled.results import write_results
@@ -83,29 +63,19 @@ def _controlled(
 
     def tell(task: Task, seconds: float, problem: str | None) -> None:
         text = f"{seconds:.0f} s" if problem is None else f"failed: {problem}"
-        console.print(f"{task.name}: {text}", highlight=False, markup=False, soft_wrap=True)
+        typer.echo(f"{task.name}: {text}")
 
-    failed = [] if report else run_all(settings, output, only=only, seeds=seeds, jobs=jobs, tell=tell)
+    failed = [] if report else run_all(settings, output, tell=tell, **options)
     if not any((output / "runs").glob("*/*/result.json")):
         raise ArgumentError(f"output: no finished run in {output}")
     found = write_results(settings, output)
     write_report(output, found)
-    _print_table(console, "accuracy %, mean over seeds ± 95% interval", accuracy_rows(found))
-    console.print(f"report: {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    _print_table("accuracy %, mean over seeds ± 95% interval", accuracy_rows(found))
+    typer.echo(f"report: {output / 'report.html'}")
     return [task.name for task in failed]
 
 
-def _real(
-    console: Console,
-    config: str,
-    changes: dict[str, str],
-    output: Path,
-    only: Sequence[str] | None,
-    seeds: Sequence[int] | None,
-    stage: str | None,
-    jobs: int,
-    report: bool,
-) -> list[str]:
+def _real(config: str, changes: dict[str, str], output: Path, report: bool, options: dict[str, Any]) -> list[str]:
     from layalign.experiments.real.report import main_rows, write_report
     from layalign.experiments.real.results import write_results
     from layalign.experiments.real.schedule import Run, run_all
@@ -115,13 +85,13 @@ def _real(
 
     def tell(run: Run, problem: str | None) -> None:
         text = "done" if problem is None else f"failed: {problem}"
-        console.print(f"{_name(run)}: {text}", highlight=False, markup=False, soft_wrap=True)
+        typer.echo(f"{_name(run)}: {text}")
 
-    failed = [] if report else run_all(settings, output, only=only, seeds=seeds, stage=stage, jobs=jobs, tell=tell)
+    failed = [] if report else run_all(settings, output, tell=tell, **options)
     found = write_results(settings, output)
     write_report(output, found)
-    _print_table(console, "test sentences of Tatoeba, mean over languages and seeds [95% interval]", main_rows(found))
-    console.print(f"report: {output / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
+    _print_table("test sentences of Tatoeba, mean over languages and seeds [95% interval]", main_rows(found))
+    typer.echo(f"report: {output / 'report.md'}")
     return [_name(run) for run in failed]
 
 
@@ -129,16 +99,16 @@ def _name(run: tuple[str, str, int]) -> str:
     return f"{run[0]}, {run[1]}, seed {run[2]}"
 
 
-def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
+def _print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
 
     header, *others = rows
-    table = Table(title=title)
-    for column in header:
-        table.add_column(column, justify="left" if column == "system" else "right")
+    columns = (Column(name, justify="left" if name == "system" else "right") for name in header)
+    table = Table(*columns, title=title)
     for row in others:
         table.add_row(*row)
-    console.print(table)
+    Console().print(table)
 
 
 def _seed(text: str) -> int:

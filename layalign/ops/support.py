@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layalign.ops import backends, checks
-from layalign.utils.pages import print_or_write, replaced
+from layalign.utils.pages import print_or_write
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEVICES = {"cpu": ("CPU",), "cuda": ("GPU", "GPU, sm_100")}
@@ -104,10 +104,5 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def written_into(page: str) -> str:
-    """``page`` with the table between its two marks replaced by today's."""
-    return replaced(page, BEGIN, END, markdown())
-
-
 if __name__ == "__main__":
-    print_or_write(markdown, written_into)
+    print_or_write(BEGIN, END, markdown)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layalign.utils.errors import ArgumentError, one_of, refuse
-from layalign.utils.pages import print_or_write, replaced
+from layalign.utils.pages import print_or_write
 
 __all__ = ["BASELINES", "Baseline", "baseline", "with_baseline"]
 
@@ -208,10 +208,5 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def written_into(page: str) -> str:
-    """``page`` with the table between its two markers replaced."""
-    return replaced(page, BEGIN, END, markdown())
-
-
 if __name__ == "__main__":
-    print_or_write(markdown, written_into)
+    print_or_write(BEGIN, END, markdown)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 
 from layalign.modeling.layers import named_layers
 from layalign.modeling.names import with_gguf
-from layalign.utils.errors import ArgumentError, refuse, shown
+from layalign.utils.errors import ArgumentError, one_of, refuse, shown
 from layalign.utils.files import write_whole
 
 STAGES = ("translation", "task")
@@ -36,51 +36,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dev_overlap": ("warn", "drop"),
     "sharding": ("fsdp2", "zero2", "zero3"),
 }
-_INTEGERS = {
-    "batch_size": 1,
-    "micro_batch_size": 1,
-    "eval_batch_size": 1,
-    "max_source_length": 1,
-    "max_prompt_length": 1,
-    "max_target_length": 1,
-    "dev_size": 0,
-    "limit": 1,
-    "max_steps": 1,
-    "logging_steps": 1,
-    "eval_steps": 0,
-    "save_steps": 0,
-    "save_total_limit": 1,
-    "num_workers": 0,
-    "max_skipped_steps": 0,
-    "seed": 0,
-    "adapter_size": 1,
-    "llm_bos_token_id": 0,
-}
-_NUMBERS = {
-    "epochs": 0.0,
-    "learning_rate": 0.0,
-    "warmup_ratio": 0.0,
-    "weight_decay": 0.0,
-    "adam_beta1": 0.0,
-    "adam_beta2": 0.0,
-    "adam_epsilon": 0.0,
-    "max_grad_norm": 0.0,
-    "spike_factor": 0.0,
-    "fixed_gate": float("-inf"),
-}
-_FLAGS = (
-    "mask_encoder_padding",
-    "use_adapter",
-    "use_prompt",
-    "skip_bad",
-    "gradient_checkpointing",
-    "group_by_length",
-    "keep_best",
-    "use_cpu",
-)
+# Whole numbers that may be 0; others are at least 1.
+_FROM_ZERO = (
+    "dev_size", "eval_steps", "save_steps", "num_workers", "max_skipped_steps", "seed", "llm_bos_token_id",
+)  # fmt: skip
 # Keys that take true, false or this word.
 _FLAGS_OR = {"bf16": "auto", "progress": "quiet"}
-_LISTS = {"encoder_layers": int, "language_layers": int, "languages": str, "report_to": str, "allow_changed": str}
 # Keys that a resumed run may change on request. Never those that define the model, nor the dev examples: some of the
 # new ones may have been trained on.
 ALLOWED_CHANGES = (
@@ -248,35 +209,35 @@ def require_config(config: Any) -> None:
 
 def _coerce(config: TrainConfig) -> None:
     """Check the type of every value and turn numbers in text into numbers (YAML reads 4e-5 as text)."""
-    optional = {entry.name for entry in fields(TrainConfig) if "None" in str(entry.type)}
     for entry in fields(TrainConfig):
         name, value = entry.name, getattr(config, entry.name)
-        if (value is None and name in optional) or (value is False and name == "llm_bos_token_id"):
+        kind, *others = str(entry.type).split(" | ")
+        if (value is None and "None" in others) or (value is False and "bool" in others):
             continue
-        if name == "adapter_size" and isinstance(value, str) and value == "match":
+        if isinstance(value, str) and (name, value) == ("adapter_size", "match"):
             continue
-        if name in _INTEGERS:
-            value = _number(name, value, whole=True)
-        elif name in _NUMBERS:
-            value = _number(name, value, whole=False)
-        elif name in _FLAGS:
-            if not isinstance(value, bool):
-                raise ArgumentError(f"{name}: expected true or false, got {shown(value)}")
+        if kind == "int":
+            value = _number(name, value, whole=True, least=0 if name in _FROM_ZERO else 1)
+        elif kind == "float":
+            value = _number(name, value, whole=False, least=-inf if name == "fixed_gate" else 0.0)
         elif name in _FLAGS_OR:
             if not isinstance(value, bool) and value != _FLAGS_OR[name]:
                 raise ArgumentError(f"{name}: expected true, false or {_FLAGS_OR[name]}, got {shown(value)}")
         elif name == "encoder_dropout":
             if not isinstance(value, bool):
                 value = _number(name, value, whole=False, expected="true, false or a rate below 1") or False
-        elif name in _LISTS:
+        elif kind == "bool":
+            if not isinstance(value, bool):
+                raise ArgumentError(f"{name}: expected true or false, got {shown(value)}")
+        elif kind.startswith("list"):
             if name != "encoder_layers" or not isinstance(value, str):
-                value = _list(name, value, _LISTS[name])
+                value = _list(name, value, int if kind == "list[int]" else str)
         elif name in TEXTS:
             if not isinstance(value, (str, Path)):
                 raise ArgumentError(f"{name}: expected text, got {shown(value)}")
             value = str(value)
-        elif name in _CHOICES and value not in _CHOICES[name]:
-            raise ArgumentError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {shown(value)}")
+        elif name in _CHOICES:
+            one_of(name, value, _CHOICES[name])
         setattr(config, name, value)
     config.data = _data("data", config.data)
     config.dev_data = None if config.dev_data is None else _data("dev_data", config.dev_data)
@@ -294,7 +255,7 @@ def _data(name: str, value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _number(name: str, value: Any, *, whole: bool, expected: str = "") -> Any:
+def _number(name: str, value: Any, *, whole: bool, least: float = -inf, expected: str = "") -> Any:
     expected, number = expected or ("a whole number" if whole else "a number"), float("nan")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
@@ -309,6 +270,8 @@ def _number(name: str, value: Any, *, whole: bool, expected: str = "") -> Any:
     number = int(number) if whole else number
     if abs(number) > LARGEST:
         raise ArgumentError(f"{name}: expected {expected} up to {LARGEST:.3g}, got {shown(value)}")
+    if number < least:
+        raise ArgumentError(f"{name}: expected at least {least:g}, got {number:g}")
     return number
 
 
@@ -329,9 +292,7 @@ def _lora_settings(value: Any) -> dict[str, Any]:
             raise ArgumentError(f"lora.{key}: expected one of {', '.join(_LORA_DEFAULTS)}")
     settings = {**_LORA_DEFAULTS, **value}
     for key in ("r", "lora_alpha"):
-        settings[key] = _number(f"lora.{key}", settings[key], whole=True)
-        if settings[key] < 1:
-            raise ArgumentError(f"lora.{key}: expected at least 1, got {settings[key]}")
+        settings[key] = _number(f"lora.{key}", settings[key], whole=True, least=1)
     targets = settings["target_modules"]
     if targets is not None and not isinstance(targets, str):
         settings["target_modules"] = _list("lora.target_modules", targets, str)
@@ -342,10 +303,6 @@ def _lora_settings(value: Any) -> dict[str, Any]:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    for name, lowest in {**_INTEGERS, **_NUMBERS}.items():
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, str) and value < lowest:
-            raise ArgumentError(f"{name}: expected at least {lowest:g}, got {value:g}")
     if config.seed >= SEEDS:
         raise ArgumentError(f"seed: expected a whole number below {SEEDS}, got {config.seed}")
     for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):

@@ -10,15 +10,16 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from layalign.nn.sharding import is_dtensor, whole
 from layalign.utils.errors import NonFiniteError
 
 logger = logging.getLogger("layalign")
@@ -93,7 +94,7 @@ class StepGuard(TrainerCallback, ExportableState):
         # DeepSpeed does not expose its gradients; its own overflow check covers them.
         norm = gradient_norm(model)
         if math.isfinite(loss) and math.isfinite(norm):
-            median = self._median()
+            median = statistics.median(self.losses) if len(self.losses) >= _SEEN_AT_LEAST else None
             if not self.spike_factor or median is None or loss <= self.spike_factor * median:
                 self.losses.append(loss)
                 return
@@ -119,9 +120,6 @@ class StepGuard(TrainerCallback, ExportableState):
         for parameter in model.parameters():
             parameter.grad = None
 
-    def _median(self) -> float | None:
-        return statistics.median(self.losses) if len(self.losses) >= _SEEN_AT_LEAST else None
-
     @staticmethod
     def _origin(
         loss: float, norm: float, model: nn.Module, suspect: Mapping[str, Any] | None, rerun: Callable[..., Any] | None
@@ -142,31 +140,20 @@ class StepGuard(TrainerCallback, ExportableState):
 
 def gradient_norm(model: nn.Module) -> float:
     """Norm of all gradients, including all shards; 0 without gradients. The groups are summed in float64."""
-    total = 0.0
-    for group in _gradients(model):
-        norm = torch.nn.utils.get_total_norm(group)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        total += float(norm) ** 2
-    return math.sqrt(total) if total == total else math.nan
-
-
-def _gradients(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Unsharded gradients, then sharded ones: torch cannot stack the norms of both kinds."""
     found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for sharded in (False, True):
-        group = [gradient for gradient in found if hasattr(gradient, "full_tensor") == sharded]
+    total = 0.0
+    for sharded in (False, True):  # torch cannot stack the norms of both kinds
+        group = [gradient for gradient in found if is_dtensor(gradient) == sharded]
         if group:
-            yield group
+            norm: Any = torch.nn.utils.get_total_norm(group)
+            total += float(norm.full_tensor() if sharded else norm) ** 2
+    return math.sqrt(total) if total == total else math.nan
 
 
 def largest_gradient(model: nn.Module) -> str:
     """Name and norm of the parameter with the largest gradient."""
-    norms = [
-        (float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm), name)
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-        for norm in (parameter.grad.norm(),)
-    ]
+    gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    norms = [(float(whole(gradient.norm())), name) for name, gradient in gradients if gradient is not None]
     if not norms:
         return "not available"
     norm, name = max(norms)
@@ -177,40 +164,22 @@ def first_broken(model: nn.Module, forward: Callable[[], Any]) -> str:
     """Name of the first module in a forward pass whose output is not finite."""
     found: list[str] = []
 
-    def look(name: str, values: Any) -> None:
-        if not found and any(_broken(tensor) for tensor in _tensors(values)):
-            found.append(name)
-
-    with _hooks(model, look), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        forward()
-    return found[0] if found else "nothing in a second forward pass"
-
-
-@contextmanager
-def _hooks(model: nn.Module, look: Callable[[str, Any], None]) -> Iterator[None]:
-    """`look(name, output)` after every module, children before their parents."""
-
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, arguments, output: look(f"output of {name}", output)
+        def look(module: nn.Module, arguments: Any, output: Any) -> None:
+            if not found and any(isinstance(leaf, Tensor) and _broken(leaf) for leaf in tree_leaves(output)):
+                found.append(f"output of {name}")
 
-    # Not of the outermost module: its output is the loss itself.
+        return look
+
+    # Children come before their parents. Not the outermost module: its output is the loss itself.
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
     try:
-        yield
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            forward()
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from _tensors(value)
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
+    return found[0] if found else "nothing in a second forward pass"
 
 
 def _broken(tensor: Tensor | None) -> bool:

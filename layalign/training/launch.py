@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 from layalign.data import Example
 from layalign.training import runs
 from layalign.training.config import TrainConfig
+from layalign.training.loading import PRESETS
 from layalign.utils.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _FSDP2 = {
 
 def preset_file(kind: str, name: str) -> Path:
     """A configuration that ships with the package: kind "accelerate" or "deepspeed", name such as "zero3.json"."""
-    return Path(str(resources.files("layalign.training") / "presets" / kind / name))
+    return PRESETS / kind / name
 
 
 def sharding_arguments(config: TrainConfig, world_size: int) -> dict[str, Any]:

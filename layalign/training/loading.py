@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from layalign.training.baselines import baseline, with_baseline
 from layalign.training.config import STAGES, TEXTS, TrainConfig
-from layalign.utils.errors import ArgumentError, refuse, shown
+from layalign.utils.errors import ArgumentError, one_of, refuse, shown
 from layalign.utils.moved import RENAMED, warn_of_setting, with_new_names
 from layalign.utils.yaml_files import read_file, read_text
+
+PRESETS = Path(__file__).parent / "presets"
 
 
 def load_train_config(
@@ -42,8 +43,7 @@ def load_train_config(
     stages = _stages(values)
     values.pop("stages", None)
     chosen = stage or values.get("stage") or "translation"
-    if chosen not in STAGES:
-        raise ArgumentError(f"stage: expected one of {', '.join(STAGES)}, got {shown(chosen)}")
+    one_of("stage", chosen, STAGES)
     named = baseline_of(values, overrides)
     of_stage = stages.get(chosen) or {}
     if not isinstance(of_stage, Mapping):
@@ -88,15 +88,15 @@ def _stages(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package: the paper's three set-ups."""
-    folder = resources.files("layalign.training") / "presets"
-    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def _source_values(source: str | Path | Mapping[str, Any] | None, preset: str | None) -> dict[str, Any]:
     if source is not None and preset is not None:
         raise ArgumentError("preset: give either a preset or a configuration file, not both")
     if preset is not None:
-        return _mapping(read_text(_preset_text(preset), f"config: preset {preset}"), f"preset {preset}")
+        one_of("preset", preset, preset_names())
+        return _mapping(read_file(PRESETS / f"{preset}.yaml"), f"preset {preset}")
     if isinstance(source, Mapping):
         return with_new_names(source)
     if source is not None:
@@ -114,12 +114,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long or contains a null byte
         return False
-
-
-def _preset_text(name: str) -> str:
-    if name not in preset_names():
-        raise ArgumentError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
-    return (resources.files("layalign.training") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

@@ -200,7 +200,8 @@ def overwritten(config: TrainConfig, resume_from: Path | None) -> Earlier | None
     output = Path(config.output_dir)
     if config.resume is False or (resume_from is not None and resume_from.resolve().parent == output.resolve()):
         return None
-    held = _has_model(output) or (resume_from is not None and any(output.glob("checkpoint-*")))
+    model = any((output / name).exists() for name in (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin"))
+    held = model or (resume_from is not None and any(output.glob("checkpoint-*")))
     return earlier(output, output / SETTINGS) if held else None
 
 
@@ -240,10 +241,6 @@ def micro_batch(before: Earlier) -> dict[str, Any]:
 
 
 _ADVICE = "set resume=false to start over, or another output_dir"
-
-
-def _has_model(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin"))
 
 
 def _at(found: Any, *keys: str) -> Any:

@@ -5,7 +5,6 @@ Source: the two training stages of LayAlign; the defaults (`layalign.training.co
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import time
@@ -36,22 +35,10 @@ from layalign.training.console import ConsoleLines
 from layalign.training.gates import GateHistory
 from layalign.training.guard import StepGuard
 from layalign.training.launch import LossBefore, leave_engine, sharding_arguments, with_kept_micro_batch
-from layalign.training.loading import load_train_config
 from layalign.training.runs import is_main_process
 from layalign.training.trainer import LayAlignTrainer
 from layalign.utils.errors import ArgumentError, CheckpointError, StoppedError
 from layalign.utils.files import writing
-
-__all__ = [
-    "TrainConfig",
-    "TrainSummary",
-    "build_model",
-    "is_main_process",
-    "load_train_config",
-    "read_dev_examples",
-    "read_examples",
-    "train",
-]
 
 logger = logging.getLogger("layalign.training")
 
@@ -121,103 +108,92 @@ def train(
     """
     require_config(config)
     with runs.alone_in(config.output_dir):
-        return _stage(config, model, (encoder_tokenizer, llm_tokenizer), examples, dev_examples, lengths, callbacks)
+        started = time.perf_counter()
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        resume_from = runs.find_resume(config)
+        overwritten, earlier = record.overwritten(config, resume_from), None
+        if resume_from is not None:
+            earlier = record.earlier(resume_from, resume_from.parent / record.SETTINGS)
+        asked, config = config, record.settled(config, earlier or overwritten, model)
+        running = config
+        if resume_from is not None and earlier is not None:
+            known = {**runs.read_run(resume_from.parent), **record.micro_batch(earlier)}
+            running = with_kept_micro_batch(config, known, world_size)
+        micro, _ = running.batch_plan(world_size)
+        if examples is None:
+            examples = read_examples(config)
+        if dev_examples is None and config.dev_data is not None:
+            dev_examples = read_dev_examples(config)
+        train_set, dev_set = _split(config, list(examples), dev_examples)
+        if lengths is not None and len(lengths) != len(train_set):
+            raise ArgumentError(f"lengths: expected one per training example, {len(train_set)}, got {len(lengths)}")
+        given = model
+        if model is None:
+            model = build_model(config)
+        elif config.encoder_dropout is not None:
+            model.set_encoder_dropout(config.encoder_dropout)
+        start = record.start_of(config, given, model)
+        if encoder_tokenizer is None or llm_tokenizer is None:
+            loaded = load_tokenizers(
+                config.init_checkpoint, encoder=config.encoder, llm=config.llm, config=model.config
+            )
+            encoder_tokenizer, llm_tokenizer = encoder_tokenizer or loaded[0], llm_tokenizer or loaded[1]
+        if resume_from is not None and config.llm_bos_token_id is None:  # a resumed run keeps its first token
+            model.config.llm_bos_token_id = LayAlignConfig.from_pretrained(resume_from).llm_bos_token_id
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _check_trained(model)
+        plan = {"world_size": world_size, "micro_batch": micro}
+        here = record.make(config, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, start, plan)
+        changed: list[str] = []
+        if overwritten is not None:
+            record.compare(config, overwritten, here, model, resumed=False)
+            logger.warning("%s: holds a finished model of the same run, which is trained again", config.output_dir)
+        if earlier is not None:
+            changed = record.compare(config, earlier, here, model, resumed=True)
+            here["changes"] = [*earlier.changes, *changed]
 
+        runs.start_over(config)
+        here["grouped_by"], lengths = _grouping(config, train_set, lengths, earlier)
+        if is_main_process():
+            logger.info("%s: writes to %s", config.stage, config.output_dir)
+            precision.tell(asked, config, resumed=earlier is not None)
+        _tell_first_token(config, model, llm_tokenizer)
+        trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, lengths, world_size)
+        trainer.record, trainer.keeps_hyperparameters = here, not changed
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        measured = dev_set or train_set[:MEASURED]
+        before = LossBefore(asked, trainer, measured, resume_from)
+        if is_main_process():
+            record.write(Path(config.output_dir), here)
+        _train(trainer, resume_from)
+        loss_before = before.value
+        loss_after = trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")["eval_loss"]
+        with writing(f"output_dir: {config.output_dir}", "the checkpoints in it are intact"):
+            trainer.save_model(config.output_dir)
 
-def _stage(
-    config: TrainConfig,
-    model: LayAlignForCausalLM | None,
-    tokenizers: tuple[Any, Any],
-    examples: Sequence[Example] | None,
-    dev_examples: Sequence[Example] | None,
-    lengths: Sequence[int] | None,
-    callbacks: Sequence[Any],
-) -> TrainSummary:
-    encoder_tokenizer, llm_tokenizer = tokenizers
-    started = time.perf_counter()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    resume_from = runs.find_resume(config)
-    overwritten, earlier = record.overwritten(config, resume_from), None
-    if resume_from is not None:
-        earlier = record.earlier(resume_from, resume_from.parent / record.SETTINGS)
-    asked, config = config, record.settled(config, earlier or overwritten, model)
-    running = config
-    if resume_from is not None and earlier is not None:
-        known = {**runs.read_run(resume_from.parent), **record.micro_batch(earlier)}
-        running = with_kept_micro_batch(config, known, world_size)
-    micro, _ = running.batch_plan(world_size)
-    if examples is None:
-        examples = read_examples(config)
-    if dev_examples is None and config.dev_data is not None:
-        dev_examples = read_dev_examples(config)
-    train_set, dev_set = _split(config, list(examples), dev_examples)
-    if lengths is not None and len(lengths) != len(train_set):
-        raise ArgumentError(f"lengths: expected one per training example, {len(train_set)}, got {len(lengths)}")
-    given = model
-    if model is None:
-        model = build_model(config)
-    elif config.encoder_dropout is not None:
-        model.set_encoder_dropout(config.encoder_dropout)
-    start = record.start_of(config, given, model)
-    if encoder_tokenizer is None or llm_tokenizer is None:
-        loaded = load_tokenizers(config.init_checkpoint, encoder=config.encoder, llm=config.llm, config=model.config)
-        encoder_tokenizer, llm_tokenizer = encoder_tokenizer or loaded[0], llm_tokenizer or loaded[1]
-    if resume_from is not None and config.llm_bos_token_id is None:  # a resumed run keeps its first token
-        model.config.llm_bos_token_id = LayAlignConfig.from_pretrained(resume_from).llm_bos_token_id
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    _check_trained(model)
-    plan = {"world_size": world_size, "micro_batch": micro}
-    here = record.make(config, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, start, plan)
-    changed: list[str] = []
-    if overwritten is not None:
-        record.compare(config, overwritten, here, model, resumed=False)
-        logger.warning("%s: holds a finished model of the same run, which is trained again", config.output_dir)
-    if earlier is not None:
-        changed = record.compare(config, earlier, here, model, resumed=True)
-        here["changes"] = [*earlier.changes, *changed]
-
-    runs.start_over(config)
-    here["grouped_by"], lengths = _grouping(config, train_set, lengths, earlier)
-    if is_main_process():
-        logger.info("%s: writes to %s", config.stage, config.output_dir)
-        precision.tell(asked, config, resumed=earlier is not None)
-    _tell_first_token(config, model, llm_tokenizer)
-    trainer = _trainer(running, model, (encoder_tokenizer, llm_tokenizer), train_set, dev_set, lengths, world_size)
-    trainer.record, trainer.keeps_hyperparameters = here, not changed
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    measured = dev_set or train_set[:MEASURED]
-    before = LossBefore(asked, trainer, measured, resume_from)
-    if is_main_process():
-        record.write(Path(config.output_dir), here)
-    _train(trainer, resume_from)
-    loss_before = before.value
-    loss_after = trainer.evaluate(eval_dataset=measured, metric_key_prefix="eval")["eval_loss"]
-    with writing(f"output_dir: {config.output_dir}", "the checkpoints in it are intact"):
-        trainer.save_model(config.output_dir)
-
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    summary = TrainSummary(
-        loss_before=loss_before,
-        loss_after=loss_after,
-        steps=trainer.state.global_step,
-        output_dir=config.output_dir,
-        seconds=time.perf_counter() - started,
-        trained_parameters=trained,
-        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        train_examples=len(train_set),
-        dev_examples=len(dev_set),
-        resumed_from=str(resume_from) if resume_from else None,
-        skipped_steps=trainer.guard.skipped,
-        loss_spikes=trainer.guard.spikes,
-        cut=_cut(trainer),
-        log_history=[{"step": 0, "epoch": 0.0, "eval_loss": loss_before}, *trainer.state.log_history],
-    )
-    runs.save_run(asked, {**asdict(summary), "micro_batch": trainer.args.per_device_train_batch_size})
-    trainer.accelerator.wait_for_everyone()  # the next stage of every process reads what the main process wrote
-    leave_engine(trainer)
-    return summary
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        summary = TrainSummary(
+            loss_before=loss_before,
+            loss_after=loss_after,
+            steps=trainer.state.global_step,
+            output_dir=config.output_dir,
+            seconds=time.perf_counter() - started,
+            trained_parameters=trained,
+            total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            train_examples=len(train_set),
+            dev_examples=len(dev_set),
+            resumed_from=str(resume_from) if resume_from else None,
+            skipped_steps=trainer.guard.skipped,
+            loss_spikes=trainer.guard.spikes,
+            cut=_cut(trainer),
+            log_history=[{"step": 0, "epoch": 0.0, "eval_loss": loss_before}, *trainer.state.log_history],
+        )
+        runs.save_run(asked, {**asdict(summary), "micro_batch": trainer.args.per_device_train_batch_size})
+        trainer.accelerator.wait_for_everyone()  # the next stage of every process reads what the main process wrote
+        leave_engine(trainer)
+        return summary
 
 
 def _grouping(
@@ -542,6 +518,7 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
         "max_steps": config.max_steps or -1,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler,
+        "warmup_steps": config.warmup_ratio,  # below 1, it is the share of all steps
         "weight_decay": config.weight_decay,
         "adam_beta1": config.adam_beta1,
         "adam_beta2": config.adam_beta2,
@@ -570,9 +547,6 @@ def training_arguments(config: TrainConfig, world_size: int = 1, *, has_dev: boo
     }
     if config.keep_best:
         arguments.update(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
-    # Newer releases of transformers take the warm-up's share of all steps as warmup_steps, older ones as warmup_ratio.
-    names = inspect.signature(TrainingArguments.__init__).parameters
-    arguments["warmup_ratio" if "warmup_ratio" in names else "warmup_steps"] = config.warmup_ratio
     try:
         result = TrainingArguments(**arguments)
     except (ValueError, ImportError) as error:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from layalign.training.checkpoints import check_writable, checkpoints, clear_unfinished, problem, remove
+from layalign.training.checkpoints import checkpoints, clear_unfinished, problem, remove
 from layalign.training.config import TrainConfig
 from layalign.training.record import SETTINGS
 from layalign.utils.errors import ArgumentError, CheckpointError, shown
-from layalign.utils.files import write_whole, writing
-from layalign.utils.lock import held
+from layalign.utils.files import write_whole
 from layalign.utils.processes import Processes
 from layalign.utils.reading import read_json
 
@@ -29,34 +27,25 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-@contextmanager
-def alone_in(folder: str | Path) -> Iterator[None]:
-    """Lock the run's folder for the duration of the block, in the main process (`layalign.utils.lock.held`).
+def alone_in(folder: str | Path) -> AbstractContextManager[None]:
+    """Lock the run's folder for the duration of a block, in the main process (`layalign.utils.lock.held`).
 
     If the process group is already initialized, all processes raise what the main one raises. Otherwise the main one
     exits, and the launcher (torchrun and accelerate do) ends the others before any of them has written.
     """
     processes = Processes()
-    with ExitStack() as stack:
-        if processes.world > 1:
-            stack.enter_context(processes.all_held(folder))
-        elif is_main_process():
-            stack.enter_context(held(folder))
-        yield
+    return processes.all_held(folder) if processes.world > 1 or is_main_process() else nullcontext()
 
 
 def find_resume(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, or None.
+    """The checkpoint to resume from, or None. What a killed run left half-written is removed.
 
     Raises:
         ArgumentError: there is no such checkpoint, or it is damaged.
-        OutputError: the run's folder cannot be written to.
     """
     output = Path(config.output_dir)
     if is_main_process():
-        with writing(f"output_dir: {output}"):
-            check_writable(output)
-            clear_unfinished(output)
+        clear_unfinished(output)
     if config.resume is False:
         return None
     if config.resume == "auto":
@@ -84,8 +73,6 @@ def save_run(config: TrainConfig, content: dict[str, Any]) -> None:
     if not is_main_process():
         return
     output = Path(config.output_dir)
-    with writing(f"output_dir: {output}"):
-        output.mkdir(parents=True, exist_ok=True)
     write_whole(output / SETTINGS, config.to_yaml())
     write_whole(output / RUN_FILE, json.dumps(content, indent=2))
 
@@ -105,11 +92,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     except CheckpointError as error:
         logger.warning("%s; resuming without the loss before training and the micro batch", error)
         return {}
-    micro, loss = content.get("micro_batch"), content.get("loss_before")
-    good = {
-        "micro_batch": micro is None or (isinstance(micro, int) and not isinstance(micro, bool) and micro > 0),
-        "loss_before": loss is None or (isinstance(loss, int | float) and not isinstance(loss, bool)),
-    }
-    for key in (key for key, fine in good.items() if not fine):
-        logger.warning("%s: %s: expected a number above 0, got %s; ignored", file, key, shown(content.pop(key)))
+    for key, kinds in (("micro_batch", (int,)), ("loss_before", (int, float))):
+        value = content.get(key)
+        if value is not None and (type(value) not in kinds or (key == "micro_batch" and value < 1)):
+            logger.warning("%s: %s: expected a number above 0, got %s; ignored", file, key, shown(content.pop(key)))
     return content

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +187,11 @@ class LayAlignTrainer(DistributedTrainer):
         save_tokenizers(folder, *self.tokenizers)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint, "the optimizer's and the scheduler's state"):
+        with reading(str(checkpoint), "the optimizer's and the scheduler's state cannot be read"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint, "the state of the random numbers"):
+        with reading(str(checkpoint), "the state of the random numbers cannot be read"):
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -200,10 +199,6 @@ class LayAlignTrainer(DistributedTrainer):
 
     def _load_best_model(self) -> None:
         load_trained(self.model, self.state.best_model_checkpoint)
-
-
-def _reading(folder: str | None, what: str) -> AbstractContextManager[None]:
-    return reading(str(folder), f"{what} cannot be read")
 
 
 def load_trained(model: nn.Module, folder: str | Path) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from layalign.utils.errors import ArgumentError
@@ -61,10 +62,9 @@ class _Hold:
 
     def end(self) -> None:
         self.ended.set()
-        if self.beating.ident is not None:
-            self.beating.join(BEAT)
-            if self.beating.is_alive():  # the file system hangs; the lock ends with the process
-                return
+        self.beating.join(BEAT)
+        if self.beating.is_alive():  # the file system hangs; the lock ends with the process
+            return
         with suppress(OSError):
             os.ftruncate(self.handle, 0)  # Windows cannot remove an open file; empty, it names nobody
             if _is_at(self.handle, self.path):
@@ -129,7 +129,7 @@ def _take(path: Path, what: str) -> _Hold:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            sure = _lock(handle, what)
+            sure = _lock(handle, path, what)
             if _is_at(handle, path):  # else the previous holder removed it when it ended: lock the new file
                 _wait_for_silence(path, handle, sure, what)
                 hold = _Hold(path, handle)
@@ -145,7 +145,7 @@ def _take(path: Path, what: str) -> _Hold:
         os.close(handle)
 
 
-def _lock(handle: int, what: str) -> bool:
+def _lock(handle: int, path: Path, what: str) -> bool:
     """Take the lock; False if the file system has none.
 
     Raises:
@@ -161,7 +161,7 @@ def _lock(handle: int, what: str) -> bool:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise _in_use(what, _read(handle)) from None
+            raise _in_use(what, _read(path)) from None
         logger.warning(
             "%s: its file system has no locks (%s): two runs in it are noticed by their signs of life alone",
             what, error.strerror,
@@ -176,7 +176,7 @@ def _wait_for_silence(path: Path, handle: int, sure: bool, what: str) -> None:
     Raises:
         ArgumentError: it gives signs of life.
     """
-    record = _read(handle)
+    record = _read(path)
     if not record or (record.get("host") == socket.gethostname() and (sure or not _runs(record.get("pid")))):
         return
     left = SILENCE - max(_age(path, handle), 0.0)
@@ -185,7 +185,7 @@ def _wait_for_silence(path: Path, handle: int, sure: bool, what: str) -> None:
     end = time.monotonic() + left
     while time.monotonic() < end:
         time.sleep(min(1.0, SILENCE / 20))
-        now = _read_path(path)
+        now = _read(path)
         if now and now != record:
             raise _in_use(what, now)
 
@@ -193,22 +193,18 @@ def _wait_for_silence(path: Path, handle: int, sure: bool, what: str) -> None:
 def _see_who_was_last(hold: _Hold, what: str) -> None:
     """Without a lock two runs may begin at once: the second one's record is the one that stays."""
     time.sleep(BEAT / 5)
-    now = _read_path(hold.path)
+    now = _read(hold.path)
     if now != hold.record:
         raise _in_use(what, now)
 
 
 def _age(path: Path, handle: int) -> float:
     """Seconds since a file was written, by the file system's own clock."""
-    probe = path.with_name(f"{LOCK}.{os.getpid()}")
     try:
-        probe.write_bytes(b"\0")
-        return probe.stat().st_mtime - os.fstat(handle).st_mtime
+        with TemporaryFile(dir=path.parent) as probe:
+            return os.fstat(probe.fileno()).st_mtime - os.fstat(handle).st_mtime
     except OSError:
         return 0.0
-    finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
 
 
 def _is_at(handle: int, path: Path) -> bool:
@@ -231,22 +227,11 @@ def _runs(pid: Any) -> bool:
     return True
 
 
-def _read_path(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     """The record, from a file opened again: only that makes a network file system look for changes."""
     try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return {}
-    try:
-        return _read(handle)
-    finally:
-        os.close(handle)
-
-
-def _read(handle: int) -> dict[str, Any]:
-    try:
-        os.lseek(handle, 0, os.SEEK_SET)
-        record = json.loads(os.read(handle, _SIZE))
+        with path.open("rb") as file:
+            record = json.loads(file.read(_SIZE))
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -13,10 +13,10 @@ def replaced(page: str, begin: str, end: str, table: str) -> str:
     return before + begin + "\n" + table + end + rest.split(end, 1)[1]
 
 
-def print_or_write(markdown: Callable[[], str], written_into: Callable[[str], str]) -> None:
-    """Print a table, or write it into a page: ``--write PAGE``."""
+def print_or_write(begin: str, end: str, markdown: Callable[[], str]) -> None:
+    """Print a table, or write it between its marks into a page: ``--write PAGE``."""
     if len(sys.argv) == 3 and sys.argv[1] == "--write":
         page = Path(sys.argv[2])
-        page.write_text(written_into(page.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(replaced(page.read_text(encoding="utf-8"), begin, end, markdown()), encoding="utf-8")
     else:
         print(markdown(), end="")

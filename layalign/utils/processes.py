@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from layalign.utils.lock import held
@@ -72,8 +73,6 @@ def join(device: str | None) -> str | None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
-    import torch
-
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     if device in (None, "cuda") and torch.cuda.is_available():

@@ -37,10 +37,8 @@ def read_text(text: str, where: str) -> Any:
         raise ArgumentError(
             f"{where}: expected at most {MAX_YAML_VALUES} values, {MAX_YAML_DEPTH} lists or mappings deep"
         ) from None
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        # PyYAML's own constructors raise these for invalid dates, numbers and tagged values.
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        # PyYAML's own constructors raise the others for invalid dates, numbers and tagged values.
         raise ArgumentError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -267,7 +267,7 @@ def test_convert_there_and_back(
 def test_doctor_tells_versions_devices_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("doctor", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report == examine().to_dict()
+    assert report == examine()
     assert report["versions"]["torch"]
     assert report["versions"]["transformers"]
     assert report["tested"] == {"transformers": "5.0 to 5.24", "torch": "2.6 to 2.15"}

@@ -9,7 +9,7 @@ from helpers_text import byte_tokenizer
 from tiny import tiny_encoder, tiny_llm
 
 from layalign import LayAlignForCausalLM
-from layalign.serving.http.messages import ApiError
+from layalign.serving.http.messages import ApiError, CompletionRequest
 from layalign.serving.http.preparing import Preparer
 from layalign.serving.http.settings import ServeSettings
 
@@ -21,10 +21,10 @@ def tiny() -> LayAlignForCausalLM:
     return LayAlignForCausalLM.from_encoder_and_llm(*parts).eval()
 
 
-def prepared(model: LayAlignForCausalLM, text: str, **request: Any) -> Any:
+def prepared(model: LayAlignForCausalLM, text: str, new_tokens: int = 2, **request: Any) -> Any:
     settings = ServeSettings(max_prompt_tokens=20)
-    options = {"field": "prompt", "language": None, "task": None, "llm_prompt": None, "new_tokens": 2}
-    return Preparer(model, ENCODER, LLM, settings)(text, **{**options, "limit": "max_tokens", **request})
+    body = CompletionRequest(prompt=text, **request)
+    return Preparer(model, ENCODER, LLM, settings)(body, new_tokens, "max_tokens")
 
 
 def test_the_server_refuses_what_it_would_have_to_cut(caplog: pytest.LogCaptureFixture) -> None:

@@ -164,10 +164,10 @@ def test_a_file_that_its_holder_removed_in_between_is_not_what_is_held(
 ) -> None:
     take, removed = lock._lock, []
 
-    def late(handle: int, what: str) -> bool:
+    def late(handle: int, path: Path, what: str) -> bool:
         if not removed:
             removed.append((tmp_path / LOCK).unlink())
-        return take(handle, what)
+        return take(handle, path, what)
 
     monkeypatch.setattr(lock, "_lock", late)
     with held(tmp_path):

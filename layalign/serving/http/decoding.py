@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from layalign.modeling.cache import SourceKeyValues, get_source, set_source
@@ -123,14 +124,11 @@ class Decoder:
         return output.logits[:, -1].float()
 
     def _padded(self, ids: str, mask: str, rows: Sequence[Sequence[int]], left: bool) -> dict[str, Tensor]:
-        width, fill = max(map(len, rows)), self.model.config.source_token_id if left else self.encoder_pad
-        filled, real = [], []
-        for row in rows:
-            padding = width - len(row)
-            before, after = (padding, 0) if left else (0, padding)
-            filled.append([fill] * before + list(row) + [fill] * after)
-            real.append([0] * before + [1] * len(row) + [0] * after)
-        return {ids: torch.tensor(filled, device=self.device), mask: torch.tensor(real, device=self.device)}
+        fill, side = (self.model.config.source_token_id, "left") if left else (self.encoder_pad, "right")
+        tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
+        filled = pad_sequence(tokens, batch_first=True, padding_value=fill, padding_side=side)
+        real = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True, padding_side=side)
+        return {ids: filled.to(self.device), mask: real.to(self.device)}
 
 
 def merged(first: State, second: State) -> State:
@@ -140,8 +138,22 @@ def merged(first: State, second: State) -> State:
         tuple(torch.cat([_to_width(one, width), _to_width(two, width)]) for one, two in zip(mine, other, strict=True))
         for mine, other in zip(_layers(first.cache), _layers(second.cache), strict=True)
     ]
-    source = _merged_source(get_source(first.cache), get_source(second.cache), first.sources, second.sources)
-    return State(first.lengths + second.lengths, first.sources + second.sources, _cache(layers, source))
+    one, two = get_source(first.cache), get_source(second.cache)
+    assert one is not None and two is not None
+    lengths, sources = first.lengths + second.lengths, first.sources + second.sources
+    size = max(sources)
+
+    def joined(*parts: Tensor) -> Tensor:
+        return torch.cat([F.pad(tensor, (0, 0, 0, size - tensor.shape[2])) for tensor in parts])
+
+    mask = None
+    if one.keys:  # needed even if the model attends to padding: these rows had none and get some now
+        device = one.keys[0].device
+        mask = torch.arange(size, device=device) < torch.tensor(sources, device=device)[:, None]
+    source = SourceKeyValues(
+        one.layers, tuple(map(joined, one.keys, two.keys)), tuple(map(joined, one.values, two.values)), mask
+    )
+    return State(lengths, sources, _cache(layers, source))
 
 
 def kept(state: State, rows: Sequence[int]) -> State:
@@ -172,24 +184,3 @@ def _cache(layers: Sequence[Any], source: SourceKeyValues) -> Any:
 
 def _to_width(tensor: Tensor, width: int) -> Tensor:
     return F.pad(tensor, (0, 0, width - tensor.shape[2], 0))
-
-
-def _merged_source(
-    first: SourceKeyValues | None, second: SourceKeyValues | None, sizes: Sequence[int], others: Sequence[int]
-) -> SourceKeyValues:
-    assert first is not None and second is not None
-    size = max(*sizes, *others)
-
-    def joined(one: Tensor, two: Tensor) -> Tensor:
-        return torch.cat([F.pad(tensor, (0, 0, 0, size - tensor.shape[2])) for tensor in (one, two)])
-
-    mask = None
-    if first.keys:  # needed even if the model attends to padding: these rows had none and get some now
-        device = first.keys[0].device
-        mask = torch.arange(size, device=device) < torch.tensor([*sizes, *others], device=device)[:, None]
-    return SourceKeyValues(
-        first.layers,
-        tuple(map(joined, first.keys, second.keys)),
-        tuple(map(joined, first.values, second.values)),
-        mask,
-    )

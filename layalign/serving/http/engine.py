@@ -12,7 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from traceback import walk_tb
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -169,11 +170,6 @@ class Engine:
         return self.health.problem
 
     @property
-    def healthy(self) -> bool:
-        """Whether there is no problem."""
-        return not self.problem
-
-    @property
     def waiting(self) -> int:
         """Number of jobs that wait for a place in the batch."""
         return len(self._waiting)
@@ -209,7 +205,11 @@ class Engine:
                         self._changed.wait()
                     if self._closed:
                         break
-                self._turn()
+                if self._active:
+                    self._step()
+                joining = self._admitted()
+                if joining:
+                    self._prefill(joining)
         except BaseException as error:  # a bug here, or interpreter shutdown
             log_error("the engine's thread has ended", error)
         finally:  # no caller may wait forever
@@ -220,14 +220,6 @@ class Engine:
             self._active, self._state = [], None
             for job in left:
                 job.send(_ENDED)
-
-    def _turn(self) -> None:
-        """Run one step for the batch, then admit and prefill waiting jobs."""
-        if self._active:
-            self._step()
-        joining = self._admitted()
-        if joining:
-            self._prefill(joining)
 
     def _admitted(self) -> list[Job]:
         """Take the waiting jobs that fit into the batch, first come, first served."""
@@ -327,11 +319,7 @@ class Engine:
 
 def log_error(what: str, error: BaseException) -> None:
     """Log an exception's type and stack, but not its text, which may contain a user's input."""
-    frames: list[str] = []
-    trace: Any = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        frames.append(f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}")
-        trace = trace.tb_next
+    trace = [(frame.f_code, line) for frame, line in walk_tb(error.__traceback__)]
+    frames = [f"{code.co_filename}:{line} in {code.co_name}" for code, line in trace]
     # stacklevel: `layalign.serving.http.connections.Seldom` counts by the caller's line.
     logger.error("%s: %s\n  %s", what, type(error).__name__, "\n  ".join(frames), stacklevel=2)

@@ -23,22 +23,17 @@ class Health:
 
     def __init__(self, longest: float) -> None:
         self.longest = longest
-        self._answers: deque[float] = deque()  # times of the complete answers
-        self._failures: deque[tuple[float, int]] = deque()  # time, and number of requests
+        self._recent: deque[tuple[float, int]] = deque()  # time, and number of failed requests; 0: a complete answer
         self._running: dict[str, float] = {}  # work in progress, and when it started
         self._lock = threading.Lock()
 
     def answered(self) -> None:
         """Record a complete answer."""
-        with self._lock:
-            self._forget()
-            self._answers.append(time.monotonic())
+        self._record(0)
 
     def failed(self, requests: int = 1) -> None:
-        """Record a failure of the server, with the number of requests that it affected."""
-        with self._lock:
-            self._forget()
-            self._failures.append((time.monotonic(), requests))
+        """Record a failure of the server, with the number of requests that it affected, at least 1."""
+        self._record(requests)
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
@@ -63,15 +58,19 @@ class Health:
             return f"{what} has been running for more than {self.longest:g} s"
         with self._lock:
             self._forget()
-            failed = sum(requests for _, requests in self._failures)
-            # A single failed step does not count: one request of its batch may have caused it.
-            if failed >= LEAST and len(self._failures) > 1 and failed > len(self._answers):
-                return f"{failed} requests of the last minute failed, {len(self._answers)} were answered"
+            failures = [requests for _, requests in self._recent if requests]
+            failed, answered = sum(failures), len(self._recent) - len(failures)
+        # A single failed step does not count: one request of its batch may have caused it.
+        if failed >= LEAST and len(failures) > 1 and failed > answered:
+            return f"{failed} requests of the last minute failed, {answered} were answered"
         return ""
+
+    def _record(self, failed: int) -> None:
+        with self._lock:
+            self._forget()
+            self._recent.append((time.monotonic(), failed))
 
     def _forget(self) -> None:
         since = time.monotonic() - WINDOW
-        while self._answers and self._answers[0] < since:
-            self._answers.popleft()
-        while self._failures and self._failures[0][0] < since:
-            self._failures.popleft()
+        while self._recent and self._recent[0][0] < since:
+            self._recent.popleft()

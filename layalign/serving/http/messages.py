@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
-from layalign.utils.pages import print_or_write, replaced
+from layalign.utils.pages import print_or_write
 
 STATUS_TYPES = {
     401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
@@ -349,10 +349,5 @@ def markdown() -> str:
     return "\n".join(["| accepted (null always is) | why other values are refused |", "|---|---|", *rows]) + "\n"
 
 
-def written_into(page: str) -> str:
-    """``page`` with the table between its two markers replaced."""
-    return replaced(page, BEGIN, END, markdown())
-
-
 if __name__ == "__main__":
-    print_or_write(markdown, written_into)
+    print_or_write(BEGIN, END, markdown)

@@ -10,7 +10,7 @@ from layalign.data.languages import find_language
 from layalign.data.records import PROMPTS
 from layalign.modeling.tokenization import Prompt
 from layalign.serving.http.decoding import Inputs
-from layalign.serving.http.messages import ApiError
+from layalign.serving.http.messages import ApiError, ChatRequest, CompletionRequest
 from layalign.serving.http.settings import ServeSettings
 from layalign.utils.errors import ArgumentError
 
@@ -38,31 +38,20 @@ class Preparer:
         for collator in self.collators.values():
             collator.quiet = True  # texts that are too long are refused, so it need not warn
 
-    def __call__(
-        self,
-        text: str,
-        *,
-        field: str,
-        language: str | None,
-        task: str | None,
-        llm_prompt: str | None,
-        new_tokens: int,
-        limit: str,
-    ) -> Inputs:
-        """The model inputs for one text.
+    def __call__(self, body: CompletionRequest | ChatRequest, new_tokens: int, limit: str) -> Inputs:
+        """The model inputs for a request.
 
         Args:
-            text: text for the encoder.
-            field: name of the text's field in the request, for errors.
-            language, task, llm_prompt: as in the request; None for the server's default.
+            body: its fields; None in `language` and `task` is the server's default.
             new_tokens: maximum length of the answer, which must fit after the prompt.
             limit: name of the field that sets `new_tokens`, for errors.
 
         Raises:
             ApiError: 400; it names the field.
         """
-        source, name = self._text(text, field), self._language(language)
-        prompt = self._prompt(source, task, llm_prompt)
+        field = "messages" if isinstance(body, ChatRequest) else "prompt"
+        source, name = self._text(body.text, field), self._language(body.language)
+        prompt = self._prompt(source, body.task, body.llm_prompt)
         example = Example(source=source, target="", language=name, prompt=prompt)
         collator = self.collators["task" if prompt else "translation"]
         try:
@@ -77,7 +66,7 @@ class Preparer:
             most = collator.max_source_length
             raise ApiError(400, f"{field}: expected at most {most} encoder tokens", field, "too_long")
         if "prompt" in collator.last_cut[0]:
-            blamed = field if llm_prompt is None else "llm_prompt"
+            blamed = field if body.llm_prompt is None else "llm_prompt"
             most = self.settings.max_prompt_tokens
             raise ApiError(400, f"{blamed}: expected at most {most} LLM tokens", blamed, "too_long")
         if len(inputs.packed) + new_tokens > self.context:
@@ -89,13 +78,10 @@ class Preparer:
 
     def text(self, inputs: Inputs) -> list[int]:
         """The LLM's input without the source's slots and the boundary; the repetition penalty counts these tokens."""
-        start = int(self.collators["task"].bos_token_id is not None)
-        return [*inputs.packed[:start], *inputs.packed[self._head(inputs) :]]
-
-    def _head(self, inputs: Inputs) -> int:
-        """Tokens of the packed input before the prompt: bos, one slot per source token, boundary."""
         collator = self.collators["task"]
-        return (collator.bos_token_id is not None) + (len(inputs.source) + 1 if collator.slots else 0)
+        start = int(collator.bos_token_id is not None)
+        slots = len(inputs.source) + 1 if collator.slots else 0
+        return [*inputs.packed[:start], *inputs.packed[start + slots :]]
 
     def _text(self, text: str, field: str) -> str:
         if len(text) > self.settings.max_characters:

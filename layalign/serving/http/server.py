@@ -27,7 +27,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service = service
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._drain: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Any = None) -> None:
         """As uvicorn's; then prints the address."""
@@ -47,10 +46,7 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self.service.draining = True
-        self._loop.call_soon_threadsafe(self._start_drain)
-
-    def _start_drain(self) -> None:
-        self._drain = asyncio.ensure_future(self._drained())
+        self._drain = asyncio.run_coroutine_threadsafe(self._drained(), self._loop)  # kept, or it might be collected
 
     async def _drained(self) -> None:
         until = time.monotonic() + self.service.settings.grace

@@ -58,7 +58,7 @@ class Service:
         self.metrics.queue_length.set_function(lambda: self.engine.waiting)
         self.metrics.batch_rows.set_function(lambda: self.engine.active)
         self.metrics.open.set_function(lambda: self.open)
-        self.metrics.healthy.set_function(lambda: self.engine.healthy)
+        self.metrics.healthy.set_function(lambda: not self.engine.problem)
         self.metrics.busy_seconds.set_function(lambda: self.health.running[0])
         self.open, self.draining = 0, False
         self._seconds = 1.0  # running mean of the time per answer
@@ -121,15 +121,7 @@ class Service:
 
         def tokenized() -> Inputs:
             with self.health.working("tokenizing"):
-                return self.preparer(
-                    body.text,
-                    field="messages" if isinstance(body, ChatRequest) else "prompt",
-                    language=body.language,
-                    task=body.task,
-                    llm_prompt=body.llm_prompt,
-                    new_tokens=longest,
-                    limit=name,
-                )
+                return self.preparer(body, longest, name)
 
         inputs = await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenized)
         ids = self.preparer.text(inputs) if self.penalty != 1.0 else []
@@ -154,7 +146,7 @@ class Call:
         self.job: Job | None = None
         self._started = time.monotonic()
         self._until = self._started + min(body.timeout or service.settings.timeout, service.settings.timeout)
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()  # None: the client is gone
         self._gone: asyncio.Task[None] | None = None
         self._whole = False
 
@@ -201,6 +193,9 @@ class Call:
         """
         while True:
             event = await self._next()
+            if event is None:
+                self.service.metrics.cancelled.labels("disconnect").inc()
+                raise ClientGone
             if isinstance(event, Failed):
                 if self.service.draining:
                     raise ApiError(503, "the server is shutting down", code="shutting_down")
@@ -215,22 +210,13 @@ class Call:
         """Seconds until the timeout."""
         return max(self._until - time.monotonic(), 0.0)
 
-    async def _next(self) -> Event:
+    async def _next(self) -> Event | None:
         if not self._events.empty():
             return self._events.get_nowait()
-        assert self._gone is not None
-        get = asyncio.ensure_future(self._events.get())
         try:
-            waits = {get, self._gone}
-            await asyncio.wait(waits, timeout=self.left, return_when=asyncio.FIRST_COMPLETED)
-            if get.done():
-                return get.result()
-            if self._gone.done():
-                self.service.metrics.cancelled.labels("disconnect").inc()
-                raise ClientGone
-            raise self.too_late()
-        finally:
-            get.cancel()
+            return await asyncio.wait_for(self._events.get(), self.left)
+        except asyncio.TimeoutError:
+            raise self.too_late() from None
 
     def too_late(self) -> ApiError:
         """Count a timeout and return its error."""
@@ -238,5 +224,8 @@ class Call:
         return ApiError(504, "the answer took too long", code="timeout")
 
     async def _wait_for_disconnect(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
+        try:
+            while (await self.request.receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            self._events.put_nowait(None)

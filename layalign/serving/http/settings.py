@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, fields
 
 from layalign.data.languages import language_of
 from layalign.data.records import PROMPTS
-from layalign.utils.errors import ArgumentError
-
-_AT_LEAST_ONE = (
-    "max_batch", "max_batch_tokens", "max_characters", "max_source_tokens", "max_prompt_tokens", "max_new_tokens",
-    "default_new_tokens", "max_body_bytes", "max_idle",
-)  # fmt: skip
-_SECONDS = ("timeout", "step_timeout", "header_timeout", "body_timeout", "grace")
+from layalign.utils.errors import ArgumentError, finite_number, one_of, refuse, whole_number
 
 
 def checked_key(name: str, key: str) -> str:
@@ -81,20 +74,16 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not self.model_name.strip():
             raise ArgumentError("model_name: expected a name, got an empty one")
-        if self.task not in PROMPTS:
-            raise ArgumentError(f"task: expected one of {', '.join(PROMPTS)}, got {self.task!r}")
+        one_of("task", self.task, PROMPTS)
         language_of(self.language)
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
-        if self.max_queue < 0:
-            raise ArgumentError(f"max_queue: expected a number >= 0, got {self.max_queue}")
-        for name in _SECONDS:
-            if not (isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ArgumentError(f"{name}: expected seconds > 0, got {getattr(self, name)}")
+        for entry in fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            if entry.type == "int":
+                whole_number(name, value, least=0 if name == "max_queue" else 1)
+            elif entry.type == "float" and finite_number(name, value, "seconds > 0") <= 0:
+                refuse(name, "seconds > 0", value)
         if self.default_new_tokens > self.max_new_tokens:
-            most = self.max_new_tokens
-            raise ArgumentError(f"default_new_tokens: expected at most {most}, got {self.default_new_tokens}")
+            refuse("default_new_tokens", f"at most {self.max_new_tokens}", self.default_new_tokens)
 
     @property
     def max_open(self) -> int:
