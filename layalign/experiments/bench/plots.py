@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from layalign.experiments.bench.results import Results, rough
+from layalign.experiments.pages import png
 from layalign.utils.files import write_whole
 
 COLOURS = ("#1b6ca8", "#e0772f", "#4b9b5a", "#a23b72", "#7a6c5d", "#c9a227")
@@ -17,9 +17,6 @@ OPERATIONS = ("layer_mix", "layer_projection", "gated_cross_attention")
 
 def write(results: Results, folder: Path) -> list[Path]:
     """Write the plots for which the file has rows; returns the PNG files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     rows = list(results.rows.values())
     written = []
     figures = {
@@ -32,20 +29,15 @@ def write(results: Results, folder: Path) -> list[Path]:
         if figure is None:
             continue
         file = folder / f"{results.path.stem}-{stem}.png"
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-        write_whole(file, buffer.getvalue())
+        write_whole(file, png(figure, metadata={"Software": None}))
         written.append(file)
     return written
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _is_operation(row: dict[str, Any]) -> bool:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from layalign.experiments.analysis.result import METRICS, AnalysisResult
-from layalign.experiments.controlled.report import markdown_table
+from layalign.experiments.pages import markdown_table, png
 from layalign.experiments.real.ablation import SETS
 from layalign.experiments.real.data import language_name
 from layalign.utils.files import write_whole
 from layalign.utils.pages import replaced
 from layalign.utils.reading import read_json
 
+PAGE = "report.md"
 _GROUPS = ("all", "seen", "unseen", "high", "medium", "low")
 
 
@@ -38,6 +38,11 @@ def main_rows(found: dict[str, Any]) -> list[list[str]]:
         names = ("nats", "nats_other", "right", "chrf")
         rows.append([system["label"], str(len(system["seeds"])), *(_cell(cells.get(m), _digits(m)) for m in names)])
     return rows
+
+
+def headline(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """Title and rows of the main table."""
+    return "test sentences of Tatoeba, mean over languages and seeds [95% interval]", main_rows(found)
 
 
 def _group_rows(found: dict[str, Any], domain: str, measure: str) -> list[list[str]]:
@@ -225,7 +230,7 @@ def curves(found: dict[str, Any]) -> bytes:
     axis.set(xlabel="step", ylabel="dev loss, nats per token")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure, metadata={"Software": None})
 
 
 def parts(ablated: dict[str, dict[str, Any]]) -> bytes:
@@ -240,7 +245,7 @@ def parts(ablated: dict[str, dict[str, Any]]) -> bytes:
         row[0].set(title=label, xlabel="LLM layer", ylabel="gate")
         row[1].set(title="without this layer's gated term", xlabel="LLM layer", ylabel="increase of nats per token")
     figure.tight_layout()
-    return _png(figure)
+    return png(figure, metadata={"Software": None})
 
 
 def layers(system: dict[str, Any]) -> bytes:
@@ -266,13 +271,7 @@ def layers(system: dict[str, Any]) -> bytes:
     for axis in (zero, one, two, three):
         axis.set(xlabel="encoder layer (0: embeddings)")
         axis.grid(alpha=0.3)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure, metadata={"Software": None})
 
 
 def pictures(found: dict[str, Any]) -> dict[str, Callable[[], bytes]]:
@@ -287,8 +286,9 @@ def pictures(found: dict[str, Any]) -> dict[str, Callable[[], bytes]]:
         if "ablation" in looked:
             made["layers"] = lambda: layers(looked)
         result = _analysis(looked)
-        made["mix"] = lambda: plots.mix_picture(result)
-        made["gates"] = lambda: plots.gate_picture(result)
+        mix, gates, own = result.mix, result.gates or [], result.language_layers
+        made["mix"] = lambda: plots.mix_picture(mix or {}, own, result.encoder_layers)
+        made["gates"] = lambda: plots.gate_picture(gates, own, result.gate_history)
         made["similarity"] = lambda: plots.similarity_picture(result)
         made["tsne"] = lambda: plots.projection_picture(result, "tsne")
     return made
