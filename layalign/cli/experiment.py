@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,8 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from layalign.experiments.settings import Run
 
 Config = Annotated[
     str, typer.Option("--config", "--preset", "-c", help="A .yaml file, or a preset: controlled, larger, smoke, real.")
@@ -52,81 +55,29 @@ def experiment(
     quiet_transformers()
     console = Console()
     numbers = None if seeds is None else [_seed(text) for text in seeds.split(",")]
-    if is_real(config):
-        changes = {name: str(value) for name, value in (("weights", weights), ("data", data)) if value is not None}
-        failed = _real(console, config, changes, output, listed(only), numbers, stage, jobs, report)
-    else:
-        for name, value in (("weights", weights), ("data", data), ("stage", stage)):
-            if value is not None:
-                raise ArgumentError(f"{name}: expected none with {config}, it is only for the preset real")
-        failed = _controlled(console, config, output, listed(only), numbers, jobs, report)
+    kind = "real" if is_real(config) else "controlled"
+    changes = {name: str(folder) for name, folder in (("weights", weights), ("data", data)) if folder is not None}
+    stages = {} if stage is None else {"stage": stage}
+    if kind != "real" and (given := next(iter(changes | stages), None)):
+        raise ArgumentError(f"{given}: expected none with {config}, it is only for the preset real")
+    settings_of, schedule, results, pages = (
+        import_module(f"layalign.experiments.{kind}.{name}") for name in ("settings", "schedule", "results", "report")
+    )
+    settings = settings_of.load_settings(config, changes)
+
+    def tell(run: Run, seconds: float, problem: str | None) -> None:
+        text = f"done in {seconds:.0f} s" if problem is None else f"failed: {problem}"
+        console.print(f"{run.name}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    failed = []
+    if not report:
+        failed = schedule.run_all(settings, output, only=listed(only), seeds=numbers, jobs=jobs, tell=tell, **stages)
+    found = results.write_results(settings, output)
+    pages.write_report(output, found)
+    _print_table(console, *pages.headline(found))
+    console.print(f"report: {output / pages.PAGE}", highlight=False, markup=False, soft_wrap=True)
     if failed:
-        raise ArgumentError(f"{len(failed)} runs failed ({failed[0]}, ...); see {output / 'log.jsonl'}")
-
-
-def _controlled(
-    console: Console,
-    config: str,
-    output: Path,
-    only: Sequence[str] | None,
-    seeds: Sequence[int] | None,
-    jobs: int,
-    report: bool,
-) -> list[str]:
-    from layalign.experiments.controlled import load_settings
-    from layalign.experiments.controlled.report import accuracy_rows, write_report
-    from layalign.experiments.controlled.results import write_results
-    from layalign.experiments.controlled.schedule import Task, run_all
-    from layalign.utils.errors import ArgumentError
-
-    settings = load_settings(config)
-
-    def tell(task: Task, seconds: float, problem: str | None) -> None:
-        text = f"{seconds:.0f} s" if problem is None else f"failed: {problem}"
-        console.print(f"{task.name}: {text}", highlight=False, markup=False, soft_wrap=True)
-
-    failed = [] if report else run_all(settings, output, only=only, seeds=seeds, jobs=jobs, tell=tell)
-    if not any((output / "runs").glob("*/*/result.json")):
-        raise ArgumentError(f"output: no finished run in {output}")
-    found = write_results(settings, output)
-    write_report(output, found)
-    _print_table(console, "accuracy %, mean over seeds ± 95% interval", accuracy_rows(found))
-    console.print(f"report: {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
-    return [task.name for task in failed]
-
-
-def _real(
-    console: Console,
-    config: str,
-    changes: dict[str, str],
-    output: Path,
-    only: Sequence[str] | None,
-    seeds: Sequence[int] | None,
-    stage: str | None,
-    jobs: int,
-    report: bool,
-) -> list[str]:
-    from layalign.experiments.real.report import main_rows, write_report
-    from layalign.experiments.real.results import write_results
-    from layalign.experiments.real.schedule import Run, run_all
-    from layalign.experiments.real.settings import load_settings
-
-    settings = load_settings(config, changes)
-
-    def tell(run: Run, problem: str | None) -> None:
-        text = "done" if problem is None else f"failed: {problem}"
-        console.print(f"{_name(run)}: {text}", highlight=False, markup=False, soft_wrap=True)
-
-    failed = [] if report else run_all(settings, output, only=only, seeds=seeds, stage=stage, jobs=jobs, tell=tell)
-    found = write_results(settings, output)
-    write_report(output, found)
-    _print_table(console, "test sentences of Tatoeba, mean over languages and seeds [95% interval]", main_rows(found))
-    console.print(f"report: {output / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
-    return [_name(run) for run in failed]
-
-
-def _name(run: tuple[str, str, int]) -> str:
-    return f"{run[0]}, {run[1]}, seed {run[2]}"
+        raise ArgumentError(f"{len(failed)} runs failed ({failed[0].name}, ...); see {output / 'log.jsonl'}")
 
 
 def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:

@@ -5,23 +5,17 @@ A run writes `result.json` last. A run that has one is not repeated; an interrup
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import TrainerCallback
 
 from layalign.evaluation import evaluate
 from layalign.experiments.controlled.settings import ExperimentSettings, Steps, System
+from layalign.experiments.engine import RESULT, Watch, read_done, run_folder, write_done
 from layalign.experiments.made_up.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
 from layalign.experiments.made_up.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
 from layalign.experiments.made_up.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
@@ -29,41 +23,16 @@ from layalign.modeling.model import LayAlignForCausalLM
 from layalign.modeling.tokenization import load_tokenizers
 from layalign.training import TrainConfig, train
 from layalign.training.baselines import baseline
-from layalign.utils.errors import ArgumentError
-from layalign.utils.files import give_usual_modes, write_whole, writing
+from layalign.utils.files import give_usual_modes
 from layalign.utils.lock import LOCK, held
-from layalign.utils.reading import read_json
 
-RESULT, LOG, PREPARED = "result.json", "log.jsonl", "prepared.json"
+PREPARED = "prepared.json"
 _FILES = {"translation": TRANSLATION, "task": MATH}
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
     """Folder of a seed's encoder and LLM."""
     return folder / "parts" / f"seed-{seed}"
-
-
-def run_folder(folder: Path, system: str, seed: int) -> Path:
-    """Folder of a run's data, checkpoints, predictions and result."""
-    return folder / "runs" / system / f"seed-{seed}"
-
-
-def read_done(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """What a finished step wrote, or None.
-
-    Raises:
-        ArgumentError: the step was done with other settings, or the file cannot be read.
-    """
-    if not path.is_file():
-        return None
-    found = read_json(path, where=f"output: {path}", error=ArgumentError)
-    if not isinstance(found, dict):
-        raise ArgumentError(f"output: {path}: expected the result of a step; remove the file to repeat the step")
-    if found.get("fingerprint") != fingerprint:
-        raise ArgumentError(
-            f"output: {path.parent} was made with other settings; use another folder or remove that one"
-        )
-    return found
 
 
 def _empty(place: Path) -> None:
@@ -73,48 +42,6 @@ def _empty(place: Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
-
-
-def log(folder: Path, event: str, **content: Any) -> None:
-    """Append a line to the log of all runs, in one write so that lines of several processes do not mix."""
-    entry = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **content}
-    with writing(f"output: {folder / LOG}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with a + if its code has uncommitted changes; None outside a checkout."""
-    root = Path(__file__).resolve().parents[3]
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
-
-    try:
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--", "layalign") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def versions() -> dict[str, Any]:
-    """What the numbers depend on besides the settings."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return {
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def write_done(path: Path, fingerprint: str, found: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
-    """Write the result of a step with its fingerprint and versions; returns the whole content."""
-    content = {"fingerprint": fingerprint, **found, "versions": versions()}
-    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
-    return content
 
 
 # A seed's data and models
@@ -178,23 +105,6 @@ def _write_data(settings: ExperimentSettings, place: Path, seed: int) -> None:
 # A run
 
 
-class _Watch(TrainerCallback):
-    """Times the steps, without loading and evaluation, and keeps the losses."""
-
-    def __init__(self) -> None:
-        self.seconds, self.losses = 0.0, []  # type: ignore[var-annotated]
-
-    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.seconds += time.perf_counter() - self._started
-
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        if logs and "loss" in logs:
-            self.losses.append((state.global_step, round(float(logs["loss"]), 4)))
-
-
 def _stage(
     settings: ExperimentSettings,
     system: System,
@@ -207,18 +117,18 @@ def _stage(
 ) -> dict[str, Any]:
     """Train one stage; returns its steps, seconds and losses."""
     budget: Steps = getattr(settings, stage)
-    steps = max(1, round(budget.steps * system.steps_factor))
+    steps = system.steps(budget)
     start: dict[str, Any] = {"init_checkpoint": before}
     if before is None:
         start = {"encoder": str(parts / "encoder"), "llm": str(parts / "llm")}
-        start.update({**baseline(system.baseline).settings, **system.settings})
+        start.update(system.model_settings)
     config = TrainConfig(
         stage=stage, task="math", data=str(data / _FILES[stage]), output_dir=str(place / stage), max_steps=steps,
         batch_size=budget.batch, micro_batch_size=budget.batch, learning_rate=budget.learning_rate, adam_beta1=0.9,
         dev_size=0, eval_steps=0, save_steps=0, logging_steps=10, group_by_length=True, seed=seed,
         use_cpu=not torch.cuda.is_available(), bf16=False, resume=False, progress="quiet", **start,
     )  # fmt: skip
-    watch = _Watch()
+    watch = Watch()
     summary = train(config, callbacks=[watch])
     return {
         "steps": summary.steps,
@@ -233,8 +143,9 @@ def _model(system: System, parts: Path, place: Path, last: str | None) -> LayAli
     """The model to evaluate: the checkpoint of the last stage, or the untrained model."""
     if last is not None:
         return LayAlignForCausalLM.from_pretrained(place / last).eval()
-    fields = {**baseline(system.baseline).settings, **system.settings}
-    return LayAlignForCausalLM.from_encoder_and_llm(str(parts / "encoder"), str(parts / "llm"), **fields).eval()
+    return LayAlignForCausalLM.from_encoder_and_llm(
+        str(parts / "encoder"), str(parts / "llm"), **system.model_settings
+    ).eval()
 
 
 def run(settings: ExperimentSettings, folder: Path, system_name: str, seed: int) -> dict[str, Any]:
