@@ -133,12 +133,6 @@ def check_seeds(name: str, seeds: Any) -> None:
         refuse(name, "different whole numbers from 0, below 2**32", seeds)
 
 
-def check_rate(name: str, rate: Any) -> None:
-    """Check a learning rate."""
-    if not 0 < finite_number(name, rate, "a number above 0 and below 1") < 1:
-        refuse(name, "a number above 0 and below 1", rate)
-
-
 def digest(values: Any) -> str:
     """A hash of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

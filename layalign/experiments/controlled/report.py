@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from layalign.experiments import pages
 from layalign.experiments.controlled.results import GROUPS
 from layalign.utils.pages import replaced
@@ -110,8 +112,6 @@ TABLES = {
 
 def picture(found: dict[str, Any]) -> bytes:
     """PNG with the mean accuracy of each system, over all languages and by level, with intervals."""
-    from matplotlib.figure import Figure
-
     groups = [group for group in ("all", "high", "medium", "low", "unseen") if found["groups"][group]]
     systems = list(found["systems"].values())
     figure = Figure(figsize=(11, 0.36 * len(systems) + 1.6), layout="constrained")

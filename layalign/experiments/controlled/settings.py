@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from layalign.experiments.made_up.pretraining import Budget
 from layalign.experiments.made_up.problems import ALL_LANGUAGES
-from layalign.experiments.settings import Comparison, Run, System, check_rate, digest, limited, made, presets, read
+from layalign.experiments.settings import Comparison, Run, System, digest, limited, made, presets, read
 from layalign.training.baselines import baseline
-from layalign.utils.errors import ArgumentError, refuse, whole_number
+from layalign.utils.errors import ArgumentError, finite_number, refuse, whole_number
 
 LEVELS = ("high", "medium", "low")
 MAX_SHARE = 1e6
@@ -29,7 +29,8 @@ class Steps(Budget):
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
             whole_number(name, getattr(self, name), least=1)
-        check_rate("learning_rate", self.learning_rate)
+        if not 0 < finite_number("learning_rate", self.learning_rate, "a number above 0 and below 1") < 1:
+            refuse("learning_rate", "a number above 0 and below 1", self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from layalign.data import Example
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.levels import resource_level
 from layalign.experiments.demo import live, models
-from layalign.experiments.demo.asking import Answer, Score, layalign_answers, llm_answers, score
+from layalign.experiments.demo.asking import Answer, layalign_answers, llm_answers, score
 from layalign.experiments.demo.looks import inside
 from layalign.experiments.demo.sentences import sentences
-from layalign.experiments.made_up.progress import Phases
+from layalign.experiments.progress import Phases
 from layalign.utils.errors import whole_number
 from layalign.utils.files import write_whole, writing
 from layalign.utils.lock import held
@@ -221,15 +221,12 @@ def _scores(
     unseen = [name for name in questions if joined.pairs_read(name) == 0]
     for system in SYSTEMS:
         own = {name: score(answers[system][name], rows) for name, rows in questions.items()}
-        found[system] = {name: asdict(each) for name, each in own.items()}
+        found[system] = dict(own)
         for group, names in ((ALL_LANGUAGES, list(questions)), (UNSEEN, unseen)):
             if names:
-                found[system][group] = asdict(
-                    Score(
-                        sum(own[name].chrf for name in names) / len(names),
-                        sum(own[name].nats for name in names) / len(names),
-                    )
-                )
+                found[system][group] = {
+                    measure: sum(own[name][measure] for name in names) / len(names) for measure in ("chrf", "nats")
+                }
     return found
 
 

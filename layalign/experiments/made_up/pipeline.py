@@ -26,9 +26,9 @@ from layalign.experiments.made_up.pretraining import (
     pretrain_llm,
 )
 from layalign.experiments.made_up.problems import LANGUAGES, LOW_RESOURCE
-from layalign.experiments.made_up.progress import Phases, StepCallback
 from layalign.experiments.made_up.settings import DemoSettings
 from layalign.experiments.made_up.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
+from layalign.experiments.progress import Phases, StepCallback
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.training import TrainConfig, train
 from layalign.utils.files import give_usual_modes, write_whole

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from layalign.experiments.analysis import plots
 from layalign.experiments.analysis.result import METRICS, AnalysisResult
 from layalign.experiments.pages import markdown_table, png
 from layalign.experiments.real.ablation import SETS
@@ -46,6 +51,7 @@ def headline(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
 
 
 def _group_rows(found: dict[str, Any], domain: str, measure: str) -> list[list[str]]:
+    """A measure on a domain (NTREX: news, which are not in training), by group of languages."""
     groups = [group for group in _GROUPS if group in found["groups"][domain]]
     rows = [["system", *(f"{group} ({len(found['groups'][domain][group])})" for group in groups)]]
     for system in found["systems"].values():
@@ -54,21 +60,6 @@ def _group_rows(found: dict[str, Any], domain: str, measure: str) -> list[list[s
         if any(values):
             rows.append([system["label"], *(_cell(value, _digits(measure)) for value in values)])
     return rows
-
-
-def nats_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Nats per token by group of languages."""
-    return _group_rows(found, "tatoeba", "nats")
-
-
-def chrf_rows(found: dict[str, Any]) -> list[list[str]]:
-    """chrF by group of languages."""
-    return _group_rows(found, "tatoeba", "chrf")
-
-
-def domain_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Nats per token on news, a domain that is not in training."""
-    return _group_rows(found, "ntrex", "nats")
 
 
 def difference_rows(found: dict[str, Any]) -> list[list[str]]:
@@ -170,13 +161,13 @@ def _ablated(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {system["label"]: system["ablation"] for system in found["systems"].values() if "ablation" in system}
 
 
-TABLES = {
+TABLES: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "parts": part_rows,
     "main": main_rows,
     "differences": difference_rows,
-    "nats": nats_rows,
-    "chrf": chrf_rows,
-    "news": domain_rows,
+    "nats": partial(_group_rows, domain="tatoeba", measure="nats"),
+    "chrf": partial(_group_rows, domain="tatoeba", measure="chrf"),
+    "news": partial(_group_rows, domain="ntrex", measure="nats"),
     "xnli": xnli_rows,
     "languages": language_rows,
     "representations": representation_rows,
@@ -218,9 +209,6 @@ def state(found: dict[str, Any]) -> str:
 
 def curves(found: dict[str, Any]) -> bytes:
     """Dev loss over training, a line per run."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 4.5))
     axis = figure.subplots()
     for colour, system in zip(colormaps["tab20"](range(20)), found["systems"].values(), strict=False):
@@ -235,8 +223,6 @@ def curves(found: dict[str, Any]) -> bytes:
 
 def parts(ablated: dict[str, dict[str, Any]]) -> bytes:
     """Gates, and the loss without each LLM layer's gated term, for each ablated system."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 2.6 * len(ablated)))
     for row, (label, of) in zip(figure.subplots(len(ablated), 2, squeeze=False), ablated.items(), strict=True):
         layers = [int(layer) for layer in of["LLM layers"]]
@@ -250,8 +236,6 @@ def parts(ablated: dict[str, dict[str, Any]]) -> bytes:
 
 def layers(system: dict[str, Any]) -> bytes:
     """By encoder layer: retrieval of English, similarity of a sentence's tokens, mix weight, and loss without it."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(13, 3), layout="constrained")
     zero, one, two, three = figure.subplots(1, 4)
     for axis, name, factor in ((zero, "encoder retrieval", 100), (one, "token likeness", 1)):
@@ -281,8 +265,6 @@ def pictures(found: dict[str, Any]) -> dict[str, Callable[[], bytes]]:
         made["parts"] = lambda: parts(ablated)
     looked = next((system for system in found["systems"].values() if "looks" in system), None)
     if looked is not None and looked["looks"]["analysis"]["mix"] is not None:
-        from layalign.experiments.analysis import plots
-
         if "ablation" in looked:
             made["layers"] = lambda: layers(looked)
         result = _analysis(looked)

@@ -15,7 +15,6 @@ from layalign.experiments.settings import (
     Comparison,
     Run,
     System,
-    check_rate,
     check_seeds,
     digest,
     limited,
@@ -25,7 +24,7 @@ from layalign.experiments.settings import (
 )
 from layalign.training.baselines import baseline
 from layalign.training.precision import native_bf16
-from layalign.utils.errors import one_of, refuse, whole_number
+from layalign.utils.errors import finite_number, one_of, refuse, whole_number
 from layalign.utils.moved import with_old_names
 from layalign.utils.yaml_files import read_file
 
@@ -283,4 +282,5 @@ def _rates(name: str, rates: Any) -> None:
     if not isinstance(rates, list) or not rates:
         refuse(name, "a list of numbers", rates)
     for rate in rates:
-        check_rate(name, rate)
+        if not 0 < finite_number(name, rate) < 1:
+            refuse(name, "numbers above 0 and below 1", rate)
