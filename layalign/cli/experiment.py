@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from layalign.experiments.settings import Run
 
 Config = Annotated[
@@ -48,6 +45,7 @@ def experiment(
     from rich.console import Console
 
     from layalign.cli.common import listed
+    from layalign.experiments.pages import terminal_table
     from layalign.experiments.real.settings import is_real
     from layalign.utils.errors import ArgumentError
     from layalign.utils.quiet import quiet_transformers
@@ -74,22 +72,10 @@ def experiment(
         failed = schedule.run_all(settings, output, only=listed(only), seeds=numbers, jobs=jobs, tell=tell, **stages)
     found = results.write_results(settings, output)
     pages.write_report(output, found)
-    _print_table(console, *pages.headline(found))
+    console.print(terminal_table(*pages.headline(found)))
     console.print(f"report: {output / pages.PAGE}", highlight=False, markup=False, soft_wrap=True)
     if failed:
         raise ArgumentError(f"{len(failed)} runs failed ({failed[0].name}, ...); see {output / 'log.jsonl'}")
-
-
-def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-
-    header, *others = rows
-    table = Table(title=title)
-    for column in header:
-        table.add_column(column, justify="left" if column == "system" else "right")
-    for row in others:
-        table.add_row(*row)
-    console.print(table)
 
 
 def _seed(text: str) -> int:

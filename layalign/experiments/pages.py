@@ -68,6 +68,18 @@ def markdown_table(rows: Rows) -> str:
     return "\n".join([lines[0], left, *lines[1:]]) + "\n"
 
 
+def terminal_table(title: str, rows: Rows) -> Any:
+    """Rows as a `rich` table for the terminal; the first row is the header."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for place, column in enumerate(rows[0]):
+        table.add_column(column, justify="right" if place else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
 class Report:
     """A report that is written twice: as `report.html`, and as `report.md` with its pictures beside it."""
 

@@ -14,7 +14,7 @@ from layalign.utils.files import write_whole, writing
 
 PAGE, NUMBERS = "report.html", "analysis.json"
 _STYLE = """
-.maps { overflow-x: auto } svg text { font: 12px system-ui, sans-serif }
+.chart { overflow-x: auto } svg text { font: 12px system-ui, sans-serif }
 .note { background: #f4f4f4; padding: .5rem 1rem }
 """
 _NO_ALIGNER = (
@@ -200,7 +200,5 @@ def _attention(result: AnalysisResult, pictures: Pictures) -> str:
     ]
     for slot, layer in enumerate(result.language_layers):
         title = html.escape(caption(shown, slot, layer, result.gates))
-        parts.append(
-            f"<details open><summary>{title}</summary><div class='maps'>{map_svg(shown, slot)}</div></details>"
-        )
+        parts.append(f"<details open><summary>{title}</summary>{map_svg(shown, slot)}</details>")
     return "".join(parts)

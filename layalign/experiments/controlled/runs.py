@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,15 @@ import torch
 from layalign.evaluation import evaluate
 from layalign.experiments.controlled.settings import ExperimentSettings, Steps, System
 from layalign.experiments.engine import RESULT, Watch, read_done, run_folder, write_done
-from layalign.experiments.made_up.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
-from layalign.experiments.made_up.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
-from layalign.experiments.made_up.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
+from layalign.experiments.made_up.data_files import TEST, write_files
+from layalign.experiments.made_up.parts import pretrain, train_stage
+from layalign.experiments.made_up.pretraining import Progress
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.modeling.tokenization import load_tokenizers
-from layalign.training import TrainConfig, train
 from layalign.training.baselines import baseline
-from layalign.utils.files import give_usual_modes
 from layalign.utils.lock import LOCK, held
 
 PREPARED = "prepared.json"
-_FILES = {"translation": TRANSLATION, "task": MATH}
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
@@ -47,14 +46,6 @@ def _empty(place: Path) -> None:
 # A seed's data and models
 
 
-def _every(losses: list[tuple[int, float]], interval: int) -> Callable[[int, int, float], None]:
-    def record(step: int, steps: int, loss: float) -> None:
-        if step % interval == 0 or step == steps:
-            losses.append((step, round(loss, 4)))
-
-    return record
-
-
 def prepare(settings: ExperimentSettings, folder: Path, seed: int) -> dict[str, Any]:
     """Train tokenizers, LLM and encoder of a seed from scratch, unless that has been done."""
     place, mark = seed_folder(folder, seed), settings.fingerprint()
@@ -64,29 +55,21 @@ def prepare(settings: ExperimentSettings, folder: Path, seed: int) -> dict[str, 
 
 def _prepare(settings: ExperimentSettings, place: Path, seed: int, mark: str) -> dict[str, Any]:
     _empty(place)
-    started, languages = time.perf_counter(), settings.all_languages
-    llm_tokenizer = train_llm_tokenizer(tokenizer_texts("English", 2000, seed, answers=True))
-    texts = [text for name in languages for text in tokenizer_texts(name, 800, seed)]
-    encoder_tokenizer = train_encoder_tokenizer(texts, settings.encoder_vocabulary)
     losses: dict[str, list[tuple[int, float]]] = {"llm": [], "encoder": []}
-    seconds = {}
-    shape = llm_config(llm_tokenizer, settings.llm_size, settings.llm_layers)
-    llm = pretrain_llm(llm_tokenizer, settings.llm, seed, _every(losses["llm"], 25), shape)
-    seconds["llm"] = time.perf_counter() - started
-    wide = encoder_config(encoder_tokenizer, settings.encoder_size, settings.encoder_layers)
-    encoder = pretrain_encoder(
-        encoder_tokenizer,
-        settings.encoder,
-        seed,
-        _every(losses["encoder"], 25),
-        settings.weights(),
-        config=wide,
-    )
-    seconds["encoder"] = time.perf_counter() - started - seconds["llm"]
-    for name, model, tokenizer in (("llm", llm, llm_tokenizer), ("encoder", encoder, encoder_tokenizer)):
-        model.save_pretrained(place / name)
-        give_usual_modes(place / name)
-        tokenizer.save_pretrained(place / name)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[Progress]:
+        def record(step: int, steps: int, loss: float) -> None:
+            if step % 25 == 0 or step == steps:
+                losses[name].append((step, round(loss, 4)))
+
+        started = time.perf_counter()
+        yield record
+        seconds[name] = time.perf_counter() - started
+
+    pretrain(place, settings, settings.weights(), settings.encoder_vocabulary, seed, phase)
+    seconds["llm"] += seconds.pop("tokenizers")
     return write_done(place / PREPARED, mark, {"seed": seed, "seconds": seconds, "losses": losses})
 
 
@@ -106,46 +89,22 @@ def _write_data(settings: ExperimentSettings, place: Path, seed: int) -> None:
 
 
 def _stage(
-    settings: ExperimentSettings,
-    system: System,
-    stage: str,
-    place: Path,
-    data: Path,
-    parts: Path,
-    seed: int,
-    before: Any,
+    settings: ExperimentSettings, system: System, stage: str, place: Path, parts: Path, seed: int, before: Path | None
 ) -> dict[str, Any]:
     """Train one stage; returns its steps, seconds and losses."""
     budget: Steps = getattr(settings, stage)
-    steps = system.steps(budget)
-    start: dict[str, Any] = {"init_checkpoint": before}
-    if before is None:
-        start = {"encoder": str(parts / "encoder"), "llm": str(parts / "llm")}
-        start.update(system.model_settings)
-    config = TrainConfig(
-        stage=stage, task="math", data=str(data / _FILES[stage]), output_dir=str(place / stage), max_steps=steps,
-        batch_size=budget.batch, micro_batch_size=budget.batch, learning_rate=budget.learning_rate, adam_beta1=0.9,
-        dev_size=0, eval_steps=0, save_steps=0, logging_steps=10, group_by_length=True, seed=seed,
-        use_cpu=not torch.cuda.is_available(), bf16=False, resume=False, progress="quiet", **start,
+    budget, watch = replace(budget, steps=system.steps(budget)), Watch()
+    summary = train_stage(
+        stage, budget, seed, watch, parts=parts, data=place / "data", output=place / stage, before=before,
+        fields=system.model_settings, logging_steps=10, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
-    watch = Watch()
-    summary = train(config, callbacks=[watch])
     return {
         "steps": summary.steps,
-        "examples": steps * budget.batch,
+        "examples": budget.steps * budget.batch,
         "seconds": round(watch.seconds, 2),
         "losses": watch.losses,
         "loss_after": summary.loss_after,
     }
-
-
-def _model(system: System, parts: Path, place: Path, last: str | None) -> LayAlignForCausalLM:
-    """The model to evaluate: the checkpoint of the last stage, or the untrained model."""
-    if last is not None:
-        return LayAlignForCausalLM.from_pretrained(place / last).eval()
-    return LayAlignForCausalLM.from_encoder_and_llm(
-        str(parts / "encoder"), str(parts / "llm"), **system.model_settings
-    ).eval()
 
 
 def run(settings: ExperimentSettings, folder: Path, system_name: str, seed: int) -> dict[str, Any]:
@@ -162,14 +121,18 @@ def _run(
     _empty(place)
     _write_data(settings, place / "data", seed)
     stages: dict[str, Any] = {}
-    before: str | None = None
+    before: Path | None = None
     for stage in baseline(system.baseline).stages:
-        stages[stage] = _stage(settings, system, stage, place, place / "data", parts, seed, before)
-        before = str(place / stage)
-    model = _model(system, parts, place, next(reversed(stages), None))
+        stages[stage] = _stage(settings, system, stage, place, parts, seed, before)
+        before = place / stage
+    of_parts: dict[str, Any] = {"encoder": str(parts / "encoder"), "llm": str(parts / "llm")}
+    if before is None:
+        model = LayAlignForCausalLM.from_encoder_and_llm(**of_parts, **system.model_settings).eval()
+    else:
+        model = LayAlignForCausalLM.from_pretrained(before).eval()
     if torch.cuda.is_available():
         model.to("cuda")
-    tokenizers = load_tokenizers(before, encoder=str(parts / "encoder"), llm=str(parts / "llm"))
+    tokenizers = load_tokenizers(before, **of_parts)
     started = time.perf_counter()
     result = evaluate(
         model, *tokenizers, "mgsm", str(place / "data" / TEST), place / "evaluation",

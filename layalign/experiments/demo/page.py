@@ -9,8 +9,8 @@ from typing import Any
 
 from layalign.data.languages import language_of
 from layalign.data.prompts import one_line
-from layalign.experiments import pages
-from layalign.experiments.demo import charts, live
+from layalign.experiments import charts, pages
+from layalign.experiments.demo import live
 from layalign.experiments.demo.run import ALL_LANGUAGES, SYSTEMS, UNSEEN, by_training_text, pairs_text
 from layalign.experiments.pages import page, paragraphs
 from layalign.utils.files import write_whole
@@ -246,10 +246,7 @@ def _attention(found: dict[str, Any]) -> str:
     maps = []
     for slot, weights in zip(shown["slots"], shown["weights"], strict=True):
         limit = max(max(row) for row in weights)
-        picture = charts.heat_map(
-            weights, [_short(label) for label in shown["rows"]], [_short(label) for label in shown["columns"]],
-            cell=(22, 18), limit=limit, slanted=True,
-        )  # fmt: skip
+        picture = charts.heat_map(weights, shown["rows"], shown["columns"], cell=(22, 18), limit=limit, slanted=True)
         layer, gate = looks["language_layers"][slot], looks["gates"][slot]
         caption = f"LLM layer {layer}, gate {gate:+.3f}; full colour is {limit:.2f}"
         maps.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
@@ -262,10 +259,6 @@ def _attention(found: dict[str, Any]) -> str:
         )
         + f'<div class="beside">{"".join(maps)}</div>'
     )
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 12 else label[:11] + "…"
 
 
 def _how(found: dict[str, Any]) -> str:
