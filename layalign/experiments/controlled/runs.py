@@ -73,18 +73,6 @@ def _prepare(settings: ExperimentSettings, place: Path, seed: int, mark: str) ->
     return write_done(place / PREPARED, mark, {"seed": seed, "seconds": seconds, "losses": losses})
 
 
-def _write_data(settings: ExperimentSettings, place: Path, seed: int) -> None:
-    """Write the texts of both stages and the test questions, again for every run: old files may be incomplete."""
-    count = {name: getattr(settings, name).steps * getattr(settings, name).batch for name in ("translation", "task")}
-    write_files(
-        place,
-        seed,
-        translation=(settings.trained_languages, count["translation"]),
-        task=(settings.trained_languages, count["task"]),
-        test=(settings.all_languages, settings.questions, settings.split),
-    )
-
-
 # A run
 
 
@@ -119,7 +107,11 @@ def _run(
     settings: ExperimentSettings, system: System, place: Path, parts: Path, seed: int, mark: str
 ) -> dict[str, Any]:
     _empty(place)
-    _write_data(settings, place / "data", seed)
+    # Again for every run: old files may be incomplete.
+    trained, tested = settings.trained_languages, settings.all_languages
+    write_files(
+        place / "data", settings, seed, translation=trained, task=trained, test=tested, questions=settings.questions
+    )
     stages: dict[str, Any] = {}
     before: Path | None = None
     for stage in baseline(system.baseline).stages:

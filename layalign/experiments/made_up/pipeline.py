@@ -6,7 +6,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from layalign.evaluation import EvaluationResult, evaluate, llm_alone
-from layalign.experiments.made_up.data_files import TEST, write_data
+from layalign.experiments.made_up.data_files import TEST, write_files
 from layalign.experiments.made_up.parts import pretrain, train_stage
 from layalign.experiments.made_up.pretraining import Progress, demo_weights
 from layalign.experiments.made_up.problems import LANGUAGES, LOW_RESOURCE
@@ -77,7 +77,11 @@ def _run(demo: Demo) -> dict[str, Any]:
     from layalign.experiments.made_up.report import write_report
 
     with demo.phases.phase("data"):
-        counts = write_data(demo.folder / "data", demo.settings, demo.seed)
+        languages = [language for language in LANGUAGES if language != "English"]
+        counts = write_files(
+            demo.folder / "data", demo.settings, demo.seed, translation=languages, task=demo.settings.task_languages,
+            test=LANGUAGES, questions=demo.settings.problems_per_language,
+        )  # fmt: skip
     llm_tokenizer, encoder_tokenizer = _pretrain(demo)
     trained = {name: _train(demo, name) for name in ("adapter", "layalign")}
     _evaluate_all(demo, trained, (encoder_tokenizer, llm_tokenizer))
@@ -168,7 +172,7 @@ def _found(demo: Demo, counts: dict[str, int], model: LayAlignForCausalLM) -> di
     layers = model.config.encoder_layers or []
     return {
         "seed": demo.seed,
-        "settings": demo.settings.to_dict(),
+        "settings": asdict(demo.settings),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
