@@ -241,6 +241,23 @@ def test_sigterm_to_a_run_ends_all_of_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert begun == ["pre-training, seed 0"]
 
 
+def test_a_run_is_not_begun_where_its_pretraining_failed(tmp_path: Path) -> None:
+    runs = [Run("", None, 0), Run("", None, 1), Run("", "llm", 0), Run("", "llm", 1)]
+    begun: list[Run] = []
+
+    def work(run: Run) -> None:
+        begun.append(run)
+        if run == runs[0]:
+            raise ValueError(f"no {tmp_path}/x")
+
+    told: list[tuple[Any, ...]] = []
+    failed = engine.run_all(runs, work, tmp_path, 1, lambda *each: told.append(each), schedule._needs, here=True)
+    assert failed == [runs[0], runs[2]] and begun == [runs[0], runs[1], runs[3]]
+    assert [run for run, *_ in told] == begun and told[0][2] == f"ValueError: no {tmp_path}/x"
+    entry = json.loads((tmp_path / "log.jsonl").read_text(encoding="utf-8"))
+    assert entry["problem"] == "ValueError: no x" and (entry["system"], entry["seed"]) == (None, 0)
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_logged_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     systems = [

@@ -61,10 +61,6 @@ def _page(result: AnalysisResult, pictures: Pictures) -> str:
     return page("LayAlign analysis", f"<h1>LayAlign analysis</h1>{body}", STYLE + _STYLE)
 
 
-def _image(pictures: Pictures, name: str, title: str) -> str:
-    return image(pictures[name], title)
-
-
 def _summary(result: AnalysisResult, pictures: Pictures) -> str:
     settings = result.settings
     cut = ", ".join(f"{count} of {what}" for what, count in settings.get("cut", {}).items())
@@ -94,7 +90,7 @@ def _fusion(result: AnalysisResult, pictures: Pictures) -> str:
             "How much of every encoder layer (columns) goes into the key state and the value state of every LLM layer "
             "(rows): the learned weights, before the ReLU. Both maps have the same colour scale, white at 0."
         ),
-        _image(pictures, "mix", "Mix weights: LLM layer by encoder layer"),
+        image(pictures["mix"], "Mix weights: LLM layer by encoder layer"),
         "<h2>Gates</h2>",
         paragraphs(
             "The factor of each LLM layer's attention to the source. It is learned from 0, unless it is fixed. Its "
@@ -105,16 +101,15 @@ def _fusion(result: AnalysisResult, pictures: Pictures) -> str:
         note = "Gates over training are not shown: the checkpoint's folder has no gates.jsonl, which training writes."
         parts.append(paragraphs(note, kind="note"))
     parts += [
-        _image(pictures, "gates", "Gates" + (" now, and at every logged step" if result.gate_history else "")),
+        image(pictures["gates"], "Gates" + (" now, and at every logged step" if result.gate_history else "")),
         "<h2>Contribution</h2>",
         paragraphs(
             "The size of the source's contribution in each layer: ||gate * softmax(q k) v|| / ||self-attention "
             "output||, over all heads, before the output projection. It is the mean over the positions of the English "
             "translation while the model reads [source -> translation]."
         ),
-        _image(
-            pictures,
-            "contribution",
+        image(
+            pictures["contribution"],
             "Contribution norm per LLM layer. Bars: mean over the positions of all languages; the rest: by language",
         ),
     ]
@@ -156,12 +151,12 @@ def _similarity(result: AnalysisResult, pictures: Pictures) -> str:
             "paired at random. Retrieval: share of sentences whose nearest neighbour by cosine is their translation, "
             "as in Tatoeba/LASER (Artetxe and Schwenk 2019); the dotted line is chance."
         ),
-        _image(
-            pictures, "similarity", "Lines: means over the languages; bands: from the lowest to the highest language"
+        image(
+            pictures["similarity"], "Lines: means over the languages; bands: from the lowest to the highest language"
         ),
     ]
     for metric, title in METRICS.items():
-        parts.append(_image(pictures, f"similarity_{metric}", f"{title[0].upper()}{title[1:]} by language and layer"))
+        parts.append(image(pictures[f"similarity_{metric}"], f"{title[0].upper()}{title[1:]} by language and layer"))
     parts += [f"<h3>Hidden state {result.layer}</h3>", table(header, rows)]
     return "".join(parts)
 
@@ -177,8 +172,8 @@ def _projections(result: AnalysisResult, pictures: Pictures) -> str:
                 f"perplexity {perplexity:g}, seed {result.settings['seed']}) shows which sentences are neighbours; "
                 "distances between clusters and sizes of clusters mean nothing."
             ),
-            _image(pictures, "pca", "PCA"),
-            _image(pictures, "tsne", "t-SNE"),
+            image(pictures["pca"], "PCA"),
+            image(pictures["tsne"], "t-SNE"),
         ]
     )
 

@@ -113,7 +113,10 @@ def _run(folder: Path, weights: Path, checkpoint: Path, options: DemoOptions, ph
         "about": joined.about,
         "notes": joined.notes,
         "models": _models(joined, checkpoint),
-        "languages": _languages(joined, questions),
+        "languages": {
+            name: {"pairs": joined.pairs_read(name), "level": resource_level(name), "sentences": len(rows)}
+            for name, rows in questions.items()
+        },
         "rows": _rows(questions, answers),
         "scores": _scores(joined, questions, answers),
         "inside": looks,
@@ -187,13 +190,6 @@ def _models(joined: models.Joined, checkpoint: Path) -> dict[str, Any]:
         "frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
         "bytes": file.stat().st_size if file.is_file() else None,
         "checkpoint": "shipped with layalign" if checkpoint == models.SHIPPED else str(checkpoint),
-    }
-
-
-def _languages(joined: models.Joined, questions: dict[str, list[Example]]) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"pairs": joined.pairs_read(name), "level": resource_level(name), "sentences": len(rows)}
-        for name, rows in questions.items()
     }
 
 

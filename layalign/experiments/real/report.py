@@ -110,16 +110,8 @@ def language_rows(found: dict[str, Any]) -> list[list[str]]:
 def training_rows(found: dict[str, Any]) -> list[list[str]]:
     """Header, then a row per trained system: its parameters, the dev loss of each learning rate, and the choice."""
     rates = [f"{rate:g}" for rate in found["settings"]["learning_rates"]]
-    after = found["settings"]["choice_steps"]
-    rows = [
-        [
-            "system",
-            "trained parameters",
-            *(f"dev at {rate}, step {after}" for rate in rates),
-            "chosen",
-            "dev at the end",
-        ]
-    ]
+    tried = [f"dev at {rate}, step {found['settings']['choice_steps']}" for rate in rates]
+    rows = [["system", "trained parameters", *tried, "chosen", "dev at the end"]]
     for system in found["systems"].values():
         runs = list(system["training"].values())
         if runs:

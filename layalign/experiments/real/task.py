@@ -109,7 +109,9 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
             return {}
         tokenizers = dict(zip(("encoder_tokenizer", "llm_tokenizer"), tokenizers_of(settings), strict=True))
         checkpoint = trained_folder(before, folder, seed)
-        return {"model": load_run(checkpoint, settings.dtype_of(system), **_changes(system)), **tokenizers}
+        # The only field in which a system may differ from the checkpoint that it starts from.
+        changes = {key: value for key, value in system.model_settings.items() if key == "use_prompt"}
+        return {"model": load_run(checkpoint, settings.dtype_of(system), **changes), **tokenizers}
 
     values = {key: value for key, value in asdict(task).items() if key not in ("systems", "seeds")}
     own: dict[str, Any] = {
@@ -129,11 +131,6 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
         ),
         settings.dtype_of(system), start, digest([values, own, text.mark]),
     )  # fmt: skip
-
-
-def _changes(system: RealSystem) -> dict[str, Any]:
-    """Configuration fields in which a system may differ from the checkpoint that it starts from: only `use_prompt`."""
-    return {key: value for key, value in system.model_settings.items() if key == "use_prompt"}
 
 
 def task_run(
