@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from layalign.evaluation import evaluate
-from layalign.experiments.controlled.settings import ExperimentSettings, Steps, System
+from layalign.experiments.controlled.settings import ExperimentSettings, System
 from layalign.experiments.engine import RESULT, Watch, read_done, run_folder, write_done
 from layalign.experiments.made_up.data_files import TEST, write_files
 from layalign.experiments.made_up.parts import pretrain, train_stage
-from layalign.experiments.made_up.pretraining import Progress
+from layalign.experiments.made_up.pretraining import Budget, Progress
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.modeling.tokenization import load_tokenizers
 from layalign.training.baselines import baseline
@@ -80,7 +80,7 @@ def _stage(
     settings: ExperimentSettings, system: System, stage: str, place: Path, parts: Path, seed: int, before: Path | None
 ) -> dict[str, Any]:
     """Train one stage; returns its steps, seconds and losses."""
-    budget: Steps = getattr(settings, stage)
+    budget: Budget = getattr(settings, stage)
     budget, watch = replace(budget, steps=system.steps(budget)), Watch()
     summary = train_stage(
         stage, budget, seed, watch, parts=parts, data=place / "data", output=place / stage, before=before,

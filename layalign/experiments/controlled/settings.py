@@ -12,7 +12,7 @@ from layalign.experiments.made_up.pretraining import Budget
 from layalign.experiments.made_up.problems import ALL_LANGUAGES
 from layalign.experiments.settings import Comparison, Run, System, digest, limited, made, presets, read
 from layalign.training.baselines import baseline
-from layalign.utils.errors import ArgumentError, finite_number, refuse, whole_number
+from layalign.utils.errors import ArgumentError, refuse, whole_number
 
 LEVELS = ("high", "medium", "low")
 MAX_SHARE = 1e6
@@ -20,17 +20,6 @@ _WHOLE = (
     "llm_size", "llm_layers", "encoder_size", "encoder_layers", "encoder_vocabulary", "questions", "max_new_tokens",
 )  # fmt: skip
 _PRESETS = presets(resources.files("layalign.experiments.controlled") / "presets")
-
-
-@dataclass(frozen=True)
-class Steps(Budget):
-    """The budget of a pre-training or a stage, with checks."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            whole_number(name, getattr(self, name), least=1)
-        if not 0 < finite_number("learning_rate", self.learning_rate, "a number above 0 and below 1") < 1:
-            refuse("learning_rate", "a number above 0 and below 1", self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +40,15 @@ class ExperimentSettings(Comparison):
         systems: the systems to compare; the others are tested against the first.
     """
 
-    PARTS: ClassVar = {**Comparison.PARTS, **dict.fromkeys(("llm", "encoder", "translation", "task"), Steps)}
+    PARTS: ClassVar = {**Comparison.PARTS, **dict.fromkeys(("llm", "encoder", "translation", "task"), Budget)}
 
     languages: dict[str, list[str]]
     encoder_share: dict[str, float]
     unseen: list[str]
-    llm: Steps
-    encoder: Steps
-    translation: Steps
-    task: Steps
+    llm: Budget
+    encoder: Budget
+    translation: Budget
+    task: Budget
     llm_size: int = 128
     llm_layers: int = 3
     encoder_size: int = 128
@@ -77,7 +66,7 @@ class ExperimentSettings(Comparison):
         if self.split not in ("test", "dev"):
             refuse("split", "test or dev", self.split)
         for name in ("llm", "encoder", "translation", "task"):
-            if not isinstance(getattr(self, name), Steps):
+            if not isinstance(getattr(self, name), Budget):
                 refuse(name, "its steps, batch and learning_rate", getattr(self, name))
 
     @property

@@ -32,6 +32,7 @@ from transformers import (
 from layalign.data.prompts import math_prompt
 from layalign.experiments.made_up.problems import LANGUAGES, LOW_RESOURCE, generate_problems, generate_sentences
 from layalign.modeling.tokenization import encode_texts
+from layalign.utils.errors import finite_number, refuse, whole_number
 
 IGNORE = -100
 _DENOISING = 0.15  # share of the encoder's examples that are span corruption
@@ -49,6 +50,12 @@ class Budget:
     steps: int
     batch: int
     learning_rate: float
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            whole_number(name, getattr(self, name), least=1)
+        if not 0 < finite_number("learning_rate", self.learning_rate, "a number above 0 and below 1") < 1:
+            refuse("learning_rate", "a number above 0 and below 1", self.learning_rate)
 
 
 def drill(rng: random.Random) -> str:
