@@ -30,7 +30,8 @@ def png(figure: Any, **options: Any) -> bytes:
 
 def page(title: str, body: str, style: str = STYLE) -> str:
     """A page of HTML."""
-    head = f'<meta charset="utf-8"><title>{title}</title><meta name="viewport" content="width=device-width">'
+    wide = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8"><title>{title}</title>{wide}'
     return f'<!doctype html><html lang="en"><head>{head}<style>{style}</style></head><body>{body}</body></html>\n'
 
 
