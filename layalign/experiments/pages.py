@@ -105,8 +105,7 @@ class Report:
         self.markdown.append(markdown_table(escaped) + ("\n" + note.replace("*", "\\*") + "\n" if note else ""))
 
     def picture(self, name: str, title: str, data: bytes) -> None:
-        """Add a picture, which is also written to NAME.png."""
-        write_whole(self.folder / f"{name}.png", data)
+        """Add a picture, which the caller writes to NAME.png too."""
         self.html.append(image(data, title))
         self.markdown.append(f"![{title}]({name}.png)\n")
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from layalign.experiments import pages
 from layalign.experiments.controlled.results import GROUPS
+from layalign.utils.files import write_whole
 from layalign.utils.pages import replaced
 from layalign.utils.reading import read_json
 
@@ -136,9 +137,11 @@ def picture(found: dict[str, Any]) -> bytes:
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
     """Write `report.html` (self-contained), `report.md` and `accuracy.png` into a folder."""
+    image = picture(found)
+    write_whole(folder / "accuracy.png", image)
     report = pages.Report(folder, "Controlled experiment")
     report.items(notes(found))
-    report.picture("accuracy", "accuracy", picture(found))
+    report.picture("accuracy", "accuracy", image)
     for title, rows in TABLES.values():
         report.heading(title)
         report.table(rows(found))

@@ -10,6 +10,7 @@ from layalign.experiments.made_up.pipeline import SYSTEMS, table_rows
 from layalign.experiments.made_up.plots import loss_curves
 from layalign.experiments.made_up.problems import generate_problems
 from layalign.experiments.pages import Report
+from layalign.utils.files import write_whole
 
 _LEGEND = "* low-resource: little text in the encoder's pre-training. + not in the task stage."
 
@@ -31,6 +32,8 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
             mix_picture({"keys": weights[0::2], "values": weights[1::2]}, language_layers, layers),
         ),
     }
+    for name, (_, data) in pictures.items():
+        write_whole(folder / f"{name}.png", data)
     report = Report(folder, "LayAlign demo")
     report.items(_setting_lines(found))
     report.heading("Accuracy (%)")
