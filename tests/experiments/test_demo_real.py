@@ -23,7 +23,8 @@ from layalign.data.languages import find_language
 from layalign.data.prompts import one_line
 from layalign.evaluation.answering import ModelAnswers
 from layalign.evaluation.translation import translation_scores
-from layalign.experiments.demo import charts, live, models, shipping
+from layalign.experiments import charts
+from layalign.experiments.demo import live, models, shipping
 from layalign.experiments.demo.run import ALL_LANGUAGES, SYSTEMS, UNSEEN, DemoOptions, run_demo, score_table
 from layalign.experiments.demo.sentences import FOLDER, KINDS, sentences
 from layalign.experiments.real import load_settings

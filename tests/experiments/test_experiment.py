@@ -15,13 +15,16 @@ import yaml
 pytest.importorskip("matplotlib")
 
 from layalign.cli import main
+from layalign.experiments import engine
 from layalign.experiments.controlled import load_settings, preset_names, schedule
 from layalign.experiments.controlled.report import TABLES, accuracy_rows, picture, written_into
 from layalign.experiments.controlled.report import test_rows as difference_rows
 from layalign.experiments.controlled.results import corrected, mean_interval, members, paired, summarise
-from layalign.experiments.controlled.runs import PREPARED, RESULT, run_folder, seed_folder
-from layalign.experiments.controlled.schedule import Task, run_all, tasks
+from layalign.experiments.controlled.runs import PREPARED, seed_folder
+from layalign.experiments.controlled.schedule import run_all
 from layalign.experiments.controlled.settings import ExperimentSettings, settings_from
+from layalign.experiments.engine import RESULT, run_folder
+from layalign.experiments.settings import Run
 from layalign.training.baselines import BASELINES
 from layalign.utils.errors import ArgumentError, StoppedError
 
@@ -111,14 +114,14 @@ def test_a_run_is_known_by_what_it_depends_on() -> None:
     assert fewer.fingerprint(fewer.systems[0]) != before.fingerprint(before.systems[0])
 
 
-def test_order_and_choice_of_tasks() -> None:
+def test_order_and_choice_of_runs() -> None:
     settings = settings_from(smoke())
-    order = [(task.system, task.seed) for task in tasks(settings, ["llm", "layalign"], None)]
+    order = [(run.system, run.seed) for run in settings.runs(["llm", "layalign"])]
     assert order == [(None, 0), (None, 1), ("layalign", 0), ("layalign", 1), ("llm", 0), ("llm", 1)]
     with pytest.raises(ArgumentError, match="only: expected some of layalign"):
-        tasks(settings, ["bert"], None)
+        settings.runs(["bert"])
     with pytest.raises(ArgumentError, match="seeds: expected some of"):
-        tasks(settings, None, [7])
+        settings.runs(seeds=[7])
 
 
 # Statistics
@@ -199,7 +202,7 @@ def test_the_tables_in_the_documentation_are_the_committed_results() -> None:
 def test_an_experiment_goes_on_where_it_stopped(tmp_path: Path) -> None:
     settings = two_systems()
     told: list[str] = []
-    assert run_all(settings, tmp_path, only=["layalign"], tell=lambda task, *_: told.append(task.name)) == []
+    assert run_all(settings, tmp_path, only=["layalign"], tell=lambda run, *_: told.append(run.name)) == []
     assert told == ["pre-training, seed 0", "layalign, seed 0"]
     first = json.loads((run_folder(tmp_path, "layalign", 0) / RESULT).read_text(encoding="utf-8"))
     assert list(first["scores"]) == settings.all_languages
@@ -208,7 +211,7 @@ def test_an_experiment_goes_on_where_it_stopped(tmp_path: Path) -> None:
     stamp = (seed_folder(tmp_path, 0) / PREPARED).stat().st_mtime_ns
     told.clear()
     (run_folder(tmp_path, "layalign", 0) / RESULT).unlink()  # as if it had been cut off just before its end
-    assert run_all(settings, tmp_path, tell=lambda task, *_: told.append(task.name)) == []
+    assert run_all(settings, tmp_path, tell=lambda run, *_: told.append(run.name)) == []
     assert told == ["layalign, seed 0", "mindmerger-soft, seed 0"]
     assert (seed_folder(tmp_path, 0) / PREPARED).stat().st_mtime_ns == stamp
     again = json.loads((run_folder(tmp_path, "layalign", 0) / RESULT).read_text(encoding="utf-8"))
@@ -227,15 +230,32 @@ def test_an_experiment_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_sigterm_to_a_run_ends_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
-    def stopped(settings: ExperimentSettings, folder: Path, task: Task) -> float:
-        begun.append(task.name)
+    def stopped(settings: ExperimentSettings, folder: Path, run: Run) -> None:
+        begun.append(run.name)
         raise StoppedError("stopped by SIGTERM after step 1")
 
     monkeypatch.setattr(schedule, "_work", stopped)
-    monkeypatch.setattr(schedule, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(engine, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
     with pytest.raises(StoppedError, match="after step 1"):
         run_all(two_systems(), tmp_path)
     assert begun == ["pre-training, seed 0"]
+
+
+def test_a_run_is_not_begun_where_its_pretraining_failed(tmp_path: Path) -> None:
+    runs = [Run("", None, 0), Run("", None, 1), Run("", "llm", 0), Run("", "llm", 1)]
+    begun: list[Run] = []
+
+    def work(run: Run) -> None:
+        begun.append(run)
+        if run == runs[0]:
+            raise ValueError(f"no {tmp_path}/x")
+
+    told: list[tuple[Any, ...]] = []
+    failed = engine.run_all(runs, work, tmp_path, 1, lambda *each: told.append(each), schedule._needs, here=True)
+    assert failed == [runs[0], runs[2]] and begun == [runs[0], runs[1], runs[3]]
+    assert [run for run, *_ in told] == begun and told[0][2] == f"ValueError: no {tmp_path}/x"
+    entry = json.loads((tmp_path / "log.jsonl").read_text(encoding="utf-8"))
+    assert entry["problem"] == "ValueError: no x" and (entry["system"], entry["seed"]) == (None, 0)
 
 
 @pytest.mark.slow

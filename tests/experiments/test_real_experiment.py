@@ -24,6 +24,7 @@ from layalign.data import Example
 from layalign.data.sentences import sentence_key
 from layalign.evaluation.likelihood import target_log_probs
 from layalign.evaluation.translation import translation_scores
+from layalign.experiments import engine
 from layalign.experiments.analysis.result import AnalysisResult
 from layalign.experiments.real import ablation, load_settings, looks, runs, schedule, task, text
 from layalign.experiments.real.data import as_text, read_data
@@ -32,6 +33,7 @@ from layalign.experiments.real.report import PICTURES, TABLES, pictures, written
 from layalign.experiments.real.results import summarise, write_results
 from layalign.experiments.real.schedule import run_all
 from layalign.experiments.real.settings import RealSettings, is_real
+from layalign.experiments.settings import Run
 from layalign.utils.errors import ArgumentError, StoppedError
 
 WORDS = ["sun", "rain", "stone", "river", "bird", "tree", "house", "road", "hand", "eye"]
@@ -143,7 +145,7 @@ def test_the_preset_is_whole() -> None:
         ({"ablated": ["x"]}, "ablated: expected some of the systems"),
         ({"task": {**TASK, "steps": 1}}, "task.choice_steps: expected at most the 1 steps"),
         ({"task": {**TASK, "more": 1}}, "task.more: no such key"),
-        ({"task": {"steps": 1}}, "task: expected a mapping with a list of systems"),
+        ({"task": {"steps": 1}}, "task.systems: expected a list of systems"),
         ({"task": {"systems": [{**SYSTEMS[0], "after": "x"}]}}, "task.systems.layalign-all.after: expected one of"),
         ({"more": 1}, "more: no such key"),
     ],
@@ -158,8 +160,8 @@ def test_a_system_can_have_its_own_learning_rates(world: Path) -> None:
         world, systems=[SYSTEMS[0], {**SYSTEMS[0], "name": "slow", "learning_rates": [1e-5]}], task=None, ablated=[]
     )
     data, (usual, slow) = read_data(settings), settings.systems
-    assert list(runs.translation(settings, usual, data).rates) == [1e-4, 1e-2]
-    assert list(runs.translation(settings, slow, data).rates) == [1e-5]
+    assert settings.rates_of(runs.translation(settings, usual, data).system) == [1e-4, 1e-2]
+    assert settings.rates_of(runs.translation(settings, slow, data).system) == [1e-5]
     again = settings_of(
         world, systems=[SYSTEMS[0], {**SYSTEMS[0], "name": "slow", "learning_rates": [1e-6]}], task=None, ablated=[]
     )
@@ -432,7 +434,7 @@ def test_task_goes_on_with_the_translation_stage(world: Path, done: tuple[RealSe
     data, read = read_data(settings), task.read_task(settings)
     assert [len(group) for group in read.test.values()] == [5, 5, 5] and len(read.train) == 12
     found = {
-        name: task.task_run(settings, task.system_of(settings, name), data, read, folder, seed)
+        name: task.task_run(settings, settings.task.system(name), data, read, folder, seed)
         for stage, name, seed in settings.runs(stage="task")
     }
     for name, result in found.items():
@@ -547,24 +549,24 @@ def test_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_run_that_fails_is_told(world: Path, tmp_path: Path) -> None:
-    told: list[tuple[Any, str | None]] = []
+    told: list[tuple[Run, float, str | None]] = []
     settings = settings_of(world, weights=str(tmp_path / "none"))
     only = ["mindmerger-soft", "lora"]
     failed = run_all(settings, tmp_path, only=only, stage="translation", tell=lambda *each: told.append(each))
     assert failed == [("translation", "mindmerger-soft", 0), ("translation", "lora", 0)]
-    assert [run for run, _ in told] == failed and all("none" in str(problem) for _, problem in told)
+    assert [run for run, *_ in told] == failed and all("none" in str(problem) for *_, problem in told)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_sigterm_ends_all_of_it(jobs: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
-    def stopped(settings: RealSettings, folder: Path, *run: Any) -> None:
-        begun.append(run[1])
+    def stopped(settings: RealSettings, folder: Path, run: Run) -> None:
+        begun.append(str(run.system))
         raise StoppedError("stopped by SIGTERM after step 1")
 
     monkeypatch.setattr(schedule, "_run", stopped)
-    monkeypatch.setattr(schedule, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(engine, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
     with pytest.raises(StoppedError, match="after step 1"):
         run_all(settings_of(world), tmp_path, stage="translation", jobs=jobs)
     assert begun[0] == "layalign-all" and len(begun) < 5

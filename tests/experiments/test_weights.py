@@ -29,6 +29,7 @@ from layalign.experiments.weights import check_weights, checks, e5, fetch, fetch
 from layalign.experiments.weights.checks import Check
 from layalign.experiments.weights.packages import DataFile, extract
 from layalign.modeling.encoders import load_llm
+from layalign.training.checkpoints import sha256
 from layalign.utils.errors import DataError, OutputError
 
 SIZES = e5.Sizes(hidden=32, layers=2, heads=4, feed_forward=64, vocabulary=270, positions=40, types=2, epsilon=1e-6)
@@ -484,7 +485,7 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, hub.
     for part in ("encoder", "llm"):
         byte_tokenizer(add_eos=True).save_pretrained(tmp_path / "a" / part)
         file = tmp_path / "a" / part / "model.safetensors"
-        models[part] = hub.HubModel(f"a/{part}", "0" * 40, file.stat().st_size, manifest.checksum(file))
+        models[part] = hub.HubModel(f"a/{part}", "0" * 40, file.stat().st_size, sha256(file))
     monkeypatch.setattr(hub, "MODELS", models)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(tmp_path / name))
     monkeypatch.setattr(fetch, "check", lambda part, folder, source: [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,18 +12,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from layalign.experiments.analysis.result import METRICS, AnalysisResult
+from layalign.experiments.pages import png
 
 _MARKERS = "ovsDP^<>Xp"
 _ENGLISH = "English"
 _FEW = 12  # most layers for a legend, or for markers side by side
 _CELLS = 130  # most cells of a heat map for numbers in them
 _WIDE = "LLM hidden state (0: embeddings)"
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return buffer.getvalue()
 
 
 def _ticks(labels: Sequence[Any], most: int = 18) -> tuple[list[int], list[str]]:
@@ -53,29 +47,32 @@ def _heat(
     return image
 
 
-def mix_picture(result: AnalysisResult) -> bytes:
-    """Mix weights of keys and of values, on one colour scale centred on 0."""
-    assert result.mix is not None
-    limit = max((abs(w) for rows in result.mix.values() for row in rows for w in row), default=0.0) or 1.0
-    layers, columns = result.language_layers, result.encoder_layers
+def mix_picture(mix: Mapping[str, Sequence[Sequence[float]]], layers: Sequence[int], columns: Sequence[int]) -> bytes:
+    """Mix weights of keys and of values, on one colour scale centred on 0.
+
+    Args:
+        mix: weights (L, E) under "keys" and "values".
+        layers, columns: the L LLM layers and the E encoder layers.
+    """
+    limit = max((abs(w) for rows in mix.values() for row in rows for w in row), default=0.0) or 1.0
     size = (min(15, 3.5 + 0.8 * len(columns)), min(9, 1.6 + 0.3 * len(layers)))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (name, rows) in zip(axes, result.mix.items(), strict=True):
+    for axis, (name, rows) in zip(axes, mix.items(), strict=True):
         image = _heat(axis, rows, layers, columns, (-limit, limit))
         axis.set(title=f"mix weights of the {name}", xlabel="encoder layer (0: embeddings)")
     axes[0].set_ylabel("LLM layer")
     figure.colorbar(image, ax=axes, label="weight")
-    return _png(figure)
+    return png(figure)
 
 
-def gate_picture(result: AnalysisResult) -> bytes:
-    """Gates per layer and, where recorded, over training."""
-    assert result.gates is not None
-    layers, history = result.language_layers, result.gate_history
+def gate_picture(
+    gates: Sequence[float], layers: Sequence[int], history: Sequence[Mapping[str, Any]] | None = None
+) -> bytes:
+    """Gates per LLM layer and, where recorded, over training."""
     figure = Figure(figsize=(11 if history else 6, 3.2), layout="constrained")
     axes: Any = figure.subplots(1, 2 if history else 1, squeeze=False)[0]
-    axes[0].bar(range(len(layers)), result.gates)
+    axes[0].bar(range(len(layers)), gates)
     axes[0].axhline(0, color="black", linewidth=0.8)
     axes[0].set(title="gates", xlabel="LLM layer", ylabel="gate")
     axes[0].set_xticks(*_ticks(layers, 12))
@@ -84,7 +81,7 @@ def gate_picture(result: AnalysisResult) -> bytes:
         axes[1].axhline(0, color="black", linewidth=0.8)
         axes[1].set(title="gates over training", xlabel="training step")
         axes[1].grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def _gate_lines(axis: Any, layers: Sequence[int], history: Sequence[Mapping[str, Any]]) -> None:
@@ -121,14 +118,14 @@ def contribution_picture(result: AnalysisResult) -> bytes:
         highest = max(max(max(row) for row in rows), 1e-6)
         image = _heat(axes[1], rows, languages, result.language_layers, (0.0, highest))
         figure.colorbar(image, ax=axes[1], label="contribution norm")
-        return _png(figure)
+        return png(figure)
     for i, (language, style) in enumerate(_styles(languages).items()):
         offset = (i + 0.5) / len(languages) - 0.5  # side by side, so that equal numbers do not hide each other
         shifted = [place + 0.7 * offset for place in places]
         axes[0].scatter(shifted, result.contribution[language], s=22, label=language, zorder=3, **style)
     axes[0].set_xticks(*_ticks(result.language_layers))
     _legend_outside(axes[0], len(languages) + 1)
-    return _png(figure)
+    return png(figure)
 
 
 def similarity_picture(result: AnalysisResult) -> bytes:
@@ -155,7 +152,7 @@ def similarity_picture(result: AnalysisResult) -> bytes:
         axis.set_xlabel(_WIDE)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
-    return _png(figure)
+    return png(figure)
 
 
 def language_picture(result: AnalysisResult, metric: str) -> bytes:
@@ -173,7 +170,7 @@ def language_picture(result: AnalysisResult, metric: str) -> bytes:
         image = _heat(axis, rows, languages, layers, span)
         axis.set(title=view, xlabel="LLM hidden state")
     figure.colorbar(image, ax=list(axes), label=METRICS[metric])
-    return _png(figure)
+    return png(figure)
 
 
 def projection_picture(result: AnalysisResult, kind: str) -> bytes:
@@ -196,7 +193,7 @@ def projection_picture(result: AnalysisResult, kind: str) -> bytes:
         else:
             axis.set(xticks=[], yticks=[])
     _legend_outside(axes[-1], len(result.sentences) + 1)
-    return _png(figure)
+    return png(figure)
 
 
 def _styles(languages: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from pathlib import Path
@@ -10,16 +9,12 @@ from pathlib import Path
 from layalign.experiments.analysis import plots
 from layalign.experiments.analysis.attention_svg import caption, map_svg
 from layalign.experiments.analysis.result import METRICS, AnalysisResult
+from layalign.experiments.pages import STYLE, image, items, page, paragraphs, table
 from layalign.utils.files import write_whole, writing
 
 PAGE, NUMBERS = "report.html", "analysis.json"
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 13px }
-th, td { border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: right; font-variant-numeric: tabular-nums }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100% } figure { margin: 1rem 0 } figcaption { font-size: 13px; color: #555 }
-.maps { overflow-x: auto } svg text { font: 12px system-ui, sans-serif }
+.chart { overflow-x: auto } svg text { font: 12px system-ui, sans-serif }
 .note { background: #f4f4f4; padding: .5rem 1rem }
 """
 _NO_ALIGNER = (
@@ -48,9 +43,9 @@ def write_report(result: AnalysisResult, folder: Path) -> Path:
 
 def _pictures(result: AnalysisResult) -> Pictures:
     pictures: Pictures = {}
-    if result.mix is not None:
-        pictures["mix"] = plots.mix_picture(result)
-        pictures["gates"] = plots.gate_picture(result)
+    if result.mix is not None and result.gates is not None:
+        pictures["mix"] = plots.mix_picture(result.mix, result.language_layers, result.encoder_layers)
+        pictures["gates"] = plots.gate_picture(result.gates, result.language_layers, result.gate_history)
         pictures["contribution"] = plots.contribution_picture(result)
     pictures["similarity"] = plots.similarity_picture(result)
     for metric in METRICS:
@@ -63,30 +58,7 @@ def _pictures(result: AnalysisResult) -> Pictures:
 def _page(result: AnalysisResult, pictures: Pictures) -> str:
     sections = (_summary, _fusion, _similarity, _projections, _attention)
     body = "".join(section(result, pictures) for section in sections)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>LayAlign analysis</title>'
-        f"<style>{_STYLE}</style></head><body><h1>LayAlign analysis</h1>{body}</body></html>\n"
-    )
-
-
-def _text(*lines: str, kind: str = "") -> str:
-    shown = f' class="{kind}"' if kind else ""
-    return "".join(f"<p{shown}>{html.escape(line)}</p>" for line in lines)
-
-
-def _image(pictures: Pictures, name: str, title: str) -> str:
-    data = base64.b64encode(pictures[name]).decode()
-    return (
-        f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(title)}</figcaption></figure>"
-    )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    def cells(tag: str, values: list[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
-
-    return f"<table>{cells('th', header)}{''.join(cells('td', row) for row in rows)}</table>"
+    return page("LayAlign analysis", f"<h1>LayAlign analysis</h1>{body}", STYLE + _STYLE)
 
 
 def _summary(result: AnalysisResult, pictures: Pictures) -> str:
@@ -106,39 +78,38 @@ def _summary(result: AnalysisResult, pictures: Pictures) -> str:
         "seed": str(settings["seed"]),
         "versions": ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
     }
-    return _table(["", ""], [[name, str(value)] for name, value in known.items() if value is not None])
+    return table(["", ""], [[name, str(value)] for name, value in known.items() if value is not None])
 
 
 def _fusion(result: AnalysisResult, pictures: Pictures) -> str:
     if result.mix is None:
-        return "<h2>Mix weights, gates, contribution</h2>" + _text(_NO_ALIGNER, kind="note")
+        return "<h2>Mix weights, gates, contribution</h2>" + paragraphs(_NO_ALIGNER, kind="note")
     parts = [
         "<h2>Mix weights</h2>",
-        _text(
+        paragraphs(
             "How much of every encoder layer (columns) goes into the key state and the value state of every LLM layer "
             "(rows): the learned weights, before the ReLU. Both maps have the same colour scale, white at 0."
         ),
-        _image(pictures, "mix", "Mix weights: LLM layer by encoder layer"),
+        image(pictures["mix"], "Mix weights: LLM layer by encoder layer"),
         "<h2>Gates</h2>",
-        _text(
+        paragraphs(
             "The factor of each LLM layer's attention to the source. It is learned from 0, unless it is fixed. Its "
             "sign says little, because the value states can change their sign too."
         ),
     ]
     if not result.gate_history:
         note = "Gates over training are not shown: the checkpoint's folder has no gates.jsonl, which training writes."
-        parts.append(_text(note, kind="note"))
+        parts.append(paragraphs(note, kind="note"))
     parts += [
-        _image(pictures, "gates", "Gates" + (" now, and at every logged step" if result.gate_history else "")),
+        image(pictures["gates"], "Gates" + (" now, and at every logged step" if result.gate_history else "")),
         "<h2>Contribution</h2>",
-        _text(
+        paragraphs(
             "The size of the source's contribution in each layer: ||gate * softmax(q k) v|| / ||self-attention "
             "output||, over all heads, before the output projection. It is the mean over the positions of the English "
             "translation while the model reads [source -> translation]."
         ),
-        _image(
-            pictures,
-            "contribution",
+        image(
+            pictures["contribution"],
             "Contribution norm per LLM layer. Bars: mean over the positions of all languages; the rest: by language",
         ),
     ]
@@ -152,7 +123,7 @@ def _views(result: AnalysisResult) -> str:
         "before": "before: the text goes through encoder, adapter and aligner of the other checkpoint.",
         "LayAlign": "LayAlign: the text goes through encoder, adapter and aligner of this model.",
     }
-    return "<ul>" + "".join(f"<li>{html.escape(words[view])}</li>" for view in result.similarity) + "</ul>"
+    return items(words[view] for view in result.similarity)
 
 
 def _similarity(result: AnalysisResult, pictures: Pictures) -> str:
@@ -169,24 +140,24 @@ def _similarity(result: AnalysisResult, pictures: Pictures) -> str:
     where = "the soft tokens" if result.settings["adapter"] else "the text's tokens (this model has no soft tokens)"
     parts = [
         "<h2>Similarity of X and English inside the LLM</h2>",
-        _text(
+        paragraphs(
             "Each sentence and its English translation are read separately, in the same way. The vector of a sentence "
             f"is the mean of a layer's hidden states over {where}; for the LLM alone, over the text's tokens."
         ),
         _views(result),
-        _text(
+        paragraphs(
             "Centred cosine: mean cosine of the pairs, each language's own mean subtracted. Linear CKA: Kornblith et "
             "al. 2019; with few sentences it is high even without alignment, so the dotted lines show it for sentences "
             "paired at random. Retrieval: share of sentences whose nearest neighbour by cosine is their translation, "
             "as in Tatoeba/LASER (Artetxe and Schwenk 2019); the dotted line is chance."
         ),
-        _image(
-            pictures, "similarity", "Lines: means over the languages; bands: from the lowest to the highest language"
+        image(
+            pictures["similarity"], "Lines: means over the languages; bands: from the lowest to the highest language"
         ),
     ]
     for metric, title in METRICS.items():
-        parts.append(_image(pictures, f"similarity_{metric}", f"{title[0].upper()}{title[1:]} by language and layer"))
-    parts += [f"<h3>Hidden state {result.layer}</h3>", _table(header, rows)]
+        parts.append(image(pictures[f"similarity_{metric}"], f"{title[0].upper()}{title[1:]} by language and layer"))
+    parts += [f"<h3>Hidden state {result.layer}</h3>", table(header, rows)]
     return "".join(parts)
 
 
@@ -195,14 +166,14 @@ def _projections(result: AnalysisResult, pictures: Pictures) -> str:
     return "".join(
         [
             f"<h2>Sentences in two dimensions: hidden state {result.layer}</h2>",
-            _text(
+            paragraphs(
                 "The same sentence vectors, one point per sentence, coloured by language. Each view is fitted "
                 "separately. PCA shows the two directions of most variance. t-SNE (van der Maaten and Hinton 2008; "
                 f"perplexity {perplexity:g}, seed {result.settings['seed']}) shows which sentences are neighbours; "
                 "distances between clusters and sizes of clusters mean nothing."
             ),
-            _image(pictures, "pca", "PCA"),
-            _image(pictures, "tsne", "t-SNE"),
+            image(pictures["pca"], "PCA"),
+            image(pictures["tsne"], "t-SNE"),
         ]
     )
 
@@ -214,7 +185,7 @@ def _attention(result: AnalysisResult, pictures: Pictures) -> str:
     answer = "the model's own answer" if shown.generated else "its English translation"
     parts = [
         "<h2>Attention to the source</h2>",
-        _text(
+        paragraphs(
             f"From the tokens of {answer} (rows, read by the LLM) to the source's tokens (columns): softmax(q k), mean "
             "over heads, one map per LLM layer, each with its own colour scale. Each row sums to 1. A dot marks a "
             "token that continues the character before it.",
@@ -224,7 +195,5 @@ def _attention(result: AnalysisResult, pictures: Pictures) -> str:
     ]
     for slot, layer in enumerate(result.language_layers):
         title = html.escape(caption(shown, slot, layer, result.gates))
-        parts.append(
-            f"<details open><summary>{title}</summary><div class='maps'>{map_svg(shown, slot)}</div></details>"
-        )
+        parts.append(f"<details open><summary>{title}</summary>{map_svg(shown, slot)}</details>")
     return "".join(parts)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layalign.experiments.pages import terminal_table
+
 METRICS = {
     "cosine": "centred cosine",
     "cka": "linear CKA",
@@ -131,20 +133,16 @@ class AnalysisResult:
 
     def table(self) -> Any:
         """A `rich` table for the terminal: similarity to English at the chosen layer, by language and view."""
-        from rich.table import Table
-
         views = list(self.similarity)
-        table = Table(title=f"X and English in hidden state {self.layer} of the LLM: {' / '.join(views)}")
-        table.add_column("language")
-        for title in METRICS.values():
-            table.add_column(title, justify="right")
+        title = f"X and English in hidden state {self.layer} of the LLM: {' / '.join(views)}"
+        rows = [["language", *METRICS.values()]]
         for language in self.sentences:
             cells = []
             for metric in METRICS:
                 numbers = [getattr(self.similarity[view][language], metric)[self.layer] for view in views]
                 cells.append(" / ".join(f"{number:.2f}" for number in numbers))
-            table.add_row(language, *cells)
-        return table
+            rows.append([language, *cells])
+        return terminal_table(title, rows)
 
 
 def _rounded(value: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from layalign.experiments.analysis.measure import UNTRAINED
 from layalign.experiments.analysis.pairs import Pairs, read_pairs
 from layalign.experiments.analysis.reading import Reader
 from layalign.experiments.analysis.result import AnalysisResult
+from layalign.experiments.progress import Phases
 from layalign.modeling.configuration import number_of_layers
 from layalign.training.gates import gate_values, read_gates
 from layalign.utils import lock
@@ -85,9 +86,10 @@ def analyze(
     data = read_pairs(pairs, languages=languages, limit=limit)
     example = _example(data, sentence, sentence_language)
     other = before if before is not None and before != UNTRAINED else model
+    phases, amount = Phases(shown=progress), _amount(model, data, before)
     with nullcontext() if output_dir is None else lock.held(output_dir):
         similarity, projections = {}, {}
-        with evaluation_mode(model), evaluation_mode(other), _bar(progress, _amount(model, data, before)) as advance:
+        with evaluation_mode(model), evaluation_mode(other), phases.counting("reading", amount) as advance:
             reader = Reader(model, encoder_tokenizer, llm_tokenizer, batch_size, max_length, advance)
             for name, read, held in measure.views(reader, before, seed):
                 with held:
@@ -190,17 +192,3 @@ def _amount(model: Any, data: dict[str, list[Example]], before: Any) -> int:
     sources = sum(len(rows) for rows in data.values())
     with_aligner = sources + 1 if model.encoder_aligner is not None else 0
     return (2 if before is None else 3) * (sources + len(measure.english_of(data))) + with_aligner
-
-
-@contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """A function that advances a progress bar, or does nothing."""
-    if not shown:
-        yield lambda count: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("reading", total=total)
-        yield lambda count: bar.update(task, advance=count)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from layalign.experiments.bench.results import Results, rough
+from layalign.experiments.pages import png
 from layalign.utils.files import write_whole
 
 COLOURS = ("#1b6ca8", "#e0772f", "#4b9b5a", "#a23b72", "#7a6c5d", "#c9a227")
@@ -17,9 +19,6 @@ OPERATIONS = ("layer_mix", "layer_projection", "gated_cross_attention")
 
 def write(results: Results, folder: Path) -> list[Path]:
     """Write the plots for which the file has rows; returns the PNG files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     rows = list(results.rows.values())
     written = []
     figures = {
@@ -32,20 +31,9 @@ def write(results: Results, folder: Path) -> list[Path]:
         if figure is None:
             continue
         file = folder / f"{results.path.stem}-{stem}.png"
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-        write_whole(file, buffer.getvalue())
+        write_whole(file, png(figure, metadata={"Software": None}))
         written.append(file)
     return written
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _is_operation(row: dict[str, Any]) -> bool:
@@ -68,7 +56,7 @@ def _bars(rows: Sequence[dict[str, Any]]) -> Any:
         shorter[group] = 0.6 + 0.16 * sum(1 + len(row["against"]) for row in members)
     columns = [column for column in columns if column]
     height = max(sum(column.values()) for column in columns)
-    figure = _figure(6.0 * len(columns), height + 0.6)
+    figure = Figure(figsize=(6.0 * len(columns), height + 0.6), layout="constrained")
     parts = figure.subfigures(1, len(columns), squeeze=False)[0]
     for part, column in zip(parts, columns, strict=True):
         empty = height - sum(column.values())
@@ -118,7 +106,7 @@ def _roofline(results: Results, rows: Sequence[dict[str, Any]]) -> Any:
     points = [row for row in rows if row.get("flop per byte") and row.get("TFLOP/s")]
     if not points or not {"copy GB/s", "matmul TFLOP/s"} <= ceilings.keys():
         return None
-    figure = _figure(WIDTH, 5.5)
+    figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
     axis = figure.subplots()
     slope, roof = ceilings["copy GB/s"] / 1e3, ceilings["matmul TFLOP/s"]
     intensities = [row["flop per byte"] for row in points]
@@ -152,7 +140,7 @@ def _scaling(rows: Sequence[dict[str, Any]]) -> Any:
         return None
     columns = 4
     height = -(-len(found) // columns)
-    figure = _figure(3.2 * columns, 2.6 * height)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * height), layout="constrained")
     axes = figure.subplots(height, columns, squeeze=False).flat
     for axis, row in zip(axes, found, strict=False):
         memory = axis.twinx()

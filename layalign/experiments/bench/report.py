@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +9,12 @@ from typing import Any
 
 from layalign.experiments.bench import plots as bench_plots
 from layalign.experiments.bench.results import RATES, Results, interval_text, load_folder, quantity, ratio_text
+from layalign.experiments.pages import STYLE, image, items, page, paragraphs, table
 from layalign.utils.files import write_whole
 
 PAGE = "report.html"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
-th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: right; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
-.met { color: #0a6b2d; } .missed { color: #a8201a; } .warning { background: #fff3d6; padding: .5rem 1rem; }
-img { max-width: 100%; } figure { margin: 1.5rem 0; }
+_STYLE = """
+.met { color: #0a6b2d } .missed { color: #a8201a } .warning { background: #fff3d6; padding: .5rem 1rem }
 """
 
 
@@ -37,11 +32,9 @@ def write_report(folder: Path) -> Path:
     for results in found:
         images = bench_plots.write(results, folder)
         parts.append(_section(results, images))
-    title = "layalign: benchmarks"
-    text = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    page = folder / PAGE
-    write_whole(page, f"{text}</head><body>{''.join(parts)}</body></html>\n")
-    return page
+    file = folder / PAGE
+    write_whole(file, page("layalign: benchmarks", "".join(parts), STYLE + _STYLE))
+    return file
 
 
 def _scope(found: Sequence[Results]) -> str:
@@ -56,30 +49,20 @@ def _scope(found: Sequence[Results]) -> str:
             lines.append(f"{results.path.name}: measured with uncommitted changes.")
         for failure in results.data.get("failed", ()):
             lines.append(f"{results.path.name}: failed and not measured: {failure}")
-    return "".join(f'<p class="warning">{html.escape(line)}</p>' for line in lines)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; the cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return paragraphs(*lines, kind="warning")
 
 
 def _section(results: Results, images: Sequence[Path]) -> str:
     """The section of one result file."""
     parts = [f"<h2>{html.escape(results.device)}</h2>", _facts(results), _targets(results)]
-    for image in images:
-        data = base64.b64encode(image.read_bytes()).decode("ascii")
-        parts.append(f'<figure><img alt="{html.escape(image.stem)}" src="data:image/png;base64,{data}"></figure>')
+    parts += [image(file.read_bytes(), file.stem) for file in images]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in results.rows.values():
         groups.setdefault(row["group"], []).append(row)
     parts += [f"<h3>{html.escape(name)}</h3>{_group(rows)}" for name, rows in groups.items()]
     left = results.data.get("left out", {})
     if left:
-        items = "".join(f"<li>{html.escape(what)}: {html.escape(str(why))}</li>" for what, why in left.items())
-        parts.append(f"<h3>Not measured here</h3><ul>{items}</ul>")
+        parts.append("<h3>Not measured here</h3>" + items(f"{what}: {why}" for what, why in left.items()))
     return "".join(parts)
 
 
@@ -95,7 +78,7 @@ def _facts(results: Results) -> str:
         **{f"measured ceiling, {name}": f"{value:.4g}" for name, value in data.get("ceilings", {}).items()},
         "seconds of the whole run": data.get("seconds", "unknown"),
     }
-    return _table(("", ""), [(html.escape(name), html.escape(str(value))) for name, value in lines.items()])
+    return table(("", ""), [(name, str(value)) for name, value in lines.items()])
 
 
 def _targets(results: Results) -> str:
@@ -116,7 +99,7 @@ def _targets(results: Results) -> str:
     if not rows:
         return ""
     head = "row", "baseline", "ours / baseline", "95 % interval", "must", "aim", "reached"
-    return "<h3>Targets</h3>" + _table(head, rows)
+    return "<h3>Targets</h3>" + table(head, rows, marked=True)
 
 
 def _ratio(found: dict[str, Any]) -> str:
@@ -144,5 +127,5 @@ def _group(rows: Sequence[dict[str, Any]]) -> str:
             own = row.get("slopes", {}).get("layalign", {})
             cells += [f"{own[unit]:.2f}" if unit in own else "" for unit in ("s", "bytes")]
         clock = row.get("clock MHz")
-        lines.append([html.escape(cell) for cell in (*cells, "" if clock is None else f"{clock:.0f}")])
-    return _table([html.escape(cell) for cell in head], lines)
+        lines.append([*cells, "" if clock is None else f"{clock:.0f}"])
+    return table(head, lines)

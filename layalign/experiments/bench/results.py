@@ -65,92 +65,81 @@ def load(path: Path) -> Results:
         ArgumentError: there is none, or it is not a result file of this version.
     """
     file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ArgumentError(f"results: no such file: {file}")
+    _need(file.is_file(), f"no such file: {file}")
     data = read_json(file, where=f"results: {file}", error=ArgumentError)
-    if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
-        raise ArgumentError(f"results: {file} has no rows; expected what `pytest benchmarks/ --results DIR` writes")
-    if data.get("format") != FORMAT:
-        raise ArgumentError(f"results: {file} has format {data.get('format')!r}, this version reads {FORMAT}")
+    rows_there = isinstance(data, dict) and isinstance(data.get("rows"), list)
+    _need(rows_there, f"{file} has no rows; expected what `pytest benchmarks/ --results DIR` writes")
+    _need(data.get("format") == FORMAT, f"{file} has format {data.get('format')!r}, this version reads {FORMAT}")
     for key in ("facts", "shapes", "dtype"):
-        if key not in data:
-            raise ArgumentError(f"results: {file} lacks {key!r}")
-    device = data["facts"].get("device") if isinstance(data["facts"], dict) else None
-    if not isinstance(device, dict) or not {"type", "name"} <= device.keys():
-        raise ArgumentError(f"results: {file} names no device, expected facts with its type and name")
-    _check_parts(file, data)
+        _need(key in data, f"{file} lacks {key!r}")
+    facts = data["facts"]
+    device = facts.get("device") if isinstance(facts, dict) else None
+    named = isinstance(device, dict) and {"type", "name"} <= device.keys()
+    _need(named, f"{file} names no device, expected facts with its type and name")
+    ceilings = data.get("ceilings", {})
+    above = isinstance(ceilings, dict) and all(_is_number(value) and value > 0 for value in ceilings.values())
+    _need(above, f"{file}: ceilings: expected numbers above 0, got {shown(ceilings)}")
+    for name, value in (("facts.versions", facts.get("versions", {})), ("left out", data.get("left out", {}))):
+        _need(isinstance(value, dict), f"{file}: {name}: expected an object, got {shown(value)}")
+    failed = data.get("failed", [])
+    _need(isinstance(failed, list), f"{file}: failed: expected a list, got {shown(failed)}")
     rows: dict[str, dict[str, Any]] = {}
     for index, row in enumerate(data["rows"]):
-        problem = _problem(row)
-        if problem is None and row["id"] in rows:
-            problem = f"there are two rows {row['id']!r}"
-        if problem is not None:
-            raise ArgumentError(f"results: {file}, row {index}: {problem}")
+        where = f"{file}, row {index}"
+        _check_row(where, row)
+        _need(row["id"] not in rows, f"{where}: there are two rows {row['id']!r}")
         rows[row["id"]] = row
     return Results(file, data, rows)
+
+
+def _need(holds: bool, text: str) -> None:
+    if not holds:
+        raise ArgumentError(f"results: {text}")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_parts(file: Path, data: dict[str, Any]) -> None:
-    """Check what the report reads besides the rows."""
-    ceilings, facts = data.get("ceilings", {}), data["facts"]
-    if not isinstance(ceilings, dict) or not all(_is_number(value) and value > 0 for value in ceilings.values()):
-        raise ArgumentError(f"results: {file}: ceilings: expected numbers above 0, got {shown(ceilings)}")
-    for name, value in (("facts.versions", facts.get("versions", {})), ("left out", data.get("left out", {}))):
-        if not isinstance(value, dict):
-            raise ArgumentError(f"results: {file}: {name}: expected an object, got {shown(value)}")
-    if not isinstance(data.get("failed", []), list):
-        raise ArgumentError(f"results: {file}: failed: expected a list, got {shown(data['failed'])}")
-
-
-def _problem(row: Any) -> str | None:
-    """What is wrong with a row, or None."""
-    if not isinstance(row, dict):
-        return f"expected an object, got {shown(row)}"
+def _check_row(where: str, row: Any) -> None:
+    _need(isinstance(row, dict), f"{where}: expected an object, got {shown(row)}")
     missing = [key for key in NEEDED if key not in row]
-    if missing:
-        return f"lacks {', '.join(missing)}"
+    _need(not missing, f"{where}: lacks {', '.join(missing)}")
     texts = all(isinstance(row[key], str) for key in ("id", "group", "name"))
-    if not texts or row["unit"] not in UNITS or not isinstance(row["labels"], dict):
-        return "expected text as id, group and name, s or bytes as unit, an object as labels"
+    labelled = texts and row["unit"] in UNITS and isinstance(row["labels"], dict)
+    _need(labelled, f"{where}: expected text as id, group and name, s or bytes as unit, an object as labels")
     spread = [row[key] for key in ("q1", "median", "q3")]
-    if not all(map(_is_number, spread)) or [0, *spread] != sorted([0, *spread]):
-        return f"expected finite numbers 0 <= q1 <= median <= q3, got {', '.join(map(shown, spread))}"
+    ordered = all(map(_is_number, spread)) and [0, *spread] == sorted([0, *spread])
+    _need(ordered, f"{where}: expected finite numbers 0 <= q1 <= median <= q3, got {', '.join(map(shown, spread))}")
     against, target = row.get("against", {}), row.get("target")
-    if not isinstance(against, dict) or not all(isinstance(found, dict) for found in against.values()):
-        return f"against: expected an object of objects, got {shown(against)}"
+    objects = isinstance(against, dict) and all(isinstance(found, dict) for found in against.values())
+    _need(objects, f"{where}: against: expected an object of objects, got {shown(against)}")
     ratios = [found.get("ratio") for found in against.values()]
     optional = [found[key] for found in against.values() for key in OPTIONAL if key in found]
-    if not all(map(_is_number, (*ratios, *optional))):
-        return f"against: expected a finite ratio for each baseline, got {shown(against)}"
-    if target is not None and (not isinstance(target, dict) or not isinstance(target.get("baseline"), str)):
-        return f"target: expected an object with its baseline, got {shown(target)}"
+    finite = all(map(_is_number, (*ratios, *optional)))
+    _need(finite, f"{where}: against: expected a finite ratio for each baseline, got {shown(against)}")
+    aimed = target is None or (isinstance(target, dict) and isinstance(target.get("baseline"), str))
+    _need(aimed, f"{where}: target: expected an object with its baseline, got {shown(target)}")
     limits = () if target is None else (target.get("must"), target.get("aim", 0) or 0)
     numbers = [row[key] for key in (*RATES, "flop per byte", "clock MHz") if row.get(key) is not None]
-    if not all(map(_is_number, (*limits, *numbers))):
-        return f"expected finite numbers as target, rates and clock, got {shown([*limits, *numbers])}"
-    return _problem_of_slopes(row)
+    finite = all(map(_is_number, (*limits, *numbers)))
+    _need(finite, f"{where}: expected finite numbers as target, rates and clock, got {shown([*limits, *numbers])}")
+    if "slopes" in row:
+        _check_slopes(where, row["slopes"], row.get("points"), row["labels"].get("sizes"))
 
 
-def _problem_of_slopes(row: dict[str, Any]) -> str | None:
-    """What is wrong with the extra fields of a scaling row, or None."""
-    if "slopes" not in row:
-        return None
-    slopes, points, sizes = row["slopes"], row.get("points"), row["labels"].get("sizes")
-    if not isinstance(slopes, dict) or not isinstance(points, dict) or not isinstance(sizes, list):
-        return "expected slopes and points by name, and labels.sizes"
+def _check_slopes(where: str, slopes: Any, points: Any, sizes: Any) -> None:
+    """Check the extra fields of a scaling row."""
+    there = isinstance(slopes, dict) and isinstance(points, dict) and isinstance(sizes, list)
+    _need(there, f"{where}: expected slopes and points by name, and labels.sizes")
     for who, own in slopes.items():
         series = points.get(who)
         whole = isinstance(own, dict) and own.keys() == set(UNITS) and all(map(_is_number, own.values()))
-        if not whole or not isinstance(series, dict) or series.keys() != set(UNITS):
-            return f"slopes: expected numbers for {' and '.join(UNITS)} with their points, got {shown(own)}"
+        whole = whole and isinstance(series, dict) and series.keys() == set(UNITS)
+        _need(whole, f"{where}: slopes: expected numbers for {' and '.join(UNITS)} with their points, got {shown(own)}")
         for values in series.values():
-            if not isinstance(values, list) or len(values) != len(sizes) or not all(map(_is_number, values)):
-                return f"points: expected {len(sizes)} numbers, got {shown(values)}"
-    return None
+            fits = isinstance(values, list) and len(values) == len(sizes) and all(map(_is_number, values))
+            _need(fits, f"{where}: points: expected {len(sizes)} numbers, got {shown(values)}")
 
 
 def load_folder(folder: Path) -> list[Results]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import sys
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from layalign.experiments import pages
 from layalign.experiments.controlled.results import GROUPS
 from layalign.utils.files import write_whole
 from layalign.utils.pages import replaced
 from layalign.utils.reading import read_json
 
+PAGE = "report.html"
 _COLUMNS = ("all", "high", "medium", "low", "trained", "unseen", "English")
 
 
@@ -33,6 +35,11 @@ def accuracy_rows(found: dict[str, Any]) -> list[list[str]]:
         cells = [_pm(system["groups"][group]) for group in groups]
         rows.append([system["label"], str(len(system["seeds"])), *cells])
     return rows
+
+
+def headline(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """Title and rows of the main table."""
+    return "accuracy %, mean over seeds ± 95% interval", accuracy_rows(found)
 
 
 def test_rows(found: dict[str, Any]) -> list[list[str]]:
@@ -78,13 +85,6 @@ def language_rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows as a Markdown table; the first row is the header."""
-    left = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], left, *lines[1:]]) + "\n"
-
-
 def notes(found: dict[str, Any]) -> list[str]:
     """Sentences that explain the numbers."""
     settings = found["settings"]
@@ -113,10 +113,6 @@ TABLES = {
 
 def picture(found: dict[str, Any]) -> bytes:
     """PNG with the mean accuracy of each system, over all languages and by level, with intervals."""
-    import io
-
-    from matplotlib.figure import Figure
-
     groups = [group for group in ("all", "high", "medium", "low", "unseen") if found["groups"][group]]
     systems = list(found["systems"].values())
     figure = Figure(figsize=(11, 0.36 * len(systems) + 1.6), layout="constrained")
@@ -136,47 +132,20 @@ def picture(found: dict[str, Any]) -> bytes:
     first = axes[0] if len(groups) > 1 else axes
     first.set_yticks(list(range(len(systems))), [system["label"] for system in systems], fontsize=9)
     first.invert_yaxis()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130)
-    return stream.getvalue()
-
-
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .85rem }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd }
-td:not(:first-child), th:not(:first-child) { text-align: right } img { max-width: 100% }"""
-
-
-def _html_table(rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return pages.png(figure, dpi=130, bbox_inches=None)
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
     """Write `report.html` (self-contained), `report.md` and `accuracy.png` into a folder."""
     image = picture(found)
     write_whole(folder / "accuracy.png", image)
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in notes(found))
-    tables = "".join(f"<h2>{title}</h2>{_html_table(rows(found))}" for title, rows in TABLES.values())
-    data = base64.b64encode(image).decode()
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>LayAlign: controlled experiment</title>'
-        f"<style>{_STYLE}</style></head><body><h1>Controlled experiment</h1><ul>{items}</ul>"
-        f'<img alt="accuracy of each system" src="data:image/png;base64,{data}">{tables}</body></html>\n'
-    )
-    write_whole(folder / "report.html", page)
-    lines = [
-        "# Controlled experiment",
-        "",
-        *(f"- {line}" for line in notes(found)),
-        "",
-        "![accuracy](accuracy.png)",
-        "",
-    ]
+    report = pages.Report(folder, "Controlled experiment")
+    report.items(notes(found))
+    report.picture("accuracy", "accuracy", image)
     for title, rows in TABLES.values():
-        lines += [f"## {title}", "", markdown_table(rows(found))]
-    write_whole(folder / "report.md", "\n".join(lines))
+        report.heading(title)
+        report.table(rows(found))
+    report.write()
 
 
 def written_into(page: str, found: dict[str, Any]) -> str:
@@ -184,7 +153,7 @@ def written_into(page: str, found: dict[str, Any]) -> str:
     for name, (_, rows) in TABLES.items():
         begin = f"<!-- experiment: {name} -->"
         if begin in page:
-            page = replaced(page, begin, "<!-- end -->", markdown_table(rows(found)))
+            page = replaced(page, begin, "<!-- end -->", pages.markdown_table(rows(found)))
     return page
 
 

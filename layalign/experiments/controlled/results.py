@@ -11,8 +11,10 @@ from typing import Any
 from scipy import stats
 
 from layalign.evaluation.intervals import holm
-from layalign.experiments.controlled.runs import PREPARED, RESULT, read_done, run_folder, seed_folder
+from layalign.experiments.controlled.runs import PREPARED, seed_folder
 from layalign.experiments.controlled.settings import LEVELS, ExperimentSettings
+from layalign.experiments.engine import RESULT, collect, read_done
+from layalign.utils.errors import ArgumentError
 from layalign.utils.files import write_whole
 
 CONFIDENCE = 0.95
@@ -69,17 +71,6 @@ def corrected(values: Sequence[float | None]) -> list[float | None]:
     return [None if p is None else next(known) for p in values]
 
 
-def collect(settings: ExperimentSettings, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """The results of all finished runs, by system and seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for system in settings.systems:
-        for seed in settings.seeds:
-            done = read_done(run_folder(folder, system.name, seed) / RESULT, settings.fingerprint(system))
-            if done is not None:
-                found.setdefault(system.name, {})[seed] = done
-    return found
-
-
 def _accuracy(run: dict[str, Any], languages: Sequence[str]) -> float:
     """Mean of the languages' accuracies, in percent."""
     return math.fsum(100 * run["scores"][n]["correct"] / run["scores"][n]["count"] for n in languages) / len(languages)
@@ -132,8 +123,10 @@ def _tests(systems: dict[str, Any], first: str) -> None:
 
 
 def summarise(settings: ExperimentSettings, folder: Path) -> dict[str, Any]:
-    """Everything that the report needs, as JSON values."""
-    runs = collect(settings, folder)
+    """Everything that the report needs, as JSON values; raises ArgumentError if there is no finished run."""
+    runs = collect(settings, folder, lambda place, system: read_done(place / RESULT, settings.fingerprint(system)))
+    if not runs:
+        raise ArgumentError(f"output: no finished run in {folder}")
     systems = {name: _system(settings, name, of_system) for name, of_system in runs.items()}
     _tests(systems, settings.systems[0].name)
     prepared = {}
@@ -141,18 +134,12 @@ def summarise(settings: ExperimentSettings, folder: Path) -> dict[str, Any]:
         done = read_done(seed_folder(folder, seed) / PREPARED, settings.fingerprint())
         if done is not None:
             prepared[str(seed)] = {"seconds": done["seconds"], "losses": {k: v[-1] for k, v in done["losses"].items()}}
-    missing = [
-        f"{system.name}, seed {seed}"
-        for system in settings.systems
-        for seed in settings.seeds
-        if seed not in runs.get(system.name, {})
-    ]
     return {
         "settings": settings.to_dict(),
         "groups": {group: members(settings, group) for group in GROUPS},
         "systems": systems,
         "pretraining": prepared,
-        "missing": missing,
+        "missing": [run.name for run in settings.runs() if run.system and run.seed not in runs.get(run.system, {})],
     }
 
 

@@ -5,65 +5,33 @@ A run writes `result.json` last. A run that has one is not repeated; an interrup
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import shutil
-import subprocess
 import time
-from collections.abc import Callable
-from datetime import datetime, timezone
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import TrainerCallback
 
 from layalign.evaluation import evaluate
-from layalign.experiments.controlled.settings import ExperimentSettings, Steps, System
-from layalign.experiments.made_up.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_files
-from layalign.experiments.made_up.pretraining import encoder_config, llm_config, pretrain_encoder, pretrain_llm
-from layalign.experiments.made_up.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
+from layalign.experiments.controlled.settings import ExperimentSettings, System
+from layalign.experiments.engine import RESULT, Watch, read_done, run_folder, write_done
+from layalign.experiments.made_up.data_files import TEST, write_files
+from layalign.experiments.made_up.parts import pretrain, train_stage
+from layalign.experiments.made_up.pretraining import Budget, Progress
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.modeling.tokenization import load_tokenizers
-from layalign.training import TrainConfig, train
 from layalign.training.baselines import baseline
-from layalign.utils.errors import ArgumentError
-from layalign.utils.files import give_usual_modes, write_whole, writing
 from layalign.utils.lock import LOCK, held
-from layalign.utils.reading import read_json
 
-RESULT, LOG, PREPARED = "result.json", "log.jsonl", "prepared.json"
-_FILES = {"translation": TRANSLATION, "task": MATH}
+PREPARED = "prepared.json"
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
     """Folder of a seed's encoder and LLM."""
     return folder / "parts" / f"seed-{seed}"
-
-
-def run_folder(folder: Path, system: str, seed: int) -> Path:
-    """Folder of a run's data, checkpoints, predictions and result."""
-    return folder / "runs" / system / f"seed-{seed}"
-
-
-def read_done(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """What a finished step wrote, or None.
-
-    Raises:
-        ArgumentError: the step was done with other settings, or the file cannot be read.
-    """
-    if not path.is_file():
-        return None
-    found = read_json(path, where=f"output: {path}", error=ArgumentError)
-    if not isinstance(found, dict):
-        raise ArgumentError(f"output: {path}: expected the result of a step; remove the file to repeat the step")
-    if found.get("fingerprint") != fingerprint:
-        raise ArgumentError(
-            f"output: {path.parent} was made with other settings; use another folder or remove that one"
-        )
-    return found
 
 
 def _empty(place: Path) -> None:
@@ -75,57 +43,7 @@ def _empty(place: Path) -> None:
             path.unlink()
 
 
-def log(folder: Path, event: str, **content: Any) -> None:
-    """Append a line to the log of all runs, in one write so that lines of several processes do not mix."""
-    entry = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **content}
-    with writing(f"output: {folder / LOG}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with a + if its code has uncommitted changes; None outside a checkout."""
-    root = Path(__file__).resolve().parents[3]
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
-
-    try:
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--", "layalign") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def versions() -> dict[str, Any]:
-    """What the numbers depend on besides the settings."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return {
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def write_done(path: Path, fingerprint: str, found: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
-    """Write the result of a step with its fingerprint and versions; returns the whole content."""
-    content = {"fingerprint": fingerprint, **found, "versions": versions()}
-    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
-    return content
-
-
 # A seed's data and models
-
-
-def _every(losses: list[tuple[int, float]], interval: int) -> Callable[[int, int, float], None]:
-    def record(step: int, steps: int, loss: float) -> None:
-        if step % interval == 0 or step == steps:
-            losses.append((step, round(loss, 4)))
-
-    return record
 
 
 def prepare(settings: ExperimentSettings, folder: Path, seed: int) -> dict[str, Any]:
@@ -137,104 +55,44 @@ def prepare(settings: ExperimentSettings, folder: Path, seed: int) -> dict[str, 
 
 def _prepare(settings: ExperimentSettings, place: Path, seed: int, mark: str) -> dict[str, Any]:
     _empty(place)
-    started, languages = time.perf_counter(), settings.all_languages
-    llm_tokenizer = train_llm_tokenizer(tokenizer_texts("English", 2000, seed, answers=True))
-    texts = [text for name in languages for text in tokenizer_texts(name, 800, seed)]
-    encoder_tokenizer = train_encoder_tokenizer(texts, settings.encoder_vocabulary)
     losses: dict[str, list[tuple[int, float]]] = {"llm": [], "encoder": []}
-    seconds = {}
-    shape = llm_config(llm_tokenizer, settings.llm_size, settings.llm_layers)
-    llm = pretrain_llm(llm_tokenizer, settings.llm, seed, _every(losses["llm"], 25), shape)
-    seconds["llm"] = time.perf_counter() - started
-    wide = encoder_config(encoder_tokenizer, settings.encoder_size, settings.encoder_layers)
-    encoder = pretrain_encoder(
-        encoder_tokenizer,
-        settings.encoder,
-        seed,
-        _every(losses["encoder"], 25),
-        settings.weights(),
-        config=wide,
-    )
-    seconds["encoder"] = time.perf_counter() - started - seconds["llm"]
-    for name, model, tokenizer in (("llm", llm, llm_tokenizer), ("encoder", encoder, encoder_tokenizer)):
-        model.save_pretrained(place / name)
-        give_usual_modes(place / name)
-        tokenizer.save_pretrained(place / name)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[Progress]:
+        def record(step: int, steps: int, loss: float) -> None:
+            if step % 25 == 0 or step == steps:
+                losses[name].append((step, round(loss, 4)))
+
+        started = time.perf_counter()
+        yield record
+        seconds[name] = time.perf_counter() - started
+
+    pretrain(place, settings, settings.weights(), settings.encoder_vocabulary, seed, phase)
+    seconds["llm"] += seconds.pop("tokenizers")
     return write_done(place / PREPARED, mark, {"seed": seed, "seconds": seconds, "losses": losses})
-
-
-def _write_data(settings: ExperimentSettings, place: Path, seed: int) -> None:
-    """Write the texts of both stages and the test questions, again for every run: old files may be incomplete."""
-    count = {name: getattr(settings, name).steps * getattr(settings, name).batch for name in ("translation", "task")}
-    write_files(
-        place,
-        seed,
-        translation=(settings.trained_languages, count["translation"]),
-        task=(settings.trained_languages, count["task"]),
-        test=(settings.all_languages, settings.questions, settings.split),
-    )
 
 
 # A run
 
 
-class _Watch(TrainerCallback):
-    """Times the steps, without loading and evaluation, and keeps the losses."""
-
-    def __init__(self) -> None:
-        self.seconds, self.losses = 0.0, []  # type: ignore[var-annotated]
-
-    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.seconds += time.perf_counter() - self._started
-
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        if logs and "loss" in logs:
-            self.losses.append((state.global_step, round(float(logs["loss"]), 4)))
-
-
 def _stage(
-    settings: ExperimentSettings,
-    system: System,
-    stage: str,
-    place: Path,
-    data: Path,
-    parts: Path,
-    seed: int,
-    before: Any,
+    settings: ExperimentSettings, system: System, stage: str, place: Path, parts: Path, seed: int, before: Path | None
 ) -> dict[str, Any]:
     """Train one stage; returns its steps, seconds and losses."""
-    budget: Steps = getattr(settings, stage)
-    steps = max(1, round(budget.steps * system.steps_factor))
-    start: dict[str, Any] = {"init_checkpoint": before}
-    if before is None:
-        start = {"encoder": str(parts / "encoder"), "llm": str(parts / "llm")}
-        start.update({**baseline(system.baseline).settings, **system.settings})
-    config = TrainConfig(
-        stage=stage, task="math", data=str(data / _FILES[stage]), output_dir=str(place / stage), max_steps=steps,
-        batch_size=budget.batch, micro_batch_size=budget.batch, learning_rate=budget.learning_rate, adam_beta1=0.9,
-        dev_size=0, eval_steps=0, save_steps=0, logging_steps=10, group_by_length=True, seed=seed,
-        use_cpu=not torch.cuda.is_available(), bf16=False, resume=False, progress="quiet", **start,
+    budget: Budget = getattr(settings, stage)
+    budget, watch = replace(budget, steps=system.steps(budget)), Watch()
+    summary = train_stage(
+        stage, budget, seed, watch, parts=parts, data=place / "data", output=place / stage, before=before,
+        fields=system.model_settings, logging_steps=10, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
-    watch = _Watch()
-    summary = train(config, callbacks=[watch])
     return {
         "steps": summary.steps,
-        "examples": steps * budget.batch,
+        "examples": budget.steps * budget.batch,
         "seconds": round(watch.seconds, 2),
         "losses": watch.losses,
         "loss_after": summary.loss_after,
     }
-
-
-def _model(system: System, parts: Path, place: Path, last: str | None) -> LayAlignForCausalLM:
-    """The model to evaluate: the checkpoint of the last stage, or the untrained model."""
-    if last is not None:
-        return LayAlignForCausalLM.from_pretrained(place / last).eval()
-    fields = {**baseline(system.baseline).settings, **system.settings}
-    return LayAlignForCausalLM.from_encoder_and_llm(str(parts / "encoder"), str(parts / "llm"), **fields).eval()
 
 
 def run(settings: ExperimentSettings, folder: Path, system_name: str, seed: int) -> dict[str, Any]:
@@ -249,16 +107,24 @@ def _run(
     settings: ExperimentSettings, system: System, place: Path, parts: Path, seed: int, mark: str
 ) -> dict[str, Any]:
     _empty(place)
-    _write_data(settings, place / "data", seed)
+    # Again for every run: old files may be incomplete.
+    trained, tested = settings.trained_languages, settings.all_languages
+    write_files(
+        place / "data", settings, seed, translation=trained, task=trained, test=tested, questions=settings.questions
+    )
     stages: dict[str, Any] = {}
-    before: str | None = None
+    before: Path | None = None
     for stage in baseline(system.baseline).stages:
-        stages[stage] = _stage(settings, system, stage, place, place / "data", parts, seed, before)
-        before = str(place / stage)
-    model = _model(system, parts, place, next(reversed(stages), None))
+        stages[stage] = _stage(settings, system, stage, place, parts, seed, before)
+        before = place / stage
+    of_parts: dict[str, Any] = {"encoder": str(parts / "encoder"), "llm": str(parts / "llm")}
+    if before is None:
+        model = LayAlignForCausalLM.from_encoder_and_llm(**of_parts, **system.model_settings).eval()
+    else:
+        model = LayAlignForCausalLM.from_pretrained(before).eval()
     if torch.cuda.is_available():
         model.to("cuda")
-    tokenizers = load_tokenizers(before, encoder=str(parts / "encoder"), llm=str(parts / "llm"))
+    tokenizers = load_tokenizers(before, **of_parts)
     started = time.perf_counter()
     result = evaluate(
         model, *tokenizers, "mgsm", str(place / "data" / TEST), place / "evaluation",

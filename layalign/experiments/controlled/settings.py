@@ -1,78 +1,29 @@
-"""Settings of an experiment, read from YAML; every error names the key."""
+"""Settings of the controlled experiment."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from layalign.experiments.made_up.pretraining import Budget
 from layalign.experiments.made_up.problems import ALL_LANGUAGES
+from layalign.experiments.settings import Comparison, Run, System, digest, limited, made, presets, read
 from layalign.training.baselines import baseline
-from layalign.utils.errors import ArgumentError, refuse, shown
-from layalign.utils.moved import with_old_names
-from layalign.utils.yaml_files import read_file, read_text
+from layalign.utils.errors import ArgumentError, refuse, whole_number
 
 LEVELS = ("high", "medium", "low")
 MAX_SHARE = 1e6
-_NAME = re.compile(r"[^\W_][\w.-]*")
 _WHOLE = (
     "llm_size", "llm_layers", "encoder_size", "encoder_layers", "encoder_vocabulary", "questions", "max_new_tokens",
 )  # fmt: skip
+_PRESETS = presets(resources.files("layalign.experiments.controlled") / "presets")
 
 
-@dataclass(frozen=True)
-class Steps(Budget):
-    """The budget of a pre-training or a stage, with checks."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            _whole(name, getattr(self, name))
-        rate = self.learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1:
-            refuse("learning_rate", "a number above 0 and below 1", rate)
-
-
-@dataclass(frozen=True)
-class System:
-    """One system to compare: a baseline, possibly with changes.
-
-    Attributes:
-        name: name of its folder and on the command line.
-        baseline: one of :data:`layalign.training.baselines.BASELINES`.
-        settings: further keys of ``TrainConfig``, such as adapter_size.
-        steps_factor: factor for the steps of each stage, to train as long as another system.
-        label: name in tables; the baseline's by default.
-    """
-
-    name: str
-    baseline: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    steps_factor: float = 1.0
-    label: str = ""
-
-    def __post_init__(self) -> None:
-        # It becomes the name of a folder: "." and ".." are not allowed.
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            refuse("systems", "names of letters, digits and - _ ., with a letter or digit first", self.name)
-        factor, where = self.steps_factor, f"systems.{self.name}"
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 100:
-            refuse(f"{where}.steps_factor", "0 to 100", factor)
-        if not isinstance(self.settings, Mapping) or not all(isinstance(key, str) for key in self.settings):
-            refuse(f"{where}.settings", "a mapping of keys to values", self.settings)
-        for key in ("baseline", "label"):
-            if not isinstance(getattr(self, key), str):
-                refuse(f"{where}.{key}", "text", getattr(self, key))
-        object.__setattr__(self, "label", self.label or baseline(self.baseline).label)
-
-
-@dataclass(frozen=True)
-class ExperimentSettings:
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSettings(Comparison):
     """All settings of an experiment.
 
     Attributes:
@@ -89,15 +40,15 @@ class ExperimentSettings:
         systems: the systems to compare; the others are tested against the first.
     """
 
+    PARTS: ClassVar = {**Comparison.PARTS, **dict.fromkeys(("llm", "encoder", "translation", "task"), Budget)}
+
     languages: dict[str, list[str]]
     encoder_share: dict[str, float]
     unseen: list[str]
-    llm: Steps
-    encoder: Steps
-    translation: Steps
-    task: Steps
-    systems: list[System]
-    seeds: list[int]
+    llm: Budget
+    encoder: Budget
+    translation: Budget
+    task: Budget
     llm_size: int = 128
     llm_layers: int = 3
     encoder_size: int = 128
@@ -108,22 +59,15 @@ class ExperimentSettings:
     max_new_tokens: int = 48
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_languages(self)
         for name in _WHOLE:
-            _whole(name, getattr(self, name))
+            whole_number(name, getattr(self, name), least=1)
         if self.split not in ("test", "dev"):
             refuse("split", "test or dev", self.split)
-        whole = isinstance(self.seeds, list) and all(_is_whole(seed, 0) and seed < 2**32 for seed in self.seeds)
-        if not whole or not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            refuse("seeds", "different whole numbers from 0, below 2**32", self.seeds)
-        for name, kind in (("llm", Steps), ("encoder", Steps), ("translation", Steps), ("task", Steps)):
-            if not isinstance(getattr(self, name), kind):
+        for name in ("llm", "encoder", "translation", "task"):
+            if not isinstance(getattr(self, name), Budget):
                 refuse(name, "its steps, batch and learning_rate", getattr(self, name))
-        if not isinstance(self.systems, list) or not all(isinstance(system, System) for system in self.systems):
-            refuse("systems", "a list of systems", self.systems)
-        names = [system.name for system in self.systems]
-        if not names or len(set(names)) != len(names):
-            raise ArgumentError(f"systems: expected at least one, with different names, got {names}")
 
     @property
     def all_languages(self) -> list[str]:
@@ -144,16 +88,14 @@ class ExperimentSettings:
         """How often the encoder reads each language, relative to the others."""
         return {language: self.encoder_share[self.level(language)] for language in self.all_languages}
 
-    def system(self, name: str) -> System:
-        """The system with this name; raises ArgumentError if there is none."""
-        for system in self.systems:
-            if system.name == name:
-                return system
-        raise ArgumentError(f"only: expected some of {', '.join(s.name for s in self.systems)}, got {name!r}")
+    def runs(self, only: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Run]:
+        """Every run in order of execution: the pre-training of each seed, then system by system.
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON or YAML."""
-        return asdict(self)
+        Raises:
+            ArgumentError: a system or seed is not in the settings.
+        """
+        names = [None, *(system.name for system in self.systems)]
+        return limited([Run("", name, seed) for name in names for seed in sorted(self.seeds)], only, seeds)
 
     def fingerprint(self, system: System | None = None) -> str:
         """A hash of everything that a run of `system` depends on; without a system, that the pre-training does."""
@@ -164,80 +106,29 @@ class ExperimentSettings:
             for key in ("translation", "task", "questions", "split", "max_new_tokens", "unseen"):
                 values.pop(key)
         else:
-            # The label does not affect the run; the settings behind the baseline's name do.
-            chosen = baseline(system.baseline)
-            of_system = {"settings": with_old_names(chosen.settings), "stages": chosen.stages, **asdict(system)}
+            # The label does not affect the run.
+            of_system = {"stages": baseline(system.baseline).stages, **asdict(system)}
             values["system"] = {key: value for key, value in of_system.items() if key != "label"}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(values)
 
 
 def preset_names() -> list[str]:
     """The experiments that ship with the package."""
-    folder = resources.files("layalign.experiments.controlled") / "presets"
-    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return list(_PRESETS)
 
 
-def load_settings(source: str | Path = "controlled") -> ExperimentSettings:
-    """Load settings from a YAML file or a preset.
+def load_settings(source: str | Path = "controlled", changes: Mapping[str, Any] | None = None) -> ExperimentSettings:
+    """Load settings from a YAML file or a preset; `changes` override top-level keys.
 
     Raises:
         ArgumentError: there is no such file or preset, or a key is unknown, missing or wrong; the text names it.
     """
-    if not isinstance(source, str | Path):
-        refuse("config", "a .yaml file or the name of a preset", source)
-    path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ArgumentError(f"config: no such file: {path}")
-        return settings_from(read_file(path))
-    if str(source) in preset_names():
-        text = (resources.files("layalign.experiments.controlled") / "presets" / f"{source}.yaml").read_text(
-            encoding="utf-8"
-        )
-        return settings_from(read_text(text, f"config: {source}"))
-    refuse("config", f"a .yaml file or one of {', '.join(preset_names())}", source)
+    return settings_from(read(source, _PRESETS, changes))
 
 
 def settings_from(values: Any) -> ExperimentSettings:
     """Settings from a mapping; see :func:`load_settings`."""
-    known = _keys(ExperimentSettings, values, "")
-    for key in ("llm", "encoder", "translation", "task"):
-        known[key] = _made(Steps, known.get(key), key)
-    systems = known.get("systems")
-    if not isinstance(systems, list):
-        refuse("systems", "a list", systems)
-    known["systems"] = [_made(System, entry, "systems") for entry in systems]
-    return _made(ExperimentSettings, known, "")
-
-
-def _made(kind: Any, values: Any, where: str) -> Any:
-    known = _keys(kind, values, where)
-    try:
-        return kind(**known)
-    except ArgumentError as error:
-        raise ArgumentError(f"{where}.{error}" if where and kind is Steps else str(error)) from None
-    except TypeError as error:
-        raise ArgumentError(f"{where or 'config'}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
-
-
-def _keys(kind: Any, values: Any, where: str) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        refuse(where or "config", "a mapping of keys to values", values)
-    names = [entry.name for entry in fields(kind)]
-    for key in values:
-        if key not in names:
-            whole = f"{where + '.' if where else ''}{key if isinstance(key, str) else shown(key)}"
-            raise ArgumentError(f"{whole[:80]}: no such key, expected some of {', '.join(names)}")
-    return dict(values)
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**40
-
-
-def _whole(name: str, value: Any) -> None:
-    if not _is_whole(value, 1):
-        refuse(name, "a whole number from 1", value)
+    return made(ExperimentSettings, values)
 
 
 def _check_languages(settings: ExperimentSettings) -> None:

@@ -29,14 +29,6 @@ class Answer:
     tokens: int
 
 
-@dataclass(frozen=True)
-class Score:
-    """Score of one system in one language: chrF (0..100) of its answers, nats per token of the references."""
-
-    chrf: float
-    nats: float
-
-
 def layalign_answers(
     joined: Joined,
     questions: Mapping[str, Sequence[Example]],
@@ -86,7 +78,7 @@ def llm_answers(
     return found
 
 
-def score(answers: Sequence[Answer], examples: Sequence[Example]) -> Score:
-    """The score of answers to examples, both in the same order."""
+def score(answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
+    """chrF (0..100) of the answers, and nats per token of the references; both lists are in the same order."""
     chrf = translation_scores([answer.text for answer in answers], [e.target for e in examples], ["chrf"])["chrf"]
-    return Score(chrf, -sum(a.log_prob for a in answers) / sum(a.tokens for a in answers))
+    return {"chrf": chrf, "nats": -sum(a.log_prob for a in answers) / sum(a.tokens for a in answers)}

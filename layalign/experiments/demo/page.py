@@ -9,8 +9,10 @@ from typing import Any
 
 from layalign.data.languages import language_of
 from layalign.data.prompts import one_line
-from layalign.experiments.demo import charts, live
+from layalign.experiments import charts, pages
+from layalign.experiments.demo import live
 from layalign.experiments.demo.run import ALL_LANGUAGES, SYSTEMS, UNSEEN, by_training_text, pairs_text
+from layalign.experiments.pages import page, paragraphs
 from layalign.utils.files import write_whole
 
 _STYLE = Path(__file__).with_name("page.css")
@@ -25,25 +27,12 @@ def write_page(found: dict[str, Any], file: Path) -> None:
     """
     sections = (_head, _scores, _answers, _live, _training, _gates, _mix, _retrieval, _attention, _how)
     body = "".join(section(found) for section in sections)
-    write_whole(
-        file,
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>LayAlign demo</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE.read_text(encoding='utf-8')}</style></head><body><main>{body}</main></body></html>\n",
-    )
-
-
-def _text(*paragraphs: str, kind: str = "") -> str:
-    return "".join(f"<p{f' class={kind}' if kind else ''}>{html.escape(text)}</p>" for text in paragraphs)
+    write_whole(file, page("LayAlign demo", f"<main>{body}</main>", _STYLE.read_text(encoding="utf-8")))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
     """A table; the cells of `rows` are HTML."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="scroll">{pages.table(header, rows, kind, marked=True)}</div>'
 
 
 def _head(found: dict[str, Any]) -> str:
@@ -62,10 +51,10 @@ def _head(found: dict[str, Any]) -> str:
     millions = f"{what['trained'] / 1e6:.2f}\u00a0M", f"{what['frozen'] / 1e6:.0f}\u00a0M"
     tiles.append((millions[0], f"trained parameters; {millions[1]} are frozen"))
     cards = "".join(f"<div><b>{html.escape(big)}</b><span>{html.escape(small)}</span></div>" for big, small in tiles)
-    notes = "".join(_text(note, kind="note") for note in found["notes"])
+    notes = "".join(paragraphs(note, kind="note") for note in found["notes"])
     return (
         "<header><h1>LayAlign</h1>"
-        + _text(
+        + paragraphs(
             f"A frozen multilingual encoder ({what['encoder']}) reads a sentence in any of its languages. A small "
             f"trained bridge passes the states of every encoder layer to every layer of a frozen, English-centred "
             f"language model ({what['llm']}), which writes the English. This page was made on this machine, in "
@@ -104,7 +93,7 @@ def _scores(found: dict[str, Any]) -> str:
     header += [f"{measure}, {label}" for measure in ("chrF", "Nats per token") for label in SYSTEMS.values()]
     return (
         f"<h2>{len(found['languages'])} languages into English</h2>"
-        + _text(
+        + paragraphs(
             f"{count} sentences per language, with the same English in each. chrF (sacrebleu, 0 to 100, higher is "
             "better) compares the answer with the reference. Nats per token (lower is better) is how unlikely the "
             "reference, including its end, is for the system; it says more where no answer is right. The LLM alone "
@@ -119,7 +108,7 @@ def _scores(found: dict[str, Any]) -> str:
 def _answers(found: dict[str, Any]) -> str:
     parts = [
         "<h2>Every answer</h2>",
-        _text("All answers of greedy search, including the bad ones. Choose a language to see its sentences."),
+        paragraphs("All answers of greedy search, including the bad ones. Choose a language to see its sentences."),
     ]
     for place, name in enumerate(by_training_text(found)):
         code = language_of(name).alpha2 or language_of(name).alpha3
@@ -154,7 +143,7 @@ def _live(found: dict[str, Any]) -> str:
     trained = " and ".join(f"{number:,}" for number in curves["trained"].values())
     return (
         "<h2>Trained just now, from scratch</h2>"
-        + _text(
+        + paragraphs(
             f"Two systems with new weights and gates at zero, on the same batches: {options['steps']} steps of "
             f"{options['batch_size']} pairs from {curves['pairs']} sentence pairs in six languages, {trained} trained "
             f"parameters. Held out: {curves['held_out_pairs']} pairs whose English is not trained on. This is far too "
@@ -177,7 +166,7 @@ def _training(found: dict[str, Any]) -> str:
     ]
     return (
         "<h2>How the shipped checkpoint was trained</h2>"
-        + _text(str(about.get("what", "")))
+        + paragraphs(str(about.get("what", "")))
         + charts.line_chart(lines, "step", "dev loss, nats per token")
     )
 
@@ -188,7 +177,7 @@ def _gates(found: dict[str, Any]) -> str:
         return ""
     parts = [
         "<h2>Gates</h2>",
-        _text(
+        paragraphs(
             "The learned factor of each LLM layer's attention to the source. All started at 0. The sign says little, "
             "because the value states can change their sign too."
         ),
@@ -214,7 +203,7 @@ def _mix(found: dict[str, Any]) -> str:
     )
     return (
         "<h2>Which encoder layers each LLM layer uses</h2>"
-        + _text(
+        + paragraphs(
             "The aligner's learned weights: one row for each LLM layer, one column for each encoder layer (0: the "
             f"embeddings). Blue is positive, orange negative; full colour is {limit:.2f}."
         )
@@ -240,7 +229,7 @@ def _retrieval(found: dict[str, Any]) -> str:
     lines.append(charts.Line("lowest language", lowest, "c2", True))
     return (
         "<h2>Where the encoder aligns languages</h2>"
-        + _text(
+        + paragraphs(
             "Share of our sentences whose English translation is the nearest of 15 by the mean state of an encoder "
             "layer, after subtracting the mean of each language (chance: 7 %). The layers differ in what they encode, "
             "and the aligner may use each of them."
@@ -257,26 +246,19 @@ def _attention(found: dict[str, Any]) -> str:
     maps = []
     for slot, weights in zip(shown["slots"], shown["weights"], strict=True):
         limit = max(max(row) for row in weights)
-        picture = charts.heat_map(
-            weights, [_short(label) for label in shown["rows"]], [_short(label) for label in shown["columns"]],
-            cell=(22, 18), limit=limit, slanted=True,
-        )  # fmt: skip
+        picture = charts.heat_map(weights, shown["rows"], shown["columns"], cell=(22, 18), limit=limit, slanted=True)
         layer, gate = looks["language_layers"][slot], looks["gates"][slot]
         caption = f"LLM layer {layer}, gate {gate:+.3f}; full colour is {limit:.2f}"
         maps.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     return (
         "<h2>What the LLM attends to in the source</h2>"
-        + _text(
+        + paragraphs(
             f"{shown['language']}: “{shown['source']}” Answer: “{shown['answer'].strip()}” Rows are the answer's "
             f"tokens, columns the source's. The weights are means over heads; each row sums to 1. Shown are the "
             f"{len(maps)} layers with the largest gates."
         )
         + f'<div class="beside">{"".join(maps)}</div>'
     )
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 12 else label[:11] + "…"
 
 
 def _how(found: dict[str, Any]) -> str:

@@ -20,10 +20,10 @@ from layalign.data import Example
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.levels import resource_level
 from layalign.experiments.demo import live, models
-from layalign.experiments.demo.asking import Answer, Score, layalign_answers, llm_answers, score
+from layalign.experiments.demo.asking import Answer, layalign_answers, llm_answers, score
 from layalign.experiments.demo.looks import inside
 from layalign.experiments.demo.sentences import sentences
-from layalign.experiments.made_up.progress import Phases
+from layalign.experiments.progress import Phases
 from layalign.utils.errors import whole_number
 from layalign.utils.files import write_whole, writing
 from layalign.utils.lock import held
@@ -113,7 +113,10 @@ def _run(folder: Path, weights: Path, checkpoint: Path, options: DemoOptions, ph
         "about": joined.about,
         "notes": joined.notes,
         "models": _models(joined, checkpoint),
-        "languages": _languages(joined, questions),
+        "languages": {
+            name: {"pairs": joined.pairs_read(name), "level": resource_level(name), "sentences": len(rows)}
+            for name, rows in questions.items()
+        },
         "rows": _rows(questions, answers),
         "scores": _scores(joined, questions, answers),
         "inside": looks,
@@ -190,13 +193,6 @@ def _models(joined: models.Joined, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _languages(joined: models.Joined, questions: dict[str, list[Example]]) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"pairs": joined.pairs_read(name), "level": resource_level(name), "sentences": len(rows)}
-        for name, rows in questions.items()
-    }
-
-
 def _rows(
     questions: dict[str, list[Example]], answers: dict[str, dict[str, list[Answer]]]
 ) -> dict[str, list[dict[str, str]]]:
@@ -221,15 +217,12 @@ def _scores(
     unseen = [name for name in questions if joined.pairs_read(name) == 0]
     for system in SYSTEMS:
         own = {name: score(answers[system][name], rows) for name, rows in questions.items()}
-        found[system] = {name: asdict(each) for name, each in own.items()}
+        found[system] = dict(own)
         for group, names in ((ALL_LANGUAGES, list(questions)), (UNSEEN, unseen)):
             if names:
-                found[system][group] = asdict(
-                    Score(
-                        sum(own[name].chrf for name in names) / len(names),
-                        sum(own[name].nats for name in names) / len(names),
-                    )
-                )
+                found[system][group] = {
+                    measure: sum(own[name][measure] for name in names) / len(names) for measure in ("chrf", "nats")
+                }
     return found
 
 

@@ -16,8 +16,9 @@ import typer
 
 from layalign.data.languages import language_of
 from layalign.experiments.demo.models import ABOUT, SHIPPED
+from layalign.experiments.engine import run_folder
 from layalign.experiments.real.data import read_data
-from layalign.experiments.real.runs import TRAINED, run_folder, steps_of, work_folder
+from layalign.experiments.real.runs import TRAINED, work_folder
 from layalign.experiments.real.settings import RealSettings, load_settings
 from layalign.experiments.weights.hub import MODELS
 from layalign.modeling.encoders import load_encoder, load_llm
@@ -67,7 +68,7 @@ def ship(
     if (run / GATES).is_file():
         shutil.copyfile(run / GATES, folder / GATES)
     labels = {name: settings.system(name).label for name in trained}
-    steps, scheduled = trained[system]["steps"], steps_of(settings, settings.system(system))
+    steps, scheduled = trained[system]["steps"], settings.system(system).steps(settings)
     taken = f"{steps:,}" if steps == scheduled else f"{steps:,} of {scheduled:,}"
     about = {
         "what": f"{taken} steps of {settings.batch} pairs, learning rate {trained[system]['learning_rate']:g}; "

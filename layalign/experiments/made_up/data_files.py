@@ -6,53 +6,44 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from layalign.experiments.made_up.problems import LANGUAGES, generate_problems, generate_sentences, table
-from layalign.experiments.made_up.settings import DemoSettings
+from layalign.experiments.made_up.problems import generate_problems, generate_sentences, table
 
 TRANSLATION, MATH, TEST = "translation", "math", "mgsm"
 
 
-def write_data(folder: Path, settings: DemoSettings, seed: int) -> dict[str, int]:
-    """Write the demo's files; returns the number of lines of each."""
-    languages = [language for language in LANGUAGES if language != "English"]
-    return write_files(
-        folder,
-        seed,
-        translation=(languages, settings.translation.steps * settings.translation.batch),
-        task=(settings.task_languages, settings.task.steps * settings.task.batch),
-        test=(LANGUAGES, settings.problems_per_language, settings.split),
-    )
-
-
 def write_files(
     folder: Path,
+    settings: Any,
     seed: int,
     *,
-    translation: tuple[Sequence[str], int],
-    task: tuple[Sequence[str], int],
-    test: tuple[Sequence[str], int, str],
+    translation: Sequence[str],
+    task: Sequence[str],
+    test: Sequence[str],
+    questions: int,
 ) -> dict[str, int]:
     """Write `translation/train.jsonl`, `math/train.jsonl` and `mgsm/mgsm_XX.tsv`.
 
     Args:
         folder: created if needed.
+        settings: settings with the budgets of both stages, and the split of the questions ("test" or "dev").
         seed: seed of the draws.
-        translation, task: languages of a stage, and their total number of examples.
-        test: languages, questions in each, and their split ("test" or "dev").
+        translation, task, test: languages of a stage, and of the questions.
+        questions: questions in each language.
 
     Returns:
         The number of lines of each.
     """
+    pairs, problems = (budget.steps * budget.batch for budget in (settings.translation, settings.task))
     counts = {
-        TRANSLATION: _write_jsonl(folder / TRANSLATION / "train.jsonl", _pairs(*translation, seed)),
-        MATH: _write_jsonl(folder / MATH / "train.jsonl", _problems(*task, seed)),
+        TRANSLATION: _write_jsonl(folder / TRANSLATION / "train.jsonl", _pairs(translation, pairs, seed)),
+        MATH: _write_jsonl(folder / MATH / "train.jsonl", _problems(task, problems, seed)),
         TEST: 0,
     }
     (folder / TEST).mkdir(parents=True, exist_ok=True)
-    languages, count, split = test
-    for language in languages:
-        rows = generate_problems(split, count, language, seed)
+    for language in test:
+        rows = generate_problems(settings.split, questions, language, seed)
         text = "".join(f"{problem.question}\t{problem.number}\n" for problem in rows)
         (folder / TEST / f"mgsm_{table(language)['code']}.tsv").write_text(text, encoding="utf-8")
         counts[TEST] += len(rows)

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from layalign.evaluation import EvaluationResult, evaluate, llm_alone
-from layalign.experiments.made_up.data_files import MATH, TEST, TRANSLATION, tokenizer_texts, write_data
-from layalign.experiments.made_up.pretraining import (
-    Progress,
-    demo_weights,
-    encoder_config,
-    llm_config,
-    pretrain_encoder,
-    pretrain_llm,
-)
+from layalign.experiments.made_up.data_files import TEST, write_files
+from layalign.experiments.made_up.parts import pretrain, train_stage
+from layalign.experiments.made_up.pretraining import Progress, demo_weights
 from layalign.experiments.made_up.problems import LANGUAGES, LOW_RESOURCE
-from layalign.experiments.made_up.progress import Phases, StepCallback
 from layalign.experiments.made_up.settings import DemoSettings
-from layalign.experiments.made_up.vocabulary import train_encoder_tokenizer, train_llm_tokenizer
+from layalign.experiments.pages import terminal_table
+from layalign.experiments.progress import Phases, StepCallback
 from layalign.modeling.model import LayAlignForCausalLM
-from layalign.training import TrainConfig, train
-from layalign.utils.files import give_usual_modes, write_whole
+from layalign.utils.files import write_whole
 from layalign.utils.lock import held
 
 # The systems and their names in tables. The adapter alone has no aligner and no gates.
 SYSTEMS = {"llm": "LLM alone", "adapter": "last-layer adapter alone", "layalign": "LayAlign"}
 _MAX_NEW_TOKENS = 48
+_VOCABULARY = 1600  # of the encoder
 
 
 @dataclass
@@ -83,7 +77,11 @@ def _run(demo: Demo) -> dict[str, Any]:
     from layalign.experiments.made_up.report import write_report
 
     with demo.phases.phase("data"):
-        counts = write_data(demo.folder / "data", demo.settings, demo.seed)
+        languages = [language for language in LANGUAGES if language != "English"]
+        counts = write_files(
+            demo.folder / "data", demo.settings, demo.seed, translation=languages, task=demo.settings.task_languages,
+            test=LANGUAGES, questions=demo.settings.problems_per_language,
+        )  # fmt: skip
     llm_tokenizer, encoder_tokenizer = _pretrain(demo)
     trained = {name: _train(demo, name) for name in ("adapter", "layalign")}
     _evaluate_all(demo, trained, (encoder_tokenizer, llm_tokenizer))
@@ -102,37 +100,29 @@ def _run(demo: Demo) -> dict[str, Any]:
 # Pre-training
 
 
-def recorder(losses: list[tuple[int, float]], show: Progress) -> Progress:
-    """A callback that shows a step and records its loss."""
+@contextmanager
+def _phase(demo: Demo, name: str, losses: str) -> Iterator[Progress]:
+    """A phase of training, whose losses are recorded."""
+    with demo.phases.phase(name) as show:
 
-    def record(step: int, steps: int, loss: float) -> None:
-        losses.append((step, loss))
-        show(step, steps, loss)
+        def record(step: int, steps: int, loss: float) -> None:
+            demo.losses.setdefault(losses, []).append((step, loss))
+            show(step, steps, loss)
 
-    return record
+        yield record
 
 
 def _pretrain(demo: Demo) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """Train tokenizers and models, saved to `llm/` and `encoder/`; returns the tokenizers of (LLM, encoder)."""
-    settings, seed = demo.settings, demo.seed
-    with demo.phases.phase("tokenizers"):
-        llm_tokenizer = train_llm_tokenizer(tokenizer_texts("English", 2000, seed, answers=True))
-        encoder_tokenizer = train_encoder_tokenizer([t for name in LANGUAGES for t in tokenizer_texts(name, 800, seed)])
-    with demo.phases.phase("LLM, English only") as show:
-        record = recorder(demo.losses.setdefault("LLM", []), show)
-        config = llm_config(llm_tokenizer, settings.llm_size, settings.llm_layers)
-        llm = pretrain_llm(llm_tokenizer, settings.llm, seed, record, config)
-    with demo.phases.phase("encoder, all languages") as show:
-        record = recorder(demo.losses.setdefault("encoder", []), show)
-        shape = encoder_config(encoder_tokenizer, settings.encoder_size, settings.encoder_layers)
-        encoder = pretrain_encoder(
-            encoder_tokenizer, settings.encoder, seed, record, demo_weights(settings.low_resource_share), config=shape
-        )
-    for name, model, tokenizer in (("llm", llm, llm_tokenizer), ("encoder", encoder, encoder_tokenizer)):
-        model.save_pretrained(demo.folder / name)
-        give_usual_modes(demo.folder / name)
-        tokenizer.save_pretrained(demo.folder / name)
-    return llm_tokenizer, encoder_tokenizer
+    names = {
+        "tokenizers": ("tokenizers", ""),
+        "llm": ("LLM, English only", "LLM"),
+        "encoder": ("encoder, all languages", "encoder"),
+    }
+    weights = demo_weights(demo.settings.low_resource_share)
+    return pretrain(
+        demo.folder, demo.settings, weights, _VOCABULARY, demo.seed, lambda name: _phase(demo, *names[name])
+    )
 
 
 # LayAlign
@@ -141,25 +131,15 @@ def _pretrain(demo: Demo) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerB
 def _train(demo: Demo, system: str) -> LayAlignForCausalLM:
     """Train both stages of a system with the library's `train`, from the files."""
     checkpoint = None
-    stages = (("translation", TRANSLATION, demo.settings.translation), ("task", MATH, demo.settings.task))
-    for stage, files, budget in stages:
-        label = f"{SYSTEMS[system]}, {stage}"
-        folder = demo.folder / system / stage
-        start: dict[str, Any] = {"init_checkpoint": checkpoint}
-        if checkpoint is None:
-            start = {"encoder": str(demo.folder / "encoder"), "llm": str(demo.folder / "llm")}
-            start["language_layers"] = [] if system == "adapter" else None
-        config = TrainConfig(
-            stage=stage, task="math", data=str(demo.folder / "data" / files),
-            output_dir=str(folder), max_steps=budget.steps, batch_size=budget.batch, micro_batch_size=budget.batch,
-            learning_rate=budget.learning_rate, adam_beta1=0.9, dev_size=0, eval_steps=0, save_steps=0, logging_steps=5,
-            group_by_length=True, seed=demo.seed, use_cpu=True, bf16=False, resume=False, progress="quiet",
-            **start,
-        )  # fmt: skip
-        with demo.phases.phase(label) as show:
-            record = recorder(demo.losses.setdefault(label, []), show)
-            train(config, callbacks=[StepCallback(record)])
-        checkpoint = str(folder)
+    for stage, budget in (("translation", demo.settings.translation), ("task", demo.settings.task)):
+        label, output = f"{SYSTEMS[system]}, {stage}", demo.folder / system / stage
+        with _phase(demo, label, label) as record:
+            train_stage(
+                stage, budget, demo.seed, StepCallback(record), parts=demo.folder, data=demo.folder / "data",
+                output=output, before=checkpoint, fields={"language_layers": [] if system == "adapter" else None},
+                logging_steps=5, use_cpu=True,
+            )  # fmt: skip
+        checkpoint = output
     return LayAlignForCausalLM.from_pretrained(checkpoint).eval()
 
 
@@ -192,7 +172,7 @@ def _found(demo: Demo, counts: dict[str, int], model: LayAlignForCausalLM) -> di
     layers = model.config.encoder_layers or []
     return {
         "seed": demo.seed,
-        "settings": demo.settings.to_dict(),
+        "settings": asdict(demo.settings),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -229,18 +209,11 @@ def averages(scores: dict[str, dict[str, Any]], task_languages: tuple[str, ...])
     return means
 
 
-def result_table(found: dict[str, Any]) -> Table:
+def result_table(found: dict[str, Any]) -> Any:
     """The table for the terminal: a row per language and average, a column per system."""
-    count = found["settings"]["problems_per_language"]
-    table = Table(title=f"accuracy %, {count} {found['settings']['split']} problems per language, seed {found['seed']}")
-    table.add_column("language")
-    for label in SYSTEMS.values():
-        table.add_column(label, justify="right")
-    for name, *cells in table_rows(found):
-        if name == "average: all":
-            table.add_section()
-        table.add_row(name, *cells)
-    return table
+    settings = found["settings"]
+    title = f"accuracy %, {settings['problems_per_language']} {settings['split']} problems per language"
+    return terminal_table(f"{title}, seed {found['seed']}", [["language", *SYSTEMS.values()], *table_rows(found)])
 
 
 def table_rows(found: dict[str, Any]) -> list[list[str]]:

@@ -32,8 +32,10 @@ from transformers import (
 from layalign.data.prompts import math_prompt
 from layalign.experiments.made_up.problems import LANGUAGES, LOW_RESOURCE, generate_problems, generate_sentences
 from layalign.modeling.tokenization import encode_texts
+from layalign.utils.errors import finite_number, refuse, whole_number
 
 IGNORE = -100
+_DENOISING = 0.15  # share of the encoder's examples that are span corruption
 # Called after every step with (step, steps, loss).
 Progress = Callable[[int, int, float], None]
 # Letters for unreadable text: Latin with accents, Cyrillic, Bengali, Chinese.
@@ -48,6 +50,12 @@ class Budget:
     steps: int
     batch: int
     learning_rate: float
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            whole_number(name, getattr(self, name), least=1)
+        if not 0 < finite_number("learning_rate", self.learning_rate, "a number above 0 and below 1") < 1:
+            refuse("learning_rate", "a number above 0 and below 1", self.learning_rate)
 
 
 def drill(rng: random.Random) -> str:
@@ -144,7 +152,7 @@ def fit(model: nn.Module, batches: Iterator[Batch], budget: Budget, progress: Pr
     model.eval()
 
 
-def llm_config(tokenizer: PreTrainedTokenizerFast, size: int = 144, layers: int = 4) -> LlamaConfig:
+def llm_config(tokenizer: PreTrainedTokenizerFast, size: int, layers: int) -> LlamaConfig:
     """The tiny LLM: a Llama with grouped-query attention, like large ones."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -162,11 +170,11 @@ def llm_config(tokenizer: PreTrainedTokenizerFast, size: int = 144, layers: int 
 
 
 def pretrain_llm(
-    tokenizer: PreTrainedTokenizerFast, budget: Budget, seed: int, progress: Progress, config: LlamaConfig | None = None
+    tokenizer: PreTrainedTokenizerFast, budget: Budget, seed: int, progress: Progress, config: LlamaConfig
 ) -> LlamaForCausalLM:
     """A Llama trained from scratch on English."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config or llm_config(tokenizer))
+    model = LlamaForCausalLM(config)
     documents = llm_documents(tokenizer, budget.steps * budget.batch, seed)
     rng = random.Random(f"llm {seed}")
 
@@ -184,7 +192,7 @@ def pretrain_llm(
     return model
 
 
-def encoder_config(tokenizer: PreTrainedTokenizerFast, size: int = 128, layers: int = 4) -> M2M100Config:
+def encoder_config(tokenizer: PreTrainedTokenizerFast, size: int, layers: int) -> M2M100Config:
     """The tiny M2M100: its encoder is used, its shallow decoder only serves to train it."""
     return M2M100Config(
         vocab_size=len(tokenizer),
@@ -265,16 +273,15 @@ def pretrain_encoder(
     seed: int,
     progress: Progress,
     weights: Mapping[str, float],
-    denoising: float = 0.15,
-    config: M2M100Config | None = None,
+    config: M2M100Config,
 ) -> M2M100ForConditionalGeneration:
     """An M2M100 trained to translate the languages of `weights` into English.
 
-    A share `denoising` of its examples are span corruption instead. It reads short sentences for the first 40% of its
+    Some of its examples are span corruption instead. It reads short sentences for the first 40% of its
     steps, because words are easy to align in them.
     """
     torch.manual_seed(seed + 1)
-    model = M2M100ForConditionalGeneration(config or encoder_config(tokenizer))
+    model = M2M100ForConditionalGeneration(config)
     rng = random.Random(f"encoder {seed}")
     end = tokenizer.eos_token_id
     sentinels = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(8)]
@@ -286,7 +293,7 @@ def pretrain_encoder(
         targets = encode_texts(tokenizer, [target for _, target in pairs])
         rows = [
             corrupt(source.ids, sentinels, end, rng)
-            if rng.random() < denoising
+            if rng.random() < _DENOISING
             else ([*source.ids, end], [*target.ids, end])
             for source, target in zip(sources, targets, strict=True)
         ]

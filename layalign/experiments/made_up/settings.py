@@ -7,8 +7,7 @@ which solved 99.6% of the English dev problems.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from layalign.experiments.made_up.pretraining import Budget
 from layalign.experiments.made_up.problems import LANGUAGES
@@ -58,7 +57,3 @@ class DemoSettings:
             task=Budget(8, 8, 1.5e-3),
             problems_per_language=4,
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)

@@ -68,7 +68,7 @@ def train_llm_tokenizer(texts: Iterable[str], vocab_size: int = 700) -> PreTrain
     )
 
 
-def train_encoder_tokenizer(texts: Iterable[str], vocab_size: int = 1600) -> PreTrainedTokenizerFast:
+def train_encoder_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """The encoder's tokenizer, from text in all languages; `</s>` ends every text, as in M2M100."""
     sentinels = [f"<extra_id_{i}>" for i in range(8)]
     tokenizer = _byte_level_bpe(texts, vocab_size, ["<pad>", "</s>", *sentinels])

@@ -15,6 +15,7 @@ from layalign.data.languages import find_language, language_of
 from layalign.data.readers import load_examples
 from layalign.data.sentences import sentence_key
 from layalign.experiments.real.settings import RealSettings
+from layalign.experiments.settings import digest
 from layalign.utils.errors import ArgumentError
 
 _SPLIT_SEED = 0
@@ -52,12 +53,7 @@ class RealData:
     @property
     def test_mark(self) -> str:
         """A fingerprint of all of the text."""
-        return mark_of(self.facts)
-
-
-def mark_of(facts: Any) -> str:
-    """See :attr:`RealData.test_mark`."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.facts)
 
 
 def read_data(settings: RealSettings) -> RealData:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from layalign.experiments.analysis import plots
 from layalign.experiments.analysis.result import METRICS, AnalysisResult
-from layalign.experiments.controlled.report import markdown_table
+from layalign.experiments.pages import markdown_table, png
 from layalign.experiments.real.ablation import SETS
 from layalign.experiments.real.data import language_name
 from layalign.utils.files import write_whole
 from layalign.utils.pages import replaced
 from layalign.utils.reading import read_json
 
+PAGE = "report.md"
 _GROUPS = ("all", "seen", "unseen", "high", "medium", "low")
 
 
@@ -40,7 +45,13 @@ def main_rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def headline(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """Title and rows of the main table."""
+    return "test sentences of Tatoeba, mean over languages and seeds [95% interval]", main_rows(found)
+
+
 def _group_rows(found: dict[str, Any], domain: str, measure: str) -> list[list[str]]:
+    """A measure on a domain (NTREX: news, which are not in training), by group of languages."""
     groups = [group for group in _GROUPS if group in found["groups"][domain]]
     rows = [["system", *(f"{group} ({len(found['groups'][domain][group])})" for group in groups)]]
     for system in found["systems"].values():
@@ -49,21 +60,6 @@ def _group_rows(found: dict[str, Any], domain: str, measure: str) -> list[list[s
         if any(values):
             rows.append([system["label"], *(_cell(value, _digits(measure)) for value in values)])
     return rows
-
-
-def nats_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Nats per token by group of languages."""
-    return _group_rows(found, "tatoeba", "nats")
-
-
-def chrf_rows(found: dict[str, Any]) -> list[list[str]]:
-    """chrF by group of languages."""
-    return _group_rows(found, "tatoeba", "chrf")
-
-
-def domain_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Nats per token on news, a domain that is not in training."""
-    return _group_rows(found, "ntrex", "nats")
 
 
 def difference_rows(found: dict[str, Any]) -> list[list[str]]:
@@ -114,16 +110,8 @@ def language_rows(found: dict[str, Any]) -> list[list[str]]:
 def training_rows(found: dict[str, Any]) -> list[list[str]]:
     """Header, then a row per trained system: its parameters, the dev loss of each learning rate, and the choice."""
     rates = [f"{rate:g}" for rate in found["settings"]["learning_rates"]]
-    after = found["settings"]["choice_steps"]
-    rows = [
-        [
-            "system",
-            "trained parameters",
-            *(f"dev at {rate}, step {after}" for rate in rates),
-            "chosen",
-            "dev at the end",
-        ]
-    ]
+    tried = [f"dev at {rate}, step {found['settings']['choice_steps']}" for rate in rates]
+    rows = [["system", "trained parameters", *tried, "chosen", "dev at the end"]]
     for system in found["systems"].values():
         runs = list(system["training"].values())
         if runs:
@@ -165,13 +153,13 @@ def _ablated(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {system["label"]: system["ablation"] for system in found["systems"].values() if "ablation" in system}
 
 
-TABLES = {
+TABLES: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "parts": part_rows,
     "main": main_rows,
     "differences": difference_rows,
-    "nats": nats_rows,
-    "chrf": chrf_rows,
-    "news": domain_rows,
+    "nats": partial(_group_rows, domain="tatoeba", measure="nats"),
+    "chrf": partial(_group_rows, domain="tatoeba", measure="chrf"),
+    "news": partial(_group_rows, domain="ntrex", measure="nats"),
     "xnli": xnli_rows,
     "languages": language_rows,
     "representations": representation_rows,
@@ -213,9 +201,6 @@ def state(found: dict[str, Any]) -> str:
 
 def curves(found: dict[str, Any]) -> bytes:
     """Dev loss over training, a line per run."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 4.5))
     axis = figure.subplots()
     for colour, system in zip(colormaps["tab20"](range(20)), found["systems"].values(), strict=False):
@@ -225,13 +210,11 @@ def curves(found: dict[str, Any]) -> bytes:
     axis.set(xlabel="step", ylabel="dev loss, nats per token")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure, metadata={"Software": None})
 
 
 def parts(ablated: dict[str, dict[str, Any]]) -> bytes:
     """Gates, and the loss without each LLM layer's gated term, for each ablated system."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 2.6 * len(ablated)))
     for row, (label, of) in zip(figure.subplots(len(ablated), 2, squeeze=False), ablated.items(), strict=True):
         layers = [int(layer) for layer in of["LLM layers"]]
@@ -240,13 +223,11 @@ def parts(ablated: dict[str, dict[str, Any]]) -> bytes:
         row[0].set(title=label, xlabel="LLM layer", ylabel="gate")
         row[1].set(title="without this layer's gated term", xlabel="LLM layer", ylabel="increase of nats per token")
     figure.tight_layout()
-    return _png(figure)
+    return png(figure, metadata={"Software": None})
 
 
 def layers(system: dict[str, Any]) -> bytes:
     """By encoder layer: retrieval of English, similarity of a sentence's tokens, mix weight, and loss without it."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(13, 3), layout="constrained")
     zero, one, two, three = figure.subplots(1, 4)
     for axis, name, factor in ((zero, "encoder retrieval", 100), (one, "token likeness", 1)):
@@ -266,13 +247,7 @@ def layers(system: dict[str, Any]) -> bytes:
     for axis in (zero, one, two, three):
         axis.set(xlabel="encoder layer (0: embeddings)")
         axis.grid(alpha=0.3)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure, metadata={"Software": None})
 
 
 def pictures(found: dict[str, Any]) -> dict[str, Callable[[], bytes]]:
@@ -282,13 +257,12 @@ def pictures(found: dict[str, Any]) -> dict[str, Callable[[], bytes]]:
         made["parts"] = lambda: parts(ablated)
     looked = next((system for system in found["systems"].values() if "looks" in system), None)
     if looked is not None and looked["looks"]["analysis"]["mix"] is not None:
-        from layalign.experiments.analysis import plots
-
         if "ablation" in looked:
             made["layers"] = lambda: layers(looked)
         result = _analysis(looked)
-        made["mix"] = lambda: plots.mix_picture(result)
-        made["gates"] = lambda: plots.gate_picture(result)
+        mix, gates, own = result.mix, result.gates or [], result.language_layers
+        made["mix"] = lambda: plots.mix_picture(mix or {}, own, result.encoder_layers)
+        made["gates"] = lambda: plots.gate_picture(gates, own, result.gate_history)
         made["similarity"] = lambda: plots.similarity_picture(result)
         made["tsne"] = lambda: plots.projection_picture(result, "tsne")
     return made

@@ -16,15 +16,15 @@ import numpy as np
 
 from layalign.evaluation.levels import resource_level
 from layalign.evaluation.translation import score_of
-from layalign.experiments.controlled.runs import read_done
+from layalign.experiments.engine import RESULT, collect, read_done, read_if_there, run_folder
 from layalign.experiments.real.ablation import ABLATION
-from layalign.experiments.real.data import language_name, mark_of
+from layalign.experiments.real.data import language_name
 from layalign.experiments.real.looks import LOOKS
-from layalign.experiments.real.runs import CHOICE, RESULT, TRAINED, named, run_folder
+from layalign.experiments.real.runs import CHOICE, TRAINED, named
 from layalign.experiments.real.schedule import DATA
 from layalign.experiments.real.settings import RealSettings
 from layalign.experiments.real.task import SUFFIX
-from layalign.experiments.real.task import system_of as task_system
+from layalign.experiments.settings import digest
 from layalign.utils.errors import ArgumentError
 from layalign.utils.files import write_whole
 from layalign.utils.reading import read_json
@@ -43,26 +43,6 @@ def groups_of(settings: RealSettings, codes: Sequence[str]) -> dict[str, list[st
     found["unseen"] = [code for code in codes if language_name(code) in unseen]
     found["seen"] = [code for code in codes if language_name(code) not in unseen]
     return {name: group for name, group in found.items() if group}
-
-
-def collect(settings: RealSettings, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """The results of all finished runs, by system and seed.
-
-    Raises:
-        ArgumentError: a run was made with other settings or other text, or there is no run.
-    """
-    facts = read_json(folder / DATA, where=f"output: {folder / DATA}", error=ArgumentError)
-    mark = mark_of(facts)
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for system in settings.systems:
-        for seed in settings.seeds_of(system):
-            place = run_folder(folder, system.name, seed)
-            done = read_done(place / RESULT, settings.test_fingerprint(system, mark))
-            if done is not None:
-                found.setdefault(system.name, {})[seed] = done
-    if not found:
-        raise ArgumentError(f"output: no finished run in {folder}")
-    return found
 
 
 class _Scores:
@@ -127,8 +107,18 @@ def _cell(values: Any) -> dict[str, float]:
 
 
 def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
-    """Everything that the page needs, as JSON values."""
-    runs = collect(settings, folder)
+    """Everything that the page needs, as JSON values.
+
+    Raises:
+        ArgumentError: a run was made with other settings or other text, or there is no run.
+    """
+    facts = read_json(folder / DATA, where=f"output: {folder / DATA}", error=ArgumentError)
+    mark = digest(facts)
+    runs = collect(
+        settings, folder, lambda place, system: read_done(place / RESULT, settings.test_fingerprint(system, mark))
+    )
+    if not runs:
+        raise ArgumentError(f"output: no finished run in {folder}")
     systems: dict[str, Any] = {
         name: {"label": settings.system(name).label, "seeds": sorted(of_system)} for name, of_system in runs.items()
     }
@@ -136,14 +126,17 @@ def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
     for domain in DOMAINS:
         groups[domain] = _add(systems, runs, domain, settings, settings.systems[0].name)
     task: dict[str, Any] = {}
-    if settings.task is not None and (of_task := collect_task(settings, folder)):
+    # The runs of the task stage are not compared with the settings, because that needs the text. A rerun compares them.
+    of_task = settings.task and collect(
+        settings.task, folder, lambda place, system: read_if_there(place / named(RESULT, SUFFIX))
+    )
+    if settings.task is not None and of_task:
         task = {
-            name: {"label": task_system(settings, name).label, "seeds": sorted(found)}
-            for name, found in of_task.items()
+            name: {"label": settings.task.system(name).label, "seeds": sorted(found)} for name, found in of_task.items()
         }
         groups["xnli"] = _add(task, of_task, "xnli", settings, settings.task.systems[0].name)
     for name, entry in systems.items():
-        trained = [_read(run_folder(folder, name, seed) / TRAINED) for seed in entry["seeds"]]
+        trained = [read_if_there(run_folder(folder, name, seed) / TRAINED) for seed in entry["seeds"]]
         entry["training"] = {
             str(seed): {key: t[key] for key in _OF_TRAINING}
             for seed, t in zip(entry["seeds"], trained, strict=True)
@@ -151,22 +144,19 @@ def summarise(settings: RealSettings, folder: Path) -> dict[str, Any]:
         }
         first = run_folder(folder, name, entry["seeds"][0])
         for key, file in (("ablation", ABLATION), ("looks", LOOKS)):
-            if (found := _read(first / file)) is not None:
+            if (found := read_if_there(first / file)) is not None:
                 entry[key] = {part: value for part, value in found.items() if part not in ("fingerprint", "versions")}
-        choice = _read(folder / "runs" / name / CHOICE)
+        choice = read_if_there(folder / "runs" / name / CHOICE)
         entry["choice"] = choice and {rate: tried["dev_loss"] for rate, tried in choice["tried"].items()}
     done = {("translation", name, seed) for name, entry in systems.items() for seed in entry["seeds"]}
     done |= {("task", name, seed) for name, entry in task.items() for seed in entry["seeds"]}
-    missing = [
-        f"{stage}, {name}, seed {seed}" for stage, name, seed in settings.runs() if (stage, name, seed) not in done
-    ]
     return {
         "settings": {key: value for key, value in settings.to_dict().items() if key not in ("weights", "data")},
-        "data": read_json(folder / DATA, where="output", error=ArgumentError),
+        "data": facts,
         "groups": groups,
         "systems": systems,
         "task": task,
-        "missing": missing,
+        "missing": [run.name for run in settings.runs() if run not in done],
     }
 
 
@@ -186,19 +176,6 @@ def _add(
     for name, of_system in scores.items():
         systems[name][domain] = _of_domain(of_system, groups, scores.get(first) if name != first else None)
     return groups
-
-
-def collect_task(settings: RealSettings, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """The results of the task stage's finished runs, by system and seed.
-
-    They are not compared with the settings, because that needs the text. Rerunning the experiment compares them.
-    """
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for _, name, seed in settings.runs(stage="task"):
-        done = _read(run_folder(folder, name, seed) / named(RESULT, SUFFIX))
-        if done is not None:
-            found.setdefault(name, {})[seed] = done
-    return found
 
 
 def _of_domain(
@@ -229,10 +206,6 @@ def _of_domain(
 
 def _mean(of_run: Mapping[str, Any], codes: Sequence[str], measure: str) -> Any:
     return np.mean([of_run[code][measure] for code in codes], axis=0)
-
-
-def _read(path: Path) -> Any:
-    return read_json(path, where=f"output: {path}", error=ArgumentError) if path.is_file() else None
 
 
 def write_results(settings: RealSettings, folder: Path) -> dict[str, Any]:

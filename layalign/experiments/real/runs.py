@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from layalign.data import Example
 from layalign.evaluation.answering import LlmAnswers, ModelAnswers, llm_alone
-from layalign.experiments.controlled.runs import log, read_done, write_done
+from layalign.experiments.engine import RESULT, Watch, log, read_done, run_folder, write_done
 from layalign.experiments.real.data import RealData, as_text
 from layalign.experiments.real.measures import collators, measure
-from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
+from layalign.experiments.real.settings import RealSettings, RealSystem, StageSettings
 from layalign.modeling.model import LayAlignForCausalLM
 from layalign.modeling.tokenization import encode_texts, load_tokenizers
 from layalign.training import TrainConfig, train
@@ -32,14 +32,9 @@ from layalign.utils.errors import ArgumentError
 from layalign.utils.lock import held
 from layalign.utils.reading import read_json
 
-CHOICE, TRAINED, RESULT = "choice.json", "trained.json", "result.json"
+CHOICE, TRAINED = "choice.json", "trained.json"
 SAVE_STEPS = 50
 LONGEST_PROMPT = 2048  # tokens; enough for five examples in a script that the LLM's tokenizer splits into bytes
-
-
-def run_folder(folder: Path, system: str, seed: int) -> Path:
-    """Folder of a run's small files."""
-    return folder / "runs" / system / f"seed-{seed}"
 
 
 def work_folder(folder: Path, system: str, seed: int, rate: float, suffix: str = "") -> Path:
@@ -59,8 +54,7 @@ class Stage:
     Attributes:
         suffix: suffix of its files' names; "" in the translation stage.
         system: the system.
-        steps, choice_steps, rates: see the settings.
-        seeds: seeds of its runs.
+        settings: settings of the stage.
         train, dev: the examples, as the system reads them.
         lengths: one number per training example to group batches by; the same for all systems.
         config: returns the training configuration for (seed, learning rate, folder, dtype).
@@ -71,10 +65,7 @@ class Stage:
 
     suffix: str
     system: RealSystem
-    steps: int
-    choice_steps: int
-    rates: Sequence[float]
-    seeds: Sequence[int]
+    settings: StageSettings
     train: Sequence[Example]
     dev: Sequence[Example]
     lengths: Sequence[int]
@@ -86,11 +77,14 @@ class Stage:
 
 def translation(settings: RealSettings, system: RealSystem, data: RealData) -> Stage:
     """The translation stage of a system."""
-    steps, seeds = steps_of(settings, system), settings.seeds_of(system)
+    own: dict[str, Any] = {
+        "stage": "task" if system.reads_text else "translation", "max_target_length": settings.max_length,
+        "max_prompt_length": settings.max_length + 8,
+    }  # fmt: skip
     return Stage(
-        "", system, steps, settings.choice_steps, system.learning_rates or settings.learning_rates, seeds,
-        read_by(system, data.train), read_by(system, data.dev), token_counts(settings, data.train, settings.max_length),
-        lambda seed, rate, output, dtype: train_config(settings, system, seed, rate, output, dtype),
+        "", system, settings, read_by(system, data.train), read_by(system, data.dev),
+        token_counts(settings, data.train, settings.max_length),
+        lambda *run: train_config(settings, settings, system, *run, **own),
         settings.dtype_of(system), lambda seed: {}, settings.fingerprint(system, data.mark),
     )  # fmt: skip
 
@@ -106,43 +100,20 @@ class _PauseAt(TrainerCallback):
             control.should_save = control.should_evaluate = control.should_training_stop = True
 
 
-class _Seconds(TrainerCallback):
-    """Counts the CPU seconds of the steps, without loading and evaluation."""
-
-    def __init__(self) -> None:
-        self.steps, self.seconds = 0, 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self._started = time.process_time()
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.steps, self.seconds = self.steps + 1, self.seconds + time.process_time() - self._started
-
-
-def steps_of(settings: RealSettings | TaskSettings, system: RealSystem) -> int:
-    """Number of steps of a system in a stage."""
-    return max(1, round(settings.steps * system.steps_factor))
-
-
 def train_config(
-    settings: RealSettings, system: RealSystem, seed: int, rate: float, output: Path, dtype: str
-) -> TrainConfig:
-    """The training configuration of a run; everything else is as published."""
+    settings: RealSettings, budget: StageSettings, system: RealSystem, seed: int, rate: float, output: Path, dtype: str,
+    **own: Any,
+) -> TrainConfig:  # fmt: skip
+    """The training configuration of a run, with those of the stage alone in `own`; everything else is as published."""
     weights = Path(settings.weights)
     return TrainConfig(
         encoder=str(weights / "encoder"), llm=str(weights / "llm"), output_dir=str(output),
-        stage="task" if system.reads_text else "translation", max_steps=steps_of(settings, system), learning_rate=rate,
-        batch_size=settings.batch, micro_batch_size=settings.batch, eval_batch_size=settings.batch,
-        max_source_length=settings.max_length, max_target_length=settings.max_length,
-        max_prompt_length=settings.max_length + 8, group_by_length=True, eval_steps=settings.eval_steps,
-        save_steps=SAVE_STEPS, save_total_limit=1, logging_steps=5, spike_factor=0.0, seed=seed,
-        progress=False, **in_dtype(dtype), **{"llm_bos_token_id": settings.llm_bos_token_id, **system.model_settings},
+        max_steps=system.steps(budget), learning_rate=rate, batch_size=budget.batch, micro_batch_size=budget.batch,
+        eval_batch_size=budget.batch, max_source_length=budget.max_length, group_by_length=True,
+        eval_steps=budget.eval_steps, save_steps=SAVE_STEPS, save_total_limit=1, logging_steps=5, spike_factor=0.0,
+        seed=seed, progress=False, frozen_dtype=dtype, bf16=dtype == "bfloat16", use_cpu=not torch.cuda.is_available(),
+        **own, **{"llm_bos_token_id": settings.llm_bos_token_id, **system.model_settings},
     )  # fmt: skip
-
-
-def in_dtype(dtype: str) -> dict[str, Any]:
-    """Keys of ``TrainConfig`` that set the dtype of frozen weights and arithmetic."""
-    return {"frozen_dtype": dtype, "bf16": dtype == "bfloat16", "use_cpu": not torch.cuda.is_available()}
 
 
 def dtype_of(output: Path) -> str:
@@ -163,7 +134,7 @@ def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int, dtype
     done = read_json(output / RUN_FILE, error=ArgumentError) if (output / RUN_FILE).is_file() else {}
     dtype = dtype_of(output) if (output / RECORD).is_file() else dtype or stage.dtype
     if done.get("steps", 0) < until:
-        watch = _Seconds()
+        watch = Watch(time.process_time)
         train(
             stage.config(seed, rate, output, dtype),
             examples=stage.train,
@@ -173,15 +144,8 @@ def _train(stage: Stage, folder: Path, seed: int, rate: float, until: int, dtype
             **stage.start(seed),
         )
         done = read_json(output / RUN_FILE, error=ArgumentError)
-        log(
-            folder,
-            "steps",
-            system=stage.system.name,
-            seed=seed,
-            rate=rate,
-            steps=watch.steps,
-            cpu_seconds=round(watch.seconds),
-        )
+        of_run = {"system": stage.system.name, "seed": seed, "rate": rate}
+        log(folder, "steps", **of_run, steps=watch.steps, cpu_seconds=round(watch.seconds))
     losses = {
         # A dict by step, because the end of a run is measured twice.
         key: [[step, loss] for step, loss in by_step.items() if step <= until]
@@ -232,12 +196,13 @@ def choose_rate(stage: Stage, folder: Path) -> dict[str, Any]:
     with held(path.parent, "output"):
         if (done := read_done(path, stage.mark)) is not None:
             return done
-        tried = {}
-        for rate in stage.rates:
+        tried, rates = {}, stage.settings.rates_of(stage.system)
+        first = stage.settings.seeds_of(stage.system)[0]
+        for rate in rates:
             log(folder, f"choice{stage.suffix}", system=stage.system.name, rate=rate)
-            found = _train(stage, folder, stage.seeds[0], rate, stage.choice_steps)
+            found = _train(stage, folder, first, rate, stage.settings.choice_steps)
             tried[f"{rate:g}"] = {key: found[key] for key in ("dtype", "dev_loss", "dev_losses", "losses")}
-        chosen = min(stage.rates, key=lambda rate: tried[f"{rate:g}"]["dev_loss"])
+        chosen = min(rates, key=lambda rate: tried[f"{rate:g}"]["dev_loss"])
         return write_done(path, stage.mark, {"system": stage.system.name, "chosen": chosen, "tried": tried})
 
 
@@ -250,7 +215,7 @@ def train_run(stage: Stage, folder: Path, seed: int) -> dict[str, Any]:
         if (done := read_done(path, stage.mark)) is not None:
             return done
         log(folder, f"train{stage.suffix}", system=name, seed=seed, rate=rate)
-        found = _train(stage, folder, seed, rate, stage.steps)
+        found = _train(stage, folder, seed, rate, stage.system.steps(stage.settings))
         gates = work_folder(folder, name, seed, rate, stage.suffix) / GATES
         if gates.is_file():  # systems without an aligner have none
             shutil.copyfile(gates, place / named(GATES, stage.suffix))
@@ -262,7 +227,8 @@ def trained_folder(stage: Stage, folder: Path, seed: int) -> Path:
     done = train_run(stage, folder, seed)
     rate = done["learning_rate"]
     with held(run_folder(folder, stage.system.name, seed), "output"):
-        _train(stage, folder, seed, rate, stage.steps, done["dtype"])  # does nothing if the weights exist
+        # This does nothing if the weights exist.
+        _train(stage, folder, seed, rate, stage.system.steps(stage.settings), done["dtype"])
     return work_folder(folder, stage.system.name, seed, rate, stage.suffix)
 
 
@@ -303,22 +269,31 @@ def after_training(
     settings: RealSettings, system: RealSystem, data: RealData, folder: Path, seed: int, file: str, event: str,
     work: Callable[[Any], dict[str, Any]], indent: int | None = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """The content of a run's ``file``; if it does not exist, ``work`` computes it.
+    """The content of a run's ``file``; if it does not exist, ``work`` computes it (see :func:`after`)."""
+    mark = settings.test_fingerprint(system, data.test_mark)
+    path = run_folder(folder, system.name, seed) / file
+    return after(lambda: translation(settings, system, data), folder, seed, system, path, mark, event, work, indent)
+
+
+def after(
+    stage: Callable[[], Stage], folder: Path, seed: int, system: RealSystem, path: Path, mark: str, event: str,
+    work: Callable[[Any], dict[str, Any]], indent: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The content of a file that is computed after a stage, if it does not exist.
 
     Args:
-        settings, system, data, folder, seed: the run.
-        file: name of the file.
+        stage: returns the stage.
+        folder, seed, system: the run.
+        path, mark, indent: the file, its fingerprint, and the indentation of its JSON.
         event: name of the event in the log.
         work: gets the folder of the trained weights, or None for a system without training.
-        indent: indentation of the JSON.
     """
-    mark, place = settings.test_fingerprint(system, data.test_mark), run_folder(folder, system.name, seed)
-    if (done := read_done(place / file, mark)) is not None:
+    if (done := read_done(path, mark)) is not None:
         return done
-    checkpoint = trained_folder(translation(settings, system, data), folder, seed) if system.trains else None
-    with held(place, "output"):
+    checkpoint = trained_folder(stage(), folder, seed) if system.trains else None
+    with held(path.parent, "output"):
         log(folder, event, system=system.name, seed=seed)
-        return write_done(place / file, mark, {"system": system.name, "seed": seed, **work(checkpoint)}, indent)
+        return write_done(path, mark, {"system": system.name, "seed": seed, **work(checkpoint)}, indent)
 
 
 def asked(

@@ -1,124 +1,146 @@
-"""Settings of the experiment on real models, read from YAML; every error names the key."""
+"""Settings of the experiment on real models."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from layalign.data.languages import find_language
+from layalign.experiments.settings import (
+    Comparison,
+    Run,
+    System,
+    check_seeds,
+    digest,
+    limited,
+    made,
+    presets,
+    read,
+)
 from layalign.training.baselines import baseline
 from layalign.training.precision import native_bf16
-from layalign.utils.errors import ArgumentError, finite_number, one_of, refuse, whole_number
+from layalign.utils.errors import finite_number, one_of, refuse, whole_number
 from layalign.utils.moved import with_old_names
-from layalign.utils.yaml_files import read_file, read_text
+from layalign.utils.yaml_files import read_file
 
 DTYPES = ("auto", "float32", "bfloat16")
+_PRESETS = presets(resources.files("layalign.experiments.real"))
 # What training depends on besides its text; and what the test depends on in addition.
 _OF_TRAINING = ("steps", "batch", "max_length", "eval_steps", "llm_bos_token_id", "learning_rates", "choice_steps")
 _OF_THE_TEST = ("max_new_tokens", "right_one_of", "written_per_language")
 
 
 @dataclass(frozen=True)
-class RealSystem:
-    """One system to compare: a baseline, possibly with changes.
+class RealSystem(System):
+    """One system to compare.
 
     Attributes:
-        name: name of its folder and on the command line.
-        baseline: one of :data:`layalign.training.baselines.BASELINES`.
-        label: name in tables; the baseline's by default.
-        settings: further keys of ``TrainConfig``, such as adapter_size.
         reads_text: whether the LLM reads the sentence as text in its prompt, without the encoder.
         shots: number of examples of the same language before the sentence, for an LLM that is not trained.
         seeds: seeds; by default the experiment's.
-        steps_factor: factor for the steps of the stage.
         learning_rates: learning rates to choose from; by default the stage's.
         dtype: dtype; by default the experiment's.
         after: in the task stage, the system of the translation stage to start from; None starts without it.
     """
 
-    name: str
-    baseline: str
-    label: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
     reads_text: bool = False
     shots: int = 0
     seeds: list[int] | None = None
-    steps_factor: float = 1.0
     learning_rates: list[float] | None = None
     dtype: str | None = None
     after: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.replace("-", "").isalnum():
-            refuse("systems", "names of letters, digits and -", self.name)
-        if not isinstance(self.settings, Mapping):
-            refuse(f"systems.{self.name}.settings", "a mapping of keys to values", self.settings)
-        whole_number(f"systems.{self.name}.shots", self.shots, least=0)
-        if not 0 < finite_number(f"systems.{self.name}.steps_factor", self.steps_factor) <= 100:
-            refuse(f"systems.{self.name}.steps_factor", "a number above 0, up to 100", self.steps_factor)
+        super().__post_init__()
+        where = f"systems.{self.name}"
+        whole_number(f"{where}.shots", self.shots, least=0)
         if self.learning_rates is not None:
-            _rates(f"systems.{self.name}.learning_rates", self.learning_rates)
+            _rates(f"{where}.learning_rates", self.learning_rates)
         if self.dtype is not None:
-            one_of(f"systems.{self.name}.dtype", self.dtype, DTYPES)
-        object.__setattr__(self, "label", self.label or baseline(self.baseline).label)
+            one_of(f"{where}.dtype", self.dtype, DTYPES)
+        if self.seeds is not None:
+            check_seeds(f"{where}.seeds", self.seeds)
 
     @property
     def trains(self) -> bool:
         """Whether the system is trained; false for the LLM alone."""
         return bool(baseline(self.baseline).stages)
 
-    @property
-    def model_settings(self) -> dict[str, Any]:
-        """Keys of ``TrainConfig`` that define the system."""
-        return {**baseline(self.baseline).settings, **self.settings}
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(Comparison):
+    """Settings of a training stage.
+
+    Attributes:
+        systems: the systems to compare; the others are tested against the first.
+        seeds: seeds of the trained parts and of the order of the batches. The data are the same for all.
+        steps, batch: steps and batch size of training.
+        max_length: maximum length of source, prompt and target in tokens, in training.
+        eval_steps: steps between two dev losses.
+        learning_rates: learning rates to choose from for each system, by dev loss after `choice_steps` with the first
+            seed.
+    """
+
+    PARTS: ClassVar[Mapping[str, type]] = {"systems": RealSystem}
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    steps: int = 800
+    batch: int = 8
+    max_length: int = 48
+    eval_steps: int = 100
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
+    choice_steps: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "batch", "max_length", "eval_steps", "choice_steps"):
+            whole_number(name, getattr(self, name), least=1)
+        _rates("learning_rates", self.learning_rates)
+        if self.choice_steps > self.steps:
+            refuse("choice_steps", f"at most the {self.steps} steps", self.choice_steps)
+
+    def seeds_of(self, system: Any) -> list[int]:
+        """The seeds of a system's runs."""
+        return system.seeds or self.seeds
+
+    def rates_of(self, system: RealSystem) -> list[float]:
+        """The learning rates that a system chooses from."""
+        return system.learning_rates or self.learning_rates
 
 
-@dataclass(frozen=True)
-class TaskSettings:
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings(StageSettings):
     """The task stage: XNLI, English only in training.
 
     Attributes:
-        systems: the systems to compare.
         train: number of English training examples, from the start of the file.
         dev: number of English examples after those, for choosing the learning rate.
         test_per_language: test examples per language, from the start of its file.
-        steps, batch, eval_steps, learning_rates, choice_steps: as in the translation stage.
-        max_length: maximum length of source and prompt in tokens, in training.
-        seeds: seeds, out of those of the translation stage.
     """
 
-    systems: list[RealSystem]
     train: int = 480
     dev: int = 60
     test_per_language: int = 60
     steps: int = 120
-    batch: int = 8
     max_length: int = 160
     eval_steps: int = 20
     learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
     choice_steps: int = 20
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
     def __post_init__(self) -> None:
-        for name in ("train", "dev", "test_per_language", "steps", "batch", "max_length", "eval_steps", "choice_steps"):
-            whole_number(f"task.{name}", getattr(self, name), least=1)
-        _rates("task.learning_rates", self.learning_rates)
-        if self.choice_steps > self.steps:
-            refuse("task.choice_steps", f"at most the {self.steps} steps", self.choice_steps)
-        _seeds("task.seeds", self.seeds)
-        _systems("task.systems", self.systems)
+        super().__post_init__()
+        for name in ("train", "dev", "test_per_language"):
+            whole_number(name, getattr(self, name), least=1)
 
 
-@dataclass(frozen=True)
-class RealSettings:
-    """All settings of the experiment.
+@dataclass(frozen=True, kw_only=True)
+class RealSettings(StageSettings):
+    """All settings of the experiment; those of the base class are of the translation stage.
 
     Attributes:
         weights: folder with ``encoder`` and ``llm`` (``layalign weights``).
@@ -129,25 +151,19 @@ class RealSettings:
             language. Dev has the tested languages that are seen.
         english_words: minimum and maximum number of English words of a dev or test sentence.
         other_domain_per_language, other_domain_words: the same for the test sentences of ``ntrex``.
-        steps, batch: steps and batch size of training.
-        max_length: maximum length of source and target in tokens, in training.
-        eval_steps: steps between two dev losses.
         llm_bos_token_id: first token of the LLM's input; false is none, null the one that the LLM's tokenizer adds.
         dtype: dtype of frozen weights and arithmetic; "auto" is bfloat16 if the processor computes in it. A resumed run
             keeps its dtype, which its files record.
-        learning_rates: learning rates to choose from for each system, by dev loss after `choice_steps` with the first
-            seed.
         written_per_language: number of test sentences per language, from the first, that are translated for chrF and
             compared in groups.
         max_new_tokens: maximum length of a translation in tokens.
         right_one_of: size of a group in which the right sentence has to be found.
-        seeds: seeds of the trained parts and of the order of the batches. The data are the same for all.
         ablated: systems to ablate and analyze after training, with the first seed.
-        systems: the systems to compare; the others are tested against the first.
         task: settings of the task stage; None for none.
     """
 
-    systems: list[RealSystem]
+    PARTS: ClassVar[Mapping[str, type]] = {**StageSettings.PARTS, "task": TaskSettings}
+
     tested: list[str]
     weights: str = "weights"
     data: str = "data"
@@ -157,25 +173,17 @@ class RealSettings:
     english_words: list[int] = field(default_factory=lambda: [3, 14])
     other_domain_per_language: int = 30
     other_domain_words: list[int] = field(default_factory=lambda: [6, 20])
-    steps: int = 800
-    batch: int = 8
-    max_length: int = 48
-    eval_steps: int = 100
     llm_bos_token_id: int | bool | None = None
     dtype: str = "auto"
-    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
-    choice_steps: int = 100
     written_per_language: int = 50
     max_new_tokens: int = 24
     right_one_of: int = 5
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     ablated: list[str] = field(default_factory=list)
     task: TaskSettings | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "max_length", "eval_steps", "choice_steps", "max_new_tokens"):
-            whole_number(name, getattr(self, name), least=1)
-        for name in ("test_per_language", "dev_per_language", "written_per_language"):
+        super().__post_init__()
+        for name in ("max_new_tokens", "test_per_language", "dev_per_language", "written_per_language"):
             whole_number(name, getattr(self, name), least=1)
         whole_number("right_one_of", self.right_one_of, least=2)
         whole_number("other_domain_per_language", self.other_domain_per_language, least=0)
@@ -190,11 +198,6 @@ class RealSettings:
         _codes("unseen", self.unseen)
         if strange := [code for code in self.unseen if code not in self.tested]:
             refuse("unseen", "some of the tested languages", strange[0])
-        _rates("learning_rates", self.learning_rates)
-        if self.choice_steps > self.steps:
-            refuse("choice_steps", f"at most the {self.steps} steps", self.choice_steps)
-        _seeds("seeds", self.seeds)
-        _systems("systems", self.systems)
         names = [system.name for system in self.systems]
         if not isinstance(self.ablated, list) or not all(name in names for name in self.ablated):
             refuse("ablated", "some of the systems", self.ablated)
@@ -212,51 +215,23 @@ class RealSettings:
             return asked
         return "bfloat16" if native_bf16(use_cpu=not torch.cuda.is_available())[0] else "float32"
 
-    def system(self, name: str) -> RealSystem:
-        """The system with this name; raises ArgumentError if there is none."""
-        for system in self.systems:
-            if system.name == name:
-                return system
-        raise ArgumentError(f"only: expected some of {', '.join(s.name for s in self.systems)}, got {name!r}")
-
-    def seeds_of(self, system: RealSystem, stage: str = "translation") -> list[int]:
-        """The seeds of a system's runs."""
-        if system.seeds is not None:
-            return system.seeds
-        return self.task.seeds if stage == "task" and self.task is not None else self.seeds
-
     def runs(
         self, only: Sequence[str] | None = None, seeds: Sequence[int] | None = None, stage: str | None = None
-    ) -> list[tuple[str, str, int]]:
-        """(stage, system, seed) of every run, ordered by seed, so that the first finished runs can be compared.
+    ) -> list[Run]:
+        """Every run, ordered by stage and seed, so that the first finished runs can be compared.
 
         Raises:
             ArgumentError: a system, a seed or a stage is not in the settings.
         """
-        of_stages = {"translation": self.systems, "task": self.task.systems if self.task is not None else []}
+        stages: dict[str, StageSettings | None] = {"translation": self, "task": self.task}
         if stage is not None:
-            one_of("stage", stage, of_stages)
-            of_stages = {stage: of_stages[stage]}
-        every = [
-            (name, place, system, seed)
-            for name, systems in of_stages.items()
-            for place, system in enumerate(systems)
-            for seed in self.seeds_of(system, name)
-        ]
-        names = list(dict.fromkeys(system.name for _, _, system, _ in every))
-        if missing := [name for name in only or () if name not in names]:
-            raise ArgumentError(f"only: expected some of {', '.join(names)}, got {missing[0]!r}")
-        known = sorted({seed for *_, seed in every})
-        if strange := [seed for seed in seeds or () if seed not in known]:
-            raise ArgumentError(f"seeds: expected some of {known}, got {strange[0]}")
-        chosen = [each for each in every if (not only or each[2].name in only) and (not seeds or each[3] in seeds)]
-        order = list(of_stages)
-        chosen.sort(key=lambda each: (order.index(each[0]), each[3], each[1]))
-        return [(name, system.name, seed) for name, _, system, seed in chosen]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON or YAML."""
-        return asdict(self)
+            one_of("stage", stage, stages)
+            stages = {stage: stages[stage]}
+        every = []
+        for name, of in stages.items():
+            runs = [Run(name, system.name, seed) for system in of.systems for seed in of.seeds_of(system)] if of else []
+            every += sorted(runs, key=lambda run: run.seed)
+        return limited(every, only, seeds)
 
     def fingerprint(self, system: RealSystem, data: str) -> str:
         """A hash of everything that the training of `system` depends on; `data` is the fingerprint of the text."""
@@ -274,7 +249,7 @@ class RealSettings:
         for key in ("learning_rates", "dtype"):
             if values["system"][key] is None:
                 del values["system"][key]  # keeps the hashes of runs from before these keys existed
-        return hashlib.sha256(json.dumps([values, data], sort_keys=True).encode()).hexdigest()[:16]
+        return digest([values, data])
 
 
 def is_real(source: str | Path) -> bool:
@@ -292,43 +267,7 @@ def load_settings(source: str | Path = "real", changes: Mapping[str, Any] | None
     Raises:
         ArgumentError: there is no such file, or a key is unknown, missing or wrong; the text names it.
     """
-    if str(source) == "real":
-        text = (resources.files("layalign.experiments.real") / "real.yaml").read_text(encoding="utf-8")
-        values = read_text(text, "config: real")
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise ArgumentError(f"config: no such file: {path}")
-        values = read_file(path)
-    if not isinstance(values, Mapping):
-        refuse("config", "a mapping of keys to values", values)
-    values = {**values, **(changes or {})}
-    systems = values.get("systems")
-    if not isinstance(systems, list):
-        refuse("systems", "a list of systems", systems)
-    made = {**values, "systems": [_made(RealSystem, entry, "systems.") for entry in systems]}
-    if (task := values.get("task")) is not None:
-        if not isinstance(task, Mapping) or not isinstance(task.get("systems"), list):
-            refuse("task", "a mapping with a list of systems", task)
-        made["task"] = _made(
-            TaskSettings,
-            {**task, "systems": [_made(RealSystem, entry, "task.systems.") for entry in task["systems"]]},
-            "task.",
-        )
-    return _made(RealSettings, made, "")
-
-
-def _made(kind: Any, values: Any, where: str) -> Any:
-    if not isinstance(values, Mapping):
-        refuse(where.rstrip("."), "a mapping of keys to values", values)
-    names = [entry.name for entry in fields(kind)]
-    for key in values:
-        if key not in names:
-            raise ArgumentError(f"{where}{key}: no such key, expected some of {', '.join(names)}")
-    try:
-        return kind(**values)
-    except TypeError as error:  # a key is missing
-        raise ArgumentError(f"{where or 'config'}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
+    return made(RealSettings, read(source, _PRESETS, changes))
 
 
 def _codes(name: str, codes: Any) -> None:
@@ -345,20 +284,3 @@ def _rates(name: str, rates: Any) -> None:
     for rate in rates:
         if not 0 < finite_number(name, rate) < 1:
             refuse(name, "numbers above 0 and below 1", rate)
-
-
-def _systems(name: str, systems: Any) -> None:
-    if not isinstance(systems, list) or not all(isinstance(system, RealSystem) for system in systems):
-        refuse(name, "a list of systems", systems)
-    names = [system.name for system in systems]
-    if not names or len(set(names)) != len(names):
-        raise ArgumentError(f"{name}: expected at least one, with different names, got {names}")
-    for system in systems:
-        if system.seeds is not None:
-            _seeds(f"{name}.{system.name}.seeds", system.seeds)
-
-
-def _seeds(name: str, seeds: Any) -> None:
-    whole = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
-    if not whole or not seeds or len(set(seeds)) != len(seeds):
-        refuse(name, "different whole numbers from 0, below 2**32", seeds)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,27 +11,24 @@ from layalign.data import Example
 from layalign.data.readers import load_examples
 from layalign.evaluation.answering import llm_alone
 from layalign.evaluation.likelihood import best_label, choice_log_probs
-from layalign.experiments.controlled.runs import log, read_done, write_done
+from layalign.experiments.engine import RESULT, run_folder
 from layalign.experiments.real.data import RealData
 from layalign.experiments.real.measures import BATCH, collators
 from layalign.experiments.real.runs import (
-    RESULT,
     Stage,
-    in_dtype,
+    after,
     load_llm_alone,
     load_run,
     named,
-    run_folder,
-    steps_of,
     token_counts,
     tokenizers_of,
+    train_config,
     trained_folder,
     translation,
 )
 from layalign.experiments.real.settings import RealSettings, RealSystem, TaskSettings
-from layalign.training import TrainConfig
+from layalign.experiments.settings import digest
 from layalign.utils.errors import ArgumentError
-from layalign.utils.lock import held
 
 SUFFIX = "-task"
 
@@ -61,7 +56,7 @@ def read_task(settings: RealSettings) -> TaskData:
         ArgumentError: a file is missing or too short.
         DataError: a malformed line.
     """
-    task, root = _task(settings), Path(settings.data) / "xnli"
+    task, root = settings_of(settings), Path(settings.data) / "xnli"
     english, files = root / "dev" / "en.tsv", sorted((root / "test").glob("*.tsv"))
     if not english.is_file() or not files:
         raise ArgumentError(f"data: expected {english} and {root / 'test'}/*.tsv, which do not exist")
@@ -75,26 +70,19 @@ def read_task(settings: RealSettings) -> TaskData:
     held_out = {example.source for group in test.values() for example in group}
     train = [example for example in examples[: task.train] if example.source not in held_out]
     dev = examples[task.train : task.train + task.dev]
-    text = json.dumps([[each.source, each.target] for group in (train, dev, *test.values()) for each in group])
-    return TaskData(train, dev, test, hashlib.sha256(text.encode()).hexdigest()[:16])
+    texts = [[each.source, each.target] for group in (train, dev, *test.values()) for each in group]
+    return TaskData(train, dev, test, digest(texts))
 
 
 def _read(file: Path) -> list[Example]:
     return load_examples({"format": "xnli", "path": str(file), "language": file.stem})[0]
 
 
-def _task(settings: RealSettings) -> TaskSettings:
+def settings_of(settings: RealSettings) -> TaskSettings:
+    """The settings of the task stage; raises ArgumentError if there are none."""
     if settings.task is None:
         raise ArgumentError("task: expected the settings of a task stage, got none")
     return settings.task
-
-
-def system_of(settings: RealSettings, name: str) -> RealSystem:
-    """The task stage's system with this name; raises ArgumentError if there is none."""
-    for system in _task(settings).systems:
-        if system.name == name:
-            return system
-    raise ArgumentError(f"only: expected some of {', '.join(s.name for s in _task(settings).systems)}, got {name!r}")
 
 
 def _read_by(system: RealSystem, examples: Sequence[Example]) -> list[Example]:
@@ -113,7 +101,7 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
         data, text: data of the translation stage and of the task stage.
         folder: folder of the experiment.
     """
-    task = _task(settings)
+    task = settings_of(settings)
     before = None if system.after is None else translation(settings, settings.system(system.after), data)
 
     def start(seed: int) -> dict[str, Any]:
@@ -121,43 +109,27 @@ def stage(settings: RealSettings, system: RealSystem, data: RealData, text: Task
             return {}
         tokenizers = dict(zip(("encoder_tokenizer", "llm_tokenizer"), tokenizers_of(settings), strict=True))
         checkpoint = trained_folder(before, folder, seed)
-        return {"model": load_run(checkpoint, settings.dtype_of(system), **_changes(system)), **tokenizers}
+        # The only field in which a system may differ from the checkpoint that it starts from.
+        changes = {key: value for key, value in system.model_settings.items() if key == "use_prompt"}
+        return {"model": load_run(checkpoint, settings.dtype_of(system), **changes), **tokenizers}
 
     values = {key: value for key, value in asdict(task).items() if key not in ("systems", "seeds")}
     own: dict[str, Any] = {
-        "steps": steps_of(task, system),
+        "steps": system.steps(task),
         "after": before and before.mark,
         "reads_text": system.reads_text,
         **system.model_settings,
     }
     if system.learning_rates is not None:
         own["learning_rates"] = system.learning_rates
-    mark = hashlib.sha256(json.dumps([values, own, text.mark], sort_keys=True).encode()).hexdigest()[:16]
     return Stage(
-        SUFFIX, system, steps_of(task, system), task.choice_steps, system.learning_rates or task.learning_rates,
-        system.seeds or task.seeds,
-        _read_by(system, text.train), _read_by(system, text.dev), token_counts(settings, text.train, task.max_length),
-        lambda seed, rate, output, dtype: _config(settings, system, seed, rate, output, dtype),
-        settings.dtype_of(system), start, mark,
-    )  # fmt: skip
-
-
-def _changes(system: RealSystem) -> dict[str, Any]:
-    """Configuration fields in which a system may differ from the checkpoint that it starts from: only `use_prompt`."""
-    return {key: value for key, value in system.model_settings.items() if key == "use_prompt"}
-
-
-def _config(
-    settings: RealSettings, system: RealSystem, seed: int, rate: float, output: Path, dtype: str
-) -> TrainConfig:
-    task, weights = _task(settings), Path(settings.weights)
-    return TrainConfig(
-        encoder=str(weights / "encoder"), llm=str(weights / "llm"), output_dir=str(output), stage="task", task="xnli",
-        max_steps=steps_of(task, system), learning_rate=rate, batch_size=task.batch, micro_batch_size=task.batch,
-        eval_batch_size=task.batch, max_source_length=task.max_length, max_prompt_length=task.max_length,
-        max_target_length=16, group_by_length=True, eval_steps=task.eval_steps, save_steps=50, save_total_limit=1,
-        logging_steps=5, spike_factor=0.0, seed=seed, progress=False, **in_dtype(dtype),
-        **{"llm_bos_token_id": settings.llm_bos_token_id, **system.model_settings},
+        SUFFIX, system, task, _read_by(system, text.train), _read_by(system, text.dev),
+        token_counts(settings, text.train, task.max_length),
+        lambda *run: train_config(
+            settings, task, system, *run, stage="task", task="xnli", max_target_length=16,
+            max_prompt_length=task.max_length,
+        ),
+        settings.dtype_of(system), start, digest([values, own, text.mark]),
     )  # fmt: skip
 
 
@@ -170,13 +142,9 @@ def task_run(
         Under "xnli", by language, lists with an entry per sentence: "label", the most likely one (None for a tie), and
         "right".
     """
-    place, own = run_folder(folder, system.name, seed), stage(settings, system, data, text, folder)
-    path = place / named(RESULT, SUFFIX)
-    if (done := read_done(path, own.mark)) is not None:
-        return done
-    checkpoint = trained_folder(own, folder, seed) if system.trains else None
-    with held(place, "output"):
-        log(folder, f"test{SUFFIX}", system=system.name, seed=seed)
+    own = stage(settings, system, data, text, folder)
+
+    def tested(checkpoint: Path | None) -> dict[str, Any]:
         if checkpoint is None:
             model = load_llm_alone(settings, system)
             collator = llm_alone(model, tokenizers_of(settings)[1]).collator
@@ -189,4 +157,7 @@ def task_run(
             values = choice_log_probs(model, collator, read, [list(e.choices) for e in read], batch_size=BATCH)
             labels = [best_label(row, e.choices) for row, e in zip(values, read, strict=True)]
             found[language] = {"label": labels, "right": [a == e.target for a, e in zip(labels, read, strict=True)]}
-        return write_done(path, own.mark, {"system": system.name, "seed": seed, "xnli": found}, indent=None)
+        return {"xnli": found}
+
+    path = run_folder(folder, system.name, seed) / named(RESULT, SUFFIX)
+    return after(lambda: own, folder, seed, system, path, own.mark, f"test{SUFFIX}", tested, indent=None)

