@@ -74,10 +74,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         with opener(path, "rb") as file:
             yield file
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged, expected a whole compressed file ({first_line(error)})") from error
-    except OSError as error:
-        if opener is open or error.errno is not None:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and (opener is open or error.errno is not None):
             raise
         raise DataError(f"{path}: damaged, expected a whole compressed file ({first_line(error)})") from error
 

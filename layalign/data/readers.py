@@ -314,10 +314,8 @@ def _rows(
     form = FORMATS[request.format]
     if kind == ".parquet":
         yield from enumerate(parquet_rows(path), 1)
-    elif kind == ".csv":
-        yield from _csv_records(path, language, request, report)
-    elif kind in (".tsv", ".tab") or (kind == ".txt" and form.columns and not _starts_with_a_brace(path)):
-        yield from _tsv_records(path, language, request, report)
+    elif kind in (".csv", ".tsv", ".tab") or (kind == ".txt" and form.columns and not _starts_with_a_brace(path)):
+        yield from _table_records(path, kind, language, request, report)
     else:
         for number, raw in raw_lines(path):
             try:
@@ -338,52 +336,38 @@ def _text(raw: bytes, request: _Request) -> str:
     return line
 
 
-def _tsv_records(
-    path: Path, language: str | None, request: _Request, report: ReadReport
+def _table_records(
+    path: Path, kind: str, language: str | None, request: _Request, report: ReadReport
 ) -> Iterator[tuple[int, dict[str, str] | BadRecord]]:
-    form = FORMATS[request.format]
-    names, always = form.columns, form.plain and all_quoted(path)
-    for number, raw in raw_lines(path):
+    """The rows of a table with tabs, or with commas."""
+    form, commas = FORMATS[request.format], kind == ".csv"
+    names, always = form.columns, not commas and form.plain and all_quoted(path)
+    for number, row in csv_rows(path) if commas else raw_lines(path):
         try:
-            line = _text(raw, request)
-            if number == 1 and (found := _header(line.split("\t"), language, request)) is not None:
-                report.headers.append(f"{path}: {line}")
-                names, always = found, always or (form.plain and line[0] == '"')
-                continue
-            values = split_quoted(line, len(names), always) if form.plain else line.split("\t")
-            yield number, by_name(values, names)
-        except BadRecord as error:
-            yield number, error
-
-
-def _csv_records(
-    path: Path, language: str | None, request: _Request, report: ReadReport
-) -> Iterator[tuple[int, dict[str, str] | BadRecord]]:
-    names = FORMATS[request.format].columns
-    for number, row in csv_rows(path):
-        if isinstance(row, BadRecord):
-            yield number, row
-            continue
-        if number == 1 and request.header is not False:
-            found = _header(row, language, request if names else replace(request, header=True))
-            if found is None:
-                raise DataError(
-                    f"{path}:1: no names of columns that are known ({', '.join(row)[:80]}), expected some such as "
-                    f"{', '.join(names)}; 'columns' maps others, 'header: false' reads a file without names"
-                )
-            report.headers.append(f"{path}: {','.join(row)}")
-            names = found
-            continue
-        try:
-            yield number, by_name(row, names, ",")
+            if isinstance(row, BadRecord):
+                raise row
+            line = ",".join(row) if isinstance(row, list) else _text(row, request)
+            values = row if isinstance(row, list) else line.split("\t")
+            if number == 1 and request.header is not False:
+                found = _header(values, language, request if names else replace(request, header=True))
+                if found is not None:
+                    report.headers.append(f"{path}: {line}")
+                    names, always = found, always or (form.plain and line.startswith('"'))
+                    continue
+                if commas:
+                    raise DataError(
+                        f"{path}:1: no names of columns that are known ({', '.join(values)[:80]}), expected some such "
+                        f"as {', '.join(names)}; 'columns' maps others, 'header: false' reads a file without names"
+                    )
+            if form.plain and not commas:
+                values = split_quoted(line, len(names), always)
+            yield number, by_name(values, names, "," if commas else "<TAB>")
         except BadRecord as error:
             yield number, error
 
 
 def _header(fields: list[str], language: str | None, request: _Request) -> tuple[str, ...] | None:
     """The names of our fields for the columns that a first line names; None for a line of data."""
-    if request.header is False:
-        return None
     form, mapped = FORMATS[request.format], set(request.columns.values())
     given = [unquoted(field.strip()) for field in fields]
     plain = [re.sub(r"[\s-]+", "_", field.strip().casefold()) for field in given]
