@@ -4,8 +4,9 @@
 often used for the translation stage. Where one code names a group of languages (sw, zh, ar, ne, ...), its usual member
 is in the same row, so that "swa" and "swh" are both Swahili. An empty field means that there is no such code.
 
-Source: the ISO 639 tables; the lists of codes in transformers' M2M100 and NLLB tokenizers; for the classes see
-`layalign.evaluation.levels`. "Flemish" and not "Dutch" is the name that the published LayAlign code uses for nl.
+Source: the ISO 639 tables; the lists of codes in transformers' M2M100 and NLLB tokenizers; the Unicode CLDR for the
+decimal commas; for the classes see `layalign.evaluation.levels`. "Flemish" and not "Dutch" is the name that the
+published LayAlign code uses for nl.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Language:
         nllb: code of the NLLB-200 tokenizer.
         aliases: other names and codes that `language_of` takes.
         resource_class: class of Joshi et al. (2020), from 0 (no data) to 5; None where their list lacks the language.
+        decimal_comma: by what a language that writes a decimal comma parts its thousands, "points" or "spaces".
     """
 
     name: str
@@ -53,6 +55,7 @@ class Language:
     nllb: str | None
     aliases: tuple[str, ...] = ()
     resource_class: int | None = None
+    decimal_comma: str | None = None
 
 
 @lru_cache(maxsize=1)
@@ -74,10 +77,10 @@ def languages() -> tuple[Language, ...]:
     """Every language of the table, by name."""
     lines = (resources.files("layalign.data") / "languages.csv").read_text(encoding="utf-8").splitlines()
     found = []
-    for name, alpha2, alpha3, m2m100, nllb, number, aliases in csv.reader(lines[1:]):
+    for name, alpha2, alpha3, m2m100, nllb, number, comma, aliases in csv.reader(lines[1:]):
         names = tuple(aliases.split("; ")) if aliases else ()
         codes = alpha2 or None, alpha3, m2m100 or None, nllb or None
-        found.append(Language(name, *codes, names, int(number) if number else None))
+        found.append(Language(name, *codes, names, int(number) if number else None, comma or None))
     return tuple(found)
 
 
