@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.lengths import positions
 from layalign.data.prompts import few_shot_prompt, one_line
@@ -30,12 +29,12 @@ from layalign.utils.versions import generation_cache_name
 logger = logging.getLogger(__name__)
 
 
-class ModelAnswers:
-    """Answers of a LayAlign model. Called with examples, it gives one text for each, None where its logits were NaN.
+class _Answers:
+    """Answers of a model. Called with examples, it gives one text for each, None where its logits were NaN.
 
     Args:
-        model: has `generate` as `LayAlignForCausalLM` does.
-        collator: made with `with_targets=False`.
+        model: has `generate` as transformers' models do.
+        collator: makes its batches.
         max_new_tokens: longest answer.
         options: further arguments of `generate`; without any, greedy search.
 
@@ -45,22 +44,32 @@ class ModelAnswers:
     """
 
     def __init__(
-        self, model: Any, collator: LayAlignCollator, max_new_tokens: int, options: Mapping[str, Any] | None = None
+        self, model: Any, collator: Any, max_new_tokens: int, options: Mapping[str, Any] | None = None
     ) -> None:
         self.model, self.collator = model, collator
         self.max_new_tokens, self.options = max_new_tokens, dict(options or {})
         self.last_cut: list[tuple[str, ...]] = []
 
+    def _texts(
+        self, tokenizer: Any, batch: Mapping[str, torch.Tensor], options: Mapping[str, Any], until: Sequence[str] = ()
+    ) -> list[str | None]:
+        limit = self.collator.llm_positions, self.collator.llm_positions_end
+        answers = _generate(self.model, tokenizer, batch, self.max_new_tokens, options, limit, until)
+        self.last_cut = []
+        for kinds, answer in zip(self.collator.last_cut, answers, strict=True):
+            beyond = () if answer.fits or "context" in kinds else ("context",)
+            self.last_cut.append((*kinds, *beyond, *(() if answer.ended else ("answer",))))
+        return [answer.text for answer in answers]
+
+
+class ModelAnswers(_Answers):
+    """Answers of a LayAlign model; its collator is one made with `with_targets=False`."""
+
     def __call__(self, examples: Sequence[Example]) -> list[str | None]:
         device = device_of(self.model)
         batch = {name: tensor.to(device) for name, tensor in self.collator(examples).items()}
         with evaluation_mode(self.model), torch.no_grad():
-            limit = self.collator.llm_positions, self.collator.llm_positions_end
-            answers = _generate(
-                self.model, self.collator.llm_tokenizer, batch, self.max_new_tokens, self.options, limit
-            )
-        self.last_cut = _with_answers(self.collator.last_cut, answers)
-        return [answer.text for answer in answers]
+            return self._texts(self.collator.llm_tokenizer, batch, self.options)
 
 
 class PromptCollator:
@@ -155,19 +164,13 @@ class PromptCollator:
         return len(probe) > 1 and probe[-1] == self.tokenizer.eos_token_id
 
 
-class LlmAnswers:
-    """Answers of an LLM that gets the prompt as text; see `llm_alone`.
+class LlmAnswers(_Answers):
+    """Answers of an LLM that gets the prompt as text; see `llm_alone`."""
 
-    Attributes:
-        llm: the model.
-        collator: what makes its batches; both are what `layalign.evaluation.likelihood` takes.
-        last_cut: as that of `ModelAnswers`.
-    """
-
-    def __init__(self, llm: Any, collator: PromptCollator, max_new_tokens: int, options: Mapping[str, Any]) -> None:
-        self.llm, self.collator = llm, collator
-        self.max_new_tokens, self.options = max_new_tokens, dict(options)
-        self.last_cut: list[tuple[str, ...]] = []
+    @property
+    def llm(self) -> Any:
+        """The model. It and `collator`, a `PromptCollator`, are what `layalign.evaluation.likelihood` takes."""
+        return self.model
 
     @property
     def fingerprint(self) -> str:
@@ -190,11 +193,8 @@ class LlmAnswers:
                 if cache is not None:
                     options[generation_cache_name()] = cache
                     del batch["position_ids"]  # generate makes its own
-            limit = self.collator.llm_positions, self.collator.llm_positions_end
-            until = [] if end is None else [end]
-            answers = _generate(self.llm, tokenizer, batch, self.max_new_tokens, options, limit, until)
-        self.last_cut = _with_answers(self.collator.last_cut, answers)
-        return [text if text is None or end is None else text.split(end)[0].strip() for text, _, _ in answers]
+            texts = self._texts(tokenizer, batch, options, [] if end is None else [end])
+        return [text if text is None or end is None else text.split(end)[0].strip() for text in texts]
 
     def _shares(self) -> bool:
         """Whether the examples before the questions are read once: with greedy search and a cache that grows."""
@@ -281,14 +281,6 @@ class _Answer(NamedTuple):
     text: str | None
     ended: bool
     fits: bool
-
-
-def _with_answers(cut: Sequence[tuple[str, ...]], answers: Sequence[_Answer]) -> list[tuple[str, ...]]:
-    found = []
-    for kinds, answer in zip(cut, answers, strict=True):
-        beyond = () if answer.fits or "context" in kinds else ("context",)
-        found.append((*kinds, *beyond, *(() if answer.ended else ("answer",))))
-    return found
 
 
 def _generate(

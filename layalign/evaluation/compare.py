@@ -20,9 +20,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from layalign.evaluation.intervals import holm, is_parallel, macro_interval, sign_flip_p
+from layalign.evaluation.intervals import holm, interval_of, is_parallel, macro_interval, sign_flip_p
 from layalign.evaluation.levels import GROUPINGS, by_level
-from layalign.evaluation.measures import Sentences, bootstrap_p, group_size, interval_of, less_is_better
+from layalign.evaluation.measures import Sentences, bootstrap_p, group_size, less_is_better
 from layalign.evaluation.store import SETTINGS, prediction_path
 from layalign.evaluation.translation import METRICS, translation_scores
 from layalign.utils.errors import ArgumentError, DataError, one_of, refuse, whole_number
@@ -411,19 +411,17 @@ def _statistics(entries: list[dict[str, Any]], measures: Sequence[str]) -> tuple
     if metrics:
         outputs = ["" if entry["output"] is None else entry["output"] for entry in entries]
         rows.update(translation_scores(outputs, [entry["gold"] for entry in entries], metrics)["statistics"])
-    for name in measures:
+    for name in (name for name in measures if name not in METRICS):
         if group_size(name) is not None:
             rights = [entry["measures"][name] for entry in entries if name in entry.get("measures", {})]
             rows[name] = [[int(right), 1] for right in rights]
             good = bool(rights) and all(isinstance(right, bool) for right in rights)
-        elif name not in METRICS:
+        else:
             rows[name] = [entry["measures"][name] for entry in entries]
             good = all(
                 isinstance(nats, float) and isfinite(nats) and type(tokens) is int and tokens > 0
                 for nats, tokens in rows[name]
             )
-        else:
-            good = True
         if not good:
             raise ValueError
     return [str(entry["id"]) for entry in entries], rows

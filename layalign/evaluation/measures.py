@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from layalign.evaluation.intervals import CONFIDENCE, is_parallel, macro_interval
+from layalign.evaluation.intervals import interval_of, is_parallel, macro_interval
 from layalign.evaluation.levels import GROUPINGS, by_level
 from layalign.evaluation.metrics import wilson_interval
 from layalign.evaluation.translation import METRICS, score_of
@@ -166,12 +166,6 @@ class Sentences:
                 if groups
             },
         )
-
-
-def interval_of(values: Any) -> tuple[float, float]:
-    """The percentile interval of resampled values (resamples,)."""
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
 
 
 def bootstrap_p(differences: Any) -> float:
