@@ -23,7 +23,7 @@ import numpy as np
 from layalign.evaluation.intervals import holm, interval_of, is_parallel, macro_interval, sign_flip_p
 from layalign.evaluation.levels import GROUPINGS, by_level
 from layalign.evaluation.measures import Sentences, bootstrap_p, group_size, less_is_better
-from layalign.evaluation.store import SETTINGS, prediction_path
+from layalign.evaluation.store import SETTINGS, prediction_path, read_settings
 from layalign.evaluation.translation import METRICS, translation_scores
 from layalign.utils.errors import ArgumentError, DataError, one_of, refuse, whole_number
 from layalign.utils.limits import MAX_WHOLE_BYTES
@@ -359,13 +359,8 @@ class _Run:
             there = False
         if not there:
             refuse(name, "the output folder of an evaluation", str(folder))
-        whole = _read(folder / SETTINGS)
-        if not isinstance(whole, dict) or not all(
-            isinstance(whole.get(key), dict) for key in ("settings", "languages")
-        ):
-            raise DataError(f"{folder / SETTINGS}:1: not the settings of an evaluation")
-        self.settings, self.languages = whole["settings"], whole["languages"]
-        self.scored = whole["scoring"] if isinstance(whole.get("scoring"), dict) else {}
+        found = read_settings(folder)
+        self.settings, self.languages, self.scored = found["settings"], found["languages"], found["scoring"]
         scores = folder / "scores.json"
         found = _read(scores) if scores.is_file() else {}
         found = found if isinstance(found, dict) else {}
