@@ -27,6 +27,7 @@ from layalign.data.collator import STAGES, LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.languages import find_language, language_of, tokenizer_source_language
 from layalign.evaluation.answering import _generate, evaluation_mode
+from layalign.evaluation.likelihood import longest_first
 from layalign.modeling.tokenization import encode_texts
 from layalign.nn.inspection import device_of
 from layalign.utils.errors import ArgumentError, NonFiniteError, one_of, shown
@@ -332,12 +333,10 @@ class LayAlignLM(TemplateLM):
         return {"cut": dict(self.cut)}
 
     def _batches(self, rows: list[_Row], what: str, quiet: bool) -> Iterator[list[_Row]]:
-        # The longest first: a batch that does not fit into memory fails at once.
-        rows = sorted(rows, key=lambda row: -len(row.source) - len(row.tokens))
         with tqdm(total=len(rows), disable=quiet, desc=what) as bar:
-            for start in range(0, len(rows), self.batch_size):
-                yield rows[start : start + self.batch_size]
-                bar.update(len(rows[start : start + self.batch_size]))
+            for own in longest_first([len(row.source) + len(row.tokens) for row in rows], self.batch_size):
+                yield [rows[i] for i in own]
+                bar.update(len(own))
 
     def _batch(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
         sources = self.collator.padded_sources([row.source for row in rows])
