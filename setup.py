@@ -92,6 +92,7 @@ setup(
     package_dir={"layalign_kernels": "kernels"},
     package_data={
         "layalign": ["py.typed"],
+        "layalign.data": ["*.csv"],
         "layalign.experiments.made_up": ["*.json", "templates/*.json"],
         "layalign.experiments.controlled": ["presets/*.yaml"],
         "layalign.experiments.demo": ["page.css", "sentences/README.md", "sentences/*/*.tsv", "checkpoint/*"],

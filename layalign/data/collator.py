@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from layalign.data.examples import Example
 from layalign.data.languages import tokenizer_source_language
@@ -180,7 +181,7 @@ class LayAlignCollator:
         self._check_context(examples, packed["attention_mask"].sum(dim=1).tolist(), cut)
         self._count(cut)
         self._tell(cut)
-        return {**self._padded(sources), **packed}
+        return {**self.padded_sources(sources), **packed}
 
     def contexts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """The batch up to where the targets begin: as a call with `with_targets=False`, which has the same errors."""
@@ -291,16 +292,14 @@ class LayAlignCollator:
                 self._told.add(kind)
                 logger.warning("%d %s(s) of a batch %s; said only once", count, kind, limits[kind])
 
-    def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    def padded_sources(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """`encoder_input_ids` and `encoder_attention_mask` of token ids: (B, S) int64, padded on the right."""
         # Without a pad token any id does: the mask hides it.
         pad = self.encoder_tokenizer.pad_token_id
-        pad = 0 if pad is None else pad
-        width = max(map(len, rows))
-        ids = [row + [pad] * (width - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
         return {
-            "encoder_input_ids": torch.tensor(ids, dtype=torch.long),
-            "encoder_attention_mask": torch.tensor(mask, dtype=torch.long),
+            "encoder_input_ids": pad_sequence(ids, batch_first=True, padding_value=0 if pad is None else pad),
+            "encoder_attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
 
 

@@ -74,10 +74,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         with opener(path, "rb") as file:
             yield file
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged, expected a whole compressed file ({first_line(error)})") from error
-    except OSError as error:
-        if opener is open or error.errno is not None:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and (opener is open or error.errno is not None):
             raise
         raise DataError(f"{path}: damaged, expected a whole compressed file ({first_line(error)})") from error
 
@@ -274,9 +272,9 @@ class JsonRecords:
             line = raw.count(b"\n", 0, error.start) + 1
             raise DataError(f"{path}:{line}: byte 0x{raw[error.start]:02x}, expected UTF-8") from None
 
-    def line_of(self, position: int) -> int:
-        """Number of the line that a character stands in."""
-        start, line = self._counted if self._counted[0] <= position else (0, 1)
+    def _line_of(self, position: int) -> int:
+        """Number of the line that a character stands in, which comes after all characters asked about before."""
+        start, line = self._counted
         line += self.text.count("\n", start, position)
         self._counted = position, line
         return line
@@ -287,7 +285,7 @@ class JsonRecords:
         found = self.text[position : position + 1]
         if not found or found not in expected:
             what = repr(found) if found else "the end of the file"
-            raise DataError(f"{self.path}:{self.line_of(position)}: {what}, expected {' or '.join(expected)}")
+            raise DataError(f"{self.path}:{self._line_of(position)}: {what}, expected {' or '.join(expected)}")
         return position + 1, found
 
     def _value(self, position: int) -> tuple[int, Any, int]:
@@ -296,7 +294,7 @@ class JsonRecords:
         try:
             value, end = _DECODER.raw_decode(self.text, start)
         except (ValueError, RecursionError) as error:
-            line = error.lineno if isinstance(error, json.JSONDecodeError) else self.line_of(start)
+            line = error.lineno if isinstance(error, json.JSONDecodeError) else self._line_of(start)
             raise DataError(f"{self.path}:{line}: bad JSON ({_what(error)}), expected a value") from None
         return start, value, end
 
@@ -316,14 +314,14 @@ class JsonRecords:
                 raise DataError(f"{self.path}:1: an object without 'data', expected an array of records")
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """(position, record) of each record; `line_of` gives the line."""
+        """(number of its first line, record) of each record."""
         position, alone = self._array()
         empty = self.text.startswith("]", _SPACE.match(self.text, position).end())  # type: ignore[union-attr]
         position, closing = self._skip(position, "]") if empty else (position, ",")
         while closing == ",":
             start, value, position = self._value(position)
-            yield start, value
+            yield self._line_of(start), value
             position, closing = self._skip(position, ",]")
         end = _SPACE.match(self.text, position).end()  # type: ignore[union-attr]
         if alone and end < len(self.text):
-            raise DataError(f"{self.path}:{self.line_of(end)}: {self.text[end]!r}, expected the end of the file")
+            raise DataError(f"{self.path}:{self._line_of(end)}: {self.text[end]!r}, expected the end of the file")

@@ -1,13 +1,23 @@
-"""Language names and codes, and the source-language code that an encoder's tokenizer wants."""
+"""Language names and codes, and the source-language code that an encoder's tokenizer wants.
+
+`languages.csv` has every language of M2M100 (100) and of NLLB-200, and those of the public pair collections that are
+often used for the translation stage. Where one code names a group of languages (sw, zh, ar, ne, ...), its usual member
+is in the same row, so that "swa" and "swh" are both Swahili. An empty field means that there is no such code.
+
+Source: the ISO 639 tables; the lists of codes in transformers' M2M100 and NLLB tokenizers; the Unicode CLDR for the
+decimal commas; for the classes see `layalign.evaluation.levels`. "Flemish" and not "Dutch" is the name that the
+published LayAlign code uses for nl.
+"""
 
 from __future__ import annotations
 
+import csv
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import resources
 from typing import Any
 
-from layalign.data.language_table import TABLE
 from layalign.utils.errors import ArgumentError, refuse
 
 # Scripts that NLLB knows besides the one in the table.
@@ -34,6 +44,8 @@ class Language:
         m2m100: code of the M2M100 tokenizer.
         nllb: code of the NLLB-200 tokenizer.
         aliases: other names and codes that `language_of` takes.
+        resource_class: class of Joshi et al. (2020), from 0 (no data) to 5; None where their list lacks the language.
+        decimal_comma: by what a language that writes a decimal comma parts its thousands, "points" or "spaces".
     """
 
     name: str
@@ -42,12 +54,8 @@ class Language:
     m2m100: str | None
     nllb: str | None
     aliases: tuple[str, ...] = ()
-
-
-def _parse(line: str) -> Language:
-    name, alpha2, alpha3, m2m100, nllb, aliases = (line.split("|") + [""] * 6)[:6]
-    names = tuple(alias.strip() for alias in aliases.split(",") if alias.strip())
-    return Language(name, alpha2 or None, alpha3, m2m100 or None, nllb or None, names)
+    resource_class: int | None = None
+    decimal_comma: str | None = None
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +75,13 @@ def _index() -> tuple[dict[str, Language], dict[str, Language]]:
 @lru_cache(maxsize=1)
 def languages() -> tuple[Language, ...]:
     """Every language of the table, by name."""
-    return tuple(_parse(line) for line in TABLE.split("\n") if line)
+    lines = (resources.files("layalign.data") / "languages.csv").read_text(encoding="utf-8").splitlines()
+    found = []
+    for name, alpha2, alpha3, m2m100, nllb, number, comma, aliases in csv.reader(lines[1:]):
+        names = tuple(aliases.split("; ")) if aliases else ()
+        codes = alpha2 or None, alpha3, m2m100 or None, nllb or None
+        found.append(Language(name, *codes, names, int(number) if number else None, comma or None))
+    return tuple(found)
 
 
 def _variant(text: str) -> Language | None:
@@ -83,7 +97,7 @@ def _variant(text: str) -> Language | None:
     nllb = next((code for code in codes if code.split("_")[0] in members and code.endswith("_" + script)), None)
     # M2M100 has one code for a language, whose script is the one that NLLB has in the table.
     m2m100 = base.m2m100 if nllb is not None and nllb == base.nllb else None
-    return Language(f"{base.name} ({script})", None, base.alpha3, m2m100, nllb)
+    return Language(f"{base.name} ({script})", None, base.alpha3, m2m100, nllb, (), base.resource_class)
 
 
 def _lookup(text: str) -> Language | None:

@@ -8,15 +8,6 @@ from decimal import Decimal
 
 from layalign.data.languages import find_language
 
-# ISO 639-1 codes of the languages that write a decimal comma, by what parts their thousands (CLDR).
-_DECIMAL_COMMA = {
-    "points": """
-        az bs ca da de el es eu fo fy hr ia id is it jv kl ku lb ln lo lu mk nl ps pt rn ro rw sc sg sl sr su tr vi""",
-    "spaces": """
-        af ba be bg br cs cv eo et ff fi fr gl ht hu hy ie ka kk ky lt lv nb nn no nr pl ru se sk sq ss sv tg tk ts tt
-        uk uz ve wo""",
-}
-
 _KINDS = {",": ",", "،": ",", "，": ",", ".": ".", "．": ".", "٫": "decimal", "٬": "group", "'": "group", "’": "group"}
 _NARROW = "\u00a0\u2007\u2009\u202f"
 _MARK = re.compile(rf"[{''.join(_KINDS)} {_NARROW}]")
@@ -68,10 +59,8 @@ class Convention:
     def __init__(self, language: str | None = None) -> None:
         found = None if language is None else find_language(language)
         self.known = found is not None
-        self.points, spaces = (
-            found is not None and found.alpha2 in _DECIMAL_COMMA[by].split() for by in _DECIMAL_COMMA
-        )
-        self.commas = self.points or spaces
+        parted = None if found is None else found.decimal_comma
+        self.points, self.commas = parted == "points", parted is not None
         self.pattern = _WITHOUT if self.known and not self.commas else _WITH_SPACES
 
     def decimal(self, mark: str, whole: str, places: str) -> bool:

@@ -1,6 +1,6 @@
 """Prompts, equal byte for byte to those the published checkpoints were trained with (odd spacing included).
 
-Source: the published LayAlign code (`tools/read_datasets.py`); the math and translation prompts go back to Alpaca. Only
+Source: the published LayAlign code (`tools/read_datasets.py`); the math prompt goes back to Alpaca. Only
 `few_shot_prompt` and `xcopa_prompt` are ours. No prompt ends in a space or newline: the LLM's tokenizer starts the
 answer on its own.
 """
@@ -9,21 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_ALPACA = "Below is an instruction that describes a task"
-_COMPLETE = "Write a response that appropriately completes the request.\n"
-
 
 def math_prompt(question: str) -> str:
     """Prompt of MetaMath, for MGSM, MSVAMP and the math training data."""
-    return f"{_ALPACA}. {_COMPLETE}\n### Instruction:\n{question}\n\n### Response: Let's think step by step."
-
-
-def translation_prompt(sentence: str, source_language: str, target_language: str = "English") -> str:
-    """Prompt for translation, with English language names. The published translation stage trains without a prompt."""
     return (
-        f"{_ALPACA}, paired with an input that provides further context. {_COMPLETE}"
-        f"### Instruction:\nTranslate the following sentences from {source_language} to {target_language}.\n"
-        f"### Input:\n{sentence}\n### Response:"
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{question}\n\n### Response: Let's think step by step."
     )
 
 

@@ -12,11 +12,9 @@ What to read is a *spec*:
 
 from __future__ import annotations
 
-import gc
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -111,44 +109,23 @@ def load_examples(
         DataError: no such data, or a malformed line ("path:line: what, expected what").
         BackendError: `datasets` is asked for and not installed.
     """
-    defaults = _Request(
-        format=format or "",
-        languages=None if languages is None else _names(languages),
-        language=language,
-        limit=limit,
-        skip_bad=skip_bad,
-        split=split,
-        columns=columns or {},
-        prompt=prompt or "",
-        subset=subset,
-        header=header,
-    )
+    defaults = dict(
+        format=format, languages=languages, language=language, limit=limit, skip_bad=skip_bad, split=split,
+        columns=columns, prompt=prompt, subset=subset, header=header,
+    )  # fmt: skip
     report, examples = ReadReport(), []
     if seed is not None:
         whole_number("seed", seed)
-    with _collector_paused():
-        for request in _requests(spec, defaults):
-            try:
-                collected = _read(request)
-            except OSError as error:
-                raise DataError(f"{error.filename or request.path}: cannot be read: {error.strerror}") from error
-            report.merge(collected.report)
-            examples += collected.examples
+    for request in _requests(spec, defaults):
+        try:
+            collected = _read(request)
+        except OSError as error:
+            raise DataError(f"{error.filename or request.path}: cannot be read: {error.strerror}") from error
+        report.merge(collected.report)
+        examples += collected.examples
     if seed is not None:
         random.Random(seed).shuffle(examples)
     return examples, report
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without garbage collection: with it, making a million small objects takes twice as long."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _names(languages: Sequence[str]) -> tuple[str, ...]:
@@ -157,7 +134,7 @@ def _names(languages: Sequence[str]) -> tuple[str, ...]:
     return tuple(language_of(language).name for language in languages)
 
 
-def _requests(spec: Spec, defaults: _Request, depth: int = 0) -> Iterable[_Request]:
+def _requests(spec: Spec, defaults: Mapping[str, Any], depth: int = 0) -> Iterable[_Request]:
     if isinstance(spec, str | Path):
         text = str(spec)
         format, colon, path = text.partition(":")
@@ -171,15 +148,15 @@ def _requests(spec: Spec, defaults: _Request, depth: int = 0) -> Iterable[_Reque
         refuse("spec", "'FORMAT:PATH', a mapping with 'path', or a list of these", spec)
 
 
-def _checked(spec: Mapping[str, Any], defaults: _Request) -> _Request:
-    options = {key: value for key, value in spec.items() if value is not None}
+def _checked(spec: Mapping[str, Any], defaults: Mapping[str, Any]) -> _Request:
+    options = {key: value for of in (defaults, spec) for key, value in of.items() if value is not None}
     unknown = [key for key in options if key not in _Request.__dataclass_fields__]
     if unknown:
         refuse("spec", f"keys {', '.join(_Request.__dataclass_fields__)}", unknown[0])
     options["path"] = str(options.get("path", ""))
     if "languages" in options:
         options["languages"] = _names(options["languages"])
-    request = replace(defaults, **options)
+    request = _Request(**options)
     _check_types(request)
     if not request.path:
         raise ArgumentError("spec: expected a 'path'")
@@ -286,26 +263,36 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def _read_file(path: Path, language: str | None, request: _Request, collected: Collected) -> None:
-    form, name = FORMATS[request.format], str(path)
     kind = plain_name(path).suffix.lower()
-    if kind in (".tsv", ".tab") and not form.columns:
+    if kind in (".tsv", ".tab") and not FORMATS[request.format].columns:
         raise DataError(f"{path}: a TSV file, expected JSON for the format {request.format}")
     if kind not in _TABLES and not is_json_lines(path):
-        whole = JsonRecords(path)
-        for number, (position, values) in enumerate(whole, 1):
-            try:
-                collected.add(form.parse(_record(values, language, request, str(number))))
-            except BadRecord as error:
-                collected.bad(name, whole.line_of(position), str(error))
-        return
-    for number, values in _rows(path, kind, language, request, collected.report):
+        _collect(JsonRecords(path), str(path), language, request, collected, counted=True)
+    else:
+        _collect(_rows(path, kind, language, request, collected.report), str(path), language, request, collected)
+
+
+def _collect(
+    rows: Iterable[tuple[int, Any]],
+    name: str,
+    language: str | None,
+    request: _Request,
+    collected: Collected,
+    counted: bool = False,
+) -> None:
+    """Collect the examples of (line, values or the BadRecord that it is) of a file of one language, or of several.
+
+    The number of a record without an id is its line; or, ``counted``, its place among the records.
+    """
+    parse = FORMATS[request.format].parse
+    for count, (line, values) in enumerate(rows, 1):
         try:
             if isinstance(values, BadRecord):
                 raise values
-            collected.add(form.parse(_record(values, language, request, str(number))))
+            collected.add(parse(_record(values, language, request, str(count if counted else line))))
         except BadRecord as error:
-            collected.bad(name, number, str(error))
-        if language is not None and not collected.takes(language):
+            collected.bad(name, line, str(error))
+        if language is not None and not counted and not collected.takes(language):
             break
 
 
@@ -327,10 +314,8 @@ def _rows(
     form = FORMATS[request.format]
     if kind == ".parquet":
         yield from enumerate(parquet_rows(path), 1)
-    elif kind == ".csv":
-        yield from _csv_records(path, language, request, report)
-    elif kind in (".tsv", ".tab") or (kind == ".txt" and form.columns and not _starts_with_a_brace(path)):
-        yield from _tsv_records(path, language, request, report)
+    elif kind in (".csv", ".tsv", ".tab") or (kind == ".txt" and form.columns and not _starts_with_a_brace(path)):
+        yield from _table_records(path, kind, language, request, report)
     else:
         for number, raw in raw_lines(path):
             try:
@@ -351,52 +336,38 @@ def _text(raw: bytes, request: _Request) -> str:
     return line
 
 
-def _tsv_records(
-    path: Path, language: str | None, request: _Request, report: ReadReport
+def _table_records(
+    path: Path, kind: str, language: str | None, request: _Request, report: ReadReport
 ) -> Iterator[tuple[int, dict[str, str] | BadRecord]]:
-    form = FORMATS[request.format]
-    names, always = form.columns, form.plain and all_quoted(path)
-    for number, raw in raw_lines(path):
+    """The rows of a table with tabs, or with commas."""
+    form, commas = FORMATS[request.format], kind == ".csv"
+    names, always = form.columns, not commas and form.plain and all_quoted(path)
+    for number, row in csv_rows(path) if commas else raw_lines(path):
         try:
-            line = _text(raw, request)
-            if number == 1 and (found := _header(line.split("\t"), language, request)) is not None:
-                report.headers.append(f"{path}: {line}")
-                names, always = found, always or (form.plain and line[0] == '"')
-                continue
-            values = split_quoted(line, len(names), always) if form.plain else line.split("\t")
-            yield number, by_name(values, names)
-        except BadRecord as error:
-            yield number, error
-
-
-def _csv_records(
-    path: Path, language: str | None, request: _Request, report: ReadReport
-) -> Iterator[tuple[int, dict[str, str] | BadRecord]]:
-    names = FORMATS[request.format].columns
-    for number, row in csv_rows(path):
-        if isinstance(row, BadRecord):
-            yield number, row
-            continue
-        if number == 1 and request.header is not False:
-            found = _header(row, language, request if names else replace(request, header=True))
-            if found is None:
-                raise DataError(
-                    f"{path}:1: no names of columns that are known ({', '.join(row)[:80]}), expected some such as "
-                    f"{', '.join(names)}; 'columns' maps others, 'header: false' reads a file without names"
-                )
-            report.headers.append(f"{path}: {','.join(row)}")
-            names = found
-            continue
-        try:
-            yield number, by_name(row, names, ",")
+            if isinstance(row, BadRecord):
+                raise row
+            line = ",".join(row) if isinstance(row, list) else _text(row, request)
+            values = row if isinstance(row, list) else line.split("\t")
+            if number == 1 and request.header is not False:
+                found = _header(values, language, request if names else replace(request, header=True))
+                if found is not None:
+                    report.headers.append(f"{path}: {line}")
+                    names, always = found, always or (form.plain and line.startswith('"'))
+                    continue
+                if commas:
+                    raise DataError(
+                        f"{path}:1: no names of columns that are known ({', '.join(values)[:80]}), expected some such "
+                        f"as {', '.join(names)}; 'columns' maps others, 'header: false' reads a file without names"
+                    )
+            if form.plain and not commas:
+                values = split_quoted(line, len(names), always)
+            yield number, by_name(values, names, "," if commas else "<TAB>")
         except BadRecord as error:
             yield number, error
 
 
 def _header(fields: list[str], language: str | None, request: _Request) -> tuple[str, ...] | None:
     """The names of our fields for the columns that a first line names; None for a line of data."""
-    if request.header is False:
-        return None
     form, mapped = FORMATS[request.format], set(request.columns.values())
     given = [unquoted(field.strip()) for field in fields]
     plain = [re.sub(r"[\s-]+", "_", field.strip().casefold()) for field in given]
@@ -484,14 +455,9 @@ def _read_dataset(request: _Request, collected: Collected) -> None:
     except Exception as error:  # the library raises what its many loaders raise
         raise DataError(f"{request.path}: cannot be loaded, split {request.split!r} ({error})") from error
     collected.report.files.append(request.path)
-    parse = FORMATS[request.format].parse
     subset = find_language(request.subset or "")
     language = request.language or (subset.name if subset else None)
-    for number, values in enumerate(rows, 1):
-        try:
-            collected.add(parse(_record(values, language, request, str(number))))
-        except BadRecord as error:
-            collected.bad(request.path, number, str(error))
+    _collect(enumerate(rows, 1), request.path, language, request, collected, counted=True)
 
 
 def by_language(examples: Iterable[Example]) -> dict[str, list[Example]]:

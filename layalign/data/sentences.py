@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -69,12 +70,9 @@ def cut_by_sentence(
         neither, because the last sentence had more translations than there was room for.
     """
     keys = english_keys(examples, translation=translation)
-    counts: dict[str, int] = {}
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
     chosen: set[str] = set()
     taken = 0
-    for key, count in counts.items():
+    for key, count in Counter(keys).items():
         if taken >= dev_size:
             break
         chosen.add(key)

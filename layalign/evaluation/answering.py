@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from layalign.data.collator import LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.lengths import positions
 from layalign.data.prompts import few_shot_prompt, one_line
@@ -21,7 +20,7 @@ from layalign.data.readers import by_language
 from layalign.evaluation.shared_start import read_start
 from layalign.modeling.finite import generate_finite
 from layalign.modeling.generation import SourceGenerationMixin
-from layalign.modeling.llm_inputs import IGNORE_INDEX, real_positions
+from layalign.modeling.llm_inputs import build_inputs, real_positions
 from layalign.modeling.tokenization import encode_texts, eos_ids, pad_id
 from layalign.utils.errors import ArgumentError, NonFiniteError, refuse, shown, whole_number
 from layalign.utils.moved import with_old_names
@@ -30,12 +29,12 @@ from layalign.utils.versions import generation_cache_name
 logger = logging.getLogger(__name__)
 
 
-class ModelAnswers:
-    """Answers of a LayAlign model. Called with examples, it gives one text for each, None where its logits were NaN.
+class _Answers:
+    """Answers of a model. Called with examples, it gives one text for each, None where its logits were NaN.
 
     Args:
-        model: has `generate` as `LayAlignForCausalLM` does.
-        collator: made with `with_targets=False`.
+        model: has `generate` as transformers' models do.
+        collator: makes its batches.
         max_new_tokens: longest answer.
         options: further arguments of `generate`; without any, greedy search.
 
@@ -45,22 +44,32 @@ class ModelAnswers:
     """
 
     def __init__(
-        self, model: Any, collator: LayAlignCollator, max_new_tokens: int, options: Mapping[str, Any] | None = None
+        self, model: Any, collator: Any, max_new_tokens: int, options: Mapping[str, Any] | None = None
     ) -> None:
         self.model, self.collator = model, collator
         self.max_new_tokens, self.options = max_new_tokens, dict(options or {})
         self.last_cut: list[tuple[str, ...]] = []
 
+    def _texts(
+        self, tokenizer: Any, batch: Mapping[str, torch.Tensor], options: Mapping[str, Any], until: Sequence[str] = ()
+    ) -> list[str | None]:
+        limit = self.collator.llm_positions, self.collator.llm_positions_end
+        answers = _generate(self.model, tokenizer, batch, self.max_new_tokens, options, limit, until)
+        self.last_cut = []
+        for kinds, answer in zip(self.collator.last_cut, answers, strict=True):
+            beyond = () if answer.fits or "context" in kinds else ("context",)
+            self.last_cut.append((*kinds, *beyond, *(() if answer.ended else ("answer",))))
+        return [answer.text for answer in answers]
+
+
+class ModelAnswers(_Answers):
+    """Answers of a LayAlign model; its collator is one made with `with_targets=False`."""
+
     def __call__(self, examples: Sequence[Example]) -> list[str | None]:
         device = device_of(self.model)
         batch = {name: tensor.to(device) for name, tensor in self.collator(examples).items()}
         with evaluation_mode(self.model), torch.no_grad():
-            limit = self.collator.llm_positions, self.collator.llm_positions_end
-            answers = _generate(
-                self.model, self.collator.llm_tokenizer, batch, self.max_new_tokens, self.options, limit
-            )
-        self.last_cut = _with_answers(self.collator.last_cut, answers)
-        return [answer.text for answer in answers]
+            return self._texts(self.collator.llm_tokenizer, batch, self.options)
 
 
 class PromptCollator:
@@ -104,9 +113,7 @@ class PromptCollator:
 
     def contexts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """The batch up to where the answers begin, without `labels`."""
-        batch = self._padded(self._context_ids(examples), [[] for _ in examples])
-        del batch["labels"]
-        return batch
+        return self._padded(self._context_ids(examples), None)
 
     def continuations(self, example: Example, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text as the answer to `example`, after a space and with the answer's end.
@@ -144,16 +151,11 @@ class PromptCollator:
             )
         return [row[-self.max_prompt_length :] for row in rows]
 
-    def _padded(self, contexts: Sequence[list[int]], targets: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        packed = [(context, target) for context, target in zip(contexts, targets, strict=True)]
-        width, pad = max(len(context) + len(target) for context, target in packed), pad_id(self.tokenizer)
-        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for context, target in packed:
-            free = width - len(context) - len(target)
-            rows["input_ids"].append([pad] * free + context + target)
-            rows["attention_mask"].append([0] * free + [1] * (width - free))
-            rows["labels"].append([IGNORE_INDEX] * (free + len(context)) + target)
-        batch = {name: torch.tensor(row, dtype=torch.long) for name, row in rows.items()}
+    def _padded(self, contexts: list[list[int]], targets: list[list[int]] | None) -> dict[str, torch.Tensor]:
+        batch = build_inputs(
+            [0] * len(contexts), contexts, targets,
+            bos_token_id=None, source_token_id=pad_id(self.tokenizer), slots=False,
+        )  # fmt: skip
         return {**batch, "position_ids": real_positions(batch["attention_mask"])}
 
     def _adds_eos(self) -> bool:
@@ -162,19 +164,13 @@ class PromptCollator:
         return len(probe) > 1 and probe[-1] == self.tokenizer.eos_token_id
 
 
-class LlmAnswers:
-    """Answers of an LLM that gets the prompt as text; see `llm_alone`.
+class LlmAnswers(_Answers):
+    """Answers of an LLM that gets the prompt as text; see `llm_alone`."""
 
-    Attributes:
-        llm: the model.
-        collator: what makes its batches; both are what `layalign.evaluation.likelihood` takes.
-        last_cut: as that of `ModelAnswers`.
-    """
-
-    def __init__(self, llm: Any, collator: PromptCollator, max_new_tokens: int, options: Mapping[str, Any]) -> None:
-        self.llm, self.collator = llm, collator
-        self.max_new_tokens, self.options = max_new_tokens, dict(options)
-        self.last_cut: list[tuple[str, ...]] = []
+    @property
+    def llm(self) -> Any:
+        """The model. It and `collator`, a `PromptCollator`, are what `layalign.evaluation.likelihood` takes."""
+        return self.model
 
     @property
     def fingerprint(self) -> str:
@@ -197,20 +193,8 @@ class LlmAnswers:
                 if cache is not None:
                     options[generation_cache_name()] = cache
                     del batch["position_ids"]  # generate makes its own
-            if end is not None and options.get("num_beams", 1) == 1:
-                stop = StopStrings(tokenizer, [end], batch["input_ids"].shape[1])
-                options["stopping_criteria"] = StoppingCriteriaList([stop, *options.get("stopping_criteria", ())])
-            limit = self.collator.llm_positions, self.collator.llm_positions_end
-            answers = _generate(self.llm, tokenizer, batch, self.max_new_tokens, options, limit)
-        if end is not None:
-            answers = [
-                answer
-                if answer.text is None
-                else _Answer(answer.text.split(end)[0].strip(), answer.ended or end in answer.text, answer.fits)
-                for answer in answers
-            ]
-        self.last_cut = _with_answers(self.collator.last_cut, answers)
-        return [answer.text for answer in answers]
+            texts = self._texts(tokenizer, batch, options, [] if end is None else [end])
+        return [text if text is None or end is None else text.split(end)[0].strip() for text in texts]
 
     def _shares(self) -> bool:
         """Whether the examples before the questions are read once: with greedy search and a cache that grows."""
@@ -299,14 +283,6 @@ class _Answer(NamedTuple):
     fits: bool
 
 
-def _with_answers(cut: Sequence[tuple[str, ...]], answers: Sequence[_Answer]) -> list[tuple[str, ...]]:
-    found = []
-    for kinds, answer in zip(cut, answers, strict=True):
-        beyond = () if answer.fits or "context" in kinds else ("context",)
-        found.append((*kinds, *beyond, *(() if answer.ended else ("answer",))))
-    return found
-
-
 def _generate(
     model: Any,
     tokenizer: Any,
@@ -314,10 +290,12 @@ def _generate(
     max_new_tokens: int,
     options: Mapping[str, Any],
     limit: tuple[int | None, bool] = (None, False),
+    until: Sequence[str] = (),
 ) -> list[_Answer]:
     """Answers to a batch, their text None where logits were not finite.
 
-    `limit` is the LLM's positions, and whether that is a hard limit (`layalign.data.lengths`).
+    `limit` is the LLM's positions, and whether that is a hard limit (`layalign.data.lengths`). A text of `until` ends
+    an answer too, and stays in it; without beams, nothing is generated after it.
     """
     lengths, (most, end_of_table) = batch["attention_mask"].sum(dim=1).tolist(), limit
     if most is not None and end_of_table:
@@ -329,6 +307,9 @@ def _generate(
     arguments: dict[str, Any] = {"do_sample": False, "pad_token_id": pad_id(tokenizer), **options}
     if ends:
         arguments.setdefault("eos_token_id", ends)
+    if until and arguments.get("num_beams", 1) == 1:
+        stop = StopStrings(tokenizer, until, batch["input_ids"].shape[1])
+        arguments["stopping_criteria"] = StoppingCriteriaList([stop, *arguments.get("stopping_criteria", ())])
     asked = arguments.get("eos_token_id")
     stops = {*ends, *(asked if isinstance(asked, list | tuple) else [asked])}
     generate = model.generate
@@ -350,7 +331,7 @@ def _generate(
         # After the first end there is only padding, which may be an ordinary token.
         end = next((i for i, token in enumerate(row) if token in ends), len(row))
         text = tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        ended = len(row) < max_new_tokens or not stops.isdisjoint(row)
+        ended = len(row) < max_new_tokens or not stops.isdisjoint(row) or any(stop in text for stop in until)
         answers.append(_Answer(text, ended, most is None or length + end <= most + 1))
     return answers
 

@@ -16,129 +16,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from layalign.evaluation.intervals import holm, is_parallel, macro_interval, sign_flip_p
+from layalign.evaluation.intervals import holm, interval_of, is_parallel, macro_interval, sign_flip_p
 from layalign.evaluation.levels import GROUPINGS, by_level
-from layalign.evaluation.measures import Sentences, bootstrap_p, group_size, interval_of, less_is_better
-from layalign.evaluation.store import SETTINGS, prediction_path
+from layalign.evaluation.measures import Sentences, bootstrap_p, group_size, less_is_better
+from layalign.evaluation.store import SETTINGS, prediction_path, read_settings
 from layalign.evaluation.translation import METRICS, translation_scores
-from layalign.utils.errors import ArgumentError, DataError, refuse, whole_number
+from layalign.utils.errors import ArgumentError, DataError, one_of, refuse, whole_number
 from layalign.utils.limits import MAX_WHOLE_BYTES
 from layalign.utils.reading import read_json
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """Two runs on the same questions of one language, or of several.
-
-    Attributes:
-        languages: English names.
-        count: answers, all languages together.
-        a, b: accuracies of the runs in percent; the mean of the languages' accuracies.
-        only_a, only_b: the discordant counts, answers that one run alone got right.
-        difference: b - a in points.
-        low, high: its 95% paired bootstrap interval.
-        p: McNemar's exact test, two-sided; every answer counts for itself.
-        p_holm: `p` after Holm's correction for all rows of one table; None for the row of all languages.
-        p_questions: the exact sign-flip test over questions, which keeps the answers to one question in several
-            languages together; equal to `p` for one language.
-    """
-
-    languages: tuple[str, ...]
-    count: int
-    a: float
-    b: float
-    only_a: int
-    only_b: int
-    difference: float
-    low: float
-    high: float
-    p: float
-    p_holm: float | None
-    p_questions: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare_runs` found.
-
-    Attributes:
-        task: of both runs.
-        a, b: the folders.
-        languages: by English name.
-        levels: by grouping and level; see `layalign.evaluation.levels`.
-        pooled: all languages that both runs have.
-        only_in_a, only_in_b: languages of one run alone; they are left out.
-        settings: the settings that differ, with the value of either run.
-    """
-
-    task: str
-    a: str
-    b: str
-    languages: dict[str, Pairing]
-    levels: dict[str, dict[str, Pairing]]
-    pooled: Pairing
-    only_in_a: tuple[str, ...]
-    only_in_b: tuple[str, ...]
-    settings: dict[str, tuple[Any, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return json.loads(json.dumps(asdict(self)))
-
-    def table(self, by: str = "language", grouping: str = "joshi") -> Any:
-        """A `rich` table: a row per language or per level, and one of all languages.
-
-        Args:
-            by: "language" or "level".
-            grouping: "joshi" or "paper", of the levels.
-
-        Raises:
-            ArgumentError: neither of these, or the grouping has no levels for the task.
-        """
-        from rich import box
-        from rich.markup import escape
-        from rich.table import Table
-
-        title = escape(f"{self.task}: A {self.a}, B {self.b}")
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column(by, no_wrap=True)
-        for name in ("A %", "B %", "B - A", "95% interval", "only A : B", "p", "Holm", "by question"):
-            table.add_column(name, justify="right", no_wrap=name == "95% interval")
-        for name, pairing in self.rows(by, grouping).items():
-            table.add_row(escape(name), *_cells(pairing))
-        table.add_section()
-        table.add_row(f"all {len(self.languages)}", *_cells(self.pooled))
-        return table
-
-    def rows(self, by: str = "language", grouping: str = "joshi") -> dict[str, Pairing]:
-        """The pairings of the table's rows; arguments and errors as for `table`."""
-        return self.languages if _by_language(by, grouping, self.levels, self.task) else self.levels[grouping]
-
-
-def _by_language(by: str, grouping: str, levels: Mapping[str, Any], task: str) -> bool:
-    """Whether a table's rows are languages; otherwise the grouping has levels."""
-    if by not in ("language", "level"):
-        raise ArgumentError(f"by: expected 'language' or 'level', got {by!r}")
-    if by == "level" and grouping not in GROUPINGS:
-        raise ArgumentError(f"grouping: expected one of {', '.join(GROUPINGS)}, got {grouping!r}")
-    if by == "level" and grouping not in levels:
-        raise ArgumentError(f"grouping: expected one with levels for {task}, got {grouping!r}")
-    return by == "language"
-
-
-def _cells(pairing: Pairing) -> list[str]:
-    numbers = [f"{pairing.a:.1f}", f"{pairing.b:.1f}", f"{pairing.difference:+.1f}"]
-    numbers += [f"{pairing.low:+.1f}, {pairing.high:+.1f}", f"{pairing.only_a} : {pairing.only_b}"]
-    return numbers + ["" if p is None else f"{p:.2g}" for p in (pairing.p, pairing.p_holm, pairing.p_questions)]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeasurePairing:
     """A measure of two runs on the same sentences of one language, or of several.
 
@@ -160,31 +54,68 @@ class MeasurePairing:
     low: float
     high: float
     p: float
-    p_holm: float | None
+    p_holm: float | None = None
 
 
-@dataclass(frozen=True)
-class MeasurePairings:
-    """A measure of two runs: by language, by grouping and level, and of all languages that both have."""
-
-    languages: dict[str, MeasurePairing]
-    levels: dict[str, dict[str, MeasurePairing]]
-    pooled: MeasurePairing
-
-
-@dataclass(frozen=True)
-class MeasureComparison:
-    """What `compare_runs` found for two runs that translated.
+@dataclass(frozen=True, kw_only=True)
+class Pairing(MeasurePairing):
+    """Accuracy of two runs on the same questions, in percent and points.
 
     Attributes:
-        task, a, b, only_in_a, only_in_b, settings: as those of `Comparison`.
-        measures: by name, those that both runs have.
+        only_a, only_b: the discordant counts, answers that one run alone got right.
+        p: McNemar's exact test, two-sided; every answer counts for itself.
+        p_questions: the exact sign-flip test over questions, which keeps the answers to one question in several
+            languages together; equal to `p` for one language.
+    """
+
+    only_a: int
+    only_b: int
+    p_questions: float
+
+
+P = TypeVar("P", bound=MeasurePairing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurePairings(Generic[P]):
+    """A measure of two runs.
+
+    Attributes:
+        languages: by English name.
+        levels: by grouping and level; see `layalign.evaluation.levels`.
+        pooled: all languages that both runs have.
+    """
+
+    languages: dict[str, P]
+    levels: dict[str, dict[str, P]]
+    pooled: P
+
+    def rows(self, by: str, grouping: str, task: str) -> dict[str, P]:
+        """The rows of a table of languages or levels; for the arguments and errors see `Comparison.table`."""
+        if by not in ("language", "level"):
+            raise ArgumentError(f"by: expected 'language' or 'level', got {by!r}")
+        if by == "language":
+            return self.languages
+        one_of("grouping", grouping, GROUPINGS)
+        if grouping not in self.levels:
+            raise ArgumentError(f"grouping: expected one with levels for {task}, got {grouping!r}")
+        return self.levels[grouping]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TwoRuns:
+    """What `compare_runs` found.
+
+    Attributes:
+        task: of both runs.
+        a, b: the folders.
+        only_in_a, only_in_b: languages of one run alone; they are left out.
+        settings: the settings that differ, with the value of either run.
     """
 
     task: str
     a: str
     b: str
-    measures: dict[str, MeasurePairings]
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
     settings: dict[str, tuple[Any, Any]]
@@ -193,33 +124,85 @@ class MeasureComparison:
         """Everything as JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
-    def table(self, by: str = "language", grouping: str = "joshi") -> Any:
-        """A `rich` table: for each measure a row per language or per level, and one of all languages.
-
-        Arguments and errors as for `Comparison.table`.
-        """
+    def _table(self, names: Sequence[str], numbers: Sequence[str]) -> Any:
+        """A `rich` table without rows."""
         from rich import box
         from rich.markup import escape
         from rich.table import Table
 
         title = escape(f"{self.task}: A {self.a}, B {self.b}")
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in ("measure", by):
+        for name in names:
             table.add_column(name, no_wrap=True)
-        for name in ("A", "B", "B - A", "95% interval", "p", "Holm"):
+        for name in numbers:
             table.add_column(name, justify="right", no_wrap=name == "95% interval")
-        for measure, found in self.measures.items():
-            languages = _by_language(by, grouping, found.levels, self.task)
-            said = f"{measure} (less is better)" if less_is_better(measure) else measure
-            for name, row in (found.languages if languages else found.levels[grouping]).items():
-                table.add_row(said, escape(name), *_measure_cells(row))
-            table.add_row(said, f"all {len(found.languages)}", *_measure_cells(found.pooled), end_section=True)
         return table
 
 
-def _measure_cells(row: MeasurePairing) -> list[str]:
-    numbers = [f"{row.a:.2f}", f"{row.b:.2f}", f"{row.difference:+.2f}", f"{row.low:+.2f}, {row.high:+.2f}"]
-    return numbers + ["" if p is None else f"{p:.2g}" for p in (row.p, row.p_holm)]
+@dataclass(frozen=True, kw_only=True)
+class Comparison(_TwoRuns, MeasurePairings[Pairing]):
+    """What `compare_runs` found for right and wrong answers."""
+
+    def table(self, by: str = "language", grouping: str = "joshi") -> Any:
+        """A `rich` table: a row per language or per level, and one of all languages.
+
+        Args:
+            by: "language" or "level".
+            grouping: "joshi" or "paper", of the levels.
+
+        Raises:
+            ArgumentError: neither of these, or the grouping has no levels for the task.
+        """
+        from rich.markup import escape
+
+        table = self._table([by], ("A %", "B %", "B - A", "95% interval", "only A : B", "p", "Holm", "by question"))
+        for name, row in self.rows(by, grouping, self.task).items():
+            table.add_row(escape(name), *self._cells(row))
+        table.add_section()
+        table.add_row(f"all {len(self.languages)}", *self._cells(self.pooled))
+        return table
+
+    def _cells(self, row: Pairing) -> list[str]:
+        only = f"{row.only_a} : {row.only_b}"
+        return [*_numbers(row, 1), only, *_p_values(row.p, row.p_holm, row.p_questions)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureComparison(_TwoRuns):
+    """What `compare_runs` found for two runs that translated.
+
+    Attributes:
+        measures: by name, those that both runs have.
+    """
+
+    measures: dict[str, MeasurePairings[MeasurePairing]]
+
+    def table(self, by: str = "language", grouping: str = "joshi") -> Any:
+        """A `rich` table: for each measure a row per language or per level, and one of all languages.
+
+        Arguments and errors as for `Comparison.table`.
+        """
+        from rich.markup import escape
+
+        table = self._table(["measure", by], ("A", "B", "B - A", "95% interval", "p", "Holm"))
+        for measure, found in self.measures.items():
+            said = f"{measure} (less is better)" if less_is_better(measure) else measure
+            for name, row in found.rows(by, grouping, self.task).items():
+                table.add_row(said, escape(name), *self._cells(row))
+            table.add_row(said, f"all {len(found.languages)}", *self._cells(found.pooled), end_section=True)
+        return table
+
+    def _cells(self, row: MeasurePairing) -> list[str]:
+        return [*_numbers(row, 2), *_p_values(row.p, row.p_holm)]
+
+
+def _numbers(row: MeasurePairing, places: int) -> list[str]:
+    interval = f"{row.low:+.{places}f}, {row.high:+.{places}f}"
+    return [f"{row.a:.{places}f}", f"{row.b:.{places}f}", f"{row.difference:+.{places}f}", interval]
+
+
+def _p_values(*values: float | None) -> list[str]:
+    return ["" if p is None else f"{p:.2g}" for p in values]
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -280,36 +263,33 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *, seed: int = 0) -> Comp
             found = f"{', '.join(a.measures) or 'none'} and {', '.join(b.measures) or 'none'}"
             raise ArgumentError(f"run_b: expected a measure that run_a has, got {found}")
         return MeasureComparison(measures=_compared(measures, a, b, both, levels, seed), **common)
-    answers = {name: _Answers(a.answers(name), b.answers(name)) for name in both}
-    return Comparison(
-        languages=_family({name: _pair([name], answers, seed) for name in both}),
-        levels={
-            grouping: _family({level: _pair(names, answers, seed) for level, names in groups.items()})
+    answers = {name: (a.answers(name), b.answers(name)) for name in both}
+    return Comparison(**_grouped(lambda names: _pair(names, answers, seed), both, levels), **common)
+
+
+def _grouped(
+    pair: Callable[[Sequence[str]], P], languages: Sequence[str], levels: Mapping[str, Mapping[str, Sequence[str]]]
+) -> dict[str, Any]:
+    """The fields of `MeasurePairings`."""
+    return {
+        "languages": _family({name: pair([name]) for name in languages}),
+        "levels": {
+            grouping: _family({level: pair(names) for level, names in groups.items()})
             for grouping, groups in levels.items()
             if groups
         },
-        pooled=_pair(both, answers, seed),
-        **common,
-    )
+        "pooled": pair(languages),
+    }
 
 
-class _Answers:
-    """The answers of two runs to the questions of one language: ids, and 1 where an answer is right."""
-
-    def __init__(self, a: list[tuple[str, int]], b: list[tuple[str, int]]) -> None:
-        self.ids = [id for id, _ in a]
-        self.a, self.b = [right for _, right in a], [right for _, right in b]
-        self.differences = [y - x for x, y in zip(self.a, self.b, strict=True)]
+_Outcomes = list[tuple[str, int]]  # of one language: (id, 1 where the answer is right)
 
 
-def _pair(names: Sequence[str], answers: dict[str, _Answers], seed: int) -> Pairing:
-    members = [answers[name] for name in names]
-    parallel = is_parallel([member.ids for member in members])
-    means = [
-        100 * sum(sum(row) / len(row) for row in rows) / len(rows)
-        for rows in ([member.a for member in members], [member.b for member in members])
-    ]
-    rows = [member.differences for member in members]
+def _pair(names: Sequence[str], answers: Mapping[str, tuple[_Outcomes, _Outcomes]], seed: int) -> Pairing:
+    parallel = is_parallel([[id for id, _ in answers[name][0]] for name in names])
+    runs = [[[right for _, right in answers[name][run]] for name in names] for run in (0, 1)]
+    means = [100 * sum(sum(row) / len(row) for row in rows) / len(rows) for rows in runs]
+    rows = [[y - x for x, y in zip(*of, strict=True)] for of in zip(*runs, strict=True)]
     interval = macro_interval(rows, parallel, differences=True, seed=seed)
     only_a, only_b = (sum(row.count(sign) for row in rows) for sign in (-1, 1))
     # Questions of their own: every answer is a question.
@@ -325,7 +305,6 @@ def _pair(names: Sequence[str], answers: dict[str, _Answers], seed: int) -> Pair
         low=interval.low,
         high=interval.high,
         p=mcnemar(only_a, only_b),
-        p_holm=None,
         p_questions=sign_flip_p(questions),
     )
 
@@ -337,7 +316,7 @@ def _compared(
     languages: Sequence[str],
     levels: Mapping[str, Mapping[str, Sequence[str]]],
     seed: int,
-) -> dict[str, MeasurePairings]:
+) -> dict[str, MeasurePairings[MeasurePairing]]:
     """The measures of both runs, by a bootstrap that draws the same sentences for both."""
     runs = [run.sentences(measures, languages) for run in (a, b)]
     found = {}
@@ -348,23 +327,20 @@ def _compared(
         def pair(names: Sequence[str]) -> MeasurePairing:
             values = ours.value(names), theirs.value(names)  # noqa: B023
             drawn = np.mean([after[name] - before[name] for name in names], axis=0)  # noqa: B023
-            difference, interval = values[1] - values[0], interval_of(drawn)
-            count = ours.count(names)  # noqa: B023
-            return MeasurePairing(tuple(names), count, *values, difference, *interval, bootstrap_p(drawn), None)
+            low, high = interval_of(drawn)
+            return MeasurePairing(
+                languages=tuple(names),
+                count=ours.count(names),  # noqa: B023
+                a=values[0],
+                b=values[1],
+                difference=values[1] - values[0],
+                low=low,
+                high=high,
+                p=bootstrap_p(drawn),
+            )
 
-        found[measure] = MeasurePairings(
-            _family({name: pair([name]) for name in languages}),
-            {
-                grouping: _family({level: pair(names) for level, names in groups.items()})
-                for grouping, groups in levels.items()
-                if groups
-            },
-            pair(languages),
-        )
+        found[measure] = MeasurePairings(**_grouped(pair, languages, levels))
     return found
-
-
-P = TypeVar("P", Pairing, MeasurePairing)
 
 
 def _family(pairings: dict[str, P]) -> dict[str, P]:
@@ -383,20 +359,15 @@ class _Run:
             there = False
         if not there:
             refuse(name, "the output folder of an evaluation", str(folder))
-        whole = _read(folder / SETTINGS)
-        if not isinstance(whole, dict) or not all(
-            isinstance(whole.get(key), dict) for key in ("settings", "languages")
-        ):
-            raise DataError(f"{folder / SETTINGS}:1: not the settings of an evaluation")
-        self.settings, self.languages = whole["settings"], whole["languages"]
-        self.scored = whole["scoring"] if isinstance(whole.get("scoring"), dict) else {}
+        found = read_settings(folder)
+        self.settings, self.languages, self.scored = found["settings"], found["languages"], found["scoring"]
         scores = folder / "scores.json"
         found = _read(scores) if scores.is_file() else {}
         found = found if isinstance(found, dict) else {}
         self.scoring = found["scoring"] if isinstance(found.get("scoring"), dict) else {}
         self.measures = list(found["measures"]) if isinstance(found.get("measures"), dict) else []
 
-    def answers(self, language: str) -> list[tuple[str, int]]:
+    def answers(self, language: str) -> _Outcomes:
         return self._predictions(language, _answers)
 
     def sentences(self, measures: Sequence[str], languages: Sequence[str]) -> dict[str, Sentences]:
@@ -422,7 +393,7 @@ class _Run:
         raise DataError(f"{path}:1: not the predictions of the evaluation, expected a file that layalign wrote")
 
 
-def _answers(entries: list[dict[str, Any]]) -> list[tuple[str, int]]:
+def _answers(entries: list[dict[str, Any]]) -> _Outcomes:
     if not all(isinstance(entry["correct"], bool) for entry in entries):
         raise ValueError
     return [(str(entry["id"]), int(entry["correct"])) for entry in entries]
@@ -435,19 +406,17 @@ def _statistics(entries: list[dict[str, Any]], measures: Sequence[str]) -> tuple
     if metrics:
         outputs = ["" if entry["output"] is None else entry["output"] for entry in entries]
         rows.update(translation_scores(outputs, [entry["gold"] for entry in entries], metrics)["statistics"])
-    for name in measures:
+    for name in (name for name in measures if name not in METRICS):
         if group_size(name) is not None:
             rights = [entry["measures"][name] for entry in entries if name in entry.get("measures", {})]
             rows[name] = [[int(right), 1] for right in rights]
             good = bool(rights) and all(isinstance(right, bool) for right in rights)
-        elif name not in METRICS:
+        else:
             rows[name] = [entry["measures"][name] for entry in entries]
             good = all(
                 isinstance(nats, float) and isfinite(nats) and type(tokens) is int and tokens > 0
                 for nats, tokens in rows[name]
             )
-        else:
-            good = True
         if not good:
             raise ValueError
     return [str(entry["id"]) for entry in entries], rows

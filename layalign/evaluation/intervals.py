@@ -65,7 +65,6 @@ def macro_interval(
     differences: bool = False,
     seed: int = 0,
     resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
 ) -> Interval:
     """Interval of the mean of the languages' means, in percent.
 
@@ -75,7 +74,7 @@ def macro_interval(
         parallel: all languages answer the same questions.
         differences: the rows are differences.
         seed: of the resampling.
-        resamples, confidence: how many, and how wide.
+        resamples: how many.
 
     Returns:
         The interval. Where every question has the same outcome (all answers right, none different), resampling gives no
@@ -89,11 +88,7 @@ def macro_interval(
     rows = [np.asarray(row, dtype=np.int64) for row in outcomes]
     if parallel and len({len(row) for row in rows}) > 1:
         raise ArgumentError("outcomes: expected rows of one length for the same questions, got several lengths")
-    method, tail, generator = (
-        "questions" if parallel else "languages",
-        (1 - confidence) / 2,
-        np.random.default_rng(seed),
-    )
+    method, generator = "questions" if parallel else "languages", np.random.default_rng(seed)
     # In parallel data one draw takes a question's answers in all languages: they are one row, of their sums.
     share = len(rows) if parallel else 1
     rows = [np.sum(rows, axis=0)] if parallel else rows
@@ -102,8 +97,14 @@ def macro_interval(
         low, high = _constant_interval(value, sum(map(len, rows)), differences)
         return Interval(100 * low, 100 * high, method)
     means = np.mean([bootstrap_totals(row, generator, resamples) / (share * len(row)) for row in rows], axis=0)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(100 * low), float(100 * high), method)
+    low, high = interval_of(means)
+    return Interval(100 * low, 100 * high, method)
+
+
+def interval_of(values: Any) -> tuple[float, float]:
+    """The percentile interval of resampled values (resamples,)."""
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def _constant_interval(value: float, count: int, differences: bool) -> tuple[float, float]:

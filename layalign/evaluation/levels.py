@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from layalign.data.languages import Language, find_language
 from layalign.evaluation.intervals import Interval, is_parallel, macro_interval
@@ -30,48 +29,6 @@ PAPER_TASKS = ("mgsm", "msvamp")
 _PAPER: dict[str, tuple[str, ...]] = {"low": ("Bengali", "Thai", "Swahili")}
 _PAPER["high"] = ("English", "Spanish", "French", "German", "Russian", "Chinese", "Japanese")
 
-_JOSHI = {
-    5: """
-        Arabic, Chinese, English, French, German, Japanese, Spanish""",
-    4: """
-        Basque, Catalan, Croatian, Czech, Finnish, Flemish, Hindi, Hungarian, Italian, Korean, Persian, Polish,
-        Portuguese, Russian, Serbian, Swedish, Turkish, Vietnamese""",
-    3: """
-        Afrikaans, Belarusian, Bengali, Bosnian, Bulgarian, Cebuano, Danish, Egyptian Arabic, Estonian, Galician,
-        Georgian, Greek, Hebrew, Indonesian, Kazakh, Latin, Latvian, Lithuanian, Malay, Romanian, Slovak, Slovenian,
-        Tagalog, Tamil, Thai, Ukrainian, Urdu, Uzbek""",
-    2: """
-        Amharic, Goan Konkani, Haitian Creole, Hausa, Icelandic, Irish, Lao, Maltese, Marathi, Punjabi, Sanskrit,
-        Swahili, Tigrinya, Tswana, Wolof, Xhosa, Yoruba, Zulu""",
-    1: """
-        Abkhaz, Acehnese, Adyghe, Akan, Albanian, Armenian, Assamese, Asturian, Avar, Aymara, Azerbaijani, Bambara,
-        Banjar, Bashkir, Bhojpuri, Bikol, Breton, Buginese, Burmese, Buryat, Cantonese, Central Kurdish, Chamorro,
-        Chavacano, Chechen, Chichewa, Chuvash, Cornish, Crimean Tatar, Dhivehi, Dinka, Dzongkha, Eastern Huasteca
-        Nahuatl, Eastern Mari, Esperanto, Ewe, Faroese, Fijian, Frisian, Friulian, Fula, Greenlandic, Guarani, Gujarati,
-        Ido, Igbo, Ilocano, Interlingua, Interlingue, Inuktitut, Jamaican Patois, Javanese, Kabardian, Kabiyè, Kabyle,
-        Kannada, Kapampangan, Karakalpak, Kashmiri, Kashubian, Khmer, Kikuyu, Kinyarwanda, Kirundi, Komi, Kongo,
-        Kurdish, Kyrgyz, Latgalian, Ligurian, Limburgish, Lingala, Lingua Franca Nova, Lombard, Low German, Lower
-        Sorbian, Luganda, Luxembourgish, Macedonian, Maithili, Malagasy, Malayalam, Manx, Maori, Mari, Minangkabau,
-        Mongolian, Navajo, Nepali, Newari, Northern Sami, Northern Sotho, Norwegian, Norwegian Nynorsk, Novial, Occitan,
-        Odia, Old English, Oromo, Ossetian, Pangasinan, Papiamento, Pashto, Piedmontese, Quechua, Romani, Samoan, Sango,
-        Santali, Sardinian, Scottish Gaelic, Shona, Sicilian, Silesian, Sindhi, Sinhala, Somali, South Azerbaijani,
-        Southern Sotho, Sundanese, Swati, Swiss German, Tahitian, Tajik, Tatar, Telugu, Tetum, Tibetan, Tok Pisin,
-        Tongan, Tsonga, Tulu, Tumbuka, Turkmen, Tuvan, Twi, Udmurt, Upper Sorbian, Uyghur, Venda, Venetian, Waray,
-        Welsh, Wu Chinese, Yakut, Yiddish, Zazaki""",
-    0: """
-        Acholi, Afar, Assyrian Neo-Aramaic, Awadhi, Balinese, Balochi, Baoulé, Batak Karo, Batak Simalungun, Batak Toba,
-        Bemba, Berber, Betawi, Bodo, Chuukese, Coastal Kadazan, Dari, Dogri, Dyula, Efik, Fon, Ga, Hakha Chin,
-        Hiligaynon, Iban, Isoko, Jingpho, K'iche', Kadazan Dusun, Kamba, Kanuri, Khasi, Kituba, Kokborok, Luba-Katanga,
-        Luba-Lulua, Madurese, Magahi, Makassarese, Mam, Mapudungun, Marshallese, Mauritian Creole, Meitei, Mizo, Mossi,
-        Nigerian Pidgin, North Ndebele, Nuer, Q'eqchi', Seychellois Creole, Shan, South Ndebele, Susu, Tamasheq, Tiv,
-        Umbundu, Yucatec Maya, Zapotec""",
-}
-
-
-@lru_cache(maxsize=1)
-def _classes() -> dict[str, int]:
-    return {name: number for number, names in _JOSHI.items() for name in " ".join(names.split()).split(", ")}
-
 
 def resource_class(language: str | Language) -> int | None:
     """The class of Joshi et al. (2020), from 0 (no data) to 5; None for a language that is not in their list.
@@ -80,8 +37,7 @@ def resource_class(language: str | Language) -> int | None:
         language: anything `language_of` takes, or another name, which has no class.
     """
     found = find_language(language) if isinstance(language, str) else language
-    # "Punjabi (Arab)" is Punjabi in another script.
-    return None if found is None else _classes().get(found.name, _classes().get(found.name.split(" (")[0]))
+    return None if found is None else found.resource_class
 
 
 def resource_level(language: str | Language, grouping: str = "joshi") -> str | None:

@@ -256,14 +256,15 @@ def _call(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _batches(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
-    """Numbers of the examples, the longest first: a batch that does not fit into memory fails at once."""
-    order = sorted(
-        range(len(examples)),
-        key=lambda i: (-len(examples[i].source) - len(examples[i].prompt) - len(examples[i].target), i),
-    )
+def longest_first(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches, the longest first: a batch that does not fit into memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), size):
         yield order[start : start + size]
+
+
+def _batches(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
+    return longest_first([len(e.source) + len(e.prompt) + len(e.target) for e in examples], size)
 
 
 def _are_texts(texts: Any) -> bool:

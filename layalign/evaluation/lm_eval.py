@@ -21,17 +21,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import StoppingCriteriaList
 
 from layalign.data.collator import STAGES, LayAlignCollator
 from layalign.data.examples import Example
 from layalign.data.languages import find_language, language_of, tokenizer_source_language
-from layalign.evaluation.answering import StopStrings, _generate, evaluation_mode
+from layalign.evaluation.answering import _generate, evaluation_mode
+from layalign.evaluation.likelihood import longest_first
 from layalign.modeling.tokenization import encode_texts
 from layalign.nn.inspection import device_of
-from layalign.utils.errors import ArgumentError, NonFiniteError, shown
+from layalign.utils.errors import ArgumentError, NonFiniteError, one_of, shown
 
 try:
     import lm_eval.models  # noqa: F401  # a registry that holds our name no longer loads the others by itself
@@ -111,9 +110,8 @@ class LayAlignLM(TemplateLM):
         super().__init__()
         if (checkpoint is None) == (model is None):
             raise ArgumentError("checkpoint: expected either a checkpoint or a model with its tokenizers")
-        for name, value, known in (("source", source, SOURCES), ("stage", stage, STAGES)):
-            if value not in known:
-                raise ArgumentError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        one_of("source", source, SOURCES)
+        one_of("stage", stage, STAGES)
         if (source == "question") != (source_field is not None):
             raise ArgumentError(f"source_field: expected with source=question and only there, got {source_field!r}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -335,20 +333,15 @@ class LayAlignLM(TemplateLM):
         return {"cut": dict(self.cut)}
 
     def _batches(self, rows: list[_Row], what: str, quiet: bool) -> Iterator[list[_Row]]:
-        # The longest first: a batch that does not fit into memory fails at once.
-        rows = sorted(rows, key=lambda row: -len(row.source) - len(row.tokens))
         with tqdm(total=len(rows), disable=quiet, desc=what) as bar:
-            for start in range(0, len(rows), self.batch_size):
-                yield rows[start : start + self.batch_size]
-                bar.update(len(rows[start : start + self.batch_size]))
+            for own in longest_first([len(row.source) + len(row.tokens) for row in rows], self.batch_size):
+                yield [rows[i] for i in own]
+                bar.update(len(own))
 
     def _batch(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
-        pad, sources = self.collator.encoder_tokenizer.pad_token_id, [torch.tensor(row.source) for row in rows]
-        ids = pad_sequence(sources, batch_first=True, padding_value=0 if pad is None else pad)
-        mask = pad_sequence([torch.ones_like(source) for source in sources], batch_first=True)
-        packed = self.model.build_inputs(mask, [row.tokens for row in rows])
-        batch = {**packed, "encoder_input_ids": ids, "encoder_attention_mask": mask}
-        return {name: tensor.to(self._device) for name, tensor in batch.items()}
+        sources = self.collator.padded_sources([row.source for row in rows])
+        packed = self.model.build_inputs(sources["encoder_attention_mask"], [row.tokens for row in rows])
+        return {name: tensor.to(self._device) for name, tensor in {**packed, **sources}.items()}
 
     def _score(self, rows: Sequence[_Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
         """(number of the request, (log-probability, whether greedy)) for every continuation of some rows."""
@@ -376,19 +369,10 @@ class LayAlignLM(TemplateLM):
         return until, longest, options
 
     def _write(self, rows: Sequence[_Row], until: list[str], longest: int, options: dict[str, Any]) -> list[str | None]:
-        batch = self._batch(rows)
-        if until and options.get("num_beams", 1) == 1:
-            stop = StopStrings(self.tokenizer, until, batch["input_ids"].shape[1])
-            options = {**options, "stopping_criteria": StoppingCriteriaList([stop])}
         with evaluation_mode(self.model), torch.no_grad():
-            answers = _generate(self.model, self.tokenizer, batch, longest, options)
-        texts = [answer.text for answer in answers]
-        self.cut["answer"] += sum(
-            not (answer.ended or any(stop in text for stop in until))
-            for answer, text in zip(answers, texts, strict=True)
-            if text is not None
-        )
-        return [text and postprocess_generated_text(text, until, None) for text in texts]
+            answers = _generate(self.model, self.tokenizer, self._batch(rows), longest, options, until=until)
+        self.cut["answer"] += sum(not answer.ended for answer in answers)
+        return [text and postprocess_generated_text(text, until, None) for text, _, _ in answers]
 
 
 @contextmanager

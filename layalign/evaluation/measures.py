@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from layalign.evaluation.intervals import CONFIDENCE, is_parallel, macro_interval
+from layalign.evaluation.intervals import interval_of, is_parallel, macro_interval
 from layalign.evaluation.levels import GROUPINGS, by_level
 from layalign.evaluation.metrics import wilson_interval
 from layalign.evaluation.translation import METRICS, score_of
@@ -123,20 +123,20 @@ class Sentences:
         """Number of sentences of some languages."""
         return sum(len(self.statistics[name]) for name in names)
 
-    def resampled(self, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Any]:
-        """By language the values (resamples,) of sentences drawn with replacement; equal sizes and seeds draw alike."""
+    def resampled(self, seed: int = 0) -> dict[str, Any]:
+        """By language the values (RESAMPLES,) of sentences drawn with replacement; equal sizes and seeds draw alike."""
         generator = np.random.default_rng(seed)
         found = {}
         for name, rows in self.statistics.items():
             if self.parallel:  # the same draws for all
                 generator = np.random.default_rng(seed)
-            times = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=resamples)
+            times = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
             found[name] = np.array([value_of(self.measure, sums) for sums in times @ rows])
         return found
 
-    def scores(self, task: str, seed: int = 0) -> MeasureScores:
+    def scores(self, task: str) -> MeasureScores:
         """Values and intervals: by language, of their mean, and by resource level."""
-        drawn = self.resampled(seed)
+        drawn = self.resampled()
 
         def score(names: Sequence[str], interval: Callable[[Sequence[str]], tuple[float, float]]) -> MeasureScore:
             return MeasureScore(self.value(names), *interval(names), self.count(names))
@@ -151,7 +151,7 @@ class Sentences:
 
         def of_answers(names: Sequence[str]) -> tuple[float, float]:
             rows = [self.statistics[name][:, 0].astype(int).tolist() for name in names]
-            found = macro_interval(rows, self.parallel, seed=seed)
+            found = macro_interval(rows, self.parallel)
             return found.low, found.high
 
         right = group_size(self.measure) is not None  # accuracies have the intervals of accuracies
@@ -166,12 +166,6 @@ class Sentences:
                 if groups
             },
         )
-
-
-def interval_of(values: Any) -> tuple[float, float]:
-    """The percentile interval of resampled values (resamples,)."""
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
 
 
 def bootstrap_p(differences: Any) -> float:

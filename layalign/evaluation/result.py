@@ -74,30 +74,21 @@ class EvaluationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
+        found: dict[str, Any] = {"task": self.task}
         if self.measures:
-            return {
-                "task": self.task,
-                "measures": {name: asdict(scores) for name, scores in self.measures.items()},
-                "files": self.report.files,
-                "skipped": [str(line) for line in self.report.skipped],
-                "scoring": self.scoring,
-                "cut": self.cut,
-                "failed": self.failed,
-            }
-        return {
-            "task": self.task,
-            "average": round(self.average, 2),
-            "languages": {name: asdict(score) for name, score in self.scores.items()},
-            "files": self.report.files,
-            "skipped": [str(line) for line in self.report.skipped],
-            "average_interval": None if self.average_interval is None else asdict(self.average_interval),
-            "levels": {
+            found["measures"] = {name: asdict(scores) for name, scores in self.measures.items()}
+        else:
+            found["average"] = round(self.average, 2)
+            found["languages"] = {name: asdict(score) for name, score in self.scores.items()}
+        found["files"], found["skipped"] = self.report.files, [str(line) for line in self.report.skipped]
+        if not self.measures:
+            found["average_interval"] = None if self.average_interval is None else asdict(self.average_interval)
+            found["levels"] = {
                 grouping: {level: asdict(score) for level, score in scores.items()}
                 for grouping, scores in self.levels.items()
-            },
-            "scoring": self.scoring,
-            "cut": self.cut,
-        }
+            }
+        found.update(scoring=self.scoring, cut=self.cut)
+        return {**found, "failed": self.failed} if self.measures else found
 
     def to_tsv(self) -> str:
         """A header line, a line per language, the average, and averages by level ("Average joshi high").

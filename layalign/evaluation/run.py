@@ -28,7 +28,7 @@ from layalign.evaluation.answering import (
     settings_fingerprint,
 )
 from layalign.evaluation.config import EvalConfig
-from layalign.evaluation.likelihood import LABELS, Likelihoods
+from layalign.evaluation.likelihood import LABELS, Likelihoods, longest_first
 from layalign.evaluation.measures import check_measures, require_groups
 from layalign.evaluation.result import EvaluationResult
 from layalign.evaluation.scoring import LIKELIHOODS, Translated, score, score_translations, scoring_of, sentences_of
@@ -214,13 +214,9 @@ class _Asking:
         keep_failed = self.config.non_finite == "fail"
         found = {i: text for i, text in done.items() if keep_failed or text is not None}
         self.advance(language, len(found))
-        # The longest first: a batch that does not fit into memory fails at once.
-        rest = sorted(
-            (i for i in range(len(examples)) if i not in found),
-            key=lambda i: (-len(examples[i].source) - len(examples[i].prompt), i),
-        )
-        size = self.config.batch_size
-        batches = [rest[start : start + size] for start in range(0, len(rest), size)]
+        rest = [i for i in range(len(examples)) if i not in found]
+        lengths = [len(examples[i].source) + len(examples[i].prompt) for i in rest]
+        batches = [[rest[i] for i in own] for own in longest_first(lengths, self.config.batch_size)]
         for gathered in self._in_rounds(batches, lambda own: self._answered(own, examples)):
             failed = [] if keep_failed else sorted(i for i, (text, _) in gathered.items() if text is None)
             new = {i: text for i, (text, _) in gathered.items() if i not in failed}

@@ -21,7 +21,7 @@ from layalign.evaluation.likelihood import LABELS, best_label, right_ones
 from layalign.evaluation.measures import Sentences, group_size
 from layalign.evaluation.metrics import last_number, parse_label, same_number, wilson_interval
 from layalign.evaluation.result import LanguageScore
-from layalign.evaluation.store import OutputStore
+from layalign.evaluation.store import OutputStore, prediction_path
 from layalign.evaluation.translation import METRICS, score_of, translation_scores
 from layalign.utils.errors import ArgumentError, first_line, one_of, refuse, shown
 from layalign.utils.files import write_whole
@@ -259,4 +259,4 @@ def sentences_of(translations: Mapping[str, Translated], measure: str) -> Senten
 
 def _write_predictions(store: OutputStore, language: str, entries: Sequence[Mapping[str, Any]]) -> None:
     text = json.dumps(entries, indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(store.path_of(language, ".json"), text + "\n")
+    write_whole(prediction_path(store.folder, language, ".json"), text + "\n")

@@ -48,6 +48,24 @@ def prediction_path(folder: Path, language: str, suffix: str) -> Path:
     return folder / "predictions" / (name + suffix)
 
 
+def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `settings.json` holds: the settings, by language its questions' fingerprint, and how it was scored.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        found = read_json(folder / SETTINGS, error=DataError)
+    except DataError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("settings", "languages")):
+        raise DataError(
+            f"{folder / SETTINGS}:1: not the settings of an evaluation, expected a file that layalign wrote"
+        )
+    scoring = found.get("scoring")  # not in what an earlier layalign wrote
+    return {**found, "scoring": scoring if isinstance(scoring, dict) else {}}
+
+
 class OutputStore:
     """What a run got from its model: `predictions/<language>.jsonl`, one line per text, appended batch by batch.
 
@@ -68,37 +86,24 @@ class OutputStore:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
-        self.folder, self.predictions = folder, folder / "predictions"
+        self.folder = folder
         self.cut: dict[str, dict[int, list[str]]] = {}
         self.values: dict[str, dict[str, dict[int, list[float]]]] = {}
         with writing(f"output_dir: {folder}"):
-            self.predictions.mkdir(parents=True, exist_ok=True)
-        self._path = folder / SETTINGS
-        old = self._read_settings()
+            (folder / "predictions").mkdir(parents=True, exist_ok=True)
+        fresh: dict[str, dict[str, Any]] = {"settings": dict(settings), "languages": {}, "scoring": {}}
+        old = read_settings(folder) if (folder / SETTINGS).exists() else fresh
         if not resume:
-            for language in old.get("languages", {}):
+            for language in old["languages"]:
                 for suffix in (".jsonl", ".json"):
-                    self.path_of(language, suffix).unlink(missing_ok=True)
-            old = {}
-        self._check(old.get("settings", settings), settings)
-        self._settings: dict[str, dict[str, Any]] = {"settings": dict(settings)}
-        for key in ("languages", "scoring"):
-            self._settings[key] = dict(there) if isinstance(there := old.get(key), dict) else {}
+                    prediction_path(folder, language, suffix).unlink(missing_ok=True)
+            old = fresh
+        self._check(old["settings"], settings)
+        self._settings = {**fresh, "languages": old["languages"], "scoring": old["scoring"]}
         self._save()
 
-    def _read_settings(self) -> dict[str, Any]:
-        if not self._path.exists():
-            return {}
-        try:
-            old = read_json(self._path, error=DataError)
-        except DataError:
-            old = None
-        if not isinstance(old, dict) or not all(isinstance(old.get(key), dict) for key in ("settings", "languages")):
-            raise DataError(f"{self._path}:1: not the settings of an evaluation, expected a file that layalign wrote")
-        return old
-
     def _save(self) -> None:
-        write_whole(self._path, json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.folder / SETTINGS, json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n")
 
     def _check(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         # Through JSON, so that tuples and lists are equal.
@@ -111,10 +116,6 @@ class OutputStore:
                     f"output_dir: {self.folder} holds outputs made with {key} {_short(old.get(key))}, not "
                     f"{_short(new.get(key))}; expected another folder, or resume=False to start again"
                 )
-
-    def path_of(self, language: str, suffix: str) -> Path:
-        """See :func:`prediction_path`."""
-        return prediction_path(self.folder, language, suffix)
 
     def begin(self, language: str, examples: Sequence[Example]) -> dict[int, str | None]:
         """The outputs that are there already, by the number of their example; None for one that failed.
@@ -132,7 +133,7 @@ class OutputStore:
                 f"output_dir: {self.folder} holds outputs for other {language} examples than these {len(examples)}; "
                 "expected another folder, or resume=False to start again"
             )
-        path = self.path_of(language, ".jsonl")
+        path = prediction_path(self.folder, language, ".jsonl")
         if language not in known:
             path.unlink(missing_ok=True)
             known[language] = mark
@@ -203,7 +204,7 @@ class OutputStore:
 
     def _write(self, language: str, entries: Sequence[Mapping[str, Any]]) -> None:
         lines = [json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries]
-        path = self.path_of(language, ".jsonl")
+        path = prediction_path(self.folder, language, ".jsonl")
         kept = "the answers written before are kept, and a rerun goes on after them"
         with writing(f"output_dir: {path}", kept), path.open("ab") as file:
             file.write("".join(lines).encode("utf-8"))

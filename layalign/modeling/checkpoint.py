@@ -39,10 +39,10 @@ logger = logging.getLogger("layalign")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIGEST = "sha256"  # in the metadata of the weights
 OWN_PARTS = ("mapping.", "encoder_aligner.", "cross_attention.")
-# transformers' arguments that have no effect with this value; any other value is refused.
+# transformers' arguments that have no effect with these values; any other value is refused.
 _NEUTRAL = {
-    "safe_serialization": True, "save_peft_format": True, "save_original_format": True, "distributed_checkpoint": False,
-    "save_function": torch.save,
+    "safe_serialization": (True, None), "save_peft_format": (True, None), "save_original_format": (True, None),
+    "distributed_checkpoint": (False, None), "save_function": (torch.save, None),
 }  # fmt: skip
 _OF_PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision")
 _verdicts: dict[Any, tuple[str | None, str | None]] = {}  # results of comparing parts with files
@@ -112,41 +112,36 @@ def _compared(name: str | None, part: str, module: Any, found: Found) -> Found:
     if key not in _verdicts:
         if len(_verdicts) >= 8:
             _verdicts.pop(next(iter(_verdicts)))
-        if files[0].suffix == names.GGUF:
-            _verdicts[key] = _against_gguf(module, files[0])
-        else:
-            _verdicts[key] = _against_files(part, module, settings.parent, files)
+        compare = _against_gguf if files[0].suffix == names.GGUF else _against_files
+        try:
+            problems = compare(part, module, settings, files)
+            _verdicts[key] = (fingerprint.summary(problems), None) if problems else (None, None)
+        except Exception as error:  # a damaged file, a model that needs its own code, a release that cannot read it
+            _verdicts[key] = None, f"its files cannot be read: {first_line(error)}"
     differs, unchecked = _verdicts[key]
     return replace(found, differs=differs, unchecked=unchecked)
 
 
-def _against_files(part: str, module: Any, folder: Path, files: list[Path]) -> tuple[str | None, str | None]:
-    """(how a part differs from what a folder gives, why this is unknown)."""
-    try:
-        problems, unfound = fingerprint.differences_from_files(module, files)
-        wanted = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if wanted.model_type == module.config.model_type:
-            problems = fingerprint.settings_that_differ(wanted, module.config) + problems
-        if unfound and not problems:  # loading may convert weights, not only rename them: load again and compare
-            load = encoders.load_encoder if part == "encoder" else encoders.load_llm
-            again = load(str(folder), dtype=module.dtype, local_files_only=True)
-            here = fingerprint.examine(module).entries
-            entries = {name: here[name] for name in unfound}
-            problems = fingerprint.differences(entries, encoders.encoder_part(again), same_version=True)
-    except Exception as error:  # a damaged file, a model that needs its own code, a release that cannot read it
-        return None, f"its files cannot be read: {first_line(error)}"
-    return (fingerprint.summary(problems), None) if problems else (None, None)
+def _against_files(part: str, module: Any, settings: Path, files: list[Path]) -> list[str]:
+    """How a part differs from what a folder gives."""
+    problems, unfound = fingerprint.differences_from_files(module, files)
+    wanted = AutoConfig.from_pretrained(settings.parent, trust_remote_code=False)
+    if wanted.model_type == module.config.model_type:
+        problems = fingerprint.settings_that_differ(wanted, module.config) + problems
+    if unfound and not problems:  # loading may convert weights, not only rename them: load again and compare
+        load = encoders.load_encoder if part == "encoder" else encoders.load_llm
+        again = load(str(settings.parent), dtype=module.dtype, local_files_only=True)
+        here = fingerprint.examine(module).entries
+        entries = {name: here[name] for name in unfound}
+        problems = fingerprint.differences(entries, encoders.encoder_part(again), same_version=True)
+    return problems
 
 
-def _against_gguf(llm: Any, file: Path) -> tuple[str | None, str | None]:
-    """As :func:`_against_files`, for a GGUF file, which is loaded again."""
-    try:
-        again = encoders.load_llm(str(file), dtype=llm.dtype)
-        problems = fingerprint.settings_that_differ(again.config, llm.config)
-        problems += fingerprint.differences(fingerprint.examine(llm).entries, again, same_version=True)
-    except Exception as error:
-        return None, f"its file cannot be read: {first_line(error)}"
-    return (fingerprint.summary(problems), None) if problems else (None, None)
+def _against_gguf(part: str, llm: Any, file: Path, files: list[Path]) -> list[str]:
+    """How an LLM differs from a GGUF file, which is loaded again."""
+    again = encoders.load_llm(str(file), dtype=llm.dtype)
+    problems = fingerprint.settings_that_differ(again.config, llm.config)
+    return problems + fingerprint.differences(fingerprint.examine(llm).entries, again, same_version=True)
 
 
 def _parts_to_write(model: Any, found: Mapping[str, Found], save_frozen: bool, changed_frozen: str) -> list[str]:
@@ -311,12 +306,23 @@ def _understood(arguments: dict[str, Any], directory: Any) -> tuple[dict[str, An
     asked = [key for key, value in pushing.items() if value not in (None, False)]
     if asked and not push:
         raise ArgumentError(f"{asked[0]}: expected push_to_hub=True with it")
-    for key, value in rest.items():
-        if key not in _NEUTRAL:
-            raise ArgumentError(f"{key}: save_pretrained has no such argument")
-        if value is not None and value != _NEUTRAL[key]:
-            refuse(key, f"{_NEUTRAL[key]!r}, as weights are always written in full and as safetensors", value)
+    require_neutral("save_pretrained", rest, _NEUTRAL, "", ", as weights are always written in full and as safetensors")
     return settings, {"repo_id": Path(directory).name, **pushing} if push else {}
+
+
+def require_neutral(
+    method: str, arguments: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], hint: str, reason: str
+) -> None:
+    """Check that transformers' other arguments have values without effect.
+
+    Raises:
+        ArgumentError: one has another value (the text ends with ``reason``), or is unknown (with ``hint``).
+    """
+    for key, value in arguments.items():
+        if key not in neutral:
+            raise ArgumentError(f"{key}: {method} has no such argument{hint}")
+        if not any(value is each or value == each for each in neutral[key]):
+            refuse(key, f"{' or '.join(map(repr, neutral[key]))}{reason}", value)
 
 
 def _make_repository(pushing: dict[str, Any]) -> str:

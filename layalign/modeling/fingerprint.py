@@ -98,8 +98,8 @@ def _bits(tensor: Tensor, dtype: torch.dtype) -> str:
     for piece in _pieces(tensor):
         raw = _filled(piece.to(dtype).contiguous().view(torch.uint8), 8 * _WORDS).view(torch.int64).view(-1, _WORDS)
         mixed = (raw >> 31).bitwise_xor_(raw)  # else two flips of the highest bit would cancel
-        sums = mixed.mul_(_words(_WORDS, 1, raw.device)).sum(dim=1)
-        total += int((sums * _words(row + len(sums), 2, raw.device)[row:]).sum())
+        sums = mixed.mul_(_factors("words", _WORDS, 1, raw.device)).sum(dim=1)
+        total += int((sums * _factors("words", row + len(sums), 2, raw.device)[row:]).sum())
         row += len(sums)
     return f"{total % 2**64:016x}"
 
@@ -109,8 +109,8 @@ def _sum(tensor: Tensor) -> float:
     total, row = 0.0, 0
     for piece in _pieces(tensor):
         numbers = _filled(piece.float(), _ROW).view(-1, _ROW)
-        sums = (numbers @ _numbers(_ROW, 3, numbers.device)).double()
-        total += float((sums * _numbers(row + len(sums), 4, numbers.device)[row:]).sum())
+        sums = (numbers @ _factors("numbers", _ROW, 3, numbers.device)).double()
+        total += float((sums * _factors("numbers", row + len(sums), 4, numbers.device)[row:]).sum())
         row += len(sums)
     return total
 
@@ -128,17 +128,13 @@ def _rounding_of_sum(tensor: Tensor) -> float:
     return 6 * 7 / 3 * (relative + tensor.numel() ** 0.5 * half.smallest_normal * half.eps) / 12**0.5
 
 
-def _words(count: int, seed: int, device: torch.device) -> Tensor:
-    return _drawn("words", max(_WORDS, 1 << (count - 1).bit_length()), seed, device)[:count]
-
-
-def _numbers(count: int, seed: int, device: torch.device) -> Tensor:
-    return _drawn("numbers", max(_ROW, 1 << (count - 1).bit_length()), seed, device)[:count]
+def _factors(kind: str, count: int, seed: int, device: torch.device) -> Tensor:
+    """Random factors: the same on every machine, in every version (numpy keeps this stream), and for every count."""
+    return _drawn(kind, max(_WORDS, 1 << (count - 1).bit_length()), seed, device)[:count]
 
 
 @functools.lru_cache(maxsize=16)
 def _drawn(kind: str, count: int, seed: int, device: torch.device) -> Tensor:
-    """Random factors: the same on every machine, in every version (numpy keeps this stream), and for every count."""
     draw = np.random.RandomState(seed)
     if kind == "words":
         return torch.from_numpy(draw.randint(-(2**63), 2**63 - 1, count, dtype=np.int64) | 1).to(device)
@@ -356,13 +352,9 @@ def _same(file: Tensor, here: Tensor) -> bool:
     routes = [None, *(half for half in HALVES.values() if here.dtype in (torch.float32, torch.float64))]
     if file.dtype in HALVES.values() or not file.is_floating_point():
         routes = [None]
-    for start, piece in zip(range(0, max(here.numel(), 1), 1 << 24), _blocks(here), strict=False):
+    for start, piece in zip(range(0, max(here.numel(), 1), 1 << 24), here.reshape(-1).split(1 << 24), strict=False):
         there = file.reshape(-1)[start : start + (1 << 24)].to(piece.device)
         routes = [r for r in routes if torch.equal((there if r is None else there.to(r)).to(piece.dtype), piece)]
         if not routes:
             return False
     return True
-
-
-def _blocks(tensor: Tensor) -> Iterable[Tensor]:
-    return tensor.reshape(-1).split(1 << 24)

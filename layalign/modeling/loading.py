@@ -18,12 +18,12 @@ from transformers.utils import cached_file
 from layalign.modeling import encoders, fingerprint, names
 from layalign.modeling.checkpoint import (
     CONFIG,
-    OWN_PARTS,
     WEIGHTS,
     own_state,
     part_of,
     read_weights,
     reading,
+    require_neutral,
     weights_name,
 )
 from layalign.modeling.claims import require_files
@@ -36,7 +36,7 @@ from layalign.ops.checks import FLOAT_DTYPES
 from layalign.utils.errors import ArgumentError, CheckpointError, one_of, refuse, shown
 from layalign.utils.moved import RENAMED, with_new_names
 from layalign.utils.quiet import quiet_transformers
-from layalign.utils.reading import read_json
+from layalign.utils.reading import confined, read_json
 
 logger = logging.getLogger("layalign")
 
@@ -150,14 +150,8 @@ def _for_parts(arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[dict[str
     common = {key: rest.pop(key) for key in _OF_PARTS if key in rest}
     common.setdefault("dtype", "auto")
     attention = {key: rest.pop(key) for key in ("attn_implementation",) if key in rest}
-    for key, value in rest.items():
-        if key not in _NEUTRAL:
-            raise ArgumentError(
-                f"{key}: from_pretrained has no such argument; those of one frozen part go into llm_kwargs or "
-                "encoder_kwargs"
-            )
-        if not any(value is each or value == each for each in _NEUTRAL[key]):
-            refuse(key, " or ".join(map(repr, _NEUTRAL[key])), value)
+    hint = "; those of one frozen part go into llm_kwargs or encoder_kwargs"
+    require_neutral("from_pretrained", rest, _NEUTRAL, hint, "")
     return common, attention
 
 
@@ -217,18 +211,11 @@ def read_all(place: str, hub: Mapping[str, Any] | None = None, variant: str | No
         if index is None:
             raise CheckpointError(f"there is no such file, and no {name}.index.json")
     with reading(place, Path(index).name):
-        files = sorted(set(read_json(Path(index))["weight_map"].values()), key=str)
-        outside = [file for file in files if not _is_name(file)]
-        if outside:
-            raise CheckpointError(f"expected names of files in this folder, got {shown(outside[0])}")
         found: dict[str, Tensor] = {}
-        for file in files:
+        for file in sorted(set(read_json(Path(index))["weight_map"].values()), key=str):
+            confined(Path(index).parent, file, "weight_map")
             found.update(read_weights(str(cached_file(place, file, **hub))))
     return found
-
-
-def _is_name(file: Any) -> bool:
-    return isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file
 
 
 def _put_generation_config(model: Any, place: str, hub: dict[str, Any]) -> None:
@@ -251,24 +238,26 @@ def _check_own(config: LayAlignConfig, weights: dict[str, Tensor], place: str) -
     with reading(place, CONFIG), torch.device("meta"):
         parts = zip(("mapping", "encoder_aligner", "cross_attention"), build_trainable_modules(config), strict=True)
         own = {f"{part}.{name}": p for part, module in parts if module for name, p in module.named_parameters()}
-    missing = sorted(set(own) - set(weights))
-    foreign = sorted(name for name in weights if name.startswith(OWN_PARTS) and name not in own)
+    where = f"{place}: {WEIGHTS}"
+    _require_fit(where, set(own), own, {name: tensor for name, tensor in weights.items() if part_of(name) == "own"})
+    for name, tensor in weights.items():
+        if name in own or not name.startswith(("encoder.", "llm.")):
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise CheckpointError(f"{where}: {shown(name, 100)}: expected floating numbers, got {tensor.dtype}")
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{where}: {shown(name, 100)}: expected finite numbers, got NaN or infinity")
+
+
+def _require_fit(where: str, needed: set[str], places: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Each weight must have a place of its shape, and none that is needed may be missing."""
+    missing, foreign = sorted(needed - set(weights)), sorted(set(weights) - set(places))
     if missing or foreign:
         problem = f"{missing[0]} is missing" if missing else f"the model has no {shown(foreign[0], 100)}"
-        raise CheckpointError(f"{place}: {WEIGHTS}: does not fit the model: {problem}")
+        raise CheckpointError(f"{where}: does not fit the model: {problem}")
     for name, tensor in weights.items():
-        if name in own and own[name].shape != tensor.shape:
-            shapes = f"expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
-            raise CheckpointError(f"{place}: {WEIGHTS}: {name}: {shapes}")
-        if name in own or not name.startswith(("encoder.", "llm.")):
-            _require_sound(f"{place}: {WEIGHTS}: {shown(name, 100)}", tensor)
-
-
-def _require_sound(where: str, tensor: Tensor) -> None:
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"{where}: expected floating numbers, got {tensor.dtype}")
-    if not tensor.isfinite().all():
-        raise CheckpointError(f"{where}: expected finite numbers, got NaN or infinity")
+        if places[name].shape != tensor.shape:
+            shapes = f"expected {tuple(places[name].shape)}, got {tuple(tensor.shape)}"
+            raise CheckpointError(f"{where}: {name}: {shapes}")
 
 
 def _check_part(part: str, wanted: Any, found: Any, place: str) -> None:
@@ -355,27 +344,20 @@ def _held_part(
     return module  # type: ignore[no-any-return]
 
 
-def _put_weights(model: nn.Module, weights: dict[str, Tensor], dtype: Any) -> None:
-    """Load the stored weights, in their stored dtype unless another is given. Each must fit, none may be missing."""
+def _put_weights(model: Any, weights: dict[str, Tensor], dtype: Any) -> None:
+    """Load the stored weights, in their stored dtype unless another is given. Each must fit, none may be missing.
+
+    Own parts go to the device of the LLM's embeddings, everything else stays where it is.
+    """
     places = dict(model.named_parameters())
     expected = set(own_state(model)) | {f"llm.{name}" for name in adapter_names(model.get_submodule("llm"))}
-    missing, foreign = sorted(expected - set(weights)), sorted(set(weights) - set(places))
-    if missing or foreign:
-        problem = f"{missing[0]} is missing" if missing else f"the model has no {foreign[0]}"
-        raise CheckpointError(f"{WEIGHTS}: does not fit the model: {problem}")
+    _require_fit(WEIGHTS, expected, places, weights)
+    home = device_of(model.get_input_embeddings())
     for name, tensor in weights.items():
         place = places[name]
-        if place.shape != tensor.shape:
-            shapes = f"expected {tuple(place.shape)}, got {tuple(tensor.shape)}"
-            raise CheckpointError(f"{WEIGHTS}: {name}: {shapes}")
-        device = _home(model, name, place)
+        device = home if part_of(name) == "own" else place.device
         # A copy: the tensor is a view of the mapped file, which saving to the same folder would replace.
         place.data = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-
-
-def _home(model: Any, name: str, place: Tensor) -> torch.device:
-    """The device of a weight: own parts go to that of the LLM's embeddings, everything else stays where it is."""
-    return device_of(model.get_input_embeddings()) if name.startswith(OWN_PARTS) else place.device
 
 
 def load_model(checkpoint: str, device: str | None, dtype: str) -> tuple[Any, Any, Any]:
@@ -394,9 +376,7 @@ def load_model(checkpoint: str, device: str | None, dtype: str) -> tuple[Any, An
     from layalign.modeling.tokenization import load_tokenizers
 
     quiet_transformers()
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    if dtype not in dtypes:
-        raise ArgumentError(f"dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
+    one_of("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     if not Path(checkpoint).expanduser().exists() and (names.is_path(checkpoint) or "/" not in checkpoint):
         raise ArgumentError(f"checkpoint: no such folder: {checkpoint}")
     try:

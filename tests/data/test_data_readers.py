@@ -9,7 +9,7 @@ import pytest
 from helpers_text import write_json_lines, write_lines
 
 from layalign.data import load_examples
-from layalign.data.prompts import math_prompt, translation_prompt, x_csqa_prompt, xcopa_prompt, xnli_prompt
+from layalign.data.prompts import math_prompt, x_csqa_prompt, xcopa_prompt, xnli_prompt
 from layalign.utils.errors import ArgumentError, DataError
 
 CSQA = {
@@ -38,11 +38,6 @@ def test_prompts_are_the_published_ones():
     assert math_prompt("1 + 1?") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n1 + 1?\n\n### Response: Let's think step by step."
-    )
-    assert translation_prompt("Habari", "Swahili") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n### Instruction:\n"
-        "Translate the following sentences from Swahili to English.\n### Input:\nHabari\n### Response:"
     )
     assert xnli_prompt("P", "H") == "Premise: P\nHypothesis: H\nLabel:"
     assert x_csqa_prompt("Q", ["x", "y", "z"]) == "Q\nOptions:A. x\tB. y\tC. z\nAnswer:"

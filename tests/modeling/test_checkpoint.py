@@ -165,7 +165,7 @@ def test_damaged_and_foreign_checkpoints(parts, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"encoder_aligner.projector.fc1.bias is missing"):
         LayAlignForCausalLM.from_pretrained(out)
     save_file({**weights, "surprise": torch.zeros(1)}, out / "model.safetensors")
-    with pytest.raises(CheckpointError, match="the model has no surprise"):
+    with pytest.raises(CheckpointError, match="the model has no 'surprise'"):
         LayAlignForCausalLM.from_pretrained(out)
     save_file({**weights, "mapping.end_boundary": torch.zeros(1, 1, 3)}, out / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"mapping.end_boundary: expected \(1, 1, 32\), got \(1, 1, 3\)"):
