@@ -22,7 +22,6 @@ from layalign_kernels.ahead_of_time import TARGETS, Inspection, inspect_entry
 
 FILES = (
     "layer_mix",
-    "layer_projection",
     "gated_cross_attention",
     "gated_cross_attention_backward",
     "gated_cross_attention_decode",

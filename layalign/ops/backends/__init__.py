@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from layalign.ops import checks, extension
+from layalign.ops.backends import triton
 from layalign.ops.backends.base import Backend, Implementation, KernelBackend
 from layalign.ops.backends.cpp import Cpp
 from layalign.ops.backends.cuda import Cuda
@@ -115,7 +116,7 @@ def _settle(registered: dict[str, Backend]) -> None:
     for operation, definition in _OPERATIONS.items():
         for name, backend in registered.items():
             if isinstance(backend, KernelBackend):
-                if all(backend.has(launcher) for launcher in definition.launchers):
+                if backend.launchers.keys() >= set(definition.launchers):
                     found[operation, name] = definition.by_kernels(name)
             elif (function := definition.plain if name == "torch" else backend.functions.get(operation)) is not None:
                 found[operation, name] = function
@@ -153,20 +154,12 @@ def get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def kernels(name: str) -> KernelBackend:
-    """The backend of a name, which must be one with kernels."""
-    return _BACKENDS[name]  # type: ignore[return-value]
-
-
 def launcher(backend: str, function: str) -> Callable[..., Any]:
     """The function that launches a backend's kernel.
 
     All backends have the same names and signatures, so that an operation's schema, fake and gradient are written once.
     """
-    found = kernels(backend).launcher(function)
-    if found is None:
-        raise BackendError(f"impl={backend!r}: it has no {function}")
-    return found
+    return _BACKENDS[backend].launchers[function]  # type: ignore[attr-defined, no-any-return]
 
 
 def serves(operation: str, backend: str, device_type: str) -> tuple[bool, str]:
@@ -251,7 +244,7 @@ class _Torch(Backend):
         return True, "plain PyTorch, always available"
 
 
-_BACKENDS["triton"] = Triton("triton")
+_BACKENDS["triton"] = Triton("triton", triton.launchers())
 _BACKENDS["cuda"] = Cuda("cuda", extension.launchers("cuda"))
 _BACKENDS["cpp"] = Cpp("cpp", extension.launchers("cpp"))
 _BACKENDS["torch"] = _Torch("torch")
