@@ -5,7 +5,6 @@ Numbers are multiples of 1/4, so that no dtype rounds them: what differs is wher
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import pytest

@@ -129,11 +129,6 @@ def names() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
-def operations() -> tuple[str, ...]:
-    """Names of all operations."""
-    return tuple(_OPERATIONS)
-
-
 def capability(backend: str, device_type: str) -> tuple[bool, str]:
     """(usable, reason) for ``backend`` on ``device_type`` ("cpu", "cuda", ...), for any operation."""
     return _capability(backend, device_type)
