@@ -81,15 +81,7 @@ torch.library.impl(_FORWARD, "default", _run)
 
 
 @torch.library.register_fake(_FORWARD)
-def _(
-    hidden: Sequence[Tensor],
-    mix_weight: Tensor,
-    mix_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: str,
-    backend: str,
-) -> Tensor:
+def _(hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, *others: Any) -> Tensor:
     return hidden[0].new_empty((mix_weight.shape[0], *hidden[0].shape[:2], weight.shape[-2]))
 
 
@@ -159,17 +151,9 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, backend: str) -> T
 
 @torch.library.register_fake(_BACKWARD)
 def _(
-    grad: Tensor,
-    hidden: Sequence[Tensor],
-    mix_weight: Tensor,
-    mix_bias: Tensor | None,
-    weight: Tensor,
-    bias_dims: int,
-    need_mix: bool,
-    need_weight: bool,
-    need_hidden: bool,
-    backend: str,
+    grad: Tensor, hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Any, weight: Tensor, *others: Any
 ) -> list[Tensor]:
+    bias_dims, need_mix, need_weight, need_hidden, _ = others
     first, slots = hidden[0], mix_weight.shape[0]
     bias_shape: tuple[int, ...] = ((0,), (weight.shape[-2],), (slots, weight.shape[-2]))[bias_dims]
     return [

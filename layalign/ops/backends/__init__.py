@@ -157,6 +157,15 @@ def launcher(backend: str, function: str) -> Callable[..., Any]:
     return _BACKENDS[backend].launchers[function]  # type: ignore[attr-defined, no-any-return]
 
 
+def launched(function: str) -> Callable[..., Any]:
+    """The implementation of an operation by the launcher ``function`` of the backend, which is its last argument."""
+
+    def run(*arguments: Any) -> Any:
+        return launcher(arguments[-1], function)(*arguments[:-1])
+
+    return run
+
+
 def serves(operation: str, backend: str, device_type: str) -> tuple[bool, str]:
     """(usable, reason) for one operation of one backend, for any arguments."""
     usable, reason = capability(backend, device_type)
