@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,14 @@ from layalign.ops import backends, checks, dispatch
 from layalign.utils.errors import BackendError
 
 
-def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    hidden = checks.autocast(hidden)
-    dtype = hidden[0].dtype
-    return reference.layer_mix(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+def in_dtype_of_hidden(function: Callable[..., Tensor]) -> backends.Implementation:
+    """``function`` of the layers and of weights and biases, all in the layers' dtype, or in autocast's."""
+
+    def run(hidden: Sequence[Tensor], *parameters: Tensor | None) -> Tensor:
+        hidden = checks.autocast(hidden)
+        return function(hidden, *(None if each is None else each.to(hidden[0].dtype) for each in parameters))
+
+    return run
 
 
 _FORWARD = "layalign::layer_mix"
@@ -97,7 +101,9 @@ def _fused(backend: str) -> backends.Implementation:
 
 
 LAUNCHERS = "layer_mix_forward", "layer_mix_backward"
-backends.define("layer_mix", backends.Operation(_torch, _fused, LAUNCHERS, checks.mix_limits))
+backends.define(
+    "layer_mix", backends.Operation(in_dtype_of_hidden(reference.layer_mix), _fused, LAUNCHERS, checks.mix_limits)
+)
 
 
 def layer_mix(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:

@@ -10,23 +10,8 @@ from torch import Tensor
 
 from layalign import reference
 from layalign.ops import backends, batched_linear, checks, dispatch, packed_weight
-from layalign.ops.layer_mix import LAUNCHERS
+from layalign.ops.layer_mix import LAUNCHERS, in_dtype_of_hidden
 from layalign.utils.errors import ArgumentError, BackendError
-
-
-def _torch(
-    hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    hidden = checks.autocast(hidden)
-    dtype = hidden[0].dtype
-    return reference.layer_projection(
-        hidden,
-        mix_weight.to(dtype),
-        None if mix_bias is None else mix_bias.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-    )
-
 
 _FORWARD = "layalign::layer_projection"
 _BACKWARD = "layalign::layer_projection_backward"
@@ -87,21 +72,13 @@ def _(hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, wei
 
 @torch.library.impl(_BACKWARD, "default")
 def _backward_op(
-    grad: Tensor,
-    hidden: Sequence[Tensor],
-    mix_weight: Tensor,
-    mix_bias: Tensor | None,
-    weight: Tensor,
-    bias_dims: int,
-    need_mix: bool,
-    need_weight: bool,
-    need_hidden: bool,
-    backend: str,
+    grad: Tensor, hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Any, weight: Tensor, *others: Any
 ) -> list[Tensor]:
     """[d mix_weight, d mix_bias, d weight, d bias, d hidden]; an empty tensor stands for what is not needed.
 
     Gradients of biases are float32: a bias may have a wider dtype than its weight.
     """
+    bias_dims, need_mix, need_weight, need_hidden, backend = others
     # x is computed again instead of being saved by the forward
     x = backends.launcher(backend, "layer_mix_forward")(hidden, mix_weight, mix_bias)
     grad = grad.to(x.dtype)
@@ -220,7 +197,8 @@ def _fused(backend: str) -> backends.Implementation:
     return run
 
 
-backends.define("layer_projection", backends.Operation(_torch, _fused, LAUNCHERS, checks.mix_limits))
+_plain = in_dtype_of_hidden(reference.layer_projection)
+backends.define("layer_projection", backends.Operation(_plain, _fused, LAUNCHERS, checks.mix_limits))
 
 
 def layer_projection(
