@@ -81,7 +81,6 @@ format: $(STAMP)
 
 # The parts of the documentation that the code writes.
 docs: $(STAMP)
-	$(BIN)/python -m layalign.ops.support --write docs/backends.md
 	$(BIN)/python -m layalign.training.baselines --write docs/baselines.md
 	$(BIN)/python -m layalign.experiments.controlled.report benchmarks/results/experiment/results.json docs/experiment.md
 	$(BIN)/python -m layalign.experiments.real.report benchmarks/results/real/results.json docs/evidence.md

@@ -21,10 +21,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.ahead_of_time import Entry
 from layalign_kernels.common import ceil_div, dot_precision, offset64
 from layalign_kernels.gated_cross_attention_common import (
-    SHIPPED,
     Table,
     architecture,
     attend,
@@ -32,7 +30,6 @@ from layalign_kernels.gated_cross_attention_common import (
     padded_head_size,
     pick,
     scale_base2,
-    shipped_entry,
     store_rows,
     strides,
     unit_last,
@@ -137,16 +134,3 @@ def gated_cross_attention_forward(
             **options,
         )
     return out, lse
-
-
-def ahead_of_time(arch: str = "sm_90") -> list[Entry]:
-    """Every shipped configuration of this file's kernels on ``arch``, a member of ARCHITECTURES."""
-    found = []
-    for shipped in SHIPPED:
-        size, dtype, _ = shipped
-        config = configuration(size, dtype, arch)
-        found.append(shipped_entry("forward", gated_cross_attention_forward_kernel, config, shipped, {}))
-        if size == 128:
-            bare: dict[str, None] = dict(p_mask=None, p_residual=None)
-            found.append(shipped_entry("forward bare", gated_cross_attention_forward_kernel, config, shipped, bare))
-    return found

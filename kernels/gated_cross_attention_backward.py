@@ -29,10 +29,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.ahead_of_time import Entry
 from layalign_kernels.common import LOG2E, ceil_div, dot_precision, offset64
 from layalign_kernels.gated_cross_attention_common import (
-    SHIPPED,
     Table,
     architecture,
     attended,
@@ -43,7 +41,6 @@ from layalign_kernels.gated_cross_attention_common import (
     pick,
     rows_first,
     scale_base2,
-    shipped_entry,
     store_rows,
     strides,
     unit_last,
@@ -321,20 +318,3 @@ def gated_cross_attention_backward(
         dk, dv = (None if x is None else x.transpose(2, 3).sum(0).to(key.dtype).transpose(1, 2) for x in (dk, dv))
     dgate = parts.sum().to(gate.dtype).reshape(gate.shape) if need_dgate and parts is not None else None
     return dq, dk, dv, dgate
-
-
-def ahead_of_time(arch: str = "sm_90") -> list[Entry]:
-    """Every shipped configuration of this file's kernels on ``arch``, a member of ARCHITECTURES."""
-    found = []
-    for shipped in SHIPPED:
-        size, dtype, _ = shipped
-        dq, dkv = (configuration(kernel, size, dtype, arch) for kernel in ("dq", "dkv"))
-        for label, one_block in (("dq", False), ("dq one block", True)):
-            flags = dict(ONE_BLOCK=one_block, NEED_DQ=True)
-            found.append(shipped_entry(label, gated_cross_attention_dq_kernel, dq, shipped, flags))
-        flags = dict(NEED_DK=True, NEED_DV=True)
-        found.append(shipped_entry("dkv", gated_cross_attention_dkv_kernel, dkv, shipped, flags))
-        if size == 128:
-            partial = dict(p_dk="*fp32", p_dv="*fp32")
-            found.append(shipped_entry("dkv split", gated_cross_attention_dkv_kernel, dkv, shipped, flags, partial))
-    return found

@@ -9,29 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.ahead_of_time import Entry, entry
 from layalign_kernels.common import LOG2E, next_power_of_2, offset64
 
 MASK_BLOCK = tl.constexpr(1024)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-HALVES = (torch.float16, torch.bfloat16)
 
 # (kind of element, padded head size) -> (BM, BN, num_warps, num_stages) for each of ARCHITECTURES.
 Table = dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]]
-
-# Compiled ahead of time: (head size, type, precision of products). 16 uses the blocks of 64, and 80 is padded to 128.
-# Rows of 59, 123 and 251 do not start on 16 bytes.
-SHIPPED: list[tuple[int, torch.dtype, str]] = [
-    *((size, dtype, "ieee") for size in (16, 64, 80, 128, 256) for dtype in (*HALVES, torch.float32)),
-    *((size, torch.float32, "tf32") for size in (64, 128, 256)),
-    *((size, dtype, "ieee") for size in (59, 123, 251) for dtype in (torch.float16, torch.float32)),
-]
 
 
 @triton.jit
@@ -132,29 +120,6 @@ def pick(table: Table, size: int, dtype: torch.dtype, arch: str) -> dict[str, in
     kind = "unaligned" if size * itemsize % 16 else "fp32" if itemsize == 4 else "half"
     chosen = table[kind, max(64, padded_head_size(size))][ARCHITECTURES.index(arch)]
     return dict(zip(("BM", "BN", "num_warps", "num_stages"), chosen, strict=True))
-
-
-def shipped_entry(
-    label: str, kernel: Any, config: dict[str, int], shipped: tuple[int, torch.dtype, str], constants: dict[str, Any],
-    types: dict[str, str] | None = None,
-) -> Entry:  # fmt: skip
-    """An ahead-of-time entry of an attention kernel with 32 heads in groups of 4 and every optional tensor given.
-
-    Pointers have the query's type, except the mask and the fp32 statistics. ``types`` and ``constants`` override.
-    """
-    size, dtype, precision = shipped
-    name = TYPE_NAMES[dtype]
-    known = {argument: f"*{name}" for argument in kernel.arg_names if argument.startswith("p_")}
-    known |= dict.fromkeys(("p_gate", "p_lse", "p_delta", "p_dgate", "p_part"), "*fp32")
-    known["p_mask"] = "*i1"
-    known |= dict.fromkeys(("scale", "dq_scale", "dk_scale"), "fp32")
-    blocks = dict(config)
-    options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-    flags: dict[str, Any] = dict(H=32, REP=4, D=size, BD=padded_head_size(size), PRECISION=precision, **blocks)
-    values = {key: value for key, value in (flags | constants).items() if key in kernel.arg_names}
-    aligned = size * torch.finfo(dtype).bits // 8 % 16 == 0
-    text = f"{label} d{size} {name}" + (" tf32" if precision == "tf32" else "")
-    return entry(text, kernel, known | (types or {}), values, options, aligned=aligned)
 
 
 @functools.cache

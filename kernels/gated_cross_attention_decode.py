@@ -22,11 +22,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.ahead_of_time import Entry, entry
 from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64
 from layalign_kernels.gated_cross_attention_common import (
-    SHIPPED,
-    TYPE_NAMES,
     Table,
     architecture,
     attend,
@@ -35,7 +32,6 @@ from layalign_kernels.gated_cross_attention_common import (
     padded_head_size,
     pick,
     scale_base2,
-    shipped_entry,
     store_rows,
     strides,
     unit_last,
@@ -225,32 +221,4 @@ def decode_launches(
     if splits > 1:
         combine = dict(rows=rows, BP=next_power_of_2(splits), num_warps=1)
         found.append(Launch(gated_cross_attention_decode_combine_kernel, rows, {**combine, **common}))
-    return found
-
-
-def ahead_of_time(arch: str = "sm_90") -> list[Entry]:
-    """Every shipped configuration of this file's kernels on ``arch``, a member of ARCHITECTURES."""
-    found = []
-    for shipped in SHIPPED:
-        size, dtype, _ = shipped
-        whole: dict[str, Any] = dict(SPLIT=False, p_part=None, p_lse=None)
-        for rows in (16, 32, 64):
-            config = configuration(rows, size, dtype, arch)
-            if config["BM"] != rows:
-                continue
-            found.append(
-                shipped_entry(f"decode {rows} rows", gated_cross_attention_decode_kernel, config, shipped, whole)
-            )
-            split = dict(SPLIT=True, p_out=None, p_residual=None)
-            found.append(
-                shipped_entry(f"decode split {rows} rows", gated_cross_attention_decode_kernel, config, shipped, split)
-            )
-    for dtype in TYPE_NAMES:
-        types = dict(p_part="*fp32", p_lse="*fp32", p_gate="*fp32", p_residual=f"*{TYPE_NAMES[dtype]}")
-        types["p_out"] = types["p_residual"]
-        constants = dict(H=32, BP=16, D=128, BD=128)
-        name = f"decode combine d128 {TYPE_NAMES[dtype]}"
-        found.append(
-            entry(name, gated_cross_attention_decode_combine_kernel, types, constants, dict(num_warps=1, num_stages=1))
-        )
     return found

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.ahead_of_time import Entry, entry
 from layalign_kernels.common import aligned16, ceil_div, dot_precision, next_power_of_2, offset64, pointer_table, relu
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -251,27 +250,3 @@ def layer_mix_backward(
                 grad=grad, x=x, weight=weight.contiguous(), out=hidden_grad, slots=slots, **strides, **common, **options
             )
     return weight_grad, bias_grad, hidden_grad
-
-
-def ahead_of_time(target: str) -> list[Entry]:
-    """What ships for ``target`` ("sm_90", ...): the paper's shape (24 layers, 64 slots), a small one, the largest."""
-    found = []
-    for dtype, kind in ((tl.float16, "fp16"), (tl.bfloat16, "bf16"), (tl.float32, "fp32")):
-        if kind == "fp32" and target == "sm_100":
-            continue  # not shipped: Triton 3.7 would compute it in TF32
-        itemsize = 4 if kind == "fp32" else 2
-        for layers, slots in ((24, 64), (8, 24), (64, 256)):
-            shape = f"{layers}x{slots} {kind}"
-            types = dict(pointers=(f"*{kind}",) * layers, grad=f"*{kind}", x=f"*{kind}", out=f"*{kind}")
-            types |= dict(weight="*fp32", bias="*fp32", partial_weight="*fp32", partial_bias="*fp32")
-            flags = dict(E=layers, DTYPE=dtype, PRECISION="ieee")
-            for kernel, label, extra in (
-                (layer_mix_forward_kernel, "forward", dict(HAS_BIAS=True, ALIGNED=True)),
-                (layer_mix_weight_kernel, "weight", dict(ALIGNED=True)),
-                (layer_mix_hidden_kernel, "hidden", {}),
-            ):
-                blocks = configuration(layers, slots, 2048, itemsize, label, target.startswith("gfx"))
-                options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-                constants = flags | extra | blocks
-                found.append(entry(f"layer_mix_{label} {shape}", kernel, types, constants, options))
-    return found

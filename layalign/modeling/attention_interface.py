@@ -79,7 +79,7 @@ def _as_seen_by(base_name: str, module: nn.Module) -> Any:
 
 def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def layalign_attention(
-        module: nn.Module,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -94,7 +94,7 @@ def _variant(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         out, weights = base(_as_seen_by(base_name, module), query, key, value, attention_mask, **kwargs)
         if layalign_source is not None:
             new = base in (sdpa_attention_forward, _in_float32)  # its result has no other holder
-            out = layalign_source.attend(_layer_index(module), query, out, kwargs.get("scaling"), overwrite=new)
+            out = layalign_source.attend(int(module.layer_idx), query, out, kwargs.get("scaling"), overwrite=new)
         return out, weights
 
     return layalign_attention
@@ -134,10 +134,6 @@ class _Registration:
 
     def __reduce__(self) -> Any:
         return _Registration, (self.base_name,)
-
-
-def _layer_index(module: nn.Module) -> int:
-    return int(module.layer_idx)  # type: ignore[arg-type]
 
 
 def submodule(llm: nn.Module, name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -36,11 +35,6 @@ class SourceKeyValues:
 
     def __getstate__(self) -> dict[str, Any]:  # launches hold addresses of this object's tensors
         return {**self.__dict__, "launches": {}}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SourceKeyValues:
-        copied = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return copied
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SourceKeyValues:
         """A copy with ``function`` applied to every tensor; the batch is the first dimension of all of them."""

@@ -292,10 +292,7 @@ class KeyValueProjector:
         """Fold again in the next call."""
         self._folded = None
 
-    def __deepcopy__(self, memo: Any) -> KeyValueProjector:
-        return KeyValueProjector(self.choice)
-
-    def __getstate__(self) -> dict[str, Any]:  # pickled models do not carry what can be computed again
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles do not carry what can be computed again
         return KeyValueProjector(self.choice).__dict__
 
     def __call__(

@@ -52,17 +52,16 @@ def position_wise(module: nn.Module) -> bool:
     return True
 
 
-def _bodies(llm: nn.Module) -> list[nn.Module]:
-    """The modules between ``llm`` and its list of layers, outermost first; empty if there is no such list."""
-    path: list[nn.Module] = []
-    module = llm
+def _path_to_layers(llm: nn.Module) -> tuple[list[nn.Module], str]:
+    """``llm`` and the modules down to its list of layers, and the list's name; nothing if there is no such list."""
+    path = [llm]
     for name, _ in list(attention_modules(llm).values())[:1]:
         for part in name.split("."):
-            module = module.get_submodule(part)
+            module = path[-1].get_submodule(part)
             if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-                return path
+                return path, part
             path.append(module)
-    return []
+    return [], ""
 
 
 class LastLayer:
@@ -76,18 +75,16 @@ class LastLayer:
     def __init__(self, llm: nn.Module, choice: str = "auto") -> None:
         self.choice = choice
         self.last: str = "not asked yet"  # what was done for the last call, and why
-        self._path: list[nn.Module] = []  # the LLM and the modules down to its list of layers; empty without a list
-        self.bodies = _bodies(llm)
-        attentions = attention_modules(llm)
-        if not attentions:
+        path, self._container = _path_to_layers(llm)
+        self.bodies = path[1:]  # the modules between the LLM and its list of layers, outermost first
+        self._path: list[nn.Module] = []  # with the LLM; empty if no list ends with the last attention
+        if not path:
             return
-        name, self._attention = attentions[max(attentions)]
-        *path, container, _, _ = ["", *name.split(".")] if name.count(".") >= 2 else ["", "", "", ""]
-        layers = llm.get_submodule(".".join([*path[1:], container]))
+        attentions, layers = attention_modules(llm), path[-1].get_submodule(self._container)
+        _, self._attention = attentions[max(attentions)]
         holders = [layer for layer in layers.children() if any(part is self._attention for part in layer.modules())]
         if isinstance(layers, nn.ModuleList) and len(holders) == 1 and holders[0] is layers[-1]:
-            self._container, self._layer = container, layers[-1]
-            self._path = [llm.get_submodule(".".join(path[1 : i + 1])) for i in range(len(path))]
+            self._layer, self._path = layers[-1], path
 
     def maps(self) -> list[nn.Module]:
         """The layer's position-wise maps, other than those of its keys and values."""

@@ -31,7 +31,6 @@ from layalign.utils.versions import CACHE_NAMES
 logger = logging.getLogger("layalign")
 
 _CHANGES_ITS_LOGITS: WeakSet[nn.Module] = WeakSet()  # LLMs that their first call has shown to do so
-_LOGGED: set[str] = set()
 
 
 def reason_against(llm: Any, keep: int | Tensor | None = None, device: str | None = None) -> str | None:
@@ -177,7 +176,6 @@ def labelled_output(
     return with_loss(output, label_loss(logits, labels, divisor), None)
 
 
+@functools.cache  # once
 def _say(choice: str) -> None:
-    if choice not in _LOGGED:
-        _LOGGED.add(choice)
-        logger.info("layalign: loss by Liger's fused linear cross-entropy (fused_loss=%r)", choice)
+    logger.info("layalign: loss by Liger's fused linear cross-entropy (fused_loss=%r)", choice)

@@ -91,7 +91,10 @@ def side_by_side(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class CachedDecode:
-    """A layer's decoding kernel with keys, values, mask and scale kept from a full call. Made by :meth:`after`."""
+    """A layer's decoding kernel with keys, values, mask and scale kept from a full call. Made by :meth:`after`.
+
+    It holds addresses, so its owner leaves it out of copies and pickles.
+    """
 
     def __init__(self, inputs: Inputs, scale: float | None, impl: str, decode: Decode, in_place: bool) -> None:
         query, key, value, gate, residual, mask = inputs
@@ -114,12 +117,6 @@ class CachedDecode:
             return None
         decode = backend.cached_decode(inputs, scale, _result(query, residual))
         return None if decode is None else CachedDecode(inputs, scale, impl, decode, backend.decodes_in_place)
-
-    def __deepcopy__(self, memo: Any) -> None:
-        """None: a copy's tensors have other memory, and it starts with a full call."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
 
     def prepare(self, key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, impl: str) -> bool:
         """Whether calls may be made, as long as these arguments and torch's modes stay the same.

@@ -250,44 +250,27 @@ def _inputs(
     return (*map(describe, kept), size**-0.5 if scale is None else float(scale)), kept
 
 
-def gated_cross_attention_forward(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Shapes as in the public function -> out (B, T, H, d) contiguous, log-sum-exp (B, H, T) fp32 in base 2."""
+def gated_cross_attention_forward(backend: str, query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """query, key, value, gate, residual, key_mask and scale, with shapes as in the public function
+    -> out (B, T, H, d) contiguous, log-sum-exp (B, H, T) fp32 in base 2.
+    """
     batch, heads, length, size = query.shape
     out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
     if out.numel():
-        inputs, _kept = _inputs(query, key, value, gate, residual, key_mask, scale)
+        inputs, _kept = _inputs(query, *others)
         at = place(backend, query.device)
         _call(backend, query.device, "gated_cross_attention_forward", inputs, describe(out), describe(lse), at)
     return out, lse
 
 
-def gated_cross_attention_decode(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float | None,
-    splits: int | None = None,
-) -> Tensor:
+def gated_cross_attention_decode(backend: str, query: Tensor, *others: Any, splits: int | None = None) -> Tensor:
     """As the forward, for few rows T, without the log-sum-exp; ``splits`` overrides the extension's choice."""
     batch, heads, length, size = query.shape
     out = torch.empty((batch, length, heads, size), dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
-    inputs, _kept = _inputs(query, key, value, gate, residual, key_mask, scale)
+    inputs, _kept = _inputs(query, *others)
     at = place(backend, query.device)
     workspace = None
     if backend == "cpp":

@@ -41,22 +41,10 @@ torch.library.define(
 )
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return backends.launcher(backend, "gated_cross_attention_forward")(
-        query, key, value, gate, residual, key_mask, scale
-    )  # type: ignore[no-any-return]
-
-
+_forward = backends.launched("gated_cross_attention_forward")
 torch.library.impl(_FORWARD, "default", _forward)
+torch.library.impl(_DECODE, "default", backends.launched("gated_cross_attention_decode"))
+_launch_backward = backends.launched("gated_cross_attention_backward")
 
 
 @torch.library.register_fake(_FORWARD)
@@ -66,44 +54,16 @@ def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out, query.new_empty((batch, heads, length), dtype=torch.float32)
 
 
-@torch.library.impl(_DECODE, "default")
-def _decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float | None,
-    backend: str,
-) -> Tensor:
-    return backends.launcher(backend, "gated_cross_attention_decode")(
-        query, key, value, gate, residual, key_mask, scale
-    )  # type: ignore[no-any-return]
-
-
 @torch.library.register_fake(_DECODE)
 def _decode_fake(query: Tensor, *rest: Any) -> Tensor:
     batch, heads, length, size = query.shape
     return query.new_empty((batch, length, heads, size))
 
 
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    key_mask: Tensor | None,
-    lse: Tensor,
-    scale: float | None,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    launch = backends.launcher(backend, "gated_cross_attention_backward")
-    wanted = (needs[0], needs[1], needs[2], needs[3])
-    gradients = launch(grad, query, key, value, gate, key_mask, lse, scale, wanted)
-    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+def _backward(grad: Tensor, query: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """(dq, dk, dv, dgate); an empty tensor stands for what is not needed."""
+    found = _launch_backward(grad, query, *others)
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
 torch.library.impl(_BACKWARD, "default", _backward)
@@ -174,19 +134,10 @@ torch.library.register_autograd(_DECODE, _no_derivative)
 
 
 def _fused(backend: str) -> backends.Implementation:
-    def run(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gate: Tensor,
-        residual: Tensor | None = None,
-        *,
-        key_mask: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        dtype = checks.compute_dtype(query)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        inputs = query, key, value, gate, residual, key_mask
+    def run(*inputs: Any, key_mask: Tensor | None, scale: float | None) -> Tensor:
+        dtype = checks.compute_dtype(inputs[0])
+        query, key, value = (states.to(dtype) for states in inputs[:3])
+        inputs = query, key, value, *inputs[3:], key_mask
         if dispatch.can_skip_dispatcher(inputs):
             few = query.shape[2] <= MAX_DECODE_ROWS
             launch = backends.launcher(

@@ -287,19 +287,11 @@ def _forward(
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: _Call,
-        mix_weight: Tensor,
-        mix_bias: Tensor | None,
-        inner: Tensor,
-        inner_bias: Tensor | None,
-        *hidden: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _Call, *inputs: Any) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mix_weight, mix_bias, inner, inner_bias, *hidden, *call.frozen)
-        return tuple(call.as_heads(_forward(call, mix_weight, mix_bias, inner, inner_bias, *hidden)))
+        ctx.save_for_backward(*inputs, *call.frozen)
+        return tuple(call.as_heads(_forward(call, *inputs)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,14 @@ from layalign.ops import backends, checks, dispatch
 from layalign.utils.errors import BackendError
 
 
-def _torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    hidden = checks.autocast(hidden)
-    dtype = hidden[0].dtype
-    return reference.layer_mix(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+def in_dtype_of_hidden(function: Callable[..., Tensor]) -> backends.Implementation:
+    """``function`` of the layers and of weights and biases, all in the layers' dtype, or in autocast's."""
+
+    def run(hidden: Sequence[Tensor], *parameters: Tensor | None) -> Tensor:
+        hidden = checks.autocast(hidden)
+        return function(hidden, *(None if each is None else each.to(hidden[0].dtype) for each in parameters))
+
+    return run
 
 
 _FORWARD = "layalign::layer_mix"
@@ -30,9 +34,8 @@ torch.library.define(
 )
 
 
-@torch.library.impl(_FORWARD, "default")
-def _forward_op(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return backends.launcher(backend, "layer_mix_forward")(hidden, weight, bias)  # type: ignore[no-any-return]
+torch.library.impl(_FORWARD, "default", backends.launched("layer_mix_forward"))
+_launch_backward = backends.launched("layer_mix_backward")
 
 
 @torch.library.register_fake(_FORWARD)
@@ -42,17 +45,10 @@ def _(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, backend: st
 
 @torch.library.impl(_BACKWARD, "default")
 def _backward_op(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Sequence[Tensor],
-    weight: Tensor,
-    need_weight: bool,
-    need_hidden: bool,
-    backend: str,
+    grad: Tensor, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dW, db, dh); an empty tensor stands for what is not needed."""
-    launch = backends.launcher(backend, "layer_mix_backward")
-    found = launch(grad, x, hidden, weight, need_weight, need_hidden)
+    found = _launch_backward(grad, x, hidden, weight, *others)
     # The bias may have a wider dtype than the weight: its gradient stays in float32 until the bias's dtype is known.
     dtypes = (weight.dtype, torch.float32, x.dtype)
     return tuple(  # type: ignore[return-value]
@@ -62,15 +58,8 @@ def _backward_op(
 
 
 @torch.library.register_fake(_BACKWARD)
-def _(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Sequence[Tensor],
-    weight: Tensor,
-    need_weight: bool,
-    need_hidden: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_weight, need_hidden, _ = others
     weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
     bias_grad = weight.new_empty(weight.shape[0] if need_weight else 0, dtype=torch.float32)
     return weight_grad, bias_grad, x.new_empty((len(hidden), *x.shape[1:]) if need_hidden else 0)
@@ -112,7 +101,9 @@ def _fused(backend: str) -> backends.Implementation:
 
 
 LAUNCHERS = "layer_mix_forward", "layer_mix_backward"
-backends.define("layer_mix", backends.Operation(_torch, _fused, LAUNCHERS, checks.mix_limits))
+backends.define(
+    "layer_mix", backends.Operation(in_dtype_of_hidden(reference.layer_mix), _fused, LAUNCHERS, checks.mix_limits)
+)
 
 
 def layer_mix(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:

@@ -10,23 +10,8 @@ from torch import Tensor
 
 from layalign import reference
 from layalign.ops import backends, batched_linear, checks, dispatch, packed_weight
-from layalign.ops.layer_mix import LAUNCHERS
+from layalign.ops.layer_mix import LAUNCHERS, in_dtype_of_hidden
 from layalign.utils.errors import ArgumentError, BackendError
-
-
-def _torch(
-    hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    hidden = checks.autocast(hidden)
-    dtype = hidden[0].dtype
-    return reference.layer_projection(
-        hidden,
-        mix_weight.to(dtype),
-        None if mix_bias is None else mix_bias.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-    )
-
 
 _FORWARD = "layalign::layer_projection"
 _BACKWARD = "layalign::layer_projection_backward"
@@ -42,22 +27,6 @@ torch.library.define(
 )
 
 
-PLANS = ("fused", "two_step")
-FUSED_COLUMNS = 128  # output columns of one program of the fused kernel
-
-
-def choose_plan(weight: Tensor) -> str:
-    """Whether a backend with a fused kernel uses it for ``weight``, or its mix kernel and then torch's product.
-
-    - Two steps write and read x, 2 * 2L * D_e elements per row, and multiply at the rate of torch's product.
-    - The fused kernel saves that traffic and multiplies at its own rate. It repeats the mix for every FUSED_COLUMNS
-      output columns. With one weight per slot it would read the E layers once per slot and block instead of x.
-
-    So it is used where the slots share a weight and one block has all outputs. This is counted, not measured.
-    """
-    return "fused" if weight.dim() == 2 and weight.shape[0] <= FUSED_COLUMNS else "two_step"
-
-
 def _run(
     hidden: Sequence[Tensor],
     mix_weight: Tensor,
@@ -67,12 +36,7 @@ def _run(
     plan: str,
     backend: str,
 ) -> Tensor:
-    fused = backends.kernels(backend).launcher("layer_projection_forward")
-    if plan == "auto":
-        plan = choose_plan(weight)
-    shared = weight.dim() == 2 and (bias is None or bias.dim() == 1)  # all that a fused kernel takes
-    if plan == "fused" and fused is not None and shared:
-        return fused(hidden, mix_weight, mix_bias, weight, bias)  # type: ignore[no-any-return]
+    """``plan`` belongs to the operation's schema. It chose between two kernels, of which there is one now."""
     dtype = hidden[0].dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if (
@@ -102,35 +66,19 @@ torch.library.impl(_FORWARD, "default", _run)
 
 
 @torch.library.register_fake(_FORWARD)
-def _(
-    hidden: Sequence[Tensor],
-    mix_weight: Tensor,
-    mix_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: str,
-    backend: str,
-) -> Tensor:
+def _(hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, *others: Any) -> Tensor:
     return hidden[0].new_empty((mix_weight.shape[0], *hidden[0].shape[:2], weight.shape[-2]))
 
 
 @torch.library.impl(_BACKWARD, "default")
 def _backward_op(
-    grad: Tensor,
-    hidden: Sequence[Tensor],
-    mix_weight: Tensor,
-    mix_bias: Tensor | None,
-    weight: Tensor,
-    bias_dims: int,
-    need_mix: bool,
-    need_weight: bool,
-    need_hidden: bool,
-    backend: str,
+    grad: Tensor, hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Any, weight: Tensor, *others: Any
 ) -> list[Tensor]:
     """[d mix_weight, d mix_bias, d weight, d bias, d hidden]; an empty tensor stands for what is not needed.
 
     Gradients of biases are float32: a bias may have a wider dtype than its weight.
     """
+    bias_dims, need_mix, need_weight, need_hidden, backend = others
     # x is computed again instead of being saved by the forward
     x = backends.launcher(backend, "layer_mix_forward")(hidden, mix_weight, mix_bias)
     grad = grad.to(x.dtype)
@@ -180,17 +128,9 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, backend: str) -> T
 
 @torch.library.register_fake(_BACKWARD)
 def _(
-    grad: Tensor,
-    hidden: Sequence[Tensor],
-    mix_weight: Tensor,
-    mix_bias: Tensor | None,
-    weight: Tensor,
-    bias_dims: int,
-    need_mix: bool,
-    need_weight: bool,
-    need_hidden: bool,
-    backend: str,
+    grad: Tensor, hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Any, weight: Tensor, *others: Any
 ) -> list[Tensor]:
+    bias_dims, need_mix, need_weight, need_hidden, _ = others
     first, slots = hidden[0], mix_weight.shape[0]
     bias_shape: tuple[int, ...] = ((0,), (weight.shape[-2],), (slots, weight.shape[-2]))[bias_dims]
     return [
@@ -257,7 +197,8 @@ def _fused(backend: str) -> backends.Implementation:
     return run
 
 
-backends.define("layer_projection", backends.Operation(_torch, _fused, LAUNCHERS, checks.mix_limits))
+_plain = in_dtype_of_hidden(reference.layer_projection)
+backends.define("layer_projection", backends.Operation(_plain, _fused, LAUNCHERS, checks.mix_limits))
 
 
 def layer_projection(
@@ -276,7 +217,7 @@ def layer_projection(
         mix_weight: (2L, E); mix_bias: (2L,) or None.
         weight: (D_out, D_e), shared by all slots, or (2L, D_out, D_e), one per slot (the folded form).
         bias: (D_out,) or (2L, D_out), or None.
-        impl: "auto" or a backend's name. How Triton computes it: :func:`choose_plan`.
+        impl: "auto" or a backend's name.
 
     Returns:
         (2L, B, S, D_out) in the dtype of ``hidden[0]`` (under autocast, the autocast dtype).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 from op_cases import DEVICE, attention_inputs, mix_inputs
 from tiny import batch, tiny_model
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layalign import ArgumentError, BackendError, ops, reference
-from layalign.ops import backends, support
+from layalign.ops import backends, checks
 from layalign.ops.backends import Backend, KernelBackend
-from layalign.utils.pages import replaced
 
 ROOT = Path(__file__).parents[2]
 CALLS: list[str] = []
@@ -232,10 +233,46 @@ def test_backends_answer_for_themselves(caplog: pytest.LogCaptureFixture) -> Non
     assert len([record for record in caplog.records if f"layer_mix on {DEVICE}: backend" in record.message]) == 1
 
 
-def test_the_page_on_backends_is_what_the_checks_answer() -> None:
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def accepted(operation: str, backend: str, device: str, dtype: torch.dtype, **sizes: int) -> bool:
+    """Whether ``backend`` takes a call of these sizes, for tensors without memory."""
+    empty = functools.partial(torch.empty, device=device, dtype=dtype)
+    if operation == "gated_cross_attention":
+        size = sizes.get("head size", 64)
+        attended = empty(1, 2, 3, size), empty(1, 2, 5, size), empty(1, 2, 5, size), empty(1)
+        return backends.accepts(operation, backend, *attended)[0]
+    layers, slots = sizes.get("layers", 4), sizes.get("slots", 4)
+    mix = [empty(1, 3, 8)] * layers, empty(slots, layers), empty(slots)
+    more = () if operation == "layer_mix" else (empty(6, 8), None)
+    return backends.accepts(operation, backend, *mix, *more)[0]
+
+
+def test_the_page_on_backends_is_what_the_checks_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
-    assert replaced(page, support.BEGIN, support.END, support.markdown()) == page, "run `make docs`"
-    rows = {(row.operation, row.backend, row.device): row for row in support.rows()}
-    assert rows["layer_mix", "cpp", "CPU"].limits == {"layers": 64, "slots": 256}
-    assert not rows["layer_mix", "triton", "GPU, sm_100"].dtypes["float32"]
-    assert rows["gated_cross_attention", "torch", "CPU"].limits == {"head size": None}
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \| ([^|]+) \| (.*) \| ([^|]+) \|$", page.split("## How")[0], re.MULTILINE
+    )
+    named = {(operation, backend, place[:3]) for operation, backend, place, *_ in rows}
+    operations = set(ops.__all__) - {"register_backend"}
+    served = {(each, name, kind) for each in operations for name in backends.OWN for kind in on(name)}
+    assert named == served
+    for operation, backend, place, answers, limits in rows:
+        device = {"CPU": "cpu", "GPU": "cuda"}[place[:3]]
+        monkeypatch.setattr(checks, "is_sm_100", lambda _, place=place: place.endswith("sm_100"))
+        with FakeTensorMode():
+            found = [accepted(operation, backend, device, dtype) for dtype in DTYPES]
+            assert found == [answer == "yes" for answer in answers.split(" | ")], (operation, backend, place)
+            known = dict(re.findall(r"([a-z ]+) up to (\d+)", limits))
+            names = ("head size",) if operation == "gated_cross_attention" else ("layers", "slots")
+            for name in names:
+                most = int({key.strip(): value for key, value in known.items()}.get(name, 1024))
+                assert accepted(operation, backend, device, torch.float16, **{name: most})
+                beyond = accepted(operation, backend, device, torch.float16, **{name: most + 1})
+                assert beyond == (limits == "none"), (operation, backend, place)
+
+
+def on(backend: str) -> list[str]:
+    """The kinds of devices that a backend of the library is for, as the page calls them."""
+    return [{"cpu": "CPU", "cuda": "GPU"}[device] for device in backends.get(backend).devices]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -146,7 +144,6 @@ def test_a_cached_decode_leaves_other_calls_alone() -> None:
         [query, key, value, None, residual, mask, scale, impl],
     ]
     assert [repeated(again, other) for other in others] == [None] * len(others)
-    assert copy.deepcopy(again) is None and pickle.loads(pickle.dumps(again)) is None
     assert CachedDecode.after((query, key, value, gate, residual, mask), scale, "torch") is None
     for wide in ([query, key, value, gate.double(), residual], [query, key, value, gate, residual.double()]):
         assert CachedDecode.after((*wide, mask), scale, impl) is None

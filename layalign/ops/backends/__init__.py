@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from layalign.ops import checks, extension
+from layalign.ops.backends import triton
 from layalign.ops.backends.base import Backend, Implementation, KernelBackend
 from layalign.ops.backends.cpp import Cpp
 from layalign.ops.backends.cuda import Cuda
@@ -115,7 +116,7 @@ def _settle(registered: dict[str, Backend]) -> None:
     for operation, definition in _OPERATIONS.items():
         for name, backend in registered.items():
             if isinstance(backend, KernelBackend):
-                if all(backend.has(launcher) for launcher in definition.launchers):
+                if backend.launchers.keys() >= set(definition.launchers):
                     found[operation, name] = definition.by_kernels(name)
             elif (function := definition.plain if name == "torch" else backend.functions.get(operation)) is not None:
                 found[operation, name] = function
@@ -126,11 +127,6 @@ def _settle(registered: dict[str, Backend]) -> None:
 def names() -> tuple[str, ...]:
     """Names of all backends, in the order of ``impl="auto"``."""
     return tuple(_BACKENDS)
-
-
-def operations() -> tuple[str, ...]:
-    """Names of all operations."""
-    return tuple(_OPERATIONS)
 
 
 def capability(backend: str, device_type: str) -> tuple[bool, str]:
@@ -153,20 +149,21 @@ def get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def kernels(name: str) -> KernelBackend:
-    """The backend of a name, which must be one with kernels."""
-    return _BACKENDS[name]  # type: ignore[return-value]
-
-
 def launcher(backend: str, function: str) -> Callable[..., Any]:
     """The function that launches a backend's kernel.
 
     All backends have the same names and signatures, so that an operation's schema, fake and gradient are written once.
     """
-    found = kernels(backend).launcher(function)
-    if found is None:
-        raise BackendError(f"impl={backend!r}: it has no {function}")
-    return found
+    return _BACKENDS[backend].launchers[function]  # type: ignore[attr-defined, no-any-return]
+
+
+def launched(function: str) -> Callable[..., Any]:
+    """The implementation of an operation by the launcher ``function`` of the backend, which is its last argument."""
+
+    def run(*arguments: Any) -> Any:
+        return launcher(arguments[-1], function)(*arguments[:-1])
+
+    return run
 
 
 def serves(operation: str, backend: str, device_type: str) -> tuple[bool, str]:
@@ -251,7 +248,7 @@ class _Torch(Backend):
         return True, "plain PyTorch, always available"
 
 
-_BACKENDS["triton"] = Triton("triton")
+_BACKENDS["triton"] = Triton("triton", triton.launchers())
 _BACKENDS["cuda"] = Cuda("cuda", extension.launchers("cuda"))
 _BACKENDS["cpp"] = Cpp("cpp", extension.launchers("cpp"))
 _BACKENDS["torch"] = _Torch("torch")

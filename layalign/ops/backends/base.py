@@ -55,8 +55,7 @@ class KernelBackend(Backend):
         name: its name in ``impl=``.
         launchers: functions that launch kernels, by name, with the signatures of those in ``layalign_kernels``:
             layer_mix_forward and layer_mix_backward, which also serve layer_projection with torch's product;
-            layer_projection_forward, which fuses that product; gated_cross_attention_forward,
-            gated_cross_attention_backward and gated_cross_attention_decode.
+            gated_cross_attention_forward, gated_cross_attention_backward and gated_cross_attention_decode.
 
     Attributes:
         decodes_in_place: whether what :meth:`cached_decode` returns may write the result to the residual.
@@ -67,14 +66,6 @@ class KernelBackend(Backend):
     def __init__(self, name: str, launchers: Mapping[str, Callable[..., Any]] | None = None) -> None:
         super().__init__(name)
         self.launchers = dict(launchers or {})
-
-    def launcher(self, function: str) -> Callable[..., Any] | None:
-        """The function that launches the kernel of a name, or None."""
-        return self.launchers.get(function)
-
-    def has(self, function: str) -> bool:
-        """Whether there is a kernel of a name."""
-        return self.launcher(function) is not None
 
     def accepts_dtype(self, operation: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         """(ok, reason) for the dtype in which a call computes."""

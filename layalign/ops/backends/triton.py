@@ -18,7 +18,6 @@ from layalign.ops.backends.base import Decode, KernelBackend
 FILES = {
     "layer_mix_forward": "layer_mix",
     "layer_mix_backward": "layer_mix",
-    "layer_projection_forward": "layer_projection",
     "gated_cross_attention_forward": "gated_cross_attention",
     "gated_cross_attention_backward": "gated_cross_attention_backward",
     "gated_cross_attention_decode": "gated_cross_attention_decode",
@@ -47,12 +46,6 @@ class Triton(KernelBackend):
             return False, f"triton kernels need a GPU, the tensors are on {device_type}"
         return True, "layalign_kernels found"
 
-    def launcher(self, function: str) -> Callable[..., Any] | None:
-        return _launcher(function) if self.has(function) else None
-
-    def has(self, function: str) -> bool:
-        return function in FILES  # without an import
-
     def accepts_dtype(self, operation: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         if dtype == torch.float64:
             return False, "float64 is left to impl='torch', its kernels compute in float32"
@@ -71,6 +64,10 @@ class Triton(KernelBackend):
         return found.cached_decode(inputs, scale, out)  # type: ignore[no-any-return]
 
 
-@functools.cache
-def _launcher(function: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"layalign_kernels.{FILES[function]}"), function)  # type: ignore[no-any-return]
+def launchers() -> dict[str, Callable[..., Any]]:
+    """The functions of :data:`FILES`, by name; the first call of one imports its file."""
+    return {function: functools.partial(_launch, function) for function in FILES}
+
+
+def _launch(function: str, *arguments: Any) -> Any:
+    return getattr(importlib.import_module(f"layalign_kernels.{FILES[function]}"), function)(*arguments)
