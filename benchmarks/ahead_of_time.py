@@ -21,7 +21,7 @@ import triton.language as tl
 from layalign_kernels import gated_cross_attention as forward
 from layalign_kernels import gated_cross_attention_backward as backward
 from layalign_kernels import gated_cross_attention_decode as decode
-from layalign_kernels import layer_mix
+from layalign_kernels import layer_mix, layer_projection
 from layalign_kernels.gated_cross_attention import gated_cross_attention_forward_kernel as forward_kernel
 from layalign_kernels.gated_cross_attention_backward import gated_cross_attention_dkv_kernel as dkv_kernel
 from layalign_kernels.gated_cross_attention_backward import gated_cross_attention_dq_kernel as dq_kernel
@@ -218,6 +218,24 @@ def _layer_mix(target: str) -> list[Entry]:
     return found
 
 
+def _layer_projection(target: str) -> list[Entry]:
+    """What ships, the same for every ``target``: 24 layers into 64 slots, and a small shape."""
+    found = []
+    for dtype, kind in ((tl.float16, "fp16"), (tl.bfloat16, "bf16"), (tl.float32, "fp32")):
+        if kind == "fp32" and target == "sm_100":
+            continue  # not shipped: Triton 3.7 would compute it in TF32
+        itemsize = 4 if kind == "fp32" else 2
+        for layers, slots in ((24, 64), (8, 24)):
+            types = dict(pointers=(f"*{kind}",) * layers, out=f"*{kind}", weight=f"*{kind}", bias="*fp32")
+            types |= dict(mix_weight="*fp32", mix_bias="*fp32")
+            flags = dict(E=layers, DTYPE=dtype, PRECISION="ieee", HAS_MIX_BIAS=True, HAS_BIAS=True)
+            blocks = layer_projection.configuration(layers, slots, 4096, itemsize)
+            options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+            name = f"layer_projection_shared {layers}x{slots} {kind}"
+            found.append(entry(name, layer_projection.shared_projection_kernel, types, flags | blocks, options))
+    return found
+
+
 def _forward(arch: str) -> list[Entry]:
     """Every shipped configuration of the forward on ``arch``, a key of TARGETS."""
     found = []
@@ -268,6 +286,7 @@ def _decode(arch: str) -> list[Entry]:
 
 SHIPPED: dict[str, Callable[[str], list[Entry]]] = {
     "layer_mix": _layer_mix,
+    "layer_projection": _layer_projection,
     "gated_cross_attention": _forward,
     "gated_cross_attention_backward": _backward,
     "gated_cross_attention_decode": _decode,

@@ -27,6 +27,22 @@ torch.library.define(
 )
 
 
+PLANS = ("fused", "two_step")
+FUSED_COLUMNS = 128  # output columns of one program of the fused kernel
+
+
+def choose_plan(weight: Tensor) -> str:
+    """Whether a backend with a fused kernel uses it for ``weight``, or its mix kernel and then torch's product.
+
+    - Two steps write and read x, 2 * 2L * D_e elements per row, and multiply at the rate of torch's product.
+    - The fused kernel saves that traffic and multiplies at its own rate. It repeats the mix for every FUSED_COLUMNS
+      output columns. With one weight per slot it would read the E layers once per slot and block instead of x.
+
+    So it is used where the slots share a weight and one block has all outputs. This is counted, not measured.
+    """
+    return "fused" if weight.dim() == 2 and weight.shape[0] <= FUSED_COLUMNS else "two_step"
+
+
 def _run(
     hidden: Sequence[Tensor],
     mix_weight: Tensor,
@@ -36,7 +52,12 @@ def _run(
     plan: str,
     backend: str,
 ) -> Tensor:
-    """``plan`` belongs to the operation's schema. It chose between two kernels, of which there is one now."""
+    fused = backends.get(backend).launchers.get("layer_projection_forward")  # type: ignore[attr-defined]
+    if plan == "auto":
+        plan = choose_plan(weight)
+    shared = weight.dim() == 2 and (bias is None or bias.dim() == 1)  # all that a fused kernel takes
+    if plan == "fused" and fused is not None and shared:
+        return fused(hidden, mix_weight, mix_bias, weight, bias)  # type: ignore[no-any-return]
     dtype = hidden[0].dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if (
@@ -217,7 +238,7 @@ def layer_projection(
         mix_weight: (2L, E); mix_bias: (2L,) or None.
         weight: (D_out, D_e), shared by all slots, or (2L, D_out, D_e), one per slot (the folded form).
         bias: (D_out,) or (2L, D_out), or None.
-        impl: "auto" or a backend's name.
+        impl: "auto" or a backend's name. How Triton computes it: :func:`choose_plan`.
 
     Returns:
         (2L, B, S, D_out) in the dtype of ``hidden[0]`` (under autocast, the autocast dtype).

@@ -20,7 +20,7 @@ pytest.importorskip("layalign_kernels.common", reason="the kernels are not insta
 
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "benchmarks" / "kernels_report.py"
-FILES = ["layer_mix", *(f"gated_cross_attention{part}" for part in ("", "_backward", "_decode"))]
+FILES = ["layer_mix", "layer_projection", *(f"gated_cross_attention{part}" for part in ("", "_backward", "_decode"))]
 OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
 
 
@@ -72,12 +72,13 @@ def test_a_kernel_that_spills_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_relu_of_the_kernels_keeps_nan() -> None:
+@pytest.mark.parametrize("file", ["layer_mix", "layer_projection"])
+def test_the_relu_of_the_kernels_keeps_nan(file: str) -> None:
     """A GPU's plain maximum turns NaN into zero; the interpreter has only numpy's, which does not."""
     code = (
         "import triton\n"
         "from ahead_of_time import SHIPPED, TARGETS\n"
-        "what = next(e for e in SHIPPED['layer_mix']('sm_80') if 'backward' not in e[0] and 'fp32' not in e[0])\n"
+        f"what = next(e for e in SHIPPED['{file}']('sm_80') if 'backward' not in e[0] and 'fp32' not in e[0])\n"
         "source = triton.compiler.ASTSource(what[1], what[2], constexprs=what[3], attrs=what[4])\n"
         "text = triton.compile(source, target=TARGETS['sm_80'], options=dict(what[5])).asm['ptx']\n"
         "print(text.count('max.NaN.'), text.count('max.f32') + text.count('max.f16'))\n"

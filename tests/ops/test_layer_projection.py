@@ -7,6 +7,7 @@ emulation where LAYALIGN_EMULATE_CUDA names it.
 from __future__ import annotations
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from op_cases import (
 )
 
 from layalign import ops, reference
+from layalign.ops.layer_projection import PLANS, choose_plan
 
 every_backend = pytest.mark.parametrize("impl", [name for name in serving("layer_projection") if name != "torch"])
 OUTPUTS = 13  # those of mix_inputs
@@ -62,12 +64,14 @@ def test_gradients_within_the_error_budget(impl: str, shape: tuple[int, ...], dt
 @pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("per_slot", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", ["none", "mix only", "both", "per slot"])
-def test_every_kind_of_weight_stays_within_the_error_budget(
-    impl: str, per_slot: bool, dtype: torch.dtype, bias: str
+def test_every_plan_stays_within_the_error_budget(
+    impl: str, plan: str, per_slot: bool, dtype: torch.dtype, bias: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_unserved(impl, dtype)
+    monkeypatch.setattr(sys.modules[choose_plan.__module__], "choose_plan", lambda _: plan)
     hidden, w1, b1, w2, b2 = mix_arguments((5, 6, 2, 7, 40), dtype)
     if per_slot:
         w2 = torch.randn(6, OUTPUTS, 40, generator=torch.Generator().manual_seed(5)).to(w2).requires_grad_()
@@ -148,6 +152,12 @@ def test_autocast_casts_like_torch(impl: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
+def test_the_fused_kernel_serves_a_shared_weight_of_one_block() -> None:
+    assert choose_plan(torch.empty(64, 2048, device="meta")) == "fused"
+    assert choose_plan(torch.empty(4096, 2048, device="meta")) == "two_step"
+    assert choose_plan(torch.empty(64, 64, 2048, device="meta")) == "two_step"
+
+
 def test_gradients_of_plain_torch_equal_finite_differences() -> None:
     hidden, *weights = (x if isinstance(x, list) else x.requires_grad_() for x in mix_inputs(e=3, slots=4, s=3, d=4))
     hidden = [layer.requires_grad_() for layer in hidden]
@@ -167,10 +177,11 @@ def test_backward_is_bit_equal_twice(impl: str) -> None:
 
 @pytest.mark.slow
 @every_backend
-def test_operators_pass_opcheck(impl: str) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_operators_pass_opcheck(impl: str, plan: str) -> None:
     hidden, w1, b1, w2, b2 = mix_arguments((3, 4, 2, 5, 16), torch.float32)
-    torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, b1, w2, b2, "auto", impl))
-    torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, None, w2, None, "auto", impl))
+    torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, b1, w2, b2, plan, impl))
+    torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, None, w2, None, plan, impl))
 
 
 @pytest.mark.slow

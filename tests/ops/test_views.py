@@ -5,6 +5,7 @@ Numbers are multiples of 1/4, so that no dtype rounds them: what differs is wher
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -145,7 +146,9 @@ def test_layer_projection_reads_every_view(impl: str, form: str) -> None:
     lead = (J,) if form.startswith("per slot") else ()
     bias = (J, N) if form in ("per slot", "shared, bias per slot") else (N,)
 
-    def project(*t: Tensor) -> Tensor:
+    def project(*t: Tensor, plan: str) -> Tensor:
+        if impl == "triton":
+            return torch.ops.layalign.layer_projection(t[4:], *t[:4], plan, impl)
         return ops.layer_projection(t[4:], *t[:4], impl=impl)
 
     triton = impl == "triton"  # whose gradients are the layer mix's
@@ -156,8 +159,9 @@ def test_layer_projection_reads_every_view(impl: str, form: str) -> None:
             draw(*lead, N, D, seed=12, dtype=own), draw(*bias, seed=13, dtype=own), *layers(states),
         )  # fmt: skip
         exact = lambda *t: reference.layer_projection(t[4:], *t[:4])  # noqa: E731
+        plan = "two_step" if form == "shared, bias per slot" else "fused"
         calls = "plain" if triton else "plain, differentiated"
-        check(project, exact, tensors, kinds, states, calls)
+        check(functools.partial(project, plan=plan), exact, tensors, kinds, states, calls)
 
 
 @pytest.mark.slow

@@ -55,7 +55,8 @@ class KernelBackend(Backend):
         name: its name in ``impl=``.
         launchers: functions that launch kernels, by name, with the signatures of those in ``layalign_kernels``:
             layer_mix_forward and layer_mix_backward, which also serve layer_projection with torch's product;
-            gated_cross_attention_forward, gated_cross_attention_backward and gated_cross_attention_decode.
+            layer_projection_forward, which fuses that product; gated_cross_attention_forward,
+            gated_cross_attention_backward and gated_cross_attention_decode.
 
     Attributes:
         decodes_in_place: whether what :meth:`cached_decode` returns may write the result to the residual.

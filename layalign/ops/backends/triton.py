@@ -18,6 +18,7 @@ from layalign.ops.backends.base import Decode, KernelBackend
 FILES = {
     "layer_mix_forward": "layer_mix",
     "layer_mix_backward": "layer_mix",
+    "layer_projection_forward": "layer_projection",
     "gated_cross_attention_forward": "gated_cross_attention",
     "gated_cross_attention_backward": "gated_cross_attention_backward",
     "gated_cross_attention_decode": "gated_cross_attention_decode",
