@@ -146,7 +146,7 @@ def budget(plain: list[list[float]], oracle: list[float]) -> list[float]:
 
 def usable(run: Run) -> str | None:
     """Why this machine cannot do the run, or None."""
-    for operation in backends.operations():
+    for operation in ("layer_mix", "layer_projection", "gated_cross_attention"):
         served, reason = backends.serves(operation, run.impl, "cpu")
         if not served:
             return reason

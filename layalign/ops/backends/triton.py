@@ -70,5 +70,5 @@ def launchers() -> dict[str, Callable[..., Any]]:
     return {function: functools.partial(_launch, function) for function in FILES}
 
 
-def _launch(function: str, *arguments: Any) -> Any:
-    return getattr(importlib.import_module(f"layalign_kernels.{FILES[function]}"), function)(*arguments)
+def _launch(function: str, *arguments: Any, **options: Any) -> Any:
+    return getattr(importlib.import_module(f"layalign_kernels.{FILES[function]}"), function)(*arguments, **options)
