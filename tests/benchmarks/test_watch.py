@@ -58,8 +58,8 @@ def test_a_term_that_is_off_by_a_ten_thousandth_leaves_the_budget(
 ) -> None:
     exact = GatedCrossAttention.forward
 
-    def off(self, *args, base, **kwargs):
-        return torch.lerp(base, exact(self, *args, base=base, **kwargs), 1 + 1e-4)
+    def off(self, *args, residual, **kwargs):
+        return torch.lerp(residual, exact(self, *args, residual=residual, **kwargs), 1 + 1e-4)
 
     monkeypatch.setattr(GatedCrossAttention, "forward", off)
     assert share(curves.train(curves.PLAIN[0]), plain) > 1
