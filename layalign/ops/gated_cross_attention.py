@@ -134,10 +134,13 @@ torch.library.register_autograd(_DECODE, _no_derivative)
 
 
 def _fused(backend: str) -> backends.Implementation:
-    def run(*inputs: Any, key_mask: Tensor | None, scale: float | None) -> Tensor:
-        dtype = checks.compute_dtype(inputs[0])
-        query, key, value = (states.to(dtype) for states in inputs[:3])
-        inputs = query, key, value, *inputs[3:], key_mask
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, gate: Tensor, residual: Tensor | None, *,
+        key_mask: Tensor | None, scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        dtype = checks.compute_dtype(query)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        inputs = query, key, value, gate, residual, key_mask
         if dispatch.can_skip_dispatcher(inputs):
             few = query.shape[2] <= MAX_DECODE_ROWS
             launch = backends.launcher(

@@ -45,10 +45,11 @@ def _(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, backend: st
 
 @torch.library.impl(_BACKWARD, "default")
 def _backward_op(
-    grad: Tensor, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, need_weight: bool, need_hidden: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dW, db, dh); an empty tensor stands for what is not needed."""
-    found = _launch_backward(grad, x, hidden, weight, *others)
+    found = _launch_backward(grad, x, hidden, weight, need_weight, need_hidden, backend)
     # The bias may have a wider dtype than the weight: its gradient stays in float32 until the bias's dtype is known.
     dtypes = (weight.dtype, torch.float32, x.dtype)
     return tuple(  # type: ignore[return-value]
@@ -58,8 +59,10 @@ def _backward_op(
 
 
 @torch.library.register_fake(_BACKWARD)
-def _(grad: Tensor, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_weight, need_hidden, _ = others
+def _(
+    grad: Tensor, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, need_weight: bool, need_hidden: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
     bias_grad = weight.new_empty(weight.shape[0] if need_weight else 0, dtype=torch.float32)
     return weight_grad, bias_grad, x.new_empty((len(hidden), *x.shape[1:]) if need_hidden else 0)

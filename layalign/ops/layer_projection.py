@@ -87,19 +87,19 @@ torch.library.impl(_FORWARD, "default", _run)
 
 
 @torch.library.register_fake(_FORWARD)
-def _(hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, *others: Any) -> Tensor:
+def _(hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
     return hidden[0].new_empty((mix_weight.shape[0], *hidden[0].shape[:2], weight.shape[-2]))
 
 
 @torch.library.impl(_BACKWARD, "default")
 def _backward_op(
-    grad: Tensor, hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Any, weight: Tensor, *others: Any
-) -> list[Tensor]:
+    grad: Tensor, hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor,
+    bias_dims: int, need_mix: bool, need_weight: bool, need_hidden: bool, backend: str,
+) -> list[Tensor]:  # fmt: skip
     """[d mix_weight, d mix_bias, d weight, d bias, d hidden]; an empty tensor stands for what is not needed.
 
     Gradients of biases are float32: a bias may have a wider dtype than its weight.
     """
-    bias_dims, need_mix, need_weight, need_hidden, backend = others
     # x is computed again instead of being saved by the forward
     x = backends.launcher(backend, "layer_mix_forward")(hidden, mix_weight, mix_bias)
     grad = grad.to(x.dtype)
@@ -149,9 +149,9 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, backend: str) -> T
 
 @torch.library.register_fake(_BACKWARD)
 def _(
-    grad: Tensor, hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Any, weight: Tensor, *others: Any
-) -> list[Tensor]:
-    bias_dims, need_mix, need_weight, need_hidden, _ = others
+    grad: Tensor, hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor,
+    bias_dims: int, need_mix: bool, need_weight: bool, need_hidden: bool, backend: str,
+) -> list[Tensor]:  # fmt: skip
     first, slots = hidden[0], mix_weight.shape[0]
     bias_shape: tuple[int, ...] = ((0,), (weight.shape[-2],), (slots, weight.shape[-2]))[bias_dims]
     return [
