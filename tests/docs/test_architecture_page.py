@@ -1,9 +1,11 @@
-"""docs/architecture.md names files that are there, and tells a decode step in at most eight of them."""
+"""docs/architecture.md names files that are there, and tells each kind of step in at most eight of them."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -19,7 +21,8 @@ def test_every_file_it_names_is_there() -> None:
     assert [name for name in named if not (ROOT / "layalign" / name).exists() and not (ROOT / name).exists()] == []
 
 
-def test_a_decode_step_is_told_in_few_files_each_once() -> None:
-    step = PAGE.partition("## A decode step")[2].partition("\n## ")[0]
+@pytest.mark.parametrize("name", ["A sequence begins", "A decode step", "A training step"])
+def test_a_step_is_told_in_few_files_each_once(name: str) -> None:
+    step = PAGE.partition(f"## {name}\n")[2].partition("\n## ")[0]
     named = files(step)
     assert 1 < len(named) <= 8 and len(set(named)) == len(named)
