@@ -194,13 +194,17 @@ def shipped_entry(
     return entry(text, kernel, known | (types or {}), values, options, aligned=aligned)
 
 
+def _mix_types(target: str) -> list[tuple[Any, str, int]]:
+    """Triton's type, its name and its bytes, of the kernels of the layers' mix that ship for ``target``."""
+    halves = [(tl.float16, "fp16", 2), (tl.bfloat16, "bf16", 2)]
+    # Not shipped: Triton 3.7 would compute float32 in TF32 there.
+    return halves if target == "sm_100" else [*halves, (tl.float32, "fp32", 4)]
+
+
 def _layer_mix(target: str) -> list[Entry]:
     """What ships for ``target`` ("sm_90", ...): the paper's shape (24 layers, 64 slots), a small one, the largest."""
     found = []
-    for dtype, kind in ((tl.float16, "fp16"), (tl.bfloat16, "bf16"), (tl.float32, "fp32")):
-        if kind == "fp32" and target == "sm_100":
-            continue  # not shipped: Triton 3.7 would compute it in TF32
-        itemsize = 4 if kind == "fp32" else 2
+    for dtype, kind, itemsize in _mix_types(target):
         for layers, slots in ((24, 64), (8, 24), (64, 256)):
             shape = f"{layers}x{slots} {kind}"
             types = dict(pointers=(f"*{kind}",) * layers, grad=f"*{kind}", x=f"*{kind}", out=f"*{kind}")
@@ -221,10 +225,7 @@ def _layer_mix(target: str) -> list[Entry]:
 def _layer_projection(target: str) -> list[Entry]:
     """What ships, the same for every ``target``: 24 layers into 64 slots, and a small shape."""
     found = []
-    for dtype, kind in ((tl.float16, "fp16"), (tl.bfloat16, "bf16"), (tl.float32, "fp32")):
-        if kind == "fp32" and target == "sm_100":
-            continue  # not shipped: Triton 3.7 would compute it in TF32
-        itemsize = 4 if kind == "fp32" else 2
+    for dtype, kind, itemsize in _mix_types(target):
         for layers, slots in ((24, 64), (8, 24)):
             types = dict(pointers=(f"*{kind}",) * layers, out=f"*{kind}", weight=f"*{kind}", bias="*fp32")
             types |= dict(mix_weight="*fp32", mix_bias="*fp32")

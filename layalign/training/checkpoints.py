@@ -191,3 +191,19 @@ def _named(folder: str | Path) -> list[Path]:
     root = Path(folder)
     matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in root.iterdir()] if root.is_dir() else []
     return [path for _, path in sorted((int(match.group(1)), path) for match, path in matches if match)]
+
+
+def check_writable(folder: Path) -> None:
+    """Create the folder and write one byte into it, so that a run fails now rather than at its first checkpoint.
+
+    The lock does not show that: a killed run leaves its file, which takes neither space nor the right to create one.
+
+    Raises:
+        OSError: it cannot be created or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f"{UNFINISHED}.{os.getpid()}"
+    try:
+        probe.write_bytes(b"\0")
+    finally:
+        probe.unlink(missing_ok=True)

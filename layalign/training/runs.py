@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from layalign.training.checkpoints import checkpoints, clear_unfinished, problem, remove
+from layalign.training.checkpoints import check_writable, checkpoints, clear_unfinished, problem, remove
 from layalign.training.config import TrainConfig
 from layalign.training.record import SETTINGS
 from layalign.utils.errors import ArgumentError, CheckpointError, shown
-from layalign.utils.files import write_whole
+from layalign.utils.files import write_whole, writing
 from layalign.utils.processes import Processes
 from layalign.utils.reading import read_json
 
@@ -42,10 +42,13 @@ def find_resume(config: TrainConfig) -> Path | None:
 
     Raises:
         ArgumentError: there is no such checkpoint, or it is damaged.
+        OutputError: the run's folder cannot be written to.
     """
     output = Path(config.output_dir)
     if is_main_process():
-        clear_unfinished(output)
+        with writing(f"output_dir: {output}"):
+            check_writable(output)
+            clear_unfinished(output)
     if config.resume is False:
         return None
     if config.resume == "auto":

@@ -71,4 +71,9 @@ def launchers() -> dict[str, Callable[..., Any]]:
 
 
 def _launch(function: str, *arguments: Any, **options: Any) -> Any:
-    return getattr(importlib.import_module(f"layalign_kernels.{FILES[function]}"), function)(*arguments, **options)
+    return _launcher(function)(*arguments, **options)
+
+
+@functools.cache  # a launch does not look for its module again
+def _launcher(function: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"layalign_kernels.{FILES[function]}"), function)  # type: ignore[no-any-return]
