@@ -36,13 +36,16 @@ CHOICES = ("auto", "always", "never")
 MARGIN = 1.25  # factor on the break-even rows in training: the folded weights take memory, so they must pay clearly
 
 
-def break_even_rows(encoder_size: int, llm_size: int, kv_size: int, training: bool = False, reused: int = 1) -> float:
+def break_even_rows(
+    encoder_size: int, llm_size: int, kv_size: int, training: bool = False, reused: int = 1, terms: int = 1
+) -> float:
     """The number of rows (B * S) in a call from which folding takes fewer multiply-adds; infinite if it never does.
 
     Args:
         encoder_size, llm_size, kv_size: D_e, D_l, D_kv.
         training: whether gradients are computed. Their share of the fold (dW2) is paid in every backward.
         reused: number of calls that one folded weight serves before W2 changes.
+        terms: number of products of a fold: 2 for an fp32 W2 and half-precision maps.
 
     Source: the counts in this module's docstring. For training, forward and backward: 3 D_e D_l + 2 D_l D_kv per row
     unfolded, 3 D_e D_kv folded.
@@ -50,10 +53,10 @@ def break_even_rows(encoder_size: int, llm_size: int, kv_size: int, training: bo
     fold = encoder_size * llm_size * kv_size
     if training:
         saved = 3 * encoder_size * llm_size + 2 * llm_size * kv_size - 3 * encoder_size * kv_size
-        cost = fold * (1 + 1 / reused)
+        cost = fold * (1 + terms / reused)
     else:
         saved = encoder_size * llm_size + llm_size * kv_size - encoder_size * kv_size
-        cost = fold / reused
+        cost = fold * terms / reused
     return cost / saved if saved > 0 else float("inf")
 
 
@@ -158,33 +161,57 @@ class Folded:
     values: tuple[Tensor, ...]
 
 
+def _fold_dtype(own: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an LLM's map ``own`` is folded for products in ``dtype``."""
+    return dtype if own.dtype == dtype else torch.promote_types(dtype, torch.float32)
+
+
+def _terms(inner: Tensor, dtype: torch.dtype) -> int:
+    """The number of terms in ``dtype`` whose sum is ``inner``."""
+    return 2 if inner.dtype.itemsize > dtype.itemsize else 1
+
+
 @torch.inference_mode(False)  # tensors made in inference mode cannot be saved for a backward
 @torch.no_grad()
 def _fold(
     fc2: nn.Linear, maps: Sequence[nn.Linear], dtype: torch.dtype, key: tuple[Any, ...], packed: bool = False
 ) -> Folded:
+    """Fold in ``dtype``, with one rounding, at the end.
+
+    Products of half-precision maps run in half precision, on a GPU at many times the rate of fp32. They accumulate in
+    fp32, and take an fp32 W2 in two terms: W2 = high + low, [W_i | W_i] @ [high; low].
+    """
     values = tuple(each.clone() for each in _values(fc2, maps))
-    wide = torch.float64 if dtype == torch.float64 else torch.float32  # one rounding, at the end
-    inner = fc2.weight.to(wide)
-    if fc2.bias is not None:
-        inner = torch.cat([inner, fc2.bias.to(wide)[:, None]], dim=1)  # W_i @ [W2 | b2]
+    compute = _fold_dtype(maps[0].weight, dtype)
+    split = _terms(fc2.weight, compute) > 1
+
+    def inner(tensor: Tensor) -> Tensor:
+        high = tensor.to(compute)
+        return torch.cat([high, (tensor - high).to(compute)]) if split else high
+
+    inner_weight, inner_bias = inner(fc2.weight), None if fc2.bias is None else inner(fc2.bias)
     shape = len(maps), maps[0].out_features
     weight: Tensor | PackedWeight
     if packed:
         weight = PackedWeight(*shape, fc2.in_features)
     else:
-        weight = torch.empty((*shape, fc2.in_features), dtype=dtype, device=inner.device)
+        weight = torch.empty((*shape, fc2.in_features), dtype=dtype, device=inner_weight.device)
     has_bias = fc2.bias is not None or maps[0].bias is not None
-    bias = torch.zeros(shape, dtype=dtype, device=inner.device) if has_bias else None
+    bias = torch.zeros(shape, dtype=dtype, device=inner_weight.device) if has_bias else None
     for index, linear in enumerate(maps):
-        product = linear.weight.to(wide) @ inner
+        own = linear.weight.to(compute)
+        if split:
+            own = torch.cat([own, own], dim=1)
+        product = own @ inner_weight
         if isinstance(weight, PackedWeight):
-            weight.put(slice(index, index + 1), product[None, :, : fc2.in_features])
+            weight.put(slice(index, index + 1), product[None])
         else:
-            weight[index] = product[:, : fc2.in_features]
+            weight[index] = product
         if bias is not None:
-            offset = product[:, fc2.in_features :].sum(dim=1)  # one column, or none
-            bias[index] = offset if linear.bias is None else offset + linear.bias.to(wide)
+            offset = None if linear.bias is None else linear.bias.to(compute)
+            if inner_bias is not None:
+                offset = own @ inner_bias if offset is None else torch.addmv(offset, own, inner_bias)
+            bias[index] = offset
     return Folded(weight, bias, key, values)
 
 
@@ -325,7 +352,7 @@ class KeyValueProjector:
             both = self._by_folding(projector, maps, layers, size, way.passed)
         else:
             both = by_weights(projector, layers, outer=maps, size=size)
-        if not torch.is_autocast_enabled(both[0].device.type):  # autocast keeps its own dtype, as in the LLM's modules
+        if checks.autocast_dtype(both[0]) is None:  # autocast keeps its own dtype, as in the LLM's modules
             both = [each.to(dtype) for each in both]
         return list(both[0::2]), list(both[1::2])
 
@@ -351,7 +378,7 @@ class KeyValueProjector:
             return Way(FOLDED, passed)
         if not useful(projector, hidden):
             return Way(CALLED)
-        if reading is not None or torch.is_autocast_enabled(hidden[0].device.type):
+        if reading is not None or checks.autocast_dtype(hidden[0]) is not None:
             return Way(MAPS_CALLED)
         return Way(GROUPED if _maps(attentions[:1])[0].weight.dtype == hidden[0].dtype else MAPS_CALLED)
 
@@ -419,8 +446,12 @@ class KeyValueProjector:
         self._calls += 1
         rows = hidden[0].shape[0] * hidden[0].shape[1]
         sizes = fc2.in_features, fc2.out_features, linear.out_features
-        needed = break_even_rows(*sizes, training=True, reused=self._calls_before)
-        needed *= MARGIN
+        dtype = checks.compute_dtype(hidden[0])
+        fold_dtype = _fold_dtype(linear.weight, dtype)
+        if fold_dtype != dtype and not hidden[0].is_cpu:  # a GPU has another rate for each
+            return f"a fold of {linear.weight.dtype} maps is in {fold_dtype}, the products that it saves in {dtype}"
+        terms = _terms(fc2.weight, fold_dtype)
+        needed = MARGIN * break_even_rows(*sizes, training=True, reused=self._calls_before, terms=terms)
         return None if rows >= needed else f"{rows} rows a call, folding pays from {needed:.0f}"
 
     def _current(

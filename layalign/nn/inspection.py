@@ -118,7 +118,7 @@ def require_input(name: str, value: Any, linear: Any) -> None:
     Raises:
         ArgumentError: ``value`` is not a floating tensor of the right size, or its dtype is not that of the weight.
     """
-    from layalign.ops.checks import describe, is_floating
+    from layalign.ops.checks import autocast_dtype, describe, is_floating
 
     size = getattr(linear, "in_features", None)
     if not is_floating(value) or value.dim() == 0 or (size is not None and value.shape[-1] != size):
@@ -126,7 +126,7 @@ def require_input(name: str, value: Any, linear: Any) -> None:
     weight = getattr(linear, "weight", None)
     if type(linear) is not nn.Linear or type(weight) is not nn.Parameter or weight.dtype == value.dtype:
         return
-    if not torch.is_autocast_enabled(value.device.type):
+    if autocast_dtype(value) is None:
         raise ArgumentError(f"{name}: expected the weights' dtype {weight.dtype}, got {describe(value)}")
 
 

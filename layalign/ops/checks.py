@@ -162,6 +162,8 @@ def mix_limits(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> tuple
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of products under autocast on the tensor's device; None where autocast is off."""
     kind = tensor.device.type
+    if kind == "meta":  # of which torch's functions know nothing
+        return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
@@ -180,5 +182,4 @@ def autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """A context without autocast, for a backward that casts its tensors itself."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return nullcontext() if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)

@@ -126,15 +126,18 @@ def poison(states: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Recorded(TorchDispatchMode):
-    """The names of the operations that the dispatcher sees."""
+    """The names of the operations that the dispatcher sees, and the dtypes of their results (None for several)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.dtypes: list[torch.dtype | None] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
+        self.dtypes.append(getattr(result, "dtype", None))
+        return result
 
 
 class Subclass(Tensor):

@@ -216,6 +216,20 @@ def test_auto_folds_at_inference_and_by_the_rule_in_training() -> None:
     assert model.key_values.last == "folded"
 
 
+@pytest.mark.parametrize(
+    "maps, why", [(torch.bfloat16, "40 rows a call, folding pays from"), (torch.float32, "a fold of")]
+)
+def test_on_a_gpu_auto_does_not_fold_at_another_rate_than_that_of_the_products(maps: torch.dtype, why: str) -> None:
+    model = tiny_model()
+    projector = model.encoder_aligner.projector.to("meta")
+    model.llm.to("meta", maps)
+    hidden = [torch.empty(8, 5, 24, device="meta", dtype=torch.bfloat16)]
+    against = model.key_values._against(projector, model._attentions, hidden)
+    needed = MARGIN * break_even_rows(24, 32, 32, training=True, terms=2)
+    assert against is not None and against.startswith(why) and needed > 40
+    assert why == "a fold of" or against.endswith(f" {needed:.0f}")
+
+
 def test_other_dtypes_and_autocast() -> None:
     modules, folded = both()
     for model in (modules, folded):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -136,3 +137,12 @@ def test_the_dispatcher_is_not_skipped_where_something_watches() -> None:
 def test_a_torch_without_these_hooks_loses_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_KNOWN", False)
     assert not dispatch.can_skip_dispatcher([torch.ones(2)])
+
+
+def test_meta_tensors_give_the_results_shape() -> None:
+    meta = functools.partial(torch.empty, device="meta", requires_grad=True)
+    hidden = [meta(2, 3, 4)] * 5
+    attended = meta(2, 4, 3, 8), meta(2, 2, 5, 8), meta(2, 2, 5, 8), meta(1), meta(2, 3, 4, 8)
+    assert ops.layer_mix(hidden, meta(6, 5), meta(6)).shape == (6, 2, 3, 4)
+    assert ops.layer_projection(hidden, meta(6, 5), None, meta(7, 4)).shape == (6, 2, 3, 7)
+    assert ops.gated_cross_attention(*attended).shape == (2, 3, 4, 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import DEVICE, serving, skip_unserved
+from op_cases import DEVICE, Recorded, serving, skip_unserved
 from torch import Tensor, nn
 
 from layalign import ops, reference
@@ -108,6 +108,26 @@ def test_folding_rounds_each_sum_once(dtype: torch.dtype) -> None:
     own = torch.stack([each.weight.double() for each in maps])
     exact = (own.mT @ grad.double()).sum(0), (own.mT @ grad_bias.double()[..., None]).sum(0)[:, 0]
     assert_rounded_once("weight bias", found, exact)
+
+
+@HALVES
+@pytest.mark.parametrize("own", [torch.float32, None], ids=["w2-fp32", "w2-half"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_folded_weights_are_products_in_half_precision_rounded_once(
+    bias: bool, own: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    maps = [nn.Linear(256, M, bias=bias).to(DEVICE, dtype) for _ in range(6)]
+    inner = nn.Linear(D, 256).to(DEVICE, own or dtype)
+    with Recorded() as seen:
+        made = key_values._fold(inner, maps, dtype, ())
+    assert isinstance(made.weight, Tensor) and made.bias is not None
+    ran = zip(seen.names, seen.dtypes, strict=True)
+    products = [found for name, found in ran if name in ("aten::mm", "aten::mv", "aten::addmv")]
+    assert products == [dtype] * 12
+    w2, b2 = inner.weight.double(), inner.bias.double()
+    exact = torch.stack([each.weight.double() @ w2 for each in maps])
+    exact_bias = torch.stack([each.weight.double() @ b2 + (each.bias.double() if bias else 0) for each in maps])
+    assert_rounded_once("weight bias", (made.weight, made.bias), (exact, exact_bias), times=1.02)
 
 
 @HALVES
