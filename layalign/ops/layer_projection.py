@@ -73,14 +73,17 @@ def _run(
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (2L, B, S, D_e) times one weight or one per slot, by torch's own products."""
+    """x (2L, B, S, D_e) times one weight or one per slot, by torch's own products, which add the bias."""
     if weight.dim() == 2:
-        y = torch.nn.functional.linear(x, weight)
-    else:
-        y = torch.bmm(x.flatten(1, 2), weight.mT).view(*x.shape[:-1], weight.shape[1])
+        shared = bias if bias is None or bias.dim() == 1 else None
+        y = torch.nn.functional.linear(x, weight, shared)
+        return y if shared is bias else y.add_(bias[:, None, None, :])  # type: ignore[index]  # not None: not shared
+    rows = x.flatten(1, 2)
     if bias is None:
-        return y
-    return y + (bias if bias.dim() == 1 else bias[:, None, None, :])
+        y = torch.bmm(rows, weight.mT)
+    else:
+        y = torch.baddbmm(bias if bias.dim() == 1 else bias[:, None, :], rows, weight.mT)
+    return y.view(*x.shape[:-1], weight.shape[1])
 
 
 torch.library.impl(_FORWARD, "default", _run)
