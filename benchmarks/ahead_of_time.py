@@ -25,6 +25,7 @@ from layalign_kernels import layer_mix, layer_projection
 from layalign_kernels.gated_cross_attention import gated_cross_attention_forward_kernel as forward_kernel
 from layalign_kernels.gated_cross_attention_backward import gated_cross_attention_dkv_kernel as dkv_kernel
 from layalign_kernels.gated_cross_attention_backward import gated_cross_attention_dq_kernel as dq_kernel
+from layalign_kernels.gated_cross_attention_backward import gated_cross_attention_resident_kernel as resident_kernel
 from layalign_kernels.gated_cross_attention_common import padded_head_size
 from layalign_kernels.gated_cross_attention_decode import gated_cross_attention_decode_combine_kernel as combine_kernel
 from layalign_kernels.gated_cross_attention_decode import gated_cross_attention_decode_kernel as decode_kernel
@@ -184,10 +185,12 @@ def shipped_entry(
     known = {argument: f"*{name}" for argument in kernel.arg_names if argument.startswith("p_")}
     known |= dict.fromkeys(("p_gate", "p_lse", "p_delta", "p_dgate", "p_part"), "*fp32")
     known["p_mask"] = "*i1"
-    known |= dict.fromkeys(("scale", "dq_scale", "dk_scale"), "fp32")
+    known |= dict.fromkeys(("scale", "dq_scale", "dk_scale", "grad_scale"), "fp32")
     blocks = dict(config)
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-    flags: dict[str, Any] = dict(H=32, REP=4, D=size, BD=padded_head_size(size), PRECISION=precision, **blocks)
+    flags: dict[str, Any] = dict(
+        H=32, REP=4, D=size, BD=padded_head_size(size), PRECISION=precision, NEGATIVE=False, **blocks
+    )
     values = {key: value for key, value in (flags | constants).items() if key in kernel.arg_names}
     aligned = size * torch.finfo(dtype).bits // 8 % 16 == 0
     text = f"{label} d{size} {name}" + (" tf32" if precision == "tf32" else "")
@@ -260,9 +263,15 @@ def _backward(arch: str) -> list[Entry]:
             found.append(shipped_entry(label, dq_kernel, dq, shipped, dict(ONE_BLOCK=one_block, NEED_DQ=True)))
         flags = dict(NEED_DK=True, NEED_DV=True)
         found.append(shipped_entry("dkv", dkv_kernel, dkv, shipped, flags))
+        partial = dict(p_dk="*fp32", p_dv="*fp32")
         if size == 128:
-            partial = dict(p_dk="*fp32", p_dv="*fp32")
             found.append(shipped_entry("dkv split", dkv_kernel, dkv, shipped, flags, partial))
+        for source in (64, 128):
+            whole = backward.resident_configuration(size, source, dtype, arch)
+            if whole is not None:
+                label, all_flags = f"resident {source} tokens", flags | dict(NEED_DQ=True)
+                found.append(shipped_entry(label, resident_kernel, whole, shipped, all_flags))
+                found.append(shipped_entry(f"{label} split", resident_kernel, whole, shipped, all_flags, partial))
     return found
 
 

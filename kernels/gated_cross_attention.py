@@ -29,17 +29,17 @@ from layalign_kernels.gated_cross_attention_common import (
     load_rows,
     padded_head_size,
     pick,
-    scale_base2,
+    positive_scale,
     store_rows,
     strides,
     unit_last,
 )
 
 TABLE: Table = {
-    ("half", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 4, 3), (128, 64, 4, 2)),
-    ("half", 128): ((128, 32, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
-    ("half", 256): ((64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)),
-    ("fp32", 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("half", 64): ((128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 4, 3), (128, 64, 4, 2)),
+    ("half", 128): ((128, 32, 8, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
+    ("half", 256): ((64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    ("fp32", 64): ((32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
     ("fp32", 128): ((32, 32, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2), (32, 32, 8, 2)),
     ("fp32", 256): ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
     ("unaligned", 64): ((16, 32, 4, 1),) * 4,
@@ -54,7 +54,7 @@ def gated_cross_attention_forward_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
     stride_sb, stride_st, stride_sh, stride_mb, stride_ms, T, S, scale,
     H: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of one head. Neighbouring programs share a head's keys and values, which stay in L2."""
     i_t = tl.program_id(0) % tl.cdiv(T, BM)
@@ -72,7 +72,7 @@ def gated_cross_attention_forward_kernel(
     # [BM, BD]
     b_q = load_rows(p_q, offset64(o_t, stride_qt), m_t, o_d, D, BD)
     b_out, b_lse = attend(
-        b_q, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, 0, S, scale, o_d, D, BD, BM, BN, PRECISION
+        b_q, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, 0, S, scale, o_d, D, BD, BM, BN, NEGATIVE, PRECISION
     )  # fmt: skip
     b_out *= tl.load(p_gate).to(tl.float32)
     if p_residual is not None:
@@ -125,7 +125,7 @@ def gated_cross_attention_forward(
             **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), s=(residual, "bth"), m=(key_mask, "bs")),
             T=length,
             S=key.shape[2],
-            scale=scale_base2(scale, size),
+            **positive_scale(scale, size),
             H=heads,
             REP=heads // key.shape[1],
             D=size,

@@ -15,6 +15,10 @@ Counted as in ``gated_cross_attention``:
 - dk/dv kernel: 8 * B * H * T * S * d FLOP, reads c * B * d * (2 * G * S + ceil(S / BN) * 2 * H * T), writes
   c * B * d * 2 * G * S; split over T it also writes and reads 8 * B * G * S * d bytes a split.
 
+A source that fits one block (half precision, S <= 128, d <= 128) takes one kernel for all, with its keys and values
+resident: 10 * B * H * T * S * d FLOP (five products), reads c * B * d * (2 * H * T + 2 * G * S) bytes, writes
+c * B * d * (H * T + 2 * G * S).
+
 No tensor of size T x S is stored, and there are no atomics: a program owns its rows of dq, or its block of dk and dv,
 for which it loops over the heads and rows of the group. Each program has one number of the gate's gradient; a second
 stage sums them. The gate is applied last, so that a small one causes no underflow.
@@ -29,7 +33,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.common import LOG2E, ceil_div, dot_precision, offset64
+from layalign_kernels.common import LOG2E, ceil_div, dot_precision, next_power_of_2, offset64
 from layalign_kernels.gated_cross_attention_common import (
     Table,
     architecture,
@@ -48,10 +52,10 @@ from layalign_kernels.gated_cross_attention_common import (
 
 TABLES: dict[str, Table] = {
     "dq": {
-        ("half", 64): ((128, 64, 8, 2),) * 4,
+        ("half", 64): ((128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
         ("half", 128): ((64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
         ("half", 256): ((64, 32, 8, 1), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
-        ("fp32", 64): ((32, 32, 8, 2), (32, 16, 4, 1), (32, 32, 4, 2), (32, 32, 4, 2)),
+        ("fp32", 64): ((32, 32, 8, 1), (32, 16, 4, 1), (32, 32, 4, 2), (32, 32, 4, 2)),
         ("fp32", 128): ((32, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2), (32, 32, 4, 1)),
         ("fp32", 256): ((16, 16, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
         ("unaligned", 64): ((16, 32, 8, 2),) * 4,
@@ -60,7 +64,7 @@ TABLES: dict[str, Table] = {
     },
     "dkv": {
         ("half", 64): ((32, 64, 4, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2)),
-        ("half", 128): ((32, 64, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2)),
+        ("half", 128): ((32, 64, 8, 2), (32, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2)),
         ("half", 256): ((32, 32, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
         ("fp32", 64): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 4, 1)),
         ("fp32", 128): ((16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 4, 1)),
@@ -70,22 +74,61 @@ TABLES: dict[str, Table] = {
         ("unaligned", 256): ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 4, 2)),
     },
 }
+# (BM, BN, num_warps, num_stages) of the kernel that keeps the whole source, by (padded head size, BN >= S): for half
+# precision on sm_90, where it compiles without spills.
+RESIDENT = {
+    (64, 64): (32, 64, 4, 2),
+    (64, 128): (32, 128, 8, 2),
+    (128, 64): (32, 64, 4, 2),
+    (128, 128): (32, 128, 8, 2),
+}
 Gradients = tuple["torch.Tensor | None", "torch.Tensor | None", "torch.Tensor | None", "torch.Tensor | None"]
 
 
 @triton.jit
 def _block(
     b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_s, i_end, scale, o_d,
-    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p [BM, BN], g . v [BM, BN] and k [BN, BD] of the source tokens o_s."""
-    m_s = attended(p_mask, stride_ms, o_s, i_end)
+    m_s = tl.full(o_s.shape, True, tl.int1)
+    if MASKED:
+        m_s = attended(p_mask, stride_ms, o_s, i_end)
     b_k = load_rows(p_k, offset64(o_s, stride_ks), m_s, o_d, D, BD)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-    b_p = tl.where(m_s[None, :], tl.exp2(b_s - b_lse[:, None]), 0.0)
+    b_p = tl.exp2(b_s - b_lse[:, None])
+    if MASKED:
+        b_p = tl.where(m_s[None, :], b_p, 0.0)
     b_v = load_rows(p_v, offset64(o_s, stride_vs), m_s, o_d, D, BD)
     b_gv = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
     return b_p, b_gv, b_k
+
+
+@triton.jit
+def _delta(
+    b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_s, i_end, scale, o_d,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the source tokens o_s add to delta, [BM]."""
+    b_p, b_gv, _ = _block(
+        b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_s, i_end, scale, o_d, D, BD, MASKED,
+        PRECISION,
+    )  # fmt: skip
+    return tl.sum(b_p * b_gv, 1)
+
+
+@triton.jit
+def _add_dq(
+    b_dq, b_delta, b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_s, i_end, scale, o_d,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq [BM, BD], without gate and scale, after the source tokens o_s."""
+    b_p, b_gv, b_k = _block(
+        b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_s, i_end, scale, o_d, D, BD, MASKED,
+        PRECISION,
+    )  # fmt: skip
+    b_e = b_p * (b_gv - b_delta[:, None])
+    return tl.dot(b_e.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "S", "stride_mb", "stride_ms"])
@@ -119,12 +162,12 @@ def gated_cross_attention_dq_kernel(
     b_lse = tl.load(p_lse + offset64(i_bh, T) + o_t, mask=m_t, other=0.0)
     b_delta = tl.zeros([BM], tl.float32)
     b_dq = tl.zeros([BM, BD], tl.float32)
-    i_first, i_end = attended_range(p_mask, stride_ms, 0, S)
+    i_first, i_whole, i_end = attended_range(p_mask, stride_ms, 0, S, BN)
     if ONE_BLOCK:
         for o in range(i_first, tl.minimum(i_end, i_first + 1)):  # once, or never when nothing is attended
             o_s = o + tl.arange(0, BN)
             b_p, b_gv, b_k = _block(
-                b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_s, i_end, scale, o_d, D, BD,
+                b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_s, i_end, scale, o_d, D, BD, True,
                 PRECISION,
             )  # fmt: skip
             b_delta = tl.sum(b_p * b_gv, 1)
@@ -132,22 +175,27 @@ def gated_cross_attention_dq_kernel(
                 b_e = b_p * (b_gv - b_delta[:, None])
                 b_dq = tl.dot(b_e.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     else:
-        for o in range(i_first, i_end, BN):
-            o_s = o + tl.arange(0, BN)
-            b_p, b_gv, _ = _block(
-                b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_s, i_end, scale, o_d, D, BD,
-                PRECISION,
+        for o in range(i_first, i_whole, BN):
+            b_delta += _delta(
+                b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o + tl.arange(0, BN), i_end, scale,
+                o_d, D, BD, False, PRECISION,
             )  # fmt: skip
-            b_delta += tl.sum(b_p * b_gv, 1)
+        for o in range(i_whole, i_end, BN):
+            b_delta += _delta(
+                b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o + tl.arange(0, BN), i_end, scale,
+                o_d, D, BD, True, PRECISION,
+            )  # fmt: skip
         if NEED_DQ:
-            for o in range(i_first, i_end, BN):
-                o_s = o + tl.arange(0, BN)
-                b_p, b_gv, b_k = _block(
-                    b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_s, i_end, scale, o_d, D, BD,
-                    PRECISION,
+            for o in range(i_first, i_whole, BN):
+                b_dq = _add_dq(
+                    b_dq, b_delta, b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms,
+                    o + tl.arange(0, BN), i_end, scale, o_d, D, BD, False, PRECISION,
                 )  # fmt: skip
-                b_e = b_p * (b_gv - b_delta[:, None])
-                b_dq = tl.dot(b_e.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+            for o in range(i_whole, i_end, BN):
+                b_dq = _add_dq(
+                    b_dq, b_delta, b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms,
+                    o + tl.arange(0, BN), i_end, scale, o_d, D, BD, True, PRECISION,
+                )  # fmt: skip
     tl.store(p_delta + offset64(i_bh, T) + o_t, b_delta, mask=m_t)
     tl.store(p_dgate + tl.program_id(0), tl.sum(b_delta, 0))
     if NEED_DQ:
@@ -217,9 +265,83 @@ def gated_cross_attention_dkv_kernel(
         store_rows(p_dv, b_dv * b_gate, o_row * D, o_s < S, o_d, D, BD)
 
 
+@triton.jit(do_not_specialize=["B", "T", "S", "stride_mb", "stride_ms", "splits", "blocks"])
+def gated_cross_attention_resident_kernel(
+    p_q, p_k, p_v, p_gate, p_mask, p_lse, p_g, p_dq, p_dk, p_dv, p_dgate,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
+    stride_gb, stride_gt, stride_gh, stride_mb, stride_ms, B, T, S, scale, grad_scale, splits, blocks,
+    H: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: all S <= BN source tokens of one key/value head, for ``blocks`` of the (head, T block) pairs.
+
+    Scores are transposed, [BN, BM]: dk and dv take them from registers as they are.
+    """
+    G: tl.constexpr = H // REP
+    i_split, i_bg = tl.program_id(0) % splits, tl.program_id(0) // splits
+    i_b, i_g = i_bg // G, i_bg % G
+    o_d, o_s = tl.arange(0, BD), tl.arange(0, BN)
+    p_k += offset64(i_b, stride_kb) + offset64(i_g, stride_kg)
+    p_v += offset64(i_b, stride_vb) + offset64(i_g, stride_vg)
+    if p_mask is not None:
+        p_mask += offset64(i_b, stride_mb)
+    m_s = attended(p_mask, stride_ms, o_s, S)
+    # [BN, BD]
+    b_k = load_rows(p_k, offset64(o_s, stride_ks), m_s, o_d, D, BD)
+    b_v = load_rows(p_v, offset64(o_s, stride_vs), m_s, o_d, D, BD)
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    b_dgate = tl.zeros([BM], tl.float32)
+    b_gate = tl.load(p_gate).to(tl.float32)
+    n_t = tl.cdiv(T, BM)
+    i_begin = i_split * blocks
+    for i in range(i_begin, tl.minimum(i_begin + blocks, REP * n_t)):
+        i_h = i_g * REP + i // n_t
+        o_t = (i % n_t) * BM + tl.arange(0, BM)
+        m_t = o_t < T
+        # [BM, BD], [BM]; rows past T have q = g = 0 and add nothing
+        b_q = load_rows(
+            p_q + offset64(i_b, stride_qb) + offset64(i_h, stride_qh), offset64(o_t, stride_qt), m_t, o_d, D, BD
+        )
+        b_g = load_rows(
+            p_g + offset64(i_b, stride_gb) + offset64(i_h, stride_gh), offset64(o_t, stride_gt), m_t, o_d, D, BD
+        )
+        b_lse = tl.load(p_lse + (offset64(i_b, H) + i_h) * T + o_t, mask=m_t, other=0.0)
+        # [BN, BM]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
+        b_p = tl.where(m_s[:, None], tl.exp2(b_s - b_lse[None, :]), 0.0)
+        b_gv = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
+        b_delta = tl.sum(b_p * b_gv, 0)
+        b_dgate += b_delta
+        b_e = (b_p * (b_gv - b_delta[None, :])).to(b_q.dtype)
+        if NEED_DV:
+            b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
+        if NEED_DK:
+            b_dk = tl.dot(b_e, b_q, b_dk, input_precision=PRECISION)
+        if NEED_DQ:
+            # [BD, BM]
+            b_dq = tl.dot(tl.trans(b_k), b_e, input_precision=PRECISION) * (b_gate * grad_scale)
+            o_row = (offset64(i_b, T) + o_t) * H + i_h
+            store_rows(p_dq, tl.trans(b_dq), o_row * D, m_t, o_d, D, BD)
+    tl.store(p_dgate + tl.program_id(0), tl.sum(b_dgate, 0))
+    o_row = ((offset64(i_split, B) + i_b) * S + o_s) * G + i_g
+    if NEED_DK:
+        store_rows(p_dk, b_dk * (b_gate * grad_scale), o_row * D, o_s < S, o_d, D, BD)
+    if NEED_DV:
+        store_rows(p_dv, b_dv * b_gate, o_row * D, o_s < S, o_d, D, BD)
+
+
 def configuration(kernel: str, size: int, dtype: torch.dtype, arch: str) -> dict[str, int]:
     """Block sizes and launch options of ``kernel`` ("dq" or "dkv"): pure in head size, type and architecture."""
     return pick(TABLES[kernel], size, dtype, arch)
+
+
+def resident_configuration(size: int, source: int, dtype: torch.dtype, arch: str) -> dict[str, int] | None:
+    """As :func:`configuration` for the kernel that keeps ``source`` tokens; None where the two others serve."""
+    found = RESIDENT.get((padded_head_size(size), max(64, next_power_of_2(source))))
+    if found is None or source == 0 or dtype == torch.float32 or size % 8 or arch != "sm_90":
+        return None
+    return dict(zip(("BM", "BN", "num_warps", "num_stages"), found, strict=True))
 
 
 def splits_over_rows(programs: int, blocks: int, processors: int) -> int:
@@ -257,16 +379,20 @@ def gated_cross_attention_backward(
     need_dq, need_dk, need_dv, need_dgate = needs
     batch, heads, length, size = query.shape
     groups, source = key.shape[1], key.shape[2]
-    dq_options, dkv_options = (
-        configuration(kernel, size, query.dtype, architecture(query.device)) for kernel in ("dq", "dkv")
-    )
+    arch = architecture(query.device)
+    dq_options, dkv_options = (configuration(kernel, size, query.dtype, arch) for kernel in ("dq", "dkv"))
+    resident = resident_configuration(size, source, query.dtype, arch)
+    if resident is not None:
+        dkv_options = resident
     pairs = heads // groups * ceil_div(length, dkv_options["BM"])  # of a head and a T block
     programs = ceil_div(source, dkv_options["BN"]) * batch * groups
     if splits is None:
         splits = splits_over_rows(programs, pairs, multiprocessors(query.device))
     base2 = scale_base2(scale, size)
     dq, delta, parts = rows_first(query) if need_dq else None, None, None  # parts: of dgate, one a program
-    if need_dq or need_dk or need_dgate:
+    if resident is not None:
+        parts = torch.empty(programs * splits, dtype=torch.float32, device=query.device)
+    elif need_dq or need_dk or need_dgate:
         delta = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
         parts = delta.new_empty(ceil_div(length, dq_options["BM"]) * batch * heads)
     # (B, G, S, d), in memory (B, S, G, d); if there are several splits (splits, B, G, S, d), fp32.
@@ -279,7 +405,6 @@ def gated_cross_attention_backward(
         p_mask=key_mask,
         p_lse=lse,
         p_g=grad,
-        p_delta=delta,
         **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), g=(grad, "bth"), m=(key_mask, "bs")),
         T=length,
         S=source,
@@ -290,29 +415,35 @@ def gated_cross_attention_backward(
         BD=padded_head_size(size),
         PRECISION=dot_precision(query.dtype),
     )
+    over_rows: dict[str, Any] = dict(
+        p_dk=dk,
+        p_dv=dv,
+        B=batch,
+        blocks=ceil_div(pairs, splits),
+        splits=splits,
+        NEED_DK=need_dk,
+        NEED_DV=need_dv,
+        **dkv_options,
+    )
     with torch.cuda.device_of(query):
-        if parts is not None:
+        if resident is not None:
+            gated_cross_attention_resident_kernel[(len(parts),)](
+                **common, **over_rows, p_dq=dq, p_dgate=parts, grad_scale=base2 / LOG2E, NEED_DQ=need_dq
+            )
+        elif parts is not None:
             gated_cross_attention_dq_kernel[(len(parts),)](
                 **common,
                 p_dq=dq,
+                p_delta=delta,
                 p_dgate=parts,
                 dq_scale=base2 / LOG2E,
                 ONE_BLOCK=source <= dq_options["BN"],
                 NEED_DQ=need_dq,
                 **dq_options,
             )
-        if (need_dk or need_dv) and key.numel():
+        if resident is None and (need_dk or need_dv) and key.numel():
             gated_cross_attention_dkv_kernel[(programs * splits,)](
-                **common,
-                p_dk=dk,
-                p_dv=dv,
-                B=batch,
-                dk_scale=base2 / LOG2E,
-                blocks=ceil_div(pairs, splits),
-                splits=splits,
-                NEED_DK=need_dk,
-                NEED_DV=need_dv,
-                **dkv_options,
+                **common, **over_rows, p_delta=delta, dk_scale=base2 / LOG2E
             )
     if splits > 1:
         dk, dv = (None if x is None else x.transpose(2, 3).sum(0).to(key.dtype).transpose(1, 2) for x in (dk, dv))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -53,48 +54,76 @@ def attended(p_mask, stride_ms, o_s, o_end):
 
 
 @triton.jit
-def attended_range(p_mask, stride_ms, o_first, o_end):
-    """(first, end) of the attended tokens in [o_first, o_end): padding at either end costs one byte per token.
+def attended_range(p_mask, stride_ms, o_first, o_end, BN: tl.constexpr):
+    """(first, whole, end) of the attended tokens in [o_first, o_end): padding at either end costs one byte per token.
 
-    first >= end where nothing is attended. As bounds of the loops over the source, they spare a branch.
+    In [first, whole) are whole blocks of BN tokens without a hole, which need no mask. first >= end where nothing is
+    attended. As bounds of the loops over the source, they spare a branch.
     """
-    i_first, i_end = o_first, o_end
+    i_first, i_end, n_s = o_first, o_end, o_end - o_first
     if p_mask is not None:
-        i_first, i_end = o_end, o_first
+        i_first, i_end, n_s = o_end, o_first, 0
         for o in range(o_first, o_end, MASK_BLOCK):
             o_s = o + tl.arange(0, MASK_BLOCK)
             m_s = attended(p_mask, stride_ms, o_s, o_end)
             i_first = tl.minimum(i_first, tl.min(tl.where(m_s, o_s, o_end), 0))
             i_end = tl.maximum(i_end, tl.max(tl.where(m_s, o_s + 1, o_first), 0))
-    return i_first, i_end
+            n_s += tl.sum(m_s.to(tl.int32), 0)
+    i_whole = tl.where(n_s == i_end - i_first, i_end - n_s % BN, i_first)
+    return i_first, i_whole, i_end
+
+
+@triton.jit
+def _attend_block(
+    b_q, p_k, p_v, m_s, stride_ks, stride_vs, o_s, scale, o_d, b_max, b_sum, b_acc,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The online softmax after one more block of source tokens. b_max is scaled; scale > 0."""
+    # [BN, BD]
+    b_k = load_rows(p_k, offset64(o_s, stride_ks), m_s, o_d, D, BD)
+    # [BM, BN]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if MASKED:
+        b_s = tl.where(m_s[None, :], b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+    b_p = tl.exp2(b_s * scale - b_new[:, None])  # b_new is finite: the range starts with an attended column
+    b_old = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_old + tl.sum(b_p, 1)
+    b_v = load_rows(p_v, offset64(o_s, stride_vs), m_s, o_d, D, BD)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
+    return b_new, b_sum, b_acc
 
 
 @triton.jit
 def attend(
     b_q, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_first, o_end, scale, o_d,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """softmax(b_q k^T * scale) v over [o_first, o_end), online: ([BM, BD] fp32, log-sum-exp [BM] in base 2)."""
+    """softmax(b_q k^T * scale) v over [o_first, o_end), online: ([BM, BD] fp32, log-sum-exp [BM] in base 2).
+
+    The maximum is taken of the products, so that scale and maximum are one multiply-add per score. Hence scale > 0, and
+    NEGATIVE says that it is that of -q.
+    """
     # [BM], [BM], [BM, BD]
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BD], tl.float32)
-    i_first, i_end = attended_range(p_mask, stride_ms, o_first, o_end)
-    for o in range(i_first, i_end, BN):
+    if NEGATIVE:
+        b_q = -b_q
+    i_first, i_whole, i_end = attended_range(p_mask, stride_ms, o_first, o_end, BN)
+    for o in range(i_first, i_whole, BN):
+        o_s = o + tl.arange(0, BN)
+        m_s = tl.full([BN], True, tl.int1)
+        b_max, b_sum, b_acc = _attend_block(
+            b_q, p_k, p_v, m_s, stride_ks, stride_vs, o_s, scale, o_d, b_max, b_sum, b_acc, D, BD, False, PRECISION
+        )  # fmt: skip
+    for o in range(i_whole, i_end, BN):
         o_s = o + tl.arange(0, BN)
         m_s = attended(p_mask, stride_ms, o_s, i_end)
-        # [BN, BD]
-        b_k = load_rows(p_k, offset64(o_s, stride_ks), m_s, o_d, D, BD)
-        # [BM, BN]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-        b_s = tl.where(m_s[None, :], b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])  # b_new is finite: the range starts with an attended column
-        b_old = tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_old + tl.sum(b_p, 1)
-        b_v = load_rows(p_v, offset64(o_s, stride_vs), m_s, o_d, D, BD)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
-        b_max = b_new
+        b_max, b_sum, b_acc = _attend_block(
+            b_q, p_k, p_v, m_s, stride_ks, stride_vs, o_s, scale, o_d, b_max, b_sum, b_acc, D, BD, True, PRECISION
+        )  # fmt: skip
     b_some = b_sum > 0.0
     b_acc = b_acc / tl.where(b_some, b_sum, 1.0)[:, None]
     b_lse = tl.where(b_some, b_max + tl.log2(tl.where(b_some, b_sum, 1.0)), float("-inf"))
@@ -104,6 +133,12 @@ def attend(
 def scale_base2(scale: float | None, size: int) -> float:
     """The factor that turns dot products into base-2 scores; 1 / sqrt(size) when ``scale`` is None."""
     return float(size**-0.5 if scale is None else scale) * LOG2E
+
+
+def positive_scale(scale: float | None, size: int) -> dict[str, Any]:
+    """The scale of ``attend`` as keywords of a launch: :func:`scale_base2` as (positive scale, sign)."""
+    base2 = scale_base2(scale, size)
+    return dict(scale=max(abs(base2), 2.0**-126), NEGATIVE=base2 < 0)  # with zero, a masked score would be NaN
 
 
 def padded_head_size(size: int) -> int:
@@ -125,7 +160,7 @@ def pick(table: Table, size: int, dtype: torch.dtype, arch: str) -> dict[str, in
 @functools.cache
 def _device_facts(device_type: str, index: int | None) -> tuple[str, int]:
     if device_type != "cuda":
-        return "sm_80", 1  # the interpreter
+        return "sm_90", 1  # the interpreter
     properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
     if torch.version.hip is not None:
         return "gfx942", properties.multi_processor_count

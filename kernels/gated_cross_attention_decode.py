@@ -31,7 +31,7 @@ from layalign_kernels.gated_cross_attention_common import (
     multiprocessors,
     padded_head_size,
     pick,
-    scale_base2,
+    positive_scale,
     store_rows,
     strides,
     unit_last,
@@ -45,7 +45,7 @@ TABLES: dict[int, Table] = {
         ("half", 128): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
         ("half", 256): ((16, 64, 4, 2), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
         ("fp32", 64): ((16, 32, 8, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 64, 4, 2)),
-        ("fp32", 128): ((16, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 32, 4, 2)),
+        ("fp32", 128): ((16, 16, 8, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 32, 4, 2)),
         ("fp32", 256): ((16, 16, 8, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
         ("unaligned", 64): ((16, 32, 4, 2),) * 4,
         ("unaligned", 128): ((16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 4, 2)),
@@ -62,6 +62,9 @@ TABLES: dict[int, Table] = {
     },
 }
 
+# Programs of a split that fit a multiprocessor, by rows: registers and shared memory of bf16, d 128, on sm_90.
+PROGRAMS_PER_PROCESSOR = {16: 3, 32: 2, 64: 2}
+
 
 @triton.jit(do_not_specialize=["B", "T", "S", "stride_mb", "stride_ms", "splits", "span"])
 def gated_cross_attention_decode_kernel(
@@ -69,7 +72,7 @@ def gated_cross_attention_decode_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
     stride_sb, stride_st, stride_sh, stride_mb, stride_ms, B, T, S, splits, span, scale,
     H: tl.constexpr, REP: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM of the REP * T rows of one key/value head over ``span`` source tokens."""
     G: tl.constexpr = H // REP
@@ -92,7 +95,7 @@ def gated_cross_attention_decode_kernel(
     o_first = tl.minimum(i_split * span, S)
     b_out, b_lse = attend(
         b_q, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o_first, tl.minimum(o_first + span, S), scale, o_d,
-        D, BD, BM, BN, PRECISION,
+        D, BD, BM, BN, NEGATIVE, PRECISION,
     )  # fmt: skip
     o_row = (offset64(i_b, T) + o_t) * H + o_h
     if not SPLIT:
@@ -141,10 +144,9 @@ def configuration(rows: int, size: int, dtype: torch.dtype, arch: str) -> dict[s
     return pick(TABLES[fits], size, dtype, arch)
 
 
-def splits_over_source(programs: int, source: int, block: int, processors: int) -> int:
-    """How many programs share one source: enough for two on every processor, each with at least two blocks of it."""
-    wanted = ceil_div(2 * processors, max(1, programs))
-    return max(1, min(wanted, ceil_div(source, 2 * block), 64))
+def splits_over_source(programs: int, source: int, block: int, room: int) -> int:
+    """How many programs share one source: as many as run at once (``room``), each with at least two blocks of it."""
+    return max(1, min(room // max(1, programs), ceil_div(source, 2 * block), 64))
 
 
 def gated_cross_attention_decode(
@@ -192,8 +194,10 @@ def decode_launches(
     options = configuration(repeat * length, size, query.dtype, architecture(query.device))
     programs = batch * groups * ceil_div(repeat * length, options["BM"])
     if splits is None:
-        splits = splits_over_source(programs, source, options["BN"], multiprocessors(query.device))
+        room = PROGRAMS_PER_PROCESSOR[options["BM"]] * multiprocessors(query.device)
+        splits = splits_over_source(programs, source, options["BN"], room)
     span = max(1, ceil_div(ceil_div(source, options["BN"]), splits)) * options["BN"]
+    splits = max(1, ceil_div(source, span))  # the last ones may have nothing to read
     rows = batch * length * heads
     part = lse = None
     if splits > 1:
@@ -213,7 +217,7 @@ def decode_launches(
         B=batch,
         S=source,
         span=span,
-        scale=scale_base2(scale, size),
+        **positive_scale(scale, size),
         REP=repeat,
         PRECISION=dot_precision(query.dtype),
     )

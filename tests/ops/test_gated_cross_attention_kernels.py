@@ -125,6 +125,17 @@ def test_masked_tokens_have_no_influence_and_no_gradient(impl: str, kind: str) -
 
 
 @every_backend
+def test_a_scale_of_zero_averages_what_is_attended(impl: str) -> None:
+    low, mask = inputs(3, 2, 1, 3, 40, 16), make_mask("random", 3, 40)
+    grad = torch.ones_like(low[4])
+    exact, plain = exact_and_plain(low, mask, grad, scale=0.0)
+    found = run(impl, low, mask, grad, scale=0.0)
+    within_budget(found[0], plain[0], exact[0], torch.float32)
+    within_budget(found[3], plain[3], exact[3], torch.float32)
+    assert not found[1].any() and not found[2].any()
+
+
+@every_backend
 def test_a_zero_gate_still_has_a_gradient(impl: str) -> None:
     low = inputs(2, 2, 1, 17, 37, 16, gate=0.0)
     grad = torch.randn(low[4].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)

@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 import torch
-from op_cases import DEVICE, inputs, make_mask
+from op_cases import DEVICE, inputs, make_mask, poison
 
 pytest.importorskip("triton")
 
@@ -22,6 +22,8 @@ from layalign_kernels import (
 from layalign_kernels.common import next_power_of_2, offset64
 from layalign_kernels.gated_cross_attention_backward import splits_over_rows
 from layalign_kernels.gated_cross_attention_decode import splits_over_source
+
+from layalign import reference
 
 
 @pytest.mark.slow
@@ -38,11 +40,44 @@ def test_backward_is_deterministic_and_independent_of_the_split() -> None:
         torch.testing.assert_close(whole, split, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "size", "kind"),
+    [(1, 64, "none"), (21, 40, "random"), (64, 128, "row"), (65, 64, "left"), (128, 80, "none")],
+)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_source_kept_in_one_program_and_one_in_blocks(
+    splits: int, source: int, size: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two forms of the backward, against float64: each rounds products to half precision."""
+    dtype = torch.float16
+    query, key, value, gate, _ = inputs(2, 4, 2, 43, source, size, dtype=dtype)
+    mask = make_mask(kind, 2, source)
+    grad = torch.randn(2, 43, 4, size, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
+    leaves = [x.detach().double().requires_grad_() for x in (query, key, value, gate)]
+    out = reference.gated_cross_attention(*leaves, torch.zeros_like(grad, dtype=torch.float64), key_mask=mask)
+    exact = torch.autograd.grad(out, leaves, grad.double())
+    _, lse = gated_cross_attention.gated_cross_attention_forward(query, key, value, gate, None, mask, None)
+    key, value = poison(key, mask), poison(value, mask)
+    module = gated_cross_attention_backward
+    assert module.resident_configuration(size, source, dtype, "sm_90") is not None
+    for table in (module.RESIDENT, {}):
+        monkeypatch.setattr(module, "RESIDENT", table)
+        found = module.gated_cross_attention_backward(grad, query, key, value, gate, mask, lse, None, splits=splits)
+        for one, wanted in zip(found, exact, strict=True):
+            assert (one.double() - wanted).norm() <= 2e-3 * wanted.norm() + 1e-6
+        for needs in ((True, False, False, False), (False, True, False, True), (False, False, True, False)):
+            part = module.gated_cross_attention_backward(grad, query, key, value, gate, mask, lse, None, needs, splits)
+            for one, whole, need in zip(part, found, needs, strict=True):
+                assert (one is None and not need) or torch.equal(one, whole)
+
+
 def test_splits_fill_the_device_and_leave_no_program_idle() -> None:
-    assert splits_over_source(programs=32, source=4096, block=64, processors=132) == 9
-    assert splits_over_source(programs=1000, source=4096, block=64, processors=132) == 1
-    assert splits_over_source(programs=1, source=100, block=64, processors=132) == 1
-    assert splits_over_source(programs=8, source=0, block=64, processors=132) == 1
+    assert splits_over_source(programs=32, source=4096, block=64, room=396) == 12
+    assert splits_over_source(programs=256, source=4096, block=64, room=396) == 1  # not a second wave
+    assert splits_over_source(programs=1000, source=4096, block=64, room=396) == 1
+    assert splits_over_source(programs=1, source=100, block=64, room=396) == 1
+    assert splits_over_source(programs=8, source=0, block=64, room=396) == 1
     assert splits_over_rows(programs=1000, blocks=64, processors=132) == 1
     assert splits_over_rows(programs=32, blocks=64, processors=132) == 8
     assert splits_over_rows(programs=1, blocks=3, processors=132) == 1
