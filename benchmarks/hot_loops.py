@@ -1,0 +1,690 @@
+"""Count what the loops of the shipped Triton kernels do, from their compiled code, and what bounds them.
+
+    python benchmarks/hot_loops.py [NAME ...] [--target sm_90] [--options BM=32,num_warps=4 ...] [--output PAGE]
+
+NAME is an entry of ``ahead_of_time`` ("dkv d128 bf16", or a regular expression); without one, all that the page shows.
+Each --options compiles them once more with other block sizes, warps or stages.
+
+Nothing is run: every figure is counted from compiled code or reasoned from the rates in ``RATES``. Exits with 1 where a
+kernel spills, where more than one warp (group) computes the same product, where accesses that could be 16 bytes wide
+are narrower, except for what ``EXCEPTIONS`` names, and, without NAME, where an exception no longer applies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+
+import sass
+import torch
+import triton
+from ahead_of_time import SHIPPED, TARGETS, Entry
+from layalign_kernels import gated_cross_attention_backward as backward
+from layalign_kernels import gated_cross_attention_decode as decode
+from layalign_kernels import layer_mix
+from layalign_kernels.common import ceil_div
+from shapes import GPU
+from triton.compiler import ASTSource
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one processor (SM) does in a clock, and what it holds."""
+
+    device: str
+    processors: int
+    wgmma: float  # dense bf16 FLOP
+    mma: float  # the same by mma.sync
+    issue: float  # instructions of a warp
+    mufu: float  # lanes
+    shared: float  # bytes
+    memory: float  # bytes of DRAM, its share
+    registers: int
+    shared_size: int  # bytes, of which each block takes 1024 more than it asks for from sm_80 on
+    threads: int
+    blocks: int
+    sources: tuple[str, ...]
+
+
+RATES = {
+    "sm_90": Rates(
+        "H100 SXM or H200", 132, 4096, 0.629 * 4096, 4, 16, 128, 18, 65536, 228 * 1024, 2048, 32,
+        (
+            "4096 dense bf16 FLOP by wgmma: NVIDIA H100 whitepaper, 989.4 TFLOP/s over 132 SMs at 1.83 GHz",
+            "mma.sync at 62.9 % of that: the mean that Luo et al. measured (arXiv 2501.12084, section 6.2)",
+            "4 instructions, 16 MUFU lanes, 32 lanes of shuffle: CUDA C++ Programming Guide, throughput at 9.0",
+            "128 bytes of shared memory, wgmma's operands there included: 64x32x16, 64x16x16 and 64x8x16 with both "
+            "there take 24, 20 and 18 clocks (the same paper, table 9), which is their bytes / 128",
+            "18 bytes of DRAM: 4.8 TB/s (H200) over 132 SMs at 1.98 GHz; an H100 SXM has 13",
+            "65536 registers, 228 KB of shared memory, 2048 threads, 32 blocks: Hopper Tuning Guide",
+        ),
+    ),
+    "sm_80": Rates(
+        "A100", 108, 2048, 2048, 4, 16, 128, 13, 65536, 164 * 1024, 2048, 32,
+        (
+            "2048 dense bf16 FLOP: NVIDIA A100 whitepaper, 312 TFLOP/s over 108 SMs at 1.41 GHz",
+            "4 instructions, 16 MUFU lanes, 32 lanes of shuffle: CUDA C++ Programming Guide, throughput at 8.0",
+            "13 bytes of DRAM: 2.04 TB/s (80 GB) over 108 SMs at 1.41 GHz",
+            "65536 registers, 164 KB of shared memory, 2048 threads, 32 blocks: Ampere Tuning Guide",
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """B sequences of T queries and S source tokens; H query heads, G key/value heads; E layers of D, into slots."""
+
+    B: int
+    T: int
+    S: int
+    G: int = 32
+    H: int = 32
+    E: int = 24
+    slots: int = 64
+    D: int = 2048
+    OUT: int = 4096
+
+
+# mT5-xl with a 7B LLM, the sizes of the benchmarks on a GPU; 8 key/value heads as well as 32.
+TRAINING = [Size(b, t, s, g) for b, t, s in GPU.attention if t > 1 for g in (32, 8)]
+ONE_BLOCK = [Size(8, 512, 64, g) for g in (32, 8)]
+DECODING = [Size(b, t, s, g) for b, t, s in GPU.attention if t == 1 for g in (32, 8)]
+MIXES = [Size(b, 0, s) for b, s in GPU.mix[1:]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch at one size.
+
+    Attributes:
+        names: values of the names in the ``range`` of the kernel's loops.
+        flop: what the result needs; bytes: to and from DRAM, each tensor once.
+    """
+
+    programs: int
+    names: dict[str, int]
+    flop: float
+    bytes: float
+
+
+Constants = dict[str, Any]
+Worker = Callable[[Constants, Size], "Work | None"]  # None: the launcher takes another kernel at this size
+
+
+def _source(first: int, end: int) -> dict[str, int]:
+    return dict(o_first=first, o_end=end, i_first=first, i_end=end, MASK_BLOCK=1024)
+
+
+def _forward(c: Constants, s: Size) -> Work:
+    moved = 2 * s.B * c["D"] * (3 * s.H * s.T + 2 * s.G * s.S) + 4 * s.B * s.H * s.T + s.B * s.S
+    programs = ceil_div(s.T, c["BM"]) * s.B * s.H
+    return Work(programs, _source(0, s.S), 4 * s.B * s.H * s.T * s.S * c["D"], moved)
+
+
+def _dq(c: Constants, s: Size) -> Work | None:
+    if c["ONE_BLOCK"] != (c["BN"] >= s.S):
+        return None
+    moved = 2 * s.B * c["D"] * (3 * s.H * s.T + 2 * s.G * s.S) + 8 * s.B * s.H * s.T + s.B * s.S
+    programs = ceil_div(s.T, c["BM"]) * s.B * s.H
+    return Work(programs, _source(0, s.S), 6 * s.B * s.H * s.T * s.S * c["D"], moved)
+
+
+def _dkv(c: Constants, s: Size, split: bool, processors: int) -> Work | None:
+    pairs = s.H // s.G * ceil_div(s.T, c["BM"])
+    programs = ceil_div(s.S, c["BN"]) * s.B * s.G
+    splits = backward.splits_over_rows(programs, pairs, processors)
+    if split != (splits > 1):
+        return None
+    written = 2 * s.G * s.S * (2 if splits == 1 else 4 * splits)
+    moved = s.B * c["D"] * (2 * (2 * s.H * s.T + 2 * s.G * s.S) + written) + 8 * s.B * s.H * s.T + s.B * s.S
+    names = dict(i_begin=0, i_stop=ceil_div(pairs, splits))
+    return Work(programs * splits, names, 8 * s.B * s.H * s.T * s.S * c["D"], moved)
+
+
+def _splits(c: Constants, s: Size, processors: int) -> tuple[int, int]:
+    """(programs of one split, splits) of decoding."""
+    programs = s.B * s.G * ceil_div(s.H // s.G * s.T, c["BM"])
+    return programs, decode.splits_over_source(programs, s.S, c["BN"], processors)
+
+
+def _decode(c: Constants, s: Size, processors: int) -> Work | None:
+    programs, splits = _splits(c, s, processors)
+    rows = s.H // s.G * s.T
+    if c["SPLIT"] != (splits > 1) or c["BM"] != decode.configuration(rows, c["D"], torch.bfloat16, "sm_90")["BM"]:
+        return None
+    span = max(1, ceil_div(ceil_div(s.S, c["BN"]), splits)) * c["BN"]
+    written = 2 * c["D"] if splits == 1 else 4 * splits * (c["D"] + 1)
+    moved = s.B * (2 * c["D"] * (2 * s.G * s.S + s.H * s.T) + s.G * s.S + written * s.H * s.T)
+    return Work(programs * splits, _source(0, min(span, s.S)), 4 * s.B * s.H * s.T * s.S * c["D"], moved)
+
+
+def _combine(c: Constants, s: Size) -> Work:
+    rows = s.B * s.H * s.T
+    return Work(rows, {}, 2 * rows * c["BP"] * c["D"], rows * (4 * c["BP"] * (c["D"] + 1) + 4 * c["D"]))
+
+
+def _mix(c: Constants, s: Size, tensors: int, programs: int, names: dict[str, int]) -> Work:
+    """``tensors``: of the size of one layer that are read or written."""
+    rows = s.B * s.S
+    return Work(programs, names, 2 * s.slots * s.E * rows * s.D, 2 * rows * s.D * tensors)
+
+
+def _mix_forward(c: Constants, s: Size) -> Work:
+    programs = ceil_div(s.B * s.S, c["ROWS"]) * ceil_div(s.D, c["BN"])
+    return _mix(c, s, s.E + s.slots, programs, dict(slots=s.slots))
+
+
+def _mix_weight(c: Constants, s: Size) -> Work:
+    tiles = s.B * s.S * ceil_div(s.D, c["BN"])
+    each = max(1, ceil_div(tiles, layer_mix.MAX_PARTIALS))
+    return _mix(c, s, s.E + 2 * s.slots, ceil_div(tiles, each), dict(tiles_per_program=each))
+
+
+def _mix_hidden(c: Constants, s: Size) -> Work:
+    return _mix(c, s, s.E + 2 * s.slots, s.B * s.S * ceil_div(s.D, c["BN"]), {})
+
+
+def _projection(c: Constants, s: Size) -> Work:
+    rows = s.B * s.S
+    programs = ceil_div(rows, c["BM"]) * ceil_div(s.OUT, c["BN"]) * ceil_div(s.slots, c["BJ"])
+    moved = 2 * (rows * s.E * s.D + s.D * s.OUT + rows * s.slots * s.OUT)
+    return Work(programs, dict(D=s.D), 2 * rows * s.slots * s.D * s.OUT, moved)
+
+
+def works(name: str, kernel: str, constants: Constants, rates: Rates) -> list[tuple[str, Work]]:
+    """(the size in words, the launch) where the kernel is launched at the paper's sizes; none for an unknown kernel."""
+    n = rates.processors
+    table: dict[str, tuple[list[Size], Callable[[Constants, Size], Work | None]]] = {
+        "gated_cross_attention_forward_kernel": (TRAINING, _forward),
+        "gated_cross_attention_dq_kernel": (ONE_BLOCK + TRAINING, _dq),
+        "gated_cross_attention_dkv_kernel": (TRAINING, lambda c, s: _dkv(c, s, "split" in name, n)),
+        "gated_cross_attention_decode_kernel": (DECODING, lambda c, s: _decode(c, s, n)),
+        "gated_cross_attention_decode_combine_kernel": (DECODING, _combine),
+        "layer_mix_forward_kernel": (MIXES, _mix_forward),
+        "layer_mix_weight_kernel": (MIXES, _mix_weight),
+        "layer_mix_hidden_kernel": (MIXES, _mix_hidden),
+        "shared_projection_kernel": (MIXES, _projection),
+    }
+    sizes, work = table.get(kernel, ([], lambda c, s: None))
+    found = []
+    for size in sizes:
+        if (one := work(constants, size)) is not None:
+            text = f"B {size.B}, T {size.T}, S {size.S}, G {size.G}" if size.T else f"B {size.B}, S {size.S}"
+            found.append((text, one))
+    return found
+
+
+def trips(text: str, values: dict[str, Any]) -> int | None:
+    """Iterations of ``for x in range(...)`` with the names' values; None where one is unknown or it is another loop."""
+    found = re.fullmatch(r"for \w+ in (?:tl\.)?range\((.*)\)", text)
+    if found is None:
+        return None
+    call = ast.parse(f"f({found[1]})", mode="eval")
+    assert isinstance(call.body, ast.Call)
+    tl = SimpleNamespace(minimum=min, maximum=max, cdiv=ceil_div)
+    try:
+        bounds = [
+            eval(compile(ast.Expression(one), "range", "eval"), {"__builtins__": {}, "tl": tl}, values)
+            for one in call.body.args
+        ]
+        return len(range(*bounds))
+    except (NameError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """Clocks of one processor that a block, or a launch, takes by each limit alone."""
+
+    tensor: float = 0.0
+    issue: float = 0.0
+    MUFU: float = 0.0
+    shared: float = 0.0
+    memory: float = 0.0
+    apart: float = 0.0  # where products and the rest never overlap
+
+    def plus(self, other: Clocks, times: float) -> Clocks:
+        return Clocks(*(a + b * times for a, b in zip(self.all(), other.all(), strict=True)))
+
+    def all(self) -> tuple[float, ...]:
+        return self.tensor, self.issue, self.MUFU, self.shared, self.memory, self.apart
+
+    def limits(self) -> dict[str, float]:
+        return dict(zip(("tensor", "issue", "MUFU", "shared", "memory"), self.all(), strict=False))
+
+    @property
+    def least(self) -> float:
+        return max(self.limits().values())
+
+    @property
+    def bound(self) -> str:
+        return max(self.limits(), key=lambda one: self.limits()[one])
+
+
+def clocks(counts: sass.Counts, warps: int, rates: Rates) -> Clocks:
+    """The least clocks of one iteration of a block of ``warps``, if it had a processor to itself."""
+    groups = warps / 4
+    tensor = counts.wgmma_flop * groups / rates.wgmma + counts.mma_flop * warps / rates.mma
+    operands = counts.wgmma_bytes * groups / rates.shared
+    others = counts.shared_bytes * 32 * warps / rates.shared
+    issue, mufu = counts.issued * warps / rates.issue, counts.mufu * 32 * warps / rates.mufu
+    return Clocks(tensor, issue, mufu, operands + others, 0.0, max(tensor, operands) + max(issue, mufu, others))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that must not ship: ``kind``, and the source line that it is at."""
+
+    kind: str  # "spill", "repeated product", "narrow global", "narrow shared"
+    text: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """A fault that may stay: of a kernel, of a kind, at source lines that contain ``text``."""
+
+    kernel: str  # a regular expression for the name of the kernel's function
+    kind: str
+    text: str
+    reason: str
+
+    def covers(self, kernel: str, fault: Fault) -> bool:
+        return fault.kind == self.kind and self.text in fault.text and bool(re.fullmatch(self.kernel, kernel))
+
+
+# Known faults of sm_90, each with its reason. One that no longer occurs fails the check: this list only shrinks.
+ATTENTION = r"gated_cross_attention_\w+_kernel"
+EXCEPTIONS = (
+    Known(
+        "gated_cross_attention_dkv_kernel", "repeated product", "b_s = tl.dot(b_k",
+        "8 warps over 64 source tokens: wgmma takes 64 rows, so both groups compute all scores",
+    ),
+    Known(
+        "gated_cross_attention_dkv_kernel", "repeated product", "b_gv = tl.dot(b_v", "the same for the gradient of p",
+    ),
+    Known(
+        "gated_cross_attention_decode_kernel", "repeated product", "b_s = tl.dot(b_q",
+        "tiles of 64 rows with 8 warps: as in dkv",
+    ),
+    Known(
+        "shared_projection_kernel", "repeated product", "b_x = tl.dot(b_mix", "8 warps over 64 slots: as in dkv",
+    ),
+    Known(
+        "shared_projection_kernel", "narrow global", "b_h = tl.load(p_layers",
+        "rows and inputs share one axis of the tile, so that Triton does not see that inputs are neighbours",
+    ),
+    Known("shared_projection_kernel", "narrow shared", "range(0, D, BK)", "the same tile on its way to wgmma"),
+    Known(
+        ATTENTION, "narrow global", "tl.load(p_mask", "the mask's strides are free, and its bytes are read one by one",
+    ),
+    Known(
+        "gated_cross_attention_decode_combine_kernel", "narrow global", "tl.load(p_lse",
+        "one number of each part, B * T * H apart",
+    ),
+    Known(
+        "gated_cross_attention_dkv_kernel", "narrow shared", "range(i_begin, i_stop)",
+        "log-sum-exp and delta in the layout of the scores: 2 neighbouring columns a thread",
+    ),
+    Known(
+        "gated_cross_attention_decode_kernel", "narrow shared", "range(i_first, i_end, BN)",
+        "Triton reads keys for mma.sync by 4 neighbours a thread; sums over the warps, which share a row",
+    ),
+    Known(
+        "layer_mix_forward_kernel", "narrow shared", "range(0, slots, BJ)",
+        "fp32 weights in the layout of wgmma's left operand: 2 neighbours a thread",
+    ),
+    Known(
+        "layer_mix_hidden_kernel", "narrow shared", "", "fp32 weights, transposed into mma.sync's left operand",
+    ),
+)  # fmt: skip
+
+
+@dataclass
+class Kernel:
+    """One entry, compiled and counted."""
+
+    name: str
+    function: str
+    target: str
+    constants: Constants
+    options: dict[str, int]
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    regions: list[sass.Region]
+    folder: Path
+
+    @property
+    def rates(self) -> Rates:
+        return RATES[self.target]
+
+    def blocks(self) -> dict[str, int]:
+        """Blocks that fit on a processor by each limit."""
+        rates = self.rates
+        registers = ceil_div(max(1, self.registers) * 32, 256) * 256 * ceil_div(self.warps, 4) * 4
+        return {
+            "registers": rates.registers // registers,
+            "shared memory": rates.shared_size // (self.shared + 1024),
+            "threads": min(rates.threads // (32 * self.warps), rates.blocks),
+        }
+
+    def label(self, region: sass.Region) -> str:
+        """The region in words; loops of one source line are told apart by a number."""
+        same = [one for one in self.regions if one.text == region.text]
+        number = f" ({[one is region for one in same].index(True) + 1})" if len(same) > 1 else ""
+        inner = "" if region.parent is None else " (inner)"
+        return f"`{region.text}`{number}{inner}" if region.text else "outside of loops"
+
+    def launch(self, work: Work) -> tuple[Clocks, list[str]]:
+        """(clocks of the busiest processor and of the memory, loops whose iterations are unknown)."""
+        rates = self.rates
+        values = {**self.constants, **work.names}
+        total, unknown, iterations = Clocks(), [], []
+        for region in self.regions:
+            own = trips(region.text, values) if region.text else 1
+            if own is None:
+                unknown.append(region.text)
+                own = 1
+            iterations.append(own)
+        for region, own in zip(self.regions, iterations, strict=True):
+            times, parent = own, region.parent
+            while parent is not None:
+                times, parent = times * iterations[parent], self.regions[parent].parent
+            total = total.plus(clocks(region.counts, region.warps, rates), times)
+        total = Clocks().plus(total, ceil_div(work.programs, rates.processors))
+        memory = work.bytes / rates.memory / rates.processors
+        return Clocks(*total.all()[:4], memory, max(total.apart, memory)), unknown
+
+    def hot(self) -> sass.Region:
+        """The loop with most tensor work or, where there is none, most instructions."""
+        return max(self.regions, key=lambda r: (bool(r.text), r.counts.wgmma_flop + r.counts.mma_flop, r.counts.issued))
+
+    def faults(self) -> list[Fault]:
+        """What the check is for, without regard to exceptions."""
+        found = []
+        local = sum(n for r in self.regions for (base, _), n in r.counts.memory.items() if base in sass.LOCAL)
+        if self.spills or local:
+            found.append(Fault("spill", "", f"{self.spills} bytes of local memory, {local} accesses"))
+        for region in self.regions:
+            for product in region.products:
+                if product.copies > 1:
+                    text = sass.source_line(product.place, self.folder)
+                    shape = f"{product.m}x{product.n}x{product.k}"
+                    found.append(Fault("repeated product", text, f"{shape} is computed {product.copies} times"))
+            found += self._narrow(region)
+        unique = {(one.kind, one.text): one for one in reversed(found)}
+        return list(unique.values())[::-1]
+
+    def _narrow(self, region: sass.Region) -> list[Fault]:
+        """Where a thread's accesses of one kind in an iteration make up one of 16 bytes, or are several below 4.
+
+        Global accesses count by source line. Shared ones count by loop: compilers name their lines loosely.
+        """
+        if not aligned(self.name) or not (region.text or len(self.regions) == 1):
+            return []
+        narrow: dict[tuple[str, str], Counter[tuple[str, int]]] = {}
+        for one in region.code:
+            if 0 < one.width < 16 and not one.never and one.base not in sass.LOCAL:
+                if one.base in sass.SHARED:
+                    at = "narrow shared", region.text
+                else:
+                    at = "narrow global", sass.source_line(one.place, self.folder)
+                narrow.setdefault(at, Counter())[one.base, one.width] += 1
+        found = []
+        for (kind, text), each in narrow.items():
+            least = {1: 2, 2: 4, 4: 16, 8: 16}  # bytes
+            if kind == "narrow shared":
+                least[4] = 20  # the exchange of one sum over the warps is no fault
+            many = ", ".join(f"{n} {base} of {w}" for (base, w), n in each.items() if n * w >= least[w])
+            if many:
+                found.append(Fault(kind, text, f"{many} bytes a thread in an iteration"))
+        return found
+
+
+def aligned(name: str) -> bool:
+    """Whether the entry's rows start on 16 bytes: not those of head sizes that are no multiple of 8."""
+    size = re.search(r" d(\d+) ", name)
+    return size is None or int(size[1]) % 8 == 0
+
+
+def changed(entry: Entry, options: dict[str, int]) -> Entry:
+    """The entry with other constants, warps or stages."""
+    name, kernel, signature, constants, attrs, launch = entry
+    launch, constants = dict(launch), dict(constants)
+    for key, value in options.items():
+        if key in ("num_warps", "num_stages"):
+            launch[key] = value
+        elif key in kernel.arg_names and (kernel.arg_names.index(key),) in constants:
+            constants[kernel.arg_names.index(key),] = value
+        else:
+            known = [kernel.arg_names[place[0]] for place in constants]
+            raise SystemExit(f"--options: {name} has no {key}; expected num_warps, num_stages or one of {known}")
+    extra = ", ".join(f"{key} {value}" for key, value in options.items())
+    return f"{name}, {extra}" if extra else name, kernel, signature, constants, attrs, launch
+
+
+def read(entry: Entry, target: str) -> Kernel:
+    """Compile an entry for a chip in RATES and count."""
+    name, kernel, signature, constants, attrs, options = entry
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
+    compiled = triton.compile(source, target=TARGETS[target], options=dict(options))
+    cubin = compiled.asm["cubin"]
+    usage = sass.tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ir = sass.Ir(compiled.asm["ttgir"])
+    folder = Path(kernel.fn.__code__.co_filename).parent
+    return Kernel(
+        name=name,
+        function=kernel.fn.__name__,
+        target=target,
+        constants={kernel.arg_names[place[0]]: value for place, value in constants.items()},
+        options=dict(options),
+        warps=ir.total_warps,
+        registers=numbers["REG"],
+        spills=numbers["STACK"] + numbers["LOCAL"],
+        shared=compiled.metadata.shared,
+        regions=sass.regions(sass.parse(sass.tool("nvdisasm", "-c", "-g", cubin=cubin)), ir, folder),
+        folder=folder,
+    )
+
+
+def shown(target: str) -> list[Entry]:
+    """The entries of the page: bf16, head sizes 64 and 128, the paper's number of layers and slots."""
+    pattern = re.compile(r"(layer_\w+ 24x64|.* d(64|128)) bf16")
+    return [entry for entries in SHIPPED.values() for entry in entries(target) if pattern.fullmatch(entry[0])]
+
+
+def table(head: list[str], rows: list[list[Any]], left: int = 1) -> list[str]:
+    """A Markdown table whose first ``left`` columns are text."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * left + "---:|" * (len(head) - left)]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+def accesses(counts: sass.Counts, bases: tuple[str, ...]) -> str:
+    """Accesses with their bytes, widest first."""
+    found = sorted(((w, base, n) for (base, w), n in counts.memory.items() if base in bases), reverse=True)
+    return ", ".join(f"{n} {base} {w}" if w else f"{n} {base}" for w, base, n in found) or "-"
+
+
+def section(kernel: Kernel) -> list[str]:
+    """The part of the page about one kernel."""
+    rates, blocks = kernel.rates, kernel.blocks()
+    sizes = {k: v for k, v in kernel.constants.items() if re.fullmatch(r"B[A-Z]|ROWS", k)} | kernel.options
+    lines = [
+        f"### {kernel.name}",
+        "",
+        ", ".join(f"{key} {value}" for key, value in sizes.items()) + ". "
+        f"{kernel.registers} registers a thread, {kernel.shared} bytes of shared memory, "
+        f"{kernel.spills} bytes spilled. Blocks per SM: {min(blocks.values())} ("
+        + ", ".join(f"{value} by {key}" for key, value in blocks.items())
+        + ").",
+        "",
+        "What a warp issues in one iteration:",
+        "",
+    ]
+    rows = []
+    for region in kernel.regions:
+        c = region.counts
+        products = ", ".join(f"{n} {key}" for key, n in c.products.items()) or "-"
+        reads = accesses(c, sass.GLOBAL), accesses(c, sass.SHARED)
+        rows.append([kernel.label(region), products, *reads, c.issued, c.mufu, c.fp32, c.shuffles, c.barriers, c.rest])
+    head = ["loop", "tensor", "global, bytes a thread", "shared, bytes a thread"]
+    lines += table([*head, "issued", "MUFU", "FP32", "shuffles", "barriers", "rest"], rows, 4)
+    lines += ["", "Clocks of a block in one iteration, by each limit alone:", ""]
+    rows = []
+    for region in kernel.regions:
+        if region.text:
+            c = clocks(region.counts, region.warps, rates)
+            useful = sum(product.flop for product in region.products)
+            done = region.counts.wgmma_flop * region.warps / 4 + region.counts.mma_flop * region.warps
+            moved = region.counts.global_bytes * 32 * region.warps / c.least
+            limits = [f"{value:.0f}" for value in list(c.limits().values())[:4]]
+            wasted = percent(done - useful, done)
+            rows.append(
+                [kernel.label(region), *limits, c.bound, percent(useful / rates.wgmma, c.least), wasted, f"{moved:.0f}"]
+            )
+    head = ["loop", "tensor", "issue", "MUFU", "shared", "bound", "best share of the tensor rate"]
+    if rows:
+        lines += table([*head, "tensor work wasted", "global bytes a clock"], rows)
+    else:
+        lines[-2:] = ["There is no loop."]
+    found = works(kernel.name, kernel.function, kernel.constants, rates)
+    if found:
+        lines += ["", "A launch at the paper's sizes, in thousands of clocks of one SM:", ""]
+        rows = []
+        unknown: set[str] = set()
+        for text, work in found:
+            c, missing = kernel.launch(work)
+            unknown |= set(missing)
+            ideal = roofline(work, rates)
+            waves = work.programs / rates.processors / max(1, min(blocks.values()))
+            rows.append(
+                [
+                    text, work.programs, f"{waves:.2f}", *(f"{value / 1e3:.1f}" for value in c.limits().values()),
+                    c.bound, f"{ideal / 1e3:.1f}", percent(ideal, c.least), percent(ideal, c.apart),
+                ]
+            )  # fmt: skip
+        head = ["size", "programs", "waves", "tensor", "issue", "MUFU", "shared", "memory", "bound", "roofline"]
+        lines += table([*head, "best share", "without overlap"], rows)
+        if unknown:
+            names = ", ".join(f"`{text}`" for text in sorted(unknown))
+            lines += ["", f"Counted once, because the page does not know their iterations: {names}."]
+    faults = kernel.faults()
+    if faults:
+        lines += ["", "Faults:", ""]
+        for fault in faults:
+            known = next((one for one in EXCEPTIONS if one.covers(kernel.function, fault)), None)
+            at = f" at `{fault.text}`" if fault.text else ""
+            lines.append(f"- {fault.kind}{at}: {fault.detail}. " + (f"Known: {known.reason}." if known else "**New.**"))
+    return [*lines, ""]
+
+
+def roofline(work: Work, rates: Rates) -> float:
+    """Clocks in which the device could do the work: its products at the full rate, or its bytes."""
+    return max(work.flop / rates.wgmma, work.bytes / rates.memory) / rates.processors
+
+
+def verdict(kernel: Kernel) -> list[Any]:
+    """One row of the page's first table."""
+    hot = kernel.hot()
+    c = clocks(hot.counts, hot.warps, kernel.rates)
+    useful = sum(product.flop for product in hot.products)
+    done = hot.counts.wgmma_flop * hot.warps / 4 + hot.counts.mma_flop * hot.warps
+    found = works(kernel.name, kernel.function, kernel.constants, kernel.rates)
+    bound, share = c.bound, "-"
+    if found:
+        work = found[-1][1]
+        launch, ideal = kernel.launch(work)[0], roofline(work, kernel.rates)
+        bound, share = launch.bound, f"{percent(ideal, launch.apart)} to {percent(ideal, launch.least)}"
+    faults = kernel.faults()
+    new = [one for one in faults if not any(known.covers(kernel.function, one) for known in EXCEPTIONS)]
+    words = f"{len(new)} new" if new else f"{len(faults)} known" if faults else "-"
+    return [
+        kernel.name, bound, words, kernel.registers, min(kernel.blocks().values()),
+        f"{c.least:.0f}", percent(useful / kernel.rates.wgmma, c.least), percent(done - useful, done), share,
+    ]  # fmt: skip
+
+
+def problems(kernels: list[Kernel], complete: bool) -> list[str]:
+    """Faults that no exception names; with ``complete``, also exceptions that no fault needs."""
+    found, used = [], set()
+    for kernel in kernels:
+        for fault in kernel.faults():
+            known = [one for one in EXCEPTIONS if one.covers(kernel.function, fault)]
+            used |= set(known)
+            if not known:
+                found.append(f"{kernel.name}: {fault.kind} at `{fault.text}`: {fault.detail}")
+    if complete:
+        found += [
+            f"the exception no longer applies: {one.kernel}, {one.kind}, `{one.text}`"
+            for one in EXCEPTIONS
+            if one not in used
+        ]
+    return found
+
+
+def page(kernels: list[Kernel], target: str) -> str:
+    """The page as Markdown."""
+    return "\n".join([f"# Hot loops, {target}", "", *(line for kernel in kernels for line in section(kernel))])
+
+
+def parse_options(text: str) -> dict[str, int]:
+    """``BM=32,num_warps=4`` as a dictionary."""
+    try:
+        return {key: int(value) for key, value in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise SystemExit(f"--options: expected NAME=NUMBER,..., got {text!r}") from None
+
+
+VERDICT = ["kernel", "bound", "faults", "registers", "blocks per SM", "clocks an iteration"]
+VERDICT += ["best share of the tensor rate", "tensor work wasted", "share of the roofline"]
+
+
+def main() -> int:
+    """Parse arguments, compile, print or write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--target", choices=sorted(RATES), default="sm_90")
+    parser.add_argument("--options", nargs="+", type=parse_options, default=[{}], metavar="NAME=NUMBER,...")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    target = arguments.target
+    if arguments.names:
+        pattern = re.compile("|".join(f"(?:{name})" for name in arguments.names))
+        entries = [e for ship in SHIPPED.values() for e in ship(target) if pattern.fullmatch(e[0])]
+        if not entries:
+            raise SystemExit(f"no entry for {target} is named {arguments.names}; see benchmarks/ahead_of_time.py")
+    else:
+        entries = shown(target)
+    kernels = [read(changed(entry, options), target) for entry in entries for options in arguments.options]
+    if arguments.output is None:
+        print("\n".join([*table(VERDICT, [verdict(one) for one in kernels], 3), ""]))
+        print("\n".join(line for one in kernels for line in section(one)))
+    else:
+        arguments.output.write_text(page(kernels, target), encoding="utf-8")
+    found = problems(kernels, complete=not arguments.names and target == "sm_90")
+    for problem in found:
+        print(problem, file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
