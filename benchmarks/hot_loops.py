@@ -5,9 +5,9 @@
 NAME is an entry of ``ahead_of_time`` ("dkv d128 bf16", or a regular expression); without one, all that the page shows.
 Each --options compiles them once more with other block sizes, warps or stages.
 
-Nothing is run: every figure is counted from compiled code or reasoned from the rates in ``RATES``. Exits with 1 where a
-kernel spills, where more than one warp (group) computes the same product, where accesses that could be 16 bytes wide
-are narrower, except for what ``EXCEPTIONS`` names, and, without NAME, where an exception no longer applies.
+Nothing is run: every figure is counted from compiled code or reasoned from the rates in ``rates.py``. Exits with 1
+where a kernel spills, where more than one warp (group) computes the same product, where accesses that could be 16 bytes
+wide are narrower, except for what ``EXCEPTIONS`` names, and, without NAME, where an exception no longer applies.
 """
 
 from __future__ import annotations
@@ -29,57 +29,14 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import sass
 import torch
 import triton
-from ahead_of_time import SHIPPED, TARGETS, Entry
+from ahead_of_time import SHIPPED, TARGETS, Entry, cuda_usage
 from layalign_kernels import gated_cross_attention_backward as backward
 from layalign_kernels import gated_cross_attention_decode as decode
 from layalign_kernels import layer_mix
 from layalign_kernels.common import ceil_div
+from rates import RATES, Clocks, Rates, clocks
 from shapes import GPU
 from triton.compiler import ASTSource
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What one processor (SM) does in a clock, and what it holds."""
-
-    device: str
-    processors: int
-    wgmma: float  # dense bf16 FLOP
-    mma: float  # the same by mma.sync
-    issue: float  # instructions of a warp
-    mufu: float  # lanes
-    shared: float  # bytes
-    memory: float  # bytes of DRAM, its share
-    registers: int
-    shared_size: int  # bytes, of which each block takes 1024 more than it asks for from sm_80 on
-    threads: int
-    blocks: int
-    sources: tuple[str, ...]
-
-
-RATES = {
-    "sm_90": Rates(
-        "H100 SXM or H200", 132, 4096, 0.629 * 4096, 4, 16, 128, 18, 65536, 228 * 1024, 2048, 32,
-        (
-            "4096 dense bf16 FLOP by wgmma: NVIDIA H100 whitepaper, 989.4 TFLOP/s over 132 SMs at 1.83 GHz",
-            "mma.sync at 62.9 % of that: the mean that Luo et al. measured (arXiv 2501.12084, section 6.2)",
-            "4 instructions, 16 MUFU lanes, 32 lanes of shuffle: CUDA C++ Programming Guide, throughput at 9.0",
-            "128 bytes of shared memory, wgmma's operands there included: 64x32x16, 64x16x16 and 64x8x16 with both "
-            "there take 24, 20 and 18 clocks (the same paper, table 9), which is their bytes / 128",
-            "18 bytes of DRAM: 4.8 TB/s (H200) over 132 SMs at 1.98 GHz; an H100 SXM has 13",
-            "65536 registers, 228 KB of shared memory, 2048 threads, 32 blocks: Hopper Tuning Guide",
-        ),
-    ),
-    "sm_80": Rates(
-        "A100", 108, 2048, 2048, 4, 16, 128, 13, 65536, 164 * 1024, 2048, 32,
-        (
-            "2048 dense bf16 FLOP: NVIDIA A100 whitepaper, 312 TFLOP/s over 108 SMs at 1.41 GHz",
-            "4 instructions, 16 MUFU lanes, 32 lanes of shuffle: CUDA C++ Programming Guide, throughput at 8.0",
-            "13 bytes of DRAM: 2.04 TB/s (80 GB) over 108 SMs at 1.41 GHz",
-            "65536 registers, 164 KB of shared memory, 2048 threads, 32 blocks: Ampere Tuning Guide",
-        ),
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,8 +53,11 @@ class Size:
     D: int = 2048
     OUT: int = 4096
 
+    def __str__(self) -> str:
+        return f"B {self.B}, T {self.T}, S {self.S}, G {self.G}" if self.T else f"B {self.B}, S {self.S}"
 
-# mT5-xl with a 7B LLM, the sizes of the benchmarks on a GPU; 8 key/value heads as well as 32.
+
+# mT5-xl with a 7B LLM at the sizes of the benchmarks on a GPU; 8 key/value heads (G) as well as 32.
 TRAINING = [Size(b, t, s, g) for b, t, s in GPU.attention if t > 1 for g in (32, 8)]
 ONE_BLOCK = [Size(8, 512, 64, g) for g in (32, 8)]
 DECODING = [Size(b, t, s, g) for b, t, s in GPU.attention if t == 1 for g in (32, 8)]
@@ -153,16 +113,19 @@ def _dkv(c: Constants, s: Size, split: bool, processors: int) -> Work | None:
     return Work(programs * splits, names, 8 * s.B * s.H * s.T * s.S * c["D"], moved)
 
 
-def _splits(c: Constants, s: Size, processors: int) -> tuple[int, int]:
+def _splits(config: Constants, s: Size, processors: int) -> tuple[int, int]:
     """(programs of one split, splits) of decoding."""
-    programs = s.B * s.G * ceil_div(s.H // s.G * s.T, c["BM"])
-    return programs, decode.splits_over_source(programs, s.S, c["BN"], processors)
+    programs = s.B * s.G * ceil_div(s.H // s.G * s.T, config["BM"])
+    return programs, decode.splits_over_source(programs, s.S, config["BN"], processors)
 
 
-def _decode(c: Constants, s: Size, processors: int) -> Work | None:
-    programs, splits = _splits(c, s, processors)
-    rows = s.H // s.G * s.T
-    if c["SPLIT"] != (splits > 1) or c["BM"] != decode.configuration(rows, c["D"], torch.bfloat16, "sm_90")["BM"]:
+def _decode_blocks(c: Constants, s: Size, target: str) -> Constants:
+    return decode.configuration(s.H // s.G * s.T, c["D"], torch.bfloat16, target)
+
+
+def _decode(c: Constants, s: Size, target: str) -> Work | None:
+    programs, splits = _splits(c, s, RATES[target].processors)
+    if c["SPLIT"] != (splits > 1) or c["BM"] != _decode_blocks(c, s, target)["BM"]:
         return None
     span = max(1, ceil_div(ceil_div(s.S, c["BN"]), splits)) * c["BN"]
     written = 2 * c["D"] if splits == 1 else 4 * splits * (c["D"] + 1)
@@ -170,9 +133,12 @@ def _decode(c: Constants, s: Size, processors: int) -> Work | None:
     return Work(programs * splits, _source(0, min(span, s.S)), 4 * s.B * s.H * s.T * s.S * c["D"], moved)
 
 
-def _combine(c: Constants, s: Size) -> Work:
+def _combine(c: Constants, s: Size, target: str) -> Work | None:
+    _, splits = _splits(_decode_blocks(c, s, target), s, RATES[target].processors)
     rows = s.B * s.H * s.T
-    return Work(rows, {}, 2 * rows * c["BP"] * c["D"], rows * (4 * c["BP"] * (c["D"] + 1) + 4 * c["D"]))
+    if splits == 1:
+        return None
+    return Work(rows, {}, 2 * rows * splits * c["D"], rows * (4 * splits * (c["D"] + 1) + 4 * c["D"]))
 
 
 def _mix(c: Constants, s: Size, tensors: int, programs: int, names: dict[str, int]) -> Work:
@@ -203,29 +169,6 @@ def _projection(c: Constants, s: Size) -> Work:
     return Work(programs, dict(D=s.D), 2 * rows * s.slots * s.D * s.OUT, moved)
 
 
-def works(name: str, kernel: str, constants: Constants, rates: Rates) -> list[tuple[str, Work]]:
-    """(the size in words, the launch) where the kernel is launched at the paper's sizes; none for an unknown kernel."""
-    n = rates.processors
-    table: dict[str, tuple[list[Size], Callable[[Constants, Size], Work | None]]] = {
-        "gated_cross_attention_forward_kernel": (TRAINING, _forward),
-        "gated_cross_attention_dq_kernel": (ONE_BLOCK + TRAINING, _dq),
-        "gated_cross_attention_dkv_kernel": (TRAINING, lambda c, s: _dkv(c, s, "split" in name, n)),
-        "gated_cross_attention_decode_kernel": (DECODING, lambda c, s: _decode(c, s, n)),
-        "gated_cross_attention_decode_combine_kernel": (DECODING, _combine),
-        "layer_mix_forward_kernel": (MIXES, _mix_forward),
-        "layer_mix_weight_kernel": (MIXES, _mix_weight),
-        "layer_mix_hidden_kernel": (MIXES, _mix_hidden),
-        "shared_projection_kernel": (MIXES, _projection),
-    }
-    sizes, work = table.get(kernel, ([], lambda c, s: None))
-    found = []
-    for size in sizes:
-        if (one := work(constants, size)) is not None:
-            text = f"B {size.B}, T {size.T}, S {size.S}, G {size.G}" if size.T else f"B {size.B}, S {size.S}"
-            found.append((text, one))
-    return found
-
-
 def trips(text: str, values: dict[str, Any]) -> int | None:
     """Iterations of ``for x in range(...)`` with the names' values; None where one is unknown or it is another loop."""
     found = re.fullmatch(r"for \w+ in (?:tl\.)?range\((.*)\)", text)
@@ -242,45 +185,6 @@ def trips(text: str, values: dict[str, Any]) -> int | None:
         return len(range(*bounds))
     except (NameError, TypeError):
         return None
-
-
-@dataclass(frozen=True)
-class Clocks:
-    """Clocks of one processor that a block, or a launch, takes by each limit alone."""
-
-    tensor: float = 0.0
-    issue: float = 0.0
-    MUFU: float = 0.0
-    shared: float = 0.0
-    memory: float = 0.0
-    apart: float = 0.0  # where products and the rest never overlap
-
-    def plus(self, other: Clocks, times: float) -> Clocks:
-        return Clocks(*(a + b * times for a, b in zip(self.all(), other.all(), strict=True)))
-
-    def all(self) -> tuple[float, ...]:
-        return self.tensor, self.issue, self.MUFU, self.shared, self.memory, self.apart
-
-    def limits(self) -> dict[str, float]:
-        return dict(zip(("tensor", "issue", "MUFU", "shared", "memory"), self.all(), strict=False))
-
-    @property
-    def least(self) -> float:
-        return max(self.limits().values())
-
-    @property
-    def bound(self) -> str:
-        return max(self.limits(), key=lambda one: self.limits()[one])
-
-
-def clocks(counts: sass.Counts, warps: int, rates: Rates) -> Clocks:
-    """The least clocks of one iteration of a block of ``warps``, if it had a processor to itself."""
-    groups = warps / 4
-    tensor = counts.wgmma_flop * groups / rates.wgmma + counts.mma_flop * warps / rates.mma
-    operands = counts.wgmma_bytes * groups / rates.shared
-    others = counts.shared_bytes * 32 * warps / rates.shared
-    issue, mufu = counts.issued * warps / rates.issue, counts.mufu * 32 * warps / rates.mufu
-    return Clocks(tensor, issue, mufu, operands + others, 0.0, max(tensor, operands) + max(issue, mufu, others))
 
 
 @dataclass(frozen=True)
@@ -386,8 +290,10 @@ class Kernel:
         """The region in words; loops of one source line are told apart by a number."""
         same = [one for one in self.regions if one.text == region.text]
         number = f" ({[one is region for one in same].index(True) + 1})" if len(same) > 1 else ""
-        inner = "" if region.parent is None else " (inner)"
-        return f"`{region.text}`{number}{inner}" if region.text else "outside of loops"
+        notes = number + ("" if region.parent is None else " (inner)")
+        notes += f" (unrolled {region.unrolled} times)" if region.unrolled > 1 else ""
+        notes += " (another copy, not counted)" if region.copy else ""
+        return f"`{region.text}`{notes}" if region.text else "outside of loops"
 
     def launch(self, work: Work) -> tuple[Clocks, list[str]]:
         """(clocks of the busiest processor and of the memory, loops whose iterations are unknown)."""
@@ -395,11 +301,11 @@ class Kernel:
         values = {**self.constants, **work.names}
         total, unknown, iterations = Clocks(), [], []
         for region in self.regions:
-            own = trips(region.text, values) if region.text else 1
+            own = 0 if region.copy else trips(region.text, values) if region.text else 1
             if own is None:
                 unknown.append(region.text)
                 own = 1
-            iterations.append(own)
+            iterations.append(own / region.unrolled)
         for region, own in zip(self.regions, iterations, strict=True):
             times, parent = own, region.parent
             while parent is not None:
@@ -407,11 +313,11 @@ class Kernel:
             total = total.plus(clocks(region.counts, region.warps, rates), times)
         total = Clocks().plus(total, ceil_div(work.programs, rates.processors))
         memory = work.bytes / rates.memory / rates.processors
-        return Clocks(*total.all()[:4], memory, max(total.apart, memory)), unknown
+        return Clocks(*total.all()[:4], memory, total.apart + memory), unknown
 
     def hot(self) -> sass.Region:
         """The loop with most tensor work or, where there is none, most instructions."""
-        return max(self.regions, key=lambda r: (bool(r.text), r.counts.wgmma_flop + r.counts.mma_flop, r.counts.issued))
+        return max(self.regions, key=lambda r: (bool(r.text), r.counts.flop(r.warps), r.counts.issued))
 
     def faults(self) -> list[Fault]:
         """What the check is for, without regard to exceptions."""
@@ -449,10 +355,33 @@ class Kernel:
             least = {1: 2, 2: 4, 4: 16, 8: 16}  # bytes
             if kind == "narrow shared":
                 least[4] = 20  # the exchange of one sum over the warps is no fault
-            many = ", ".join(f"{n} {base} of {w}" for (base, w), n in each.items() if n * w >= least[w])
+            many = ", ".join(
+                f"{n} {base} of {w}" for (base, w), n in each.items() if n * w >= least[w] * region.unrolled
+            )
             if many:
                 found.append(Fault(kind, text, f"{many} bytes a thread in an iteration"))
         return found
+
+
+def works(kernel: Kernel) -> list[tuple[Size, Work]]:
+    """The launches at the paper's sizes, as far as the launcher takes this kernel; none for an unknown kernel."""
+    target, processors = kernel.target, kernel.rates.processors
+    table: dict[str, tuple[list[Size], Worker]] = {
+        "gated_cross_attention_forward_kernel": (TRAINING, _forward),
+        "gated_cross_attention_dq_kernel": (ONE_BLOCK + TRAINING, _dq),
+        "gated_cross_attention_dkv_kernel": (
+            ONE_BLOCK + TRAINING,
+            lambda c, s: _dkv(c, s, "split" in kernel.name, processors),
+        ),
+        "gated_cross_attention_decode_kernel": (DECODING, lambda c, s: _decode(c, s, target)),
+        "gated_cross_attention_decode_combine_kernel": (DECODING, lambda c, s: _combine(c, s, target)),
+        "layer_mix_forward_kernel": (MIXES, _mix_forward),
+        "layer_mix_weight_kernel": (MIXES, _mix_weight),
+        "layer_mix_hidden_kernel": (MIXES, _mix_hidden),
+        "shared_projection_kernel": (MIXES, _projection),
+    }
+    sizes, work = table.get(kernel.function, ([], lambda c, s: None))
+    return [(size, one) for size in sizes if (one := work(kernel.constants, size)) is not None]
 
 
 def aligned(name: str) -> bool:
@@ -483,8 +412,7 @@ def read(entry: Entry, target: str) -> Kernel:
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=TARGETS[target], options=dict(options))
     cubin = compiled.asm["cubin"]
-    usage = sass.tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    registers, spills = cuda_usage(cubin)
     ir = sass.Ir(compiled.asm["ttgir"])
     folder = Path(kernel.fn.__code__.co_filename).parent
     return Kernel(
@@ -494,8 +422,8 @@ def read(entry: Entry, target: str) -> Kernel:
         constants={kernel.arg_names[place[0]]: value for place, value in constants.items()},
         options=dict(options),
         warps=ir.total_warps,
-        registers=numbers["REG"],
-        spills=numbers["STACK"] + numbers["LOCAL"],
+        registers=registers,
+        spills=spills,
         shared=compiled.metadata.shared,
         regions=sass.regions(sass.parse(sass.tool("nvdisasm", "-c", "-g", cubin=cubin)), ir, folder),
         folder=folder,
@@ -553,32 +481,31 @@ def section(kernel: Kernel) -> list[str]:
     for region in kernel.regions:
         if region.text:
             c = clocks(region.counts, region.warps, rates)
-            useful = sum(product.flop for product in region.products)
-            done = region.counts.wgmma_flop * region.warps / 4 + region.counts.mma_flop * region.warps
-            moved = region.counts.global_bytes * 32 * region.warps / c.least
+            useful, done = region.useful_flop, region.counts.flop(region.warps)
+            moved = region.counts.global_bytes * 32 * region.warps
             limits = [f"{value:.0f}" for value in list(c.limits().values())[:4]]
             wasted = percent(done - useful, done)
-            rows.append(
-                [kernel.label(region), *limits, c.bound, percent(useful / rates.wgmma, c.least), wasted, f"{moved:.0f}"]
-            )
+            share = percent(useful / rates.wgmma, c.least)
+            rows.append([kernel.label(region), *limits, c.bound, share, wasted, moved, f"{moved / c.least:.0f}"])
     head = ["loop", "tensor", "issue", "MUFU", "shared", "bound", "best share of the tensor rate"]
     if rows:
-        lines += table([*head, "tensor work wasted", "global bytes a clock"], rows)
+        lines += table([*head, "tensor work wasted", "global bytes", "a clock"], rows)
     else:
-        lines[-2:] = ["There is no loop."]
-    found = works(kernel.name, kernel.function, kernel.constants, rates)
+        lines[-1:] = []
+        lines[-1] = "There is no loop."
+    found = works(kernel)
     if found:
         lines += ["", "A launch at the paper's sizes, in thousands of clocks of one SM:", ""]
         rows = []
         unknown: set[str] = set()
-        for text, work in found:
+        for size, work in found:
             c, missing = kernel.launch(work)
             unknown |= set(missing)
             ideal = roofline(work, rates)
             waves = work.programs / rates.processors / max(1, min(blocks.values()))
             rows.append(
                 [
-                    text, work.programs, f"{waves:.2f}", *(f"{value / 1e3:.1f}" for value in c.limits().values()),
+                    size, work.programs, f"{waves:.2f}", *(f"{value / 1e3:.1f}" for value in c.limits().values()),
                     c.bound, f"{ideal / 1e3:.1f}", percent(ideal, c.least), percent(ideal, c.apart),
                 ]
             )  # fmt: skip
@@ -606,9 +533,8 @@ def verdict(kernel: Kernel) -> list[Any]:
     """One row of the page's first table."""
     hot = kernel.hot()
     c = clocks(hot.counts, hot.warps, kernel.rates)
-    useful = sum(product.flop for product in hot.products)
-    done = hot.counts.wgmma_flop * hot.warps / 4 + hot.counts.mma_flop * hot.warps
-    found = works(kernel.name, kernel.function, kernel.constants, kernel.rates)
+    useful, done = hot.useful_flop, hot.counts.flop(hot.warps)
+    found = works(kernel)
     bound, share = c.bound, "-"
     if found:
         work = found[-1][1]
@@ -641,9 +567,74 @@ def problems(kernels: list[Kernel], complete: bool) -> list[str]:
     return found
 
 
+def whole_backward(kernels: list[Kernel]) -> list[list[Any]]:
+    """Rows for the backward of the attention in bf16, d 128: all of its launches, against its five products."""
+    total: dict[Size, list[Clocks]] = {}
+    for kernel in kernels:
+        if kernel.name.endswith(" d128 bf16") and re.search(r"_(dq|dkv|backward)_kernel", kernel.function):
+            for size, work in works(kernel):
+                total.setdefault(size, []).append(kernel.launch(work)[0])
+    rows = []
+    for size in [size for size in (*ONE_BLOCK, *TRAINING) if size in total]:
+        flop = 10 * size.B * size.H * size.T * size.S * 128
+        moved = 2 * size.B * 128 * (3 * size.H * size.T + 4 * size.G * size.S)
+        ideal = roofline(Work(0, {}, flop, moved), kernels[0].rates)
+        least, apart = sum(one.least for one in total[size]), sum(one.apart for one in total[size])
+        figures = [f"{value / 1e3:.1f}" for value in (least, ideal)]
+        rows.append([size, len(total[size]), *figures, percent(ideal, least), percent(ideal, apart)])
+    return rows
+
+
+HOW_TO_READ = """\
+Counted from the compiled code and reasoned from the rates at the end. Nothing was run: no figure here was measured.
+
+- *bound*: the limit that takes longest. *tensor*: matrix instructions; *issue*: all instructions; *MUFU*: exponentials,
+  reciprocals; *shared*: bytes through shared memory, operands that wgmma reads there included; *memory*: DRAM.
+- *clocks an iteration*: of the hottest loop, for one block that has an SM to itself. *Best share of the tensor rate*:
+  what its products, each counted once, leave of it. *Wasted*: matrix instructions beyond these products.
+- *share of the roofline*: at the largest of the paper's sizes below. From what remains if products, other instructions
+  and DRAM follow one another, to what remains if they overlap fully. The roofline is the products at the full rate, or
+  each tensor once through DRAM. Latencies, bank conflicts and L2 are left out: no kernel reaches the second figure.
+- A launch takes as long as the SM with most programs. Code under a condition counts as run.
+"""
+
+
 def page(kernels: list[Kernel], target: str) -> str:
     """The page as Markdown."""
-    return "\n".join([f"# Hot loops, {target}", "", *(line for kernel in kernels for line in section(kernel))])
+    rates = RATES[target]
+    lines = [
+        f"# Hot loops of the Triton kernels on {target}",
+        "",
+        f"Triton {triton.__version__}, bf16. `make kernels-report` writes this page; `python benchmarks/hot_loops.py "
+        "'dkv d128 bf16'` prints one kernel.",
+        "",
+        *HOW_TO_READ.splitlines(),
+        "",
+        *table(VERDICT, [verdict(one) for one in kernels], 3),
+        "",
+        "## Backward of the attention",
+        "",
+        "All of its launches together in bf16 at d 128, in thousands of clocks. The roofline has five products.",
+        "",
+        *table(
+            ["size", "launches", "clocks", "roofline", "best share", "without overlap"],
+            whole_backward(kernels),
+        ),
+        "",
+        "## Known faults",
+        "",
+        "The check fails on every other fault, and on each of these that no longer occurs.",
+        "",
+    ]
+    lines += table(
+        ["kernel", "fault", "where", "reason"],
+        [[f"`{k.kernel}`", k.kind, f"`{k.text}`" if k.text else "-", k.reason] for k in EXCEPTIONS],
+        4,
+    )
+    lines += ["", "## Kernels", ""]
+    lines += [line for kernel in kernels for line in section(kernel)]
+    lines += ["## Rates", "", f"One SM of {rates.processors} ({rates.device}), a clock:", ""]
+    return "\n".join([*lines, *(f"- {source}" for source in rates.sources), ""])
 
 
 def parse_options(text: str) -> dict[str, int]:
@@ -675,7 +666,9 @@ def main() -> int:
     else:
         entries = shown(target)
     kernels = [read(changed(entry, options), target) for entry in entries for options in arguments.options]
-    if arguments.output is None:
+    if arguments.output is None and not arguments.names:
+        print(page(kernels, target))
+    elif arguments.output is None:
         print("\n".join([*table(VERDICT, [verdict(one) for one in kernels], 3), ""]))
         print("\n".join(line for one in kernels for line in section(one)))
     else:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import triton
-
 Place = tuple[str, int]  # file and line of the source, ("", 0) where unknown
 WGMMA = ("HGMMA", "QGMMA", "IGMMA")
 HMMA_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "16832": (16, 8, 32)}
@@ -220,6 +218,10 @@ class Counts:
     wgmma_bytes: int  # a warp group, from shared memory
     mma_flop: int  # a warp
 
+    def flop(self, warps: int) -> int:
+        """Of all warps of a block."""
+        return self.wgmma_flop * warps // 4 + self.mma_flop * warps
+
     @property
     def shared_bytes(self) -> int:
         """Bytes a thread through shared memory, shuffles as 4, without those of wgmma."""
@@ -357,15 +359,28 @@ class Ir:
 
 @dataclass
 class Region:
-    """The instructions of one loop without its inner ones, or all outside of loops; per iteration, per warp."""
+    """The instructions of one loop without its inner ones, or all outside of loops.
 
-    text: str  # its line of the source, "" outside of loops
+    Attributes:
+        text: its line of the source, "" outside of loops.
+        unrolled: iterations of the source in one of the compiled loop, as its products show.
+        copy: whether it is one more loop that the compiler made of the same source, such as that of a remainder.
+    """
+
+    text: str
     place: Place
     parent: int | None
     warps: int
     code: list[Instruction]
     counts: Counts
     products: list[Product]
+    unrolled: int = 1
+    copy: bool = False
+
+    @property
+    def useful_flop(self) -> int:
+        """Of a block: its products, each once."""
+        return sum(product.flop for product in self.products) * self.unrolled
 
 
 def source_line(place: Place, folder: Path) -> str:
@@ -377,27 +392,37 @@ def source_line(place: Place, folder: Path) -> str:
 
 def regions(code: list[Instruction], ir: Ir, folder: Path) -> list[Region]:
     """The regions of a kernel, that outside of all loops last. Loops are matched with the IR's by their source line."""
-    found, left = [], list(ir.loops)
     inner = loops(code)
-    for loop in inner:
-        match = next((one for one in left if one.place == loop.place), None)
-        if match is None and len(inner) == len(ir.loops):
-            match = left[0]
+    in_order = len(inner) == len(ir.loops)
+    left = list(ir.loops)
+    matches: dict[int, SourceLoop] = {}
+    # The largest compiled loop of a source line is the one that counts.
+    for i in sorted(range(len(inner)), key=lambda i: -len(inner[i].own)):
+        match = next((one for one in left if one.place == inner[i].place), None)
+        if match is None and in_order and ir.loops[i] in left:
+            match = ir.loops[i]
         if match is not None:
             left.remove(match)
-        own = [code[i] for i in sorted(loop.own)]
-        place = match.place if match else loop.place
-        found.append(
-            Region(
-                source_line(place, folder) or f"loop at {code[min(loop.body)].address:#x}",
-                place,
-                loop.parent,
-                match.warps if match else ir.total_warps,
-                own,
-                count(own),
-                match.products if match else [],
-            )
+            matches[i] = match
+    found = []
+    for i, loop in enumerate(inner):
+        own = [code[k] for k in sorted(loop.own)]
+        counts, source = count(own), matches.get(i)
+        place = source.place if source else loop.place
+        region = Region(
+            text=source_line(place, folder) or f"loop at {code[min(loop.body)].address:#x}",
+            place=place,
+            parent=loop.parent,
+            warps=source.warps if source else ir.total_warps,
+            code=own,
+            counts=counts,
+            products=source.products if source else [],
+            copy=source is None and any(place == one.place for one in ir.loops),
         )
+        expected = sum(product.flop * product.copies for product in region.products)
+        if expected:
+            region.unrolled = max(1, round(counts.flop(region.warps) / expected))
+        found.append(region)
     inside = set().union(*(loop.body for loop in inner))
     rest = [one for i, one in enumerate(code) if i not in inside]
     while rest and rest[-1].base in ("NOP", "BRA"):  # padding after the end
@@ -408,6 +433,8 @@ def regions(code: list[Instruction], ir: Ir, folder: Path) -> list[Region]:
 
 def tool(name: str, *arguments: str, cubin: bytes) -> str:
     """The output of ``cuobjdump`` or ``nvdisasm`` in Triton's package for a compiled kernel."""
+    import triton
+
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
