@@ -270,6 +270,7 @@ class Kernel:
     spills: int
     shared: int
     regions: list[sass.Region]
+    needed: dict[sass.Place, int]  # FLOP of the products by source line, each once
     folder: Path
 
     @property
@@ -325,12 +326,15 @@ class Kernel:
         local = sum(n for r in self.regions for (base, _), n in r.counts.memory.items() if base in sass.LOCAL)
         if self.spills or local:
             found.append(Fault("spill", "", f"{self.spills} bytes of local memory, {local} accesses"))
+        for place, needed in self.needed.items():
+            loops = [r for r in self.regions if r.text and any(p.place == place for p in r.products)]
+            products = [p for r in loops or self.regions[-1:] for p in r.products if p.place == place]
+            times = sum(product.flop * product.copies for product in products) / needed
+            if times > 1:
+                shapes = " and ".join(sorted({f"{p.m}x{p.n}x{p.k}" for p in products}))
+                text = sass.source_line(place, self.folder)
+                found.append(Fault("repeated product", text, f"{shapes} is computed {times:g} times"))
         for region in self.regions:
-            for product in region.products:
-                if product.copies > 1:
-                    text = sass.source_line(product.place, self.folder)
-                    shape = f"{product.m}x{product.n}x{product.k}"
-                    found.append(Fault("repeated product", text, f"{shape} is computed {product.copies} times"))
             found += self._narrow(region)
         unique = {(one.kind, one.text): one for one in reversed(found)}
         return list(unique.values())[::-1]
@@ -413,7 +417,11 @@ def read(entry: Entry, target: str) -> Kernel:
     compiled = triton.compile(source, target=TARGETS[target], options=dict(options))
     cubin = compiled.asm["cubin"]
     registers, spills = cuda_usage(cubin)
-    ir = sass.Ir(compiled.asm["ttgir"])
+    threads = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
+    ir, source_ir = (sass.Ir(compiled.asm[stage], int(threads[1])) for stage in ("ttgir", "ttir"))  # type: ignore[index]
+    needed: Counter[sass.Place] = Counter()
+    for product in (*source_ir.outside, *(product for loop in source_ir.loops for product in loop.products)):
+        needed[product.place] += product.flop
     folder = Path(kernel.fn.__code__.co_filename).parent
     return Kernel(
         name=name,
@@ -426,6 +434,7 @@ def read(entry: Entry, target: str) -> Kernel:
         spills=spills,
         shared=compiled.metadata.shared,
         regions=sass.regions(sass.parse(sass.tool("nvdisasm", "-c", "-g", cubin=cubin)), ir, folder),
+        needed=dict(needed),
         folder=folder,
     )
 

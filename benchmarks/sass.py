@@ -132,8 +132,17 @@ def _target(one: Instruction) -> int | None:
     return int(found.group(1), 16) if found else None
 
 
+def _waits(body: Iterable[Instruction]) -> bool:
+    """Whether a loop only waits for a barrier in memory, or is the trap after the end."""
+    counts = count(body)
+    return counts.issued < 8 and counts.issued == counts.rest + counts.barriers
+
+
 def loops(code: list[Instruction]) -> list[Loop]:
-    """The natural loops, in the order of their starts: of each branch back to a block that dominates it."""
+    """The natural loops, in the order of their starts: of each branch back to a block that dominates it.
+
+    Those that only wait are left out.
+    """
     index = {one.address: i for i, one in enumerate(code)}
     starts = {0}
     for i, one in enumerate(code):
@@ -184,7 +193,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
     found = []
     for head in sorted(bodies):
         instructions = {i for b in bodies[head] for i in range(order[b], ends[b])}
-        if len(instructions) > 1:  # one alone is the trap at the end
+        if not _waits(code[i] for i in instructions):
             found.append(Loop(set(instructions), instructions, places[head]))
     for i, loop in enumerate(found):
         around = [k for k, other in enumerate(found) if k != i and loop.body < other.body]
@@ -290,15 +299,19 @@ class SourceLoop:
 
 
 class Ir:
-    """Loops and products of ``ttgir`` text, in their order; products outside of loops are in ``outside``."""
+    """Loops and products of ``ttir`` or ``ttgir`` text, in their order; ``outside``: products outside of loops.
 
-    def __init__(self, text: str) -> None:
+    Args:
+        threads: of a block, more than those of ``num_warps`` where warps are specialised.
+    """
+
+    def __init__(self, text: str, threads: int) -> None:
         self._locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.MULTILINE))
         layouts = re.findall(r"^(#\w+) = #ttg\.nvidia_mma<\{(.*)\}>", text, re.MULTILINE)
         self._layouts = {name: self._tile(fields) for name, fields in layouts}
-        self.warps = int(re.search(r'"ttg.num-warps" = (\d+)', text)[1])  # type: ignore[index]
-        total = re.search(r'"ttg.total-num-warps" = (\d+)', text)
-        self.total_warps = int(total[1]) if total else self.warps
+        self.total_warps = threads // 32
+        warps = re.search(r'"ttg.num-warps" = (\d+)', text)
+        self.warps = int(warps[1]) if warps else self.total_warps
         self.loops: list[SourceLoop] = []
         self.outside: list[Product] = []
         self._read(text)
@@ -398,7 +411,11 @@ def regions(code: list[Instruction], ir: Ir, folder: Path) -> list[Region]:
     matches: dict[int, SourceLoop] = {}
     # The largest compiled loop of a source line is the one that counts.
     for i in sorted(range(len(inner)), key=lambda i: -len(inner[i].own)):
-        match = next((one for one in left if one.place == inner[i].place), None)
+        tensor = any(code[k].tensor for k in inner[i].own)
+        alike = sorted(
+            (one for one in left if one.place == inner[i].place), key=lambda one, t=tensor: bool(one.products) != t
+        )
+        match = alike[0] if alike else None
         if match is None and in_order and ir.loops[i] in left:
             match = ir.loops[i]
         if match is not None:
