@@ -336,8 +336,9 @@ class Kernel:
                 found.append(Fault("repeated product", text, f"{shapes} is computed {times:g} times"))
         for region in self.regions:
             found += self._narrow(region)
-        unique = {(one.kind, one.text): one for one in reversed(found)}
-        return list(unique.values())[::-1]
+        return list(
+            {(one.kind, one.text): one for one in found}.values()
+        )  # of several loops the last, which is hottest
 
     def _narrow(self, region: sass.Region) -> list[Fault]:
         """Where a thread's accesses of one kind in an iteration make up one of 16 bytes, or are several below 4.
@@ -455,12 +456,6 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
-def accesses(counts: sass.Counts, bases: tuple[str, ...]) -> str:
-    """Accesses with their bytes, widest first."""
-    found = sorted(((w, base, n) for (base, w), n in counts.memory.items() if base in bases), reverse=True)
-    return ", ".join(f"{n} {base} {w}" if w else f"{n} {base}" for w, base, n in found) or "-"
-
-
 def section(kernel: Kernel) -> list[str]:
     """The part of the page about one kernel."""
     rates, blocks = kernel.rates, kernel.blocks()
@@ -480,9 +475,8 @@ def section(kernel: Kernel) -> list[str]:
     rows = []
     for region in kernel.regions:
         c = region.counts
-        products = ", ".join(f"{n} {key}" for key, n in c.products.items()) or "-"
-        reads = accesses(c, sass.GLOBAL), accesses(c, sass.SHARED)
-        rows.append([kernel.label(region), products, *reads, c.issued, c.mufu, c.fp32, c.shuffles, c.barriers, c.rest])
+        reads = c.accesses(sass.GLOBAL), c.accesses(sass.SHARED)
+        rows.append([kernel.label(region), c.tensor, *reads, c.issued, c.mufu, c.fp32, c.shuffles, c.barriers, c.rest])
     head = ["loop", "tensor", "global, bytes a thread", "shared, bytes a thread"]
     lines += table([*head, "issued", "MUFU", "FP32", "shuffles", "barriers", "rest"], rows, 4)
     lines += ["", "Clocks of a block in one iteration, by each limit alone:", ""]

@@ -238,6 +238,16 @@ class Counts:
         return moved + 4 * self.shuffles
 
     @property
+    def tensor(self) -> str:
+        """The tensor instructions in words."""
+        return ", ".join(f"{n} {name}" for name, n in self.products.items()) or "-"
+
+    def accesses(self, bases: tuple[str, ...]) -> str:
+        """Accesses by ``bases`` (GLOBAL, SHARED) in words, with their bytes, widest first."""
+        found = sorted(((w, base, n) for (base, w), n in self.memory.items() if base in bases), reverse=True)
+        return ", ".join(f"{n} {base} {w}" if w else f"{n} {base}" for w, base, n in found) or "-"
+
+    @property
     def global_bytes(self) -> int:
         """Bytes a thread to and from global memory, without bulk copies."""
         return sum(n * width for (base, width), n in self.memory.items() if base in GLOBAL)
