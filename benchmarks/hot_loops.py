@@ -418,7 +418,7 @@ def read(entry: Entry, target: str) -> Kernel:
     compiled = triton.compile(source, target=TARGETS[target], options=dict(options))
     cubin = compiled.asm["cubin"]
     registers, spills = cuda_usage(cubin)
-    threads = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
+    threads = re.search(r"\.(?:req|max)ntid (\d+)", compiled.asm["ptx"])
     ir, source_ir = (sass.Ir(compiled.asm[stage], int(threads[1])) for stage in ("ttgir", "ttir"))  # type: ignore[index]
     needed: Counter[sass.Place] = Counter()
     for product in (*source_ir.outside, *(product for loop in source_ir.loops for product in loop.products)):
