@@ -92,11 +92,12 @@ docs: $(STAMP)
 	$(BIN)/python benchmarks/across.py page docs/versions.md --results benchmarks/results/watch/across.json
 	$(BIN)/python benchmarks/soak_report.py benchmarks/results/serve/soak.json docs/serving.md
 
-# Every kernel, every configuration, every chip: registers, spills, shared memory. Compiles only.
+# Every kernel, every configuration, every chip: registers, spills, shared memory; what bounds the loops. Compiles only.
 kernels-report: $(STAMP)
 	for target in sm_80 sm_90 sm_100 gfx942; do \
 	  $(BIN)/python benchmarks/kernels_report.py --targets $$target \
 	    --output benchmarks/results/kernels/$$target.md || exit 1; done
+	$(BIN)/python benchmarks/hot_loops.py --output benchmarks/results/kernels/hot_loops_sm_90.md
 	$(BIN)/python benchmarks/cuda_report.py --output benchmarks/results/kernels/cuda.md
 
 # Minutes on a CPU, under twenty on a GPU. LAYALIGN_BENCH=quick|cpu|gpu chooses the shapes, by default by the machine;

@@ -8,13 +8,11 @@ under ``TRITON_INTERPRET=1``: interpreted kernels cannot be compiled.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import sass
 import torch
 import triton
 import triton.language as tl
@@ -122,7 +120,7 @@ def inspect_entry(what: Entry, target: str) -> Inspection:
     compiled = triton.compile(source, target=TARGETS[target], options=dict(options))
     backend = TARGETS[target].backend
     listing = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
-    registers, spills = _cuda_usage(compiled.asm["cubin"]) if backend == "cuda" else _hip_usage(listing)
+    registers, spills = cuda_usage(compiled.asm["cubin"]) if backend == "cuda" else _hip_usage(listing)
     ir = compiled.asm["ttir"]
     found = re.search(MATRIX[backend], listing)
     widths = [int(n) * int(bits) for n, bits in re.findall(r"ld\.global\S*?\.v(\d)\.b(\d+)", listing)]
@@ -141,15 +139,9 @@ def inspect_entry(what: Entry, target: str) -> Inspection:
     )
 
 
-def _cuda_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) by the cuobjdump in Triton's package."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+def cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) of a compiled kernel."""
+    text = sass.tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return numbers["REG"], numbers["LOCAL"] + numbers["STACK"]
 

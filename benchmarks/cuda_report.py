@@ -1,4 +1,4 @@
-"""Tabulate registers, spills and shared memory of the CUDA kernels in a compiled extension.
+"""Tabulate registers, spills, shared memory and hot loops of the CUDA kernels in a compiled extension.
 
     python benchmarks/cuda_report.py [path/to/_C.so] [--output report.md]
 
@@ -10,14 +10,17 @@ nothing about speed.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import sass
+from rates import RATES, clocks
 
 # Kernels that multiply matrices; in half precision they must use tensor cores.
 MULTIPLIES = re.compile(r"(forward|hidden|weight|rows|dquery|dsource)_kernel")
@@ -58,13 +61,16 @@ def cuobjdump() -> str:
     raise SystemExit("cuobjdump is neither on the PATH nor in an installed Triton")
 
 
-def _sections(module: Path, option: str) -> Iterator[tuple[str, str]]:
+@functools.cache
+def _sections(module: Path, option: str) -> list[tuple[str, str]]:
     """(architecture, text) of each piece of machine code in the module."""
     text = subprocess.run([cuobjdump(), option, str(module)], capture_output=True, text=True, check=True).stdout
+    found = []
     for section in re.split(r"\nFatbin elf code:\n", text)[1:]:
         arch = re.search(r"^arch = (sm_\d+\w*)$", section, re.MULTILINE)
         if arch is not None:
-            yield arch.group(1), section
+            found.append((arch.group(1), section))
+    return found
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -97,6 +103,31 @@ def inspect(module: Path) -> list[Kernel]:
     return sorted(rows, key=lambda kernel: (kernel.name, int(re.sub(r"\D", "", kernel.arch))))
 
 
+LIMITS = ("tensor", "issue", "MUFU", "shared")
+
+
+def hot_loops(module: Path) -> list[list[str]]:
+    """A row for each bf16 kernel of sm_90: the loop with most tensor instructions, or most of all, of one warp."""
+    parts: dict[str, str] = {}
+    for of, section in _sections(module, "-sass"):
+        if of == "sm_90":
+            parts |= {part.split("\n", 1)[0].strip(): part for part in section.split("Function : ")[1:]}
+    rows = []
+    for name, symbol in zip(demangle(list(parts)), parts, strict=True):
+        if "BFloat" not in name:
+            continue
+        code = sass.parse(parts[symbol])
+        found = [sass.count(code[i] for i in sorted(loop.own)) for loop in sass.loops(code)]
+        if found:
+            c = max(found, key=lambda c: (c.mma_flop, c.issued))
+            limits = clocks(c, 4, RATES["sm_90"])
+            each = [f"{limits.limits()[limit]:.0f}" for limit in LIMITS]
+            kinds = [str(n) for n in (c.issued, c.mufu, c.fp32, c.shuffles, c.barriers, c.rest)]
+            reads = c.accesses(sass.GLOBAL), c.accesses(sass.SHARED)
+            rows.append([f"`{name}`", c.tensor, *reads, *kinds, *each, limits.bound])
+    return sorted(rows)
+
+
 def compiler() -> str:
     """Version of the toolkit on the PATH, which is assumed to have compiled the module."""
     nvcc = shutil.which("nvcc")
@@ -105,8 +136,17 @@ def compiler() -> str:
     return f"nvcc {found.group(1)}" if found else "nvcc of unknown version"
 
 
-def report(rows: list[Kernel]) -> str:
-    """The rows as Markdown."""
+HOT = """
+## Hot loops on sm_90
+
+Of each bf16 kernel the loop with most tensor instructions, or else most instructions: what a warp issues in an
+iteration, and the clocks of four warps by each limit alone. Counted, not measured: `hot_loops_sm_90.md` has the terms
+and rates. Code under a condition counts as run, such as the narrow accesses beside wide ones.
+"""
+
+
+def report(rows: list[Kernel], hot: list[list[str]]) -> str:
+    """The rows, and those of ``hot_loops``, as Markdown."""
     problems = sum(bool(row.problem) for row in rows)
     lines = [
         "# CUDA kernels of the compiled extension",
@@ -121,6 +161,11 @@ def report(rows: list[Kernel]) -> str:
         cores = "yes" if row.tensor_cores else "-"
         figures = f"{row.registers} | {row.spills} | {row.shared} | {cores} | {row.problem or '-'}"
         lines.append(f"| `{row.name}` | {row.arch} | {figures} |")
+    if hot:
+        numbers = ["issued", "MUFU", "FP32", "shuffles", "barriers", "rest", *LIMITS]
+        head = ["kernel", "tensor", "global, bytes a thread", "shared, bytes a thread", *numbers, "bound"]
+        lines += [HOT, "| " + " | ".join(head) + " |", "|" + "---|" * 4 + "---:|" * len(numbers) + "---|"]
+        lines += ["| " + " | ".join(row) + " |" for row in hot]
     return "\n".join(lines) + "\n"
 
 
@@ -138,14 +183,15 @@ def main() -> int:
     parser.add_argument("module", type=Path, nargs="?", help="default: the installed layalign._C")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    rows = inspect(arguments.module or installed())
+    module = arguments.module or installed()
+    rows, hot = inspect(module), hot_loops(module)
     if not rows:
         raise SystemExit("no CUDA machine code in this module")
     if arguments.output is None:
-        print(report(rows))
+        print(report(rows, hot))
     else:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(report(rows), encoding="utf-8")
+        arguments.output.write_text(report(rows, hot), encoding="utf-8")
     problems = [row for row in rows if row.problem]
     for row in problems:
         print(f"{row.name} on {row.arch}: {row.problem}", file=sys.stderr)

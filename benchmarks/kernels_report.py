@@ -3,7 +3,7 @@
     python benchmarks/kernels_report.py [--targets sm_90 ...] [--files layer_mix ...] [--output report.md]
 
 Exits with 1 if a kernel spills registers, needs more shared memory than a GPU has, or has a dot without matrix
-instructions. Nothing is run, so this says nothing about speed.
+instructions. Nothing is run, so this says nothing about speed. ``hot_loops.py`` counts what the loops do.
 """
 
 from __future__ import annotations

@@ -29,3 +29,6 @@ def test_no_kernel_spills_and_half_precision_uses_tensor_cores() -> None:
     assert {"forward", "hidden", "weight", "rows", "dquery", "dsource"} <= names
     assert not [f"{row.name} on {row.arch}: {row.problem}" for row in rows if row.problem]
     assert any(row.tensor_cores for row in rows) and not all(row.tensor_cores for row in rows)
+    hot = cuda_report.hot_loops(cuda_report.installed())
+    assert {row[0] for row in hot} <= {f"`{row.name}`" for row in rows if "BFloat" in row.name and row.arch == "sm_90"}
+    assert all("HMMA" in row[1] for row in hot if cuda_report.MULTIPLIES.search(row[0]))
