@@ -51,6 +51,7 @@ def test_every_check_of_an_instruction_contains_it(tmp_path: Path, monkeypatch: 
     assert not sass.missing(program, tool)
 
 
+@pytest.mark.timeout(900)
 def test_faults_are_seen() -> None:
     """The three that once were not; `make mutants` puts in all."""
     faults = ["fp32 are not swizzled", "first barrier", "fragments of A"]
