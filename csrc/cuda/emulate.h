@@ -6,12 +6,19 @@
 // Shared memory has exactly the size asked for and starts as NaN. An asynchronous copy makes its destination NaN when
 // it is issued and delivers when its thread waits for it, so both reading too early and overwriting too early show.
 // Fragments of ldmatrix and mma.sync are laid out as the PTX manual says.
+//
+// Compiled with -fsanitize=thread and LAYALIGN_WATCH_SHARED, without that sanitizer's library, every access of a kernel
+// to memory calls emulate.cpp, which then also finds, in shared memory:
+// - races: two threads use the same bytes, one of them writes, and no barrier lies between;
+// - bank conflicts: what the lanes of a warp access by one instruction counts as one access.
 #pragma once
 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -29,20 +36,36 @@ void set_order(uint64_t seed);
 // 16-byte rows of ldmatrix that had to wait for another one in the same banks, since the start.
 int64_t bank_conflicts();
 
+// A kernel's accesses to shared memory since the last call of take_traffic(). A warp's access is served in one phase of
+// 32 lanes, in two of 16 for 8 bytes a lane, in four of 8 for 16 bytes. A phase takes as many turns as the busiest of
+// the 32 banks has different 4-byte words to give.
+struct Traffic {
+  std::string kernel;
+  int64_t phases, turns;
+};
+std::vector<Traffic> take_traffic();
+#if defined(LAYALIGN_WATCH_SHARED)
+constexpr bool kWatching = true;
+#else
+constexpr bool kWatching = false;
+#endif
+
 struct Place {
   int thread;
   int64_t block;
   int64_t blocks;
   unsigned char* shared;
+  const char* kernel;
 };
 extern Place place;  // of the fiber that runs
 
 using Operation = void (*)(void* const* lanes);
 void meet_warp(Operation operation, void* argument);  // the last of 32 lanes carries it out for all
 void meet_block();
-void check_shared(const void* pointer, int bytes, const char* what);
-void check_aligned(const void* pointer, int bytes, const char* what);
+void load(void* to, const void* from, int bytes);   // 8 or 16 bytes
+void store(void* to, const void* from, int bytes);  // likewise
 void copy_later(void* to, const void* from, int bytes);
+void store_zeros(void* to);  // 16 bytes
 void finish_copies();
 
 using Body = void (*)(const void* parameters);
@@ -71,7 +94,7 @@ struct Product {
 };
 void multiply_half(void* const* lanes);
 void multiply_bfloat(void* const* lanes);
-void nothing(void* const* lanes);
+void order_memory(void* const* lanes);
 
 }  // namespace emulation
 
@@ -82,7 +105,7 @@ inline int64_t block_index() { return emulation::place.block; }
 inline int64_t block_count() { return emulation::place.blocks; }
 
 inline void sync_threads() { emulation::meet_block(); }
-inline void sync_warp() { emulation::meet_warp(emulation::nothing, nullptr); }
+inline void sync_warp() { emulation::meet_warp(emulation::order_memory, nullptr); }
 inline int shuffle_xor(int value, int mask) {
   emulation::Shuffle call{static_cast<uint32_t>(value), mask, 0};
   emulation::meet_warp(emulation::shuffle, &call);
@@ -95,12 +118,13 @@ inline float shuffle_xor(float value, int mask) {
   memcpy(&value, &bits, 4);
   return value;
 }
-inline unsigned char* shared_memory() { return emulation::place.shared; }
+inline unsigned char* shared_memory(const char* kernel = __builtin_FUNCTION()) {
+  emulation::place.kernel = kernel;
+  return emulation::place.shared;
+}
 
 inline void cp_async16(void* to, const void* from, bool there) {
-  if (there) return emulation::copy_later(to, from, 16);
-  emulation::check_shared(to, 16, "a store");
-  memset(to, 0, 16);
+  there ? emulation::copy_later(to, from, 16) : emulation::store_zeros(to);
 }
 inline void cp_async4(void* to, const void* from) { emulation::copy_later(to, from, 4); }
 inline void cp_async_wait() { emulation::finish_copies(); }
@@ -125,7 +149,7 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_of(float x) { return std::log2(x); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
-inline float fused(float a, float b, float c) { return a * b + c; }
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float infinity() { return HUGE_VALF; }
 
 inline float to_float(float x) { return x; }
@@ -151,15 +175,13 @@ inline uint32_t upper_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xf
 
 template <typename To>
 inline To aligned_load(const void* from) {
-  emulation::check_aligned(from, sizeof(To), "a vector load");
   To x;
-  memcpy(&x, from, sizeof x);
+  emulation::load(&x, from, sizeof x);
   return x;
 }
 template <typename From>
 inline void aligned_store(void* to, const From& x) {
-  emulation::check_aligned(to, sizeof(From), "a vector store");
-  memcpy(to, &x, sizeof x);
+  emulation::store(to, &x, sizeof x);
 }
 inline Words4 load_words(const void* from) { return aligned_load<Words4>(from); }
 inline Words4 load_words_cached(const void* from) { return aligned_load<Words4>(from); }

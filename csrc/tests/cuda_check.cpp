@@ -3,12 +3,14 @@
 // Built with LAYALIGN_EMULATE_CUDA from this file, csrc/cuda/*.cu (as C++) and emulate.cpp; no CUDA toolkit. To be run
 // plain and under the address and undefined-behaviour sanitizers. Outputs, workspaces, all memory under a false mask
 // and between strided rows are NaN beforehand; every call is repeated with the threads in other orders and must give
-// the same bits. Prints a line per group: its checks and the worst error as a fraction of what is allowed. Exit status 1
-// on a failure.
+// the same bits. Built with LAYALIGN_WATCH_SHARED (see emulate.h) it looks for races and bank conflicts instead, in one
+// order. Prints a line per group: its checks and the worst error as a fraction of what is allowed. Exit status 1 on a
+// failure.
 //
-// usage: cuda_check [cases per group and type, default 25] [seed, default 1]
+// usage: cuda_check [cases per group and type, default 25] [seed, default 1] [only: "attention fp32", "layer_mix bf16"]
 #include "../cuda/launch.cuh"
 #include "naive.h"
+#include "probes.h"
 
 using namespace layalign;
 using namespace layalign::naive;
@@ -70,11 +72,12 @@ void same_bits(const std::string& group, const std::string& what, const Array& a
   ++results[group].checks;
 }
 
-// Calls once for the order of threads first come first served, once for the reverse and twice for a random one.
+// Calls once for the order of threads first come first served, once for the reverse and twice for a random one. A race
+// that the device itself finds needs one order only.
 template <typename Function>
 void in_orders(const Function& function) {
   const uint64_t orders[] = {0, 1, 2 + static_cast<uint64_t>(below(1000)), 2};
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < (cuda::emulation::kWatching ? 1 : 4); ++i) {
     cuda::emulation::set_order(orders[i]);
     function(i);
   }
@@ -203,7 +206,7 @@ void check_mix_nan(DType type) {
 
 // -- attention --------------------------------------------------------------------------------------------------------
 
-AttentionData attention_data(const AttentionCase& n) {
+AttentionData attention_data(const AttentionCase& n, bool masked) {
   AttentionData x;
   const std::vector<int> by_token{0, 2, 1, 3}, by_head{0, 1, 2, 3};
   const int64_t kind = below(3);  // contiguous; strided but aligned; anything
@@ -220,7 +223,7 @@ AttentionData attention_data(const AttentionCase& n) {
   x.grad = states(n.length, n.heads);
   x.gate = Array(one_of({DType::float32, DType::float16, DType::bfloat16}), {1}).fill();
   if (below(5) == 0) write(x.gate.data, x.gate.dtype, 0, 0);
-  x.with_residual = below(2) != 0, x.masked = below(3) != 0;
+  x.with_residual = below(2) != 0, x.masked = masked && below(3) != 0;
   const DType residual = one_of({DType::float32, DType::bfloat16, n.type});
   if (x.with_residual)
     x.residual = Array(residual, {n.batch, n.length, n.heads, n.size}, order(), gap(), shift()).fill();
@@ -248,11 +251,12 @@ AttentionData attention_data(const AttentionCase& n) {
 }
 
 void check_backward(const AttentionCase& n, const AttentionData& x, const AttentionExact& exact, const Attention& in,
-                    const Array& lse, double units) {
+                    const Array& lse, double units, int64_t wanted) {
   const std::string group = std::string("attention backward ") + name_of(n.type);
   const char* names[4] = {" dquery", " dkey", " dvalue", " dgate"};
   const std::vector<int> order = below(2) ? std::vector<int>{0, 2, 1, 3} : std::vector<int>{0, 1, 2, 3};
-  const int64_t gap = below(2), wanted = below(3) == 0 ? 1 + below(15) : 15;
+  const int64_t gap = below(2);
+  if (!wanted) wanted = below(3) == 0 ? 1 + below(15) : 15;
   Array first[4] = {Array(n.type, {n.batch, n.heads, n.length, n.size}, order, gap),
                     Array(n.type, {n.batch, n.groups, n.source, n.size}, order, gap),
                     Array(n.type, {n.batch, n.groups, n.source, n.size}), Array(DType::float32, {1})};
@@ -296,9 +300,10 @@ void check_decode(const AttentionCase& n, const AttentionExact& exact, const Att
   }
 }
 
-void check_attention(const AttentionCase& n) {
+// `wanted`: gradients, a bit each of query, key, value and gate, and no mask; 0: drawn, as the mask is.
+void check_attention(const AttentionCase& n, int64_t wanted = 0) {
   const std::string group = std::string("attention ") + name_of(n.type);
-  const AttentionData x = attention_data(n);
+  const AttentionData x = attention_data(n, !wanted);
   AttentionExact exact(n);
   for (int64_t b = 0; b < n.batch; ++b)
     for (int64_t h = 0; h < n.heads; ++h)
@@ -317,37 +322,18 @@ void check_attention(const AttentionCase& n) {
     same_bits(group, n.text(), out, found);
     same_bits(group, n.text() + " lse", lse, found_lse);
   });
-  check_backward(n, x, exact, in, lse, units);
+  check_backward(n, x, exact, in, lse, units, wanted);
   if (n.length <= 16) check_decode(n, exact, in, units);
 }
 
 // -- the software device itself ---------------------------------------------------------------------------------------
 
-struct Probe {
-  float* out;
-  const float* in;
-  int mode;
-};
-
-// Mode 0: right. The others have one mistake each: a barrier that some threads miss, a missing barrier, no wait.
-void probe_kernel(const Probe p) {
-  using namespace layalign::cuda;
-  float* shared = reinterpret_cast<float*>(shared_memory());
-  const int i = thread_index();
-  cp_async4(shared + i, p.in + i);
-  if (p.mode != 3) cp_async_wait();
-  if (p.mode != 2 && (p.mode != 1 || i < 40)) sync_threads();
-  p.out[i] = shared[63 - i];
-  if (p.mode == 3) cp_async_wait();
-  if (p.mode == 4) shared_memory(), cp_async4(shared + 61 + i, p.in + i), cp_async_wait();
-}
-
 void check_device() {
+  constexpr bool watching = cuda::emulation::kWatching;
   Array in = Array(DType::float32, {64}).fill(), out(DType::float32, {64});
   auto run = [&](int mode) -> std::string {
     try {
-      const Probe probe{static_cast<float*>(out.data), static_cast<const float*>(in.data), mode};
-      cuda::queue("probe", probe_kernel, 1, 64, 256, kLaunch, probe);
+      cuda::probe({static_cast<float*>(out.data), static_cast<const float*>(in.data), mode});
     } catch (const Error& error) {
       return error.what();
     }
@@ -356,19 +342,56 @@ void check_device() {
     }
     return "right";
   };
+  auto expect = [&](int mode, const std::string& want, const std::string& what) {
+    const std::string found = run(mode);
+    if (found.find(want) == std::string::npos) fail("device", what + ": " + found);
+    ++results["device"].checks;
+  };
+  const std::string race = watching ? "without a barrier between" : "wrong";
   in_orders([&](int) {
-    if (run(0) != "right") fail("device", "a correct kernel");
-    if (run(1).find("probe (cuda): threads diverge") != 0) fail("device", "divergence went unseen: " + run(1));
-    if (run(2) != "wrong") fail("device", "a missing barrier went unseen");
-    if (run(3) != "wrong") fail("device", "a missing wait went unseen");
-    if (run(4).find("outside of shared memory") == std::string::npos) fail("device", "an overrun went unseen");
-    results["device"].checks += 5;
+    expect(0, "right", "a correct kernel");
+    expect(1, watching ? race : "probe (cuda): threads diverge", "divergence went unseen");
+    expect(2, race, "a missing barrier went unseen");
+    expect(3, race, "a missing wait went unseen");
+    expect(4, "outside of shared memory", "an overrun went unseen");
+    if (!watching) return;
+    expect(5, race, "two lanes that write the same bytes");
+    expect(6, race, "a write to what another lane read");
+    expect(7, race, "a write that another lane reads");
+    expect(8, "right", "lanes that meet at sync_warp");
   });
+  cuda::emulation::take_traffic();
+  if (!watching) return;
+  // Turns and phases of each access by one warp: alone in its bank or in another's, 4, 8 and 16 bytes wide.
+  const int64_t expected[][2] = {{1, 1}, {32, 1}, {2, 1}, {1, 1}, {2, 2}, {32, 2}, {4, 4}, {32, 4}, {4, 4}};
+  for (int i = 0; i < 9; ++i) {
+    run(100 + i);
+    const std::vector<cuda::emulation::Traffic> found = cuda::emulation::take_traffic();
+    if (found.size() != 1 || found[0].turns != expected[i][0] || found[0].phases != expected[i][1]) {
+      fail("device", "bank conflicts of pattern " + std::to_string(i) + ": " + std::to_string(found[0].turns) +
+                         " turns in " + std::to_string(found[0].phases) + " phases");
+    }
+    ++results["device"].checks;
+  }
+}
+
+// Turns that the kernels may take for each phase of their accesses to shared memory. What the attention kernels need
+// above 1 is in how results are staged once at the end, and, in fp32, probabilities for each tile; layer mix: nothing.
+void check_traffic(DType type) {
+  for (const cuda::emulation::Traffic& traffic : cuda::emulation::take_traffic()) {
+    const std::string kernel = traffic.kernel.substr(0, traffic.kernel.find('<'));
+    const bool attention = kernel == "rows_kernel" || kernel == "dquery_kernel" || kernel == "dsource_kernel";
+    const double budget = !attention ? 1.0 : type == DType::float32 ? 1.2 : 1.6;
+    const double turns = static_cast<double>(traffic.turns) / static_cast<double>(traffic.phases);
+    std::printf("%s %-44s %10lld phases, %.3f turns each, allowed %.1f\n", name_of(type), traffic.kernel.c_str(),
+                static_cast<long long>(traffic.phases), turns, budget);
+    if (turns > budget) fail("shared memory", traffic.kernel + ": bank conflicts");
+  }
 }
 
 // -- what is checked --------------------------------------------------------------------------------------------------
 
-void check_type(DType type, int cases) {
+void check_layer_mix(DType type, int cases) {
   for (const MixCase& n : {MixCase{1, 1, 1, 1, 2, type}, MixCase{2, 3, 7, 3, 6, type}, MixCase{1, 3, 256, 24, 64, type},
                            MixCase{2, 9, 128, 8, 24, type}, MixCase{1, 2, 17, 64, 256, type},
                            MixCase{1, 2, 136, 64, 256, type}, MixCase{0, 3, 16, 2, 4, type},
@@ -383,6 +406,9 @@ void check_type(DType type, int cases) {
     const int64_t width = one_of<int64_t>({1, 3, 7, 16, 17, 63, 97, 128, 259});
     check_mix({1 + below(3), 1 + below(9), width, layers, slots, type});
   }
+}
+
+void check_attention(DType type, int cases) {
   for (const AttentionCase& n : {AttentionCase{1, 1, 1, 1, 1, 1, type}, AttentionCase{2, 4, 2, 3, 0, 16, type},
                                  AttentionCase{2, 4, 2, 0, 5, 16, type}, AttentionCase{0, 4, 2, 3, 5, 16, type},
                                  AttentionCase{1, 2, 1, 5, 700, 64, type}, AttentionCase{1, 2, 2, 70, 300, 80, type},
@@ -390,6 +416,12 @@ void check_type(DType type, int cases) {
                                  AttentionCase{1, 8, 1, 200, 20, 128, type},
                                  AttentionCase{1, 2, 1, 100, 97, 256, type}}) {
     check_attention(n);
+  }
+  // Five tiles of the source (BlockShape::kBackSource), and no gradient of the gate: dquery's second pass begins at
+  // once after the first, with the flags that the last tile had.
+  for (const int64_t size : {64, 128, 256}) {
+    const int64_t tile = type == DType::float32 ? (size == 256 ? 16 : 32) : (size == 64 ? 64 : 32);
+    check_attention({1, 2, 1, 33, 5 * tile - 3, size, type}, 1);
   }
   for (int i = 0; i < cases; ++i) {
     const int64_t groups = 1 + below(3), shared = one_of<int64_t>({1, 1, 2, 3, 4, 7});
@@ -405,9 +437,15 @@ void check_type(DType type, int cases) {
 int main(int count, char** arguments) {
   const int cases = count > 1 ? std::atoi(arguments[1]) : 25;
   generator.seed(count > 2 ? static_cast<uint64_t>(std::atoll(arguments[2])) : 1);
+  const std::string only = count > 3 ? arguments[3] : "";
   try {
     check_device();
-    for (DType type : {DType::float32, DType::bfloat16, DType::float16}) check_type(type, cases);
+    for (DType type : {DType::float32, DType::bfloat16, DType::float16}) {
+      const std::string name = name_of(type);
+      if (only.empty() || only == "layer_mix " + name) check_layer_mix(type, cases);
+      if (only.empty() || only == "attention " + name) check_attention(type, cases);
+      check_traffic(type);
+    }
   } catch (const std::exception& error) {
     fail("exception", error.what());
   }

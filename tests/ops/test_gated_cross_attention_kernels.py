@@ -228,10 +228,17 @@ def test_backward_is_deterministic(impl: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (0, 2)])
-def test_only_needed_gradients_are_computed(impl: str, needed: tuple[int, ...]) -> None:
-    low = inputs(1, 2, 2, 17, 5, 16)
-    grad = torch.randn(1, 17, 2, 16, device=DEVICE)
+@pytest.mark.parametrize(
+    "needed, source, size",
+    [
+        *(((i,), 5, 16) for i in range(5)),
+        ((0, 2), 5, 16),
+        ((0,), 157, 64),  # in fp32 five tiles of the CUDA kernels' source, whose flags are kept for four
+    ],
+)
+def test_only_needed_gradients_are_computed(impl: str, needed: tuple[int, ...], source: int, size: int) -> None:
+    low = inputs(1, 2, 2, 17, source, size)
+    grad = torch.randn(1, 17, 2, size, device=DEVICE)
     full = run(impl, low, None, grad)
     leaves = [x.detach().requires_grad_(i in needed) for i, x in enumerate(low)]
     out = ops.gated_cross_attention(*leaves, impl=impl)
