@@ -237,8 +237,11 @@ def _forward(arch: str) -> list[Entry]:
     found = []
     for shipped in ATTENTION:
         size, dtype, _ = shipped
-        config = forward.configuration(size, dtype, arch)
+        config = forward.configuration(size, dtype, arch, forward.SHORT + 1)
+        short = forward.configuration(size, dtype, arch, forward.SHORT)
         found.append(shipped_entry("forward", forward_kernel, config, shipped, {}))
+        if short != config:
+            found.append(shipped_entry("forward short", forward_kernel, short, shipped, {}))
         if size == 128:
             bare: dict[str, None] = dict(p_mask=None, p_residual=None)
             found.append(shipped_entry("forward bare", forward_kernel, config, shipped, bare))

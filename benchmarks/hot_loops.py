@@ -30,6 +30,7 @@ import sass
 import torch
 import triton
 from ahead_of_time import SHIPPED, TARGETS, Entry, cuda_usage
+from layalign_kernels import gated_cross_attention as forward
 from layalign_kernels import gated_cross_attention_backward as backward
 from layalign_kernels import gated_cross_attention_decode as decode
 from layalign_kernels import layer_mix
@@ -83,14 +84,18 @@ Constants = dict[str, Any]
 Worker = Callable[[Constants, Size], "Work | None"]  # None: the launcher takes another kernel at this size
 
 
-def _source(first: int, end: int) -> dict[str, int]:
-    return dict(o_first=first, o_end=end, i_first=first, i_end=end, MASK_BLOCK=1024)
+def _source(c: Constants, end: int) -> dict[str, int]:
+    """A source without holes."""
+    whole = end - end % int(c["BN"])
+    return dict(o_first=0, o_end=end, i_first=0, i_whole=whole, i_end=end, MASK_BLOCK=1024)
 
 
-def _forward(c: Constants, s: Size) -> Work:
+def _forward(c: Constants, s: Size, target: str) -> Work | None:
+    if forward.configuration(c["D"], torch.bfloat16, target, s.S)["BM"] != c["BM"]:
+        return None
     moved = 2 * s.B * c["D"] * (3 * s.H * s.T + 2 * s.G * s.S) + 4 * s.B * s.H * s.T + s.B * s.S
     programs = ceil_div(s.T, c["BM"]) * s.B * s.H
-    return Work(programs, _source(0, s.S), 4 * s.B * s.H * s.T * s.S * c["D"], moved)
+    return Work(programs, _source(c, s.S), 4 * s.B * s.H * s.T * s.S * c["D"], moved)
 
 
 def _dq(c: Constants, s: Size) -> Work | None:
@@ -98,7 +103,7 @@ def _dq(c: Constants, s: Size) -> Work | None:
         return None
     moved = 2 * s.B * c["D"] * (3 * s.H * s.T + 2 * s.G * s.S) + 8 * s.B * s.H * s.T + s.B * s.S
     programs = ceil_div(s.T, c["BM"]) * s.B * s.H
-    return Work(programs, _source(0, s.S), 6 * s.B * s.H * s.T * s.S * c["D"], moved)
+    return Work(programs, _source(c, s.S), 6 * s.B * s.H * s.T * s.S * c["D"], moved)
 
 
 def _dkv(c: Constants, s: Size, split: bool, processors: int) -> Work | None:
@@ -113,10 +118,26 @@ def _dkv(c: Constants, s: Size, split: bool, processors: int) -> Work | None:
     return Work(programs * splits, names, 8 * s.B * s.H * s.T * s.S * c["D"], moved)
 
 
+def _resident(c: Constants, s: Size, split: bool, target: str, processors: int) -> Work | None:
+    chosen = backward.resident_configuration(c["D"], s.S, torch.bfloat16, target)
+    if chosen is None or chosen["BN"] != c["BN"]:
+        return None
+    pairs = s.H // s.G * ceil_div(s.T, c["BM"])
+    splits = backward.splits_over_rows(s.B * s.G, pairs, processors)
+    if split != (splits > 1):
+        return None
+    written = 2 * s.G * s.S * (2 if splits == 1 else 4 * splits)
+    moved = s.B * c["D"] * (2 * (3 * s.H * s.T + 2 * s.G * s.S) + written) + 4 * s.B * s.H * s.T + s.B * s.S
+    names = dict(i_begin=0, blocks=ceil_div(pairs, splits), REP=s.H // s.G, n_t=ceil_div(s.T, c["BM"]))
+    return Work(s.B * s.G * splits, names, 10 * s.B * s.H * s.T * s.S * c["D"], moved)
+
+
 def _splits(config: Constants, s: Size, processors: int) -> tuple[int, int]:
     """(programs of one split, splits) of decoding."""
     programs = s.B * s.G * ceil_div(s.H // s.G * s.T, config["BM"])
-    return programs, decode.splits_over_source(programs, s.S, config["BN"], processors)
+    room = decode.PROGRAMS_PER_PROCESSOR[config["BM"]] * processors
+    splits = decode.splits_over_source(programs, s.S, config["BN"], room)
+    return programs, ceil_div(s.S, ceil_div(ceil_div(s.S, config["BN"]), splits) * config["BN"])
 
 
 def _decode_blocks(c: Constants, s: Size, target: str) -> Constants:
@@ -130,7 +151,7 @@ def _decode(c: Constants, s: Size, target: str) -> Work | None:
     span = max(1, ceil_div(ceil_div(s.S, c["BN"]), splits)) * c["BN"]
     written = 2 * c["D"] if splits == 1 else 4 * splits * (c["D"] + 1)
     moved = s.B * (2 * c["D"] * (2 * s.G * s.S + s.H * s.T) + s.G * s.S + written * s.H * s.T)
-    return Work(programs * splits, _source(0, min(span, s.S)), 4 * s.B * s.H * s.T * s.S * c["D"], moved)
+    return Work(programs * splits, _source(c, min(span, s.S)), 4 * s.B * s.H * s.T * s.S * c["D"], moved)
 
 
 def _combine(c: Constants, s: Size, target: str) -> Work | None:
@@ -213,18 +234,7 @@ class Known:
 ATTENTION = r"gated_cross_attention_\w+_kernel"
 EXCEPTIONS = (
     Known(
-        "gated_cross_attention_dkv_kernel", "repeated product", "b_s = tl.dot(b_k",
-        "8 warps over 64 source tokens: wgmma takes 64 rows, so both groups compute all scores",
-    ),
-    Known(
-        "gated_cross_attention_dkv_kernel", "repeated product", "b_gv = tl.dot(b_v", "the same for the gradient of p",
-    ),
-    Known(
-        "gated_cross_attention_decode_kernel", "repeated product", "b_s = tl.dot(b_q",
-        "tiles of 64 rows with 8 warps: as in dkv",
-    ),
-    Known(
-        "shared_projection_kernel", "repeated product", "b_x = tl.dot(b_mix", "8 warps over 64 slots: as in dkv",
+        "shared_projection_kernel", "repeated product", "b_x = tl.dot(b_mix", "8 warps over 64 slots: wgmma takes 64 rows",
     ),
     Known(
         "shared_projection_kernel", "narrow global", "b_h = tl.load(p_layers",
@@ -243,7 +253,19 @@ EXCEPTIONS = (
         "log-sum-exp and delta in the layout of the scores: 2 neighbouring columns a thread",
     ),
     Known(
-        "gated_cross_attention_decode_kernel", "narrow shared", "range(i_first, i_end, BN)",
+        ATTENTION, "narrow shared", "range(o_first, o_end, MASK_BLOCK)",
+        "first, end and number of the attended tokens over the warps: three exchanges of one number",
+    ),
+    Known(
+        "gated_cross_attention_resident_kernel", "narrow shared", "range(i_begin, tl.minimum",
+        "log-sum-exp in the layout of the scores, and delta's sums over the warps",
+    ),
+    Known(
+        "gated_cross_attention_decode_kernel", "narrow shared", "range(i_first, i_whole, BN)",
+        "sums over the warps, which share a row",
+    ),
+    Known(
+        "gated_cross_attention_decode_kernel", "narrow shared", "range(i_whole, i_end, BN)",
         "Triton reads keys for mma.sync by 4 neighbours a thread; sums over the warps, which share a row",
     ),
     Known(
@@ -372,11 +394,15 @@ def works(kernel: Kernel) -> list[tuple[Size, Work]]:
     """The launches at the paper's sizes, as far as the launcher takes this kernel; none for an unknown kernel."""
     target, processors = kernel.target, kernel.rates.processors
     table: dict[str, tuple[list[Size], Worker]] = {
-        "gated_cross_attention_forward_kernel": (TRAINING, _forward),
+        "gated_cross_attention_forward_kernel": (ONE_BLOCK + TRAINING, lambda c, s: _forward(c, s, target)),
         "gated_cross_attention_dq_kernel": (ONE_BLOCK + TRAINING, _dq),
         "gated_cross_attention_dkv_kernel": (
             ONE_BLOCK + TRAINING,
             lambda c, s: _dkv(c, s, "split" in kernel.name, processors),
+        ),
+        "gated_cross_attention_resident_kernel": (
+            ONE_BLOCK + TRAINING,
+            lambda c, s: _resident(c, s, "split" in kernel.name, target, processors),
         ),
         "gated_cross_attention_decode_kernel": (DECODING, lambda c, s: _decode(c, s, target)),
         "gated_cross_attention_decode_combine_kernel": (DECODING, lambda c, s: _combine(c, s, target)),
