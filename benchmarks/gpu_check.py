@@ -160,7 +160,7 @@ def counters(folder: Path, rows: str) -> Commands:
     sections = [word for name in ("SpeedOfLight", "Occupancy", "LaunchStats") for word in ("--section", name)]
     ours = "regex:gated_cross|layer_mix|projection|rows_kernel|dquery|dsource|combine|mix"
     # The clocks are left as they are: they are not ours, and pinned ones are not those of the other pieces.
-    own = ["ncu", "--clock-control", "none", "--kernel-name", ours, "--launch-count", "60", *sections]
+    own = ["ncu", "--clock-control", "none", "--kernel-name", ours, "--launch-count", "80", *sections]
     keep = ["--csv", "--page", "raw", "--log-file", str(folder / "counters.csv")]
     return [[*own, *keep, *benchmark("kernel_times.py", "--once")]]
 

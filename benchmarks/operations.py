@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,7 +180,7 @@ def attention(
         ]  # SDPA converts others
 
     def sdpa() -> Tensor:
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=added, enable_gqa=True)
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=added, enable_gqa=groups != heads)
         return torch.addcmul(residual, gate, found.transpose(1, 2))
 
     def plain(rows: slice, query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
@@ -244,7 +245,9 @@ def varlen(operation: Operation) -> Callable[[], Tensor]:
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     rows = torch.arange(batch + 1, device=key.device, dtype=torch.int32) * length
     real = None if mask is None else mask.flatten().nonzero().flatten()
-    grouped = dict(enable_gqa=True) if groups != query.shape[1] else {}
+    # torch 2.11 groups heads without being told.
+    told = groups != query.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    grouped = dict(enable_gqa=True) if told else {}
     longest, residual = int(lengths.max()), operation.residual
     assert residual is not None
 
