@@ -23,7 +23,8 @@ Pieces, in this order. Planned and longest time in seconds; all of them are plan
 A piece with * goes on where it stopped: every test, row or candidate is kept when it is done. A piece that passed or
 failed is not run again unless it is named, and then only for what has not passed. ``--again`` runs from the start.
 Without -t a call runs everything that is left. With -t it runs, in order, what fits into so many seconds: a lease of
-minutes is used up by the same command, called again. To go on where a lease ended, bring FOLDER back.
+minutes is used up by the same command, called again; what is stopped may take 20 s more. To go on where a lease ended,
+bring FOLDER back.
 
 -k: a pytest expression that chooses tests and rows, e.g. ``-k "forward and mha"``; part of a name for tables.
 BENCH: more arguments for the benchmarks, e.g. ``BENCH="--patience 0.3"``. LAYALIGN_COMMIT: the commit of a checkout
@@ -136,7 +137,9 @@ def suite(file: str, keep: str) -> Callable[[Path, str], Commands]:
 
 def tests(folder: Path, rows: str) -> Commands:
     files = [str(ROOT / "tests" / "ops" / f"test_{name}.py") for name in TESTS]
-    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "resume", "--resume", folder / "tests.txt")
+    # A file that cannot be imported, for want of a package, does not keep the others from running.
+    own = ["--continue-on-collection-errors", "--resume", folder / "tests.txt"]
+    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "resume", *own)
     done = subprocess.run(python("-c", "import xdist"), capture_output=True, check=False)
     if done.returncode == 0 and not QUICK:  # compiling the kernels takes the CPU's cores more than the GPU
         command += ["-n", str(min(8, os.cpu_count() or 1))]
@@ -317,6 +320,8 @@ def main(arguments: list[str]) -> int:
                 continue
             left = float("inf") if options.seconds is None else options.seconds - (time.monotonic() - begin)
             piece = PIECES[name]
+            if name != "page" and "page" in chosen:
+                left -= PIECES["page"].planned
             if left < min(piece.planned, ENOUGH if piece.resumes else piece.planned):
                 check.say(f"== {name}: not run, {left:.0f} s left")
                 continue
@@ -328,7 +333,7 @@ def main(arguments: list[str]) -> int:
     if left_over:
         print("FAILED or not finished: " + " ".join(left_over))
         return 1
-    print(f"all pieces passed; results in {options.folder}")
+    print(f"passed: {' '.join(chosen)}; results in {options.folder}")
     return 0
 
 

@@ -264,11 +264,7 @@ def varlen(operation: Operation) -> Callable[[], Tensor]:
 
 
 def flex(operation: Operation) -> Callable[[], Tensor]:
-    """Compiled FlexAttention with the same padding mask, then gate and addition, on a GPU.
-
-    Raises:
-        Exception: torch cannot compile it here.
-    """
+    """Compiled FlexAttention with the same padding mask, then gate and addition, on a GPU; its first call compiles."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     query, key, value, gate = operation.leaves
@@ -289,5 +285,4 @@ def flex(operation: Operation) -> Callable[[], Tensor]:
     def run() -> Tensor:
         return residual + gate * compiled(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2)
 
-    run()
     return run

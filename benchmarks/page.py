@@ -8,6 +8,7 @@ Plots and report.html are made too, where matplotlib is installed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -116,25 +117,31 @@ def head(folder: Path) -> list[str]:
         facts = json.loads(facts_file.read_text(encoding="utf-8"))
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         lines.append(f"{facts['device']['name']}; {versions}; commit {facts['commit'][:12]}.")
+    measured = {}
     for file in sorted(folder.glob("*.json")):
-        try:
-            results = load(file)
-        except LayAlignError:
-            continue
-        rates = results.data["ceilings"]
-        if results.data["shapes"] == "quick":
-            lines.append("A dry run with tiny shapes: the numbers mean nothing.")
-        if rates:
-            copy, product = rates["copy GB/s"], rates["matmul TFLOP/s"]
-            lines.append(f"Ceilings before {file.stem}: copy {copy:.0f} GB/s, product {product:.0f} TFLOP/s.")
-        lines += [f"FAILED: {text}" for text in results.data.get("failed", [])]
+        with contextlib.suppress(LayAlignError):  # not a result file
+            measured[file.stem] = load(file).data
+    if any(data["shapes"] == "quick" for data in measured.values()):
+        lines.append("A dry run with tiny shapes: the numbers mean nothing.")
+    rates = {name: data["ceilings"] for name, data in measured.items() if data["ceilings"]}
+    ceilings = [f"{r['copy GB/s']:.0f} GB/s and {r['matmul TFLOP/s']:.0f} TFLOP/s ({n})" for n, r in rates.items()]
+    if ceilings:
+        lines.append(f"Ceilings, copy and product, before each file: {'; '.join(ceilings)}.")
     states = json.loads(check.read_text(encoding="utf-8")) if check.is_file() else {}
-    lines.append(
-        "Pieces: "
-        + "; ".join(f"{name} {each['state']} ({each['seconds']:.0f} s)" for name, each in states.items())
-        + "."
-    )
-    return lines
+    ended = [f"{name} {each['state']} ({each['seconds']:.0f} s)" for name, each in states.items() if name != "page"]
+    lines.append(f"Pieces: {'; '.join(ended) or 'none'}.")
+    return lines + [f"FAILED: {text}" for data in measured.values() for text in data.get("failed", [])]
+
+
+def stepped(folder: Path) -> list[str]:
+    """Launches and waits of the profiled steps."""
+    file = folder / "profile.json"
+    steps = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    own = [
+        f"{name} {each['seconds'] * 1e3:.2f} ms in {each['kernels']} kernels, {sum(each['waits'].values())} waits"
+        for name, each in steps.items()
+    ]
+    return [f"Profiled, one each: {'; '.join(own)}."] if own else []
 
 
 def tuned(folder: Path) -> list[str]:
@@ -152,7 +159,7 @@ def page(folder: Path) -> str:
     rows = [line(target, folder) for target in TARGETS]
     cells = [["target", "ours / baseline", "measured, worst row", "of the roofline", "verdict"], ["---"] * 5, *rows]
     table = ["| " + " | ".join(each) + " |" for each in cells]
-    lines = [*head(folder), "\n".join(table), *tuned(folder)]
+    lines = [*head(folder), "\n".join(table), *tuned(folder), *stepped(folder)]
     return "\n\n".join(line for line in lines if line) + "\n"
 
 

@@ -30,19 +30,14 @@ def serving(operation: str, impl: str, device: str) -> None:
         pytest.skip(f"{impl}: {reason}")
 
 
-def outcome(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
-    """The result without gradients, that with gradients, and the gradients."""
-    with torch.no_grad():  # other kernels run without gradients
-        alone = call()
-    result = call()
-    return [alone, result.detach(), *torch.autograd.grad(result, leaves, grad.to(result.dtype))]
-
-
-def require_right(operation: Operation, impl: str, shapes: Shapes) -> dict[str, str]:
+def require_right(operation: Operation, impl: str, shapes: Shapes, backward: bool = True) -> dict[str, str]:
     """Check the result, with and without gradients enabled, and every gradient; a wrong backend is not timed.
 
     In float32 they must agree with reference.py. In narrower types they must agree with reference.py in float32 on the
     same numbers, within three times the error of reference.py in that type.
+
+    Args:
+        backward: whether the baselines that are not of every run need gradients, too.
 
     Returns:
         The baselines that cannot run here or are wrong, and why; they are removed. Those of every run must be right.
@@ -59,10 +54,13 @@ def require_right(operation: Operation, impl: str, shapes: Shapes) -> dict[str, 
     whats = ["result", *(f"gradient of {tuple(leaf.shape)}" for leaf in operation.leaves)]
     assert all(map(math.isfinite, errors)), f"{operation.name}, {REFERENCE}: not finite; not timed"
 
-    def wrong(call: Callable[[], torch.Tensor]) -> str:
-        alone, *found = outcome(call, operation.leaves, grad)
-        checked = [("result without gradients", alone, exact[0], allowed[0])]
-        checked += zip(whats, found, exact, allowed, strict=True)
+    def wrong(call: Callable[[], torch.Tensor], both: bool = True) -> str:
+        with torch.no_grad():  # other kernels run without gradients
+            checked = [("result without gradients", call(), exact[0], allowed[0])]
+        if both:
+            result = call()
+            found = [result.detach(), *torch.autograd.grad(result, operation.leaves, grad.to(result.dtype))]
+            checked += zip(whats, found, exact, allowed, strict=True)
         for what, one, other, most in checked:
             error = measure.difference(one, other)
             if not error <= most:
@@ -79,7 +77,7 @@ def require_right(operation: Operation, impl: str, shapes: Shapes) -> dict[str, 
             assert not (text := wrong(call)), f"{operation.name}, {name}: {text}; not timed"
             continue
         try:
-            text = wrong(call)
+            text = wrong(call, backward)
         except Exception as error:  # a baseline that torch does not have for this call is not a failure
             text = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         if text:
@@ -90,7 +88,7 @@ def require_right(operation: Operation, impl: str, shapes: Shapes) -> dict[str, 
 
 def timed(operation: Operation, impl: str, backward: bool, rows: Any, shapes: Shapes, group: str, name: str) -> None:
     """Check an operation, then time it."""
-    for baseline, why in require_right(operation, impl, shapes).items():
+    for baseline, why in require_right(operation, impl, shapes, backward).items():
         rows.note(f"{baseline}: {group}, {name}", why)
     with torch.set_grad_enabled(backward):
         labels = {**operation.labels, "impl": impl, "auto": operation.auto()}
