@@ -66,6 +66,10 @@ TESTS = (
 )  # fmt: skip
 
 
+# Pieces by their old names.
+FORMER = {"bench": ["operations", "graphs", "model"], "report": ["page"]}
+
+
 class Absent(Exception):
     """What a piece needs is not on this machine; the text says what."""
 
@@ -292,6 +296,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("pieces", nargs="*", metavar="PIECE")
     found = parser.parse_args(arguments)
+    found.pieces = [name for given in found.pieces for name in FORMER.get(given, [given])]
     for name in found.pieces:
         if name not in PIECES:
             parser.error(f"{name}: expected a piece of {' '.join(PIECES)}")

@@ -163,6 +163,7 @@ def test_the_plan_fits_into_a_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu_check
 
     assert tuple(gpu_check.PIECES) == PIECES
+    assert gpu_check.parse(["bench", "report"]).pieces == ["operations", "graphs", "model", "page"]
     planned, most = (sum(getattr(piece, name) for piece in gpu_check.PIECES.values()) for name in ("planned", "most"))
     assert f"planned for {planned} and stopped after {most}." in (gpu_check.__doc__ or "")
     assert most <= 28 * 60 and all(piece.planned <= piece.most < 540 for piece in gpu_check.PIECES.values())
