@@ -106,8 +106,8 @@ kernels-report: $(STAMP)
 	$(BIN)/python benchmarks/hot_loops.py --output benchmarks/results/kernels/hot_loops_sm_90.md
 	$(BIN)/python benchmarks/cuda_report.py --output benchmarks/results/kernels/cuda.md
 
-# Minutes on a CPU, under twenty on a GPU. LAYALIGN_BENCH=quick|cpu|gpu chooses the shapes, by default by the machine;
-# PATIENCE=2 takes twice as many rounds of every row.
+# Minutes on a CPU; on a GPU benchmarks/gpu_check.sh does this and more, in pieces. LAYALIGN_BENCH=quick|cpu|gpu chooses
+# the shapes, by default by the machine; PATIENCE=2 takes twice as many rounds of every row.
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q benchmarks --results benchmarks/results/$(DEVICE) --patience $(or $(PATIENCE),1); code=$$?; \
 	  $(BIN)/python benchmarks/report.py benchmarks/results/$(DEVICE) && exit $$code

@@ -1,12 +1,14 @@
 """`pytest benchmarks/ [--results DIR] [--patience N]`: the rows of a run, its ceilings, and the result file.
 
-Every test adds rows with the fixture ``rows``. ``--results DIR`` writes them to ``DIR/bench.json`` at the end, also if
-the run is stopped (Ctrl-C, SIGTERM).
+Every test adds rows with the fixture ``rows``. ``--results DIR`` writes them to ``DIR/bench.json`` after each test and
+at the end, also if the run is stopped (Ctrl-C, SIGTERM). With the plugin ``resume``, a run adds to the rows of the
+tests that an earlier one finished.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import logging
@@ -19,6 +21,7 @@ from typing import Any
 
 import measure
 import pytest
+import resume
 import torch
 from facts import facts
 from shapes import Shapes, chosen
@@ -30,7 +33,9 @@ NOTES = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", metavar="DIR", type=Path, help="write every row to DIR/bench.json")
+    parser.addoption(
+        "--results", metavar="DIR", type=Path, help="write every row to DIR/bench.json, or to a file *.json"
+    )
     parser.addoption("--patience", metavar="N", type=positive, default=1.0, help="factor for the rounds of every row")
 
 
@@ -44,6 +49,12 @@ def positive(text: str) -> float:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS], config.stash[NOTES] = [], {"start": time.time(), "left out": {}}
+    file, done = result_file(config), resume.passed(config)
+    if done and file is not None and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        config.stash[ROWS] += [row for row in before["rows"] if row.get("test") in done]
+        config.stash[NOTES] |= {name: before[name] for name in ("ceilings", "left out")}
+        config.stash[NOTES]["start"] -= before["seconds"]
     if not config.pluginmanager.hasplugin("benchmark"):
         config.pluginmanager.register(PlainPlugin(), "plain-benchmark")
     config.addinivalue_line("markers", "timeout: seconds, where pytest-timeout is installed")
@@ -79,28 +90,52 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         FAILED.append(f"{item.name}: {text[0]}")
 
 
+def result_file(config: pytest.Config) -> Path | None:
+    """The file of ``--results``."""
+    path: Path | None = config.getoption("--results")
+    return path if path is None or path.suffix == ".json" else path / "bench.json"
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    config = session.config
-    if exitstatus == pytest.ExitCode.INTERRUPTED:
-        LEFT_OUT["the rows that would follow"] = "the run was stopped before its end"
-    folder, rows, notes = config.getoption("--results"), config.stash[ROWS], config.stash[NOTES]
-    if folder is None or not rows:
+    stopped = exitstatus == pytest.ExitCode.INTERRUPTED
+    write(session.config, {"the rows that would follow": "the run was stopped before its end"} if stopped else {})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Write the rows before the plugin ``resume`` notes that the test has passed."""
+    if resume.passes_are_kept(item.config):
+        write(item.config, {})
+
+
+@functools.cache
+def measured_on(device: str) -> dict[str, Any]:
+    """The facts of this run."""
+    return facts(gpu=device == "cuda")
+
+
+def write(config: pytest.Config, left_out: dict[str, str]) -> None:
+    """Write the result file, if one is asked for and there are rows."""
+    file, rows, notes = result_file(config), config.stash[ROWS], config.stash[NOTES]
+    if file is None or not rows:
         return
     shapes = chosen()
     result = {
         "format": 1,
-        "facts": facts(gpu=shapes.device == "cuda"),
+        "facts": measured_on(shapes.device),
         "shapes": shapes.name,
         "dtype": str(shapes.dtype).removeprefix("torch."),
         "ceilings": notes.get("ceilings", {}),
         "seconds": round(time.time() - notes["start"], 1),
         "patience": config.getoption("--patience"),
-        "left out": {**notes["left out"], **LEFT_OUT},
+        "left out": {**notes["left out"], **LEFT_OUT, **left_out},
         "failed": FAILED,
         "rows": rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
 
 
 class PlainBenchmark:
@@ -151,15 +186,23 @@ class Rows:
     """Measures one row after another and keeps them."""
 
     def __init__(
-        self, shapes: Shapes, watch: measure.Stopwatch, ceiling: dict[str, float], config: pytest.Config, benchmark: Any
+        self,
+        shapes: Shapes,
+        watch: measure.Stopwatch,
+        ceiling: dict[str, float],
+        config: pytest.Config,
+        benchmark: Any,
+        test: str,
     ) -> None:
         self.shapes, self.watch, self.ceiling, self._benchmark = shapes, watch, ceiling, benchmark
+        self.queued, self._test = queued_watch(shapes.device), test
         self._rows, self._notes = config.stash[ROWS], config.stash[NOTES]
         self._patience = config.getoption("--patience")
 
     def add(self, group: str, name: str, unit: str, labels: dict[str, Any], values: dict[str, Any]) -> None:
         """Keep a row; ``values`` has at least median, q1 and q3 in ``unit`` ("s" or "bytes")."""
-        row = {"id": f"{group} / {name}", "group": group, "name": name, "unit": unit, "labels": labels, **values}
+        about = {"id": f"{group} / {name}", "group": group, "name": name, "unit": unit, "test": self._test}
+        row = {**about, "labels": labels, **values}
         self._rows.append({**row, "clock MHz": measure.clock(self.shapes.device)})
 
     def note(self, what: str, why: str) -> None:
@@ -178,13 +221,18 @@ class Rows:
         target: dict[str, Any] | None = None,
         seconds: float | None = None,
         extra: dict[str, Any] | None = None,
+        queued: bool = False,
     ) -> None:
-        """Time the first of ``calls`` and the others in turns, through pytest-benchmark's fixture."""
+        """Time the first of ``calls`` and the others in turns, through pytest-benchmark's fixture.
+
+        ``queued``: on a GPU, without what launches cost the host (:class:`measure.Stopwatch`).
+        """
         (headline, ours), *others = calls.items()
         fewest = 6 if target is not None else 3 if self.shapes.name == "cpu" else 5
         seconds = self.shapes.seconds if seconds is None else seconds
         judged = None if target is None else target["baseline"]
-        turns = measure.Turns(self.watch, ours, dict(others), seconds, few, self._patience, fewest, judged)
+        watch = self.queued if queued else self.watch
+        turns = measure.Turns(watch, ours, dict(others), seconds, few, self._patience, fewest, judged)
         self._benchmark.group = group
         self._benchmark.name = name
         self._benchmark.pedantic(turns.ours, setup=turns.baselines, rounds=turns.rounds)
@@ -198,6 +246,12 @@ class Rows:
         self.add(group, name, "s", {**labels, "ours": headline}, values)
 
 
+@functools.cache
+def queued_watch(device: str) -> measure.Stopwatch:
+    """The stopwatch of operations."""
+    return measure.Stopwatch(device, queued=True)
+
+
 @pytest.fixture
 def rows(
     shapes: Shapes,
@@ -208,4 +262,4 @@ def rows(
 ) -> Rows:
     """Measures the rows of a test; its method ``time`` also needs the fixture ``benchmark``."""
     benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
-    return Rows(shapes, watch, ceiling, pytestconfig, benchmark)
+    return Rows(shapes, watch, ceiling, pytestconfig, benchmark, request.node.nodeid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -33,7 +34,10 @@ def _processor() -> str:
 
 
 def facts(gpu: bool | None = None) -> dict[str, Any]:
-    """Device, versions and commit of a measurement. `gpu`: describe the GPU or the CPU; default: a GPU if available."""
+    """Device, versions and commit of a measurement. `gpu`: describe the GPU or the CPU; default: a GPU if available.
+
+    LAYALIGN_COMMIT names the commit of a checkout without .git.
+    """
     versions = {}
     for package in ("layalign", "torch", "triton", "transformers", "peft"):
         try:
@@ -62,7 +66,7 @@ def facts(gpu: bool | None = None) -> dict[str, Any]:
         "device": device,
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _run("git", "rev-parse", "HEAD"),
+        "commit": os.environ.get("LAYALIGN_COMMIT") or _run("git", "rev-parse", "HEAD"),
         "changed files": _run("git", "status", "--porcelain", "--untracked-files=no").splitlines(),
     }
 

@@ -3,8 +3,12 @@
 **Time.** The calls of one row take turns, so that other load on the machine affects all of them. A round times every
 baseline once and then ours. A ratio is the median over rounds of ours / baseline within the round. If a slow baseline
 was timed in fewer than three rounds, it is the median of our first three times over the baseline's median. If a call of
-the row is short (under 2 ms), each call also runs once untimed right before. On a GPU, CUDA events are used, and the L2
-cache is overwritten before each call.
+the row is short (under 2 ms), each call also runs once untimed right before.
+
+On a GPU, CUDA events are used, and the L2 cache is overwritten before each call. That takes some 60 us, in which the
+host gets no further ahead: a call of a few launches would be timed with what the launches cost the host. So operations
+are timed *queued*: the device waits until the whole call is queued. What a graph or a model is to save is left in:
+calls of whole models are timed as they are, and as replays of a CUDA graph (:func:`captured`).
 
 With six or more rounds, a ratio has a 95 % interval. If a target depends on the ratio, rounds continue until that
 interval should be narrow, judged by the spread of the first rounds, or until the time is used up.
@@ -26,19 +30,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layalign.experiments.bench.results import FEW_ROUNDS
 
 SHORT, LONG, VERY_LONG, LONGEST = 2e-3, 0.3, 3.0, 5.0  # seconds of a call
 NARROW = 0.01  # target for half the width of a ratio's 95 % interval, relative to the ratio
+WAIT, LONGEST_WAIT = 2**18, 2**25  # clock cycles of a GPU: 0.13 and 17 ms at 2 GHz
+CHUNK = 2**26  # elements that are compared at once, in float64
 
 
 class Stopwatch:
-    """Times single calls on one device."""
+    """Times single calls on one device.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        device: "cpu" or "cuda".
+        queued: on a GPU, whether the device waits until the whole call is queued, so that launches cost nothing.
+    """
+
+    def __init__(self, device: str, queued: bool = False) -> None:
         self.gpu = device == "cuda"
         self._flush = torch.empty(2**28, dtype=torch.int8, device=device) if self.gpu else None
+        self._wait = WAIT if queued else 0
 
     def once(self, call: Callable[[], Any]) -> float:
         """Run ``call`` and wait for it."""
@@ -46,13 +59,19 @@ class Stopwatch:
             begin = time.perf_counter()
             call()
             return time.perf_counter() - begin
-        self._flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.zero_()
+            if self._wait:
+                torch.cuda._sleep(self._wait)
+            start.record()
+            call()
+            end.record()
+            early = start.query()  # the device came here before all was queued
+            end.synchronize()
+            if not (self._wait and early) or self._wait >= LONGEST_WAIT:
+                return start.elapsed_time(end) / 1e3
+            self._wait *= 2
 
 
 def medians(watch: Stopwatch, calls: dict[str, Callable[[], Any]], count: int = 5) -> dict[str, float]:
@@ -214,7 +233,7 @@ def ceilings(watch: Stopwatch, dtype: torch.dtype, quick: bool) -> dict[str, flo
     """Measure copy bandwidth (read plus write, beyond the caches) and the rate of a matrix product."""
     device = "cuda" if watch.gpu else "cpu"
     size = 2**30 if watch.gpu else (2**22 if quick else 2**27)
-    source = torch.zeros(size, dtype=torch.int8, device=device)
+    source = torch.empty(size, dtype=torch.int8, device=device).random_()  # zeros may be read from one page, or packed
     target = torch.empty_like(source)
     n = 8192 if watch.gpu else (256 if quick else 2048)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -266,6 +285,60 @@ def peak_memory(
     return peak
 
 
+class _Uncapturable(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot record: operations for which the host reads memory of the device."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_consecutive")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in self.READS or by_mask:
+            raise RuntimeError(f"cannot be captured: {func.name()} reads from the device")
+        return func(*args, **(kwargs or {}))
+
+
+def captured(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """A replay of ``call`` as a CUDA graph, which returns the same tensors each time.
+
+    On a CPU it is ``call`` itself, after a check that nothing in it waits for the device.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    if device != "cuda":
+        with _Uncapturable():
+            call()
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, folds, allocates
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def host_seconds(call: Callable[[], Any], device: str, count: int = 20) -> float:
+    """Median seconds that the host needs to queue ``call``; on a CPU, to run it."""
+    times = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return statistics.median(times)
+
+
 def clock(device: str) -> float | None:
     """The current clock in MHz (GPU: of the multiprocessors; CPU: mean over the cores); None if unknown."""
     if device == "cuda":
@@ -283,11 +356,19 @@ def clock(device: str) -> float | None:
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative difference in the Frobenius norm; infinite for NaN, infinity or another shape."""
-    if found.shape != expected.shape or not bool(found.isfinite().all()):
+    """Relative difference in the Frobenius norm; infinite for NaN, infinity or another shape.
+
+    In chunks: the copies in float64 of a projection at B 32, S 512 would take 100 GB.
+    """
+    if found.shape != expected.shape:
         return float("inf")
-    wide = expected.detach().double()
-    return float((found.detach().double() - wide).norm() / wide.norm().clamp(min=1e-12))
+    error = norm = torch.zeros((), dtype=torch.float64, device=expected.device)
+    for one, other in zip(*(x.detach().reshape(-1).split(CHUNK) for x in (found, expected)), strict=True):
+        wide = other.double()
+        error = error + (one.double() - wide).square().sum()
+        norm = norm + wide.square().sum()
+    relative = float(error.sqrt() / norm.sqrt().clamp(min=1e-12))
+    return relative if math.isfinite(relative) else float("inf")
 
 
 def slope(sizes: list[int], values: list[float]) -> float:

@@ -29,10 +29,15 @@ def shared(module: Any) -> Any:
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
-def frozen_parts(size: Size) -> tuple[Any, Any]:
-    """(mT5-like encoder, Llama-like LLM)."""
+def frozen_parts(size: Size, shapes: Shapes) -> tuple[Any, Any]:
+    """(mT5-like encoder, Llama-like LLM), made on the device in their dtype: 7B in float32 on a CPU takes minutes."""
     torch.manual_seed(0)
-    encoder = MT5EncoderModel(
+    with torch.device(shapes.device):
+        return _frozen_parts(size, shapes.dtype)
+
+
+def _frozen_parts(size: Size, dtype: torch.dtype) -> tuple[Any, Any]:
+    encoder = MT5EncoderModel._from_config(
         MT5Config(
             vocab_size=size.vocabulary,
             d_model=size.encoder_width,
@@ -40,7 +45,8 @@ def frozen_parts(size: Size) -> tuple[Any, Any]:
             d_ff=size.encoder_inner,
             num_layers=size.encoder_layers,
             num_heads=size.encoder_heads,
-        )
+        ),
+        dtype=dtype,
     )
     config = LlamaConfig(
         vocab_size=size.vocabulary,
@@ -55,7 +61,7 @@ def frozen_parts(size: Size) -> tuple[Any, Any]:
         pad_token_id=PAD,
         tie_word_embeddings=False,
     )
-    llm = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    llm = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
     llm.generation_config.eos_token_id = None
     return encoder, llm
 
@@ -94,7 +100,7 @@ class Models:
     def __init__(self, size: Size, shapes: Shapes) -> None:
         self.size, self.device = size, shapes.device
         encoder, llm = (
-            part.to(shapes.device, shapes.dtype).eval().requires_grad_(False) for part in frozen_parts(size)
+            part.to(shapes.device, shapes.dtype).eval().requires_grad_(False) for part in frozen_parts(size, shapes)
         )
         self.encoder, self.bare = encoder, llm
         torch.manual_seed(1)

@@ -1,7 +1,7 @@
 """Shapes of the benchmarks: ``LAYALIGN_BENCH=quick|cpu|gpu``; the default depends on the machine.
 
 ``quick`` is a smoke test of seconds, whose numbers mean nothing. ``cpu`` takes minutes on two cores. ``gpu`` has the
-operations in the paper's shapes (mT5-xl with Llama-2-7B), and the whole model in a small and in a larger size.
+operations in the paper's shapes (mT5-xl with Llama-2-7B), and the whole model in small sizes and at 7B.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class Shapes:
     scaling_sizes: dict[str, int]  # B, S, T, E, L, and the fixed D_e, D_l, H, d
     seconds: float  # for the rounds of one row
     patience: float  # the same for a whole model's row with a target
+    full: tuple[Size, ...] = ()  # of test_full_size.py
+    full_train: tuple[Work, ...] = ()
+    full_decode: tuple[Work, ...] = ()  # also of prefill
+    graph_layers: int = 0  # of test_graphs.py
 
     @property
     def device(self) -> str:
@@ -70,6 +74,9 @@ class Shapes:
 _SMALL = Size("mha", 12, 768, 12, 12, 2048, 8, 512, 6, 1024)
 _GROUPED = Size("gqa", 12, 768, 12, 4, 2048, 8, 512, 6, 1024)
 _LARGER = Size("1.3b-gqa", 24, 2048, 32, 8, 5632, 24, 1024, 16, 2816, 32000)
+# mT5-xl's encoder with the shapes of Llama-2-7B and, but for its vocabulary, of Llama-3-8B.
+_FULL = Size("7b-mha", 32, 4096, 32, 32, 11008, 24, 2048, 32, 5120, 32000)
+_FULL_GROUPED = Size("8b-gqa", 32, 4096, 32, 8, 14336, 24, 2048, 32, 5120, 32000)
 
 QUICK = Shapes(
     name="quick",
@@ -87,6 +94,10 @@ QUICK = Shapes(
     scaling_sizes=dict(B=1, S=16, T=16, E=3, L=2, De=48, Dl=64, H=4, d=16),
     seconds=0.05,
     patience=0.05,
+    full=(Size("mha", 2, 64, 4, 4, 96, 3, 48, 4, 64, 128), Size("gqa", 2, 64, 4, 2, 96, 3, 48, 4, 64, 128)),
+    full_train=(Work(2, 6, 5),),
+    full_decode=(Work(2, 6, 4),),
+    graph_layers=2,
 )
 CPU = Shapes(
     name="cpu",
@@ -119,8 +130,12 @@ GPU = Shapes(
     attention_heads=(32, 128),
     scaling=(1, 2, 4, 8),
     scaling_sizes=dict(B=4, S=256, T=512, E=6, L=8, De=2048, Dl=4096, H=32, d=128),
-    seconds=2.0,
-    patience=6.0,
+    seconds=1.0,
+    patience=4.0,
+    full=(_FULL, _FULL_GROUPED),
+    full_train=(Work(8, 64, 64), Work(16, 200, 200)),  # the first stage: usual texts, and the longest
+    full_decode=(Work(8, 128, 128), Work(1, 128, 32)),
+    graph_layers=32,
 )
 
 

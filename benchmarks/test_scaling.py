@@ -44,7 +44,7 @@ def test_scaling(name: str, dimension: str, backward: bool, rows: Any, benchmark
         require_right(operation, "auto", shapes)
         calls = operation.passes("auto", backward)
         calls = {"layalign": calls["auto"], REFERENCE: calls[REFERENCE]}
-        for who, seconds in measure.medians(rows.watch, calls).items():
+        for who, seconds in measure.medians(rows.queued, calls).items():
             points[who]["s"].append(seconds)
             points[who]["bytes"].append(measure.peak_memory(calls[who], shapes.device, warm=True))
     kind = "forward and backward" if backward else "forward"
@@ -55,7 +55,7 @@ def test_scaling(name: str, dimension: str, backward: bool, rows: Any, benchmark
     }
     extra = {"points": points, "slopes": exponents, "linear": LINEAR}
     title = f"{name} over {dimension}, {kind}"
-    rows.time("scaling", title, calls, labels, seconds=shapes.seconds / 4, extra=extra)
+    rows.time("scaling", title, calls, labels, seconds=shapes.seconds / 4, extra=extra, queued=True)
     benchmark.extra_info.update(time_slope=exponents["layalign"]["s"], memory_slope=exponents["layalign"]["bytes"])
     if shapes.name != "quick":
         found = exponents["layalign"]["bytes"]
