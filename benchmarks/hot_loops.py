@@ -234,7 +234,8 @@ class Known:
 ATTENTION = r"gated_cross_attention_\w+_kernel"
 EXCEPTIONS = (
     Known(
-        "shared_projection_kernel", "repeated product", "b_x = tl.dot(b_mix", "8 warps over 64 slots: wgmma takes 64 rows",
+        "shared_projection_kernel", "repeated product", "b_x = tl.dot(b_mix",
+        "8 warps over 64 slots: wgmma takes 64 rows, so both groups compute them",
     ),
     Known(
         "shared_projection_kernel", "narrow global", "b_h = tl.load(p_layers",
