@@ -57,7 +57,7 @@ class Part:
 
     Attributes:
         kernel: its name here.
-        module: of ``layalign_kernels``; its function ``configuration`` is replaced.
+        module: of ``layalign_kernels``; its function ``function`` is replaced.
         argument: the argument that ``configuration`` is called with for this kernel; None for every call.
         size: head size; 0 for the kernels of the layers' mix.
         grid: the values to try of every block size and launch option.
@@ -68,6 +68,7 @@ class Part:
     argument: Any
     size: int
     grid: dict[str, tuple[int, ...]]
+    function: str = "configuration"
 
     @property
     def name(self) -> str:
@@ -76,7 +77,8 @@ class Part:
     def candidates(self) -> list[Blocks]:
         """The grid without what spills in every attention kernel, and then compiles for long; two for a dry run."""
         found = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
-        found = [each for each in found if self.size * each.get("BM", 1) * each["BN"] <= 2**17 * each["num_warps"]]
+        area = [each.get("BM", 1) * each.get("BN", 1) for each in found]
+        found = [each for each, of in zip(found, area, strict=True) if self.size * of <= 2**17 * each["num_warps"]]
         return found[:2] if QUICK else found
 
     def cases(self, shapes: Shapes) -> dict[str, Callable[[], Any]]:
@@ -90,13 +92,16 @@ class Part:
         for batch, length, source in shapes.attention:
             if (length == 1) != decoding:
                 continue
+            pair = self.kernel in ("dq", "dkv", "resident")
+            if pair and (self.kernel == "resident") != resident(self.size, source, shapes):
+                continue
             heads = shapes.attention_heads[0]
             # Of a group of 4 heads, 16 rows are 4 tokens.
             rows, groups = (self.argument // 4, heads // 4) if decoding else (length, heads)
             sizes = batch, rows, source, heads, groups, self.size
             case = operations.attention(*sizes, shapes.device, shapes.dtype)
             name = f"B{batch} T{rows} S{source} H{heads}/{groups}"
-            found[name] = backward(case) if self.kernel in ("dq", "dkv") else forward(case)
+            found[name] = backward(case) if pair else forward(case)
         return found
 
 
@@ -108,6 +113,14 @@ def backward(case: Operation) -> Callable[[], Any]:
     out = case.call("triton")
     grad = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, case.leaves, grad, retain_graph=True)
+
+
+def resident(size: int, source: int, shapes: Shapes) -> bool:
+    """Whether the backward keeps so long a source in one program."""
+    module: Any = importlib.import_module("layalign_kernels.gated_cross_attention_backward")
+    common: Any = importlib.import_module("layalign_kernels.gated_cross_attention_common")
+    arch = common.architecture(torch.device(shapes.device))
+    return module.resident_configuration(size, source, shapes.dtype, arch) is not None
 
 
 def mix_pass(kernel: str, shape: tuple[int, int], shapes: Shapes) -> Callable[[], Any]:
@@ -127,6 +140,9 @@ def parts(shapes: Shapes) -> list[Part]:
             Part("dq", pair, "dq", size, {**rows, "num_stages": (2,)}),
             Part("dkv", pair, "dkv", size, {**rows, "BN": (64, 128)}),
         ]
+        if any(length > 1 and resident(size, source, shapes) for _, length, source in shapes.attention):
+            grid = {"BM": (32, 16, 64), "num_warps": (8, 4), "num_stages": (2, 1, 3)}
+            found.append(Part("resident", pair, None, size, grid, "resident_configuration"))
         for count in (16, 32, 64):
             grid = {"BM": (count,), "BN": (64, 32, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
             found.append(Part(f"decode {count}", "gated_cross_attention_decode", count, size, grid))
@@ -141,20 +157,20 @@ def parts(shapes: Shapes) -> list[Part]:
 def blocks(part: Part, candidate: Blocks, seen: list[Blocks]) -> Iterator[None]:
     """Within the block, the part's kernel is launched with these; ``seen`` gets the shipped ones."""
     module: Any = importlib.import_module(f"layalign_kernels.{part.module}")
-    shipped = module.configuration
+    shipped = getattr(module, part.function)
 
-    def configuration(*arguments: Any) -> Blocks:
-        found: Blocks = shipped(*arguments)
-        if part.argument is not None and part.argument not in arguments:
+    def configuration(*arguments: Any) -> Blocks | None:
+        found: Blocks | None = shipped(*arguments)
+        if found is None or (part.argument is not None and part.argument not in arguments):
             return found
         seen.append(found)
         return {**found, **candidate}
 
-    module.configuration = configuration
+    setattr(module, part.function, configuration)
     try:
         yield
     finally:
-        module.configuration = shipped
+        setattr(module, part.function, shipped)
 
 
 @functools.lru_cache(maxsize=1)
@@ -206,7 +222,7 @@ def measured(part: Part, index: int, errors: dict[str, str], watch: measure.Stop
         for call in calls.values():
             call()
     if not seen:
-        raise RuntimeError(f"{part.name}: layalign_kernels.{part.module}.configuration was not asked")
+        raise RuntimeError(f"{part.name}: layalign_kernels.{part.module}.{part.function} was not asked")
     shipped = seen[-1]
     own = times(part, calls, {}, watch)
     found: list[dict[str, Any]] = [{"blocks": {name: shipped[name] for name in part.grid}, "seconds": own.seconds}]
