@@ -188,7 +188,7 @@ class TestCheck:
 class TestPages:
     """``make kernels-report`` writes them all again."""
 
-    @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+    @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
     def test_the_page_lists_what_ships(self, facts: dict[str, Any], target: str) -> None:
         page = (RESULTS / f"{target}.md").read_text(encoding="utf-8")
         assert re.findall(rf"^\| (.*?) \| {target} \|", page, re.MULTILINE) == facts["shipped"][target]
