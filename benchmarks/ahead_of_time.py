@@ -211,8 +211,8 @@ def _layer_mix(target: str) -> list[Entry]:
             types |= dict(weight="*fp32", bias="*fp32", partial_weight="*fp32", partial_bias="*fp32")
             flags = dict(E=layers, DTYPE=dtype, PRECISION="ieee")
             for kernel, label, extra in (
-                (layer_mix.layer_mix_forward_kernel, "forward", dict(HAS_BIAS=True, ALIGNED=True)),
-                (layer_mix.layer_mix_weight_kernel, "weight", dict(ALIGNED=True)),
+                (layer_mix.layer_mix_forward_kernel, "forward", dict(HAS_BIAS=True, ALIGNED=True, index=None)),
+                (layer_mix.layer_mix_weight_kernel, "weight", dict(ALIGNED=True, index=None)),
                 (layer_mix.layer_mix_hidden_kernel, "hidden", {}),
             ):
                 blocks = layer_mix.configuration(layers, slots, 2048, itemsize, label, target.startswith("gfx"))
