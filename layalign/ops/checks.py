@@ -171,6 +171,27 @@ def mix_limits(hidden: Sequence[Tensor], weight: Tensor, *rest: object, **option
     return True, ""
 
 
+ASSERTING = {"cuda"}  # devices that check by themselves while the host goes on
+
+
+def require_true(good: Tensor, message: str, *, wait: bool = True) -> None:
+    """Check a tensor with one bool.
+
+    Args:
+        good: it must be true.
+        message: the error's text, up to 255 bytes; it names the argument.
+        wait: whether the host waits for the device. If not, a GPU asserts it: it prints the message and fails all that
+            comes after, as it does for an index out of range.
+
+    Raises:
+        ArgumentError: it is false, and was waited for.
+    """
+    if not wait and good.device.type in ASSERTING:
+        torch._assert_async(good, message)  # type: ignore[no-untyped-call]
+    elif not bool(good):
+        raise ArgumentError(message)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of products under autocast on the tensor's device; None where autocast is off."""
     kind = tensor.device.type
