@@ -219,6 +219,10 @@ def _layer_mix(target: str) -> list[Entry]:
                 options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
                 constants = flags | extra | blocks
                 found.append(entry(f"layer_mix_{label} {shape}", kernel, types, constants, options))
+                if "index" in constants and slots == 64:  # some tokens alone
+                    given = {key: value for key, value in constants.items() if key != "index"}
+                    indexed = types | dict(index="*i64")
+                    found.append(entry(f"layer_mix_{label} rows {shape}", kernel, indexed, given, options))
     return found
 
 

@@ -179,9 +179,9 @@ def require_true(good: Tensor, message: str, *, wait: bool = True) -> None:
 
     Args:
         good: it must be true.
-        message: the error's text, up to 255 bytes; it names the argument.
-        wait: whether the host waits for the device. If not, a GPU asserts it: it prints the message and fails all that
-            comes after, as it does for an index out of range.
+        message: the error's text, up to 254 bytes; it names the argument.
+        wait: whether the host waits for the device. If not, a GPU asserts it: it prints the message (not with older
+            torch) and fails all that comes after, as it does for an index out of range.
 
     Raises:
         ArgumentError: it is false, and was waited for.
