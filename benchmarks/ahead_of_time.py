@@ -206,14 +206,18 @@ def _layer_mix(target: str) -> list[Entry]:
             types |= dict(weight="*fp32", bias="*fp32", partial_weight="*fp32", partial_bias="*fp32")
             flags = dict(E=layers, DTYPE=dtype, PRECISION="ieee")
             for kernel, label, extra in (
-                (layer_mix.layer_mix_forward_kernel, "forward", dict(HAS_BIAS=True, ALIGNED=True)),
-                (layer_mix.layer_mix_weight_kernel, "weight", dict(ALIGNED=True)),
+                (layer_mix.layer_mix_forward_kernel, "forward", dict(HAS_BIAS=True, ALIGNED=True, index=None)),
+                (layer_mix.layer_mix_weight_kernel, "weight", dict(ALIGNED=True, index=None)),
                 (layer_mix.layer_mix_hidden_kernel, "hidden", {}),
             ):
                 blocks = layer_mix.configuration(layers, slots, 2048, itemsize, label, target.startswith("gfx"))
                 options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
                 constants = flags | extra | blocks
                 found.append(entry(f"layer_mix_{label} {shape}", kernel, types, constants, options))
+                if "index" in constants and slots == 64:  # some tokens alone
+                    given = {key: value for key, value in constants.items() if key != "index"}
+                    indexed = types | dict(index="*i64")
+                    found.append(entry(f"layer_mix_{label} rows {shape}", kernel, indexed, given, options))
     return found
 
 

@@ -38,8 +38,17 @@ def load_layers(p_layers, o_e, o_n, offset, E: tl.constexpr, D, m_row, ALIGNED: 
 
 
 @triton.jit
+def layer_offset(i_row, m_row, index, S, stride_b, stride_s):
+    """Where a row's numbers begin in every layer: the rows are all tokens, or those at the positions ``index``."""
+    i_token = i_row
+    if index is not None:
+        i_token = tl.load(index + i_row, mask=m_row, other=0)
+    return offset64(i_token // S, stride_b) + offset64(i_token % S, stride_s)
+
+
+@triton.jit
 def layer_mix_forward_kernel(
-    pointers, weight, bias, out, rows, S, D, slots, stride_b, stride_s,
+    pointers, weight, bias, index, out, rows, S, D, slots, stride_b, stride_s,
     E: tl.constexpr, BE: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +60,7 @@ def layer_mix_forward_kernel(
     for i in range(ROWS):
         i_row = i_first + i
         m_row = i_row < rows
-        offset = offset64(i_row // S, stride_b) + offset64(i_row % S, stride_s)
+        offset = layer_offset(i_row, m_row, index, S, stride_b, stride_s)
         # [BE, BN]
         b_h = load_layers(p_layers, o_e, o_n, offset, E, D, m_row, ALIGNED)
         for i_j in range(0, slots, BJ):
@@ -79,7 +88,7 @@ def load_grad(grad, x, offset_g, offset_x, stride_gj, slot_x, o_j, o_n, m_j, D, 
 
 @triton.jit
 def layer_mix_weight_kernel(
-    pointers, grad, x, partial_weight, partial_bias, rows, S, D, slots, stride_b, stride_s,
+    pointers, grad, x, index, partial_weight, partial_bias, rows, S, D, slots, stride_b, stride_s,
     stride_gj, stride_gb, stride_gs, tiles, tiles_per_program,
     E: tl.constexpr, BE: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr,
     ALIGNED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -98,8 +107,11 @@ def layer_mix_weight_kernel(
         i_row = i_tile // columns
         m_row = i_tile < tiles
         o_n = (i_tile % columns) * BN + tl.arange(0, BN)
-        offset = offset64(i_row // S, stride_b) + offset64(i_row % S, stride_s)
-        offset_g = offset64(i_row // S, stride_gb) + offset64(i_row % S, stride_gs)
+        offset = layer_offset(i_row, m_row, index, S, stride_b, stride_s)
+        if index is not None:  # grad and x have the chosen tokens alone
+            offset_g = offset64(i_row, stride_gs)
+        else:
+            offset_g = offset64(i_row // S, stride_gb) + offset64(i_row % S, stride_gs)
         # [BE, BN], [BJ, BN]
         b_h = load_layers(p_layers, o_e, o_n, offset, E, D, m_row, ALIGNED)
         slot_x = offset64(rows, D)
@@ -158,32 +170,43 @@ def same_layout(hidden: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(h.contiguous() for h in hidden)
 
 
-def _common(hidden: Sequence[torch.Tensor]) -> dict[str, Any]:
+def _common(hidden: Sequence[torch.Tensor], rows: torch.Tensor | None) -> dict[str, Any]:
     first = hidden[0]
     return dict(
         S=first.shape[1],
         D=first.shape[2],
-        rows=first.shape[0] * first.shape[1],
+        rows=first.shape[0] * first.shape[1] if rows is None else len(rows),
         E=len(hidden),
         DTYPE=TRITON_DTYPES[first.dtype],
         PRECISION=dot_precision(first.dtype),
     )
 
 
-def layer_mix_forward(hidden: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """E tensors (B, S, D), (2L, E), (2L,) or None -> (2L, B, S, D), contiguous."""
+def layer_mix_forward(
+    hidden: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """E tensors (B, S, D), (2L, E), (2L,) or None -> (2L, B, S, D), contiguous.
+
+    With ``rows`` (N,) int64, positions in the flattened (B, S): (2L, 1, N, D).
+    """
     hidden = same_layout(hidden)
     first, slots = hidden[0], weight.shape[0]
-    out = torch.empty((slots, *first.shape), dtype=first.dtype, device=first.device)
+    shape = first.shape[:2] if rows is None else (1, len(rows))
+    out = torch.empty((slots, *shape, first.shape[2]), dtype=first.dtype, device=first.device)
     if out.numel() == 0:
         return out
     options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "forward", AMD)
-    common = _common(hidden)
+    common = _common(hidden, rows)
     grid = (ceil_div(common["rows"], options["ROWS"]), ceil_div(common["D"], options["BN"]))
     layer_mix_forward_kernel[grid](
         pointers=hidden,
         weight=weight.contiguous(),
         bias=None if bias is None else bias.contiguous(),
+        index=None if rows is None else rows.contiguous(),
         out=out,
         slots=slots,
         stride_b=first.stride(0),
@@ -203,19 +226,22 @@ def layer_mix_backward(
     weight: torch.Tensor,
     need_weight: bool,
     need_hidden: bool,
+    *,
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of weight (2L, E) and bias (2L,), both fp32, and of the layers (E, B, S, D); None where not needed.
 
     Args:
-        grad: (2L, B, S, D).
+        grad: (2L, B, S, D), or with ``rows`` (2L, 1, N, D).
         x: the forward's output; its sign says where the relu let through.
+        rows: as in the forward. The other tokens' gradients are zero.
     """
     hidden = same_layout(hidden)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     x = x.contiguous()
     first, slots = hidden[0], weight.shape[0]
     options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "backward", AMD)
-    common = _common(hidden)
+    common = _common(hidden, rows)
     strides = dict(stride_gj=grad.stride(0), stride_gb=grad.stride(1), stride_gs=grad.stride(2))
     columns = ceil_div(common["D"], options["BN"])
     weight_grad = bias_grad = hidden_grad = None
@@ -230,6 +256,7 @@ def layer_mix_backward(
                 pointers=hidden,
                 grad=grad,
                 x=x,
+                index=None if rows is None else rows.contiguous(),
                 partial_weight=partial_weight,
                 partial_bias=partial_bias,
                 slots=slots,
@@ -244,9 +271,13 @@ def layer_mix_backward(
             )
         weight_grad, bias_grad = partial_weight.sum(0), partial_bias.sum(0)
     if need_hidden:
-        hidden_grad = torch.empty((len(hidden), *first.shape), dtype=first.dtype, device=first.device)
+        hidden_grad = torch.empty((len(hidden), *x.shape[1:]), dtype=first.dtype, device=first.device)
         if hidden_grad.numel():
+            common["S"] = x.shape[2]
             layer_mix_hidden_kernel[(common["rows"], columns)](
                 grad=grad, x=x, weight=weight.contiguous(), out=hidden_grad, slots=slots, **strides, **common, **options
             )
+        if rows is not None:
+            whole = hidden_grad.new_zeros((len(hidden), first.shape[0] * first.shape[1], first.shape[2]))
+            hidden_grad = whole.index_copy_(1, rows, hidden_grad[:, 0]).unflatten(1, first.shape[:2])
     return weight_grad, bias_grad, hidden_grad

@@ -15,8 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from layalign.data.examples import Example
 from layalign.data.languages import tokenizer_source_language
 from layalign.data.lengths import known_limit, positions
-from layalign.modeling.llm_inputs import build_inputs
+from layalign.modeling.llm_inputs import IGNORE_INDEX, build_inputs
+from layalign.modeling.llm_pass import predicted
 from layalign.modeling.tokenization import encode_texts
+from layalign.nn.rows import Rows
 from layalign.utils.errors import ArgumentError, one_of, refuse, whole_number
 
 logger = logging.getLogger(__name__)
@@ -149,7 +151,8 @@ class LayAlignCollator:
         Returns:
             int64 tensors on the CPU: `encoder_input_ids`, `encoder_attention_mask` (B, S), padded on the right;
             `input_ids`, `attention_mask` (B, T), padded on the left; with targets `labels` (B, T), -100 where nothing
-            is predicted.
+            is predicted, and `encoder_token_index` (N,) and `loss_index` (M,), by which the model need not wait for a
+            GPU to count them.
 
         Raises:
             ArgumentError: no examples, a source without any token, a task example without a prompt, or one for which
@@ -181,7 +184,11 @@ class LayAlignCollator:
         self._check_context(examples, packed["attention_mask"].sum(dim=1).tolist(), cut)
         self._count(cut)
         self._tell(cut)
-        return {**self.padded_sources(sources), **packed}
+        batch = {**self.padded_sources(sources), **packed}
+        if targets is not None:
+            batch["encoder_token_index"] = Rows(batch["encoder_attention_mask"]).index
+            batch["loss_index"] = Rows(predicted(batch["labels"]) != IGNORE_INDEX).index
+        return batch
 
     def contexts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """The batch up to where the targets begin: as a call with `with_targets=False`, which has the same errors."""

@@ -23,6 +23,7 @@ class SourceKeyValues:
         keys, values: L tensors (B, G, S, d) each; heads and head size may differ between layers.
         mask: (B, S) bool, true where a source token is real; None when padding is attended to, as published.
         real: (B, S), 1 where a source token is real, if ``mask`` is None; None if it is unknown.
+        copies: how many consecutive rows of the LLM's batch share one of the B rows, as the beams of a sequence do.
         launches: by LLM layer, what its last call left for the next one (:mod:`layalign.modeling.cross_attention`).
     """
 
@@ -31,6 +32,7 @@ class SourceKeyValues:
     values: tuple[Tensor, ...]
     mask: Tensor | None
     real: Tensor | None = None
+    copies: int = 1
     launches: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:  # launches hold addresses of this object's tensors
@@ -55,22 +57,35 @@ class SourceKeyValues:
 
     @property
     def lengths(self) -> Tensor | None:
-        """(B, 1), the numbers of real source tokens; None if they are unknown."""
+        """(B * copies, 1), the numbers of real source tokens; None if they are unknown."""
         real = self.real if self.mask is None else self.mask
-        return None if real is None else real.sum(dim=1, keepdim=True)
+        return None if real is None else real.sum(dim=1, keepdim=True).repeat_interleave(self.copies, dim=0)
 
     @property
     def rows(self) -> int | None:
-        """B, or None without any tensor."""
-        return next((len(t) for t in (*self.keys[:1], self.mask, self.real) if t is not None), None)
+        """B * copies, or None without any tensor."""
+        return next((len(t) * self.copies for t in (*self.keys[:1], self.mask, self.real) if t is not None), None)
 
     def select(self, rows: Tensor) -> SourceKeyValues:
-        """The batch rows ``rows`` (int64 indices), in that order."""
-        return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        """The rows ``rows`` of the LLM's batch (int64 indices), in that order.
+
+        If rows share states and each stays with its own, this object: nothing is copied. A device is waited for then,
+        as beam search does in every step.
+        """
+        if self.copies > 1:
+            rows = rows // self.copies
+            own = torch.arange(self.rows or 0, device=rows.device) // self.copies
+            if torch.equal(rows, own):
+                return self
+        return replace(self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device))), copies=1)
 
     def repeat(self, times: int) -> SourceKeyValues:
-        """Every row ``times`` times, the copies side by side, as ``generate`` expands its batch."""
+        """Every row ``times`` times, the copies side by side in memory of their own."""
         return self if times == 1 else self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def share(self, times: int) -> SourceKeyValues:
+        """The same for a batch of which every row is repeated ``times`` times, as ``generate`` expands it."""
+        return self if times == 1 else replace(self, copies=self.copies * times)
 
     def to(self, device: torch.device | str) -> SourceKeyValues:
         """A copy on another device."""

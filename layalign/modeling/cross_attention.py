@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layalign.modeling.cache import SourceKeyValues
 from layalign.nn.cross_attention import GatedCrossAttention, computes_the_reference
-from layalign.nn.inspection import has_hooks, is_exactly, is_repatched
+from layalign.nn.inspection import has_hooks, is_exactly, is_intercepted, is_repatched
 from layalign.ops import cached_launch
 from layalign.ops.cached_launch import CachedDecode, side_by_side
 from layalign.ops.gated_cross_attention import MAX_DECODE_ROWS
@@ -62,11 +62,29 @@ class OnePass:
 
         Args:
             layer: index of the LLM layer. For one that is not a language layer, ``residual`` is returned.
-            query: (B, H, T, d), as self-attention uses it.
+            query: (B, H, T, d), as self-attention uses it; B counts the rows that share a row of the source.
             residual: (B, T, H, d), the self-attention's output before its output projection.
             scale: factor on the scores; None is 1 / sqrt(d).
             overwrite: whether the result may be written into ``residual``, because nobody else holds it.
         """
+        copies, shape = self.source.copies, residual.shape
+        if copies == 1 or shape[0] % copies or not self._reads_rows_alike(layer):
+            return self._attend(layer, query, residual, scale, overwrite)
+        # Rows that share a row of the source are further query rows of it: it is read once for all of them.
+        query = query.unflatten(0, (-1, copies)).transpose(1, 2).flatten(2, 3)  # (B / copies, H, copies * T, d)
+        residual = residual.reshape(-1, copies * shape[1], *shape[2:])
+        return self._attend(layer, query, residual, scale, overwrite).reshape(shape)
+
+    def _reads_rows_alike(self, layer: int) -> bool:
+        """Whether a layer's module treats every query row alike, and nothing watches it."""
+        if layer in self.ready:
+            return True
+        if layer not in self.source.layers:
+            return False
+        module = self.gated[self.source.layers.index(layer)]
+        return type(module) is GatedCrossAttention and (torch.compiler.is_compiling() or not is_intercepted(module))
+
+    def _attend(self, layer: int, query: Tensor, residual: Tensor, scale: float | None, overwrite: bool) -> Tensor:
         # First, and short: Python is slow between the LLM's products. Compiled graphs must not guard on the launches.
         ready = None if torch.compiler.is_compiling() else self.ready.get(layer)
         if ready is not None and self._holds() and (result := ready(query, residual, scale, overwrite)) is not None:
@@ -95,6 +113,9 @@ class OnePass:
                 source.values = (*source.values[:index], value, *source.values[index + 1 :])
         key, value = source.keys[index].to(query.device), source.values[index].to(query.device)
         mask = None if source.mask is None else source.mask.to(query.device)
+        if (copies := source.copies) > 1 and query.shape[0] == key.shape[0] * copies:
+            key, value = key.repeat_interleave(copies, 0), value.repeat_interleave(copies, 0)
+            mask = None if mask is None else mask.repeat_interleave(copies, 0)
         result = module(query, key, value, residual=residual, key_mask=mask, scale=scale)
         # What a hook or another class does cannot be cached.
         if not compiling and is_exactly(module, GatedCrossAttention):

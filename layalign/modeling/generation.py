@@ -206,5 +206,5 @@ class SourceGenerationMixin(GenerationMixin):
         source = kwargs.pop("source_states", None)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
         if source is not None:
-            model_kwargs["source_states"] = source.repeat(expand_size)
+            model_kwargs["source_states"] = source.share(expand_size)
         return input_ids, model_kwargs

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from layalign import ops
 from layalign.modeling.decoders import KEY_VALUE_MAPS, head_size, key_value_maps, key_value_states
 from layalign.modeling.identity import Identity, bits, reason_against_watching, sample, unwritten
+from layalign.modeling.padding import spread_all
 from layalign.nn.aligner import EncoderAligner, WeightedLinearProjector, reason_against_passing
-from layalign.nn.inspection import is_intercepted, reason_against_reading
+from layalign.nn.inspection import is_intercepted, is_repatched, is_watched, reason_against_reading
+from layalign.nn.rows import Rows, patched_forward
 from layalign.ops import checks, grouped_projection
 from layalign.ops.grouped_projection import PackedWeight, heads
 
@@ -292,6 +294,23 @@ CALLED = "called"
 WAYS = (FOLDED, GROUPED, MAPS_CALLED, CALLED)
 
 
+def _reads_rows(way: Way, aligner: EncoderAligner, hidden: Sequence[Tensor]) -> bool:
+    """Whether the operations get the tokens to compute, and read them where they are, instead of copies of them.
+
+    On a CPU copies are faster. What watches or replaces a module expects the tokens alone.
+    """
+    if hidden[0].is_cpu:
+        return False
+    return way.name == FOLDED or (
+        _is_own(aligner, EncoderAligner) and _is_own(aligner.projector, WeightedLinearProjector)
+    )
+
+
+def _is_own(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether ``module`` is of this class, and only engines act in its calls."""
+    return type(module) is cls and not (is_watched(module) or patched_forward(module) or is_repatched(cls))
+
+
 class KeyValueProjector:
     """Computes the source's keys and values of all language layers. :meth:`way` decides how, for each call.
 
@@ -329,6 +348,7 @@ class KeyValueProjector:
         hidden: Sequence[Tensor],
         dtype: torch.dtype,
         engine: str | None = None,
+        rows: Rows | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """L keys and L values, each (B, G, S, d) in ``dtype``, or in autocast's.
 
@@ -338,23 +358,50 @@ class KeyValueProjector:
             hidden: E tensors (B, S, D_e), the encoder's hidden states.
             dtype: the LLM's dtype.
             engine: the engine that shards the model, or None.
+            rows: the tokens to compute; the others' keys and values are zeros. None for all.
         """
-        way = self.way(aligner, attentions, hidden, engine)
+        way, index = self.way(aligner, attentions, hidden, engine, rows), None
+        if rows is not None and _reads_rows(way, aligner, hidden):
+            index = rows.index.to(hidden[0].device)
+        elif rows is not None:
+            hidden = [rows.select(states) for states in hidden]
+        made = self._both(way, aligner, attentions, hidden, dtype, index)
+        if rows is not None:
+            both = spread_all(rows, made)
+        else:
+            both = made.unbind(0) if isinstance(made, Tensor) else made
+        return list(both[0::2]), list(both[1::2])
+
+    def _both(
+        self,
+        way: Way,
+        aligner: EncoderAligner,
+        attentions: Sequence[nn.Module],
+        hidden: Sequence[Tensor],
+        dtype: torch.dtype,
+        index: Tensor | None,
+    ) -> list[Tensor] | Tensor:
+        """Key and value of each layer in turn: 2L tensors (B, G, S, d), or one.
+
+        ``index``: the tokens to compute, (N,) positions in (B, S); they make one row of N tokens.
+        """
         projector = aligner.projector
         if way.name == CALLED:
-            return self._by_modules(attentions, aligner(hidden), dtype)
+            pairs = aligner(hidden) if index is None else aligner(hidden, rows=index)
+            return self._by_modules(attentions, pairs, dtype)
         layers = aligner.layers(hidden)
         if way.name == MAPS_CALLED:
             states = list(by_weights(projector, layers)) * projector.times
             return self._by_modules(attentions, zip(states[0::2], states[1::2], strict=True), dtype)
         maps, size = _maps(attentions), head_size(attentions[0])
+        both: Sequence[Tensor] | Tensor
         if way.name == FOLDED:
-            both = self._by_folding(projector, maps, layers, size, way.passed)
+            both = self._by_folding(projector, maps, layers, size, way.passed, index)
         else:
             both = by_weights(projector, layers, outer=maps, size=size)
-        if checks.autocast_dtype(both[0]) is None:  # autocast keeps its own dtype, as in the LLM's modules
-            both = [each.to(dtype) for each in both]
-        return list(both[0::2]), list(both[1::2])
+        if checks.autocast_dtype(both[0]) is not None:  # autocast keeps its own dtype, as in the LLM's modules
+            return both if isinstance(both, Tensor) else list(both)
+        return both.to(dtype) if isinstance(both, Tensor) else [each.to(dtype) for each in both]
 
     def way(
         self,
@@ -362,6 +409,7 @@ class KeyValueProjector:
         attentions: Sequence[nn.Module],
         hidden: Sequence[Tensor],
         engine: str | None = None,
+        rows: Rows | None = None,
     ) -> Way:
         """How a call with these arguments is computed. Why it does not fold is noted in :attr:`last`."""
         if torch.compiler.is_compiling():  # the weights' versions cannot be watched
@@ -372,7 +420,7 @@ class KeyValueProjector:
             return Way(CALLED)
         projector = aligner.projector
         reading, passed = self._against_reading(projector, attentions)
-        against = reading if reading is not None else self._against(projector, attentions, hidden)
+        against = reading if reading is not None else self._against(projector, attentions, hidden, rows)
         self.say(against)
         if against is None:
             return Way(FOLDED, passed)
@@ -384,12 +432,12 @@ class KeyValueProjector:
 
     def _by_modules(
         self, attentions: Sequence[nn.Module], pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        both = [
-            key_value_states(module, key.to(dtype), value.to(dtype))
+    ) -> list[Tensor]:
+        return [
+            state
             for module, (key, value) in zip(attentions, pairs, strict=True)
+            for state in key_value_states(module, key.to(dtype), value.to(dtype))
         ]
-        return [key for key, _ in both], [value for _, value in both]
 
     def _by_folding(
         self,
@@ -398,7 +446,8 @@ class KeyValueProjector:
         hidden: Sequence[Tensor],
         size: int,
         passed: _Passed | None,
-    ) -> Sequence[Tensor]:
+        index: Tensor | None,
+    ) -> Sequence[Tensor] | Tensor:
         fc1, fc2, by_groups = projector.fc1, projector.fc2, useful(projector, hidden)
         packed = by_groups and grouped_projection.packable(hidden, maps[0].out_features, projector.impl)
         packed = packed and not grouped_projection.differentiated((fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden))
@@ -409,8 +458,8 @@ class KeyValueProjector:
         assert isinstance(weight, Tensor)
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (fc2.weight, fc2.bias)):
             weight, bias = _Fold.apply(fc2.weight, fc2.bias, folded, maps)
-        both = ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, impl=projector.impl)
-        return heads(both, size).unbind(0)
+        both = ops.layer_projection(hidden, fc1.weight, fc1.bias, weight, bias, rows=index, impl=projector.impl)
+        return heads(both, size)
 
     def _against_reading(
         self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module]
@@ -429,7 +478,11 @@ class KeyValueProjector:
         return against, passed
 
     def _against(
-        self, projector: WeightedLinearProjector, attentions: Sequence[nn.Module], hidden: Sequence[Tensor]
+        self,
+        projector: WeightedLinearProjector,
+        attentions: Sequence[nn.Module],
+        hidden: Sequence[Tensor],
+        rows: Rows | None,
     ) -> str | None:
         """Why not to fold, if the weights may be read; None to fold."""
         if self.choice == "never":
@@ -444,7 +497,7 @@ class KeyValueProjector:
         if not training:
             return None  # folded once, however many calls follow
         self._calls += 1
-        rows = hidden[0].shape[0] * hidden[0].shape[1]
+        count = hidden[0].shape[0] * hidden[0].shape[1] if rows is None else len(rows)
         sizes = fc2.in_features, fc2.out_features, linear.out_features
         dtype = checks.compute_dtype(hidden[0])
         fold_dtype = _fold_dtype(linear.weight, dtype)
@@ -452,7 +505,7 @@ class KeyValueProjector:
             return f"a fold of {linear.weight.dtype} maps is in {fold_dtype}, the products that it saves in {dtype}"
         terms = _terms(fc2.weight, fold_dtype)
         needed = MARGIN * break_even_rows(*sizes, training=True, reused=self._calls_before, terms=terms)
-        return None if rows >= needed else f"{rows} rows a call, folding pays from {needed:.0f}"
+        return None if count >= needed else f"{count} rows a call, folding pays from {needed:.0f}"
 
     def _current(
         self, fc2: nn.Linear, maps: Sequence[nn.Linear], like: Tensor, packed: bool, passed: _Passed | None

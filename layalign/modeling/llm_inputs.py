@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from layalign.nn.rows import Rows
+from layalign.ops.checks import require_true
 from layalign.utils.errors import ArgumentError, refuse, whole_number
 
 IGNORE_INDEX = -100
@@ -130,6 +132,60 @@ def real_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the source's slots are in the LLM's input.
+
+    Attributes:
+        lengths: (B, 1), the numbers of real source tokens.
+        slot: (B, T) int64, each position's distance from its row's first slot.
+        is_slot: (B, T) bool, whether it is a slot or the boundary.
+    """
+
+    lengths: torch.Tensor
+    slot: torch.Tensor
+    is_slot: torch.Tensor
+
+    def embed(
+        self,
+        embeds: torch.Tensor,
+        soft: torch.Tensor,
+        boundary: torch.Tensor,
+        source_mask: torch.Tensor,
+        real: Rows | None = None,
+    ) -> torch.Tensor:
+        """``embeds`` with soft tokens and boundary in their slots.
+
+        Args:
+            embeds: (B, T, D_l), the embeddings of the LLM's input ids.
+            soft: (B, S, D_l), the adapter's soft tokens; with ``real`` (1, N, D_l), those of the real tokens.
+            boundary: (1, 1, D_l).
+            source_mask: (B, S), 1 where a source token is real.
+            real: the N real tokens, or None.
+
+        Returns:
+            (B, T, D_l).
+        """
+        device, batch = self.slot.device, len(self.slot)
+        at_boundary = self.slot == self.lengths
+        boundary = boundary.to(soft.dtype)
+        if real is not None:  # all rows' soft tokens in turn, then a boundary for each row
+            count, first = soft.shape[1], self.lengths.cumsum(0) - self.lengths
+            own = torch.arange(count, count + batch, device=device)[:, None]
+            place = torch.where(at_boundary, own, (first + self.slot).clamp(0, count - 1))
+            rows = torch.cat([soft[0], boundary[0].expand(batch, -1)]).to(device)
+            rows = rows.index_select(0, place.flatten()).unflatten(0, place.shape)
+            return torch.where(self.is_slot[..., None], rows, embeds)
+        # Real tokens first, in order, wherever the encoder's padding is. The boundary is ranked last.
+        rank = F.pad(source_mask.bool().logical_not().to(torch.uint8), (0, 1), value=2)
+        order = rank.argsort(dim=1, stable=True).to(device)
+        index = torch.where(at_boundary, soft.shape[1], self.slot.clamp(0, max(soft.shape[1] - 1, 0)))
+        order = order.gather(1, index)
+        rows = torch.cat([soft, boundary.expand(batch, 1, -1)], dim=1).to(device)
+        rows = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
+        return torch.where(self.is_slot[..., None], rows, embeds)
+
+
+@dataclass(frozen=True)
 class LLMInputs:
     """The LLM's input as :func:`build_inputs` lays it out.
 
@@ -144,37 +200,21 @@ class LLMInputs:
     has_bos: bool
     source_token_id: int
 
-    def embed(
-        self, embeds: torch.Tensor, soft: torch.Tensor, boundary: torch.Tensor, source_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """``embeds`` with soft tokens and boundary in their slots, without a host sync beyond the check of the layout.
+    def layout(self, source_mask: torch.Tensor, wait: bool = True) -> Layout:
+        """Where the source's slots are, checked.
 
         Args:
-            embeds: (B, T, D_l), the embeddings of ``input_ids``.
-            soft: (B, S, D_l), the adapter's soft tokens.
-            boundary: (1, 1, D_l).
             source_mask: (B, S), 1 where a source token is real.
-
-        Returns:
-            (B, T, D_l).
+            wait: whether the host waits for the result of the check, see :func:`layalign.ops.checks.require_true`.
 
         Raises:
             ArgumentError: the slots do not match ``source_mask`` (not checked in compiled code).
         """
-        device = self.input_ids.device
-        lengths = source_mask.sum(dim=1, keepdim=True).to(device)  # (B, 1)
+        lengths = source_mask.sum(dim=1, keepdim=True).to(self.input_ids.device)
         slot, is_slot = self.slots(lengths)
         if not torch.compiler.is_compiling():
-            self.check(lengths, is_slot)
-
-        # Real tokens first, in order, wherever the encoder's padding is. The boundary is ranked last.
-        rank = F.pad(source_mask.bool().logical_not().to(torch.uint8), (0, 1), value=2)
-        order = rank.argsort(dim=1, stable=True).to(device)
-        index = torch.where(slot == lengths, soft.shape[1], slot.clamp(0, max(soft.shape[1] - 1, 0)))
-        order = order.gather(1, index)
-        rows = torch.cat([soft, boundary.to(soft.dtype).expand(len(soft), 1, -1)], dim=1).to(device)
-        rows = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
-        return torch.where(is_slot[..., None], rows, embeds)
+            self.check(lengths, is_slot, wait)
+        return Layout(lengths, slot, is_slot)
 
     def slots(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the source's slots are.
@@ -189,16 +229,16 @@ class LLMInputs:
         slot = torch.arange(self.input_ids.shape[1], device=self.input_ids.device) - start
         return slot, (slot >= 0) & (slot <= lengths)
 
-    def check(self, lengths: torch.Tensor, is_slot: torch.Tensor) -> None:
-        """Compare ids and mask with what :meth:`slots` found for ``lengths``.
+    def check(self, lengths: torch.Tensor, is_slot: torch.Tensor, wait: bool = True) -> None:
+        """Compare ids and mask with what :meth:`slots` found for ``lengths``. ``wait``: see :meth:`layout`.
 
         Raises:
             ArgumentError: they do not match.
         """
         good = (self.input_ids == self.source_token_id) & self.attention_mask.bool() | ~is_slot
         complete = is_slot.sum(dim=1, keepdim=True) == lengths + 1
-        if not bool(good.all() & complete.all()):
-            raise ArgumentError(
-                "input_ids: expected [bos][one slot per encoder token][boundary slot][text] as model.build_inputs lays "
-                "it out; the slots do not match encoder_attention_mask"
-            )
+        message = (
+            "input_ids: expected [bos][one slot per encoder token][boundary slot][text] as model.build_inputs lays "
+            "it out; the slots do not match encoder_attention_mask"
+        )
+        require_true(good.all() & complete.all(), message, wait=wait)

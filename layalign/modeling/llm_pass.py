@@ -13,11 +13,33 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from layalign.modeling import liger, vocabulary
 from layalign.modeling.llm_inputs import IGNORE_INDEX
 from layalign.modeling.loss import label_loss, with_loss
+from layalign.modeling.validation import require_index
 from layalign.nn.rows import Rows
 from layalign.utils.errors import ArgumentError, first_line, refuse
 
 if TYPE_CHECKING:
     from layalign.modeling.model import LayAlignForCausalLM
+
+
+def predicted(labels: Tensor) -> Tensor:
+    """The label that each position predicts, (B, T): position t predicts label t + 1."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def labelled_rows(labels: Tensor, index: Tensor | None) -> Rows | None:
+    """The positions that predict a label; None in compiled code, which computes all.
+
+    Args:
+        labels: (B, T) int64, -100 where nothing is predicted.
+        index: (M,) int64, these positions, if the caller knows them. Otherwise the host waits for the device once.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    wanted = predicted(labels) != IGNORE_INDEX
+    if index is None:
+        return Rows(wanted)
+    require_index("loss_index", index, wanted)
+    return Rows.at(wanted.shape, index)
 
 
 def run_llm(
@@ -27,6 +49,7 @@ def run_llm(
     keep: int | Tensor | None,
     skip: bool | None,
     divisor: Tensor | int | None,
+    labelled: Rows | None = None,
 ) -> CausalLMOutputWithPast:
     """One pass of the model's LLM. Logits, and the last layer, are computed only where they are needed.
 
@@ -37,16 +60,15 @@ def run_llm(
         skip: with labels, whether logits are computed only where a label is, and not returned. None: yes in training
             mode, where gradients are recorded, and with ``fused_loss="always"``.
         divisor: of the summed loss; None for the number of labels.
+        labelled: the positions that predict a label; None if all logits are wanted.
     """
     shape, device = inputs["inputs_embeds"].shape[:2], inputs["inputs_embeds"].device
     if labels is None:
         rows = Rows.last(shape, keep, device) if isinstance(keep, int) and 0 < keep < shape[1] else None
         with model.last_layer.only(rows, inputs):
             return model.llm(**inputs, logits_to_keep=0 if keep is None else keep, return_dict=True)
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # position t predicts label t + 1
-    rows = None
-    if keep is None and not torch.compiler.is_compiling():
-        rows = Rows(targets != IGNORE_INDEX)
+    targets, rows = predicted(labels), labelled
+    if rows is not None:
         if skip is None:
             skip = model.training or torch.is_grad_enabled() or model.config.fused_loss == "always"
         if skip:

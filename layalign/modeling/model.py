@@ -23,14 +23,15 @@ from layalign.modeling.generation import SourceGenerationMixin, cache_for_compil
 from layalign.modeling.key_values import KeyValueProjector
 from layalign.modeling.last_layer import LastLayer
 from layalign.modeling.llm_inputs import build_inputs, real_positions
-from layalign.modeling.llm_pass import LLMPartMixin, run_llm
-from layalign.modeling.padding import real_tokens, spread_heads
+from layalign.modeling.llm_pass import LLMPartMixin, labelled_rows, run_llm
+from layalign.modeling.padding import real_tokens
 from layalign.modeling.parts import build_trainable_modules
 from layalign.modeling.pickling import leave_out_recorders, make_recordable
-from layalign.modeling.validation import require_ids, require_labels, require_mask
+from layalign.modeling.validation import require_ids, require_index, require_labels, require_mask
 from layalign.nn import Adapter, GatedCrossAttention
 from layalign.nn.adapter import SoftmaxFusion, TokenSoftmaxFusion
 from layalign.nn.inspection import device_of
+from layalign.nn.rows import Rows
 from layalign.nn.sharding import engine_of
 from layalign.utils.errors import ArgumentError, refuse, shown
 from layalign.utils.moved import old_name
@@ -337,6 +338,20 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             The adapter's soft tokens (B, S, D_l), or None without an adapter; and the source's keys and values for all
             language layers. If padding is masked and there is enough of it, it is not computed, and holds zeros.
         """
+        real = self._real_tokens(encoder_attention_mask)
+        soft, source = self._encode(encoder_input_ids, encoder_attention_mask, real)
+        return soft if soft is None or real is None else real.spread(soft), source
+
+    def _real_tokens(self, encoder_attention_mask: Tensor, index: Tensor | None = None) -> Rows | None:
+        """The source tokens to compute; None for all. ``index``: see :func:`layalign.modeling.padding.real_tokens`."""
+        if not self.config.mask_encoder_padding or (self.mapping is None and self.encoder_aligner is None):
+            return None
+        return real_tokens(encoder_attention_mask, index)
+
+    def _encode(
+        self, encoder_input_ids: Tensor, encoder_attention_mask: Tensor, real: Rows | None
+    ) -> tuple[Tensor | None, SourceKeyValues]:
+        """As :meth:`encode_source`; the soft tokens are those of ``real`` alone, (1, N, D_l), if it is given."""
         if self.mapping is None and self.encoder_aligner is None:
             return None, SourceKeyValues((), (), (), None, real=encoder_attention_mask)
         if not torch.compiler.is_compiling():
@@ -347,19 +362,14 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         hidden, last = encoders.encode(self.encoder, encoder_input_ids, encoder_attention_mask, layers)
         dtype = cast(Tensor, self.get_input_embeddings().weight).dtype
         mask = encoder_attention_mask.bool() if self.config.mask_encoder_padding else None
-        real = None if mask is None else real_tokens(mask)
-        if real is not None:
-            hidden, last = [real.select(layer) for layer in hidden], real.select(last)
         by_layer = dict(zip(layers, hidden, strict=True))
         soft = None
         if self.mapping is not None:
             own_dtype = self.mapping.mlp.linear1.weight.dtype
-            inputs = [by_layer[layer].to(own_dtype) for layer in fused] if fused else last.to(own_dtype)
-            soft = self.mapping(inputs).to(dtype)
-        keys, values = self._source_states([by_layer[layer] for layer in aligned], dtype)
-        if real is not None:
-            soft = None if soft is None else real.spread(soft)
-            keys, values = ([spread_heads(real, each) for each in tensors] for tensors in (keys, values))
+            read = [by_layer[layer] for layer in fused] if fused else [last]
+            inputs = [(states if real is None else real.select(states)).to(own_dtype) for states in read]
+            soft = self.mapping(inputs if fused else inputs[0]).to(dtype)
+        keys, values = self._source_states([by_layer[layer] for layer in aligned], dtype, real)
         unmasked = encoder_attention_mask if mask is None else None
         return soft, SourceKeyValues(
             tuple(self.config.language_layers), tuple(keys), tuple(values), mask, real=unmasked
@@ -379,12 +389,14 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                     )
             self._attentions, self._source_reaches_layers = attentions, False
 
-    def _source_states(self, hidden: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values (B, G, S, d) of every language layer."""
+    def _source_states(
+        self, hidden: Sequence[Tensor], dtype: torch.dtype, real: Rows | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values (B, G, S, d) of every language layer; zeros where ``real`` has no token."""
         if self.encoder_aligner is None:
             return [], []
         engine = None if torch.compiler.is_compiling() else engine_of(self)
-        return self.key_values(self.encoder_aligner, self._attentions, hidden, dtype, engine)
+        return self.key_values(self.encoder_aligner, self._attentions, hidden, dtype, engine, real)
 
     def _begin(
         self,
@@ -392,8 +404,12 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         attention_mask: Tensor | None,
         encoder_input_ids: Tensor,
         encoder_attention_mask: Tensor | None,
+        encoder_token_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, SourceKeyValues]:
-        """(input_ids, attention_mask, inputs_embeds, source) of a new sequence; without input ids they are built."""
+        """(input_ids, attention_mask, inputs_embeds, source) of a new sequence; without input ids they are built.
+
+        Whatever the host waits for comes before the encoder.
+        """
         require_ids("encoder_input_ids", encoder_input_ids, self.encoder.get_input_embeddings())
         if encoder_attention_mask is None:
             encoder_attention_mask = torch.ones_like(encoder_input_ids)
@@ -413,13 +429,19 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             raise ArgumentError(
                 f"input_ids, attention_mask: expected (B, T) with the B of encoder_input_ids (B, S), got {shapes}"
             )
-        soft, source = self.encode_source(encoder_input_ids, encoder_attention_mask)
+        index = encoder_token_index
+        if index is not None:
+            require_index("encoder_token_index", index, encoder_attention_mask)
+        real, layout = self._real_tokens(encoder_attention_mask, index), None
+        if self.mapping is not None:
+            layout = self._tokens(input_ids, attention_mask).layout(encoder_attention_mask, wait=index is None)
+        soft, source = self._encode(encoder_input_ids, encoder_attention_mask, real)
         embeds = self.get_input_embeddings()(input_ids)
-        if soft is None or self.mapping is None:
+        if soft is None or self.mapping is None or layout is None:
             return input_ids, attention_mask, embeds, source
         boundary, config = self.mapping.get_embed().to(soft.dtype), self.config
         soft, boundary = (in_slots(r, config.get_text_config(), config.scaled_soft_tokens) for r in (soft, boundary))
-        embeds = self._tokens(input_ids, attention_mask).embed(embeds, soft, boundary, encoder_attention_mask)
+        embeds = layout.embed(embeds, soft, boundary, encoder_attention_mask, real)
         return input_ids, attention_mask, embeds, source
 
     @staticmethod
@@ -450,6 +472,8 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         cache: Any = None,
         skip_logits: bool | None = None,
+        encoder_token_index: Tensor | None = None,
+        loss_index: Tensor | None = None,  # transformers' Trainer takes any argument with "label" in it for labels
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass of the LLM.
@@ -467,6 +491,10 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                 is, and are not returned. None: yes in training mode, wherever gradients are recorded, and with
                 ``fused_loss="always"``; otherwise all logits are returned, as ``compute_metrics`` of transformers'
                 Trainer needs them.
+            encoder_token_index: (N,) int64, where ``encoder_attention_mask`` is 1, as positions in the flattened mask,
+                ascending. The collator gives it and ``loss_index``; with both the host never waits for a GPU.
+            loss_index: (M,) int64, the positions in the flattened (B, T) that predict a label: the next one in
+                ``labels`` is not -100.
             **kwargs: passed to the LLM.
 
         Returns:
@@ -479,11 +507,18 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         if self._attentions and not attention_interface.carries_source(self._attentions[0]):
             attention_interface.follow(self.llm)
             self._source_reaches_layers = False  # a detached LLM does not take the source
+        if getattr(self, "_is_replica", False):  # DataParallel has cut the positions into pieces
+            encoder_token_index = loss_index = None
+        labelled = None
+        if labels is not None:
+            require_labels(labels, self.llm.config.get_text_config(decoder=True).vocab_size)
+            if logits_to_keep is None:
+                labelled = labelled_rows(labels, loss_index)
         source = source_states
         cache = one_cache(past_key_values, cache)
         if encoder_input_ids is not None:
             input_ids, attention_mask, inputs_embeds, source = self._begin(
-                input_ids, attention_mask, encoder_input_ids, encoder_attention_mask
+                input_ids, attention_mask, encoder_input_ids, encoder_attention_mask, encoder_token_index
             )
         elif source is None:
             source = get_source(cache)
@@ -501,8 +536,9 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             if input_ids.shape[1] > 1 and self.mapping is not None and not torch.compiler.is_compiling():
                 self._require_begun(cache)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if labels is not None:
-            require_labels(labels, inputs_embeds.shape[:2], self.llm.config.get_text_config(decoder=True).vocab_size)
+        if labels is not None and not torch.compiler.is_compiling() and labels.shape != inputs_embeds.shape[:2]:
+            shapes = tuple(inputs_embeds.shape[:2]), tuple(labels.shape)
+            raise ArgumentError(f"labels: expected the shape {shapes[0]} of input_ids, got {shapes[1]}")
         if position_ids is None and attention_mask is not None and self.config.mask_encoder_padding:
             position_ids = real_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
         use_cache = use_cache if labels is None else bool(use_cache)
@@ -526,7 +562,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
                 **{self._llm_cache_name: cache},
                 **kwargs,
             )
-            output = run_llm(self, inputs, labels, logits_to_keep, skip_logits, num_items_in_batch)
+            output = run_llm(self, inputs, labels, logits_to_keep, skip_logits, num_items_in_batch, labelled)
         if seen is not None:
             attention_interface.require_attended(self.llm, this_pass)
             self._source_reaches_layers = True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layalign.modeling.llm_inputs import IGNORE_INDEX, MAX_LENGTH
-from layalign.ops.checks import FLOAT_DTYPES, describe, is_plain
+from layalign.ops.checks import FLOAT_DTYPES, describe, is_plain, require_true
 from layalign.utils.errors import ArgumentError
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -52,15 +52,35 @@ def require_mask(name: str, mask: Any) -> None:
         raise ArgumentError(f"{name}: expected zeros and ones, got other numbers")
 
 
-def require_labels(labels: Any, shape: torch.Size, size: int | None) -> None:
-    """Check labels of ``shape`` (B, T), token ids or -100, as :func:`require_ids` does.
+def require_index(name: str, index: Any, wanted: Tensor) -> None:
+    """Check positions (N,): where ``wanted`` (B, S) is true, in the flattened tensor, ascending.
+
+    On the CPU they are looked at. A GPU looks at them by itself (:func:`layalign.ops.checks.require_true`).
 
     Raises:
-        ArgumentError: they are not labels of this shape.
+        ArgumentError: they are not these positions.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if not is_plain(index) or index.dtype != torch.int64 or index.dim() != 1 or index.device != wanted.device:
+        raise ArgumentError(f"{name}: expected int64 positions (N,) on {wanted.device}, got {describe(index)}")
+    flat = wanted.flatten().bool()
+    message = f"{name}: expected the positions of all tokens that are computed, ascending, in the flattened batch"
+    if index.device.type == "cpu":
+        good = torch.tensor(torch.equal(index, flat.nonzero().flatten()))
+    else:
+        # As many as are wanted, in ascending order, each wanted: these are all.
+        good = flat.index_select(0, index).all() & (flat.sum() == len(index)) & (index.diff() > 0).all()
+    require_true(good, message, wait=False)
+
+
+def require_labels(labels: Any, size: int | None) -> None:
+    """Check labels (B, T), token ids or -100, as :func:`require_ids` does.
+
+    Raises:
+        ArgumentError: they are not labels.
     """
     at_hand = _require("labels", labels, (torch.int64,), "token ids or -100, two-dimensional int64")
-    if not torch.compiler.is_compiling() and labels.shape != shape:
-        raise ArgumentError(f"labels: expected the shape {tuple(shape)} of input_ids, got {tuple(labels.shape)}")
     if at_hand and isinstance(size, int):
         wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= size))
         if bool(wrong.any()):

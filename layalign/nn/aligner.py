@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layalign import ops, reference
 from layalign.nn.inspection import computes, is_exactly, readable, reason_against_reading
-from layalign.ops.checks import check_hidden
+from layalign.ops.checks import check_hidden, select_rows
 from layalign.utils.errors import MAX_SIZE, ArgumentError, one_of, refuse
 
 STRUCTURES = ("Linear", "MLP")
@@ -41,13 +41,17 @@ class WeightedLinearProjector(nn.Module):
         if self.structure == "MLP":
             self.fc3 = nn.Linear(config.language_hidden_dim, config.language_hidden_dim, bias=bias)
 
-    def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
-        """E tensors (B, S, D_e) -> (2L, B, S, D_l); with a shared mix (2, B, S, D_l)."""
+    def forward(self, hidden_states: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+        """E tensors (B, S, D_e) -> (2L, B, S, D_l); with a shared mix (2, B, S, D_l).
+
+        ``rows``: (N,) int64, the tokens to compute, in the flattened (B, S): the result is (2L, 1, N, D_l).
+        """
         if self._may_be_read():
-            y = ops.layer_projection(
-                hidden_states, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, impl=self.impl
-            )
+            mix, inner = (self.fc1.weight, self.fc1.bias), (self.fc2.weight, self.fc2.bias)
+            y = ops.layer_projection(hidden_states, *mix, *inner, rows=rows, impl=self.impl)
         else:  # as published: sharded, quantised or wrapped weights are correct only inside their modules
+            if rows is not None:
+                hidden_states = select_rows(hidden_states, rows)
             mixed = torch.relu(self.fc1(torch.stack(tuple(hidden_states), dim=-1)))
             y = self.fc2(mixed.movedim(-1, 0).contiguous())
         if self.structure != "MLP":
@@ -117,9 +121,16 @@ class EncoderAligner(nn.Module):
         """
         return self.projector(self.layers(hidden_states))
 
-    def forward(self, hidden_states: Sequence[Tensor] | Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """E tensors (B, S, D_e), or one (B, E, S, D_e) -> L pairs (key state, value state), each (B, S, D_l)."""
-        states = self.projector(self.layers(hidden_states)).unbind(0) * self.projector.times
+    def forward(
+        self, hidden_states: Sequence[Tensor] | Tensor, *args: Any, rows: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """E tensors (B, S, D_e), or one (B, E, S, D_e) -> L pairs (key state, value state), each (B, S, D_l).
+
+        ``rows``: (N,) int64, the tokens to compute, in the flattened (B, S): the states are (1, N, D_l).
+        """
+        layers = self.layers(hidden_states)
+        states = self.projector(layers) if rows is None else self.projector(layers, rows)
+        states = states.unbind(0) * self.projector.times
         return tuple(zip(states[0::2], states[1::2], strict=True))
 
 

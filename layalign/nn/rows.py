@@ -31,13 +31,18 @@ class Rows:
         self.index = wanted.flatten().nonzero().flatten()
 
     @classmethod
+    def at(cls, shape: torch.Size, index: Tensor) -> Rows:
+        """The positions ``index``, which the caller knows, without waiting for a device."""
+        rows = object.__new__(cls)
+        rows.shape, rows.index = shape, index
+        return rows
+
+    @classmethod
     def last(cls, shape: torch.Size, count: int, device: torch.device) -> Rows:
         """The last ``count`` positions of each sequence, without waiting for a device."""
-        rows = object.__new__(cls)
         batch, length = shape
         begin = torch.arange(batch, device=device)[:, None] * length
-        rows.shape, rows.index = shape, (begin + torch.arange(length - count, length, device=device)).flatten()
-        return rows
+        return cls.at(shape, (begin + torch.arange(length - count, length, device=device)).flatten())
 
     def __len__(self) -> int:
         return self.index.shape[0]
@@ -49,7 +54,7 @@ class Rows:
     def spread(self, states: Tensor) -> Tensor:
         """(1, N, ...) -> (B, T, ...), zeros elsewhere."""
         batch = states.new_zeros((self.shape.numel(), *states.shape[2:]))
-        return batch.index_copy(0, self.index.to(states.device), states[0]).unflatten(0, self.shape)
+        return batch.index_copy_(0, self.index.to(states.device), states[0]).unflatten(0, self.shape)
 
     def of(self, value: Any) -> bool:
         """Whether ``value`` is a tensor (B, T, D, ...) over all positions of the batch."""

@@ -144,12 +144,24 @@ def check_mix(hidden: Sequence[Tensor], weight: object, bias: object, prefix: st
         require_same_device(f"{prefix}bias", bias, "hidden[0]", hidden[0])
 
 
+def check_rows(rows: object, first: Tensor) -> None:
+    """Positions (N,) in the flattened (B, S) of the layers, of which ``first`` is one."""
+    if not is_plain(rows) or rows.dtype != torch.int64 or rows.dim() != 1:  # type: ignore[attr-defined]
+        raise ArgumentError(f"rows: expected int64 positions (N,), got {describe(rows)}")
+    require_same_device("rows", rows, "hidden[0]", first)  # type: ignore[arg-type]
+
+
+def select_rows(hidden: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """Layers (B, S, D_e) -> copies (1, N, D_e) of the tokens at ``rows``, positions in the flattened (B, S)."""
+    return [states.flatten(0, 1).index_select(0, rows)[None] for states in hidden]
+
+
 def is_sm_100(device: torch.device) -> bool:
     """Whether a device is an NVIDIA GPU of compute capability 10."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 10
 
 
-def mix_limits(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> tuple[bool, str]:
+def mix_limits(hidden: Sequence[Tensor], weight: Tensor, *rest: object, **options: object) -> tuple[bool, str]:
     """(ok, reason): whether kernels can index a layer mix of these sizes."""
     if len(hidden) > MAX_LAYERS or weight.shape[0] > MAX_SLOTS:
         limit = f"{MAX_LAYERS} layers into {MAX_SLOTS} slots"
@@ -157,6 +169,27 @@ def mix_limits(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> tuple
     if any(size > MAX_SIZE for size in hidden[0].shape):  # one by one: max() would tie a graph's dynamic sizes
         return False, f"its kernels go up to sizes of {MAX_SIZE}, got {tuple(hidden[0].shape)}"
     return True, ""
+
+
+ASSERTING = {"cuda"}  # devices that check by themselves while the host goes on
+
+
+def require_true(good: Tensor, message: str, *, wait: bool = True) -> None:
+    """Check a tensor with one bool.
+
+    Args:
+        good: it must be true.
+        message: the error's text, up to 254 bytes; it names the argument.
+        wait: whether the host waits for the device. If not, a GPU asserts it: it prints the message (not with older
+            torch) and fails all that comes after, as it does for an index out of range.
+
+    Raises:
+        ArgumentError: it is false, and was waited for.
+    """
+    if not wait and good.device.type in ASSERTING:
+        torch._assert_async(good, message)  # type: ignore[no-untyped-call]
+    elif not bool(good):
+        raise ArgumentError(message)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from layalign import reference
 from layalign.ops import backends, batched_linear, checks, dispatch, packed_weight
-from layalign.ops.layer_mix import LAUNCHERS, in_dtype_of_hidden
+from layalign.ops.layer_mix import LAUNCHERS, computed, for_backend, in_dtype_of_hidden, options_of
 from layalign.utils.errors import ArgumentError, BackendError
 
 _FORWARD = "layalign::layer_projection"
 _BACKWARD = "layalign::layer_projection_backward"
 torch.library.define(
     _FORWARD,
-    "(Tensor[] hidden, Tensor mix_weight, Tensor? mix_bias, Tensor weight, Tensor? bias, str plan, str backend) "
-    "-> Tensor",
+    "(Tensor[] hidden, Tensor mix_weight, Tensor? mix_bias, Tensor weight, Tensor? bias, str plan, str backend, "
+    "Tensor? rows=None) -> Tensor",
 )
 torch.library.define(
     _BACKWARD,
     "(Tensor grad, Tensor[] hidden, Tensor mix_weight, Tensor? mix_bias, Tensor weight, int bias_dims, bool need_mix, "
-    "bool need_weight, bool need_hidden, str backend) -> Tensor[]",
+    "bool need_weight, bool need_hidden, str backend, Tensor? rows=None) -> Tensor[]",
 )
 
 
@@ -51,12 +51,14 @@ def _run(
     bias: Tensor | None,
     plan: str,
     backend: str,
+    rows: Tensor | None = None,
 ) -> Tensor:
     fused = backends.get(backend).launchers.get("layer_projection_forward")  # type: ignore[attr-defined]
     if plan == "auto":
         plan = choose_plan(weight)
     shared = weight.dim() == 2 and (bias is None or bias.dim() == 1)  # all that a fused kernel takes
     if plan == "fused" and fused is not None and shared:
+        hidden = hidden if rows is None else checks.select_rows(hidden, rows)
         return fused(hidden, mix_weight, mix_bias, weight, bias)  # type: ignore[no-any-return]
     dtype = hidden[0].dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -68,7 +70,7 @@ def _run(
         y = hidden[0].new_empty((len(mix_weight), *hidden[0].shape[:2], weight.shape[-2]))
         packed_weight.project(hidden, mix_weight, mix_bias, weight, bias, y.unbind(0))
         return y
-    x = backends.launcher(backend, "layer_mix_forward")(hidden, mix_weight, mix_bias)
+    x = backends.launcher(backend, "layer_mix_forward")(hidden, mix_weight, mix_bias, **options_of(rows))
     return _project(x, weight, bias)
 
 
@@ -90,21 +92,24 @@ torch.library.impl(_FORWARD, "default", _run)
 
 
 @torch.library.register_fake(_FORWARD)
-def _(hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
-    return hidden[0].new_empty((mix_weight.shape[0], *hidden[0].shape[:2], weight.shape[-2]))
+def _(
+    hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+    plan: str, backend: str, rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return hidden[0].new_empty((mix_weight.shape[0], *computed(hidden, rows)[:2], weight.shape[-2]))
 
 
 @torch.library.impl(_BACKWARD, "default")
 def _backward_op(
     grad: Tensor, hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor,
-    bias_dims: int, need_mix: bool, need_weight: bool, need_hidden: bool, backend: str,
+    bias_dims: int, need_mix: bool, need_weight: bool, need_hidden: bool, backend: str, rows: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """[d mix_weight, d mix_bias, d weight, d bias, d hidden]; an empty tensor stands for what is not needed.
 
     Gradients of biases are float32: a bias may have a wider dtype than its weight.
     """
     # x is computed again instead of being saved by the forward
-    x = backends.launcher(backend, "layer_mix_forward")(hidden, mix_weight, mix_bias)
+    x = backends.launcher(backend, "layer_mix_forward")(hidden, mix_weight, mix_bias, **options_of(rows))
     grad = grad.to(x.dtype)
     empty = x.new_empty(0)
     found = [empty] * 5
@@ -115,7 +120,7 @@ def _backward_op(
     if need_mix or need_hidden:
         inner = _mix_gradient(grad, weight.to(x.dtype), backend)
         launch = backends.launcher(backend, "layer_mix_backward")
-        parts = launch(inner, x, hidden, mix_weight, need_mix, need_hidden)
+        parts = launch(inner, x, hidden, mix_weight, need_mix, need_hidden, **options_of(rows))
         if parts[0] is not None and parts[1] is not None:
             found[0], found[1] = parts[0].to(mix_weight.dtype), parts[1].float()
         if parts[2] is not None:
@@ -153,7 +158,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, backend: str) -> T
 @torch.library.register_fake(_BACKWARD)
 def _(
     grad: Tensor, hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor,
-    bias_dims: int, need_mix: bool, need_weight: bool, need_hidden: bool, backend: str,
+    bias_dims: int, need_mix: bool, need_weight: bool, need_hidden: bool, backend: str, rows: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     first, slots = hidden[0], mix_weight.shape[0]
     bias_shape: tuple[int, ...] = ((0,), (weight.shape[-2],), (slots, weight.shape[-2]))[bias_dims]
@@ -167,15 +172,13 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, mix_weight, mix_bias, weight, bias, _, ctx.backend = inputs
-    ctx.has_mix_bias = mix_bias is not None
+    hidden, mix_weight, mix_bias, weight, bias, _, ctx.backend, rows = inputs
     ctx.bias_dims, ctx.bias_dtype = (0, None) if bias is None else (bias.dim(), bias.dtype)
-    ctx.save_for_backward(mix_weight, weight, *([mix_bias] if mix_bias is not None else []), *hidden)
+    ctx.save_for_backward(mix_weight, weight, mix_bias, rows, *hidden)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    mix_weight, weight, *rest = ctx.saved_tensors
-    mix_bias, hidden = (rest[0], rest[1:]) if ctx.has_mix_bias else (None, rest)
+    mix_weight, weight, mix_bias, rows, *hidden = ctx.saved_tensors
     layers, need_mix, need_mix_bias, need_weight, need_bias, *_ = ctx.needs_input_grad
     need_hidden = any(layers)
     found = torch.ops.layalign.layer_projection_backward(
@@ -189,6 +192,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         need_weight,
         need_hidden,
         ctx.backend,
+        rows,
     )
     return (
         list(found[4].unbind(0)) if need_hidden else [None] * len(hidden),
@@ -196,8 +200,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found[1].to(mix_bias.dtype) if mix_bias is not None and need_mix_bias else None,
         found[2] if need_weight else None,
         found[3].to(ctx.bias_dtype) if need_bias else None,
-        None,
-        None,
+        *[None] * (len(ctx.needs_input_grad) - 5),  # torch leaves out arguments that have their default
     )
 
 
@@ -211,12 +214,13 @@ torch.library.register_autograd(_BACKWARD, _no_second_derivative)
 
 def _fused(backend: str) -> backends.Implementation:
     def run(
-        hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
+        hidden: Sequence[Tensor], mix_weight: Tensor, mix_bias: Tensor | None, weight: Tensor, bias: Tensor | None, *,
+        rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         hidden = checks.autocast(hidden)
         inputs = hidden, mix_weight, mix_bias, weight, bias
-        direct = dispatch.can_skip_dispatcher((*hidden, *inputs[1:]))
-        return (_run if direct else torch.ops.layalign.layer_projection)(*inputs, "auto", backend)  # type: ignore[no-any-return]
+        direct = dispatch.can_skip_dispatcher((*hidden, *inputs[1:], rows))
+        return (_run if direct else torch.ops.layalign.layer_projection)(*inputs, "auto", backend, rows)  # type: ignore[no-any-return]
 
     return run
 
@@ -232,6 +236,7 @@ def layer_projection(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    rows: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """y[j] = layer_mix(hidden)[j] @ weight.T + bias.
@@ -241,6 +246,7 @@ def layer_projection(
         mix_weight: (2L, E); mix_bias: (2L,) or None.
         weight: (D_out, D_e), shared by all slots, or (2L, D_out, D_e), one per slot (the folded form).
         bias: (D_out,) or (2L, D_out), or None.
+        rows: (N,) int64, the tokens to compute, as for :func:`layalign.ops.layer_mix`; the result is (2L, 1, N, D_out).
         impl: "auto" or a backend's name. How Triton computes it: :func:`choose_plan`.
 
     Returns:
@@ -255,8 +261,9 @@ def layer_projection(
     hidden = checks.check_hidden(hidden)
     checks.check_mix(hidden, mix_weight, mix_bias, "mix_")
     _check_projection(hidden[0], mix_weight.shape[0], weight, bias)
-    device = hidden[0].device
-    return backends.dispatch("layer_projection", impl, device, hidden, mix_weight, mix_bias, weight, bias)
+    rest, device = (mix_weight, mix_bias, weight, bias), hidden[0].device
+    hidden, more = for_backend("layer_projection", impl, hidden, rest, rows)
+    return backends.dispatch("layer_projection", impl, device, hidden, *rest, **more)
 
 
 def _check_projection(first: Tensor, slots: int, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,7 +1,7 @@
 """Checks every step for NaN, infinity and loss spikes; names the step and the tensor; stops or skips the step.
 
 The check runs between the backward pass and gradient clipping, because clipping by a NaN norm would spread the NaN to
-every gradient. It costs one norm over the trained gradients and one number from each process.
+every gradient. It costs one norm over the trained gradients, one number from each process, and one wait for the device.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ class StepGuard(TrainerCallback, ExportableState):
         self.skipped: list[int] = []
         self.spikes: list[int] = []
         self.losses: deque[float] = deque(maxlen=WINDOW)
-        self._parts: list[Tensor] = []
-        self._suspect: Mapping[str, Any] | None = None
+        self._seen: list[tuple[Tensor, Mapping[str, Any]]] = []
 
     # Saved in checkpoints, so that a resumed run decides like an uninterrupted one.
 
@@ -61,15 +60,13 @@ class StepGuard(TrainerCallback, ExportableState):
         kept = saved.get("attributes", {}) if isinstance(saved, dict) and state.global_step else {}
         self.skipped, self.spikes = list(kept.get("skipped", ())), list(kept.get("spikes", ()))
         self.losses = deque(kept.get("losses", ()), maxlen=WINDOW)
-        self._parts, self._suspect = [], None
+        self._seen = []
 
     # One step
 
     def saw(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Record the loss of a micro batch; if it is not finite, keep `inputs` until the end of the step."""
-        self._parts.append(loss)
-        if self._suspect is None and not math.isfinite(loss.item()):
-            self._suspect = inputs
+        """Keep the loss of a micro batch and its inputs until the end of the step, without waiting for the device."""
+        self._seen.append((loss, inputs))
 
     def check(
         self,
@@ -89,10 +86,11 @@ class StepGuard(TrainerCallback, ExportableState):
         Raises:
             NonFiniteError: NaN or infinity, and no more steps may be skipped.
         """
-        loss = float(mean(torch.stack(self._parts).sum()))
-        suspect, self._parts, self._suspect = self._suspect, [], None
+        seen, self._seen = self._seen, []
+        losses = torch.stack([loss for loss, _ in seen])
         # DeepSpeed does not expose its gradients; its own overflow check covers them.
-        norm = gradient_norm(model)
+        loss, norm, *own = _numbers(mean(losses.sum()), gradient_norm(model), losses)
+        suspect = next((inputs for (_, inputs), part in zip(seen, own, strict=True) if not math.isfinite(part)), None)
         if math.isfinite(loss) and math.isfinite(norm):
             median = statistics.median(self.losses) if len(self.losses) >= _SEEN_AT_LEAST else None
             if not self.spike_factor or median is None or loss <= self.spike_factor * median:
@@ -138,16 +136,23 @@ class StepGuard(TrainerCallback, ExportableState):
         return f"the loss is {loss:.4g}; {what}"
 
 
-def gradient_norm(model: nn.Module) -> float:
-    """Norm of all gradients, including all shards; 0 without gradients. The groups are summed in float64."""
+def _numbers(*tensors: Tensor) -> list[float]:
+    """All numbers of the tensors, in one transfer."""
+    return torch.cat([each.detach().double().flatten().to(tensors[0].device) for each in tensors]).tolist()
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Norm of all gradients, including all shards, float64; 0 without gradients. The device is not waited for."""
     found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    total = 0.0
+    norms: list[Tensor] = []
     for sharded in (False, True):  # torch cannot stack the norms of both kinds
         group = [gradient for gradient in found if is_dtensor(gradient) == sharded]
         if group:
             norm: Any = torch.nn.utils.get_total_norm(group)
-            total += float(norm.full_tensor() if sharded else norm) ** 2
-    return math.sqrt(total) if total == total else math.nan
+            norms.append((norm.full_tensor() if sharded else norm).double())
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
 
 def largest_gradient(model: nn.Module) -> str:

@@ -141,7 +141,7 @@ class LayAlignTrainer(DistributedTrainer):
             self.guard.check(step, model, self._mean_over_processes, rerun)
             self.stop.agreed = self.stop.requested
             if self.args.world_size > 1:  # a single process need not synchronize with its device
-                asked = torch.tensor(float(self.stop.requested), device=loss.device)
+                asked = torch.full((), float(self.stop.requested), device=loss.device)  # no copy from the host
                 self.stop.agreed = bool(self._mean_over_processes(asked) > 0)
         return loss
 

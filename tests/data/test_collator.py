@@ -24,7 +24,8 @@ def text_of(ids, tokenizer=LLM):
 
 def test_translation_batch():
     batch = collator()([SHORT, LONG])
-    assert set(batch) == {"encoder_input_ids", "encoder_attention_mask", "input_ids", "attention_mask", "labels"}
+    ids = {"encoder_input_ids", "encoder_attention_mask", "input_ids", "attention_mask", "labels"}
+    assert set(batch) == ids | {"encoder_token_index", "loss_index"}
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     # Encoder: own end-of-sequence token, padded on the right ("é" is two bytes).
     assert batch["encoder_attention_mask"].tolist() == [[1] * 3 + [0] * 4, [1] * 7]
@@ -36,6 +37,9 @@ def test_translation_batch():
     assert text_of(batch["input_ids"][1][9:]) == "yes</s>"
     assert text_of(batch["input_ids"][0][11:]) == "x</s>"
     assert batch["labels"][0].tolist() == [-100] * 11 + batch["input_ids"][0, 11:].tolist()
+    # What the model would have to wait for: the places of real tokens and those before a label, in the flattened batch.
+    assert batch["encoder_token_index"].tolist() == [0, 1, 2, *range(7, 14)]
+    assert batch["loss_index"].tolist() == [10, 11, *range(13 + 8, 13 + 12)]
 
 
 def test_task_batch_has_the_prompt_and_no_label_on_it():

@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from layalign import ArgumentError
-from layalign.modeling.cache import get_source
+from layalign.modeling.cache import SourceKeyValues, get_source
 
 NEVER = 10_000  # beam search wants some end-of-sequence id; this one is outside the vocabulary
 
@@ -64,6 +64,61 @@ def test_beam_search_scores_are_those_of_the_full_forward() -> None:
         scores = model(**repeated).logits[:, length - 1 : -1].log_softmax(-1)
     total = scores.gather(2, found.sequences[:, length:, None]).sum((1, 2))
     torch.testing.assert_close(found.sequences_scores, total, rtol=1e-4, atol=1e-4)
+
+
+BEAMS = dict(num_beams=4, eos_token_id=NEVER, return_dict_in_generate=True, output_scores=True, max_new_tokens=6)
+
+
+def test_beams_share_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of keys and values a sequence, the same tensors in every step, and the results of a row for each beam."""
+    model = tiny_model(llm="llama_gqa_wide_heads").double()
+    inputs = batch(model=model, targets=None)
+    with torch.no_grad():
+        _, own = model.encode_source(inputs["encoder_input_ids"], inputs["encoder_attention_mask"])
+    shared = model.generate(**inputs, **BEAMS)
+    source = get_source(shared.past_key_values)
+    assert source.copies == 4 and source.rows == 12 and source.lengths.flatten().tolist() == [6] * 4 + [3] * 4 + [5] * 4
+    assert all(map(torch.equal, (*source.keys, *source.values), (*own.keys, *own.values)))
+    monkeypatch.setattr(SourceKeyValues, "share", SourceKeyValues.repeat)
+    single = model.generate(**inputs, **BEAMS)
+    assert len(get_source(single.past_key_values).keys[0]) == 12
+    assert torch.equal(shared.sequences, single.sequences)
+    torch.testing.assert_close(shared.sequences_scores, single.sequences_scores, rtol=1e-12, atol=1e-12)
+
+
+def test_beams_copy_nothing_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, copied = tiny_model(), []
+    change = SourceKeyValues.map
+    monkeypatch.setattr(SourceKeyValues, "map", lambda self, function: copied.append(1) or change(self, function))
+    model.generate(**batch(model=model, targets=None), **BEAMS)
+    assert copied == []
+
+
+def test_what_watches_a_layer_sees_a_row_for_each_beam() -> None:
+    model, seen = tiny_model().double(), []
+    inputs = batch(model=model, targets=None)
+    expected = model.generate(**inputs, **BEAMS)
+    look = lambda module, args, output: seen.append((len(args[0]), len(args[1]), len(output)))  # noqa: E731
+    model.cross_attention[1].register_forward_hook(look)
+    found = model.generate(**inputs, **BEAMS)
+    assert set(seen) == {(12, 12, 12)} and torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_that_leave_their_sequence_get_states_of_their_own() -> None:
+    model = tiny_model()
+    inputs = batch(model=model, targets=None)
+    with torch.no_grad():
+        _, source = model.encode_source(inputs["encoder_input_ids"], inputs["encoder_attention_mask"])
+    shared, repeated = source.share(2), source.repeat(2)
+    assert shared.select(torch.tensor([1, 1, 2, 3, 5, 4])) is shared
+    for rows in ([2, 3, 0, 1, 4, 5], [0, 1, 2], [5]):
+        index = torch.tensor(rows)
+        found, expected = shared.select(index), repeated.select(index)
+        assert found.copies == 1 and found.rows == len(rows)
+        assert torch.equal(found.mask, expected.mask)
+        assert all(map(torch.equal, (*found.keys, *found.values), (*expected.keys, *expected.values)))
+    assert torch.equal(shared.lengths, repeated.lengths) and shared.share(3).copies == 6
 
 
 def test_the_encoder_runs_once_per_sequence() -> None:

@@ -224,7 +224,7 @@ def test_on_a_gpu_auto_does_not_fold_at_another_rate_than_that_of_the_products(m
     projector = model.encoder_aligner.projector.to("meta")
     model.llm.to("meta", maps)
     hidden = [torch.empty(8, 5, 24, device="meta", dtype=torch.bfloat16)]
-    against = model.key_values._against(projector, model._attentions, hidden)
+    against = model.key_values._against(projector, model._attentions, hidden, None)
     needed = MARGIN * break_even_rows(24, 32, 32, training=True, terms=2)
     assert against is not None and against.startswith(why) and needed > 40
     assert why == "a fold of" or against.endswith(f" {needed:.0f}")

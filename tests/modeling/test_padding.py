@@ -8,8 +8,10 @@ import pytest
 import torch
 from tiny import batch, tiny_model
 
+from layalign import ops
+from layalign.modeling import key_values
 from layalign.modeling import model as model_module
-from layalign.modeling.padding import real_tokens, spread_heads
+from layalign.modeling.padding import real_tokens, spread_all, spread_heads
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
 
@@ -37,6 +39,22 @@ def test_real_tokens_are_taken_and_put_back() -> None:
     assert torch.equal(found, heads * MASK[:, None, :, None]) and found.stride(-1) == 1
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_many_are_put_back_at_once(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = real_tokens(MASK)
+    assert real is not None
+    # As the LLM's maps leave them: (1, N, G, d) in memory.
+    states = [torch.randn(1, len(real), 2, 4, dtype=torch.float64).requires_grad_() for _ in range(4)]
+    heads = [each.transpose(1, 2) for each in states]
+    expected = [spread_heads(real, each) for each in heads]
+    found = spread_all(real, torch.stack(heads) if stacked else list(heads))
+    assert all(map(torch.equal, found, expected)) and found[0].stride() == expected[0].stride()
+    grads = [torch.randn_like(each) for each in expected]
+    for one, other in zip(torch.autograd.grad(found, states, grads), torch.autograd.grad(expected, states, grads),
+                          strict=True):  # fmt: skip
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("mask", [torch.ones(3, 6), torch.zeros(3, 6)], ids=["nothing padded", "nothing real"])
 def test_where_it_does_not_pay_nothing_is_left_out(mask: torch.Tensor) -> None:
     assert real_tokens(mask) is None
@@ -54,9 +72,28 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(
             inputs[name] = inputs[name].flip(1)
     assert real_tokens(inputs["encoder_attention_mask"]) is not None
     packed = results(model, inputs)
-    monkeypatch.setattr(model_module, "real_tokens", lambda mask: None)
+    monkeypatch.setattr(model_module, "real_tokens", lambda *_: None)
     for one, other in zip(packed, results(model, inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [
+    {"fold_projections": "never"}, {"fold_projections": "always"}, {"structure": "MLP"}, {"mix": "shared"},
+], ids=str)  # fmt: skip
+def test_operations_may_read_the_tokens_where_they_are(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the operations get all tokens, and the positions of those to compute."""
+    model, given = tiny_model(impl="torch", **options).double(), []
+    inputs = padded(model)
+    expected = results(model, inputs)
+    monkeypatch.setattr(key_values, "_reads_rows", lambda *_: True)
+    project = ops.layer_projection
+    monkeypatch.setattr(ops, "layer_projection", lambda *a, **k: given.append(k["rows"]) or project(*a, **k))
+    found = results(model, inputs)
+    assert [rows.tolist() for rows in given] == [[0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14]]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_the_aligner_sees_real_tokens_only() -> None:

@@ -7,6 +7,8 @@ emulation where LAYALIGN_EMULATE_CUDA names it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +26,8 @@ from op_cases import (
     within_budget,
 )
 
-from layalign import BackendError, ops, reference
-from layalign.ops import backends
+from layalign import ArgumentError, BackendError, ops, reference
+from layalign.ops import backends, checks
 
 every_backend = pytest.mark.parametrize("impl", [name for name in serving("layer_mix") if name != "torch"])
 
@@ -98,6 +100,43 @@ def test_poisoned_outputs_are_overwritten(impl: str, monkeypatch: pytest.MonkeyP
     assert all(torch.isfinite(part).all() for part in parts)
 
 
+ROWS = (1, 2, 5, 6, 9, 13)
+
+
+def chosen_tokens(function: Callable[..., Any], hidden: list[torch.Tensor], *rest: torch.Tensor) -> list[torch.Tensor]:
+    """The result of a function of the layers and its gradients; all but the chosen tokens are NaN."""
+    poison = torch.full((14, 1), torch.nan, device=DEVICE).index_fill(0, torch.tensor(ROWS, device=DEVICE), 0.0)
+    leaves = [(h.detach() + poison.view(2, 7, 1)).requires_grad_() for h in hidden]
+    rest = tuple(each.detach().requires_grad_() for each in rest)
+    found = function(leaves, *rest)
+    weights = torch.arange(1.0, found.numel() + 1, device=DEVICE).cos().view_as(found)
+    return [found.detach(), *torch.autograd.grad((found * weights).sum(), (*leaves, *rest))]
+
+
+@pytest.mark.parametrize("impl", serving("layer_mix"))
+def test_only_the_rows_asked_for_are_read(impl: str) -> None:
+    arguments, rows = mix_inputs(5, 6, 2, 7, 11, dtype=torch.float32)[:3], torch.tensor(ROWS, device=DEVICE)
+    found = chosen_tokens(lambda *given: ops.layer_mix(*given, rows=rows, impl=impl), *arguments)
+    copied = lambda hidden, *rest: reference.layer_mix(checks.select_rows(hidden, rows), *rest)  # noqa: E731
+    for one, other in zip(found, chosen_tokens(copied, *arguments), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_triton_reads_rows_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, bias = mix_inputs(5, 6, 2, 7, 11, dtype=torch.float32)[:3]
+    monkeypatch.setattr(checks, "select_rows", None)
+    found = ops.layer_mix(hidden, weight, bias, rows=torch.tensor(ROWS, device=DEVICE), impl="triton")
+    assert found.shape == (6, 1, len(ROWS), 11)
+
+
+@pytest.mark.parametrize("rows", [[1, 2], torch.ones(14, dtype=torch.bool), torch.tensor([[1]]), torch.tensor([0.0])])
+def test_rows_that_are_no_positions_are_named(rows: Any) -> None:
+    hidden, weight, bias = mix_inputs(5, 6, 2, 7, 11, dtype=torch.float32)[:3]
+    rows = rows.to(DEVICE) if isinstance(rows, torch.Tensor) else rows
+    with pytest.raises(ArgumentError, match=r"rows: expected int64 positions \(N,\), got"):
+        ops.layer_mix(hidden, weight, bias, rows=rows)
+
+
 @pytest.mark.parametrize("impl", serving("layer_mix"))
 def test_memory_between_rows_is_not_read(impl: str) -> None:
     hidden, weight, bias, *_ = mix_inputs(dtype=torch.float32)
@@ -131,6 +170,9 @@ def test_operators_pass_opcheck(impl: str) -> None:
     hidden, w1, b1, *_ = mix_arguments((3, 4, 2, 5, 16), torch.float32)
     torch.library.opcheck(torch.ops.layalign.layer_mix, (hidden, w1, b1, impl))
     torch.library.opcheck(torch.ops.layalign.layer_mix, (hidden, w1, None, impl))
+    if backends.get(impl).reads_rows:
+        rows = torch.tensor([1, 4, 7], device=DEVICE)
+        torch.library.opcheck(torch.ops.layalign.layer_mix, (hidden, w1, b1, impl, rows))
 
 
 @every_backend

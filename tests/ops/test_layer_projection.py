@@ -29,6 +29,7 @@ from op_cases import (
 )
 
 from layalign import ops, reference
+from layalign.ops import backends, checks
 from layalign.ops.layer_projection import PLANS, choose_plan
 
 every_backend = pytest.mark.parametrize("impl", [name for name in serving("layer_projection") if name != "torch"])
@@ -182,6 +183,29 @@ def test_operators_pass_opcheck(impl: str, plan: str) -> None:
     hidden, w1, b1, w2, b2 = mix_arguments((3, 4, 2, 5, 16), torch.float32)
     torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, b1, w2, b2, plan, impl))
     torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, None, w2, None, plan, impl))
+    if backends.get(impl).reads_rows:
+        rows = torch.tensor([1, 4, 7], device=DEVICE)
+        torch.library.opcheck(torch.ops.layalign.layer_projection, (hidden, w1, b1, w2, b2, plan, impl, rows))
+
+
+@pytest.mark.parametrize("impl", serving("layer_projection"))
+@pytest.mark.parametrize("folded", [False, True])
+def test_only_the_rows_asked_for_are_projected(impl: str, folded: bool) -> None:
+    hidden, *weights = mix_inputs(dtype=torch.float32)
+    if folded:
+        weights[2:] = [torch.stack([each * (1 + slot) for slot in range(6)]) for each in weights[2:]]
+    rows, found = torch.tensor([1, 2, 5, 6, 9, 13], device=DEVICE), []
+    for call in (
+        lambda *given: ops.layer_projection(*given, rows=rows, impl=impl),
+        lambda hidden, *rest: reference.layer_projection(checks.select_rows(hidden, rows), *rest),
+    ):
+        leaves = [h.clone().requires_grad_() for h in hidden], *(w.clone().requires_grad_() for w in weights)
+        y = call(*leaves)
+        grads = torch.autograd.grad((y * torch.arange(y.numel(), device=DEVICE).cos().view_as(y)).sum(),
+                                    (*leaves[0], *leaves[1:]))  # fmt: skip
+        found.append([y.detach(), *grads])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

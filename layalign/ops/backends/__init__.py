@@ -201,6 +201,12 @@ def choose(operation: str, device_type: str, *args: Any, **kwargs: Any) -> str:
     return name
 
 
+def reads_rows(operation: str, impl: str, device_type: str, *args: Any) -> bool:
+    """Whether the backend that serves these arguments takes ``rows``: see :class:`KernelBackend`."""
+    name = choose(operation, device_type, *args) if impl == "auto" else impl
+    return getattr(_BACKENDS.get(name), "reads_rows", False)
+
+
 def accepts(operation: str, backend: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
     """(ok, reason): whether a usable ``backend`` takes these arguments of ``operation``."""
     has = _BACKENDS[backend]

@@ -60,9 +60,12 @@ class KernelBackend(Backend):
 
     Attributes:
         decodes_in_place: whether what :meth:`cached_decode` returns may write the result to the residual.
+        reads_rows: whether its launchers of the layer mix take ``rows`` (N,), the positions of the tokens to compute in
+            the flattened (B, S). Others get copies of these tokens.
     """
 
     decodes_in_place = False
+    reads_rows = False
 
     def __init__(self, name: str, launchers: Mapping[str, Callable[..., Any]] | None = None) -> None:
         super().__init__(name)

@@ -35,6 +35,7 @@ class Triton(KernelBackend):
 
     devices = ("cuda",)
     on_request = ("cpu",)  # thousands of times slower than torch
+    reads_rows = True
 
     def usable(self, device_type: str) -> tuple[bool, str]:
         if importlib.util.find_spec("layalign_kernels") is None:
