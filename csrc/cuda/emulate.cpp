@@ -400,6 +400,7 @@ void run(const char* name, Body body, const void* parameters, int64_t blocks, in
   place.blocks = blocks;
   for (int64_t i = 0; i < blocks; ++i) {
     run_block(d.order == 1 ? blocks - 1 - i : i);
+    place.shared = nullptr;  // the host's accesses are watched too where they come from the kernels' files
     if (!d.error.empty()) throw Error(std::string(name) + ": " + d.error);
   }
 }
