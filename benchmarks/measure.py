@@ -36,7 +36,7 @@ from layalign.experiments.bench.results import FEW_ROUNDS
 
 SHORT, LONG, VERY_LONG, LONGEST = 2e-3, 0.3, 3.0, 5.0  # seconds of a call
 NARROW = 0.01  # target for half the width of a ratio's 95 % interval, relative to the ratio
-WAIT, LONGEST_WAIT = 2**18, 2**25  # clock cycles of a GPU: 0.13 and 17 ms at 2 GHz
+WAIT, LONGEST_WAIT = 2**18, 2**22  # clock cycles of a GPU: 0.13 and 2.1 ms at 2 GHz
 CHUNK = 2**26  # elements that are compared at once, in float64
 
 
