@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.common import aligned16, ceil_div, dot_precision, next_power_of_2, offset64, pointer_table, relu
+from layalign_kernels.launch import launch
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 AMD = torch.version.hip is not None
@@ -180,7 +181,9 @@ def layer_mix_forward(hidden: Sequence[torch.Tensor], weight: torch.Tensor, bias
     options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "forward", AMD)
     common = _common(hidden)
     grid = (ceil_div(common["rows"], options["ROWS"]), ceil_div(common["D"], options["BN"]))
-    layer_mix_forward_kernel[grid](
+    launch(
+        layer_mix_forward_kernel,
+        grid,
         pointers=hidden,
         weight=weight.contiguous(),
         bias=None if bias is None else bias.contiguous(),
@@ -226,7 +229,9 @@ def layer_mix_backward(
         partial_weight = torch.empty((programs, slots, len(hidden)), dtype=torch.float32, device=grad.device)
         partial_bias = torch.empty((programs, slots), dtype=torch.float32, device=grad.device)
         if programs:
-            layer_mix_weight_kernel[(programs,)](
+            launch(
+                layer_mix_weight_kernel,
+                (programs,),
                 pointers=hidden,
                 grad=grad,
                 x=x,
@@ -246,7 +251,16 @@ def layer_mix_backward(
     if need_hidden:
         hidden_grad = torch.empty((len(hidden), *first.shape), dtype=first.dtype, device=first.device)
         if hidden_grad.numel():
-            layer_mix_hidden_kernel[(common["rows"], columns)](
-                grad=grad, x=x, weight=weight.contiguous(), out=hidden_grad, slots=slots, **strides, **common, **options
+            launch(
+                layer_mix_hidden_kernel,
+                (common["rows"], columns),
+                grad=grad,
+                x=x,
+                weight=weight.contiguous(),
+                out=hidden_grad,
+                slots=slots,
+                **strides,
+                **common,
+                **options,
             )
     return weight_grad, bias_grad, hidden_grad
