@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+
+from layalign.modeling.identity import Identity, is_capturing, reason_against_watching
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -24,6 +27,7 @@ class SourceKeyValues:
         mask: (B, S) bool, true where a source token is real; None when padding is attended to, as published.
         real: (B, S), 1 where a source token is real, if ``mask`` is None; None if it is unknown.
         launches: by LLM layer, what its last call left for the next one (:mod:`layalign.modeling.cross_attention`).
+        masks: by device, what ``mask`` was and its copy there.
     """
 
     layers: tuple[int, ...]
@@ -32,9 +36,35 @@ class SourceKeyValues:
     mask: Tensor | None
     real: Tensor | None = None
     launches: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    masks: dict[torch.device, tuple[Identity, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def __getstate__(self) -> dict[str, Any]:  # launches hold addresses of this object's tensors
-        return {**self.__dict__, "launches": {}}
+    def __getstate__(self) -> dict[str, Any]:  # launches and identities hold addresses of this object's tensors
+        return {**self.__dict__, "launches": {}, "masks": {}}
+
+    def mask_on(self, device: torch.device) -> Tensor | None:
+        """``mask`` on a device, copied once for all layers and steps there; again after a write to ``mask``.
+
+        A write that no version counter shows (to an inference tensor, by ``.data``) follows the rules of
+        :mod:`layalign.modeling.identity`: an inference tensor is copied in every call.
+        """
+        mask = self.mask
+        if mask is None or mask.device == device:
+            return mask
+        if torch.compiler.is_compiling() or reason_against_watching([mask]) or is_capturing(device):
+            return mask.to(device)
+        if device in self.masks and not self.has_written_masks():
+            return self.masks[device][1]
+        self.masks = {on: kept for on, kept in self.masks.items() if kept[0].of([mask])}
+        with torch.inference_mode(False):  # a training pass over the same source may follow
+            copy = mask.to(device)
+        self.masks[device] = Identity([mask]), copy
+        return copy
+
+    def has_written_masks(self) -> bool:
+        """Whether a copy of :meth:`mask_on` is not ``mask`` any more."""
+        return any(self.mask is None or not seen.of([self.mask]) for seen, _ in self.masks.values())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SourceKeyValues:
         """A copy with ``function`` applied to every tensor; the batch is the first dimension of all of them."""
@@ -66,7 +96,8 @@ class SourceKeyValues:
 
     def select(self, rows: Tensor) -> SourceKeyValues:
         """The batch rows ``rows`` (int64 indices), in that order."""
-        return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        there = functools.cache(rows.to)  # one copy for all tensors of a device
+        return self.map(lambda tensor: tensor.index_select(0, there(tensor.device)))
 
     def repeat(self, times: int) -> SourceKeyValues:
         """Every row ``times`` times, the copies side by side, as ``generate`` expands its batch."""

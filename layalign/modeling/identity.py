@@ -40,10 +40,15 @@ def sample(tensor: Tensor) -> Tensor:
     return bits(tensor)[:: max(1, tensor.numel() // SAMPLE) | 1]  # odd: not always the same column
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: what is queued on ``device`` is computed at its replay."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def unwritten(before: Iterable[Tensor], now: Iterable[Tensor]) -> bool:
     """Whether numbers are unchanged. A GPU is waited for; while it captures a CUDA graph, the answer is yes."""
     for one, two in zip(before, now, strict=True):
-        if not (one.is_cuda and torch.cuda.is_current_stream_capturing()) and not torch.equal(one, two):
+        if not is_capturing(one.device) and not torch.equal(one, two):
             return False
     return True
 

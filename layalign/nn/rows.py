@@ -29,6 +29,7 @@ class Rows:
     def __init__(self, wanted: Tensor) -> None:
         self.shape = wanted.shape
         self.index = wanted.flatten().nonzero().flatten()
+        self._copies: dict[torch.device, Tensor] = {}
 
     @classmethod
     def last(cls, shape: torch.Size, count: int, device: torch.device) -> Rows:
@@ -37,19 +38,28 @@ class Rows:
         batch, length = shape
         begin = torch.arange(batch, device=device)[:, None] * length
         rows.shape, rows.index = shape, (begin + torch.arange(length - count, length, device=device)).flatten()
+        rows._copies = {}
         return rows
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
+    def _index_on(self, device: torch.device) -> Tensor:
+        """``index`` on a device, copied once for all layers there."""
+        if self.index.device == device:
+            return self.index
+        if device not in self._copies:
+            self._copies[device] = self.index.to(device)
+        return self._copies[device]
+
     def select(self, states: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)."""
-        return states.flatten(0, 1).index_select(0, self.index.to(states.device))[None]
+        return states.flatten(0, 1).index_select(0, self._index_on(states.device))[None]
 
     def spread(self, states: Tensor) -> Tensor:
         """(1, N, ...) -> (B, T, ...), zeros elsewhere."""
         batch = states.new_zeros((self.shape.numel(), *states.shape[2:]))
-        return batch.index_copy(0, self.index.to(states.device), states[0]).unflatten(0, self.shape)
+        return batch.index_copy(0, self._index_on(states.device), states[0]).unflatten(0, self.shape)
 
     def of(self, value: Any) -> bool:
         """Whether ``value`` is a tensor (B, T, D, ...) over all positions of the batch."""
