@@ -45,6 +45,7 @@ from layalign_kernels.gated_cross_attention_common import (
     strides,
     unit_last,
 )
+from layalign_kernels.launch import launch
 
 TABLES: dict[str, Table] = {
     "dq": {
@@ -290,30 +291,33 @@ def gated_cross_attention_backward(
         BD=padded_head_size(size),
         PRECISION=dot_precision(query.dtype),
     )
-    with torch.cuda.device_of(query):
-        if parts is not None:
-            gated_cross_attention_dq_kernel[(len(parts),)](
-                **common,
-                p_dq=dq,
-                p_dgate=parts,
-                dq_scale=base2 / LOG2E,
-                ONE_BLOCK=source <= dq_options["BN"],
-                NEED_DQ=need_dq,
-                **dq_options,
-            )
-        if (need_dk or need_dv) and key.numel():
-            gated_cross_attention_dkv_kernel[(programs * splits,)](
-                **common,
-                p_dk=dk,
-                p_dv=dv,
-                B=batch,
-                dk_scale=base2 / LOG2E,
-                blocks=ceil_div(pairs, splits),
-                splits=splits,
-                NEED_DK=need_dk,
-                NEED_DV=need_dv,
-                **dkv_options,
-            )
+    if parts is not None:
+        launch(
+            gated_cross_attention_dq_kernel,
+            (len(parts),),
+            **common,
+            p_dq=dq,
+            p_dgate=parts,
+            dq_scale=base2 / LOG2E,
+            ONE_BLOCK=source <= dq_options["BN"],
+            NEED_DQ=need_dq,
+            **dq_options,
+        )
+    if (need_dk or need_dv) and key.numel():
+        launch(
+            gated_cross_attention_dkv_kernel,
+            (programs * splits,),
+            **common,
+            p_dk=dk,
+            p_dv=dv,
+            B=batch,
+            dk_scale=base2 / LOG2E,
+            blocks=ceil_div(pairs, splits),
+            splits=splits,
+            NEED_DK=need_dk,
+            NEED_DV=need_dv,
+            **dkv_options,
+        )
     if splits > 1:
         dk, dv = (None if x is None else x.transpose(2, 3).sum(0).to(key.dtype).transpose(1, 2) for x in (dk, dv))
     dgate = parts.sum().to(gate.dtype).reshape(gate.shape) if need_dgate and parts is not None else None
