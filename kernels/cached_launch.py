@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from layalign_kernels.common import dot_precision
+from layalign_kernels.common import ceil_div, dot_precision
 from layalign_kernels.gated_cross_attention_decode import decode_launches
-from layalign_kernels.launch import CachedLaunch, can_cache_launches
+from layalign_kernels.launch import ALIGNMENT, CachedLaunch, can_cache_launches
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -30,24 +30,27 @@ def cached_decode(
     assert query is not None and key is not None and value is not None and gate is not None
     if not can_cache_launches():
         return None
+    launches = decode_launches(query, key, value, gate, residual, mask, scale, out)
     with torch.cuda.device_of(query):
-        launches = decode_launches(query, key, value, gate, residual, mask, scale, out)
         kept = [one for launch in launches if (one := CachedLaunch.of(launch)) is not None]
     if len(kept) < len(launches):
         return None
     at_key, at_value, at_mask = map(_address, (key, value, mask))
     part, device, dtype = launches[0].arguments["p_part"], query.device, query.dtype
-    shape = None if part is None else (part.shape[0], part.shape[1], part.shape[2] + 1)  # with room for the log-sum-exp
+    # The log-sum-exp lies after the parts, aligned as in memory of its own: else the launch would never fit.
+    whole = ALIGNMENT // 4  # numbers
+    numbers = 0 if part is None else ceil_div(part.numel(), whole) * whole
+    both = 0 if part is None else numbers + part.shape[0] * part.shape[1]
     precision = dot_precision(dtype)
 
     def run(at_query: int, at_gate: int, at_residual: int, at_out: int) -> bool:
         at_part = at_lse = None
-        if shape is not None:
-            scratch = torch.empty(shape, dtype=torch.float32, device=device)
+        if both:
+            scratch = torch.empty(both, dtype=torch.float32, device=device)
             at_part = scratch.data_ptr()
-            at_lse = at_part + 4 * shape[0] * shape[1] * (shape[2] - 1)
+            at_lse = at_part + 4 * numbers
         own = at_query, at_key, at_value, at_gate, at_residual, at_mask, at_out, at_part, at_lse
-        calls = [own] if shape is None else [own, (at_part, at_lse, at_gate, at_residual, at_out)]
+        calls = [own, (at_part, at_lse, at_gate, at_residual, at_out)] if both else [own]
         pairs = list(zip(kept, calls, strict=True))
         if dot_precision(dtype) != precision or not all(one.fits(at) for one, at in pairs):
             return False

@@ -34,6 +34,7 @@ from layalign_kernels.gated_cross_attention_common import (
     strides,
     unit_last,
 )
+from layalign_kernels.launch import launch
 
 TABLE: Table = {
     ("half", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 4, 3), (128, 64, 4, 2)),
@@ -119,25 +120,26 @@ def gated_cross_attention_forward(
     residual = None if residual is None else unit_last(residual)
     options = configuration(size, query.dtype, architecture(query.device), key.shape[2])
     programs = ceil_div(length, options["BM"]) * batch * heads
-    with torch.cuda.device_of(query):
-        gated_cross_attention_forward_kernel[(programs,)](
-            p_q=query,
-            p_k=key,
-            p_v=value,
-            p_gate=gate,
-            p_residual=residual,
-            p_mask=key_mask,
-            p_out=out,
-            p_lse=lse,
-            **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), s=(residual, "bth"), m=(key_mask, "bs")),
-            T=length,
-            S=key.shape[2],
-            **positive_scale(scale, size),
-            H=heads,
-            REP=heads // key.shape[1],
-            D=size,
-            BD=padded_head_size(size),
-            PRECISION=dot_precision(query.dtype),
-            **options,
-        )
+    launch(
+        gated_cross_attention_forward_kernel,
+        (programs,),
+        p_q=query,
+        p_k=key,
+        p_v=value,
+        p_gate=gate,
+        p_residual=residual,
+        p_mask=key_mask,
+        p_out=out,
+        p_lse=lse,
+        **strides(q=(query, "bht"), k=(key, "bgs"), v=(value, "bgs"), s=(residual, "bth"), m=(key_mask, "bs")),
+        T=length,
+        S=key.shape[2],
+        **positive_scale(scale, size),
+        H=heads,
+        REP=heads // key.shape[1],
+        D=size,
+        BD=padded_head_size(size),
+        PRECISION=dot_precision(query.dtype),
+        **options,
+    )
     return out, lse

@@ -49,6 +49,7 @@ from layalign_kernels.gated_cross_attention_common import (
     strides,
     unit_last,
 )
+from layalign_kernels.launch import launch
 
 TABLES: dict[str, Table] = {
     "dq": {
@@ -425,26 +426,39 @@ def gated_cross_attention_backward(
         NEED_DV=need_dv,
         **dkv_options,
     )
-    with torch.cuda.device_of(query):
-        if resident is not None:
-            gated_cross_attention_resident_kernel[(len(parts),)](
-                **common, **over_rows, p_dq=dq, p_dgate=parts, grad_scale=base2 / LOG2E, NEED_DQ=need_dq
-            )
-        elif parts is not None:
-            gated_cross_attention_dq_kernel[(len(parts),)](
-                **common,
-                p_dq=dq,
-                p_delta=delta,
-                p_dgate=parts,
-                dq_scale=base2 / LOG2E,
-                ONE_BLOCK=source <= dq_options["BN"],
-                NEED_DQ=need_dq,
-                **dq_options,
-            )
-        if resident is None and (need_dk or need_dv) and key.numel():
-            gated_cross_attention_dkv_kernel[(programs * splits,)](
-                **common, **over_rows, p_delta=delta, dk_scale=base2 / LOG2E
-            )
+    if resident is not None:
+        launch(
+            gated_cross_attention_resident_kernel,
+            (programs * splits,),
+            **common,
+            **over_rows,
+            p_dq=dq,
+            p_dgate=parts,
+            grad_scale=base2 / LOG2E,
+            NEED_DQ=need_dq,
+        )
+    elif parts is not None:
+        launch(
+            gated_cross_attention_dq_kernel,
+            (len(parts),),
+            **common,
+            p_dq=dq,
+            p_delta=delta,
+            p_dgate=parts,
+            dq_scale=base2 / LOG2E,
+            ONE_BLOCK=source <= dq_options["BN"],
+            NEED_DQ=need_dq,
+            **dq_options,
+        )
+    if resident is None and (need_dk or need_dv) and key.numel():
+        launch(
+            gated_cross_attention_dkv_kernel,
+            (programs * splits,),
+            **common,
+            **over_rows,
+            p_delta=delta,
+            dk_scale=base2 / LOG2E,
+        )
     if splits > 1:
         dk, dv = (None if x is None else x.transpose(2, 3).sum(0).to(key.dtype).transpose(1, 2) for x in (dk, dv))
     dgate = parts.sum().to(gate.dtype).reshape(gate.shape) if need_dgate and parts is not None else None

@@ -170,9 +170,8 @@ def gated_cross_attention_decode(
         return out
     query, key, value = unit_last(query), unit_last(key), unit_last(value)
     residual = None if residual is None else unit_last(residual)
-    with torch.cuda.device_of(query):
-        for launch in decode_launches(query, key, value, gate, residual, key_mask, scale, out, splits):
-            launch()
+    for launch in decode_launches(query, key, value, gate, residual, key_mask, scale, out, splits):
+        launch()
     return out
 
 

@@ -26,6 +26,15 @@ def can_cache_launches() -> bool:
     return version >= OLDEST and torch.version.hip is None
 
 
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """``kernel[grid](**arguments)`` on the device of its tensors, on that device's current stream.
+
+    Triton itself launches on the current device, which cannot read the tensors of another.
+    """
+    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, torch.Tensor))):
+        kernel[grid](**arguments)
+
+
 class Launch(NamedTuple):
     """A launch of ``programs`` programs, with arguments and options by name and pointers as tensors."""
 
@@ -34,8 +43,8 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
     def __call__(self) -> None:
-        """Launch it by Triton, on the current device's current stream."""
-        self.kernel[(self.programs,)](**self.arguments)
+        """Launch it by Triton, see :func:`launch`."""
+        launch(self.kernel, (self.programs,), **self.arguments)
 
 
 class CachedLaunch:
@@ -64,15 +73,20 @@ class CachedLaunch:
         return CachedLaunch(compiled, launch, pointers) if type(compiled) is CompiledKernel else None
 
     def fits(self, addresses: Sequence[int | None]) -> bool:
-        """Whether the addresses are aligned as the kernel was compiled for, and the current device is its device.
+        """Whether the addresses are aligned as the kernel was compiled for.
 
         The caller makes sure that the same ones are None, and that the memory there is of the same kind.
         """
         bits = 0
         for place in self._aligned:
             bits |= addresses[place]  # type: ignore[operator]  # not None where it was aligned
-        return bits % ALIGNMENT == 0 and triton.runtime.driver.active.get_current_device() == self._device
+        return bits % ALIGNMENT == 0
 
     def __call__(self, addresses: Sequence[int | None]) -> None:
-        """Launch on the current stream, at the addresses of the kernel's pointers in order, which :meth:`fits`."""
-        self._run(*addresses, *self._rest, stream=triton.runtime.driver.active.get_current_stream(self._device))
+        """Launch on the current stream of the kernel's device, at the addresses of its pointers, which :meth:`fits`."""
+        driver, device = triton.runtime.driver.active, self._device
+        if driver.get_current_device() == device:
+            self._run(*addresses, *self._rest, stream=driver.get_current_stream(device))
+            return
+        with torch.cuda.device(device):
+            self._run(*addresses, *self._rest, stream=driver.get_current_stream(device))

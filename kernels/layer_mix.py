@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.common import aligned16, ceil_div, dot_precision, next_power_of_2, offset64, pointer_table, relu
+from layalign_kernels.launch import launch
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 AMD = torch.version.hip is not None
@@ -202,7 +203,9 @@ def layer_mix_forward(
     options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "forward", AMD)
     common = _common(hidden, rows)
     grid = (ceil_div(common["rows"], options["ROWS"]), ceil_div(common["D"], options["BN"]))
-    layer_mix_forward_kernel[grid](
+    launch(
+        layer_mix_forward_kernel,
+        grid,
         pointers=hidden,
         weight=weight.contiguous(),
         bias=None if bias is None else bias.contiguous(),
@@ -252,7 +255,9 @@ def layer_mix_backward(
         partial_weight = torch.empty((programs, slots, len(hidden)), dtype=torch.float32, device=grad.device)
         partial_bias = torch.empty((programs, slots), dtype=torch.float32, device=grad.device)
         if programs:
-            layer_mix_weight_kernel[(programs,)](
+            launch(
+                layer_mix_weight_kernel,
+                (programs,),
                 pointers=hidden,
                 grad=grad,
                 x=x,
@@ -274,8 +279,17 @@ def layer_mix_backward(
         hidden_grad = torch.empty((len(hidden), *x.shape[1:]), dtype=first.dtype, device=first.device)
         if hidden_grad.numel():
             common["S"] = x.shape[2]
-            layer_mix_hidden_kernel[(common["rows"], columns)](
-                grad=grad, x=x, weight=weight.contiguous(), out=hidden_grad, slots=slots, **strides, **common, **options
+            launch(
+                layer_mix_hidden_kernel,
+                (common["rows"], columns),
+                grad=grad,
+                x=x,
+                weight=weight.contiguous(),
+                out=hidden_grad,
+                slots=slots,
+                **strides,
+                **common,
+                **options,
             )
         if rows is not None:
             whole = hidden_grad.new_zeros((len(hidden), first.shape[0] * first.shape[1], first.shape[2]))

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64, pointer_table, relu
+from layalign_kernels.launch import launch
 from layalign_kernels.layer_mix import TRITON_DTYPES, same_layout
 
 
@@ -98,7 +99,9 @@ def layer_projection_forward(
         return out
     options = configuration(len(hidden), slots, outputs, first.element_size())
     grid = ceil_div(rows, options["BM"]), ceil_div(outputs, options["BN"]), ceil_div(slots, options["BJ"])
-    shared_projection_kernel[grid](
+    launch(
+        shared_projection_kernel,
+        grid,
         pointers=hidden,
         mix_weight=mix_weight.contiguous(),
         mix_bias=None if mix_bias is None else mix_bias.contiguous(),

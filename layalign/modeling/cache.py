@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+
+from layalign.modeling.identity import Identity, is_capturing, reason_against_watching
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -25,6 +28,7 @@ class SourceKeyValues:
         real: (B, S), 1 where a source token is real, if ``mask`` is None; None if it is unknown.
         copies: how many consecutive rows of the LLM's batch share one of the B rows, as the beams of a sequence do.
         launches: by LLM layer, what its last call left for the next one (:mod:`layalign.modeling.cross_attention`).
+        masks: by device, what ``mask`` was and its copy there.
     """
 
     layers: tuple[int, ...]
@@ -34,9 +38,35 @@ class SourceKeyValues:
     real: Tensor | None = None
     copies: int = 1
     launches: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    masks: dict[torch.device, tuple[Identity, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def __getstate__(self) -> dict[str, Any]:  # launches hold addresses of this object's tensors
-        return {**self.__dict__, "launches": {}}
+    def __getstate__(self) -> dict[str, Any]:  # launches and identities hold addresses of this object's tensors
+        return {**self.__dict__, "launches": {}, "masks": {}}
+
+    def mask_on(self, device: torch.device) -> Tensor | None:
+        """``mask`` on a device, copied once for all layers and steps there; again after a write to ``mask``.
+
+        A write that no version counter shows (to an inference tensor, by ``.data``) follows the rules of
+        :mod:`layalign.modeling.identity`: an inference tensor is copied in every call.
+        """
+        mask = self.mask
+        if mask is None or mask.device == device:
+            return mask
+        if torch.compiler.is_compiling() or reason_against_watching([mask]) or is_capturing(device):
+            return mask.to(device)
+        if device in self.masks and not self.has_written_masks():
+            return self.masks[device][1]
+        self.masks = {on: kept for on, kept in self.masks.items() if kept[0].of([mask])}
+        with torch.inference_mode(False):  # a training pass over the same source may follow
+            copy = mask.to(device)
+        self.masks[device] = Identity([mask]), copy
+        return copy
+
+    def has_written_masks(self) -> bool:
+        """Whether a copy of :meth:`mask_on` is not ``mask`` any more."""
+        return any(self.mask is None or not seen.of([self.mask]) for seen, _ in self.masks.values())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SourceKeyValues:
         """A copy with ``function`` applied to every tensor; the batch is the first dimension of all of them."""
@@ -77,7 +107,8 @@ class SourceKeyValues:
             own = torch.arange(self.rows or 0, device=rows.device) // self.copies
             if torch.equal(rows, own):
                 return self
-        return replace(self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device))), copies=1)
+        there = functools.cache(rows.to)  # one copy for all tensors of a device
+        return replace(self.map(lambda tensor: tensor.index_select(0, there(tensor.device))), copies=1)
 
     def repeat(self, times: int) -> SourceKeyValues:
         """Every row ``times`` times, the copies side by side in memory of their own."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layalign.modeling.cache import SourceKeyValues
+from layalign.modeling.identity import is_capturing
 from layalign.nn.cross_attention import GatedCrossAttention, computes_the_reference
 from layalign.nn.inspection import has_hooks, is_exactly, is_intercepted, is_repatched
 from layalign.ops import cached_launch
@@ -51,7 +52,8 @@ class OnePass:
                 continue
             if type(module) is not GatedCrossAttention or has_hooks(module) or "forward" in module.__dict__:
                 continue
-            own = self._keys[index], self._values[index], module.effective_gate(), self._mask, module.impl
+            mask = source.mask_on(self._keys[index].device) if source.masks else self._mask
+            own = self._keys[index], self._values[index], module.effective_gate(), mask, module.impl
             if cached.prepare(*own):
                 self.ready[layer] = cached
 
@@ -99,20 +101,15 @@ class OnePass:
         """Whether the source is still the one with which the pass began, and gradients are still not recorded."""
         now = self.source
         same = now.keys is self._keys and now.values is self._values and now.mask is self._mask
-        return same and not torch.is_grad_enabled()
+        return same and not torch.is_grad_enabled() and not (now.masks and now.has_written_masks())
 
     def _in_full(self, layer: int, query: Tensor, residual: Tensor, scale: float | None) -> Tensor:
         """Call the layer's module."""
         source, compiling = self.source, torch.compiler.is_compiling()
         index = source.layers.index(layer)
         module = self.gated[index]
-        if not compiling and query.shape[2] <= MAX_DECODE_ROWS:
-            key, value = side_by_side(source.keys[index], source.values[index])
-            if key is not source.keys[index] or value is not source.values[index]:
-                source.keys = (*source.keys[:index], key, *source.keys[index + 1 :])
-                source.values = (*source.values[:index], value, *source.values[index + 1 :])
-        key, value = source.keys[index].to(query.device), source.values[index].to(query.device)
-        mask = None if source.mask is None else source.mask.to(query.device)
+        key, value = _states(source, index, query)
+        mask = source.mask_on(query.device)
         if (copies := source.copies) > 1 and query.shape[0] == key.shape[0] * copies:
             key, value = key.repeat_interleave(copies, 0), value.repeat_interleave(copies, 0)
             mask = None if mask is None else mask.repeat_interleave(copies, 0)
@@ -120,8 +117,27 @@ class OnePass:
         # What a hook or another class does cannot be cached.
         if not compiling and is_exactly(module, GatedCrossAttention):
             inputs = query, key, value, module.effective_gate(), residual, mask
-            source.launches[layer] = CachedDecode.after(inputs, scale, module.impl)
+            recording = torch.is_grad_enabled()  # a pass that records gradients would not use it
+            source.launches[layer] = None if recording else CachedDecode.after(inputs, scale, module.impl)
         return result
+
+
+def _states(source: SourceKeyValues, index: int, query: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's keys and values as its call takes them. The source keeps them so, unless they need gradients."""
+    key, value, device = source.keys[index], source.values[index], query.device
+    if torch.compiler.is_compiling() or key.requires_grad or value.requires_grad:
+        return key.to(device), value.to(device)
+    if not key.device == value.device == device:
+        with torch.inference_mode(False):  # a training pass over the same source may follow
+            key, value = key.to(device), value.to(device)
+        if is_capturing(device):
+            return key, value
+    if query.shape[2] <= MAX_DECODE_ROWS:
+        key, value = side_by_side(key, value)
+    if key is not source.keys[index] or value is not source.values[index]:
+        source.keys = (*source.keys[:index], key, *source.keys[index + 1 :])
+        source.values = (*source.values[:index], value, *source.values[index + 1 :])
+    return key, value
 
 
 @contextmanager

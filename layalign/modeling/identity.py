@@ -40,11 +40,16 @@ def sample(tensor: Tensor) -> Tensor:
     return bits(tensor)[:: max(1, tensor.numel() // SAMPLE) | 1]  # odd: not always the same column
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: what is queued on ``device`` is computed at its replay."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def unwritten(before: Iterable[Tensor], now: Iterable[Tensor]) -> bool:
     """Whether numbers are unchanged. A GPU is waited for once; while it captures a CUDA graph, the answer is yes."""
     on_device = []
     for one, two in zip(before, now, strict=True):
-        if one.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(one.device):
             continue
         if one.is_cpu or one.shape != two.shape:
             if not torch.equal(one, two):

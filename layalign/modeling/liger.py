@@ -111,7 +111,8 @@ def fused_label_loss(rows: Tensor, head: nn.Linear, targets: Tensor, divisor: Te
         return label_loss(head(rows), targets, divisor)
     function = _load()[0]
     assert function is not None
-    total = function(rows, head.weight, targets.to(rows.device), head.bias, reduction="sum")
+    with torch.cuda.device_of(rows):  # Liger launches on the current device, the head may be on another
+        total = function(rows, head.weight, targets.to(rows.device), head.bias, reduction="sum")
     if total.requires_grad:
         total.register_hook(_once())
     return divided(total, targets, divisor)

@@ -30,7 +30,7 @@ from layalign.modeling.claims import require_files
 from layalign.modeling.configuration import LayAlignConfig, hidden_size, number_of_layers
 from layalign.modeling.lora import adapter_names, base_name, inject_lora
 from layalign.modeling.names import PARTS
-from layalign.modeling.parts import build_trainable_modules
+from layalign.modeling.parts import build_trainable_modules, gate_devices
 from layalign.nn.inspection import device_of
 from layalign.ops.checks import FLOAT_DTYPES
 from layalign.utils.errors import ArgumentError, CheckpointError, one_of, refuse, shown
@@ -347,15 +347,17 @@ def _held_part(
 def _put_weights(model: Any, weights: dict[str, Tensor], dtype: Any) -> None:
     """Load the stored weights, in their stored dtype unless another is given. Each must fit, none may be missing.
 
-    Own parts go to the device of the LLM's embeddings, everything else stays where it is.
+    Own parts go to the device of the LLM's embeddings, gates to their layer's, everything else stays where it is.
     """
     places = dict(model.named_parameters())
     expected = set(own_state(model)) | {f"llm.{name}" for name in adapter_names(model.get_submodule("llm"))}
     _require_fit(WEIGHTS, expected, places, weights)
     home = device_of(model.get_input_embeddings())
+    devices = gate_devices(model.source_attentions, home)
+    gates = {f"cross_attention.{index}": device for index, device in enumerate(devices)}
     for name, tensor in weights.items():
         place = places[name]
-        device = home if part_of(name) == "own" else place.device
+        device = gates.get(name.rpartition(".")[0], home) if part_of(name) == "own" else place.device
         # A copy: the tensor is a view of the mapped file, which saving to the same folder would replace.
         place.data = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
 

@@ -25,7 +25,7 @@ from layalign.modeling.last_layer import LastLayer
 from layalign.modeling.llm_inputs import build_inputs, real_positions
 from layalign.modeling.llm_pass import LLMPartMixin, labelled_rows, run_llm
 from layalign.modeling.padding import real_tokens
-from layalign.modeling.parts import build_trainable_modules
+from layalign.modeling.parts import build_trainable_modules, gate_devices
 from layalign.modeling.pickling import leave_out_recorders, make_recordable
 from layalign.modeling.validation import require_ids, require_index, require_labels, require_mask
 from layalign.nn import Adapter, GatedCrossAttention
@@ -127,7 +127,7 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
             **config: fields of :class:`LayAlignConfig`: encoder_layers, language_layers, structure, ...
 
         Returns:
-            The model, with the trainable parts on the device of the LLM's input embeddings.
+            The model, with adapter and aligner on the device of the LLM's input embeddings, each gate on its layer's.
 
         Raises:
             ArgumentError: a layer does not exist, or the LLM does not go through the attention interface.
@@ -158,9 +158,11 @@ class LayAlignForCausalLM(LLMPartMixin, PreTrainedModel, SourceGenerationMixin):
         model = cls(full, encoder=encoder, llm=llm)
         names.keep(model)
         device = device_of(llm.get_input_embeddings())
-        for part in (model.mapping, model.encoder_aligner, model.cross_attention):
+        for part in (model.mapping, model.encoder_aligner):
             if part is not None:
                 part.to(device=device)
+        for gated, place in zip(model.cross_attention, gate_devices(model.source_attentions, device), strict=True):
+            gated.to(device=place)
         return model
 
     @classmethod

@@ -32,7 +32,7 @@ def spread_heads(rows: Rows, states: Tensor) -> Tensor:
     """(..., 1, G, N, d) -> (..., B, G, S, d), in the memory order of (B, S, G, d) as before; zeros in the padding."""
     packed = states.transpose(-3, -2).squeeze(-4)  # (..., N, G, d)
     batch = packed.new_zeros((*packed.shape[:-3], rows.shape.numel(), *packed.shape[-2:]))
-    batch.index_copy_(batch.dim() - 3, rows.index.to(packed.device), packed)
+    batch.index_copy_(batch.dim() - 3, rows.index_on(packed.device), packed)
     return batch.unflatten(-3, rows.shape).transpose(-3, -2)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from layalign.modeling.decoders import key_value_modules
 from layalign.nn import Adapter, EncoderAligner, GatedCrossAttention
+from layalign.nn.inspection import device_of
 from layalign.utils.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -27,6 +30,16 @@ def build_trainable_modules(config: LayAlignConfig) -> tuple[Adapter | None, Enc
     layers = config.language_layers or ()
     gates = nn.ModuleList(GatedCrossAttention(config.impl, config.fixed_gate) for _ in layers)
     return adapter, EncoderAligner(aligner, impl=config.impl) if layers else None, gates
+
+
+def gate_devices(attentions: Sequence[nn.Module], home: torch.device) -> list[torch.device]:
+    """The devices on which self-attention modules attend, each for its layer's gate; ``home`` where it is unknown."""
+    found = []
+    for attention in attentions:
+        weighted: Any = next((each for each in key_value_modules(attention) if hasattr(each, "weight")), None)
+        place = home if weighted is None else device_of(weighted)
+        found.append(home if place.type == "meta" else place)  # offloaded by a hook that only a wrapper knows
+    return found
 
 
 def trained_parameters(config: LayAlignConfig) -> int:

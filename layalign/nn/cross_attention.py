@@ -45,8 +45,11 @@ class GatedCrossAttention(nn.Module):
         scale: float | None = None,
     ) -> Tensor:
         """See :func:`layalign.ops.gated_cross_attention`: (B, H, T, d), twice (B, G, S, d) -> (B, T, H, d)."""
+        gate = self.effective_gate()
+        if gate.device != query.device:  # never kept: a gate may be written to at any time
+            gate = gate.to(query.device)
         return ops.gated_cross_attention(
-            query, key, value, self.effective_gate(), residual, key_mask=key_mask, scale=scale, impl=self.impl
+            query, key, value, gate, residual, key_mask=key_mask, scale=scale, impl=self.impl
         )
 
 

@@ -29,12 +29,13 @@ class Rows:
     def __init__(self, wanted: Tensor) -> None:
         self.shape = wanted.shape
         self.index = wanted.flatten().nonzero().flatten()
+        self._copies: dict[torch.device, Tensor] = {}
 
     @classmethod
     def at(cls, shape: torch.Size, index: Tensor) -> Rows:
         """The positions ``index``, which the caller knows, without waiting for a device."""
         rows = object.__new__(cls)
-        rows.shape, rows.index = shape, index
+        rows.shape, rows.index, rows._copies = shape, index, {}
         return rows
 
     @classmethod
@@ -47,14 +48,22 @@ class Rows:
     def __len__(self) -> int:
         return self.index.shape[0]
 
+    def index_on(self, device: torch.device) -> Tensor:
+        """``index`` on a device, copied once for all layers there."""
+        if self.index.device == device:
+            return self.index
+        if device not in self._copies:
+            self._copies[device] = self.index.to(device)
+        return self._copies[device]
+
     def select(self, states: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)."""
-        return states.flatten(0, 1).index_select(0, self.index.to(states.device))[None]
+        return states.flatten(0, 1).index_select(0, self.index_on(states.device))[None]
 
     def spread(self, states: Tensor) -> Tensor:
         """(1, N, ...) -> (B, T, ...), zeros elsewhere."""
         batch = states.new_zeros((self.shape.numel(), *states.shape[2:]))
-        return batch.index_copy_(0, self.index.to(states.device), states[0]).unflatten(0, self.shape)
+        return batch.index_copy_(0, self.index_on(states.device), states[0]).unflatten(0, self.shape)
 
     def of(self, value: Any) -> bool:
         """Whether ``value`` is a tensor (B, T, D, ...) over all positions of the batch."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
@@ -24,25 +25,32 @@ from triton.runtime.jit import JITFunction
 
 from layalign.ops import backends
 
-FILES = ("gated_cross_attention", "gated_cross_attention_backward", "gated_cross_attention_decode")
+FILES = (
+    "gated_cross_attention",
+    "gated_cross_attention_backward",
+    "gated_cross_attention_decode",
+    "layer_mix",
+    "layer_projection",
+)
 
 
 class Launched(NamedTuple):
-    """One launch; pointers as addresses."""
+    """One launch; pointers as addresses, ``device`` as the current one."""
 
     kernel: str
     programs: int
     stream: int
     arguments: dict[str, Any]
+    device: int = 0
 
 
 class Emulated(DriverBase):
-    """A driver with one device.
+    """A driver with two devices.
 
     Attributes:
         launches: what was launched.
         compiled: how many kernels were asked of the compiler.
-        device, stream: the current ones.
+        device, stream: the current device, and device 0's current stream; device 1's has the number after it.
     """
 
     def __init__(self) -> None:
@@ -55,7 +63,6 @@ class Emulated(DriverBase):
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(x: int, y: int, z: int, stream: int, *rest: Any) -> None:
-            assert y == z == 1
             names = source.fn.arg_names
             found = {}
             for place, (name, value) in enumerate(zip(names, rest[-len(names) :], strict=True)):
@@ -65,7 +72,7 @@ class Emulated(DriverBase):
                     aligned = ["tt.divisibility", 16] in source.attrs.get((place,), [])
                     assert not aligned or value % 16 == 0, f"{name}: compiled for multiples of 16 bytes"
                 found[name] = value
-            self.launches.append(Launched(source.fn.__name__, x, stream, found))
+            self.launches.append(Launched(source.fn.__name__, x * y * z, stream, found, self.device))
 
         return launch
 
@@ -86,7 +93,13 @@ class Emulated(DriverBase):
         return self.device
 
     def get_current_stream(self, device: int) -> int:
-        return self.stream
+        return self.stream + device
+
+    def exchange_device(self, device: int) -> int:
+        """As ``torch.cuda._exchange_device``."""
+        before = self.device
+        self.device = before if device < 0 else device
+        return before if device >= 0 else -1
 
     def get_benchmarker(self) -> Any:
         raise NotImplementedError
@@ -109,6 +122,8 @@ def emulated_triton(patch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     patch.setattr(triton.compiler, "compile", lambda source, **_: _compiled(driver, source))
     usable = backends._capability
     patch.setattr(backends, "_capability", lambda b, d: (True, "emulated") if b == "triton" else usable(b, d))
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        patch.setattr(torch.cuda, name, driver.exchange_device)
     before = dict(vars(triton.runtime.driver))
     triton.runtime.driver.set_active(driver)
     _forget_compiled()
@@ -124,3 +139,23 @@ def _forget_compiled() -> None:
         for kernel in vars(importlib.import_module(f"layalign_kernels.{file}")).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
+
+
+class OnSecond(Tensor):
+    """CPU memory that says that it is a second GPU's."""
+
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
+    is_cuda = True  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return 1
+
+
+class SecondDevice(TorchFunctionMode):
+    """Within the block, a tensor that is asked of the second GPU is an :class:`OnSecond`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("device") != OnSecond.device:
+            return func(*args, **kwargs)
+        return func(*args, **{**kwargs, "device": "cpu"}).as_subclass(OnSecond)

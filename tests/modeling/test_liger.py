@@ -301,6 +301,34 @@ def test_an_llm_that_changes_its_logits_unannounced_is_noticed(calls: list, monk
             gradients(other)
 
 
+def test_its_kernels_run_on_the_device_of_the_rows(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a device map no one makes the head's device the current one, and Triton launches on the current one."""
+
+    class OnSecond(torch.Tensor):
+        is_cuda = True
+
+        def get_device(self) -> int:
+            return 1
+
+    current = [0]
+
+    def exchange(device: int) -> int:
+        before, current[0] = current[0], max(device, 0)
+        return before
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, exchange)
+    found = sys.modules[NAMES[-1]]
+    function = found.liger_fused_linear_cross_entropy
+    on: list[int] = []
+    found.liger_fused_linear_cross_entropy = lambda *given, **options: (
+        on.append(current[0]) or function(*given, **options)
+    )
+    rows, head = torch.randn(3, 8).as_subclass(OnSecond), torch.nn.Linear(8, 16)
+    liger.fused_label_loss(rows, head, torch.tensor([1, 2, 3]), None)
+    assert on == [1] and current == [0]
+
+
 def test_a_cache_is_not_filled_twice(calls: list) -> None:
     model = LayAlignForCausalLM.from_encoder_and_llm(tiny_encoder(), scaled(tiny_llm()), fused_loss="always")
     with pytest.raises(ArgumentError, match="fused_loss: expected 'never' for Scaled"):

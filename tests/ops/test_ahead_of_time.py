@@ -48,7 +48,7 @@ def test_compiles_without_a_problem(file: str, target: str) -> None:
 
 
 def test_every_kernel_file_is_reported() -> None:
-    launch = re.compile(r"_kernel\[.+\]\(|\bLaunch\(\w+_kernel\b")
+    launch = re.compile(r"_kernel\[.+\]\(|\b[Ll]aunch\(\s*\w+_kernel\b")
     launchers = [path for path in (ROOT / "kernels").glob("*.py") if launch.search(path.read_text(encoding="utf-8"))]
     source = (REPORT.parent / "ahead_of_time.py").read_text(encoding="utf-8")
     assert {path.stem for path in launchers} == set(FILES)

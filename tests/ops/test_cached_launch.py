@@ -347,6 +347,20 @@ def test_a_pass_goes_the_short_way_only_where_nobody_looks(monkeypatch: pytest.M
         assert one.seen == {3} and len(short) == 1
 
 
+@pytest.mark.parametrize(("grad", "made"), [(False, 1), (True, 0)])
+def test_nothing_is_cached_where_gradients_are_recorded(grad: bool, made: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no tensor needs one: such passes call in full, and each call would make its launch again."""
+    query, key, value, _, residual, mask, scale, _ = decode_arguments()
+    asked: list[Any] = []
+    after = CachedDecode.after
+    monkeypatch.setattr(CachedDecode, "after", lambda *given: asked.append(given) or after(*given))
+    source, module = SourceKeyValues((3,), (key,), (value,), mask), GatedCrossAttention(gate=0.5)
+    for _ in range(3):
+        with torch.set_grad_enabled(grad), one_pass(source, (module,)) as one:
+            one.attend(3, query, residual, scale)
+    assert len(asked) == made or (not grad and not IMPLS)
+
+
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels here")
 def test_autocast_is_part_of_the_kind() -> None:
     """A full call casts to its dtype; where nothing is to be cast it is the same call."""

@@ -243,3 +243,11 @@ def test_an_outdated_emulation_path_is_named(monkeypatch: pytest.MonkeyPatch, tm
     finally:
         extension.module.cache_clear()
     assert not usable and "nothing.so" in reason
+
+
+def test_every_cuda_launch_goes_through_the_function_that_sets_the_device() -> None:
+    launch = re.compile(r"^(?!\s*//).*(?:<<<|cudaLaunch)", re.MULTILINE)
+    files = [file for file in (ROOT / "csrc").rglob("*.cu*") if launch.search(file.read_text(encoding="utf-8"))]
+    assert [file.name for file in files] == ["launch.cuh"]
+    before, _ = files[0].read_text(encoding="utf-8").split("cudaLaunchKernel(")
+    assert "DeviceScope scope(launch.device" in before.rpartition("void queue(")[2]

@@ -25,7 +25,7 @@ from layalign.ops.backends.triton import interpreting
 from layalign.ops.cached_launch import CachedDecode
 
 pytest.importorskip("triton")
-from emulated_triton import Emulated, Launched, emulated_triton
+from emulated_triton import Emulated, Launched, OnSecond, SecondDevice, emulated_triton
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="kernels are not interpreted here")
 compiled = pytest.mark.skipif(interpreting(), reason="runs in a process of its own, the first test's")
@@ -35,6 +35,7 @@ GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DECODED: dict[str, dict[str, Any]] = {
     "as in a model": {},
     "split source": {"source": 900},
+    "split source, odd head size": {"source": 900, "rows": 3, "heads": 1, "size": 13},
     "no mask": {"masked": False},
     "scaled": {"scale": 0.3},
     "few rows": {"rows": 3},
@@ -65,17 +66,20 @@ def arguments(
     scale: float | None = None,
     dtype: torch.dtype = torch.float32,
     residual_dtype: torch.dtype = torch.float32,
+    heads: int = 4,
+    size: int = 16,
     seed: int = 0,
     device: str = "cpu",
 ) -> list[Any]:
     """query, key, value, gate, residual, mask, scale, impl."""
     torch.manual_seed(seed)
 
-    def heads(count: int, length: int) -> Tensor:
-        return torch.randn(2, length, count, 16).to(device, dtype).transpose(1, 2)
+    def states(count: int, length: int) -> Tensor:
+        return torch.randn(2, length, count, size).to(device, dtype).transpose(1, 2)
 
-    residual = torch.randn(2, rows, 4, 16).to(device, residual_dtype)
-    tensors = [heads(4, rows), heads(2, source), heads(2, source), torch.tensor([0.5], device=device), residual]
+    residual, groups = torch.randn(2, rows, heads, size).to(device, residual_dtype), max(1, heads // 2)
+    gate = torch.tensor([0.5], device=device)
+    tensors = [states(heads, rows), states(groups, source), states(groups, source), gate, residual]
     mask = torch.arange(source, device=device) < torch.tensor([[source], [max(source - 2, 1)]], device=device)
     return [*(tensor.requires_grad_() for tensor in tensors), mask if masked else None, scale, "triton"]
 
@@ -154,10 +158,12 @@ def test_a_cached_decode_launches_the_same(
         assert not by_triton
         assert found == [launch._replace(stream=seed) for launch in right]
     assert len(right) == (2 if "source" in change else 1)
-    if "source" in change:  # the log-sum-exps lie after the parts, in one piece of memory
+    if "source" in change:  # the log-sum-exps lie after the parts, in one piece of memory, aligned as the parts are
         arguments_ = driver.launches[0].arguments
         splits, rows = arguments_["splits"], driver.launches[1].arguments["rows"]
-        assert splits > 1 and arguments_["p_lse"] - arguments_["p_part"] == 4 * splits * rows * 16
+        parts = 4 * splits * rows * change.get("size", 16)
+        assert splits > 1 and arguments_["p_lse"] - arguments_["p_part"] == -(-parts // 16) * 16
+        assert (parts % 16 == 0) == ("size" not in change)
 
 
 def moved(tensor: Tensor) -> Tensor:
@@ -186,9 +192,6 @@ def test_what_a_kept_decode_does_not_serve_goes_to_triton(driver: Emulated, monk
     given[0] = moved(aligned)
     assert given[0].data_ptr() % 16 and decoded(again, given) is None  # the kernel was compiled for multiples of 16
     given[0] = aligned
-    driver.device = 1
-    assert decoded(again, given) is None  # another device is the current one
-    driver.device = 0
     with tf32():
         assert decoded(again, given) is None
     for place in (1, 2, 5):
@@ -219,6 +222,93 @@ def test_what_cannot_be_kept(case: str, driver: Emulated, monkeypatch: pytest.Mo
         monkeypatch.setattr(gated_cross_attention_decode_kernel, "pre_run_hooks", [lambda *_, **__: None])
     with torch.no_grad():
         assert CachedDecode.after(*split(arguments())) is None
+
+
+def on_second(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_subclass(OnSecond)
+
+
+def operations() -> dict[str, tuple[list[str], Callable[[], Any]]]:
+    """By name: the kernels that an operation launches, and a call of it with tensors of the second device."""
+    from layalign_kernels import gated_cross_attention as forward
+    from layalign_kernels import gated_cross_attention_backward as backward
+    from layalign_kernels import gated_cross_attention_decode as decode
+    from layalign_kernels import layer_mix, layer_projection
+
+    hidden = [on_second(torch.randn(2, 3, 16)) for _ in range(2)]
+    mix, bias, weight = (on_second(torch.randn(size)) for size in ((4, 2), 4, (8, 16)))
+    x = on_second(torch.randn(4, 2, 3, 16))
+    *tensors, mask, scale, _ = arguments(source=900)
+    query, key, value, gate, residual = map(on_second, tensors)
+    others = key, value, gate, residual, on_second(mask), scale
+    lse = on_second(torch.randn(2, 4, 1))
+    combine = "gated_cross_attention_decode_combine_kernel"
+    return {
+        "mix": (["layer_mix_forward_kernel"], lambda: layer_mix.layer_mix_forward(hidden, mix, bias)),
+        "mix backward": (
+            ["layer_mix_weight_kernel", "layer_mix_hidden_kernel"],
+            lambda: layer_mix.layer_mix_backward(x, x, hidden, mix, True, True),
+        ),
+        "projection": (
+            ["shared_projection_kernel"],
+            lambda: layer_projection.layer_projection_forward(hidden, mix, bias, weight, None),
+        ),
+        "attention": (
+            ["gated_cross_attention_forward_kernel"],
+            lambda: forward.gated_cross_attention_forward(query, *others),
+        ),
+        "attention backward": (
+            ["gated_cross_attention_dq_kernel", "gated_cross_attention_dkv_kernel"],
+            lambda: backward.gated_cross_attention_backward(residual, query, key, value, gate, others[4], lse, scale),
+        ),
+        "decode": (
+            ["gated_cross_attention_decode_kernel"],
+            lambda: decode.gated_cross_attention_decode(query, *others, splits=1),
+        ),
+        "split decode": (
+            ["gated_cross_attention_decode_kernel", combine],
+            lambda: decode.gated_cross_attention_decode(query, *others, splits=2),
+        ),
+    }
+
+
+@compiled
+def test_every_kernel_is_launched_on_the_device_of_its_tensors(
+    driver: Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layalign_kernels import gated_cross_attention_common
+
+    monkeypatch.setattr(gated_cross_attention_common, "_device_facts", lambda *_: ("sm_90", 132))
+    for name, (kernels, call) in operations().items():
+        driver.launches.clear()
+        with SecondDevice():
+            call()
+        assert [launch.kernel for launch in driver.launches] == kernels, name
+        assert {(launch.device, launch.stream) for launch in driver.launches} == {(1, driver.stream + 1)}, name
+        assert driver.device == 0
+
+
+@compiled
+@pytest.mark.parametrize("change", [{}, {"source": 900}], ids=["whole", "split"])
+@torch.no_grad()
+def test_a_cached_decode_is_launched_on_the_device_of_its_tensors(
+    change: dict[str, Any], driver: Emulated, by_triton: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever device is the current one: under a device map, no one makes a layer's device the current one."""
+    from layalign_kernels import gated_cross_attention_decode
+
+    monkeypatch.setattr(gated_cross_attention_decode, "multiprocessors", lambda _: 132)
+    given = arguments(**change)
+    driver.device = 1
+    full(given)
+    again = CachedDecode.after(*split(given))
+    by_triton.clear()
+    for current in (1, 0):
+        driver.device = current
+        driver.launches.clear()
+        assert again is not None and decoded(again, given) is not None and not by_triton
+        assert {(launch.device, launch.stream) for launch in driver.launches} == {(1, driver.stream + 1)}
+        assert driver.device == current
 
 
 def with_triton(model: Any) -> Any:

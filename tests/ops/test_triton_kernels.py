@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ from layalign_kernels.gated_cross_attention_backward import splits_over_rows
 from layalign_kernels.gated_cross_attention_decode import splits_over_source
 
 from layalign import reference
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -114,6 +118,38 @@ def test_every_stride_is_multiplied_in_64_bits() -> None:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "offset64":
                 multiplied += 1
     assert multiplied > 50
+
+
+def unguarded_launches(source: str) -> list[str]:
+    """The ``kernel[grid](...)`` of a file that no ``with torch.cuda.device...`` encloses, outside kernels."""
+    found: list[str] = []
+
+    def visit(node: ast.AST, guarded: bool) -> None:
+        if isinstance(node, ast.FunctionDef):
+            if any(ast.unparse(each).startswith("triton.jit") for each in node.decorator_list):
+                return
+            guarded = False  # it may run after the block
+        if isinstance(node, ast.With):
+            guarded |= any(ast.unparse(item.context_expr).startswith("torch.cuda.device") for item in node.items)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and not guarded:
+            found.append(ast.unparse(node.func))
+        for child in ast.iter_child_nodes(node):
+            visit(child, guarded)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+def test_no_kernel_is_launched_without_a_device_guard() -> None:
+    """With tensors on a device that is not the current one, it would read another device's memory, or race."""
+    guards = 0
+    for file in (ROOT / "kernels").glob("*.py"):
+        source = file.read_text(encoding="utf-8")
+        assert not unguarded_launches(source), file
+        for line in re.findall(r"^ *with torch\.cuda\.device.*:$", source, re.MULTILINE):
+            open_ = source.replace(line, line[: len(line) - len(line.lstrip())] + "if True:", 1)
+            guards += len(unguarded_launches(open_))
+    assert guards, "the check finds no launch whose guard was removed"
 
 
 def test_powers_of_two() -> None:
