@@ -46,7 +46,8 @@ class GatedCrossAttention(nn.Module):
     ) -> Tensor:
         """See :func:`layalign.ops.gated_cross_attention`: (B, H, T, d), twice (B, G, S, d) -> (B, T, H, d)."""
         gate = self.effective_gate()
-        if gate.device != query.device:  # never kept: a gate may be written to at any time
+        # The operation refuses what is no tensor. A copy is never kept: a gate may be written to at any time.
+        if isinstance(query, Tensor) and gate.device != query.device:
             gate = gate.to(query.device)
         return ops.gated_cross_attention(
             query, key, value, gate, residual, key_mask=key_mask, scale=scale, impl=self.impl
