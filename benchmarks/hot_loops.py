@@ -136,8 +136,7 @@ def _splits(config: Constants, s: Size, processors: int) -> tuple[int, int]:
     """(programs of one split, splits) of decoding."""
     programs = s.B * s.G * ceil_div(s.H // s.G * s.T, config["BM"])
     room = decode.PROGRAMS_PER_PROCESSOR[config["BM"]] * processors
-    splits = decode.splits_over_source(programs, s.S, config["BN"], room)
-    return programs, ceil_div(s.S, ceil_div(ceil_div(s.S, config["BN"]), splits) * config["BN"])
+    return programs, decode.splits_over_source(programs, s.S, config["BN"], room)
 
 
 def _decode_blocks(c: Constants, s: Size, target: str) -> Constants:

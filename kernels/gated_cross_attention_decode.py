@@ -145,8 +145,13 @@ def configuration(rows: int, size: int, dtype: torch.dtype, arch: str) -> dict[s
 
 
 def splits_over_source(programs: int, source: int, block: int, room: int) -> int:
-    """How many programs share one source: as many as run at once (``room``), each with at least two blocks of it."""
-    return max(1, min(room // max(1, programs), ceil_div(source, 2 * block), 64))
+    """How many programs share one source: as many as run at once (``room``), each with at least two blocks of it.
+
+    No program is left without a block.
+    """
+    blocks = ceil_div(source, block)
+    wanted = max(1, min(room // max(1, programs), ceil_div(blocks, 2), 64))
+    return ceil_div(blocks, ceil_div(blocks, wanted)) if blocks else 1
 
 
 def gated_cross_attention_decode(
@@ -196,7 +201,6 @@ def decode_launches(
         room = PROGRAMS_PER_PROCESSOR[options["BM"]] * multiprocessors(query.device)
         splits = splits_over_source(programs, source, options["BN"], room)
     span = max(1, ceil_div(ceil_div(source, options["BN"]), splits)) * options["BN"]
-    splits = max(1, ceil_div(source, span))  # the last ones may have nothing to read
     rows = batch * length * heads
     part = lse = None
     if splits > 1:

@@ -77,7 +77,7 @@ def test_a_source_kept_in_one_program_and_one_in_blocks(
 
 
 def test_splits_fill_the_device_and_leave_no_program_idle() -> None:
-    assert splits_over_source(programs=32, source=4096, block=64, room=396) == 12
+    assert splits_over_source(programs=32, source=4096, block=64, room=396) == 11
     assert splits_over_source(programs=256, source=4096, block=64, room=396) == 1  # not a second wave
     assert splits_over_source(programs=1000, source=4096, block=64, room=396) == 1
     assert splits_over_source(programs=1, source=100, block=64, room=396) == 1
@@ -86,6 +86,8 @@ def test_splits_fill_the_device_and_leave_no_program_idle() -> None:
     assert splits_over_rows(programs=32, blocks=64, processors=132) == 8
     assert splits_over_rows(programs=1, blocks=3, processors=132) == 1
     for blocks in range(1, 70):  # no program without work
+        splits = splits_over_source(programs=9, source=blocks, block=1, room=130)
+        assert (splits - 1) * -(-blocks // splits) < blocks
         splits = splits_over_rows(programs=3, blocks=blocks, processors=20)
         assert (splits - 1) * -(-blocks // splits) < blocks
 
