@@ -15,8 +15,8 @@ Counted as in ``gated_cross_attention``:
 - dk/dv kernel: 8 * B * H * T * S * d FLOP, reads c * B * d * (2 * G * S + ceil(S / BN) * 2 * H * T), writes
   c * B * d * 2 * G * S; split over T it also writes and reads 8 * B * G * S * d bytes a split.
 
-A source that fits one block (half precision, S <= 128, d <= 128) takes one kernel for all, with its keys and values
-resident: 10 * B * H * T * S * d FLOP (five products), reads c * B * d * (2 * H * T + 2 * G * S) bytes, writes
+A source that fits one block (half precision, S <= 128, d 64 or 128, sm_90) takes one kernel for all, with its keys and
+values resident: 10 * B * H * T * S * d FLOP (five products), reads c * B * d * (2 * H * T + 2 * G * S) bytes, writes
 c * B * d * (H * T + 2 * G * S).
 
 No tensor of size T x S is stored, and there are no atomics: a program owns its rows of dq, or its block of dk and dv,
@@ -54,9 +54,9 @@ from layalign_kernels.launch import launch
 TABLES: dict[str, Table] = {
     "dq": {
         ("half", 64): ((128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-        ("half", 128): ((64, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
+        ("half", 128): ((64, 32, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)),
         ("half", 256): ((64, 32, 8, 1), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
-        ("fp32", 64): ((32, 32, 8, 1), (32, 16, 4, 1), (32, 32, 4, 2), (32, 32, 4, 2)),
+        ("fp32", 64): ((32, 32, 8, 2), (32, 16, 4, 1), (32, 32, 4, 2), (32, 32, 4, 2)),
         ("fp32", 128): ((32, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2), (32, 32, 4, 1)),
         ("fp32", 256): ((16, 16, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
         ("unaligned", 64): ((16, 32, 8, 2),) * 4,
@@ -75,8 +75,8 @@ TABLES: dict[str, Table] = {
         ("unaligned", 256): ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 4, 2)),
     },
 }
-# (BM, BN, num_warps, num_stages) of the kernel that keeps the whole source, by (padded head size, BN >= S): for half
-# precision on sm_90, where it compiles without spills.
+# (BM, BN, num_warps, num_stages) of the kernel that keeps the whole source, by (head size, BN >= S): for half precision
+# on sm_90, where it compiles without spills.
 RESIDENT = {
     (64, 64): (32, 64, 4, 2),
     (64, 128): (32, 128, 8, 2),
@@ -176,22 +176,27 @@ def gated_cross_attention_dq_kernel(
                 b_e = b_p * (b_gv - b_delta[:, None])
                 b_dq = tl.dot(b_e.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     else:
-        for o in range(i_first, i_whole, BN):
-            b_delta += _delta(
-                b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o + tl.arange(0, BN), i_end, scale,
-                o_d, D, BD, False, PRECISION,
-            )  # fmt: skip
+        WHOLE: tl.constexpr = D == BD and b_q.dtype.primitive_bitwidth == 16  # as in `attend`
+        if WHOLE:
+            for o in range(i_first, i_whole, BN):
+                b_delta += _delta(
+                    b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o + tl.arange(0, BN), i_end,
+                    scale, o_d, D, BD, False, PRECISION,
+                )  # fmt: skip
+        else:
+            i_whole = i_first
         for o in range(i_whole, i_end, BN):
             b_delta += _delta(
                 b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, o + tl.arange(0, BN), i_end, scale,
                 o_d, D, BD, True, PRECISION,
             )  # fmt: skip
         if NEED_DQ:
-            for o in range(i_first, i_whole, BN):
-                b_dq = _add_dq(
-                    b_dq, b_delta, b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms,
-                    o + tl.arange(0, BN), i_end, scale, o_d, D, BD, False, PRECISION,
-                )  # fmt: skip
+            if WHOLE:
+                for o in range(i_first, i_whole, BN):
+                    b_dq = _add_dq(
+                        b_dq, b_delta, b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms,
+                        o + tl.arange(0, BN), i_end, scale, o_d, D, BD, False, PRECISION,
+                    )  # fmt: skip
             for o in range(i_whole, i_end, BN):
                 b_dq = _add_dq(
                     b_dq, b_delta, b_q, b_g, b_lse, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms,
@@ -339,8 +344,8 @@ def configuration(kernel: str, size: int, dtype: torch.dtype, arch: str) -> dict
 
 def resident_configuration(size: int, source: int, dtype: torch.dtype, arch: str) -> dict[str, int] | None:
     """As :func:`configuration` for the kernel that keeps ``source`` tokens; None where the two others serve."""
-    found = RESIDENT.get((padded_head_size(size), max(64, next_power_of_2(source))))
-    if found is None or source == 0 or dtype == torch.float32 or size % 8 or arch != "sm_90":
+    found = RESIDENT.get((size, max(64, next_power_of_2(source))))
+    if found is None or source == 0 or dtype == torch.float32 or arch != "sm_90":
         return None
     return dict(zip(("BM", "BN", "num_warps", "num_stages"), found, strict=True))
 

@@ -112,12 +112,17 @@ def attend(
     if NEGATIVE:
         b_q = -b_q
     i_first, i_whole, i_end = attended_range(p_mask, stride_ms, o_first, o_end, BN)
-    for o in range(i_first, i_whole, BN):
-        o_s = o + tl.arange(0, BN)
-        m_s = tl.full([BN], True, tl.int1)
-        b_max, b_sum, b_acc = _attend_block(
-            b_q, p_k, p_v, m_s, stride_ks, stride_vs, o_s, scale, o_d, b_max, b_sum, b_acc, D, BD, False, PRECISION
-        )  # fmt: skip
+    # Loops of their own only where a mask costs as much as the products, and where registers last.
+    WHOLE: tl.constexpr = D == BD and b_q.dtype.primitive_bitwidth == 16
+    if WHOLE:
+        for o in range(i_first, i_whole, BN):
+            o_s = o + tl.arange(0, BN)
+            m_s = tl.full([BN], True, tl.int1)
+            b_max, b_sum, b_acc = _attend_block(
+                b_q, p_k, p_v, m_s, stride_ks, stride_vs, o_s, scale, o_d, b_max, b_sum, b_acc, D, BD, False, PRECISION
+            )  # fmt: skip
+    else:
+        i_whole = i_first
     for o in range(i_whole, i_end, BN):
         o_s = o + tl.arange(0, BN)
         m_s = attended(p_mask, stride_ms, o_s, i_end)

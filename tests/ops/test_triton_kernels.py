@@ -47,7 +47,7 @@ def test_backward_is_deterministic_and_independent_of_the_split() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "size", "kind"),
-    [(1, 64, "none"), (21, 40, "random"), (64, 128, "row"), (65, 64, "left"), (128, 80, "none")],
+    [(1, 64, "none"), (21, 64, "random"), (64, 128, "row"), (65, 64, "left"), (128, 128, "none")],
 )
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_source_kept_in_one_program_and_one_in_blocks(
