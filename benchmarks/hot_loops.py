@@ -98,15 +98,22 @@ def _forward(c: Constants, s: Size, target: str) -> Work | None:
     return Work(programs, _source(c, s.S), 4 * s.B * s.H * s.T * s.S * c["D"], moved)
 
 
-def _dq(c: Constants, s: Size) -> Work | None:
-    if c["ONE_BLOCK"] != (c["BN"] >= s.S):
+def _keeps_source(c: Constants, s: Size, target: str) -> bool:
+    """Whether the backward is one kernel."""
+    return backward.resident_configuration(c["D"], s.S, torch.bfloat16, target) is not None
+
+
+def _dq(c: Constants, s: Size, target: str) -> Work | None:
+    if c["ONE_BLOCK"] != (c["BN"] >= s.S) or _keeps_source(c, s, target):
         return None
     moved = 2 * s.B * c["D"] * (3 * s.H * s.T + 2 * s.G * s.S) + 8 * s.B * s.H * s.T + s.B * s.S
     programs = ceil_div(s.T, c["BM"]) * s.B * s.H
     return Work(programs, _source(c, s.S), 6 * s.B * s.H * s.T * s.S * c["D"], moved)
 
 
-def _dkv(c: Constants, s: Size, split: bool, processors: int) -> Work | None:
+def _dkv(c: Constants, s: Size, split: bool, target: str, processors: int) -> Work | None:
+    if _keeps_source(c, s, target):
+        return None
     pairs = s.H // s.G * ceil_div(s.T, c["BM"])
     programs = ceil_div(s.S, c["BN"]) * s.B * s.G
     splits = backward.splits_over_rows(programs, pairs, processors)
@@ -395,10 +402,10 @@ def works(kernel: Kernel) -> list[tuple[Size, Work]]:
     target, processors = kernel.target, kernel.rates.processors
     table: dict[str, tuple[list[Size], Worker]] = {
         "gated_cross_attention_forward_kernel": (ONE_BLOCK + TRAINING, lambda c, s: _forward(c, s, target)),
-        "gated_cross_attention_dq_kernel": (ONE_BLOCK + TRAINING, _dq),
+        "gated_cross_attention_dq_kernel": (ONE_BLOCK + TRAINING, lambda c, s: _dq(c, s, target)),
         "gated_cross_attention_dkv_kernel": (
             ONE_BLOCK + TRAINING,
-            lambda c, s: _dkv(c, s, "split" in kernel.name, processors),
+            lambda c, s: _dkv(c, s, "split" in kernel.name, target, processors),
         ),
         "gated_cross_attention_resident_kernel": (
             ONE_BLOCK + TRAINING,
@@ -600,7 +607,7 @@ def whole_backward(kernels: list[Kernel]) -> list[list[Any]]:
     """Rows for the backward of the attention in bf16, d 128: all of its launches, against its five products."""
     total: dict[Size, list[Clocks]] = {}
     for kernel in kernels:
-        if kernel.name.endswith(" d128 bf16") and re.search(r"_(dq|dkv|backward)_kernel", kernel.function):
+        if kernel.name.endswith(" d128 bf16") and re.search(r"_(dq|dkv|resident)_kernel", kernel.function):
             for size, work in works(kernel):
                 total.setdefault(size, []).append(kernel.launch(work)[0])
     rows = []
