@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import machine_code
+import compiled_ptx
 
 SOURCES = Path(__file__).resolve().parents[1]
 TILES, STREAM, PTX = "cuda/tiles.cuh", "cuda/gated_cross_attention.cuh", "cuda/ptx.cuh"
@@ -103,7 +103,7 @@ def load_builder(sources: Path) -> ModuleType:
 def machine_code() -> bool:
     """Whether nvcc and cuobjdump are here."""
     try:
-        return bool(load_builder(SOURCES).nvcc() and machine_code.cuobjdump())
+        return bool(load_builder(SOURCES).nvcc() and compiled_ptx.cuobjdump())
     except RuntimeError:
         return False
 
@@ -112,10 +112,10 @@ def failure(builder: ModuleType, check: str, folder: Path) -> str:
     """Build and run one check; its output where it fails, else nothing."""
     here, objects = builder.HERE, folder / check.replace(" ", "_")
     if check == "sass":
-        tool = machine_code.cuobjdump()
+        tool = compiled_ptx.cuobjdump()
         assert tool is not None
         os.environ["LAYALIGN_CUDA_ARCHS"] = "90"
-        return "\n".join(machine_code.missing(builder.ptx_program(objects, "1")[0], tool))
+        return "\n".join(compiled_ptx.missing(builder.ptx_program(objects, "1")[0], tool))
     if check == "ptx":
         program, arguments = builder.ptx_program(objects, "emulate")[0], []
     else:

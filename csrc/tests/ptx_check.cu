@@ -243,7 +243,7 @@ DEVICE void check_mma(const Case& c) {
     put(c, 8 * m + n, as_bits(sums[i]), as_bits(sum));
   }
 }
-// Operands as memory has them, in one load each: csrc/tests/machine_code.py reads from the machine code that they reach the
+// Operands as memory has them, in one load each: csrc/tests/compiled_ptx.py reads from the machine code that they reach the
 // instruction in this order.
 template <typename T>
 DEVICE void check_mma_operands(const Case& c) {

@@ -76,7 +76,7 @@ ROWS = {
 
 
 LEFT = {
-    "facts": "facts.json", "build": "built/_C.none.so", "tests": "tests.txt", "tables": "tables/sm_80.json",
+    "facts": "facts.json", "build": "built/_C.none.so", "tests": "tests.txt", "tables": "tables/sm_90.json",
     "operations": "operations.txt", "graphs": "graphs.json", "model": "model.json", "profile": "profile.json",
     "page": "page.md",
 }  # fmt: skip
@@ -97,7 +97,7 @@ def test_every_piece_runs_without_a_gpu(bare: Path) -> None:
         assert states(folder)[piece] == ("in part" if rows else "passed")
         assert piece not in LEFT or (folder / LEFT[piece]).is_file()
         assert piece != "primitives" or "7 primitives: right" in result.stdout
-    entry = json.loads((folder / "tables/sm_80.json").read_text(encoding="utf-8"))["blocks"]["decode 16 half 16"]
+    entry = json.loads((folder / "tables/sm_90.json").read_text(encoding="utf-8"))["blocks"]["decode 16 half 16"]
     assert entry["blocks"] in [each["blocks"] for each in entry["candidates"]] and entry["gain"] >= 1
     row = json.loads((folder / "operations.json").read_text(encoding="utf-8"))["rows"][0]
     assert {"reference.py", "SDPA and gate", "SDPA math and gate"} <= row["against"].keys()

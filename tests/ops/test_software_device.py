@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "csrc"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "csrc" / "tests"))
 
 import builder
+import compiled_ptx
 import mutants
-import machine_code
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def without(find) -> str:
 
 
 needs_nvcc = pytest.mark.skipif(bool(without(builder.nvcc)), reason=without(builder.nvcc))
-needs_sass = pytest.mark.skipif(bool(without(machine_code.cuobjdump)), reason=without(machine_code.cuobjdump))
+needs_sass = pytest.mark.skipif(bool(without(compiled_ptx.cuobjdump)), reason=without(compiled_ptx.cuobjdump))
 
 
 def test_the_software_device_agrees_with_plain_arithmetic(tmp_path: Path) -> None:
@@ -44,18 +44,18 @@ def test_every_check_of_an_instruction_contains_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("LAYALIGN_WERROR", "1")
     monkeypatch.delenv("LAYALIGN_CUDA_ARCHS", raising=False)
     program, note = builder.ptx_program(tmp_path, "1")
-    tool = machine_code.cuobjdump()
+    tool = compiled_ptx.cuobjdump()
     assert tool is not None and "emulated" not in note
-    found = machine_code.kernels(program, tool)
+    found = compiled_ptx.kernels(program, tool)
     assert {arch for arch, _ in found} == {f"sm_{arch}" for arch in builder.ARCHS}
-    assert not machine_code.missing(program, tool)
+    assert not compiled_ptx.missing(program, tool)
 
 
 @pytest.mark.timeout(900)
 def test_faults_are_seen() -> None:
     """The three that once were not; `make mutants` puts in all."""
     faults = ["fp32 are not swizzled", "first barrier", "fragments of A"]
-    if not without(builder.nvcc) and not without(machine_code.cuobjdump):
+    if not without(builder.nvcc) and not without(compiled_ptx.cuobjdump):
         faults.append("PTX: registers of A")
     done = subprocess.run([sys.executable, mutants.__file__, *faults], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

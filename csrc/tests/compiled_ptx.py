@@ -1,6 +1,6 @@
 """Whether each kernel of a compiled ptx_check contains the instruction that it checks, its operands in order.
 
-    python csrc/tests/machine_code.py PROGRAM
+    python csrc/tests/compiled_ptx.py PROGRAM
 
 Reads the machine code with cuobjdump, the toolkit's or the one in Triton's package; nothing runs. Exits with 1, the
 kernels' names and the architectures where an instruction is missing.
