@@ -21,12 +21,17 @@ SHAPES = chosen()
 IMPLS = [name for name in backends.names() if name != "torch"]  # "torch" is the baseline reference.py
 
 
-def serving(operation: str, impl: str, device: str) -> None:
-    """Skip, with the reason, if the backend cannot run here or only in a debug mode."""
+def reason_against(operation: str, impl: str, device: str) -> str:
+    """Why a backend cannot run here, or only in a debug mode; "" if it is timed."""
     if device == "cpu" and impl in ("triton", "cuda"):
-        pytest.skip(f"{impl}: needs a GPU (interpreted or emulated it is not worth timing)")
+        return "needs a GPU (interpreted or emulated it is not worth timing)"
     usable, reason = backends.serves(operation, impl, device)
-    if not usable:
+    return "" if usable else reason
+
+
+def serving(operation: str, impl: str, device: str) -> None:
+    """Skip, with the reason, if the backend is not timed here."""
+    if reason := reason_against(operation, impl, device):
         pytest.skip(f"{impl}: {reason}")
 
 
@@ -139,7 +144,7 @@ def test_attention(
     name = f"B{batch} T{length} S{source} H{count}/{groups}" + ("" if padded else " unpadded")
     if shapes.name == "cpu":
         rows.note(FLEX, "not compared on a CPU: torch compiles it for a GPU")
-    elif impl == next(each for each in IMPLS if backends.serves("gated_cross_attention", each, shapes.device)[0]):
+    elif impl == next(each for each in IMPLS if not reason_against("gated_cross_attention", each, shapes.device)):
         more_baselines(operation, name, heads == "mha", rows, shapes)
     kind = "decode" if length == 1 else "forward and backward" if backward else "forward"
     timed(operation, impl, backward, rows, shapes, f"gated_cross_attention, {kind}", name)
