@@ -17,7 +17,7 @@ import torch
 import workloads
 from models import Models
 from shapes import Shapes, Work, chosen
-from test_model import BOUNDS, MEMORY_TARGET, TRAIN_TARGET, id_of, labels_of, name_of, require_same
+from test_model import BOUNDS, MEMORY_TARGET, TRAIN_TARGET, labels_of, name_of, require_same, works
 from transformers import StaticCache
 from workloads import BARE, FEW_LOGITS, OURS, REFERENCE, Data, passes
 
@@ -39,10 +39,6 @@ def models(request: pytest.FixtureRequest, shapes: Shapes) -> Iterator[Models]:
     gc.collect()
     if shapes.device == "cuda":
         torch.cuda.empty_cache()
-
-
-def works(field: str) -> Any:
-    return pytest.mark.parametrize("work", getattr(SHAPES, field), ids=lambda work: id_of(work).replace(" ", "-"))
 
 
 def weights(module: Any) -> int:
