@@ -151,6 +151,17 @@ def check_rows(rows: object, first: Tensor) -> None:
     require_same_device("rows", rows, "hidden[0]", first)  # type: ignore[arg-type]
 
 
+def require_rows(rows: Tensor, first: Tensor) -> None:
+    """Check that positions of :func:`check_rows` are there and ascend; a GPU asserts it, see :func:`require_true`.
+
+    A kernel would read others from elsewhere, and write the gradient of one that comes twice only once.
+    """
+    if rows.numel():
+        tokens = first.shape[0] * first.shape[1]
+        good = (rows[1:] > rows[:-1]).all() & (rows[0] >= 0) & (rows[-1] < tokens)
+        require_true(good, "rows: expected ascending positions in the flattened (B, S) of hidden", wait=False)
+
+
 def select_rows(hidden: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     """Layers (B, S, D_e) -> copies (1, N, D_e) of the tokens at ``rows``, positions in the flattened (B, S)."""
     return [states.flatten(0, 1).index_select(0, rows)[None] for states in hidden]

@@ -49,6 +49,8 @@ def computed(hidden: Sequence[Tensor], rows: Tensor | None) -> tuple[int, ...]:
 def _forward_op(
     hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, backend: str, rows: Tensor | None = None
 ) -> Tensor:
+    if rows is not None:
+        checks.require_rows(rows, hidden[0])
     return backends.launcher(backend, "layer_mix_forward")(hidden, weight, bias, **options_of(rows))  # type: ignore[no-any-return]
 
 
@@ -139,7 +141,9 @@ def for_backend(
         return hidden, {}
     checks.check_rows(rows, hidden[0])
     if backends.reads_rows(operation, impl, hidden[0].device.type, hidden, *rest):
-        return hidden, {"rows": rows}
+        return hidden, {"rows": rows}  # which the operation checks, where a graph is compiled too
+    if not torch.compiler.is_compiling():
+        checks.require_rows(rows, hidden[0])
     return checks.select_rows(hidden, rows), {}
 
 
@@ -157,8 +161,8 @@ def layer_mix(
         hidden: E tensors (B, S, D_e) of one floating dtype and device.
         weight: (2L, E), any floating dtype.
         bias: (2L,) or None.
-        rows: (N,) int64, the tokens to compute: positions in the flattened (B, S), each once. The result is
-            (2L, 1, N, D_e) then. None for all tokens.
+        rows: (N,) int64, the tokens to compute: ascending positions in the flattened (B, S). The result
+            is (2L, 1, N, D_e) then. None for all tokens.
         impl: "auto" or a backend's name, see :mod:`layalign.ops.backends`.
 
     Returns:
@@ -166,7 +170,7 @@ def layer_mix(
         Under autocast, as for torch's own products, in the autocast dtype.
 
     Raises:
-        ArgumentError: a shape, dtype or device does not fit.
+        ArgumentError: a shape, dtype or device does not fit; rows that are not these (on a GPU, a device-side assert).
         BackendError: the named backend cannot serve the call.
 
     Source: LayAlign, layer-wise aligner: the weighted sum before the projection.

@@ -53,6 +53,8 @@ def _run(
     backend: str,
     rows: Tensor | None = None,
 ) -> Tensor:
+    if rows is not None:
+        checks.require_rows(rows, hidden[0])
     fused = backends.get(backend).launchers.get("layer_projection_forward")  # type: ignore[attr-defined]
     if plan == "auto":
         plan = choose_plan(weight)

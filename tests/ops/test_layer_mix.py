@@ -137,6 +137,21 @@ def test_rows_that_are_no_positions_are_named(rows: Any) -> None:
         ops.layer_mix(hidden, weight, bias, rows=rows)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU asserts it, and is lost then")
+@pytest.mark.parametrize(
+    "impl, compiled", [*((impl, False) for impl in serving("layer_mix")), ("triton", True)]
+)  # compiled, the others select by torch's own index_select
+def test_rows_elsewhere_or_twice_are_named(impl: str, compiled: bool) -> None:
+    hidden, weight, bias = mix_inputs(5, 6, 2, 7, 11, dtype=torch.float32)[:3]
+    hidden, w2 = [h.detach() for h in hidden], torch.ones(3, 11)
+    graph = torch.compile if compiled else lambda function, **_: function
+    for rows in ([1, 14], [-1, 3], [2, 2], [5, 3]):
+        for operation, rest in ((ops.layer_mix, ()), (ops.layer_projection, (w2,))):
+            call = graph(functools.partial(operation, impl=impl), backend="eager", fullgraph=True)
+            with pytest.raises(ArgumentError, match=r"rows: expected ascending positions in the flattened \(B, S\)"):
+                call(hidden, weight.detach(), bias.detach(), *rest, rows=torch.tensor(rows))
+
+
 @pytest.mark.parametrize("impl", serving("layer_mix"))
 def test_memory_between_rows_is_not_read(impl: str) -> None:
     hidden, weight, bias, *_ = mix_inputs(dtype=torch.float32)
