@@ -137,21 +137,21 @@ class StepGuard(TrainerCallback, ExportableState):
 
 
 def _numbers(*tensors: Tensor) -> list[float]:
-    """All numbers of the tensors, in one transfer."""
-    return torch.cat([each.detach().double().flatten().to(tensors[0].device) for each in tensors]).tolist()
+    """All numbers of the tensors, in one transfer, in a dtype that holds those of each tensor."""
+    return torch.cat([each.detach().flatten().to(tensors[0].device) for each in tensors]).tolist()
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Norm of all gradients, including all shards, float64; 0 without gradients. The device is not waited for."""
+    """Norm of all gradients, including all shards; 0 without gradients. The device is not waited for."""
     found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norms: list[Tensor] = []
     for sharded in (False, True):  # torch cannot stack the norms of both kinds
         group = [gradient for gradient in found if is_dtensor(gradient) == sharded]
         if group:
             norm: Any = torch.nn.utils.get_total_norm(group)
-            norms.append((norm.full_tensor() if sharded else norm).double())
+            norms.append(norm.full_tensor() if sharded else norm)
     if not norms:
-        return torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+        return torch.zeros((), device=next(model.parameters()).device)
     return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
 

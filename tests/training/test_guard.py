@@ -13,6 +13,7 @@ import torch
 from tiny_training import TinyParts, save_parts
 from tiny_training import training_config as make_config
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from layalign.training import TrainSummary, build_model, train
@@ -221,6 +222,28 @@ def test_a_spike_needs_losses_to_compare_with(before: int, spikes: list[int]) ->
         guard.check(step, model, lambda number: number, lambda inputs: None)
     assert guard.spikes == spikes and guard.skipped == []
     assert len(guard.losses) == min(before + 1, 100)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as Apple's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        assert not (isinstance(found, Tensor) and found.dtype == torch.float64), f"{func} gives float64"
+        return found
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float32), (torch.float16,)])
+def test_a_step_is_checked_without_float64(dtypes: tuple[torch.dtype, ...]) -> None:
+    model, guard = nn.ParameterList(nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in dtypes), StepGuard()
+    with NoFloat64():
+        assert gradient_norm(model) == 0.0
+        for parameter in model:
+            parameter.grad = torch.full_like(parameter, 3.0)
+        guard.saw(torch.tensor(1.5, dtype=dtypes[0]), {})
+        guard.check(1, model, lambda number: number, None)
+        assert float(gradient_norm(model)) == pytest.approx(math.sqrt(18 * len(dtypes)), rel=1e-2)
+    assert list(guard.losses) == [1.5]
 
 
 def test_gradient_norm_of_many_parameters_in_mixed_dtypes() -> None:
