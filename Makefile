@@ -46,10 +46,8 @@ test-fast: $(STAMP)
 # sanitizers; races and bank conflicts in shared memory; and the software device against plain arithmetic.
 check-csrc: $(STAMP)
 	$(BIN)/python csrc/builder.py check --output build/check
-	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/cpu_check 4
-	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/ptx_check
-	ASAN_OPTIONS=detect_stack_use_after_return=0 build/check/cuda_check 1
-	build/check/cuda_shared_check 0
+	printf '%s\n' 'cuda_check 1' 'cpu_check 4' ptx_check 'cuda_shared_check 0' | \
+	  ASAN_OPTIONS=detect_stack_use_after_return=0 xargs -P 2 -I CHECK sh -c build/check/CHECK
 
 # Nightly: faults put into the CUDA kernels, and what sees each of them. A few minutes.
 mutants: $(STAMP)

@@ -175,18 +175,19 @@ def _mix(c: Constants, s: Size, tensors: int, programs: int, names: dict[str, in
 
 
 def _mix_forward(c: Constants, s: Size) -> Work:
-    programs = ceil_div(s.B * s.S, c["ROWS"]) * ceil_div(s.D, c["BN"])
-    return _mix(c, s, s.E + s.slots, programs, dict(slots=s.slots))
+    programs = ceil_div(s.B * s.S, c["ROWS"]) * ceil_div(s.D, c["BN"]) * ceil_div(s.slots, c["BJ"])
+    return _mix(c, s, s.E + s.slots, programs, dict(ROWS=c["ROWS"]))
 
 
-def _mix_weight(c: Constants, s: Size) -> Work:
+def _mix_weight(c: Constants, s: Size, processors: int) -> Work:
     tiles = s.B * s.S * ceil_div(s.D, c["BN"])
-    each = max(1, ceil_div(tiles, layer_mix.MAX_PARTIALS))
+    each = max(1, ceil_div(tiles, layer_mix.PROGRAMS_PER_PROCESSOR * processors))
     return _mix(c, s, s.E + 2 * s.slots, ceil_div(tiles, each), dict(tiles_per_program=each))
 
 
 def _mix_hidden(c: Constants, s: Size) -> Work:
-    return _mix(c, s, s.E + 2 * s.slots, s.B * s.S * ceil_div(s.D, c["BN"]), {})
+    programs = ceil_div(s.B * s.S, c["ROWS"]) * ceil_div(s.D, c["BN"])
+    return _mix(c, s, s.E + 2 * s.slots, programs, dict(ROWS=c["ROWS"]))
 
 
 def _projection(c: Constants, s: Size) -> Work:
@@ -274,13 +275,6 @@ EXCEPTIONS = (
     Known(
         "gated_cross_attention_decode_kernel", "narrow shared", "range(i_whole, i_end, BN)",
         "Triton reads keys for mma.sync by 4 neighbours a thread; sums over the warps, which share a row",
-    ),
-    Known(
-        "layer_mix_forward_kernel", "narrow shared", "range(0, slots, BJ)",
-        "fp32 weights in the layout of wgmma's left operand: 2 neighbours a thread",
-    ),
-    Known(
-        "layer_mix_hidden_kernel", "narrow shared", "", "fp32 weights, transposed into mma.sync's left operand",
     ),
 )  # fmt: skip
 
@@ -414,7 +408,7 @@ def works(kernel: Kernel) -> list[tuple[Size, Work]]:
         "gated_cross_attention_decode_kernel": (DECODING, lambda c, s: _decode(c, s, target)),
         "gated_cross_attention_decode_combine_kernel": (DECODING, lambda c, s: _combine(c, s, target)),
         "layer_mix_forward_kernel": (MIXES, _mix_forward),
-        "layer_mix_weight_kernel": (MIXES, _mix_weight),
+        "layer_mix_weight_kernel": (MIXES, lambda c, s: _mix_weight(c, s, processors)),
         "layer_mix_hidden_kernel": (MIXES, _mix_hidden),
         "shared_projection_kernel": (MIXES, _projection),
     }

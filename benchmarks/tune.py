@@ -118,7 +118,7 @@ def backward(case: Operation) -> Callable[[], Any]:
 def resident(size: int, source: int, shapes: Shapes) -> bool:
     """Whether the backward keeps so long a source in one program."""
     module: Any = importlib.import_module("layalign_kernels.gated_cross_attention_backward")
-    common: Any = importlib.import_module("layalign_kernels.gated_cross_attention_common")
+    common: Any = importlib.import_module("layalign_kernels.common")
     arch = common.architecture(torch.device(shapes.device))
     return module.resident_configuration(size, source, shapes.dtype, arch) is not None
 
@@ -147,9 +147,9 @@ def parts(shapes: Shapes) -> list[Part]:
             grid = {"BM": (count,), "BN": (64, 32, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
             found.append(Part(f"decode {count}", "gated_cross_attention_decode", count, size, grid))
     warps = {"num_warps": (4, 8), "num_stages": (2,)}
-    found.append(Part("layer_mix forward", "layer_mix", "forward", 0, dict(BN=(128, 64, 256), ROWS=(2, 1, 4), **warps)))
+    found.append(Part("layer_mix forward", "layer_mix", "forward", 0, dict(BN=(128, 64, 256), ROWS=(4, 1, 8), **warps)))
     warps["num_stages"] = (2, 3)
-    found.append(Part("layer_mix backward", "layer_mix", "backward", 0, dict(BN=(64, 32, 16, 128), **warps)))
+    found.append(Part("layer_mix weight", "layer_mix", "weight", 0, dict(BN=(64, 32, 16, 128), **warps)))
     return found
 
 
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("part", nargs="?", default="", help="only parts whose name contains this")
     arguments = parser.parse_args()
     shapes = chosen()
-    common: Any = importlib.import_module("layalign_kernels.gated_cross_attention_common")
+    common: Any = importlib.import_module("layalign_kernels.common")
     arch = common.architecture(torch.device(shapes.device))
     arguments.folder.mkdir(parents=True, exist_ok=True)
     file = arguments.folder / f"{arch}.json"

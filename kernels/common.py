@@ -1,12 +1,15 @@
-"""Small pieces shared by the kernels: 64-bit offsets, a table of pointers, rounding, numeric modes."""
+"""Small pieces shared by the kernels: facts of the device, 64-bit offsets, a table of pointers, numeric modes."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
 LOG2E = 1.4426950408889634
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def next_power_of_2(n: int) -> int:
@@ -24,6 +27,28 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee"
+
+
+@functools.cache
+def _device_facts(device_type: str, index: int | None) -> tuple[str, int]:
+    if device_type != "cuda":
+        return "sm_90", 1  # the interpreter
+    properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
+    if torch.version.hip is not None:
+        return "gfx942", properties.multi_processor_count
+    # The sm_80 configurations stay below 99 KB of shared memory: they also serve 8.6, 8.9 and 12.x.
+    names = {9: "sm_90", 10: "sm_100"}
+    return names.get(properties.major, "sm_80"), properties.multi_processor_count
+
+
+def architecture(device: torch.device) -> str:
+    """The member of ARCHITECTURES whose configurations serve ``device``."""
+    return _device_facts(device.type, device.index)[0]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of ``device`` (1 under the interpreter)."""
+    return _device_facts(device.type, device.index)[1]
 
 
 def aligned16(*tensors: torch.Tensor) -> bool:

@@ -21,10 +21,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.common import ceil_div, dot_precision, offset64
+from layalign_kernels.common import architecture, ceil_div, dot_precision, offset64
 from layalign_kernels.gated_cross_attention_common import (
     Table,
-    architecture,
     attend,
     load_rows,
     padded_head_size,

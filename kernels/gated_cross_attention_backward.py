@@ -33,14 +33,20 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.common import LOG2E, ceil_div, dot_precision, next_power_of_2, offset64
+from layalign_kernels.common import (
+    LOG2E,
+    architecture,
+    ceil_div,
+    dot_precision,
+    multiprocessors,
+    next_power_of_2,
+    offset64,
+)
 from layalign_kernels.gated_cross_attention_common import (
     Table,
-    architecture,
     attended,
     attended_range,
     load_rows,
-    multiprocessors,
     padded_head_size,
     pick,
     rows_first,

@@ -7,17 +7,15 @@ are never read: their loads are masked, not multiplied by zero.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.common import LOG2E, next_power_of_2, offset64
+from layalign_kernels.common import ARCHITECTURES, LOG2E, next_power_of_2, offset64
 
 MASK_BLOCK = tl.constexpr(1024)
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # (kind of element, padded head size) -> (BM, BN, num_warps, num_stages) for each of ARCHITECTURES.
 Table = dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]]
@@ -160,28 +158,6 @@ def pick(table: Table, size: int, dtype: torch.dtype, arch: str) -> dict[str, in
     kind = "unaligned" if size * itemsize % 16 else "fp32" if itemsize == 4 else "half"
     chosen = table[kind, max(64, padded_head_size(size))][ARCHITECTURES.index(arch)]
     return dict(zip(("BM", "BN", "num_warps", "num_stages"), chosen, strict=True))
-
-
-@functools.cache
-def _device_facts(device_type: str, index: int | None) -> tuple[str, int]:
-    if device_type != "cuda":
-        return "sm_90", 1  # the interpreter
-    properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
-    if torch.version.hip is not None:
-        return "gfx942", properties.multi_processor_count
-    # The sm_80 configurations stay below 99 KB of shared memory: they also serve 8.6, 8.9 and 12.x.
-    names = {9: "sm_90", 10: "sm_100"}
-    return names.get(properties.major, "sm_80"), properties.multi_processor_count
-
-
-def architecture(device: torch.device) -> str:
-    """The member of ARCHITECTURES whose configurations serve ``device``."""
-    return _device_facts(device.type, device.index)[0]
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of ``device`` (1 under the interpreter)."""
-    return _device_facts(device.type, device.index)[1]
 
 
 def unit_last(tensor: torch.Tensor) -> torch.Tensor:

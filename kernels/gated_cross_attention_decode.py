@@ -22,13 +22,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.common import ceil_div, dot_precision, next_power_of_2, offset64
+from layalign_kernels.common import architecture, ceil_div, dot_precision, multiprocessors, next_power_of_2, offset64
 from layalign_kernels.gated_cross_attention_common import (
     Table,
-    architecture,
     attend,
     load_rows,
-    multiprocessors,
     padded_head_size,
     pick,
     positive_scale,

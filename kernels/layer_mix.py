@@ -21,12 +21,21 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from layalign_kernels.common import aligned16, ceil_div, dot_precision, next_power_of_2, offset64, pointer_table, relu
+from layalign_kernels.common import (
+    aligned16,
+    ceil_div,
+    dot_precision,
+    multiprocessors,
+    next_power_of_2,
+    offset64,
+    pointer_table,
+    relu,
+)
 from layalign_kernels.launch import launch
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 AMD = torch.version.hip is not None
-MAX_PARTIALS = 512  # programs of the backward reduction; fixed, to fix the order of the sums
+PROGRAMS_PER_PROCESSOR = 3  # of the backward reduction: all run at once
 
 
 @triton.jit
@@ -53,29 +62,31 @@ def layer_mix_forward_kernel(
     E: tl.constexpr, BE: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN columns of ROWS rows, all slots. h is read once, in registers for every block of slots."""
-    i_first = tl.program_id(0) * ROWS
+    """One program: BN columns of ROWS rows, BJ slots.
+
+    Programs that follow one another have the columns of the same rows, then their next slots: h comes from DRAM once.
+    """
+    columns = tl.cdiv(D, BN)
+    i_n, i_block = tl.program_id(0) % columns, tl.program_id(0) // columns
+    i_j, i_first = i_block % tl.cdiv(slots, BJ) * BJ, i_block // tl.cdiv(slots, BJ) * ROWS
     p_layers = pointer_table(pointers, E, BE, DTYPE)
-    o_e, o_j = tl.arange(0, BE), tl.arange(0, BJ)
-    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    o_e, o_j, o_n = tl.arange(0, BE), i_j + tl.arange(0, BJ), i_n * BN + tl.arange(0, BN)
+    m_j = o_j < slots
+    # [BJ, BE], [BJ, 1]
+    b_w = tl.load(weight + o_j[:, None] * E + o_e[None, :], mask=m_j[:, None] & (o_e < E)[None, :], other=0.0).to(DTYPE)
+    b_b = tl.zeros([BJ, 1], tl.float32)
+    if HAS_BIAS:
+        b_b = tl.load(bias + o_j, mask=m_j, other=0.0).to(tl.float32)[:, None]
     for i in range(ROWS):
         i_row = i_first + i
         m_row = i_row < rows
         offset = layer_offset(i_row, m_row, index, S, stride_b, stride_s)
         # [BE, BN]
         b_h = load_layers(p_layers, o_e, o_n, offset, E, D, m_row, ALIGNED)
-        for i_j in range(0, slots, BJ):
-            m_j = i_j + o_j < slots
-            m_w = m_j[:, None] & (o_e < E)[None, :]
-            # [BJ, BE]
-            b_w = tl.load(weight + (i_j + o_j)[:, None] * E + o_e[None, :], mask=m_w, other=0.0).to(DTYPE)
-            # [BJ, BN]
-            b_x = tl.dot(b_w, b_h, input_precision=PRECISION)
-            if HAS_BIAS:
-                b_x += tl.load(bias + i_j + o_j, mask=m_j, other=0.0).to(tl.float32)[:, None]
-            b_x = relu(b_x)
-            p_x = out + offset64(i_j + o_j, rows)[:, None] * D + (offset64(i_row, D) + o_n)[None, :]
-            tl.store(p_x, b_x.to(DTYPE), mask=m_j[:, None] & (o_n < D)[None, :] & m_row)
+        # [BJ, BN]
+        b_x = relu(tl.dot(b_w, b_h, input_precision=PRECISION) + b_b)
+        p_x = out + offset64(o_j, rows)[:, None] * D + (offset64(i_row, D) + o_n)[None, :]
+        tl.store(p_x, b_x.to(DTYPE), mask=m_j[:, None] & (o_n < D)[None, :] & m_row)
 
 
 @triton.jit
@@ -127,40 +138,50 @@ def layer_mix_weight_kernel(
 @triton.jit
 def layer_mix_hidden_kernel(
     grad, x, weight, out, rows, S, D, slots, stride_gj, stride_gb, stride_gs,
-    E: tl.constexpr, BE: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dh[e] = sum_j W[j, e] * g[j]: BN columns of one row, all layers."""
-    i_row = tl.program_id(0)
+    """dh[e] = sum_j W[j, e] * g[j]: BN columns of ROWS rows, all layers; neighbouring programs as in the forward."""
+    columns = tl.cdiv(D, BN)
+    i_first = tl.program_id(0) // columns * ROWS
     o_e, o_j = tl.arange(0, BE), tl.arange(0, BJ)
-    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    m_j, m_row = o_j < slots, i_row < rows
-    offset_g = offset64(i_row // S, stride_gb) + offset64(i_row % S, stride_gs)
-    # [BJ, BN], [BE, BJ]
-    b_g = load_grad(grad, x, offset_g, offset64(i_row, D), stride_gj, offset64(rows, D), o_j, o_n, m_j, D, m_row)
-    b_w = tl.load(weight + o_j[None, :] * E + o_e[:, None], mask=m_j[None, :] & (o_e < E)[:, None], other=0.0)
-    b_dh = tl.dot(b_w.to(DTYPE), b_g.to(DTYPE), input_precision=PRECISION)
-    p_dh = out + offset64(o_e, rows)[:, None] * D + (offset64(i_row, D) + o_n)[None, :]
-    tl.store(p_dh, b_dh.to(DTYPE), mask=(o_e < E)[:, None] & (o_n < D)[None, :])
+    o_n = tl.program_id(0) % columns * BN + tl.arange(0, BN)
+    m_j = o_j < slots
+    # [BE, BJ]
+    b_w = tl.load(weight + o_j[None, :] * E + o_e[:, None], mask=m_j[None, :] & (o_e < E)[:, None], other=0.0).to(DTYPE)
+    for i in range(ROWS):
+        i_row = i_first + i
+        m_row = i_row < rows
+        offset_g = offset64(i_row // S, stride_gb) + offset64(i_row % S, stride_gs)
+        # [BJ, BN], [BE, BN]
+        b_g = load_grad(grad, x, offset_g, offset64(i_row, D), stride_gj, offset64(rows, D), o_j, o_n, m_j, D, m_row)
+        b_dh = tl.dot(b_w, b_g.to(DTYPE), input_precision=PRECISION)
+        p_dh = out + offset64(o_e, rows)[:, None] * D + (offset64(i_row, D) + o_n)[None, :]
+        tl.store(p_dh, b_dh.to(DTYPE), mask=(o_e < E)[:, None] & (o_n < D)[None, :] & m_row)
 
 
 def configuration(layers: int, slots: int, width: int, itemsize: int, kernel: str, amd: bool) -> dict[str, Any]:
     """Block sizes and launch options: a pure function of the shape, the element size and the maker of the chip.
 
-    The backward keeps all slots in one block, so its columns shrink as the slots grow.
+    ``kernel`` is "forward", "weight" or "hidden". The latter two keep all slots in one block, so their columns shrink
+    as the slots grow.
     """
     block_e = max(16, next_power_of_2(layers))
     all_slots = max(16, next_power_of_2(slots))
     columns = max(16, next_power_of_2(width))
+    half = itemsize == 2 and not amd
     if kernel == "forward":
         block_j = min(all_slots, 64)
-        block_n = min(columns, 64 if amd and block_e > 32 else 128 if itemsize == 4 or block_e > 32 or amd else 256)
-        warps = 8 if block_j * block_n > 4096 else 4
-        return dict(BE=block_e, BJ=block_j, BN=block_n, ROWS=2, num_warps=warps, num_stages=2)
-    budget = (4096 if itemsize == 2 else 1024) // (2 if block_e > 32 else 1)
-    block_n = max(16, min(columns, 64, budget * 2 // all_slots))
-    warps = 4 if all_slots <= 32 else 16 if itemsize == 4 and all_slots > 128 and not amd else 8
-    return dict(BE=block_e, BJ=all_slots, BN=block_n, num_warps=warps, num_stages=2)
+        block_n = min(columns, 64 if block_e > 32 and not half else 128)
+        warps = 8 if block_j * block_n > (4096 if amd else 2048) and not half else 4
+    else:
+        block_j = all_slots
+        budget = (4096 if itemsize == 2 else 1024) // (2 if block_e > 32 else 1)
+        block_n = max(16, min(columns, 64, budget * 2 // all_slots))
+        warps = 4 if all_slots <= (64 if half else 32) else 16 if itemsize == 4 and all_slots > 128 and not amd else 8
+    found = dict(BE=block_e, BJ=block_j, BN=block_n, num_warps=warps, num_stages=3 if kernel == "weight" else 2)
+    # More rows for programs whose weights fit registers beside all else.
+    return found if kernel == "weight" else dict(found, ROWS=4 if block_e * block_j * itemsize <= 8192 else 1)
 
 
 def same_layout(hidden: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -202,10 +223,10 @@ def layer_mix_forward(
         return out
     options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "forward", AMD)
     common = _common(hidden, rows)
-    grid = (ceil_div(common["rows"], options["ROWS"]), ceil_div(common["D"], options["BN"]))
+    blocks = ceil_div(common["rows"], options["ROWS"]) * ceil_div(slots, options["BJ"])
     launch(
         layer_mix_forward_kernel,
-        grid,
+        (blocks * ceil_div(common["D"], options["BN"]),),
         pointers=hidden,
         weight=weight.contiguous(),
         bias=None if bias is None else bias.contiguous(),
@@ -243,14 +264,14 @@ def layer_mix_backward(
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     x = x.contiguous()
     first, slots = hidden[0], weight.shape[0]
-    options = configuration(len(hidden), slots, first.shape[2], first.element_size(), "backward", AMD)
+    shape = len(hidden), slots, first.shape[2], first.element_size()
     common = _common(hidden, rows)
     strides = dict(stride_gj=grad.stride(0), stride_gb=grad.stride(1), stride_gs=grad.stride(2))
-    columns = ceil_div(common["D"], options["BN"])
     weight_grad = bias_grad = hidden_grad = None
     if need_weight:
-        tiles = common["rows"] * columns
-        per_program = max(1, ceil_div(tiles, MAX_PARTIALS))
+        options = configuration(*shape, "weight", AMD)
+        tiles = common["rows"] * ceil_div(common["D"], options["BN"])
+        per_program = max(1, ceil_div(tiles, PROGRAMS_PER_PROCESSOR * multiprocessors(grad.device)))
         programs = ceil_div(tiles, per_program)
         partial_weight = torch.empty((programs, slots, len(hidden)), dtype=torch.float32, device=grad.device)
         partial_bias = torch.empty((programs, slots), dtype=torch.float32, device=grad.device)
@@ -278,10 +299,11 @@ def layer_mix_backward(
     if need_hidden:
         hidden_grad = torch.empty((len(hidden), *x.shape[1:]), dtype=first.dtype, device=first.device)
         if hidden_grad.numel():
+            options = configuration(*shape, "hidden", AMD)
             common["S"] = x.shape[2]
             launch(
                 layer_mix_hidden_kernel,
-                (common["rows"], columns),
+                (ceil_div(common["rows"], options["ROWS"]) * ceil_div(common["D"], options["BN"]),),
                 grad=grad,
                 x=x,
                 weight=weight.contiguous(),

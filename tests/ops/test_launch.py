@@ -276,9 +276,9 @@ def operations() -> dict[str, tuple[list[str], Callable[[], Any]]]:
 def test_every_kernel_is_launched_on_the_device_of_its_tensors(
     driver: Emulated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from layalign_kernels import gated_cross_attention_common
+    from layalign_kernels import common
 
-    monkeypatch.setattr(gated_cross_attention_common, "_device_facts", lambda *_: ("sm_90", 132))
+    monkeypatch.setattr(common, "_device_facts", lambda *_: ("sm_90", 132))
     for name, (kernels, call) in operations().items():
         driver.launches.clear()
         with SecondDevice():
