@@ -41,6 +41,7 @@ PACKAGES = [
     "layalign.published",
     "layalign.serving",
     "layalign.serving.http",
+    "layalign.serving.vllm",
     "layalign.training",
     "layalign.utils",
     "layalign_kernels",

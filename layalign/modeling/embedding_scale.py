@@ -34,14 +34,16 @@ def scaled_as_text(text_config: Any, version: str | None) -> bool:
     return minor_version(version) < MOVED
 
 
-def in_slots(rows: Tensor, text_config: Any, scaled: bool) -> Tensor:
-    """Soft tokens (..., D_l) in the form that the decoder of the installed transformers needs.
+def in_slots(rows: Tensor, text_config: Any, scaled: bool, in_decoder: bool | None = None) -> Tensor:
+    """Soft tokens (..., D_l) in the form that a decoder needs.
 
     Args:
         text_config: configuration of the LLM's decoder.
         scaled: whether they enter the first layer multiplied as the LLM's text is, or as they are.
+        in_decoder: whether the decoder multiplies all embeddings that it gets; None: transformers' does or not.
     """
-    if scaled == IN_DECODER or text_config.model_type not in SCALED_IN_DECODER:
+    in_decoder = IN_DECODER if in_decoder is None else in_decoder
+    if scaled == in_decoder or text_config.model_type not in SCALED_IN_DECODER:
         return rows
     factor = torch.tensor(text_config.hidden_size**0.5, dtype=rows.dtype)  # rounded as the decoder rounds it
-    return rows / factor if IN_DECODER else rows * factor
+    return rows / factor if in_decoder else rows * factor

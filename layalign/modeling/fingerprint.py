@@ -27,6 +27,7 @@ from layalign.utils.reading import confined, read_json
 
 QUANTISERS = ("bitsandbytes", "optimum", "torchao", "hqq")  # packages whose modules hold packed weights
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+NUMBERS = (*HALVES.values(), torch.float32, torch.float64)  # dtypes whose fingerprints can be compared
 # Settings that change no number that LayAlign computes with a part.
 _HARMLESS = {
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "quantization_config", "use_cache",
@@ -201,7 +202,7 @@ def readable(part: nn.Module, name: str, tensor: Tensor) -> Tensor | str:
             tensor = load_offloaded_parameter(part, name)  # type: ignore[arg-type]
         except Exception:  # other hooks than accelerate's, other releases
             return "it is offloaded"
-    if tensor.dtype not in (*HALVES.values(), torch.float32, torch.float64) or type(tensor.data) is not Tensor:
+    if tensor.dtype not in NUMBERS or type(tensor.data) is not Tensor:
         return "it is quantised" if is_quantised(part) else f"its numbers are {tensor.dtype}"
     return tensor.detach()
 

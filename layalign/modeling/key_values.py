@@ -168,6 +168,22 @@ def _fold_dtype(own: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if own.dtype == dtype else torch.promote_types(dtype, torch.float32)
 
 
+def fold(fc2: nn.Linear, maps: Sequence[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The aligner's projection folded into the LLM's maps, once, for an engine that keeps it.
+
+    Args:
+        fc2: the projection, D_e -> D_l.
+        maps: M maps of one shape, D_l -> D_kv.
+        dtype: of the result.
+
+    Returns:
+        The weight (M, D_kv, D_e) and the bias (M, D_kv), or None if there is none.
+    """
+    folded = _fold(fc2, maps, dtype, ())
+    assert isinstance(folded.weight, Tensor)
+    return folded.weight, folded.bias
+
+
 def _terms(inner: Tensor, dtype: torch.dtype) -> int:
     """The number of terms in ``dtype`` whose sum is ``inner``."""
     return 2 if inner.dtype.itemsize > dtype.itemsize else 1

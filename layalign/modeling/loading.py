@@ -79,28 +79,12 @@ def load(cls: Any, name_or_path: str, positional: tuple[Any, ...], arguments: di
     stored, config.frozen_fingerprints = config.frozen_fingerprints or {}, None
     frozen: dict[str, Any] = {}
     for part in PARTS:
-        module, asked = parts[part], parts[f"{part}_kwargs"] or {}
-        of_llm = attention if part == "llm" else {}
-        if module is None and part in config.saved_parts:
-            frozen[part] = _held_part(part, config, weights, place, {**common, **of_llm}, asked)
-            common = _with_memory_left(common, frozen[part])
-            continue
-        if module is None:
-            what = f"the {part if part == 'encoder' else 'LLM'} {getattr(config, f'{part}_name_or_path')!r}"
-            with reading(place, f"{what} cannot be loaded"):
-                folder = Path(place) / (hub.get("subfolder") or "") if Path(place).is_absolute() else None
-                name = names.located(config, part, folder)
-                typed = getattr(config, f"{part}_name_or_path")
-                if Path(name).is_absolute() and (config.frozen_folders is None or names.is_path(typed)):
-                    setattr(config, f"{part}_name_or_path", name)
-                load_part = encoders.load_encoder if part == "encoder" else encoders.load_llm
-                module = load_part(name, **{**_of_part(part, common), **of_llm, **asked})
-        if not isinstance(module, PreTrainedModel):
-            refuse(part, "a transformers model", module)
-        frozen[part] = encoders.encoder_part(module) if part == "encoder" else module
+        arguments = {**common, **(attention if part == "llm" else {})}
+        frozen[part] = _frozen_part(
+            part, parts[part], parts[f"{part}_kwargs"] or {}, arguments, config, weights, place, hub
+        )
         common = _with_memory_left(common, frozen[part])
-        _check_part(part, getattr(config, f"{part}_config"), frozen[part].config, place)
-        if part in stored:
+        if part in stored and (part not in config.saved_parts or parts[part] is not None):
             _check_content(part, config, stored[part], frozen[part], place, changed_frozen)
     lora, config.lora = config.lora, None
     with reading(place, CONFIG):
@@ -114,6 +98,74 @@ def load(cls: Any, name_or_path: str, positional: tuple[Any, ...], arguments: di
     _put_generation_config(model, place, hub)
     info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model.eval(), info) if wants_info else model.eval()
+
+
+def load_all_but_llm(
+    name_or_path: str, revision: str | None = None
+) -> tuple[LayAlignConfig, PreTrainedModel, dict[str, Tensor]]:
+    """What another engine that has an LLM of its own needs of a checkpoint, checked as by :func:`load`.
+
+    Args:
+        name_or_path: folder or hub name.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The configuration, in which ``llm_name_or_path`` says where the LLM is; the encoder, on the CPU, in its stored
+        dtype; and the stored weights of everything else, by name: those of adapter, aligner and gates, of LoRA, and of
+        the LLM where the checkpoint holds it.
+
+    Raises:
+        CheckpointError: see :func:`load`.
+    """
+    with reading(name_or_path, "no readable LayAlign checkpoint"):
+        place = names.given("name_or_path", name_or_path)
+    require_files(Path(place))
+    hub = {} if revision is None else {"revision": revision}
+    config = _config(place, hub, {})
+    weights = read_all(place, hub)
+    _check_own(config, weights, place)
+    encoder = _frozen_part("encoder", None, {}, {"dtype": "auto"}, config, weights, place, hub)
+    stored = config.frozen_fingerprints or {}
+    if "encoder" in stored and "encoder" not in config.saved_parts:
+        _check_content("encoder", config, stored["encoder"], encoder, place, "refuse")
+    if "llm" not in config.saved_parts:
+        config.llm_name_or_path = _place_of("llm", config, place, hub)
+    return config, encoder, weights
+
+
+def _place_of(part: str, config: LayAlignConfig, place: str, hub: dict[str, Any]) -> str:
+    """The folder, GGUF file or hub name of a frozen part that the checkpoint does not hold."""
+    folder = Path(place) / (hub.get("subfolder") or "") if Path(place).is_absolute() else None
+    return names.located(config, part, folder)
+
+
+def _frozen_part(
+    part: str,
+    module: Any,
+    asked: dict[str, Any],
+    arguments: dict[str, Any],
+    config: LayAlignConfig,
+    weights: dict[str, Tensor],
+    place: str,
+    hub: dict[str, Any],
+) -> PreTrainedModel:
+    """A frozen part: ``module`` if it is given, else what the checkpoint holds, else what its name gives."""
+    if module is None and part in config.saved_parts:
+        return _held_part(part, config, weights, place, arguments, asked)
+    if module is None:
+        what = f"the {part if part == 'encoder' else 'LLM'} {getattr(config, f'{part}_name_or_path')!r}"
+        with reading(place, f"{what} cannot be loaded"):
+            name = _place_of(part, config, place, hub)
+            typed = getattr(config, f"{part}_name_or_path")
+            if Path(name).is_absolute() and (config.frozen_folders is None or names.is_path(typed)):
+                setattr(config, f"{part}_name_or_path", name)
+            load_part = encoders.load_encoder if part == "encoder" else encoders.load_llm
+            module = load_part(name, **{**_of_part(part, arguments), **asked})
+    if not isinstance(module, PreTrainedModel):
+        refuse(part, "a transformers model", module)
+    module = encoders.encoder_part(module) if part == "encoder" else module
+    _check_part(part, getattr(config, f"{part}_config"), module.config, place)
+    return module
 
 
 # Arguments

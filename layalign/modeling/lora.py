@@ -169,3 +169,24 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     text = json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     plain: dict[str, Any] = json.loads(text)
     return {key: value for key, value in plain.items() if key not in derived and value is not None}
+
+
+def merged(llm: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name without adapters, weight) of an LLM with its adapter merged into its weights, for another engine.
+
+    Raises:
+        CheckpointError: an adapter cannot be merged.
+    """
+    if adapter_names(llm):
+        with importing_peft():
+            from peft.tuners.tuners_utils import BaseTunerLayer
+            from peft.utils import AuxiliaryTrainingWrapper
+        for name, module in list(llm.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                raise CheckpointError(f"lora: {name} was trained as a whole (modules_to_save), which cannot be merged")
+            if isinstance(module, BaseTunerLayer):
+                module.merge(safe_merge=True)
+    foreign = adapter_names(llm)
+    for name, tensor in llm.state_dict().items():
+        if name not in foreign:
+            yield base_name(name), tensor

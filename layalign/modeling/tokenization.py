@@ -241,11 +241,12 @@ def _renamed(backend: Any, tokens: dict[str, int]) -> tuple[Any, dict[str, str]]
 
 
 def save_tokenizers(folder: str | Path, encoder_tokenizer: Any, llm_tokenizer: Any) -> None:
-    """Write both tokenizers into subfolders of a checkpoint folder."""
+    """Write both tokenizers into subfolders of a checkpoint folder, the LLM's also beside the weights, for vLLM."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with written_aside(Path(folder)) as aside:
         for part, tokenizer in (("encoder", encoder_tokenizer), ("llm", llm_tokenizer)):
             tokenizer.save_pretrained(str(aside / FOLDERS[part]))
+        llm_tokenizer.save_pretrained(str(aside))
 
 
 def load_tokenizers(

@@ -180,6 +180,18 @@ def test_a_repetition_penalty_of_the_model_is_kept(parts: Parts) -> None:
         config.repetition_penalty, config.no_repeat_ngram_size = 1.0, 0
 
 
+def test_a_system_message_is_the_prompt_of_the_llm(parts: Parts) -> None:
+    async def test(service: Service, client: Client) -> None:
+        said = [{"role": "system", "content": "Be brief: {source}"}, {"role": "user", "content": "paka"}]
+        asked = {"prompt": "paka", "llm_prompt": "Be brief: {source}"}
+        text = (await client.post(CHAT, json={"messages": said})).json()["choices"][0]["message"]["content"]
+        assert text == (await client.post(COMPLETIONS, json=asked)).json()["choices"][0]["text"]
+        refused = (await client.post(CHAT, json={"messages": said, "task": "math"})).json()["error"]
+        assert "messages: give either" in refused["message"]
+
+    run(parts, test)
+
+
 @pytest.mark.parametrize("filler", [2, 5])
 def test_a_repetition_penalty_does_not_count_the_slots(parts: Parts, filler: int) -> None:
     """With an end token in the slots, or a byte, the penalty is that of the text alone."""

@@ -90,8 +90,8 @@ SERVED: dict[str, tuple[Any, ...]] = {
         [
             [],
             [USER, USER],
-            [{"role": "system", "content": "Be brief."}, USER],
-            [{"role": "developer", "content": "Be brief."}, USER],
+            [USER, {"role": "system", "content": "Be brief."}],
+            [{"role": "system", "content": "Be"}, {"role": "developer", "content": "brief."}, USER],
             [USER, {"role": "assistant", "content": "a"}],
             [USER, {"role": "tool", "content": "a", "tool_call_id": "b"}],
             [USER, {"role": "function", "content": "a", "name": "b"}],
@@ -338,7 +338,6 @@ ASKED: list[tuple[str, str, str, dict[str, Any]]] = [
     ("lm-eval, tokens", "prompt", COMPLETIONS, {"prompt": [[5, 6, 7]], "seed": 1234}),
     ("lm-eval, likelihoods", "logprobs", COMPLETIONS, {"logprobs": 1, "echo": True, "max_tokens": 1}),
     ("vLLM's benchmark of completions", "repetition_penalty", COMPLETIONS, {"repetition_penalty": 1.0}),
-    ("a system prompt", "messages", CHAT, {"messages": [{"role": "system", "content": "Be brief."}, USER]}),
 ]  # fmt: skip
 
 

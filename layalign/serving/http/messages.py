@@ -204,7 +204,8 @@ class Message(Fields):
 
 
 class ChatRequest(Common):
-    """Body of `/v1/chat/completions`: one user message. Earlier turns are not supported."""
+    """Body of `/v1/chat/completions`: one user message, and at most one system message before it, which is the prompt
+    for the LLM (`llm_prompt`). Earlier turns are not supported."""
 
     messages: list[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -234,9 +235,20 @@ class ChatRequest(Common):
     @classmethod
     def _one_question(cls, messages: list[Message]) -> list[Message]:
         said = [message for message in messages if message.text.strip()]
-        if [message.role for message in said] != ["user"]:
-            raise ValueError("expected one message with text, of the role user; no system prompt, no earlier turns")
+        roles = ["system" if message.role == "developer" else message.role for message in said]
+        if roles not in (["user"], ["system", "user"]):
+            raise ValueError(
+                "expected one message with text of the role user, at most one of the role system before it"
+            )
         return said
+
+    @model_validator(mode="after")
+    def _system_is_prompt(self) -> ChatRequest:
+        if len(self.messages) == 2:
+            if self.llm_prompt is not None or self.task is not None:
+                raise ValueError("messages: give either a message of the role system, or task or llm_prompt")
+            self.llm_prompt = self.messages[0].text
+        return self
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -248,7 +260,7 @@ class ChatRequest(Common):
     @property
     def text(self) -> str:
         """The text to answer."""
-        return self.messages[0].text
+        return self.messages[-1].text
 
     @property
     def longest(self) -> tuple[int | None, str]:

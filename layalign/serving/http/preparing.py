@@ -22,11 +22,19 @@ class Preparer:
         model: a `LayAlignForCausalLM`.
         encoder_tokenizer, llm_tokenizer: its tokenizers.
         settings: the limits.
+        context: most tokens of prompt and answer together. None: those that the LLM was made for.
     """
 
-    def __init__(self, model: Any, encoder_tokenizer: Any, llm_tokenizer: Any, settings: ServeSettings) -> None:
+    def __init__(
+        self,
+        model: Any,
+        encoder_tokenizer: Any,
+        llm_tokenizer: Any,
+        settings: ServeSettings,
+        context: int | None = None,
+    ) -> None:
         self.settings = settings
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.context = context or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self.collators = {
             stage: LayAlignCollator.from_model(
                 model, encoder_tokenizer, llm_tokenizer, stage=stage, with_targets=False,
@@ -50,8 +58,25 @@ class Preparer:
             ApiError: 400; it names the field.
         """
         field = "messages" if isinstance(body, ChatRequest) else "prompt"
-        source, name = self._text(body.text, field), self._language(body.language)
-        prompt = self._prompt(source, body.task, body.llm_prompt)
+        inputs = self.inputs(body.text, body.language, body.task, body.llm_prompt, field)
+        self.require_room(inputs, new_tokens, limit)
+        return inputs
+
+    def inputs(
+        self, text: str, language: str | None, task: str | None, llm_prompt: str | None, field: str = "prompt"
+    ) -> Inputs:
+        """The model inputs for a text.
+
+        Args:
+            text: for the encoder.
+            language, task, llm_prompt: fields of a request; None is the server's default.
+            field: name of the field with the text, for errors.
+
+        Raises:
+            ApiError: 400; it names the field.
+        """
+        source, name = self._text(text, field), self._language(language)
+        prompt = self._prompt(source, task, llm_prompt)
         example = Example(source=source, target="", language=name, prompt=prompt)
         collator = self.collators["task" if prompt else "translation"]
         try:
@@ -66,22 +91,32 @@ class Preparer:
             most = collator.max_source_length
             raise ApiError(400, f"{field}: expected at most {most} encoder tokens", field, "too_long")
         if "prompt" in collator.last_cut[0]:
-            blamed = field if body.llm_prompt is None else "llm_prompt"
+            blamed = field if llm_prompt is None else "llm_prompt"
             most = self.settings.max_prompt_tokens
             raise ApiError(400, f"{blamed}: expected at most {most} LLM tokens", blamed, "too_long")
+        return inputs
+
+    def require_room(self, inputs: Inputs, new_tokens: int, limit: str) -> None:
+        """Check that an answer fits after the prompt; arguments as for a call.
+
+        Raises:
+            ApiError: 400; it names the field `limit`.
+        """
         if len(inputs.packed) + new_tokens > self.context:
             taken = len(inputs.packed)
             room = f"{max(self.context - taken, 0)} (the prompt takes {taken} of {self.context} positions)"
             message = f"{limit}: expected at most {room}, got {new_tokens}"
             raise ApiError(400, message, limit, "context_length_exceeded")
-        return inputs
+
+    def prompt(self, inputs: Inputs) -> list[int]:
+        """The LLM's input after the boundary."""
+        collator = self.collators["task"]
+        return list(inputs.packed[int(collator.bos_token_id is not None) + (len(inputs.source) + 1) * collator.slots :])
 
     def text(self, inputs: Inputs) -> list[int]:
         """The LLM's input without the source's slots and the boundary; the repetition penalty counts these tokens."""
-        collator = self.collators["task"]
-        start = int(collator.bos_token_id is not None)
-        slots = len(inputs.source) + 1 if collator.slots else 0
-        return [*inputs.packed[:start], *inputs.packed[start + slots :]]
+        first = self.collators["task"].bos_token_id
+        return [*([] if first is None else [first]), *self.prompt(inputs)]
 
     def _text(self, text: str, field: str) -> str:
         if len(text) > self.settings.max_characters:
