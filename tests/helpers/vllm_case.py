@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpx
 import tiny
 import torch
 from helpers_text import byte_tokenizer
@@ -123,3 +130,44 @@ def answers(llm: Any, asked: list[Case], **sampling: Any) -> list[list[int]]:
     how = [SamplingParams(temperature=0, max_tokens=each.length, ignore_eos=True, **sampling) for each in asked]
     done = llm.generate([each.request for each in asked], how, use_tqdm=False)
     return [list(each.outputs[0].token_ids) for each in done]
+
+
+@contextmanager
+def server(folder: Path | str, *flags: str, seconds: float = 180.0) -> Iterator[httpx.Client]:
+    """vLLM's own server of a checkpoint, in a process of its own, and a client of it. Its log is FOLDER.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Not `vllm serve`, which asks for the version of a distribution of the name vllm.
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32",
+        "--max-model-len", str(CONTEXT), "--max-num-seqs", "8", "--host", "127.0.0.1", "--port", str(port),
+        "--served-model-name", "layalign", "--enforce-eager", *flags,
+    ]  # fmt: skip
+    environment = {name: text for name, text in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with (
+        Path(f"{folder}.log").open("w") as log,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
+        try:
+            until = time.monotonic() + seconds
+            while not healthy(client):
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(Path(log.name).read_text()[-3000:])
+                time.sleep(0.5)
+            yield client
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def healthy(client: httpx.Client) -> bool:
+    """Whether a server answers that it is."""
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False

@@ -99,6 +99,7 @@ def prepare_worker(vllm_config: Any) -> None:
     if hasattr(original, "layalign"):
         return
 
+    @functools.wraps(original)
     def in_order(self: Any, scheduler_output: Any) -> Any:
         if self.model_config.is_encoder_decoder:
             rows, inputs = self.input_batch.req_id_to_index, scheduler_output.scheduled_encoder_inputs

@@ -34,5 +34,7 @@ class ServedModel(VerifyAndUpdateConfig):
             raise ArgumentError("pipeline_parallel_size: expected 1; use tensor or data parallelism")
         if vllm_config.lora_config is not None:
             raise ArgumentError("enable_lora: expected false; LoRA of a checkpoint is merged when it is loaded")
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            raise ArgumentError("disable_hybrid_kv_cache_manager: expected false, sources are cached apart from text")
         if vllm_config.speculative_config is not None:
             raise ArgumentError("speculative_config: expected none, a draft model does not read the source")
