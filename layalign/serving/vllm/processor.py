@@ -37,8 +37,12 @@ def refused(message: str, field: str) -> VLLMValidationError:
     return VLLMValidationError(message, parameter=field)
 
 
+class Read(dict[str, Any]):
+    """A source that was checked: the encoder's token ids ("ids"), and the LLM's prompt ("prompt")."""
+
+
 class SourceItems(ProcessorBatchItems):
-    """The sources of a request: mappings with the encoder's token ids ("ids") and the LLM's prompt ("prompt")."""
+    """The sources of a request, each a :class:`Read`."""
 
     def __init__(self, data: Any) -> None:
         super().__init__(data, MODALITY)
@@ -91,28 +95,31 @@ class SourceInfo(BaseProcessingInfo):
         """The longest source in tokens."""
         return self.preparer.collators["task"].max_source_length
 
-    def read(self, source: Any) -> dict[str, Any]:
+    def read(self, source: Any) -> Read:
         """One source as :class:`SourceItems` hold it. "prompt" is None for a source without fields of its own."""
+        if isinstance(source, Read):
+            return source
         given = {"text": source} if isinstance(source, str) else source
-        if isinstance(given, Mapping) and set(given) == {"ids", "prompt"}:  # read before
-            return dict(given)
         if isinstance(given, Mapping):
             unknown = sorted(map(str, set(given) - set(FIELDS)))
             text, *others = (given.get(name) for name in FIELDS)
             if unknown or not isinstance(text, str) or not all(isinstance(each, str | None) for each in others):
                 raise refused(f"{MODALITY}: expected texts under text, and perhaps {', '.join(FIELDS[1:])}", MODALITY)
             try:
+                "".join([text, *filter(None, others)]).encode()  # type: ignore[list-item]
                 inputs = self.preparer.inputs(text, *others)  # type: ignore[arg-type]
+            except UnicodeEncodeError:
+                raise refused(f"{MODALITY}: expected valid text, got a lone surrogate", MODALITY) from None
             except ApiError as error:
                 raise refused(error.detail, error.param or MODALITY) from None
             prompt = None if isinstance(source, str) else self.preparer.prompt(inputs)
-            return {"ids": list(inputs.source), "prompt": prompt}
+            return Read(ids=list(inputs.source), prompt=prompt)
         if not isinstance(given, Sequence) or not all(type(token) is int for token in given):
             raise refused(f"{MODALITY}: expected a text, token ids of the encoder, or a mapping", MODALITY)
         most, count = self.max_source, self.get_hf_config().encoder_config.vocab_size
         if not 1 <= len(given) <= most or not all(0 <= token < count for token in given):
             raise refused(f"{MODALITY}: expected 1 to {most} token ids in 0..{count - 1}", MODALITY)
-        return {"ids": list(given), "prompt": None}
+        return Read(ids=list(given), prompt=None)
 
     def packed(self, source_length: int, prompt: Sequence[int]) -> list[int]:
         """The LLM's input of a request, as `layalign.modeling.llm_inputs.build_inputs` lays it out.

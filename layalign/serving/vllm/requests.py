@@ -6,6 +6,7 @@ by stays with vLLM; every other field is taken, or refused, as by `layalign serv
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import ValidationError
@@ -67,8 +68,15 @@ def _checked(online: Any, kind: Any, request: Any, **replaced: Any) -> Any:
     Raises:
         VLLMValidationError: it names the field.
     """
+    if "max_tokens" not in type(request).model_fields:  # /tokenize, /v1/responses
+        raise refused("endpoint: expected completions or chat completions, others are not supported", "endpoint")
     given = {name: getattr(request, name) for name in request.model_fields_set}
     given = {name: value for name, value in given.items() if name not in OF_VLLM} | replaced
+    for name in OF_VLLM & request.model_fields_set:  # a lone surrogate does not pass to the engine
+        try:
+            json.dumps(getattr(request, name), ensure_ascii=False, default=vars).encode()
+        except UnicodeEncodeError:
+            raise refused(f"{name}: expected valid text, got a lone surrogate", name) from None
     settings = online.model_config.hf_config.serve_settings
     try:
         body = kind(**given)
