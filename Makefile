@@ -49,7 +49,7 @@ test-fast: $(STAMP)
 
 # LayAlign on vLLM (docs/vllm.md): the answers of `generate`, under pressure, over several processes, and of its server.
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -n 2 -q tests/vllm
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -n 2 -q tests/serving_vllm
 
 # The packages for pictures, sound and video that vLLM brings are of other builds of torch, and LLM paths need none.
 $(VLLM_STAMP): pyproject.toml setup.py constraints.txt
