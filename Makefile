@@ -55,10 +55,9 @@ test-vllm: $(VLLM_STAMP)
 $(VLLM_STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints.txt $(TORCH)
-	$(VLLM_VENV)/bin/python -m pip install --quiet $(TORCH) $(VLLM)
-	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	LAYALIGN_EXTENSION=0 $(VLLM_VENV)/bin/python -m pip install --quiet $(TORCH) $(VLLM) -e '.[lora,serve]' \
 	  httpx pytest pytest-timeout pytest-xdist
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $(VLLM_STAMP)
 
 # The C++ and the emulated CUDA kernels against loops in double precision, with the address and undefined-behaviour
