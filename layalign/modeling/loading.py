@@ -76,16 +76,13 @@ def load(cls: Any, name_or_path: str, positional: tuple[Any, ...], arguments: di
     weights = read_all(place, hub, variant)
     _check_own(config, weights, place)
     wanted = _dtype(common["dtype"])
-    stored, config.frozen_fingerprints = config.frozen_fingerprints or {}, None
     frozen: dict[str, Any] = {}
     for part in PARTS:
         arguments = {**common, **(attention if part == "llm" else {})}
-        frozen[part] = _frozen_part(
-            part, parts[part], parts[f"{part}_kwargs"] or {}, arguments, config, weights, place, hub
-        )
+        asked = parts[f"{part}_kwargs"] or {}
+        frozen[part] = _frozen_part(part, parts[part], asked, arguments, config, weights, place, hub, changed_frozen)
         common = _with_memory_left(common, frozen[part])
-        if part in stored and (part not in config.saved_parts or parts[part] is not None):
-            _check_content(part, config, stored[part], frozen[part], place, changed_frozen)
+    config.frozen_fingerprints = None
     lora, config.lora = config.lora, None
     with reading(place, CONFIG):
         model = cls(config, **frozen)
@@ -125,9 +122,6 @@ def load_all_but_llm(
     weights = read_all(place, hub)
     _check_own(config, weights, place)
     encoder = _frozen_part("encoder", None, {}, {"dtype": "auto"}, config, weights, place, hub)
-    stored = config.frozen_fingerprints or {}
-    if "encoder" in stored and "encoder" not in config.saved_parts:
-        _check_content("encoder", config, stored["encoder"], encoder, place, "refuse")
     if "llm" not in config.saved_parts:
         config.llm_name_or_path = _place_of("llm", config, place, hub)
     return config, encoder, weights
@@ -148,8 +142,12 @@ def _frozen_part(
     weights: dict[str, Tensor],
     place: str,
     hub: dict[str, Any],
+    changed_frozen: str = "refuse",
 ) -> PreTrainedModel:
-    """A frozen part: ``module`` if it is given, else what the checkpoint holds, else what its name gives."""
+    """A frozen part: ``module`` if it is given, else what the checkpoint holds, else what its name gives.
+
+    One that the checkpoint does not hold is compared with what it was saved with.
+    """
     if module is None and part in config.saved_parts:
         return _held_part(part, config, weights, place, arguments, asked)
     if module is None:
@@ -165,6 +163,8 @@ def _frozen_part(
         refuse(part, "a transformers model", module)
     module = encoders.encoder_part(module) if part == "encoder" else module
     _check_part(part, getattr(config, f"{part}_config"), module.config, place)
+    if part in (stored := config.frozen_fingerprints or {}):
+        _check_content(part, config, stored[part], module, place, changed_frozen)
     return module
 
 
