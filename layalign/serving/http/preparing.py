@@ -59,7 +59,11 @@ class Preparer:
         """
         field = "messages" if isinstance(body, ChatRequest) else "prompt"
         inputs = self.inputs(body.text, body.language, body.task, body.llm_prompt, field)
-        self.require_room(inputs, new_tokens, limit)
+        if len(inputs.packed) + new_tokens > self.context:
+            taken = len(inputs.packed)
+            room = f"{max(self.context - taken, 0)} (the prompt takes {taken} of {self.context} positions)"
+            message = f"{limit}: expected at most {room}, got {new_tokens}"
+            raise ApiError(400, message, limit, "context_length_exceeded")
         return inputs
 
     def inputs(
@@ -95,18 +99,6 @@ class Preparer:
             most = self.settings.max_prompt_tokens
             raise ApiError(400, f"{blamed}: expected at most {most} LLM tokens", blamed, "too_long")
         return inputs
-
-    def require_room(self, inputs: Inputs, new_tokens: int, limit: str) -> None:
-        """Check that an answer fits after the prompt; arguments as for a call.
-
-        Raises:
-            ApiError: 400; it names the field `limit`.
-        """
-        if len(inputs.packed) + new_tokens > self.context:
-            taken = len(inputs.packed)
-            room = f"{max(self.context - taken, 0)} (the prompt takes {taken} of {self.context} positions)"
-            message = f"{limit}: expected at most {room}, got {new_tokens}"
-            raise ApiError(400, message, limit, "context_length_exceeded")
 
     def prompt(self, inputs: Inputs) -> list[int]:
         """The LLM's input after the boundary."""

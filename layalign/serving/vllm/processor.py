@@ -24,6 +24,7 @@ from vllm.multimodal.processing import (
 )
 
 from layalign.modeling.encoders import encoder_from_config
+from layalign.modeling.llm_inputs import build_inputs
 from layalign.modeling.tokenization import eos_ids, load_tokenizers
 from layalign.serving.http.messages import ApiError
 from layalign.serving.http.preparing import Preparer
@@ -128,10 +129,13 @@ class SourceInfo(BaseProcessingInfo):
         the library's do not count slots.
         """
         config = self.get_hf_config()
-        first = [] if config.llm_bos_token_id is None else [config.llm_bos_token_id]
-        filling = next(iter([*first, *prompt]), None)
-        slots = source_length + 1 if config.use_adapter else 0
-        return [*first, *[self.slot_id if filling is None else filling] * slots, *prompt]
+        first = config.llm_bos_token_id
+        filling = first if first is not None else prompt[0] if prompt else self.slot_id
+        inputs = build_inputs(
+            [source_length], [prompt], bos_token_id=first, source_token_id=filling, slots=config.use_adapter
+        )
+        packed: list[int] = inputs["input_ids"][0].tolist()
+        return packed
 
     # What vLLM asks
 

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 
 from layalign.serving.http.messages import ApiError, ChatRequest, CompletionRequest, first_problem
-from layalign.serving.vllm import MODALITY, source_prompt
-from layalign.serving.vllm.processor import refused
+from layalign.serving.vllm import MODALITY
+from layalign.serving.vllm.processor import Read, refused
 
 # Fields that vLLM answers to by itself.
 OF_VLLM = {
@@ -46,24 +46,22 @@ async def completion(original: Any, online: Any, request: Any, prompts: Any, **k
     """`OnlineRenderer.preprocess_cmpl`: each prompt is a text for the encoder."""
     if not all(isinstance(prompt, str) for prompt in prompts) or not prompts:
         raise refused("prompt: expected a text; token ids are not supported", "prompt")
-    bodies = [_checked(online, CompletionRequest, request, prompt=prompt) for prompt in prompts]
-    return await original(request, [_source(body) for body in bodies], **kwargs)
+    sources = [_checked(online, CompletionRequest, request, prompt=prompt)[1] for prompt in prompts]
+    return await original(request, sources, **kwargs)
 
 
 async def chat(original: Any, online: Any, request: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
     """`OnlineRenderer.preprocess_chat`: the user's message is the source, the system's the LLM's prompt."""
-    body = _checked(online, ChatRequest, request, messages=messages)
-    prompt: Any = parse_model_prompt(online.model_config, _source(body))
+    body, source = _checked(online, ChatRequest, request, messages=messages)
+    prompt: Any = parse_model_prompt(online.model_config, source)
     inputs = await online.renderer.render_cmpl_async([prompt], request.build_tok_params(online.model_config))
     return [{"role": "user", "content": body.text}], inputs
 
 
-def _source(body: Any) -> dict[str, Any]:
-    return source_prompt(body.text, language=body.language, task=body.task, llm_prompt=body.llm_prompt)
+def _checked(online: Any, kind: Any, request: Any, **replaced: Any) -> tuple[Any, dict[str, Any]]:
+    """The body as `layalign serve` reads it, and its prompt for vLLM, in which the source is tokenized already.
 
-
-def _checked(online: Any, kind: Any, request: Any, **replaced: Any) -> Any:
-    """The body as `layalign serve` reads it. Fields without a value get those of that server, also in ``request``.
+    Fields without a value get those of that server, also in ``request``.
 
     Raises:
         VLLMValidationError: it names the field.
@@ -77,7 +75,8 @@ def _checked(online: Any, kind: Any, request: Any, **replaced: Any) -> Any:
             json.dumps(getattr(request, name), ensure_ascii=False, default=vars).encode()
         except UnicodeEncodeError:
             raise refused(f"{name}: expected valid text, got a lone surrogate", name) from None
-    settings = online.model_config.hf_config.serve_settings
+    preparer = online.renderer.get_mm_processor().info.preparer
+    settings = preparer.settings
     try:
         body = kind(**given)
     except ValidationError as error:
@@ -95,12 +94,9 @@ def _checked(online: Any, kind: Any, request: Any, **replaced: Any) -> Any:
         request.temperature = 0.0
     if request.max_tokens is None:
         request.max_tokens = longest
-    info = online.renderer.get_mm_processor().info
     try:
-        inputs = info.preparer.inputs(
-            body.text, body.language, body.task, body.llm_prompt, "messages" if kind is ChatRequest else "prompt"
-        )
-        info.preparer.require_room(inputs, longest, name)
+        inputs = preparer(body, longest, name)
     except ApiError as error:
         raise refused(error.detail, error.param or "body") from None
-    return body
+    source = Read(ids=list(inputs.source), prompt=preparer.prompt(inputs))
+    return body, {"prompt_token_ids": [], "multi_modal_data": {MODALITY: source}}
